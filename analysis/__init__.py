@@ -1,0 +1,1 @@
+"""What RoPE attention does between the observed distances: bounds, certificates, observability."""

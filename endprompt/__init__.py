@@ -1,0 +1,1 @@
+"""The trainer: positions, prompts, RoPE scaling, data, model, loss, loop, checkpoints."""

@@ -1,0 +1,109 @@
+"""The `endprompt` script: finds a command by its entry point, reads its configuration, runs it.
+
+A command is a function of one typed dataclass, `def extend(config: ExtendConfig) -> int | None`, named under the
+entry-point group `endprompt.commands`. Fields without a default are positional arguments, all others are flags; a YAML
+file given by `--config` sets any of them, later flags override it, `--print_config` prints the whole.
+
+Exit codes: 0 done, 1 failed, 2 bad usage. This module imports nothing of the project, and only the command that is
+called.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+
+GROUP = "endprompt.commands"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {ep.name: ep for ep in entry_points(group=GROUP)}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview(commands))
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(version("endprompt-lab"))
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in commands:
+        import difflib
+
+        near = difflib.get_close_matches(name, commands, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else f"; commands: {', '.join(sorted(commands))}"
+        return fail(f"unknown command {name!r}{hint}", 2)
+    return run(commands[name], rest)
+
+
+def run(entry_point: EntryPoint, argv: list[str]) -> int:
+    import typing
+
+    command = entry_point.load()
+    config_type = typing.get_type_hints(command)["config"]
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"endprompt {entry_point.name}", description=(command.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
+    parser.add_class_arguments(config_type, as_positional=True)
+    namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+    fields = parser.instantiate_classes(namespace).as_dict()
+    fields.pop("config", None)
+    try:
+        return command(config_type(**fields)) or 0
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except (ValueError, OSError, ImportError) as error:
+        # The project raises these with a message for the user; a traceback is one environment variable away.
+        if os.environ.get("ENDPROMPT_TRACEBACK"):
+            raise
+        return fail(one_line(error), 1)
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fail(message: str, code: int) -> int:
+    print(f"endprompt: {message}", file=sys.stderr)
+    return code
+
+
+def overview(commands: dict[str, EntryPoint]) -> str:
+    width = max((len(name) for name in commands), default=0)
+    lines = [f"  {name:<{width}}  {summary(ep)}".rstrip() for name, ep in sorted(commands.items())]
+    return "\n".join(
+        [
+            "usage: endprompt COMMAND [options]      (endprompt COMMAND --help explains one)",
+            "",
+            "Long-context extension by positional supervision: train, verify, score, draw.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def summary(entry_point: EntryPoint) -> str:
+    """First line of the command's docstring, read from the source without importing it (start-up stays fast)."""
+    module, _, function = entry_point.value.partition(":")
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    path = Path(spec.submodule_search_locations[0], *rest.split(".")).with_suffix(".py")
+    if not path.is_file():
+        return ""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

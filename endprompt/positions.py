@@ -1,0 +1,186 @@
+"""Position schemes: which position ids the tokens of a training row get, and which distances that shows the model.
+
+A row is a context of `context` tokens followed by an end prompt of `prompt` tokens (0 for none); `target` is the
+extended window L. Everything here counts tokens and is a pure function of its arguments: randomness comes from a
+generator made of (seed, sample index), so resume is exact and the number of workers does not matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Intervals = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions of one row.
+
+    position_ids: int64 (context + prompt,), strictly increasing, all below the target.
+    split: index of the first token of the second chunk in the context (PoSE), or None if the context is one piece.
+    """
+
+    position_ids: np.ndarray
+    split: int | None = None
+
+
+class Scheme(Protocol):
+    def __call__(
+        self, context: int, prompt: int, target: int, rng: np.random.Generator | None, **options: Any
+    ) -> Layout: ...
+
+
+def sample_rng(seed: int, index: int) -> np.random.Generator:
+    """The generator of one sample: a pure function of (seed, sample index), both >= 0."""
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed and sample index must not be negative: {seed=} {index=}")
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
+
+
+def contiguous(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """0..n-1. Short: interpolation alone, the control. n = target: full-length training."""
+    return Layout(np.arange(context + prompt, dtype=np.int64))
+
+
+def endprompt(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """Context at 0..a-1, end prompt at L-b..L-1 (EndPrompt, section 3)."""
+    return Layout(_with_terminal(np.arange(context, dtype=np.int64), prompt, target - prompt))
+
+
+def endprompt_random(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """The end prompt starts at a place drawn uniformly from [a, L-b] (one reading of ET(PoSE))."""
+    start = int(_need(rng, "endprompt-random").integers(context, target - prompt, endpoint=True))
+    return Layout(_with_terminal(np.arange(context, dtype=np.int64), prompt, start))
+
+
+def anchors(
+    context: int, prompt: int, target: int, rng: np.random.Generator | None = None, *, count: int = 4
+) -> Layout:
+    """The end prompt ends at one of `count` equally spaced places k L / count, k = 1..count, drawn uniformly."""
+    ends = anchor_ends(context, prompt, target, count)
+    end = ends[int(_need(rng, "anchors").integers(count))]
+    return Layout(_with_terminal(np.arange(context, dtype=np.int64), prompt, end - prompt))
+
+
+def anchor_ends(context: int, prompt: int, target: int, count: int) -> list[int]:
+    """Exclusive ends of the anchors. Raises ValueError if the first one would fall into the context."""
+    if count < 1:
+        raise ValueError(f"anchors needs at least one anchor: {count=}")
+    ends = [k * target // count for k in range(1, count + 1)]
+    if ends[0] < context + prompt:
+        raise ValueError(
+            f"the first of {count} anchors would end inside the context: it ends at {ends[0]}, which must be at least "
+            f"context + prompt = {context + prompt} ({target=})"
+        )
+    return ends
+
+
+def pose(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """PoSE (Zhu et al. 2023, arXiv:2309.10400): two chunks, the second moved forward by u ~ U{0..L-n}.
+
+    The first chunk has r ~ U{1..(n+1)//2} tokens; n counts the context and the prompt, which has no place of its own.
+    """
+    n = context + prompt
+    positions, split = _two_chunks(n, target - n, _need(rng, "pose"))
+    return Layout(positions, split)
+
+
+def endprompt_pose(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """PoSE in the context, then the end prompt at L-b..L-1 (the other reading of ET(PoSE), the paper's best)."""
+    positions, split = _two_chunks(context, target - prompt - context, _need(rng, "endprompt-pose"))
+    return Layout(_with_terminal(positions, prompt, target - prompt), split)
+
+
+SCHEMES: dict[str, Scheme] = {
+    "contiguous": contiguous,
+    "endprompt": endprompt,
+    "endprompt-random": endprompt_random,
+    "pose": pose,
+    "endprompt-pose": endprompt_pose,
+    "anchors": anchors,
+}
+#: Schemes whose end prompt has a place of its own; the others train without one.
+WITH_PROMPT = frozenset({"endprompt", "endprompt-random", "endprompt-pose", "anchors"})
+
+
+def layout(
+    scheme: str, context: int, prompt: int, target: int, rng: np.random.Generator | None = None, **options: Any
+) -> Layout:
+    """Positions of one row by the scheme's name. Raises ValueError naming key, value and rule."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: {scheme=}")
+    check_sizes(context, prompt, target)
+    return SCHEMES[scheme](context, prompt, target, rng, **options)
+
+
+def position_ids(
+    scheme: str, context: int, prompt: int, target: int, rng: np.random.Generator | None = None, **options: Any
+) -> np.ndarray:
+    """Position ids of one row, int64 (context + prompt,). `options`: count (anchors)."""
+    return layout(scheme, context, prompt, target, rng, **options).position_ids
+
+
+def check_sizes(context: int, prompt: int, target: int) -> None:
+    if context < 1:
+        raise ValueError(f"the context needs at least one token: {context=}")
+    if prompt < 0:
+        raise ValueError(f"the end prompt's length must not be negative: {prompt=}")
+    if prompt >= target:
+        raise ValueError(f"the end prompt must be shorter than the target window: {prompt=} {target=}")
+    if context + prompt > target:
+        raise ValueError(f"context and end prompt must fit into the target window: {context=} {prompt=} {target=}")
+
+
+def observed_distances(context: int, prompt: int, target: int) -> Intervals:
+    """Relative distances that one fixed end prompt shows, as disjoint inclusive intervals in rising order.
+
+    [0, a-1] and [0, b-1] inside the two parts, [L-a-b+1, L-1] between them; merged where they touch.
+    """
+    check_sizes(context, prompt, target)
+    intervals = [(0, max(context, prompt) - 1)]
+    if prompt:
+        intervals.append((target - context - prompt + 1, target - 1))
+    return merge(intervals)
+
+
+def gap(context: int, prompt: int, target: int) -> tuple[int, int] | None:
+    """The inclusive interval of distances below `target` never observed with a fixed end prompt, or None if none is.
+
+    Without an end prompt (prompt = 0) everything from `context` up to L-1 is unobserved.
+    """
+    check_sizes(context, prompt, target)
+    lo = max(context, prompt)
+    hi = target - context - prompt if prompt else target - 1
+    return (lo, hi) if lo <= hi else None
+
+
+def merge(intervals: Intervals) -> Intervals:
+    """Union of inclusive integer intervals as disjoint ones in rising order, neighbours joined."""
+    out: Intervals = []
+    for lo, hi in sorted(intervals):
+        if out and lo <= out[-1][1] + 1:
+            out[-1] = (out[-1][0], max(out[-1][1], hi))
+        else:
+            out.append((lo, hi))
+    return out
+
+
+def _two_chunks(n: int, room: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    first = int(rng.integers(1, (n + 1) // 2, endpoint=True))
+    skip = int(rng.integers(0, room, endpoint=True))
+    positions = np.arange(n, dtype=np.int64)
+    positions[first:] += skip
+    return positions, first
+
+
+def _with_terminal(context_positions: np.ndarray, prompt: int, start: int) -> np.ndarray:
+    return np.concatenate([context_positions, np.arange(start, start + prompt, dtype=np.int64)])
+
+
+def _need(rng: np.random.Generator | None, scheme: str) -> np.random.Generator:
+    if rng is None:
+        raise ValueError(f"scheme {scheme!r} draws positions: give it rng, for one sample sample_rng(seed, index)")
+    return rng

@@ -1,0 +1,213 @@
+"""RoPE frequencies and their scaling: the one definition, in float64.
+
+Every formula is stated for head_dim D (the rotated part of it), n = D/2 frequencies theta_j = base^(-2j/D) in radians
+per
+token, factor s, and the window before scaling. What a model computes with is transformers' own float32 buffer; model.py
+asserts after loading that it equals these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Frequencies = tuple[np.ndarray, float]
+
+
+def base_frequencies(base: float, head_dim: int) -> np.ndarray:
+    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864.
+
+    Raises ValueError if head_dim is odd or below 2, or base is not above 1.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"RoPE rotates pairs, so head_dim must be even and at least 2: {head_dim=}")
+    if not (math.isfinite(base) and base > 1):
+        raise ValueError(f"the RoPE base must be a finite number above 1: {base=}")
+    return np.exp(np.arange(head_dim // 2, dtype=np.float64) * (-2.0 / head_dim * math.log(base)))
+
+
+def none(base: float, head_dim: int, factor: float, original_length: int) -> Frequencies:
+    """No scaling."""
+    return base_frequencies(base, head_dim), 1.0
+
+
+def linear(base: float, head_dim: int, factor: float, original_length: int) -> Frequencies:
+    """Position interpolation, theta_j / s. Chen et al. 2023, arXiv:2306.15595."""
+    return base_frequencies(base, head_dim) / factor, 1.0
+
+
+def ntk(base: float, head_dim: int, factor: float, original_length: int) -> Frequencies:
+    """NTK-aware: the base grows to base * s^(D/(D-2)), so theta_0 stays and theta_{n-1} is divided by s."""
+    return base_frequencies(ntk_base(base, head_dim, factor), head_dim), 1.0
+
+
+def ntk_base(base: float, head_dim: int, factor: float) -> float:
+    if head_dim < 4:
+        raise ValueError(f"ntk scaling needs at least two frequencies (head_dim >= 4): {head_dim=}")
+    return base * factor ** (head_dim / (head_dim - 2))
+
+
+def dynamic(
+    base: float, head_dim: int, factor: float, original_length: int, *, length: int | None = None
+) -> Frequencies:
+    """Dynamic NTK at a sequence length (default: the extended window s * L0), as transformers computes it.
+
+    base * (s * length / L0 - (s - 1))^(D/(D-2)); at lengths up to L0 nothing is scaled.
+    """
+    length = max(original_length, int(factor * original_length) if length is None else length)
+    grown = factor * length / original_length - (factor - 1)
+    return base_frequencies(base * grown ** (head_dim / (head_dim - 2)), head_dim), 1.0
+
+
+def yarn(
+    base: float,
+    head_dim: int,
+    factor: float,
+    original_length: int,
+    *,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+    truncate: bool = True,
+) -> Frequencies:
+    """YaRN. Peng et al. 2023, arXiv:2309.00071.
+
+    Frequencies that turn more than beta_fast times in the original window stay, those below beta_slow turns are divided
+    by s, a linear ramp lies between. The attention scale 0.1 ln s + 1 (on q and on k) is returned, not applied.
+    """
+    theta = base_frequencies(base, head_dim)
+
+    def index_of(turns: float) -> float:
+        return head_dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = index_of(beta_fast), index_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return theta / factor * ramp + theta * (1 - ramp), attention_factor
+
+
+def llama3(
+    base: float,
+    head_dim: int,
+    factor: float,
+    original_length: int,
+    *,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Frequencies:
+    """Llama 3.1's: wavelengths above L0/low divided by s, below L0/high kept, interpolated in frequency between."""
+    if not high_freq_factor > low_freq_factor:
+        raise ValueError(f"high_freq_factor must be above low_freq_factor: {high_freq_factor=} {low_freq_factor=}")
+    theta = base_frequencies(base, head_dim)
+    turns = original_length * theta / (2 * math.pi)
+    smooth = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    return (1 - smooth) * theta / factor + smooth * theta, 1.0
+
+
+def longrope(
+    base: float,
+    head_dim: int,
+    factor: float,
+    original_length: int,
+    *,
+    short_factor: Sequence[float] | None = None,
+    long_factor: Sequence[float] | None = None,
+    attention_factor: float | None = None,
+    length: int | None = None,
+) -> Frequencies:
+    """LongRoPE: theta_j / lambda_j, with one list of divisors up to the original window and one beyond.
+
+    Ding et al. 2024, arXiv:2402.13753. `length` selects the list (default: beyond). The attention scale is
+    sqrt(1 + ln s / ln L0).
+    """
+    divisors = long_factor if length is None or length > original_length else short_factor
+    if divisors is None:
+        raise ValueError("longrope needs short_factor and long_factor, one divisor a frequency")
+    if len(divisors) != head_dim // 2:
+        raise ValueError(f"longrope needs head_dim/2 = {head_dim // 2} divisors: got {len(divisors)}")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original_length)) if factor > 1 else 1.0
+    return base_frequencies(base, head_dim) / np.asarray(divisors, dtype=np.float64), attention_factor
+
+
+SCALINGS: dict[str, Callable[..., Frequencies]] = {
+    "none": none,
+    "linear": linear,
+    "ntk": ntk,
+    "dynamic": dynamic,
+    "yarn": yarn,
+    "llama3": llama3,
+    "longrope": longrope,
+}
+
+
+def inverse_frequencies(
+    scheme: str, base: float, head_dim: int, factor: float, original_length: int, **options: Any
+) -> Frequencies:
+    """(frequencies in radians per token, float64 (head_dim/2,); attention factor on q and on k) of a scaling.
+
+    Raises ValueError if the scheme is unknown, factor < 1, original_length < 1, or head_dim is odd.
+    """
+    if scheme not in SCALINGS:
+        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}: {scheme=}")
+    if not (math.isfinite(factor) and factor >= 1):
+        raise ValueError(f"the scaling factor must be a finite number of at least 1: {factor=}")
+    if original_length < 1:
+        raise ValueError(f"the original window must be positive: {original_length=}")
+    return SCALINGS[scheme](base, head_dim, factor, original_length, **options)
+
+
+def rope_parameters(
+    scheme: str, base: float, head_dim: int, factor: float, original_length: int, **options: Any
+) -> dict[str, Any]:
+    """The whole `rope_parameters` of a transformers config that gives these frequencies.
+
+    `ntk` is exported as a changed rope_theta, so any reader of the config has it.
+    """
+    inverse_frequencies(scheme, base, head_dim, factor, original_length, **options)  # refuses what is out of range
+    if scheme == "none":
+        return {"rope_type": "default", "rope_theta": float(base)}
+    if scheme == "ntk":
+        return {"rope_type": "default", "rope_theta": float(ntk_base(base, head_dim, factor))}
+    parameters: dict[str, Any] = {"rope_type": scheme, "rope_theta": float(base), "factor": float(factor)}
+    if scheme in ("yarn", "llama3", "longrope", "dynamic"):
+        parameters["original_max_position_embeddings"] = int(original_length)
+    if scheme == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return parameters | {key: value for key, value in options.items() if key != "length"}
+
+
+def frequencies_of(parameters: Mapping[str, Any], head_dim: int, window: int, length: int | None = None) -> Frequencies:
+    """Frequencies that a config's `rope_parameters` mean, by the same formulas.
+
+    head_dim: the whole head; partial rotary (`partial_rotary_factor`) rotates the first part of it only.
+    window: the config's max_position_embeddings. length: sequence length, where the scaling depends on it.
+    Raises ValueError for a rope_type this project does not know.
+    """
+    parameters = dict(parameters)
+    kind = parameters.get("rope_type", "default")
+    rotary = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    base = parameters["rope_theta"]
+    original = parameters.get("original_max_position_embeddings") or window
+    factor = parameters.get("factor") or (window / original)
+    options: dict[str, Any] = {}
+    if kind == "default":
+        return none(base, rotary, 1.0, original)
+    if kind not in SCALINGS:
+        raise ValueError(f"rope_type must be one of default, {', '.join(SCALINGS)}: rope_type={kind!r}")
+    if kind in ("dynamic", "longrope"):
+        options["length"] = length
+    names = {
+        "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "longrope": ("short_factor", "long_factor", "attention_factor"),
+    }.get(kind, ())
+    options |= {name: parameters[name] for name in names if parameters.get(name) is not None}
+    return inverse_frequencies(kind, base, rotary, factor, int(original), **options)
