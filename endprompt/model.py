@@ -8,6 +8,7 @@ Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -32,8 +33,8 @@ PREFIX = "causal_only_"
 #
 # With position_ids given, no mask and no cache, transformers reads a jump in the positions as the border of a packed
 # document: the end prompt would not see the context, in training only. An attention that is registered without a mask
-# function gets no mask at all, so these do the causal part themselves: row t attends to 0..t, whatever the positions say.
-# They know no padding: rows must be full, or padded on the right with the loss masked.
+# function gets no mask at all, so these do the causal part themselves: token t attends to 0..t, whatever the positions
+# say. They know no padding: rows must be full, or padded on the right with the loss masked.
 
 
 def causal_only_sdpa(
@@ -187,7 +188,7 @@ INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5",
 
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
-    """Raises ValueError for a checkpoint without RoPE, with ALiBi, with multimodal sections or per-layer frequencies."""
+    """What the config says. Raises ValueError for no RoPE, ALiBi, multimodal sections or per-layer frequencies."""
     kind = config.model_type
     if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
         raise ValueError(f"this model uses ALiBi, not RoPE: model_type={kind!r}")
@@ -236,6 +237,20 @@ def extended_rope_parameters(
     own = {key: value for key, value in geometry.parameters.items() if key == "partial_rotary_factor"}
     base = geometry.parameters["rope_theta"]
     return rope.rope_parameters(scaling, base, geometry.rotary_dim, factor, original, **options) | own
+
+
+def extended_config(
+    config: PretrainedConfig, scaling: str, target: int, factor: float | None = None, **options: Any
+) -> PretrainedConfig:
+    """A copy of the config with the new window and the whole `rope_parameters`; arguments as above.
+
+    With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
+    """
+    extended = copy.deepcopy(config)
+    extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, **options)
+    if scaling != "dynamic":
+        extended.max_position_embeddings = target
+    return extended
 
 
 def check_frequencies(model: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
 """End prompts: the short segment after the context that is placed at the far positions.
 
-Two kinds. A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn to
-predict it without looking at the context. `recall` (ours) is a cue followed by a span copied from the context, with
+Two kinds. A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn
+to predict it without looking at the context. `recall` (ours) is a cue followed by a span copied from the context, with
 loss on the span after its first few tokens: its tokens can only be predicted by attending across the distance.
 """
 
