@@ -352,7 +352,7 @@ def load_model(
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
     check_frequencies(model)
-    model.to(device=torch.device(device))  # type: ignore[call-arg, arg-type]
+    model.to(device=torch.device(device))  # type: ignore[call-arg]
     return model.eval()
 
 
