@@ -30,10 +30,11 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from email.message import Message
 from functools import cache
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -70,11 +71,11 @@ class Source:
 
 def licence_of(distribution: Distribution) -> str:
     """The licence a package states, one line; empty if it states none that is permissive."""
-    metadata = distribution.metadata
+    metadata = cast(Message, distribution.metadata)
     stated = [metadata.get("License-Expression"), *(metadata.get_all("Classifier") or [])]
     stated = [s for s in stated if s and (not s.count("::") or s.startswith("License"))]
     first = (metadata.get("License") or "").strip().splitlines()[:1]
-    names = [s.split("::")[-1].strip() for s in [*stated, *first]]
+    names = [str(s).split("::")[-1].strip() for s in [*stated, *first]]
     line = "; ".join(dict.fromkeys(n for n in names if any(map(str.isalpha, n))))
     return line if PERMISSIVE.search(line) and not RESTRICTED.search(line) else ""
 
@@ -96,7 +97,8 @@ def installed_sources() -> list[Source]:
             seen.add(name)
             paths = sorted(p for p in distribution.files or [] if _usable(Path(str(p))))
             located = tuple(Path(str(p.locate())) for p in paths)
-            readme = distribution.metadata.get_payload() or distribution.metadata.get("Description") or ""
+            metadata = cast(Message, distribution.metadata)
+            readme = metadata.get_payload() or metadata.get("Description") or ""
             found.append(Source(distribution.name, distribution.version, licence, located, str(readme)))
     return found
 
@@ -219,7 +221,8 @@ def collect(prose_bytes: int, code_bytes: int, processes: int) -> tuple[list[str
     items = [(s, p) for s in sources for p in s.files]
     items.sort(key=lambda item: _digest(f"{item[0].name}/{'/'.join(item[1].parts[-4:])}"))
     keeper = Keeper()
-    prose, code = [], []
+    prose: list[str] = []
+    code: list[str] = []
     left = {"prose": prose_bytes, "code": code_bytes}
     taken = {s.name: {"prose": 0, "code": 0} for s in sources}
 

@@ -71,8 +71,8 @@ class Words:
         """`count` different keys."""
         found: dict[str, None] = {}
         while len(found) < count:
-            adjective = self.adjectives[rng.integers(len(self.adjectives))]
-            found[f"{adjective}-{self.nouns[rng.integers(len(self.nouns))]}"] = None
+            adjective = self.adjectives[int(rng.integers(len(self.adjectives)))]
+            found[f"{adjective}-{self.nouns[int(rng.integers(len(self.nouns)))]}"] = None
         return list(found)
 
 
