@@ -109,6 +109,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_tree(directory: Path) -> None:
+    """Flush every file of a directory, and the directory itself, to the disk."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -51,7 +51,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
     parser.add_class_arguments(config_type, as_positional=True)
     namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
-    fields = parser.instantiate_classes(namespace).as_dict()
+    fields = parser.instantiate(namespace).as_dict()
     fields.pop("config", None)
     try:
         return command(config_type(**fields)) or 0

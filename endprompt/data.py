@@ -10,7 +10,8 @@ from __future__ import annotations
 import gzip
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.positions import WITH_PROMPT, check_sizes, layout, sample_rng
-from endprompt.prompts import Cues, PromptKind
+from endprompt.positions import SCHEMES, WITH_PROMPT, anchor_ends, check_sizes, layout, sample_rng
+from endprompt.prompts import Cues, PromptKind, Recall
 from endprompt.rows import read_json_lines, sha256_of, write_text
 
 if TYPE_CHECKING:
@@ -55,15 +56,13 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         for number, record in _json_lines(path):
             yield _document(record, f"{path}, line {number}")
     elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield _document(record, f"{path}, row {number}")
+        for number, record in _parquet(path):
+            yield _document(record, f"{path}, row {number}")
     elif path.suffix == ".txt":
-        yield Document(path.read_text(encoding="utf-8"))
+        try:
+            yield Document(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     else:
         raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
 
@@ -80,8 +79,22 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         yield number, json.loads(line)
                     except json.JSONDecodeError as error:
                         raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a whole gzip file of UTF-8 text: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
 
 
 def _document(record: Any, where: str) -> Document:
@@ -312,6 +325,8 @@ class RowSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: scheme={self.scheme!r}")
         if (self.prompt is not None) != (self.scheme in WITH_PROMPT):
             rule = "needs an end prompt" if self.scheme in WITH_PROMPT else "takes no end prompt (prompt=none)"
             raise ValueError(f"scheme {self.scheme!r} {rule}")
@@ -324,6 +339,13 @@ class RowSpec:
                 f"row_tokens={self.row_tokens}"
             )
         check_sizes(self.row_tokens - longest, longest, self.target)
+        if self.scheme == "anchors":
+            anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
+        if isinstance(self.prompt, Recall) and self.row_tokens - longest - (self.bos is not None) < self.prompt.span:
+            raise ValueError(
+                f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
+                f"context={self.row_tokens - longest}"
+            )
         for name in ("completion_weight", "prompt_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
@@ -363,6 +385,7 @@ class Rows:
     def __post_init__(self) -> None:
         spec, needed = self.spec, self.spec.needed
         if spec.short == "pack":
+            self._refuse_packed_completions()
             self.documents = pack(self.documents, needed)
         lengths = self.documents.lengths
         has_completion = self.documents.completions < self.documents.offsets[1:]
@@ -372,6 +395,15 @@ class Rows:
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
         self._permutations: dict[int, np.ndarray] = {}
+
+    def _refuse_packed_completions(self) -> None:
+        with_completion = self.documents.completions < self.documents.offsets[1:]
+        lost = int(np.count_nonzero(with_completion & (self.documents.lengths < self.spec.needed)))
+        if lost and self.spec.completion_weight != 1.0:
+            raise ValueError(
+                f"packing joins documents and loses where a completion starts, so completion_weight must be 1: "
+                f"completion_weight={self.spec.completion_weight}, {lost} short documents have a completion"
+            )
 
     def __len__(self) -> int:
         """Number of units: rows of one pass."""
@@ -446,14 +478,15 @@ class Rows:
             start = self._draw_start(unit, lo, hi, need, rng)
             places = np.arange(start, start + need)
         else:
-            # PoSE: how much text is skipped is drawn apart from how far the positions jump.
+            # PoSE: the first chunk from the start of the stretch, the second from anywhere after it in the document;
+            # how much text is skipped is drawn apart from how far the positions jump.
             head = max(split - lead, 0)
-            slack = hi - lo - need
-            kept_to_end = self.documents.completions[self._document[unit]] < hi
-            skip = int(rng.integers(slack, endpoint=True))
-            before = slack - skip if kept_to_end else int(rng.integers(slack - skip, endpoint=True))
-            first = np.arange(lo + before, lo + before + head)
-            second = np.arange(lo + before + head + skip, lo + before + skip + need)
+            lo += min(int(self._stretch[unit]) * self.spec.needed, hi - lo - need)
+            skip = int(rng.integers(hi - lo - need, endpoint=True))
+            if self.documents.completions[self._document[unit]] < hi:
+                lo = hi - need - skip  # a completion is kept to its end
+            first = np.arange(lo, lo + head)
+            second = np.arange(lo + head + skip, lo + skip + need)
             places = np.concatenate([first, second])
         tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
         end = self.documents.completions[self._document[unit]]
@@ -495,7 +528,7 @@ def pack(documents: Documents, needed: int) -> Documents:
     return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64), weights)
 
 
-def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Generator[Any]:
     """`make(step)` for each step, made in a thread of its own while the device works; errors come through."""
     queue: Queue[tuple[Any, BaseException | None]] = Queue(ahead)
     stop = threading.Event()

@@ -103,7 +103,7 @@ def linear_cross_entropy(
     if not bool(keep.all()):
         hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
     if not len(labels_N):
-        return hidden_ND.sum() * 0.0
+        return (hidden_ND.sum() + head_VD.sum()).float() * 0.0  # both keep a gradient, of zeros
     return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk)
 
 

@@ -218,8 +218,10 @@ def extended_rope_parameters(
 ) -> dict[str, Any]:
     """The whole `rope_parameters` for a window of `target`; keys of the model's own (partial rotary) are kept.
 
-    factor: default target / window. A checkpoint that is scaled already is extended again only by its own linear or
-    yarn scaling, where the factors multiply. Raises ValueError if the target is not above the window.
+    factor: default target / window. options: the scaling's own (beta_fast of yarn, low_freq_factor of llama3,
+    short_factor and long_factor of longrope, which default to `rope.longrope_start`).
+    A checkpoint that is scaled already is extended again only by its own linear or yarn scaling, where the factors
+    multiply. Raises ValueError if the target is not above the window.
     """
     geometry = rope_geometry(config)
     if target <= geometry.window:
@@ -235,6 +237,10 @@ def extended_rope_parameters(
             )
         factor *= geometry.parameters["factor"]
         original = int(geometry.parameters.get("original_max_position_embeddings") or original)
+        kept = ("beta_fast", "beta_slow", "truncate") if kind == "yarn" else ()
+        options = {key: geometry.parameters[key] for key in kept if key in geometry.parameters} | options
+    if scaling == "longrope" and not {"short_factor", "long_factor"} & set(options):
+        options |= rope.longrope_start(geometry.rotary_dim, factor)
     own = {key: value for key, value in geometry.parameters.items() if key == "partial_rotary_factor"}
     base = geometry.parameters["rope_theta"]
     return rope.rope_parameters(scaling, base, geometry.rotary_dim, factor, original, **options) | own
@@ -247,11 +253,31 @@ def extended_config(
 
     With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
     """
+    check_whole_attention(config, target)
     extended = copy.deepcopy(config)
     extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, **options)
     if scaling != "dynamic":
         extended.max_position_embeddings = target
+    if hasattr(extended, "original_max_position_embeddings"):  # Phi-3's own field, which goes before rope_parameters
+        original = extended.rope_parameters.get("original_max_position_embeddings")
+        extended.original_max_position_embeddings = original or extended.max_position_embeddings
+    try:
+        extended.validate_rope()
+    except ValueError as error:
+        raise ValueError(f"{config.model_type} does not take this scaling: {scaling=}: {error}") from error
     return extended
+
+
+def check_whole_attention(config: PretrainedConfig, target: int) -> None:
+    """Raises ValueError if layers attend within a sliding window below the target: no extension would reach further."""
+    width = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    if width is not None and slides and width < target:
+        raise ValueError(
+            f"the checkpoint's layers see only a sliding window, which must not be below the target: "
+            f"sliding_window={width} {target=}; set sliding_window to null in its config.json to attend to all"
+        )
 
 
 def check_frequencies(model: PreTrainedModel) -> None:
@@ -341,18 +367,25 @@ def load_model(
         register_causal_only()
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
                 dtype=torch_dtype(dtype),
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{directory}: the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}"
+        )
     check_frequencies(model)
-    model.to(device=torch.device(device))  # type: ignore[call-arg]
+    model.to(device=torch.device(device))
     return model.eval()
 
 
@@ -385,11 +418,14 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory
     """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer."""
     model.config._attn_implementation = "sdpa"
     model.config.use_cache = True
-    model.config.dtype = dtype
     wanted = torch_dtype(dtype)
-    state = {name: tensor.detach().to("cpu", wanted) for name, tensor in model.state_dict().items()}
+    tied = set(model.state_dict()) - {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    state = {name: x.detach().to("cpu", wanted) for name, x in model.state_dict().items() if name not in tied}
     with _quiet():
         model.save_pretrained(directory, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.dtype = wanted  # save_pretrained writes the dtype of the live model, which may be a wider one
+    config.save_pretrained(directory)
     tokenizer.model_max_length = int(model.config.max_position_embeddings)
     tokenizer.save_pretrained(directory)
 

@@ -57,8 +57,12 @@ class ExtendConfig:
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
         scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors
-        scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3
+        scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
+            longrope
         factor: scaling factor; default target / window
+        rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
+            high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
+            to 1 and to ntk's divisors
         prompt: the end prompt: EP_1, EP_2, EP_3, recall, "text:YOUR WORDS", or a list of cues drawn from; none for
             schemes without one; default EP_1 where the scheme needs one
         prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for recall
@@ -101,6 +105,7 @@ class ExtendConfig:
     scheme: str = "endprompt"
     scaling: str = "linear"
     factor: float | None = None
+    rope_options: dict[str, Any] | None = None
     prompt: str | list[str] | None = None
     prompt_weight: float | None = None
     recall_span: int = 40
@@ -144,6 +149,14 @@ def check_config(config: ExtendConfig) -> None:
         if not getattr(config, key):
             raise ValueError(f"{key} must be given: {key}=''")
     rules: dict[str, tuple[Any, bool, str]] = {
+        "factor": (config.factor, config.factor is None or config.factor >= 1, "at least 1"),
+        "prompt_weight": (
+            config.prompt_weight,
+            config.prompt_weight is None or config.prompt_weight >= 0,
+            "at least 0",
+        ),
+        "completion_weight": (config.completion_weight, config.completion_weight >= 0, "at least 0"),
+        "row_tokens": (config.row_tokens, config.row_tokens is None or config.row_tokens >= 2, "at least 2"),
         "rows": (config.rows, config.rows >= 1, "at least 1"),
         "micro_rows": (config.micro_rows, config.micro_rows is None or config.micro_rows >= 1, "at least 1"),
         "lr": (config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0"),
@@ -248,7 +261,10 @@ def extend(config: ExtendConfig) -> Path:
     attention = training_attention(config.attention)
     source = load_config(config.model)
     window = rope_geometry(source).window
-    new_config = extended_config(source, config.scaling, config.target, config.factor)
+    new_config = extended_config(source, config.scaling, config.target, config.factor, **(config.rope_options or {}))
+    before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
+    if before and config.scaling != "none":
+        say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source, tokenizer)
     spec = row_spec(config, window, tokenizer)
@@ -286,44 +302,60 @@ def run(
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
-    claim(output, work, config)
+    if finished_before(output, config):
+        say(f"this run is finished already: {output}")
+        return output
+    check_claim(output, work, config)
     rows = Rows(load_documents(config.data, tokenizer), spec)
     if len(rows) < config.rows:
         raise ValueError(
             f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped {rows.dropped} "
             f"shorter ones), rows={config.rows}"
         )
+    state = checkpoint.newest_state(work / "states") if config.resume else None
+    if state is not None:
+        check_identity(config, state.about.get("config", {}))
+    elif work.exists():
+        if config.resume:
+            say(f"no whole training state in {work / 'states'}: starting at the first step")
+        shutil.rmtree(work)
     log = RunDirectory(work, config)
     steps = total_steps(config, spec.row_tokens)
-    model = make_model()
-    trainer = Trainer(config, model, rows, steps, log)
-    if config.resume:
-        trainer.resume(work / "states")
+    trainer = Trainer(config, make_model(), rows, steps, log)
+    if state is not None:
+        trainer.resume(state)
     trainer.fit(work / "states")
     return finish(config, trainer, tokenizer, work, output, source_dtype)
 
 
-def claim(output: Path, work: Path, config: ExtendConfig) -> None:
+def finished_before(output: Path, config: ExtendConfig) -> bool:
+    """Whether a resumed run ended after all: its output is whole and of the same configuration."""
+    record = output / "endprompt.json"
+    if not (config.resume and record.is_file()):
+        return False
+    saved = json.loads(record.read_text(encoding="utf-8"))["config"]
+    return all(saved.get(key) == value for key, value in identity(config).items())
+
+
+def check_claim(output: Path, work: Path, config: ExtendConfig) -> None:
     """Refuse to mix runs: a finished output needs `overwrite`, an unfinished one `resume` (or `overwrite`)."""
     if output.exists() and not config.overwrite:
         raise ValueError(f"the output exists already; choose another or set overwrite: output={config.output!r}")
-    states = checkpoint.states(work / "states") if work.exists() else []
-    if config.resume:
-        if not states:
-            raise ValueError(f"there is no training state to resume from: {work / 'states'}")
-        saved = json.loads((states[-1] / checkpoint.STATE).read_text(encoding="utf-8")).get("config", {})
-        ours = identity(config)
-        different = sorted(key for key in ours if saved.get(key) != ours[key])
-        if different:
-            key = different[0]
-            raise ValueError(
-                f"resume needs the configuration that the run was started with: {key}={ours[key]!r}, the state has "
-                f"{saved.get(key)!r} ({', '.join(different)} differ)"
-            )
-    elif states and not config.overwrite:
+    if config.resume and not work.exists():
+        raise ValueError(f"there is no unfinished run to resume: {work} does not exist")
+    if not (config.resume or config.overwrite) and work.exists() and checkpoint.states(work / "states"):
         raise ValueError(f"an unfinished run has states in {work}; set resume to go on, or overwrite to start again")
-    elif work.exists():
-        shutil.rmtree(work)
+
+
+def check_identity(config: ExtendConfig, saved: dict[str, Any]) -> None:
+    ours = identity(config)
+    different = sorted(key for key in ours if saved.get(key) != ours[key])
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"resume needs the configuration that the run was started with: {key}={ours[key]!r}, the state has "
+            f"{saved.get(key)!r} ({', '.join(different)} differ)"
+        )
 
 
 def identity(config: ExtendConfig) -> dict[str, Any]:
@@ -355,10 +387,11 @@ def finish(
         "environment": environment(),
     }
     write_text(work / "endprompt.json", json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(work / "states", ignore_errors=True)
+    checkpoint.sync_tree(work)
     if output.exists():
         shutil.rmtree(output)
     os.replace(work, output)
+    shutil.rmtree(output / "states", ignore_errors=True)  # last, so that a crash anywhere before can be resumed
     return output
 
 
@@ -388,10 +421,7 @@ class Trainer:
             for layer in decoder_layers(model):
                 layer.compile()
 
-    def resume(self, directory: Path) -> None:
-        state = checkpoint.newest_state(directory)
-        if state is None:
-            raise ValueError(f"no whole training state is left in {directory}")
+    def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state.tensors)
         self.step = state.step
         self.seconds = float(state.about.get("seconds", 0.0))
@@ -407,30 +437,33 @@ class Trainer:
         batches = prefetch(lambda step: self.rows.batch(step * per_step, per_step), range(self.step, self.steps))
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
-        with progress(self.step, self.steps) as advance:
+        with contextlib.closing(batches), progress(self.step, self.steps) as advance:
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
                 loss, norm = self.train_step(batch, rate)
                 self.step += 1
                 final = self.step == self.steps
-                if final or self.step % config.log_every == 0 or self.step == 1:
+                save = bool(config.save_every) and not final and self.step % config.save_every == 0
+                log = final or self.step == 1 or self.step % config.log_every == 0
+                if save or log:  # only here the host waits for the device
                     self.last_loss = float(loss)
                     if not (math.isfinite(self.last_loss) and math.isfinite(float(norm))):
                         raise ValueError(self.divergence(float(norm), states))
+                    self.seconds = before + time.perf_counter() - started
+                if log:
                     now = time.perf_counter()
-                    self.seconds = before + now - started
                     done = (self.step - since) * per_step * self.rows.spec.row_tokens
                     speed = done / max(now - last, 1e-9)
                     self.log.log(
                         step=self.step,
-                        loss=round(self.last_loss, 6),
+                        loss=round(float(loss), 6),
                         lr=rate,
                         grad_norm=round(float(norm), 5),
                         tokens_per_s=round(speed, 1),
                     )
                     advance(self.step, self.last_loss, speed)
                     last, since = now, self.step
-                if config.save_every and not final and self.step % config.save_every == 0:
+                if save:
                     self.save(states)
         self.seconds = before + time.perf_counter() - started
 
@@ -446,6 +479,7 @@ class Trainer:
             torch.from_numpy(part.copy()).to(self.device, non_blocking=True)
             for part in (batch.input_ids, batch.position_ids, batch.weights)
         )
+        torch.manual_seed(config.seed * 1_000_003 + self.step)  # dropout, if the model has any, resumes exactly too
         total = weights.sum()
         micro = config.micro_rows or len(ids)
         loss = torch.zeros((), device=self.device)

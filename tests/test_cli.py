@@ -1,0 +1,116 @@
+"""The script as a user runs it: exit codes, one-line errors, no torch for its help."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from endprompt import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def endprompt(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "endprompt.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        timeout=120,
+    )
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from endprompt import cli; assert cli.main(['--help']) == 0;"
+        "heavy = {'torch', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "extend" in done.stdout and "Train: extend a checkpoint's window" in done.stdout
+
+
+def test_usage_errors_exit_with_2(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["extnd"]) == 2
+    assert "did you mean extend" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--targt", "4"])
+    assert raised.value.code == 2
+    assert "targt" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--target", "far"])
+    assert raised.value.code == 2
+    assert "target" in capsys.readouterr().err
+
+
+def test_extend_runs_through_the_script(llama, documents, tmp_path):
+    output = tmp_path / "with a space" / "out"
+    done = endprompt(
+        "extend", "--model", llama, "--data", f"[{documents}]", "--output", output, "--target", 128, "--prompt", "EP_3",
+        "--rows", 2, "--steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(output)
+    assert "Warning" not in done.stderr
+    assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 128
+    assert cli.main(["extend", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "second")]) == 0
+    first, second = ((path / "model.safetensors").read_bytes() for path in (output, tmp_path / "second"))
+    assert first == second  # the resolved configuration is the whole of it
+
+
+def test_error_is_one_line_and_exit_code_1(llama, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": 3}\n')
+    output = tmp_path / "out"
+    done = endprompt(
+        "extend", "--model", llama, "--data", f"[{broken}]", "--output", output, "--target", 128, "--steps", 1,
+        "--prompt", "EP_3",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"endprompt: {broken}, line 2: a document must have `text`")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == "" and not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--model", "nowhere"], "model='nowhere'"),
+        (["--target", "16"], "target=16 window=32"),
+        (["--prompt", "EP_1"], "the end prompt does not fit: it has"),
+        (["--rows", "5000"], "fewer documents than one batch"),
+        (["--prompt", "none"], "scheme 'endprompt' needs an end prompt"),
+    ],
+)
+def test_bad_values_give_one_line(llama, documents, tmp_path, capsys, arguments, rule):
+    usual = ["--model", str(llama), "--data", f"[{documents}]", "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    assert cli.main(["extend", *usual, "--output", str(tmp_path / "out"), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("endprompt: ") and rule in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_file_and_flags(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"lr": 1e-4, "scheme": "pose", "prompt": ["EP_1", "EP_3"]}))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml"), "--lr", "3e-4", "--print_config"])
+    assert raised.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["lr"] == 3e-4 and shown["scheme"] == "pose" and shown["prompt"] == ["EP_1", "EP_3"]
+    (tmp_path / "run.yaml").write_text("lrr: 1\n")
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml")])
+    assert raised.value.code == 2
+    assert "lrr" in capsys.readouterr().err
+
+
+def test_every_command_has_a_summary(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {"extend"} <= {words[0] for words in lines}
