@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from endprompt import rope
+from endprompt import distributed, rope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -414,17 +414,34 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
     return model
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, dtype: str) -> None:
-    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer."""
-    model.config._attn_implementation = "sdpa"
-    model.config.use_cache = True
+def whole_weights(model: PreTrainedModel, dtype: str) -> dict[str, torch.Tensor]:
+    """All weights on the CPU in `dtype`, tied ones once; sharded ones are gathered, so every process must call it."""
     wanted = torch_dtype(dtype)
     tied = set(model.state_dict()) - {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    state = {name: x.detach().to("cpu", wanted) for name, x in model.state_dict().items() if name not in tied}
+    return {
+        name: distributed.whole(tensor.detach()).to("cpu", wanted)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    dtype: str,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer.
+
+    weights: default those of the model, in `dtype`.
+    """
+    model.config._attn_implementation = "sdpa"
+    model.config.use_cache = True
     with _quiet():
-        model.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
     config = copy.deepcopy(model.config)
-    config.dtype = wanted  # save_pretrained writes the dtype of the live model, which may be a wider one
+    config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one
     config.save_pretrained(directory)
     tokenizer.model_max_length = int(model.config.max_position_embeddings)
     tokenizer.save_pretrained(directory)

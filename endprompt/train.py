@@ -14,15 +14,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt import checkpoint
+from endprompt import checkpoint, distributed
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
+from endprompt.distributed import World
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
 from endprompt.model import (
     check_vocabulary,
@@ -35,6 +36,7 @@ from endprompt.model import (
     rope_geometry,
     torch_dtype,
     training_attention,
+    whole_weights,
 )
 from endprompt.positions import WITH_PROMPT
 from endprompt.prompts import prompt_kind
@@ -268,9 +270,8 @@ def extend(config: ExtendConfig) -> Path:
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source, tokenizer)
     spec = row_spec(config, window, tokenizer)
-    device = pick_device(config)
 
-    def make_model() -> PreTrainedModel:
+    def make_model(device: str) -> PreTrainedModel:
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
     return run(config, spec, tokenizer, make_model, source_dtype=source.dtype)
@@ -282,50 +283,51 @@ def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: Pr
     attention = training_attention(config.attention)
     check_vocabulary(model_config, tokenizer)
     spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
-    device = pick_device(config)
 
-    def make_model() -> PreTrainedModel:
+    def make_model(device: str) -> PreTrainedModel:
         return new_model(model_config, seed=config.seed, dtype=config.dtype, attention=attention, device=device)
 
     return run(config, spec, tokenizer, make_model, source_dtype=torch_dtype(config.dtype))
 
 
-def pick_device(config: ExtendConfig) -> str:
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def run(
-    config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase, make_model: Any, source_dtype: Any
+    config: ExtendConfig,
+    spec: RowSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    make_model: Callable[[str], PreTrainedModel],
+    source_dtype: Any,
 ) -> Path:
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
-    if finished_before(output, config):
-        say(f"this run is finished already: {output}")
-        return output
-    check_claim(output, work, config)
-    rows = Rows(load_documents(config.data, tokenizer), spec)
-    if len(rows) < config.rows:
-        raise ValueError(
-            f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped {rows.dropped} "
-            f"shorter ones), rows={config.rows}"
-        )
-    state = checkpoint.newest_state(work / "states") if config.resume else None
-    if state is not None:
-        check_identity(config, state.about.get("config", {}))
-    elif work.exists():
-        if config.resume:
-            say(f"no whole training state in {work / 'states'}: starting at the first step")
-        shutil.rmtree(work)
-    log = RunDirectory(work, config)
-    steps = total_steps(config, spec.row_tokens)
-    trainer = Trainer(config, make_model(), rows, steps, log)
-    if state is not None:
-        trainer.resume(state)
-    trainer.fit(work / "states")
-    return finish(config, trainer, tokenizer, work, output, source_dtype)
+    with distributed.world(config.device) as here:
+        if config.rows % here.size:
+            raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {here.size}")
+        if finished_before(output, config):
+            say(f"this run is finished already: {output}", here)
+            return output
+        check_claim(output, work, config)
+        rows = Rows(load_documents(config.data, tokenizer), spec)
+        if len(rows) < config.rows:
+            raise ValueError(
+                f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped {rows.dropped} "
+                f"shorter ones), rows={config.rows}"
+            )
+        state = checkpoint.newest_state(work / "states", here) if config.resume else None
+        if state is not None:
+            check_identity(config, state.about.get("config", {}))
+        distributed.barrier()  # nothing is written before every process has made its checks
+        if here.main and state is None and work.exists():
+            if config.resume:
+                say(f"no whole training state in {work / 'states'}: starting at the first step")
+            shutil.rmtree(work)
+        log = RunDirectory(work, config) if here.main else None
+        steps = total_steps(config, spec.row_tokens)
+        trainer = Trainer(config, make_model("cpu" if here.size > 1 else here.device), rows, steps, log, here)
+        if state is not None:
+            trainer.resume(state)
+        trainer.fit(work / "states")
+        return finish(config, trainer, tokenizer, work, output, source_dtype)
 
 
 def finished_before(output: Path, config: ExtendConfig) -> bool:
@@ -373,7 +375,11 @@ def finish(
     source_dtype: Any,
 ) -> Path:
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
-    export(trainer.model, tokenizer, work, dtype)
+    weights = whole_weights(trainer.model, dtype)
+    if not trainer.here.main:
+        distributed.barrier()
+        return output
+    export(trainer.model, tokenizer, work, dtype, weights)
     about = {
         "method": method_name(config),
         "model": Path(config.model).name,
@@ -392,6 +398,7 @@ def finish(
         shutil.rmtree(output)
     os.replace(work, output)
     shutil.rmtree(output / "states", ignore_errors=True)  # last, so that a crash anywhere before can be resumed
+    distributed.barrier()
     return output
 
 
@@ -399,17 +406,51 @@ def finish(
 # Loop
 
 
+class Objective(torch.nn.Module):
+    """The model with its loss, so that sharded weights are whole for both."""
+
+    def __init__(self, model: PreTrainedModel, autocast: bool):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first."""
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
+            labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
+            if not plain_head(self.model):
+                logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+                return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
+            hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
+            head = self.model.get_output_embeddings().weight
+            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+
+
 class Trainer:
     """Model, optimizer and rows of one run; `fit` goes from the current step to the last."""
 
-    def __init__(self, config: ExtendConfig, model: PreTrainedModel, rows: Rows, steps: int, log: RunDirectory):
-        self.config, self.model, self.rows, self.steps, self.log = config, model, rows, steps, log
-        self.device = next(model.parameters()).device
+    def __init__(
+        self,
+        config: ExtendConfig,
+        model: PreTrainedModel,
+        rows: Rows,
+        steps: int,
+        log: RunDirectory | None,
+        here: World | None = None,
+    ):
+        here = here or World(device=next(model.parameters()).device.type)
+        self.config, self.model, self.rows, self.steps, self.log, self.here = config, model, rows, steps, log, here
+        self.device = torch.device(here.device)
         self.step = 0
         self.seconds = 0.0
         self.last_loss: float | None = None
         model.train()
         model.config.use_cache = False
+        if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
+            for layer in decoder_layers(model):
+                layer.compile()
+        self.loss = Objective(model, autocast=config.autocast and here.size == 1)
+        if here.size > 1:
+            distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.lr,
@@ -417,27 +458,29 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
-        if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
-            for layer in decoder_layers(model):
-                layer.compile()
 
     def resume(self, state: checkpoint.TrainingState) -> None:
-        checkpoint.restore(self.model, self.optimizer, state.tensors)
+        checkpoint.restore(self.model, self.optimizer, state)
         self.step = state.step
         self.seconds = float(state.about.get("seconds", 0.0))
-        say(f"resumed from step {self.step} of {self.steps}")
+        say(f"resumed from step {self.step} of {self.steps}", self.here)
 
     def save(self, directory: Path) -> None:
         about = {"config": identity(self.config), "seconds": self.seconds}
         tensors = checkpoint.collect(self.model, self.optimizer)
-        checkpoint.save_state(directory, self.step, tensors, about, self.config.keep)
+        checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
+
+    def batch(self, step: int) -> Batch:
+        """This process's share of a step's rows: all processes together have rows step * rows + 0, 1, 2 ..."""
+        share = self.config.rows // self.here.size
+        return self.rows.batch(step * self.config.rows + self.here.rank * share, share)
 
     def fit(self, states: Path) -> None:
-        config, per_step = self.config, self.config.rows
-        batches = prefetch(lambda step: self.rows.batch(step * per_step, per_step), range(self.step, self.steps))
+        config = self.config
+        batches = prefetch(self.batch, range(self.step, self.steps))
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
-        with contextlib.closing(batches), progress(self.step, self.steps) as advance:
+        with contextlib.closing(batches), progress(self.step, self.steps, self.here) as advance:
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
                 loss, norm = self.train_step(batch, rate)
@@ -450,9 +493,9 @@ class Trainer:
                     if not (math.isfinite(self.last_loss) and math.isfinite(float(norm))):
                         raise ValueError(self.divergence(float(norm), states))
                     self.seconds = before + time.perf_counter() - started
-                if log:
+                if log and self.log:
                     now = time.perf_counter()
-                    done = (self.step - since) * per_step * self.rows.spec.row_tokens
+                    done = (self.step - since) * config.rows * self.rows.spec.row_tokens
                     speed = done / max(now - last, 1e-9)
                     self.log.log(
                         step=self.step,
@@ -461,7 +504,7 @@ class Trainer:
                         grad_norm=round(float(norm), 5),
                         tokens_per_s=round(speed, 1),
                     )
-                    advance(self.step, self.last_loss, speed)
+                    advance(self.step, float(loss), speed)
                     last, since = now, self.step
                 if save:
                     self.save(states)
@@ -479,35 +522,24 @@ class Trainer:
             torch.from_numpy(part.copy()).to(self.device, non_blocking=True)
             for part in (batch.input_ids, batch.position_ids, batch.weights)
         )
-        torch.manual_seed(config.seed * 1_000_003 + self.step)  # dropout, if the model has any, resumes exactly too
-        total = weights.sum()
+        # dropout, if the model has any, is a function of the step too
+        torch.manual_seed((config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank)
+        total = distributed.total(weights.sum())
         micro = config.micro_rows or len(ids)
         loss = torch.zeros((), device=self.device)
         with attention_backends(self.device):
             for start in range(0, len(ids), micro):
                 part = slice(start, start + micro)
                 part_loss = self.loss(ids[part], positions[part], weights[part]) / total
-                part_loss.backward()
+                (part_loss * self.here.size).backward()  # FSDP takes the mean over the processes, we want the sum
                 loss += part_loss.detach()
         limit = config.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
-
-    def loss(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast)
-        with autocast:
-            labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
-            if not plain_head(self.model):
-                logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-                return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
-            hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
-            head = self.model.get_output_embeddings().weight
-            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+        return distributed.total(loss), norm
 
 
 def plain_head(model: PreTrainedModel) -> bool:
@@ -543,18 +575,20 @@ def attention_backends(device: torch.device) -> Iterator[None]:
 # What a person sees
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def say(message: str, here: World | None = None) -> None:
+    """Tell the user, once for all processes."""
+    if os.environ.get("RANK", "0") == "0" if here is None else here.main:
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def progress(first: int, last: int) -> Iterator[Any]:
+def progress(first: int, last: int, here: World) -> Iterator[Any]:
     """`advance(step, loss, tokens_per_s)`: a bar on a terminal, a plain line every few seconds elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    console = Console(stderr=True, quiet=not here.main)
+    if not here.main or not console.is_terminal:
         shown = [0.0]
 
         def line(step: int, loss: float, speed: float) -> None:

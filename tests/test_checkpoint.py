@@ -31,7 +31,7 @@ def test_state_restores_weights_and_optimizer_exactly(tmp_path):
     other, other_optimizer = model_and_optimizer(2)
     state = checkpoint.newest_state(tmp_path)
     assert state.step == 5
-    checkpoint.restore(other, other_optimizer, state.tensors)
+    checkpoint.restore(other, other_optimizer, state)
     for (name, left), right in zip(model.named_parameters(), other.parameters()):
         assert torch.equal(left, right), name
         for key, value in optimizer.state[left].items():
@@ -95,7 +95,7 @@ def test_state_of_another_model_is_refused(tmp_path):
     other = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 7))
     optimizer = torch.optim.AdamW(other.parameters())
     with pytest.raises(ValueError, match="of another model"):
-        checkpoint.restore(other, optimizer, checkpoint.newest_state(tmp_path).tensors)
+        checkpoint.restore(other, optimizer, checkpoint.newest_state(tmp_path))
 
 
 def test_record_says_what_was_saved(tmp_path):
