@@ -25,6 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from endprompt.distributed import World, barrier, from_main, gathered
+from endprompt.rows import write_text
 
 STATE = "state.json"
 
@@ -130,6 +131,24 @@ def _root(error: BaseException) -> BaseException | str:
 def states(directory: Path) -> list[Path]:
     """Finished states in rising order of their step."""
     return sorted(path for path in directory.glob("step-*") if path.is_dir() and path.suffix != ".partial")
+
+
+def last_good(directory: Path) -> str:
+    """Where a run that has to stop can be taken up again, for a message."""
+    kept = states(directory)
+    return f"the last good state is {kept[-1]}" if kept else "no training state was saved (save_every=0)"
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop lines that a run wrote beyond the step that it resumes from, and a line that a crash has cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
 
 
 def newest_state(directory: Path, here: World | None = None) -> TrainingState | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from endprompt.train import ExtendConfig
+from endprompt.config import ExtendConfig, PrepareConfig
 
 
 def extend(config: ExtendConfig) -> int:
@@ -11,4 +11,12 @@ def extend(config: ExtendConfig) -> int:
 
     path = train.extend(config)
     print(path)
+    return 0
+
+
+def prepare(config: PrepareConfig) -> int:
+    """Documents (JSONL, Parquet, text, a hub data set) to token shards that training maps into memory."""
+    from endprompt import prepare as shards
+
+    print(shards.prepare(config))
     return 0

@@ -8,6 +8,7 @@ run holds is a pure function of (seed, index): resume is exact, and workers do n
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import threading
 import zlib
@@ -54,10 +55,10 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         raise ValueError(f"the data file must exist: data={str(path)!r}")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         for number, record in _json_lines(path):
-            yield _document(record, f"{path}, line {number}")
+            yield document_of(record, f"{path}, line {number}")
     elif path.suffix == ".parquet":
         for number, record in _parquet(path):
-            yield _document(record, f"{path}, row {number}")
+            yield document_of(record, f"{path}, row {number}")
     elif path.suffix == ".txt":
         try:
             yield Document(path.read_text(encoding="utf-8"))
@@ -97,7 +98,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
 
 
-def _document(record: Any, where: str) -> Document:
+def document_of(record: Any, where: str) -> Document:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a document must be an object, got {type(record).__name__}")
     ids = record.get("input_ids")
@@ -144,49 +145,46 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def tokenize(
+def tokenized(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, batch: int = 512
-) -> Documents:
-    """Tokenise documents in order; a completion is tokenised apart from its text, so its border is exact.
+) -> Iterator[tuple[list[int], int]]:
+    """(token ids, how many of them are the completion) of each document, in order.
 
-    append_eos: end each document with the tokenizer's EOS token, if it has one and the document lacks it.
+    A completion is tokenised apart from its text, so its border is exact. append_eos: end each document with the
+    tokenizer's EOS token, if it has one and the document lacks it. Raises ValueError for ids beyond the vocabulary.
     """
     eos = tokenizer.eos_token_id if append_eos else None
     vocabulary = len(tokenizer)
-    pieces: list[np.ndarray] = []
-    lengths: list[int] = []
-    completion_lengths: list[int] = []
-
-    def flush(group: list[Document]) -> None:
+    documents = iter(documents)
+    while group := list(itertools.islice(documents, batch)):
         texts = [document.text for document in group] + [document.completion for document in group]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for number, document in enumerate(group):
-            text_ids, completion_ids = encoded[number], encoded[len(group) + number]
+            ids, completion = encoded[number] + encoded[len(group) + number], len(encoded[len(group) + number])
             if document.input_ids is not None:
-                text_ids, completion_ids = list(document.input_ids), []
-                if text_ids and max(text_ids) >= vocabulary:
+                ids, completion = list(document.input_ids), 0
+                if ids and max(ids) >= vocabulary:
                     raise ValueError(
-                        f"input_ids are of another tokenizer: id {max(text_ids)} is not below its size {vocabulary}"
+                        f"input_ids are of another tokenizer: id {max(ids)} is not below its size {vocabulary}"
                     )
-            ids = text_ids + completion_ids
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
-                completion_ids = [*completion_ids, eos] if completion_ids else completion_ids
-            pieces.append(np.asarray(ids, dtype=np.uint32))
-            lengths.append(len(ids))
-            completion_lengths.append(len(completion_ids))
+                completion += completion > 0
+            yield ids, completion
 
-    group: list[Document] = []
-    for document in documents:
-        group.append(document)
-        if len(group) == batch:
-            flush(group)
-            group = []
-    if group:
-        flush(group)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+) -> Documents:
+    """All documents in memory; arguments and errors as of `tokenized`."""
+    pieces: list[np.ndarray] = []
+    completions: list[int] = []
+    for ids, completion in tokenized(documents, tokenizer, append_eos=append_eos):
+        pieces.append(np.asarray(ids, dtype=np.uint32))
+        completions.append(completion)
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
-    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64))
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completions, dtype=np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +308,8 @@ class RowSpec:
     scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
     weights: of context tokens 1, of a completion's, of the end prompt's scored tokens.
     bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
-    `drop` (counted), or `pack`, one after the other.
+    `drop` (counted), or `pack`, one after the other. long: what happens to longer ones: `split` into as many rows as
+    have room, or `truncate` to the first row (counted).
     """
 
     row_tokens: int
@@ -322,6 +321,7 @@ class RowSpec:
     prompt_weight: float = 0.1
     bos: int | None = None
     short: str = "drop"
+    long: str = "split"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -331,7 +331,9 @@ class RowSpec:
             rule = "needs an end prompt" if self.scheme in WITH_PROMPT else "takes no end prompt (prompt=none)"
             raise ValueError(f"scheme {self.scheme!r} {rule}")
         if self.short not in ("drop", "pack"):
-            raise ValueError(f"short must be drop or pack: short={self.short!r}")
+            raise ValueError(f"short_documents must be drop or pack: short_documents={self.short!r}")
+        if self.long not in ("split", "truncate"):
+            raise ValueError(f"long_documents must be split or truncate: long_documents={self.long!r}")
         longest = self.prompt.longest if self.prompt else 0
         if longest and longest * 2 > self.row_tokens:
             raise ValueError(
@@ -375,12 +377,15 @@ class Rows:
     """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
 
     A unit is a stretch of a document with room for one row: a long document has several, one with a completion has one,
-    which is cut at its front if need be. dropped: documents too short to make a row.
+    which is cut at its front if need be. dropped: documents too short to make a row, and their tokens.
+    truncated: tokens of other documents that no row can hold.
     """
 
     documents: Documents
     spec: RowSpec
     dropped: int = field(init=False)
+    dropped_tokens: int = field(init=False)
+    truncated_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         spec, needed = self.spec, self.spec.needed
@@ -389,8 +394,11 @@ class Rows:
             self.documents = pack(self.documents, needed)
         lengths = self.documents.lengths
         has_completion = self.documents.completions < self.documents.offsets[1:]
-        units = np.where(has_completion, np.minimum(lengths // needed, 1), lengths // needed)
+        single = has_completion | (spec.long == "truncate")
+        units = np.where(single, np.minimum(lengths // needed, 1), lengths // needed)
         self.dropped = int(np.count_nonzero(units == 0))
+        self.dropped_tokens = int(lengths[units == 0].sum())
+        self.truncated_tokens = int((lengths - needed)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
@@ -466,6 +474,8 @@ class Rows:
         """Start of a window of `need` tokens: to the end of a completion, else anywhere in the unit's stretch."""
         if self.documents.completions[self._document[unit]] < hi:
             return hi - need
+        if self.spec.long == "truncate":
+            return lo
         stretch = self.spec.needed
         return lo + min(int(self._stretch[unit]) * stretch + int(rng.integers(stretch)), hi - lo - need)
 
@@ -498,34 +508,18 @@ class Rows:
 
 
 def pack(documents: Documents, needed: int) -> Documents:
-    """Documents shorter than `needed` joined in their order into pieces of at least that length.
-
-    The rest that does not fill a last piece is left as one short document, which is dropped and counted.
-    """
-    lengths = documents.lengths
-    short = np.flatnonzero(lengths < needed)
-    long = np.flatnonzero(lengths >= needed)
-    order = np.concatenate([long, short])
-    pieces = [documents.tokens[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
-    ends = [int(lengths[i]) for i in long]
-    completion_lengths = [int(documents.offsets[i + 1] - documents.completions[i]) for i in long]
-    run = 0
-    for i in short:
-        run += int(lengths[i])
-        if run >= needed:
-            ends.append(run)
-            completion_lengths.append(0)
-            run = 0
-    if run:
-        ends.append(run)
-        completion_lengths.append(0)
-    offsets = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
-    tokens = np.concatenate(pieces) if pieces else documents.tokens
-    weights = None
-    if documents.weights is not None:
-        parts = [documents.weights[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
-        weights = np.concatenate(parts) if parts else documents.weights
-    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64), weights)
+    """The documents shorter than `needed` joined in their order into one, after all others."""
+    short = documents.lengths < needed
+    order = np.concatenate([np.flatnonzero(~short), np.flatnonzero(short)])
+    places = [np.arange(documents.offsets[i], documents.offsets[i + 1]) for i in order]
+    every = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
+    lengths = [*documents.lengths[~short], documents.lengths[short].sum()] if short.any() else documents.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    completions = (documents.offsets[1:] - documents.completions)[~short]
+    if short.any():
+        completions = np.append(completions, 0)
+    weights = None if documents.weights is None else documents.weights[every]
+    return Documents(documents.tokens[every], offsets, offsets[1:] - completions, weights)
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Generator[Any]:

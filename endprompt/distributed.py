@@ -35,7 +35,12 @@ class World:
 
 @contextlib.contextmanager
 def world(device: str) -> Iterator[World]:
-    """The processes that torchrun started, or this one alone. device: cpu, cuda or auto."""
+    """The processes that torchrun started, or this one alone. device: cpu, cuda or auto.
+
+    Raises ValueError if the device is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -79,7 +79,7 @@ def test_tokenize_marks_where_a_completion_starts(tokenizer):
 
 
 def test_input_ids_of_another_vocabulary_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="id 9999 is not below its size"):
+    with pytest.raises(ValueError, match="9999 is not below its size"):
         data.tokenize([Document(input_ids=[5, 9999])], tokenizer)
 
 
@@ -201,12 +201,22 @@ def test_short_documents_are_counted_and_dropped_or_packed():
     documents = make_documents(3, 20, 4, 4, 5, 2)
     dropped = Rows(documents, spec())
     assert (len(dropped), dropped.dropped) == (2, 5)
+    assert dropped.dropped_tokens == 18
     packed = Rows(documents, spec(short="pack"))
-    assert (len(packed), packed.dropped) == (3, 1)
-    starts = {tuple(packed.row(i)[0]) for i in range(60)}
-    assert any({1002, 3000} <= set(row) for row in starts)  # documents in their order, one after the other
+    assert (len(packed), packed.dropped) == (4, 0)  # two rows of the long document, 18 tokens of the others
+    assert packed.documents.tokens.tolist() == [
+        *range(2000, 2020), *range(1000, 1003), *range(3000, 3004), *range(4000, 4004), *range(5000, 5005), 6000, 6001,
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="completion_weight must be 1"):
         Rows(make_documents(3, 20, completions=[1, 0]), spec(short="pack", completion_weight=10.0))
+
+
+def test_long_documents_are_split_or_truncated():
+    documents = make_documents(20, 8, 33)
+    assert len(Rows(documents, spec())) == 2 + 1 + 4
+    rows = Rows(documents, spec(long="truncate"))
+    assert len(rows) == 3 and rows.truncated_tokens == 12 + 25
+    assert sorted(int(rows.row(i)[0][0]) for i in range(3)) == [1000, 2000, 3000]
 
 
 def test_sequence_that_is_too_short_never_becomes_contiguous():
@@ -225,7 +235,8 @@ def test_sequence_that_is_too_short_never_becomes_contiguous():
         ({"scheme": "endprompt", "prompt": Cues(((1,) * 5,))}, "does not fit: it has 5 tokens"),
         ({"row_tokens": 65}, "must fit into the target window"),
         ({"scheme": "anchors", "prompt": CUE, "anchors": 32}, "first of 32 anchors"),
-        ({"short": "merge"}, "short must be drop or pack"),
+        ({"short": "merge"}, "short_documents must be drop or pack"),
+        ({"long": "fold"}, "long_documents must be split or truncate"),
         ({"scheme": "endprompt", "prompt": CUE, "prompt_weight": -1.0}, "prompt_weight=-1.0"),
     ],
 )
