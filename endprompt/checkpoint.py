@@ -42,8 +42,11 @@ class TrainingState:
 def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The live tensors that the next step depends on, by name; tied weights appear once."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    masters = getattr(optimizer, "masters", {})
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        if parameter in masters:
+            tensors[f"optimizer.{name}.master"] = masters[parameter].detach()
+        for key, value in optimizer.state.get(masters.get(parameter, parameter), {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 

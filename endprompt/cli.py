@@ -12,9 +12,12 @@ called.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
+import json
 import os
 import sys
+import typing
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
@@ -42,8 +45,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
-    import typing
-
     recipes = recipe_files(entry_point)
     if "--list-recipes" in argv:
         print(recipe_list(recipes))
@@ -57,6 +58,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     if recipes:
         parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
         argv = with_recipe(argv, recipes)
+    argv = with_lists(with_switches(argv, config_type), config_type)
     parser.add_class_arguments(config_type, as_positional=True)
     namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
     fields = parser.instantiate(namespace).as_dict()
@@ -107,6 +109,54 @@ def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
         else:
             out.append(argument)
     return out
+
+
+def with_switches(argv: list[str], config_type: type) -> list[str]:
+    """The arguments with `--resume` in terms of `--resume true` where no value follows."""
+    switches = {name for name, kind in typing.get_type_hints(config_type).items() if kind is bool}
+    out: list[str] = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        out.append(argument)
+        if argument.removeprefix("--").replace("-", "_") in switches and following.startswith("--"):
+            out.append("true")
+    return out
+
+
+def with_lists(argv: list[str], config_type: type) -> list[str]:
+    """The arguments with `--data a b` in terms of `--data '["a", "b"]'`.
+
+    A flag of a command that has positionals takes one value only, so that it does not swallow them.
+    """
+    kinds = typing.get_type_hints(config_type)
+    lists = {name for name, kind in kinds.items() if _is_list(kind)}
+    positionals = any(
+        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(config_type)
+    )
+    out: list[str] = []
+    place = 0
+    while place < len(argv):
+        argument, name = argv[place], argv[place].removeprefix("--").replace("-", "_")
+        place += 1
+        out.append(argument)
+        if not argument.startswith("--") or name not in lists:
+            continue
+        values: list[str] = []
+        while place < len(argv) and not argv[place].startswith("--") and not (positionals and values):
+            values.append(argv[place])
+            place += 1
+        if len(values) == 1 and values[0].startswith("["):
+            out += values
+        elif values:
+            words = int not in typing.get_args(kinds[name]) and list[int] not in typing.get_args(kinds[name])
+            out.append(json.dumps(values) if words else f"[{', '.join(values)}]")
+    return out
+
+
+def _is_list(kind: typing.Any) -> bool:
+    """Whether a field is a list (or None), and cannot be a single word."""
+    parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    return all(part is type(None) or typing.get_origin(part) is list for part in parts)
 
 
 def one_line(error: BaseException) -> str:

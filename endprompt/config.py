@@ -53,6 +53,7 @@ class ExtendConfig:
         beta2: of AdamW
         clip: largest norm of the gradient; 0 for none
         seed: of positions, prompts and the order of documents
+        optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), or auto: masters for bfloat16
         dtype: of the weights that are trained: float32 or bfloat16
         autocast: multiply in bfloat16 while the weights stay as they are
         export_dtype: of the exported weights; default the checkpoint's own
@@ -109,6 +110,7 @@ class ExtendConfig:
     beta2: float = 0.95
     clip: float = 1.0
     seed: int = 0
+    optimizer: str = "auto"
     dtype: str = "float32"
     autocast: bool = False
     export_dtype: str | None = None
@@ -131,6 +133,7 @@ class ExtendConfig:
 
 
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("auto", "adamw", "masters")
 DTYPES = ("float32", "bfloat16")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTING = ("none", "selective", "full")
@@ -160,6 +163,7 @@ def check_config(config: ExtendConfig) -> None:
         "beta1": (config.beta1, 0 <= config.beta1 < 1, "in [0, 1)"),
         "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
         "clip": (config.clip, config.clip >= 0, "at least 0"),
+        "optimizer": (config.optimizer, config.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
         "dtype": (config.dtype, config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         "export_dtype": (
             config.export_dtype,

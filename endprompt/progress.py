@@ -10,6 +10,7 @@ counted. MFU = tokens/s x FLOPs of a token / the device's dense bfloat16 peak by
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Dense bfloat16 FLOP/s by datasheet, by a part of the device's name.
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
-REPORTS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+REPORTS = ("tensorboard", "wandb")
 
 
 def say(message: str, here: World | None = None) -> None:
@@ -105,17 +106,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def reporters(names: Sequence[str], directory: Path, config: dict[str, Any]) -> list[Callable[[int, dict], None]]:
-    """`report(step, values)` of each tracker. Raises ValueError for an unknown one, or with what installs it."""
-    made: list[Callable[[int, dict], None]] = []
+def check_reports(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that is unknown, or not installed, with the line that installs it."""
     for name in names:
         if name not in REPORTS:
             raise ValueError(f"report must be one of {', '.join(REPORTS)}: report={name!r}")
         try:
-            made.append(_tensorboard(directory) if name == "tensorboard" else _wandb(directory, config))
+            importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"report={name} needs a package: pip install {REPORTS[name]} ({error})") from error
-    return made
+            raise ValueError(f"report={name} needs a package ({error}): pip install {name}") from error
+
+
+def reporters(names: Sequence[str], directory: Path, config: dict[str, Any]) -> list[Callable[[int, dict], None]]:
+    """`report(step, values)` of each tracker."""
+    return [_tensorboard(directory) if name == "tensorboard" else _wandb(directory, config) for name in names]
 
 
 def _tensorboard(directory: Path) -> Callable[[int, dict], None]:

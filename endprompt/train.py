@@ -26,6 +26,7 @@ from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
+from endprompt.masters import MasterAdamW
 from endprompt.model import (
     check_vocabulary,
     export,
@@ -39,7 +40,7 @@ from endprompt.model import (
     training_attention,
     whole_weights,
 )
-from endprompt.progress import device_peak, flops_per_token, progress, reporters, say
+from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import prompt_kind
 from endprompt.recompute import checkpoint_layers
 from endprompt.rows import RunDirectory, environment, plain, result_row, write_text
@@ -149,10 +150,15 @@ def run(
     with distributed.world(config.device) as here:
         if config.rows % here.size:
             raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {here.size}")
+        if here.size > 1 and config.dtype != "float32":
+            raise ValueError(
+                f"several processes train float32 weights (autocast multiplies in bfloat16): dtype={config.dtype!r}"
+            )
         if finished_before(output, config):
             say(f"this run is finished already: {output}", here)
             return output
         check_claim(output, work, config)
+        check_reports(config.report)
         rows = Rows(load_documents(config.data, tokenizer), spec)
         if len(rows) < config.rows:
             raise ValueError(
@@ -302,6 +308,24 @@ class Objective(torch.nn.Module):
             return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
 
 
+def make_optimizer(config: ExtendConfig, model: PreTrainedModel, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer over all weights that train."""
+    name = config.optimizer
+    if name == "auto":
+        name = "masters" if config.dtype == "bfloat16" else "adamw"
+    if name == "adamw" and config.dtype == "bfloat16":
+        say(
+            "WARNING: adamw rounds bfloat16 weights to nearest, which loses small updates; optimizer=masters keeps them"
+        )
+    return (MasterAdamW if name == "masters" else torch.optim.AdamW)(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
 class Trainer:
     """Model, optimizer and rows of one run; `fit` goes from the current step to the last."""
 
@@ -335,13 +359,7 @@ class Trainer:
         self.loss = Objective(model, autocast=config.autocast and here.size == 1)
         if here.size > 1:
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        self.optimizer = make_optimizer(config, model, self.device)
 
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)
@@ -457,8 +475,8 @@ class Trainer:
                 part_loss = self.loss(ids[part], positions[part], weights[part]) / total
                 (part_loss * self.here.size).backward()  # FSDP takes the mean over the processes, we want the sum
                 loss += part_loss.detach()
-        limit = config.clip or math.inf
-        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

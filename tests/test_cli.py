@@ -1,15 +1,18 @@
 """The script as a user runs it: exit codes, one-line errors, no torch for its help."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import yaml
 
 from endprompt import cli
+from endprompt.config import ExtendConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +55,7 @@ def test_usage_errors_exit_with_2(capsys):
 def test_extend_runs_through_the_script(llama, documents, tmp_path):
     output = tmp_path / "with a space" / "out"
     done = endprompt(
-        "extend", "--model", llama, "--data", f"[{documents}]", "--output", output, "--target", 128, "--prompt", "EP_3",
+        "extend", "--model", llama, "--data", documents, "--output", output, "--target", 128, "--prompt", "EP_3",
         "--rows", 2, "--steps", 2, "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -69,7 +72,7 @@ def test_error_is_one_line_and_exit_code_1(llama, tmp_path):
     broken.write_text('{"text": "a"}\n{"text": 3}\n')
     output = tmp_path / "out"
     done = endprompt(
-        "extend", "--model", llama, "--data", f"[{broken}]", "--output", output, "--target", 128, "--steps", 1,
+        "extend", "--model", llama, "--data", broken, "--output", output, "--target", 128, "--steps", 1,
         "--prompt", "EP_3",
     )  # fmt: skip
     assert done.returncode == 1
@@ -89,7 +92,7 @@ def test_error_is_one_line_and_exit_code_1(llama, tmp_path):
     ],
 )
 def test_bad_values_give_one_line(llama, documents, tmp_path, capsys, arguments, rule):
-    usual = ["--model", str(llama), "--data", f"[{documents}]", "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    usual = ["--model", str(llama), "--data", str(documents), "--target", "128", "--prompt", "EP_3", "--steps", "1"]
     assert cli.main(["extend", *usual, "--output", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith("endprompt: ") and rule in said and len(said.splitlines()) == 1
@@ -108,6 +111,52 @@ def test_config_file_and_flags(tmp_path, capsys):
         cli.main(["extend", "--config", str(tmp_path / "run.yaml")])
     assert raised.value.code == 2
     assert "lrr" in capsys.readouterr().err
+
+
+def test_switches_need_no_value():
+    given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast"]
+    assert cli.with_switches(given, ExtendConfig) == [
+        "--resume", "true", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "true",
+    ]  # fmt: skip
+
+
+def test_lists_need_no_brackets():
+    given = ["--data", "a b.jsonl", "c.txt", "--eval-lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
+    assert cli.with_lists(given, ExtendConfig) == [
+        "--data", '["a b.jsonl", "c.txt"]', "--eval-lengths", "[64, 128]", "--report", "[wandb]", "--prompt", "EP_1",
+    ]  # fmt: skip
+
+    @dataclasses.dataclass
+    class Positional:
+        checkpoint: str
+        lengths: list[int] | None = None
+        tasks: list[str] = dataclasses.field(default_factory=list)
+
+    assert cli.with_lists(["--tasks", "vt", "runs/x"], Positional) == ["--tasks", '["vt"]', "runs/x"]
+    assert cli.with_lists(["runs/x", "--lengths", "64"], Positional) == ["runs/x", "--lengths", "[64]"]
+
+
+def test_prepare_runs_through_the_script(llama, documents, tmp_path, capsys):
+    command = EntryPoint(name="prepare", value="endprompt.commands:prepare", group=cli.GROUP)
+    output = str(tmp_path / "shard")
+    arguments = ["--data", str(documents), "--tokenizer", str(llama), "--output", output]
+    assert cli.run(command, arguments) == 0
+    assert capsys.readouterr().out.strip() == output
+    assert cli.run(command, arguments) == 1
+    assert capsys.readouterr().err.startswith("endprompt: the output exists already")
+    assert cli.run(command, [*arguments, "--overwrite"]) == 0
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys; from endprompt import cli\n"
+        "try: cli.main(['extend', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "scaling factor; default target / window" in done.stdout
 
 
 def test_every_command_has_a_summary(capsys):

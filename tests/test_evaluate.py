@@ -87,10 +87,14 @@ def test_hits_need_every_scored_token(llama):
 
 
 def test_run_is_evaluated_on_its_way_and_at_its_end(extend_config, documents):
-    output = train.extend(extend_config(steps=4, eval_every=2, eval_data=[str(documents)], eval_lengths=[16, 128]))
+    held = {"eval_data": [str(documents)], "eval_lengths": [96, 128], "eval_rows": 3, "eval_needles": 2}
+    output = train.extend(extend_config(steps=4, eval_every=2, **held))
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["length"]) for row in rows] == [(2, 16), (2, 128), (4, 16), (4, 128)]
-    assert {row["metric"] for row in rows} == {"loss"} and {row["method"] for row in rows} == {"endprompt+EP_3+linear"}
+    assert [(row["step"], row["task"], row["length"]) for row in rows] == [
+        (step, task, length) for step in (2, 4) for task in ("held_out", "needle") for length in (96, 128)
+    ]
+    assert {(row["metric"], row["n"]) for row in rows} == {("loss", 3), ("exact_match", 2)}
+    assert {row["method"] for row in rows} == {"endprompt+EP_3+linear"}
     plain = train.extend(extend_config(steps=4, output=str(output) + "-plain"))
     same = ((path / "model.safetensors").read_bytes() for path in (output, plain))
     assert next(same) == next(same)  # evaluation leaves no trace in the weights
@@ -122,7 +126,7 @@ def test_reports_go_to_the_trackers_asked_for(extend_config, monkeypatch):
     train.extend(extend_config(steps=2, report=["wandb"]))
     assert [step for step, _ in calls] == [1, 2] and {"loss", "lr", "tokens_per_s"} <= calls[0][1].keys()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="report=wandb needs a package: pip install wandb"):
+    with pytest.raises(ValueError, match=r"report=wandb needs a package \(.*\): pip install wandb"):
         train.extend(extend_config(steps=2, report=["wandb"], overwrite=True))
     with pytest.raises(ValueError, match="report must be one of tensorboard, wandb"):
         train.extend(extend_config(steps=2, report=["paper"], overwrite=True))
