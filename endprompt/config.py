@@ -255,5 +255,15 @@ def check_prepare_config(config: PrepareConfig) -> None:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
         raise ValueError(f"max_tokens must not be below min_tokens={config.min_tokens}: max_tokens={config.max_tokens}")
-    if Path(config.output).exists() and not config.overwrite:
-        raise ValueError(f"the output exists already; choose another or set overwrite: output={config.output!r}")
+    check_output(config.output, config.overwrite, "manifest.json", "shard")
+
+
+def check_output(output: str, overwrite: bool, mark: str, what: str) -> None:
+    """Raises ValueError if the output stands already, unless it may be replaced and is one of ours: it holds `mark`."""
+    path = Path(output)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"the output exists already; choose another or set overwrite: output={output!r}")
+    if not (path / mark).is_file():
+        raise ValueError(f"overwrite replaces an earlier {what} only, which has a {mark}: output={output!r}")

@@ -132,6 +132,12 @@ class Documents:
         weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
         return weights if self.weights is None else weights * self.weights[places]
 
+    def fingerprint(self) -> str:
+        """Hash of the documents' lengths and of a sample of their tokens, to notice that data have changed."""
+        step = max(1, len(self.tokens) // 65_536)
+        sample = np.asarray(self.tokens[::step], dtype=np.uint32)
+        return sha256_of(self.offsets.tobytes(), self.completions.tobytes(), sample.tobytes())
+
     def __len__(self) -> int:
         return len(self.completions)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from endprompt import checkpoint, distributed, longlora
-from endprompt.config import ExtendConfig, check_config, method_name, prompt_names
+from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
@@ -103,6 +103,8 @@ def learning_rate(config: ExtendConfig, step: int, steps: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Jobs
 
+RECORD = "endprompt.json"  # what a finished output says of its making
+
 
 def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
@@ -168,7 +170,7 @@ def run(
         evaluation = held_out(config, spec, tokenizer)
         state = checkpoint.newest_state(work / "states", here) if config.resume else None
         if state is not None:
-            check_identity(config, state.about.get("config", {}))
+            check_identity(config, rows, state.about)
         distributed.barrier()  # nothing is written before every process has made its checks
         if here.main and state is None and work.exists():
             if config.resume:
@@ -201,7 +203,7 @@ def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizer
 
 def finished_before(output: Path, config: ExtendConfig) -> bool:
     """Whether a resumed run ended after all: its output is whole and of the same configuration."""
-    record = output / "endprompt.json"
+    record = output / RECORD
     if not (config.resume and record.is_file()):
         return False
     saved = json.loads(record.read_text(encoding="utf-8"))["config"]
@@ -210,16 +212,16 @@ def finished_before(output: Path, config: ExtendConfig) -> bool:
 
 def check_claim(output: Path, work: Path, config: ExtendConfig) -> None:
     """Refuse to mix runs: a finished output needs `overwrite`, an unfinished one `resume` (or `overwrite`)."""
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"the output exists already; choose another or set overwrite: output={config.output!r}")
+    check_output(config.output, config.overwrite, RECORD, "run")
     if config.resume and not work.exists():
         raise ValueError(f"there is no unfinished run to resume: {work} does not exist")
     if not (config.resume or config.overwrite) and work.exists() and checkpoint.states(work / "states"):
         raise ValueError(f"an unfinished run has states in {work}; set resume to go on, or overwrite to start again")
 
 
-def check_identity(config: ExtendConfig, saved: dict[str, Any]) -> None:
-    ours = identity(config)
+def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> None:
+    """Refuse a state of another configuration, or of data that have changed since."""
+    ours, saved = identity(config), about.get("config", {})
     different = sorted(key for key in ours if saved.get(key) != ours[key])
     if different:
         key = different[0]
@@ -227,6 +229,8 @@ def check_identity(config: ExtendConfig, saved: dict[str, Any]) -> None:
             f"resume needs the configuration that the run was started with: {key}={ours[key]!r}, the state has "
             f"{saved.get(key)!r} ({', '.join(different)} differ)"
         )
+    if about.get("documents") != rows.documents.fingerprint():
+        raise ValueError(f"resume needs the documents that the run was started with: data={config.data} have changed")
 
 
 def identity(config: ExtendConfig) -> dict[str, Any]:
@@ -266,7 +270,7 @@ def finish(
         "config": plain(dataclasses.asdict(config)),
         "environment": environment(),
     }
-    write_text(work / "endprompt.json", json.dumps(about, indent=2) + "\n")
+    write_text(work / RECORD, json.dumps(about, indent=2) + "\n")
     checkpoint.sync_tree(work)
     if output.exists():
         shutil.rmtree(output)
@@ -294,11 +298,9 @@ class Objective(torch.nn.Module):
 
         hits: instead the number of rows in which each token with a weight is the most likely one.
         """
-        if hits:
-            scored_BT = weights_BT[:, 1:] > 0
-            logits_BTV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-            return ((logits_BTV[:, :-1].argmax(-1) == ids_BT[:, 1:]) | ~scored_BT).all(1).float().sum()
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
+            if hits:
+                return self.hits(ids_BT, positions_BT, weights_BT[:, 1:] > 0)
             labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
             if not plain_head(self.model):
                 logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
@@ -306,6 +308,13 @@ class Objective(torch.nn.Module):
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
             return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+
+    def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
+        hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
+        best = self.model.get_output_embeddings()(hidden[:, :-1][scored_BT]).argmax(-1)
+        wrong = torch.zeros(len(ids_BT), device=ids_BT.device)
+        wrong.index_add_(0, scored_BT.nonzero()[:, 0], (best != ids_BT[:, 1:][scored_BT]).float())
+        return (wrong == 0).float().sum()
 
 
 def make_optimizer(config: ExtendConfig, model: PreTrainedModel, device: torch.device) -> torch.optim.Optimizer:
@@ -372,7 +381,12 @@ class Trainer:
         say(f"resumed from step {self.step} of {self.steps}", self.here)
 
     def save(self, directory: Path) -> None:
-        about = {"config": identity(self.config), "seconds": self.seconds, "guard": vars(self.guard)}
+        about = {
+            "config": identity(self.config),
+            "documents": self.rows.documents.fingerprint(),
+            "seconds": self.seconds,
+            "guard": vars(self.guard),
+        }
         tensors = checkpoint.collect(self.model, self.optimizer)
         checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
 

@@ -32,20 +32,19 @@ def test_manifest_counts_what_was_written_and_dropped(prepare_config, tokenizer,
     lines = [{"text": "go"}, {"text": ""}, {"text": " ".join(WORDS), "completion": " the end"}, {"input_ids": [5] * 99}]
     path = tmp_path / "mixed.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
-    shard = prepare(prepare_config(data=[str(path)], min_tokens=2, max_tokens=24))
+    text, completion = len(tokenizer(" ".join(WORDS))["input_ids"]), len(tokenizer(" the end")["input_ids"]) + 1
+    limit = text + 1  # cuts the completion and its EOS down to one token
+    shard = prepare(prepare_config(data=[str(path)], min_tokens=2, max_tokens=limit))
     manifest = json.loads((shard / "manifest.json").read_text())
-    lengths = [
-        len(tokenizer("go")["input_ids"]) + 1,
-        min(24, len(tokenizer(" ".join(WORDS) + " the end")["input_ids"]) + 1),
-        24,
-    ]
+    lengths = [len(tokenizer("go")["input_ids"]) + 1, limit, limit]
     assert manifest["documents"] == 3 and manifest["tokens"] == sum(lengths)
     assert (manifest["documents_dropped"], manifest["tokens_dropped"]) == (1, 1)
-    assert manifest["documents_cut"] >= 1 and manifest["tokens_cut"] >= 100 - 24
+    assert (manifest["documents_cut"], manifest["tokens_cut"]) == (2, completion - 1 + 100 - limit)
     assert manifest["tokenizer_sha256"] == data.tokenizer_sha256(tokenizer)
     assert "dropped 1 documents below 2 tokens" in capsys.readouterr().err
     read = data.read_shard(shard, data.tokenizer_sha256(tokenizer))
     assert read.lengths.tolist() == lengths
+    assert (read.offsets[1:] - read.completions).tolist() == [0, 1, 0]
     ends = [data.tokenize([data.Document("go")], tokenizer).tokens.tolist(), read.tokens[: lengths[0]].tolist()]
     assert ends[0] == ends[1]
 
@@ -83,6 +82,9 @@ def test_prepare_does_not_overwrite_unasked(prepare_config):
     with pytest.raises(ValueError, match="output exists already"):
         prepare(prepare_config())
     assert prepare(prepare_config(overwrite=True)) == shard
+    (shard / "manifest.json").unlink()  # now it could be anything
+    with pytest.raises(ValueError, match="overwrite replaces an earlier shard only"):
+        prepare(prepare_config(overwrite=True))
 
 
 def test_shard_of_another_tokenizer_stops_a_run(prepare_config, extend_config):

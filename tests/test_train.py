@@ -125,14 +125,22 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-def test_resume_with_another_configuration_is_refused(extend_config, tmp_path):
+def test_resume_with_another_configuration_is_refused(extend_config, documents, tmp_path):
     config = extend_config(steps=4, save_every=2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "finish", interrupted)
         train.extend(config)
     with pytest.raises(ValueError, match="unfinished run has states"):
         train.extend(config)
-    config.resume, config.lr = True, 5e-4
+    config.resume = True
+    lines = documents.read_text().splitlines()
+    (tmp_path / "changed.jsonl").write_text("\n".join([lines[0], lines[2], *lines[2:]]))
+    with pytest.MonkeyPatch.context() as patch:
+        load = train.load_documents
+        patch.setattr(train, "load_documents", lambda _, *rest: load([str(tmp_path / "changed.jsonl")], *rest))
+        with pytest.raises(ValueError, match=r"documents that the run was started with: .* have changed"):
+            train.extend(config)
+    config.lr = 5e-4
     with pytest.raises(ValueError, match=r"lr=0\.0005, the state has 0\.001"):
         train.extend(config)
 
@@ -247,3 +255,6 @@ def test_finished_output_is_not_overwritten_unasked(extend_config, tmp_path):
     assert same(before, weights_of(output))
     train.extend(extend_config(steps=2, overwrite=True))
     assert not same(before, weights_of(output))
+    (output / "endprompt.json").unlink()  # now it could be any directory of the user's
+    with pytest.raises(ValueError, match="overwrite replaces an earlier run only"):
+        train.extend(extend_config(steps=2, overwrite=True))
