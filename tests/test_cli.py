@@ -67,18 +67,15 @@ def test_extend_runs_through_the_script(llama, documents, tmp_path):
     assert first == second  # the resolved configuration is the whole of it
 
 
-def test_error_is_one_line_and_exit_code_1(llama, tmp_path):
+def test_broken_data_file_is_named_with_its_line(llama, tmp_path, capsys):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": 3}\n')
-    output = tmp_path / "out"
-    done = endprompt(
-        "extend", "--model", llama, "--data", broken, "--output", output, "--target", 128, "--steps", 1,
-        "--prompt", "EP_3",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"endprompt: {broken}, line 2: a document must have `text`")
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stdout == "" and not output.exists()
+    usual = ["--model", str(llama), "--data", str(broken), "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    assert cli.main(["extend", *usual, "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"endprompt: {broken}, line 2: a document must have `text`")
+    assert len(said.err.splitlines()) == 1 and said.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
 
 
 @pytest.mark.parametrize(
