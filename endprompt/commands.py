@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from endprompt.bench import BenchConfig
 from endprompt.train import ExtendConfig
 
 
@@ -12,3 +13,10 @@ def extend(config: ExtendConfig) -> int:
     path = train.extend(config)
     print(path)
     return 0
+
+
+def bench(config: BenchConfig) -> int:
+    """Measure training steps on random weights of a named shape: tokens/s, MFU, peak memory."""
+    from endprompt import bench as measurements
+
+    return measurements.bench(config)
