@@ -57,6 +57,7 @@ class BenchConfig:
     Args:
         output: directory that gets results.jsonl
         suite: none for one measurement, or h200: the published comparison, on one GPU
+        parts: of the suite, only those whose name begins with one of these, separated by semicolons; empty for all
         seconds: the suite starts nothing that its estimate puts beyond this
         tiny: the suite with toy sizes, on any machine: a rehearsal, its numbers mean nothing
         shape: llama3-8b, llama2-7b, mistral-7b, llama3-1b, small or tiny
@@ -74,7 +75,7 @@ class BenchConfig:
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
         memory_budget: with selective, the share of the activations that a compiled layer may keep
         compile: torch.compile each decoder layer
-        timed: micro-batches that are timed, after two that are not
+        timed: micro-batches that are timed, after two that are not (one, if only one is timed)
         whole_step: time one whole optimizer step instead
         profile: also say where the time of a micro-batch goes, by kind of kernel
         name: the task of the rows
@@ -82,6 +83,7 @@ class BenchConfig:
 
     output: str = "bench"
     suite: str = "none"
+    parts: str = ""
     seconds: float = 480.0
     tiny: bool = False
     shape: str = "llama3-8b"
@@ -201,8 +203,8 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
     run = Run(config, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run.micro_batch()
-    run.micro_batch()
+    for _ in range(min(2, config.timed)):
+        run.micro_batch()
     values: dict[str, float] = {}
     if config.whole_step:
         if run.optimizer is not None:  # its first step allocates and compiles
@@ -254,7 +256,7 @@ def rows_of(config: BenchConfig, values: dict[str, float], **extra: Any) -> list
     ]
 
 
-NOT_A_SETTING = frozenset({"output", "suite", "seconds", "tiny", "name"})
+NOT_A_SETTING = frozenset({"output", "suite", "parts", "seconds", "tiny", "name"})
 
 
 class Run:
@@ -556,13 +558,28 @@ def sum_errors(micro_batches: int, shape: str = "small") -> list[dict[str, Any]]
 # Ceilings: what the device gives for the products of one layer
 
 
-def ceilings(shape: str, tokens: int, seconds: float = 0.25) -> list[dict[str, Any]]:
-    """Sustained TFLOP/s of each matrix product of a layer and of attention, on random data."""
+def rate(flops: float, work: Callable[[], Any], seconds: float = 0.25) -> float:
+    """Sustained TFLOP/s of `work`, which takes `flops`."""
     import torch
-    import torch.nn.functional as F
 
-    from endprompt.rows import environment, result_row
-    from endprompt.train import attention_backends
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    for _ in range(2):
+        work()
+    wait()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for _ in range(4):
+            work()
+        wait()
+        count += 4
+    return count * flops / (time.perf_counter() - started) / 1e12
+
+
+def ceilings(shape: str, tokens: int) -> list[dict[str, Any]]:
+    """Sustained TFLOP/s of each matrix product of a layer, on random data."""
+    import torch
+
+    from endprompt.loss import add_product
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, _, heads, groups, intermediate, *_ = SHAPES[shape][1:]
@@ -579,18 +596,6 @@ def ceilings(shape: str, tokens: int, seconds: float = 0.25) -> list[dict[str, A
     new = {"device": device, "dtype": torch.bfloat16}
     rates: dict[str, float] = {}
 
-    def rate(flops: float, work: Callable[[], Any]) -> float:
-        wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-        work()
-        wait()
-        count, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds:
-            for _ in range(4):
-                work()
-            wait()
-            count += 4
-        return count * flops / (time.perf_counter() - started) / 1e12
-
     for name, (out, inside) in sizes.items():
         x, w, g = (torch.randn(size, **new) for size in ((tokens, inside), (out, inside), (tokens, out)))
         total = torch.zeros(out, inside, device=device)
@@ -598,25 +603,60 @@ def ceilings(shape: str, tokens: int, seconds: float = 0.25) -> list[dict[str, A
         rates[f"{name}: output"] = rate(flops, lambda x=x, w=w: x @ w.t())
         rates[f"{name}: input gradient"] = rate(flops, lambda g=g, w=w: g @ w)
         rates[f"{name}: weight gradient"] = rate(flops, lambda g=g, x=x: g.t() @ x)
-        from endprompt.loss import add_product
-
         rates[f"{name}: weight gradient, added in float32"] = rate(
             flops, lambda t=total, g=g, x=x: add_product(t, g, x)
         )
         if device.type == "cuda":
-            rates |= float8_rates(name, x, w, g, flops, rate)
-    row = min(tokens, 8192)
-    q = torch.randn(1, heads, row, head_dim, requires_grad=True, **new)
-    k, v = (torch.randn(1, groups, row, head_dim, requires_grad=True, **new) for _ in range(2))
-    causal = 2.0 * row * row * heads * head_dim
-    with attention_backends(device):
+            rates |= float8_rates(name, x, w, g, flops)
+    return rate_rows(rates, shape, tokens)
 
-        def forward() -> Any:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        rates["attention: forward"] = rate(causal, forward)
-        grad = torch.randn_like(q)
-        rates["attention: forward and backward"] = rate(3.5 * causal, lambda: forward().backward(grad))
+def attention_rates(shape: str, tokens: int) -> list[dict[str, Any]]:
+    """TFLOP/s of the attention kernels that are there, on one causal row; the backward pass counts 2.5 times."""
+    import torch
+
+    from endprompt.model import ATTENTIONS, FLASH_PACKAGES
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hidden, _, heads, groups, *_ = SHAPES[shape][1:]
+    new = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    query, grad = (torch.randn(1, heads, tokens, hidden // heads, **new) for _ in range(2))
+    key, value = (torch.randn(1, groups, tokens, hidden // heads, **new) for _ in range(2))
+    causal = 2.0 * tokens * tokens * hidden
+    rates: dict[str, float] = {}
+    names = (
+        ["sdpa"] if device.type == "cpu" else ["sdpa", "cudnn", *(name for name in FLASH_PACKAGES if installed(name))]
+    )
+    for name in names:
+
+        def forward(name: str = name) -> Any:
+            return ATTENTIONS[name](torch.nn.Module(), query, key, value)[0]
+
+        try:
+            rates[f"attention {name}: forward"] = rate(causal, forward)
+            rates[f"attention {name}: forward and backward"] = rate(
+                3.5 * causal, lambda: forward().backward(grad.detach().transpose(1, 2))
+            )
+        except Exception as error:  # a package's kernel may not run here: the others still count
+            say(f"attention {name}: {error}")
+    return rate_rows(rates, shape, tokens)
+
+
+def installed(attention: str) -> bool:
+    """Whether the package of a flash attention is there; it is not imported."""
+    import importlib.util
+
+    from endprompt.model import FLASH_PACKAGES
+
+    try:
+        return importlib.util.find_spec(FLASH_PACKAGES[attention][0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def rate_rows(rates: dict[str, float], shape: str, tokens: int) -> list[dict[str, Any]]:
+    from endprompt.rows import environment, result_row
+
     about = environment()
     return [
         result_row(
@@ -634,7 +674,7 @@ def ceilings(shape: str, tokens: int, seconds: float = 0.25) -> list[dict[str, A
     ]
 
 
-def float8_rates(name: str, x: Any, w: Any, g: Any, flops: float, rate: Any) -> dict[str, float]:
+def float8_rates(name: str, x: Any, w: Any, g: Any, flops: float) -> dict[str, float]:
     from endprompt.linears import ACTIVATION, GRADIENT, scaled_product, to_float8
 
     (x8, sx), (w8, sw), (g8, sg) = to_float8(x, ACTIVATION), to_float8(w, ACTIVATION), to_float8(g, GRADIENT)
@@ -662,6 +702,7 @@ class Suite:
         self.config, self.output = config, output
         self.results = output / "results.jsonl"
         self.started = time.monotonic()
+        self.started_parts: list[str] = []
         self.failed: list[str] = []
         self.can_fork: bool | None = None
 
@@ -674,15 +715,19 @@ class Suite:
         if self.config.tiny:
             config = toy(config)
         check(config)
-        rows = self.part(name, seconds, "measure", **dataclasses.asdict(config))
+        rows = self.part(name, seconds, "measure", dataclasses.asdict(config))
         return {row["metric"]: row["value"] for row in rows}
 
-    def part(self, name: str, seconds: float, function: str, **arguments: Any) -> list[dict[str, Any]]:
+    def part(self, name: str, seconds: float, function: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """Run one of PARTS in a process of its own and append its rows to the results."""
+        wanted = [prefix.strip() for prefix in self.config.parts.split(";") if prefix.strip()]
+        if wanted and not any(name.startswith(prefix) for prefix in wanted):
+            return []
         if self.left() < seconds * 0.6:
             say(f"[{self.clock()}] {name}: left out, {self.left():.0f} s left of {self.config.seconds:.0f}")
             self.failed.append(name)
             return []
+        self.started_parts.append(name)
         say(f"[{self.clock()}] {name} ...")
         began = time.monotonic()
         aside = self.output / "part.jsonl"
@@ -783,6 +828,7 @@ PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "loss_curve": loss_curve,
     "sum_errors": sum_errors,
     "ceilings": ceilings,
+    "attention_rates": attention_rates,
     "touch_device": touch_device,
 }
 
@@ -816,24 +862,27 @@ def h200(suite: Suite) -> None:
             tried.append((values["tokens_per_s"], setting))
     plain: dict[str, Any] = {"micro_rows": 1, "joint": False, "fused_sums": False, "recompute": "full"}
     best = max(tried, key=lambda item: item[0])[1] if tried else plain
-    joint = best["joint"]
+    if not any(name.startswith("tune") for name in suite.started_parts):  # the methods alone, by `parts`
+        best = {"sums": "float32"} | settings["2 rows, float32 sums, joint"]
+    made = {"joint": best["joint"], "fused_sums": best.get("fused_sums", True)}
     suite.measure("endprompt, whole step", 80, whole_step=True, profile=True, **best)
     reference = {"method": "reference", "optimizer": "none", "fused_sums": False, "micro_rows": 1}
     suite.measure("reference, short rows", 25, target=8192, recompute="full", **reference)
-    full = {"method": "full", "recompute": "full", "micro_rows": 1, "timed": 1, "joint": joint}
-    suite.measure("full, 65,536", 80, row_tokens=65536, rows=8, **full)
-    float8 = {"float8": "fast", "micro_rows": 2, "joint": joint, **keep}
+    full = {"method": "full", "recompute": "full", "micro_rows": 1, "timed": 1, **made}
+    suite.measure("full, 65,536", 60, row_tokens=65536, rows=8, **full)
+    float8 = {"float8": "fast", "micro_rows": 2, "joint": best["joint"], **keep}
     fast = suite.measure("float8 fast", 60, **float8)
-    if not 0 < fast.get("peak_gib", 1) < 130:
+    if "float8 fast" in suite.failed or fast.get("peak_gib", 0) >= 130:
         float8 |= {"sums": "bfloat16"}
         suite.measure("float8 fast, bfloat16 sums", 40, **float8)
     suite.measure("float8 exact", 35, **float8 | {"float8": "exact"})
     learner = "tiny" if tiny else "small"
-    steps, rows = (20, 4) if tiny else (300, 64)
+    steps, rows = (20, 4) if tiny else (400, 64)
     for arm in ARMS:
-        suite.part(f"loss, {arm}", 20, "loss_curve", arm=arm, steps=steps, rows=rows, lr=1e-3, shape=learner)
-    suite.part("gradient sums", 15, "sum_errors", micro_batches=8 if tiny else 32, shape=learner)
-    suite.part("ceilings", 25, "ceilings", shape="tiny" if tiny else "llama3-8b", tokens=64 if tiny else 16384)
+        learn = {"arm": arm, "steps": steps, "rows": rows, "lr": 1e-3, "shape": learner}
+        suite.part(f"loss, {arm}", 20, "loss_curve", learn)
+    suite.part("gradient sums", 15, "sum_errors", {"micro_batches": 8 if tiny else 32, "shape": learner})
+    suite.part("ceilings", 25, "ceilings", {"shape": "tiny" if tiny else "llama3-8b", "tokens": 64 if tiny else 16384})
     half = {"row_tokens": 32768, "target": 32768, "rows": 16}
     longlora = full | {"method": "longlora", "fused_sums": False, "joint": False}
     suite.measure("longlora, 65,536", 60, row_tokens=65536, rows=8, **longlora)
@@ -842,6 +891,13 @@ def h200(suite: Suite) -> None:
     suite.measure("longlora, 32,768", 40, **half, **longlora)
     suite.measure("LCEG, 32,768", 35, **half, recompute="full", timed=1, **reference)
     suite.measure("endprompt, target 32,768", 30, target=32768, **best)
+    suite.part(
+        "kernels", 40, "attention_rates", {"shape": "tiny" if tiny else "llama3-8b", "tokens": 64 if tiny else 8192}
+    )
+    if tiny or installed("flash_attention_4"):
+        suite.measure(
+            "endprompt, flash_attention_4", 60, **best | {"attention": "eager" if tiny else "flash_attention_4"}
+        )
 
 
 SUITES: dict[str, Callable[[Suite], None]] = {"h200": h200}

@@ -80,10 +80,10 @@ def test_a_part_that_dies_or_hangs_does_not_take_the_others_along(tmp_path, monk
     row = {"suite": "training-speed", "task": "fine", "length": 8, "metric": "tokens_per_s", "value": 7.0}
     monkeypatch.setitem(module.PARTS, "fine", lambda: [row])
     suite = module.Suite(BenchConfig(seconds=100), tmp_path)
-    assert suite.part("a", 5, "die") == []
-    assert suite.part("b", 0.5, "hang") == []
-    assert suite.part("c", 5, "fine") == [row]
-    assert suite.part("d", 1000, "fine") == []  # no time for it
+    assert suite.part("a", 5, "die", {}) == []
+    assert suite.part("b", 0.5, "hang", {}) == []
+    assert suite.part("c", 5, "fine", {}) == [row]
+    assert suite.part("d", 1000, "fine", {}) == []  # no time for it
     assert suite.failed == ["a", "b", "d"]
     assert (tmp_path / "results.jsonl").read_text() == json.dumps(row) + "\n"
     assert "left out" in capsys.readouterr().err
