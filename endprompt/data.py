@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 SHARD_SCHEMA = 1
+SHARD_FILES = ("tokens.bin", "weights.bin", "offsets.npy", "completions.npy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,11 +105,18 @@ class Documents:
     tokens: integer (total,), all documents one after the other; may be memory-mapped.
     offsets: int64 (documents + 1,), where each one starts.
     completions: int64 (documents,), where its completion starts (its end if it has none).
+    weights: uint8 (total,), a loss weight for each token as a target, or None where all are alike.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     completions: np.ndarray
+    weights: np.ndarray | None = None
+
+    def target_weights(self, places: np.ndarray, ends: np.ndarray, completion_weight: float) -> np.ndarray:
+        """float32 loss weights of the tokens at `places`; a completion starts at `ends` (which broadcasts)."""
+        weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
+        return weights if self.weights is None else weights * self.weights[places]
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -179,24 +187,38 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def write_shard(documents: Documents, directory: str | Path, tokenizer_hash: str, **about: Any) -> None:
-    """tokens.bin (uint16 or uint32), offsets.npy, completions.npy, and last manifest.json: without it, no shard."""
+    """tokens.bin (uint16 or uint32), offsets.npy, completions.npy, weights.bin if there are weights (uint8), and last
+    manifest.json: without it, no shard.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     small = not len(documents.tokens) or int(documents.tokens.max()) < 2**16
-    tokens = np.ascontiguousarray(documents.tokens, dtype=np.uint16 if small else np.uint32)
-    tokens.tofile(directory / "tokens.bin")
-    np.save(directory / "offsets.npy", documents.offsets)
-    np.save(directory / "completions.npy", documents.completions)
+    np.ascontiguousarray(documents.tokens, dtype=np.uint16 if small else np.uint32).tofile(directory / "tokens.bin")
+    if documents.weights is not None:
+        np.ascontiguousarray(documents.weights, dtype=np.uint8).tofile(directory / "weights.bin")
+    seal_shard(
+        directory, documents.offsets, documents.completions, "uint16" if small else "uint32", tokenizer_hash, **about
+    )
+
+
+def seal_shard(
+    directory: Path, offsets: np.ndarray, completions: np.ndarray, dtype: str, tokenizer_hash: str, **about: Any
+) -> dict[str, Any]:
+    """Finish a shard whose tokens.bin (and weights.bin) stand already; returns the manifest."""
+    np.save(directory / "offsets.npy", offsets)
+    np.save(directory / "completions.npy", completions)
+    names = [name for name in SHARD_FILES if (directory / name).is_file()]
     manifest = {
         "schema": SHARD_SCHEMA,
         "tokenizer_sha256": tokenizer_hash,
-        "dtype": tokens.dtype.name,
-        "tokens": len(tokens),
-        "documents": len(documents),
-        "sha256": {name: _file_sha256(directory / name) for name in ("tokens.bin", "offsets.npy", "completions.npy")},
+        "dtype": dtype,
+        "tokens": int(offsets[-1]),
+        "documents": len(completions),
+        "sha256": {name: _file_sha256(directory / name) for name in names},
         **about,
     }
     write_text(directory / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return manifest
 
 
 def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, verify: bool = True) -> Documents:
@@ -225,7 +247,9 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
     if not manifest["tokens"]:
         raise ValueError(f"{path}: the shard holds no tokens")
     tokens = np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r")
-    return Documents(tokens, np.load(directory / "offsets.npy"), np.load(directory / "completions.npy"))
+    weighted = "weights.bin" in manifest["sha256"]
+    weights = np.memmap(directory / "weights.bin", dtype=np.uint8, mode="r") if weighted else None
+    return Documents(tokens, np.load(directory / "offsets.npy"), np.load(directory / "completions.npy"), weights)
 
 
 def _file_sha256(path: Path) -> str:
@@ -248,10 +272,16 @@ def load_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, 
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = np.concatenate(
+            [np.ones(len(part.tokens), np.uint8) if part.weights is None else part.weights for part in parts]
+        )
     return Documents(
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts))]).astype(np.int64),
         np.concatenate([part.completions + start for part, start in zip(parts, starts)]),
+        weights,
     )
 
 
@@ -362,8 +392,7 @@ class Rows:
         a = spec.row_tokens - b
         options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
         placed = layout(spec.scheme, a, b, spec.target, rng, **options)
-        context, is_completion = self._context(self.unit(index), a, placed.split, rng)
-        weights = np.where(is_completion, spec.completion_weight, 1.0).astype(np.float32)
+        context, weights = self._context(self.unit(index), a, placed.split, rng)
         weights[0] = 0.0  # nothing predicts the first token
         if spec.prompt is not None:
             prompt = spec.prompt.build(choice, context, rng)
@@ -385,8 +414,8 @@ class Rows:
         starts = np.array([self._start(self.unit(i), n, i) for i in range(first, first + count)])
         places = starts[:, None] + np.arange(n)
         documents = self._document[[self.unit(i) for i in range(first, first + count)]]
-        is_completion = places >= self.documents.completions[documents][:, None]
-        weights = np.where(is_completion, self.spec.completion_weight, 1.0).astype(np.float32)
+        ends = self.documents.completions[documents][:, None]
+        weights = self.documents.target_weights(places, ends, self.spec.completion_weight)
         weights[:, 0] = 0.0
         ids = np.asarray(self.documents.tokens[places], dtype=np.int64)
         return Batch(ids, np.broadcast_to(np.arange(n, dtype=np.int64), ids.shape), weights)
@@ -409,7 +438,7 @@ class Rows:
         return lo + min(int(self._stretch[unit]) * stretch + int(rng.integers(stretch)), hi - lo - need)
 
     def _context(self, unit: int, a: int, split: int | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int64 (a,), which are of a completion). With a split, the second chunk is from further on."""
+        """(tokens int64 (a,), loss weights float32 (a,)). With a split, the second chunk is from further on."""
         lo, hi = self._span(unit)
         lead = self.spec.bos is not None
         need = a - lead
@@ -427,11 +456,12 @@ class Rows:
             second = np.arange(lo + before + head + skip, lo + before + skip + need)
             places = np.concatenate([first, second])
         tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
-        is_completion = places >= self.documents.completions[self._document[unit]]
+        end = self.documents.completions[self._document[unit]]
+        weights = self.documents.target_weights(places, end, self.spec.completion_weight)
         if lead:
             tokens = np.concatenate([[self.spec.bos], tokens])
-            is_completion = np.concatenate([[False], is_completion])
-        return tokens, is_completion
+            weights = np.concatenate([np.zeros(1, dtype=np.float32), weights])
+        return tokens, weights
 
 
 def pack(documents: Documents, needed: int) -> Documents:
@@ -458,7 +488,11 @@ def pack(documents: Documents, needed: int) -> Documents:
         completion_lengths.append(0)
     offsets = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
     tokens = np.concatenate(pieces) if pieces else documents.tokens
-    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64))
+    weights = None
+    if documents.weights is not None:
+        parts = [documents.weights[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
+        weights = np.concatenate(parts) if parts else documents.weights
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64), weights)
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Iterator[Any]:

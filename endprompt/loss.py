@@ -117,15 +117,18 @@ def linear_cross_entropy(
     head_VD: torch.Tensor,
     labels_N: torch.Tensor,
     weights_N: torch.Tensor,
-    chunk: int = 4096,
+    chunk: int | None = None,
     head_sum_VD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
 
     hidden_ND: float; head_VD: float; labels_N: int64 in [0, V); weights_N: float32, >= 0. Tokens of weight 0 are left
     out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
+    chunk: tokens at a time; default as many as give 2**29 logits on a GPU, 2**23 on a CPU.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
     """
+    if chunk is None:
+        chunk = max(1, (2**29 if hidden_ND.device.type == "cuda" else 2**23) // head_VD.shape[0])
     keep = weights_N > 0
     if not bool(keep.all()):
         hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt import checkpoint
+from endprompt import checkpoint, linears
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
 from endprompt.model import (
@@ -36,6 +36,7 @@ from endprompt.model import (
     torch_dtype,
     training_attention,
 )
+from endprompt.optim import OPTIMIZERS, clip_gradients, make_optimizer
 from endprompt.positions import WITH_PROMPT
 from endprompt.prompts import prompt_kind
 from endprompt.rows import RunDirectory, environment, plain, write_text
@@ -80,6 +81,8 @@ class ExtendConfig:
         beta1: of AdamW
         beta2: of AdamW
         clip: largest norm of the gradient; 0 for none
+        optimizer: adamw, or lean (bfloat16 weights with stochastic rounding and one-byte moments: 8B on one GPU)
+        float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
         seed: of positions, prompts and the order of documents
         dtype: of the weights that are trained: float32 or bfloat16
         autocast: multiply in bfloat16 while the weights stay as they are
@@ -121,6 +124,8 @@ class ExtendConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
+    optimizer: str = "adamw"
+    float8: str = "none"
     seed: int = 0
     dtype: str = "float32"
     autocast: bool = False
@@ -154,6 +159,8 @@ def check_config(config: ExtendConfig) -> None:
         "beta1": (config.beta1, 0 <= config.beta1 < 1, "in [0, 1)"),
         "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
         "clip": (config.clip, config.clip >= 0, "at least 0"),
+        "optimizer": (config.optimizer, config.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+        "float8": (config.float8, config.float8 in linears.FLOAT8, f"one of {', '.join(linears.FLOAT8)}"),
         "seed": (config.seed, config.seed >= 0, "at least 0"),
         "compile": (config.compile, config.compile in ("auto", "layers", "none"), "auto, layers or none"),
         "device": (config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
@@ -164,6 +171,12 @@ def check_config(config: ExtendConfig) -> None:
     for key, (value, holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"{key} must be {rule}: {key}={value!r}")
+    if config.float8 != "none" and config.optimizer != "lean":
+        raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
+    if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
+        raise ValueError(
+            f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
+        )
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
     for key in ("steps", "tokens"):
@@ -377,13 +390,17 @@ class Trainer:
         self.last_loss: float | None = None
         model.train()
         model.config.use_cache = False
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            model,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
+            seed=config.seed,
         )
+        if config.optimizer == "lean":
+            linears.join(model)
+            linears.convert(model, config.float8)
         if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
             for layer in decoder_layers(model):
                 layer.compile()
@@ -455,12 +472,12 @@ class Trainer:
                 part_loss = self.loss(ids[part], positions[part], weights[part]) / total
                 part_loss.backward()
                 loss += part_loss.detach()
-        limit = config.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = clip_gradients(self.optimizer, config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        linears.after_step(self.model)
         return loss, norm
 
     def loss(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
