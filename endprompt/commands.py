@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from endprompt.bench import BenchConfig
+from endprompt.plan import PlanConfig
 from endprompt.train import ExtendConfig
 
 
@@ -20,3 +21,10 @@ def bench(config: BenchConfig) -> int:
     from endprompt import bench as measurements
 
     return measurements.bench(config)
+
+
+def plan(config: PlanConfig) -> int:
+    """Estimate a run: memory by part, tokens/s, GPU-hours, and which settings fit."""
+    from endprompt import plan as estimates
+
+    return estimates.plan(config)

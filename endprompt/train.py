@@ -399,7 +399,8 @@ class Trainer:
             seed=config.seed,
         )
         if config.optimizer == "lean":
-            linears.join(model)
+            if self.device.type == "cuda":
+                linears.join(model)
             linears.convert(model, config.float8)
         if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
             for layer in decoder_layers(model):
@@ -410,6 +411,7 @@ class Trainer:
         if state is None:
             raise ValueError(f"no whole training state is left in {directory}")
         checkpoint.restore(self.model, self.optimizer, state.tensors)
+        linears.after_step(self.model)
         self.step = state.step
         self.seconds = float(state.about.get("seconds", 0.0))
         say(f"resumed from step {self.step} of {self.steps}")
