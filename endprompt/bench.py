@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ class Run:
         if config.target > base.max_position_embeddings:
             base = extended_config(base, "linear", config.target)
         attention = {"reference": "sdpa", "longlora": training_attention("shifted")}.get(config.method)
-        self.model = new_model(
+        self.model: Any = new_model(
             base,
             seed=0,
             dtype="bfloat16",
@@ -294,7 +295,7 @@ class Run:
                 self.optimizer.moments(parameter)
         elif config.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(trained, lr=2e-5, fused=device.type == "cuda")
-        self.decoder = self.model.get_base_model().model if config.method == "longlora" else self.model.model
+        self.decoder: Any = self.model.get_base_model().model if config.method == "longlora" else self.model.model
         if config.method == "reference" or config.recompute == "full":
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if config.method == "longlora":
@@ -593,19 +594,17 @@ def ceilings(shape: str, tokens: int) -> list[dict[str, Any]]:
         "gate+up in one": (2 * intermediate, hidden),
         "down": (hidden, intermediate),
     }
-    new = {"device": device, "dtype": torch.bfloat16}
+    new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     rates: dict[str, float] = {}
 
     for name, (out, inside) in sizes.items():
         x, w, g = (torch.randn(size, **new) for size in ((tokens, inside), (out, inside), (tokens, out)))
         total = torch.zeros(out, inside, device=device)
         flops = 2.0 * tokens * out * inside
-        rates[f"{name}: output"] = rate(flops, lambda x=x, w=w: x @ w.t())
-        rates[f"{name}: input gradient"] = rate(flops, lambda g=g, w=w: g @ w)
-        rates[f"{name}: weight gradient"] = rate(flops, lambda g=g, x=x: g.t() @ x)
-        rates[f"{name}: weight gradient, added in float32"] = rate(
-            flops, lambda t=total, g=g, x=x: add_product(t, g, x)
-        )
+        rates[f"{name}: output"] = rate(flops, partial(torch.matmul, x, w.t()))
+        rates[f"{name}: input gradient"] = rate(flops, partial(torch.matmul, g, w))
+        rates[f"{name}: weight gradient"] = rate(flops, partial(torch.matmul, g.t(), x))
+        rates[f"{name}: weight gradient, added in float32"] = rate(flops, partial(add_product, total, g, x))
         if device.type == "cuda":
             rates |= float8_rates(name, x, w, g, flops)
     return rate_rows(rates, shape, tokens)
@@ -619,7 +618,7 @@ def attention_rates(shape: str, tokens: int) -> list[dict[str, Any]]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, _, heads, groups, *_ = SHAPES[shape][1:]
-    new = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
     query, grad = (torch.randn(1, heads, tokens, hidden // heads, **new) for _ in range(2))
     key, value = (torch.randn(1, groups, tokens, hidden // heads, **new) for _ in range(2))
     causal = 2.0 * tokens * tokens * hidden
@@ -683,10 +682,10 @@ def float8_rates(name: str, x: Any, w: Any, g: Any, flops: float) -> dict[str, f
     for fast in (False, True):
         how = "fast" if fast else "exact"
         rates[f"{name}: input gradient, float8 {how}"] = rate(
-            flops, lambda fast=fast: scaled_product(g8, w8t.t(), sg, sw, x.dtype, fast)
+            flops, partial(scaled_product, g8, w8t.t(), sg, sw, x.dtype, fast)
         )
         rates[f"{name}: weight gradient, float8 {how}"] = rate(
-            flops, lambda fast=fast: scaled_product(g8t, x8t.t(), sg, sx, x.dtype, fast)
+            flops, partial(scaled_product, g8t, x8t.t(), sg, sx, x.dtype, fast)
         )
     return rates
 

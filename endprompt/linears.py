@@ -68,7 +68,8 @@ def join(model: nn.Module) -> int:
     Layers of other families are left as they are.
     """
     joined = 0
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         kind = type(module).__name__
         if kind in ("LlamaAttention", "MistralAttention"):
             module.joint = _joint([module.q_proj, module.k_proj, module.v_proj])
@@ -83,7 +84,7 @@ def join(model: nn.Module) -> int:
 
 
 @functools.cache
-def _with_forward(base: type, forward: Any) -> type:
+def _with_forward(base: Any, forward: Any) -> type:
     """A subclass with another forward, one for all layers: a forward bound to each would be compiled for each."""
     return type(f"Joint{base.__name__}", (base,), {"forward": forward})
 
