@@ -16,7 +16,6 @@ Legend: M tokens, K input features, N output features.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -83,10 +82,14 @@ def join(model: nn.Module) -> int:
     return joined
 
 
-@functools.cache
+_joint_classes: dict[Any, type] = {}
+
+
 def _with_forward(base: Any, forward: Any) -> type:
     """A subclass with another forward, one for all layers: a forward bound to each would be compiled for each."""
-    return type(f"Joint{base.__name__}", (base,), {"forward": forward})
+    if base not in _joint_classes:
+        _joint_classes[base] = type(f"Joint{base.__name__}", (base,), {"forward": forward})
+    return _joint_classes[base]
 
 
 def _joint(parts: list[nn.Linear]) -> nn.Linear:
