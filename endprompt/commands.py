@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from endprompt.bench import BenchConfig
 from endprompt.config import ExtendConfig, PrepareConfig
+from endprompt.plan import PlanConfig
 
 
 def extend(config: ExtendConfig) -> int:
@@ -20,3 +22,17 @@ def prepare(config: PrepareConfig) -> int:
 
     print(shards.prepare(config))
     return 0
+
+
+def bench(config: BenchConfig) -> int:
+    """Measure training steps on random weights of a named shape: tokens/s, MFU, peak memory."""
+    from endprompt import bench as measurements
+
+    return measurements.bench(config)
+
+
+def plan(config: PlanConfig) -> int:
+    """Estimate a run: memory by part, tokens/s, GPU-hours, and which settings fit."""
+    from endprompt import plan as estimates
+
+    return estimates.plan(config)

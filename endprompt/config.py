@@ -53,11 +53,14 @@ class ExtendConfig:
         beta2: of AdamW
         clip: largest norm of the gradient; 0 for none
         seed: of positions, prompts and the order of documents
-        optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), or auto: masters for bfloat16
+        optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
+            rounding and one-byte moments: 8B on one GPU), or auto: masters for bfloat16, else adamw
+        float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
         dtype: of the weights that are trained: float32 or bfloat16
         autocast: multiply in bfloat16 while the weights stay as they are
         export_dtype: of the exported weights; default the checkpoint's own
-        attention: sdpa, eager or flex, all causal only
+        attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only; or
+            shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
             recomputes each layer
         compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU)
@@ -111,6 +114,7 @@ class ExtendConfig:
     clip: float = 1.0
     seed: int = 0
     optimizer: str = "auto"
+    float8: str = "none"
     dtype: str = "float32"
     autocast: bool = False
     export_dtype: str | None = None
@@ -133,7 +137,8 @@ class ExtendConfig:
 
 
 SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("auto", "adamw", "masters")
+OPTIMIZERS = ("auto", "adamw", "masters", "lean")
+FLOAT8 = ("none", "exact", "fast")
 DTYPES = ("float32", "bfloat16")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTING = ("none", "selective", "full")
@@ -164,6 +169,7 @@ def check_config(config: ExtendConfig) -> None:
         "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
         "clip": (config.clip, config.clip >= 0, "at least 0"),
         "optimizer": (config.optimizer, config.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+        "float8": (config.float8, config.float8 in FLOAT8, f"one of {', '.join(FLOAT8)}"),
         "dtype": (config.dtype, config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         "export_dtype": (
             config.export_dtype,
@@ -192,6 +198,12 @@ def check_config(config: ExtendConfig) -> None:
     for key, (value, holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"{key} must be {rule}: {key}={value!r}")
+    if config.float8 != "none" and config.optimizer != "lean":
+        raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
+    if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
+        raise ValueError(
+            f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
+        )
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
     for key in ("steps", "tokens"):

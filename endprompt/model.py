@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +115,114 @@ def causal_only_flex(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
+def causal_only_cudnn(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """cuDNN's attention and no other: an error where cuDNN has no kernel, such as on a CPU."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if query_BHTD.device.type != "cuda":
+        raise ValueError("attention=cudnn needs a CUDA device; sdpa runs everywhere")
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return causal_only_sdpa(module, query_BHTD, key_BGTD, value_BGTD, attention_mask, **kwargs)
+
+
+#: Packages of the flash kernels: the module that holds `flash_attn_func`, and how it is installed.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attention_3": (
+        "flash_attn_interface",
+        'pip install "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper" --no-build-isolation',
+    ),
+    "flash_attention_4": ("flash_attn.cute", 'pip install "flash-attn-4[cu13]"'),
+}
+
+
+def _flash_function(name: str) -> Callable[..., Any]:
+    """`flash_attn_func` of the package. Raises ValueError with the line that installs it."""
+    module, install = FLASH_PACKAGES[name]
+    try:
+        return importlib.import_module(module).flash_attn_func
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"attention={name} needs a package that does not load ({error}): {install}") from error
+
+
+def _causal_only_flash(name: str) -> Callable[..., Any]:
+    """The package's kernel called with causal=True: no positions reach it, so it cannot look for borders."""
+
+    def attention(
+        module: torch.nn.Module,
+        query_BHTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _refuse(module, query_BHTD, key_BGTD, kwargs)
+        if dropout:
+            raise ValueError(f"{name} is for training without dropout: {dropout=}")
+        # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
+        parts_BTHD = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
+        out = _flash_kernel(name, *parts_BTHD, scaling)
+        return out.contiguous(), None
+
+    return attention
+
+
+@torch.compiler.disable
+def _flash_kernel(
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    out = _flash_function(name)(query, key, value, softmax_scale=scaling, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp beside it
+
+
+def causal_only_shifted(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Shifted sparse attention of LongLoRA (Chen et al. 2023, arXiv:2309.12307), for training only.
+
+    The row is cut into 4 groups and tokens attend within theirs; for the second half of the heads the borders are moved
+    by half a group, and nothing wraps around: the halves at both ends are groups of their own.
+    Raises ValueError if the row has no 8 equal parts or the heads no two halves.
+    """
+    heads, groups, tokens = query_BHTD.shape[1], key_BGTD.shape[1], query_BHTD.shape[2]
+    if tokens % 8 or groups % 2:
+        raise ValueError(f"shifted attention needs tokens in 8 equal parts and key heads in 2: {tokens=} {groups=}")
+    half = tokens // 8
+    plain_borders = [(0, 2 * half), (2 * half, 4 * half), (4 * half, 6 * half), (6 * half, 8 * half)]
+    moved_borders = [(0, half), (half, 3 * half), (3 * half, 5 * half), (5 * half, 7 * half), (7 * half, 8 * half)]
+    parts = []
+    for first, borders in ((0, plain_borders), (1, moved_borders)):
+        of_heads = slice(first * heads // 2, (first + 1) * heads // 2)
+        of_groups = slice(first * groups // 2, (first + 1) * groups // 2)
+        outs = [
+            causal_only_sdpa(
+                module,
+                query_BHTD[:, of_heads, start:end],
+                key_BGTD[:, of_groups, start:end],
+                value_BGTD[:, of_groups, start:end],
+                **kwargs,
+            )[0]
+            for start, end in borders
+        ]
+        parts.append(torch.cat(outs, dim=1))
+    return torch.cat(parts, dim=2), None
+
+
 _block_masks: dict[tuple[int, str], Any] = {}
 
 
@@ -141,11 +250,14 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "sdpa": causal_only_sdpa,
     "eager": causal_only_eager,
     "flex": causal_only_flex,
+    "cudnn": causal_only_cudnn,
+    **{name: _causal_only_flash(name) for name in FLASH_PACKAGES},
+    "shifted": causal_only_shifted,
 }
 
 
 def register_causal_only() -> None:
-    """Make `causal_only_sdpa`, `_eager` and `_flex` known to transformers, without a mask function on purpose."""
+    """Make the causal-only attentions known to transformers, without a mask function on purpose."""
     from transformers import AttentionInterface
 
     for name, function in ATTENTIONS.items():
@@ -153,9 +265,14 @@ def register_causal_only() -> None:
 
 
 def training_attention(name: str) -> str:
-    """transformers' name of a causal-only attention; registers it. Raises ValueError for an unknown name."""
+    """transformers' name of a causal-only attention; registers it.
+
+    Raises ValueError for an unknown name or a missing package.
+    """
     if name not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}: attention={name!r}")
+    if name in FLASH_PACKAGES:
+        _flash_function(name)
     register_causal_only()
     return PREFIX + name
 

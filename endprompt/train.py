@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt import checkpoint, distributed, longlora
+from endprompt import checkpoint, distributed, linears, longlora
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
-from endprompt.masters import MasterAdamW
 from endprompt.model import (
     check_vocabulary,
     export,
@@ -40,6 +39,7 @@ from endprompt.model import (
     training_attention,
     whole_weights,
 )
+from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import prompt_kind
 from endprompt.recompute import checkpoint_layers
@@ -317,21 +317,20 @@ class Objective(torch.nn.Module):
         return (wrong == 0).float().sum()
 
 
-def make_optimizer(config: ExtendConfig, model: PreTrainedModel, device: torch.device) -> torch.optim.Optimizer:
+def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
     """The optimizer over all weights that train."""
     name = config.optimizer
     if name == "auto":
         name = "masters" if config.dtype == "bfloat16" else "adamw"
     if name == "adamw" and config.dtype == "bfloat16":
-        say(
-            "WARNING: adamw rounds bfloat16 weights to nearest, which loses small updates; optimizer=masters keeps them"
-        )
-    return (MasterAdamW if name == "masters" else torch.optim.AdamW)(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        say("WARNING: adamw on bfloat16 weights rounds to nearest and loses small updates; masters keeps them")
+    return make_optimizer(
+        name,
+        model,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
+        seed=config.seed,
     )
 
 
@@ -362,16 +361,23 @@ class Trainer:
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
         checkpoint_layers(decoder_layers(model), config.checkpointing)
+        if here.size == 1:
+            self.optimizer = optimizer_of(config, model)
+        if config.optimizer == "lean":
+            if self.device.type == "cuda":
+                linears.join(model)
+            linears.convert(model, config.float8)
         if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
             for layer in decoder_layers(model):
                 layer.compile()
         self.loss = Objective(model, autocast=config.autocast and here.size == 1)
-        if here.size > 1:
+        if here.size > 1:  # the optimizer is over the shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
-        self.optimizer = make_optimizer(config, model, self.device)
+            self.optimizer = optimizer_of(config, model)
 
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)
+        linears.after_step(self.model)
         self.step = state.step
         self.guard = Guard(**(state.about["guard"] | {"limit": self.config.divergence}))
         if self.log:
@@ -489,12 +495,12 @@ class Trainer:
                 part_loss = self.loss(ids[part], positions[part], weights[part]) / total
                 (part_loss * self.here.size).backward()  # FSDP takes the mean over the processes, we want the sum
                 loss += part_loss.detach()
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf))
+        norm = distributed.whole(clip_gradients(self.optimizer, config.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        linears.after_step(self.model)
         return distributed.total(loss), norm
 
 

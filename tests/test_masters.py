@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from endprompt import train
+from endprompt import config as configuration
+from endprompt import linears, optim, train
 from endprompt.masters import MasterAdamW
 
 STEPS, RATE = 200, 2e-5
@@ -43,7 +44,7 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
     assert optimizer.masters[weight].grad.item() == 258.0 and weight.grad is None
 
 
-@pytest.mark.parametrize("optimizer", ["auto", "masters"])
+@pytest.mark.parametrize("optimizer", ["auto", "lean"])
 def test_run_in_bfloat16_follows_the_one_in_float32_and_resumes_bitwise(extend_config, tmp_path, optimizer):
     options = {"steps": 12, "save_every": 5, "dtype": "bfloat16", "optimizer": optimizer, "export_dtype": "float32"}
     exact = train.extend(extend_config(output=str(tmp_path / "exact"), steps=12))
@@ -72,3 +73,8 @@ def test_autocast_trains_float32_weights_with_products_in_bfloat16(extend_config
     runs = [train.extend(extend_config(output=str(tmp_path / str(a)), steps=8, autocast=a)) for a in (False, True)]
     exact, rounded = ([json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in runs)
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != exact
+
+
+def test_names_of_the_configuration_are_those_of_the_modules():
+    assert set(configuration.OPTIMIZERS) - {"auto"} == set(optim.OPTIMIZERS)
+    assert configuration.FLOAT8 == linears.FLOAT8

@@ -9,7 +9,6 @@ from conftest import make_checkpoint
 
 from endprompt import cli, train
 from endprompt.config import ExtendConfig, check_config, method_name
-from endprompt.model import ATTENTIONS
 
 FILES = sorted((Path(train.__file__).parent / "recipes" / "extend").glob("*.yaml"))
 NAMES = [path.stem for path in FILES]
@@ -81,8 +80,6 @@ def test_recipe_trains_when_scaled_down(name, small, documents, tmp_path):
     values |= {"model": str(small), "data": [str(documents)], "output": str(tmp_path / "out"), "device": "cpu"}
     values |= {"target": values["target"] // 128, "row_tokens": max(64, values["row_tokens"] // 128)}
     values |= {"rows": 2, "tokens": None, "steps": 1, "short_documents": "pack"}
-    if values.get("attention", "sdpa") not in ATTENTIONS:
-        values["attention"] = "sdpa"
     if values.get("prompt") == "EP_2":  # a token of Llama 3's vocabulary
         values["prompt"] = "EP_3"
     if values.get("prompt") == "recall":
