@@ -59,8 +59,8 @@ class ExtendConfig:
         dtype: of the weights that are trained: float32 or bfloat16
         autocast: multiply in bfloat16 while the weights stay as they are
         export_dtype: of the exported weights; default the checkpoint's own
-        attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only; or
-            shifted, LongLoRA's
+        attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only;
+            or shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
             recomputes each layer
         compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU)

@@ -517,15 +517,18 @@ def pack(documents: Documents, needed: int) -> Documents:
     """The documents shorter than `needed` joined in their order into one, after all others."""
     short = documents.lengths < needed
     order = np.concatenate([np.flatnonzero(~short), np.flatnonzero(short)])
-    places = [np.arange(documents.offsets[i], documents.offsets[i + 1]) for i in order]
-    every = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
+    spans = [slice(documents.offsets[i], documents.offsets[i + 1]) for i in order]
     lengths = [*documents.lengths[~short], documents.lengths[short].sum()] if short.any() else documents.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     completions = (documents.offsets[1:] - documents.completions)[~short]
     if short.any():
         completions = np.append(completions, 0)
-    weights = None if documents.weights is None else documents.weights[every]
-    return Documents(documents.tokens[every], offsets, offsets[1:] - completions, weights)
+    tokens, weights = (
+        None if values is None else np.concatenate([values[:0], *(values[span] for span in spans)])
+        for values in (documents.tokens, documents.weights)
+    )
+    assert tokens is not None
+    return Documents(tokens, offsets, offsets[1:] - completions, weights)
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Generator[Any]:
