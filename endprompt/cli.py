@@ -58,7 +58,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     if recipes:
         parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
         argv = with_recipe(argv, recipes)
-    argv = with_lists(with_switches(argv, config_type), config_type)
+    argv = with_lists(with_switches(with_underscores(argv, config_type), config_type), config_type)
     parser.add_class_arguments(config_type, as_positional=True)
     namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
     fields = parser.instantiate(namespace).as_dict()
@@ -111,13 +111,24 @@ def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
     return out
 
 
+def with_underscores(argv: list[str], config_type: type) -> list[str]:
+    """The arguments with `--save-every` in terms of `--save_every`, the field's name."""
+    names = typing.get_type_hints(config_type)
+    out: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        out.append(f"--{name}{equals}{value}" if flag.startswith("--") and name in names else argument)
+    return out
+
+
 def with_switches(argv: list[str], config_type: type) -> list[str]:
     """The arguments with `--resume` in terms of `--resume true` where no value follows."""
     switches = {name for name, kind in typing.get_type_hints(config_type).items() if kind is bool}
     out: list[str] = []
     for argument, following in zip(argv, [*argv[1:], "--"]):
         out.append(argument)
-        if argument.removeprefix("--").replace("-", "_") in switches and following.startswith("--"):
+        if argument.removeprefix("--") in switches and following.startswith("--"):
             out.append("true")
     return out
 
@@ -136,7 +147,7 @@ def with_lists(argv: list[str], config_type: type) -> list[str]:
     out: list[str] = []
     place = 0
     while place < len(argv):
-        argument, name = argv[place], argv[place].removeprefix("--").replace("-", "_")
+        argument, name = argv[place], argv[place].removeprefix("--")
         place += 1
         out.append(argument)
         if not argument.startswith("--") or name not in lists:

@@ -63,8 +63,15 @@ def needle_rows(
         key = str(sample_rng(seed, index).integers(10_000, 100_000))
         needle, question, answer = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f" {key}")
         room = length - len(needle) - len(question) - len(answer)
-        if room < 1 or len(documents.tokens) < room:
-            raise ValueError(f"a needle row must fit needle and text: eval_lengths={length}, {len(documents.tokens)=}")
+        if room < 1:
+            raise ValueError(
+                f"needle and question take {length - room} tokens, a row must be longer: eval_lengths={length}"
+            )
+        if len(documents.tokens) < room:
+            raise ValueError(
+                f"the held-out text must fill a needle row: it has {len(documents.tokens)} of {room} tokens, "
+                f"eval_lengths={length}"
+            )
         start = int(sample_rng(seed + 1, index).integers(len(documents.tokens) - room, endpoint=True))
         text = np.asarray(documents.tokens[start : start + room], dtype=np.int64)
         depth = round(room * (index + 0.5) / count)

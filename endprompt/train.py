@@ -430,10 +430,12 @@ class Trainer:
                         report(self.step, values)
                     advance(self.step, values)
                     last, since = now, self.step
+                paused = time.perf_counter()
                 if self.evaluation and (final or (config.eval_every and self.step % config.eval_every == 0)):
                     self.evaluate(reports)
                 if save:
                     self.save(states)
+                last += time.perf_counter() - paused  # tokens/s are those of the steps
         self.seconds = before + time.perf_counter() - started
 
     def reports(self) -> list[Callable[[int, dict[str, float]], None]]:

@@ -110,6 +110,13 @@ def test_config_file_and_flags(tmp_path, capsys):
     assert "lrr" in capsys.readouterr().err
 
 
+def test_flags_may_be_written_with_hyphens():
+    given = ["--save-every", "5", "--eval-lengths=[8]", "--print-config", "a-b"]
+    assert cli.with_underscores(given, ExtendConfig) == [
+        "--save_every", "5", "--eval_lengths=[8]", "--print-config", "a-b",
+    ]  # fmt: skip
+
+
 def test_switches_need_no_value():
     given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast"]
     assert cli.with_switches(given, ExtendConfig) == [
@@ -118,9 +125,9 @@ def test_switches_need_no_value():
 
 
 def test_lists_need_no_brackets():
-    given = ["--data", "a b.jsonl", "c.txt", "--eval-lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
+    given = ["--data", "a b.jsonl", "c.txt", "--eval_lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
     assert cli.with_lists(given, ExtendConfig) == [
-        "--data", '["a b.jsonl", "c.txt"]', "--eval-lengths", "[64, 128]", "--report", "[wandb]", "--prompt", "EP_1",
+        "--data", '["a b.jsonl", "c.txt"]', "--eval_lengths", "[64, 128]", "--report", "[wandb]", "--prompt", "EP_1",
     ]  # fmt: skip
 
     @dataclasses.dataclass

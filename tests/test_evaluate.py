@@ -43,8 +43,10 @@ def test_needle_rows_hide_a_number_and_ask_for_it(tokenizer):
         needle = encode(evaluate.NEEDLE.format(key=key))
         depths.append(next(i for i in range(200) if ids[i : i + len(needle)].tolist() == needle))
     assert depths == sorted(depths) and len({tuple(ids) for ids, _ in rows}) == 4
-    with pytest.raises(ValueError, match="must fit needle and text"):
+    with pytest.raises(ValueError, match="a row must be longer: eval_lengths=30"):
         evaluate.needle_rows(text(400), 30, 1, encode, seed=3)
+    with pytest.raises(ValueError, match="must fill a needle row: it has 50 of"):
+        evaluate.needle_rows(text(50), 200, 1, encode, seed=3)
 
 
 @torch.no_grad()
