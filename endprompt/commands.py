@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from endprompt.bench import BenchConfig
 from endprompt.config import ExtendConfig, PrepareConfig
 from endprompt.plan import PlanConfig
@@ -12,7 +14,8 @@ def extend(config: ExtendConfig) -> int:
     from endprompt import train
 
     path = train.extend(config)
-    print(path)
+    if os.environ.get("RANK", "0") == "0":  # once for all processes of torchrun
+        print(path)
     return 0
 
 

@@ -531,15 +531,20 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
     return model
 
 
-def whole_weights(model: PreTrainedModel, dtype: str) -> dict[str, torch.Tensor]:
-    """All weights on the CPU in `dtype`, tied ones once; sharded ones are gathered, so every process must call it."""
+def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict[str, torch.Tensor]:
+    """All weights on the CPU in `dtype`, tied ones once.
+
+    Sharded ones are gathered, so every process must call it; those that need no result say keep=False.
+    """
     wanted = torch_dtype(dtype)
-    tied = set(model.state_dict()) - {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return {
-        name: distributed.whole(tensor.detach()).to("cpu", wanted)
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name in own:
+            gathered = distributed.whole(tensor.detach())
+            if keep:
+                weights[name] = gathered.to("cpu", wanted)
+    return weights
 
 
 def export(

@@ -249,12 +249,12 @@ def finish(
     source_dtype: Any,
 ) -> Path:
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
-    weights = whole_weights(trainer.model, dtype)
-    if config.lora_rank:
-        weights = longlora.merge(weights, config.lora_alpha / config.lora_rank)
+    weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
     if not trainer.here.main:
         distributed.barrier()
         return output
+    if config.lora_rank:
+        weights = longlora.merge(weights, config.lora_alpha / config.lora_rank)
     export(trainer.model, tokenizer, work, dtype, weights)
     about = {
         "method": method_name(config),
@@ -464,8 +464,11 @@ class Trainer:
         """Append a row of results for each task and length of the held-out text."""
         assert self.evaluation is not None
         self.model.eval()
+        if self.config.attention == "shifted":  # sparse in training only
+            self.model.set_attn_implementation(training_attention("sdpa"))
         with attention_backends(self.device):
             found = list(self.evaluation.measure(self.loss, self.here))
+        self.model.set_attn_implementation(training_attention(self.config.attention))
         self.model.train()
         if not self.log:
             return

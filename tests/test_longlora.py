@@ -98,3 +98,23 @@ def test_model_without_such_projections_is_refused(tmp_path):
         layer.self_attn = torch.nn.Identity()
     with pytest.raises(ValueError, match="lora_rank=4: LlamaForCausalLM has none of the projections"):
         longlora.add_lora(model, 4, 16, [], seed=0)
+
+
+def test_shifted_attention_trains_and_whole_attention_evaluates(extend_config, documents, tmp_path):
+    """Two groups' tokens do not see each other in training; held-out loss and export attend to everything."""
+    held = {
+        "eval_data": [str(documents)],
+        "eval_lengths": [27],
+        "eval_rows": 2,
+        "eval_every": 1,
+    }  # 27: no 8 equal parts
+    options = {"scheme": "contiguous", "prompt": None, "lora_rank": 4, "steps": 2}
+    runs = [
+        train.extend(extend_config(output=str(tmp_path / name), attention=name, **options, **held))
+        for name in ("shifted", "sdpa")
+    ]
+    losses = [[json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in runs]
+    assert losses[0] != losses[1]
+    values = [[json.loads(line)["value"] for line in (run / "results.jsonl").open()] for run in runs]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert json.loads((runs[0] / "config.json").read_text()).get("_attn_implementation") in (None, "sdpa")
