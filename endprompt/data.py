@@ -249,7 +249,13 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
         raise ValueError(
             f"a token shard must have a manifest.json (an unfinished one has none): data={str(directory)!r}"
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    missing = {"schema", "tokenizer_sha256", "dtype", "tokens", "sha256"} - set(manifest)
+    if missing:
+        raise ValueError(f"{path}: a manifest must have {', '.join(sorted(missing))}")
     if manifest.get("schema") != SHARD_SCHEMA:
         raise ValueError(f"{path}: schema must be {SHARD_SCHEMA}, is {manifest.get('schema')}")
     if tokenizer_hash is not None and manifest["tokenizer_sha256"] != tokenizer_hash:

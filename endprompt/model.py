@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -446,7 +445,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     directory = checkpoint_path(path)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
 
 
@@ -475,6 +474,7 @@ def load_model(
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
     config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint_path(path)
@@ -493,7 +493,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
     model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random numbers

@@ -188,7 +188,14 @@ def run(
         trainer.evaluation = evaluation
         if state is not None:
             trainer.resume(state)
-        trainer.fit(work / "states")
+        try:
+            trainer.fit(work / "states")
+        except torch.OutOfMemoryError as error:
+            micro, reason = config.micro_rows or config.rows // here.size, str(error).partition(". ")[0]
+            raise ValueError(
+                f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing="
+                f"{config.checkpointing} (none, selective, full): {reason}"
+            ) from error
         return finish(config, trainer, tokenizer, work, output, source_dtype)
 
 

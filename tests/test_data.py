@@ -101,6 +101,12 @@ def test_shard_comes_back_as_written_and_notices_changes(tmp_path, tokenizer):
     (tmp_path / "tokens.bin").write_bytes(raw)
     with pytest.raises(ValueError, match=r"tokens\.bin: missing or changed"):
         data.read_shard(tmp_path, own)
+    (tmp_path / "manifest.json").write_text('{"schema": 1')
+    with pytest.raises(ValueError, match=r"manifest\.json: not valid JSON"):
+        data.read_shard(tmp_path, own)
+    (tmp_path / "manifest.json").write_text('{"schema": 1}')
+    with pytest.raises(ValueError, match=r"manifest\.json: a manifest must have dtype, sha256"):
+        data.read_shard(tmp_path, own)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="must have a manifest"):
         data.read_shard(tmp_path, own)

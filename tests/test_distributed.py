@@ -14,15 +14,16 @@ from safetensors.torch import load_file
 from endprompt import checkpoint, train
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What each of the processes does: a whole run, a run that is cut off after its second step, and one that must fail.
+#: What each of the processes does: whole runs, a run that is cut off after its second step, and one that must fail.
 WORKER = """
 import json, sys
 import torch.distributed as dist
 from endprompt import train
 
 dist.init_process_group("gloo")
-whole, broken, uneven = json.load(open(sys.argv[1]))
-train.extend(train.ExtendConfig(**whole))
+*whole, broken, uneven = json.load(open(sys.argv[1]))
+for job in whole:
+    train.extend(train.ExtendConfig(**job))
 
 step = train.Trainer.train_step
 def cut(self, batch, rate):
@@ -62,6 +63,8 @@ def two_processes(llama, documents, tmp_path_factory):
     )  # fmt: skip
     jobs = [
         config,
+        dataclasses.replace(config, output=str(tmp / "rounded"), autocast=True),
+        dataclasses.replace(config, output=str(tmp / "lora"), lora_rank=4),
         dataclasses.replace(config, output=str(tmp / "broken"), save_every=2),
         dataclasses.replace(config, output=str(tmp / "uneven"), rows=3),
     ]
@@ -101,6 +104,21 @@ def assert_equal_runs(left: Path, right: Path) -> None:
 
 def test_two_processes_give_the_losses_and_weights_of_one(two_processes, one_process):
     assert_equal_runs(two_processes[0] / "whole", one_process)
+
+
+def test_two_processes_train_lora_as_one_does(two_processes):
+    tmp, config, _ = two_processes
+    one = train.extend(dataclasses.replace(config, output=str(tmp / "one-lora"), lora_rank=4))
+    assert_equal_runs(tmp / "lora", one)
+
+
+def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(two_processes, one_process):
+    tmp, _, _ = two_processes
+    exact, rounded = ([row["loss"] for row in log_of(run)] for run in (one_process, tmp / "rounded"))
+    assert rounded == pytest.approx(exact, rel=2e-2) and rounded != pytest.approx(exact, rel=1e-6)
+    weights = load_file(tmp / "rounded" / "model.safetensors")
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
 
 
 def test_state_of_two_processes_is_resumed_by_one(two_processes, one_process):

@@ -180,6 +180,39 @@ def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
         models.load_model(source)
 
 
+def test_damaged_checkpoint_is_named(tmp_path):
+    source = make_checkpoint(tmp_path / "m")
+    raw = (source / "model.safetensors").read_bytes()
+    for damaged in (raw[: len(raw) // 2], b"", b"\xff" * 64):
+        (source / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"/m: the checkpoint does not load"):
+            models.load_model(source)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"/m: the checkpoint does not load"):
+        models.load_model(source)
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        models.load_model(source)
+
+
+def test_export_generates_in_padded_batches(llama, tokenizer, tmp_path):
+    """The stock attention of an export knows padding, which ours does not: a batch gives what its rows give alone."""
+    models.export(models.load_model(llama, attention=models.training_attention("sdpa")), tokenizer, tmp_path, "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    texts = ["the grass is green", "here we go there and back again"]
+    alone = [tokenizer(text, return_tensors="pt") for text in texts]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = [model.generate(**one, **settings)[0, one["input_ids"].shape[1] :].tolist() for one in alone]
+    width = max(one["input_ids"].shape[1] for one in alone)
+    ids = torch.zeros(2, width, dtype=torch.int64)
+    mask = torch.zeros(2, width, dtype=torch.int64)
+    for row, one in enumerate(alone):
+        ids[row, width - one["input_ids"].shape[1] :] = one["input_ids"][0]
+        mask[row, width - one["input_ids"].shape[1] :] = 1
+    together = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, width:]
+    assert together.tolist() == expected
+
+
 def test_export_in_half_precision_keeps_tied_weights_tied(llama, tokenizer, tmp_path):
     model = models.load_model(llama)
     models.export(model, tokenizer, tmp_path, "bfloat16")

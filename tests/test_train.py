@@ -173,6 +173,16 @@ def test_guard_stops_at_a_loss_that_is_not_finite_and_keeps_the_state_before(ext
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_that_is_too_small_says_what_to_change(extend_config):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", out_of_memory)
+        with pytest.raises(ValueError, match=r"lower micro_rows=4 or raise checkpointing=none .*: CUDA out of memory$"):
+            train.extend(extend_config())
+
+
 def test_training_learns_and_writes_what_it_did(extend_config, llama):
     output = train.extend(extend_config(steps=30, lr=3e-3, scaling="yarn"))
     losses = [row["loss"] for row in log_of(output)]
