@@ -497,7 +497,8 @@ class Trainer:
             for part in (batch.input_ids, batch.position_ids, batch.weights)
         )
         # dropout, if the model has any, is a function of the step too
-        torch.manual_seed((config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank)
+        seed = (config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank
+        (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
         total = distributed.total(weights.sum())
         micro = config.micro_rows or len(ids)
         loss = torch.zeros((), device=self.device)
