@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+HUB = "hub:"
 SHARD_SCHEMA = 1
 SHARD_FILES = ("tokens.bin", "weights.bin", "offsets.npy", "completions.npy")
 
@@ -50,6 +51,8 @@ def read_documents(path: str | Path) -> Iterator[Document]:
 
     A plain-text file is one document. Raises ValueError naming file and line if a record is broken.
     """
+    if str(path).startswith(HUB):
+        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={str(path)!r}")
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"the data file must exist: data={str(path)!r}")

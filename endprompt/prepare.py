@@ -12,11 +12,9 @@ import numpy as np
 
 from endprompt.checkpoint import sync_tree
 from endprompt.config import PrepareConfig, check_prepare_config
-from endprompt.data import Document, document_of, read_documents, seal_shard, tokenized, tokenizer_sha256
+from endprompt.data import HUB, Document, document_of, read_documents, seal_shard, tokenized, tokenizer_sha256
 from endprompt.model import load_tokenizer
 from endprompt.progress import say
-
-HUB = "hub:"
 
 
 def prepare(config: PrepareConfig) -> Path:

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from endprompt import checkpoint, train
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What each of the processes does: whole runs, a run that is cut off after its second step, and one that must fail.
+#: What each of the processes does: whole runs, two that are cut off after the second step of which one is resumed, and
+#: one that must fail.
 WORKER = """
 import json, sys
 import torch.distributed as dist
 from endprompt import train
 
 dist.init_process_group("gloo")
-*whole, broken, uneven = json.load(open(sys.argv[1]))
+*whole, broken, again, uneven = json.load(open(sys.argv[1]))
 for job in whole:
     train.extend(train.ExtendConfig(**job))
 
@@ -31,10 +32,13 @@ def cut(self, batch, rate):
         raise KeyboardInterrupt
     return step(self, batch, rate)
 train.Trainer.train_step = cut
-try:
-    train.extend(train.ExtendConfig(**broken))
-except KeyboardInterrupt:
-    pass
+for job in (broken, again):
+    try:
+        train.extend(train.ExtendConfig(**job))
+    except KeyboardInterrupt:
+        pass
+train.Trainer.train_step = step
+train.extend(train.ExtendConfig(**again | {"resume": True}))
 try:
     train.extend(train.ExtendConfig(**uneven))
 except ValueError as error:
@@ -66,6 +70,7 @@ def two_processes(llama, documents, tmp_path_factory):
         dataclasses.replace(config, output=str(tmp / "rounded"), autocast=True),
         dataclasses.replace(config, output=str(tmp / "lora"), lora_rank=4),
         dataclasses.replace(config, output=str(tmp / "broken"), save_every=2),
+        dataclasses.replace(config, output=str(tmp / "again"), save_every=2),
         dataclasses.replace(config, output=str(tmp / "uneven"), rows=3),
     ]
     (tmp / "jobs.json").write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
@@ -128,6 +133,12 @@ def test_state_of_two_processes_is_resumed_by_one(two_processes, one_process):
     assert len(list(state.path.glob("__*.distcp"))) == 2  # each process wrote its own share
     resumed = train.extend(dataclasses.replace(config, output=str(tmp / "broken"), save_every=2, resume=True))
     assert_equal_runs(resumed, one_process)
+
+
+def test_two_processes_resume_bitwise(two_processes):
+    tmp, _, _ = two_processes
+    whole, again = ((tmp / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
+    assert whole == again
 
 
 def test_processes_take_the_rows_of_one(two_processes, documents):

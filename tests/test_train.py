@@ -103,6 +103,21 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(extend_config, tmp_pat
     assert train.extend(broken) == resumed  # finished: there is nothing to do
 
 
+def test_dropout_resumes_exactly_too(extend_config, tmp_path):
+    source = str(make_checkpoint(tmp_path / "m", attention_dropout=0.3))
+    options = {"model": source, "steps": 4, "save_every": 2}
+    whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
+    config = extend_config(output=str(tmp_path / "broken"), **options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "finish", interrupted)
+        train.extend(config)
+    torch.rand(7)  # whatever else has drawn random numbers
+    config.resume = True
+    assert same(weights_of(whole), weights_of(train.extend(config)))
+    without = train.extend(extend_config(output=str(tmp_path / "without"), steps=4))
+    assert not same(weights_of(whole), weights_of(without))
+
+
 def test_resume_goes_back_past_a_damaged_state_loudly(extend_config, tmp_path, capsys):
     options = {"steps": 5, "save_every": 1}
     whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
@@ -218,6 +233,7 @@ def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsy
         ({"model": ""}, "model must be given"),
         ({"data": ["nowhere.jsonl"]}, "must exist: data='nowhere.jsonl'"),
         ({"data": []}, "data must name at least one"),
+        ({"data": ["hub:org/name"]}, "becomes a shard first, by endprompt prepare: data='hub:org/name'"),
         ({"target": 32}, "target=32 window=32"),
         ({"prompt": "text:" + "the sky is blue " * 20}, "end prompt does not fit: it has"),
         ({"rows": 100_000}, "fewer documents than one batch"),
