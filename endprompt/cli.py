@@ -2,7 +2,8 @@
 
 A command is a function of one typed dataclass, `def extend(config: ExtendConfig) -> int | None`, named under the
 entry-point group `endprompt.commands`. Fields without a default are positional arguments, all others are flags; a YAML
-file given by `--config` sets any of them, later flags override it, `--print_config` prints the whole.
+file given by `--config` sets any of them, later flags override it, `--print_config` prints the whole. `--recipe NAME`
+is a configuration that the package ships, `--list-recipes` lists them.
 
 Exit codes: 0 done, 1 failed, 2 bad usage. This module imports nothing of the project, and only the command that is
 called.
@@ -11,9 +12,12 @@ called.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
+import json
 import os
 import sys
+import typing
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
@@ -41,18 +45,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
-    import typing
-
+    recipes = recipe_files(entry_point)
+    if "--list-recipes" in argv:
+        print(recipe_list(recipes))
+        return 0
     command = entry_point.load()
     config_type = typing.get_type_hints(command)["config"]
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"endprompt {entry_point.name}", description=(command.__doc__ or "").strip())
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
+    if recipes:
+        parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
+        argv = with_recipe(argv, recipes)
+    argv = with_lists(with_switches(with_underscores(argv, config_type), config_type), config_type)
     parser.add_class_arguments(config_type, as_positional=True)
     namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
-    fields = parser.instantiate_classes(namespace).as_dict()
-    fields.pop("config", None)
+    fields = parser.instantiate(namespace).as_dict()
+    for key in ("config", "recipe"):
+        fields.pop(key, None)
     try:
         return command(config_type(**fields)) or 0
     except KeyboardInterrupt:
@@ -62,6 +73,101 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def package_directory(entry_point: EntryPoint) -> Path | None:
+    """Directory of the package that owns a command, found without importing the command."""
+    spec = importlib.util.find_spec(entry_point.module.partition(".")[0])
+    locations = spec.submodule_search_locations if spec else None
+    return Path(locations[0]) if locations else None
+
+
+def recipe_files(entry_point: EntryPoint) -> dict[str, Path]:
+    """Configurations that a package ships for a command, by name: PACKAGE/recipes/COMMAND/NAME.yaml."""
+    directory = package_directory(entry_point)
+    found = (directory / "recipes" / entry_point.name).glob("*.yaml") if directory else ()
+    return {path.stem: path for path in sorted(found)}
+
+
+def recipe_list(recipes: dict[str, Path]) -> str:
+    """Name and first comment line of each recipe."""
+    width = max(map(len, recipes), default=0)
+    firsts = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in recipes.items()}
+    return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
+
+
+def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
+    """The arguments with `--recipe NAME` in terms of `--config FILE`, at its place."""
+    out: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        if argument == "--recipe" or argument.startswith("--recipe="):
+            name = argument.partition("=")[2] or next(rest, "")
+            if name not in recipes:
+                sys.exit(fail(f"recipe must be one of {', '.join(recipes)}: recipe={name!r}", 2))
+            out += ["--config", str(recipes[name])]
+        else:
+            out.append(argument)
+    return out
+
+
+def with_underscores(argv: list[str], config_type: type) -> list[str]:
+    """The arguments with `--save-every` in terms of `--save_every`, the field's name."""
+    names = typing.get_type_hints(config_type)
+    out: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        out.append(f"--{name}{equals}{value}" if flag.startswith("--") and name in names else argument)
+    return out
+
+
+def with_switches(argv: list[str], config_type: type) -> list[str]:
+    """The arguments with `--resume` in terms of `--resume true` where no value follows."""
+    switches = {name for name, kind in typing.get_type_hints(config_type).items() if kind is bool}
+    out: list[str] = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        out.append(argument)
+        if argument.removeprefix("--") in switches and following.startswith("--"):
+            out.append("true")
+    return out
+
+
+def with_lists(argv: list[str], config_type: type) -> list[str]:
+    """The arguments with `--data a b` in terms of `--data '["a", "b"]'`.
+
+    A flag of a command that has positionals takes one value only, so that it does not swallow them.
+    """
+    kinds = typing.get_type_hints(config_type)
+    lists = {name for name, kind in kinds.items() if _is_list(kind)}
+    positionals = any(
+        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(config_type)
+    )
+    out: list[str] = []
+    place = 0
+    while place < len(argv):
+        argument, name = argv[place], argv[place].removeprefix("--")
+        place += 1
+        out.append(argument)
+        if not argument.startswith("--") or name not in lists:
+            continue
+        values: list[str] = []
+        while place < len(argv) and not argv[place].startswith("--") and not (positionals and values):
+            values.append(argv[place])
+            place += 1
+        if len(values) == 1 and values[0].startswith("["):
+            out += values
+        elif values:
+            words = int not in typing.get_args(kinds[name]) and list[int] not in typing.get_args(kinds[name])
+            out.append(json.dumps(values) if words else f"[{', '.join(values)}]")
+    return out
+
+
+def _is_list(kind: typing.Any) -> bool:
+    """Whether a field is a list (or None), and cannot be a single word."""
+    parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    return all(part is type(None) or typing.get_origin(part) is list for part in parts)
 
 
 def one_line(error: BaseException) -> str:
@@ -91,16 +197,12 @@ def overview(commands: dict[str, EntryPoint]) -> str:
 
 def summary(entry_point: EntryPoint) -> str:
     """First line of the command's docstring, read from the source without importing it (start-up stays fast)."""
-    module, _, function = entry_point.value.partition(":")
-    package, _, rest = module.partition(".")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return ""
-    path = Path(spec.submodule_search_locations[0], *rest.split(".")).with_suffix(".py")
-    if not path.is_file():
+    directory = package_directory(entry_point)
+    path = directory and Path(directory, *entry_point.module.split(".")[1:]).with_suffix(".py")
+    if not path or not path.is_file():
         return ""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == function:
+        if isinstance(node, ast.FunctionDef) and node.name == entry_point.attr:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""
 
