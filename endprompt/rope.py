@@ -177,7 +177,7 @@ def rope_parameters(
     if scheme == "ntk":
         return {"rope_type": "default", "rope_theta": float(ntk_base(base, head_dim, factor))}
     parameters: dict[str, Any] = {"rope_type": scheme, "rope_theta": float(base), "factor": float(factor)}
-    if scheme in ("yarn", "llama3", "longrope", "dynamic"):
+    if scheme in ("yarn", "llama3", "longrope"):
         parameters["original_max_position_embeddings"] = int(original_length)
     if scheme == "llama3":
         parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -188,7 +188,8 @@ def frequencies_of(parameters: Mapping[str, Any], head_dim: int, window: int, le
     """Frequencies that a config's `rope_parameters` mean, by the same formulas.
 
     head_dim: the whole head; partial rotary (`partial_rotary_factor`) rotates the first part of it only.
-    window: the config's max_position_embeddings. length: sequence length, where the scaling depends on it.
+    window: the config's max_position_embeddings. length: sequence length, where the scaling depends on it (dynamic and
+    longrope); default is the original window, the state of a model just loaded.
     Raises ValueError for a rope_type this project does not know.
     """
     parameters = dict(parameters)
@@ -202,8 +203,10 @@ def frequencies_of(parameters: Mapping[str, Any], head_dim: int, window: int, le
         return none(base, rotary, 1.0, original)
     if kind not in SCALINGS:
         raise ValueError(f"rope_type must be one of default, {', '.join(SCALINGS)}: rope_type={kind!r}")
+    if kind == "dynamic":
+        original = window  # transformers scales beyond max_position_embeddings, whatever else the config holds
     if kind in ("dynamic", "longrope"):
-        options["length"] = length
+        options["length"] = int(original) if length is None else length
     names = {
         "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
         "llama3": ("low_freq_factor", "high_freq_factor"),

@@ -1,0 +1,392 @@
+"""Models: load any RoPE decoder of transformers, extend its window, attend over jumped positions, export.
+
+Transformers' own classes do the work, so an export is a plain `save_pretrained` directory that AutoModelForCausalLM,
+lm-eval and vLLM read as it is. What is ours is the causal-only attention and the check of the frequencies.
+
+Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from endprompt import rope
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = "causal_only_"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+#
+# With position_ids given, no mask and no cache, transformers reads a jump in the positions as the border of a packed
+# document: the end prompt would not see the context, in training only. An attention that is registered without a mask
+# function gets no mask at all, so these do the causal part themselves: token t attends to 0..t, whatever the positions
+# say. They know no padding: rows must be full, or padded on the right with the loss masked.
+
+
+def causal_only_sdpa(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's scaled_dot_product_attention, causal; on CUDA the backend is chosen by `training_attention`."""
+    _refuse(module, query_BHTD, key_BGTD, kwargs)
+    out_BHTD = F.scaled_dot_product_attention(
+        query_BHTD,
+        key_BGTD,
+        value_BGTD,
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
+    )
+    return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+def causal_only_eager(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain matrix products with a triangular mask and a float32 softmax: the reference for the others."""
+    _refuse(module, query_BHTD, key_BGTD, kwargs)
+    group = query_BHTD.shape[1] // key_BGTD.shape[1]
+    key_BHTD, value_BHTD = (x.repeat_interleave(group, dim=1) for x in (key_BGTD, value_BGTD))
+    tokens = query_BHTD.shape[2]
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    hidden_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=query_BHTD.device).triu(1)
+    logits_BHTT = (query_BHTD @ key_BHTD.transpose(2, 3) * scale).masked_fill(hidden_TT, -math.inf)
+    weights_BHTT = F.dropout(logits_BHTT.softmax(-1, dtype=torch.float32).to(query_BHTD.dtype), dropout)
+    return (weights_BHTT @ value_BHTD).transpose(1, 2).contiguous(), weights_BHTT
+
+
+def causal_only_flex(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's flex_attention with a causal block mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    _refuse(module, query_BHTD, key_BGTD, kwargs)
+    if dropout:
+        raise ValueError(f"flex attention has no dropout: {dropout=}")
+    out_BHTD = flex_attention(
+        query_BHTD,
+        key_BGTD,
+        value_BGTD,
+        block_mask=_causal_block_mask(query_BHTD.shape[2], query_BHTD.device),
+        scale=scaling,
+        enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
+    )
+    return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+_block_masks: dict[tuple[int, str], Any] = {}
+
+
+def _causal_block_mask(tokens: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    key = (tokens, str(device))
+    if key not in _block_masks:
+        _block_masks[key] = create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=str(device))
+    return _block_masks[key]
+
+
+def _refuse(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+    """What a causal-only attention cannot express is an error, not a different model."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("causal-only attention is for training rows without a cache; generate with a stock backend")
+    if kwargs.get("softcap") is not None:
+        raise ValueError(f"causal-only attention has no logit soft-capping: softcap={kwargs['softcap']}")
+    window = kwargs.get("sliding_window")
+    if window is not None and query.shape[2] > window:
+        raise ValueError(f"causal-only attention has no sliding window: {window=} is below the row's {query.shape[2]}")
+
+
+ATTENTIONS: dict[str, Callable[..., Any]] = {
+    "sdpa": causal_only_sdpa,
+    "eager": causal_only_eager,
+    "flex": causal_only_flex,
+}
+
+
+def register_causal_only() -> None:
+    """Make `causal_only_sdpa`, `_eager` and `_flex` known to transformers, without a mask function on purpose."""
+    from transformers import AttentionInterface
+
+    for name, function in ATTENTIONS.items():
+        AttentionInterface.register(PREFIX + name, function)
+
+
+def training_attention(name: str) -> str:
+    """transformers' name of a causal-only attention; registers it. Raises ValueError for an unknown name."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}: attention={name!r}")
+    register_causal_only()
+    return PREFIX + name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry of a checkpoint's RoPE
+
+
+@dataclass(frozen=True)
+class RopeGeometry:
+    """What RoPE does in a checkpoint.
+
+    head_dim: of q and k; rotary_dim: its rotated part (smaller with partial rotary).
+    layout: "half" pairs (j, j + rotary_dim/2), "interleaved" pairs (2j, 2j+1).
+    window: max_position_embeddings. parameters: the whole `rope_parameters`.
+    """
+
+    head_dim: int
+    rotary_dim: int
+    layout: str
+    window: int
+    parameters: dict[str, Any]
+
+    def frequencies(self, length: int | None = None) -> rope.Frequencies:
+        """(radians per token, float64 (rotary_dim/2,); attention factor), recomputed from the config."""
+        return rope.frequencies_of(self.parameters, self.head_dim, self.window, length)
+
+
+#: Families of transformers that rotate neighbouring pairs.
+INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
+
+
+def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
+    """What the config says. Raises ValueError for no RoPE, ALiBi, multimodal sections or per-layer frequencies."""
+    kind = config.model_type
+    if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
+        raise ValueError(f"this model uses ALiBi, not RoPE: model_type={kind!r}")
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise ValueError(f"the checkpoint has no RoPE (its config has no rope_parameters): model_type={kind!r}")
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ValueError(
+            f"layers with different RoPE frequencies are not supported: {kind} has rope_parameters for "
+            f"{', '.join(sorted(parameters))}"
+        )
+    if parameters.get("mrope_section"):
+        raise ValueError(f"multimodal RoPE sections are not supported: mrope_section={parameters['mrope_section']}")
+    if parameters.get("rope_theta") is None:
+        raise ValueError(f"rope_parameters must hold rope_theta: {parameters}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"RoPE rotates pairs, so the rotated part of a head must be even: {head_dim=} {rotary_dim=}")
+    layout = "interleaved" if kind in INTERLEAVED else "half"
+    return RopeGeometry(head_dim, rotary_dim, layout, int(config.max_position_embeddings), dict(parameters))
+
+
+def extended_rope_parameters(
+    config: PretrainedConfig, scaling: str, target: int, factor: float | None = None, **options: Any
+) -> dict[str, Any]:
+    """The whole `rope_parameters` for a window of `target`; keys of the model's own (partial rotary) are kept.
+
+    factor: default target / window. A checkpoint that is scaled already is extended again only by its own linear or
+    yarn scaling, where the factors multiply. Raises ValueError if the target is not above the window.
+    """
+    geometry = rope_geometry(config)
+    if target <= geometry.window:
+        raise ValueError(f"the target must be above the checkpoint's window: {target=} window={geometry.window}")
+    factor = target / geometry.window if factor is None else factor
+    original = geometry.window
+    kind = geometry.parameters.get("rope_type", "default")
+    if kind != "default":
+        if kind != scaling or kind not in ("linear", "yarn"):
+            raise ValueError(
+                f"this checkpoint is scaled by {kind!r} already; only linear and yarn can be extended again, by the "
+                f"same scaling: {scaling=}"
+            )
+        factor *= geometry.parameters["factor"]
+        original = int(geometry.parameters.get("original_max_position_embeddings") or original)
+    own = {key: value for key, value in geometry.parameters.items() if key == "partial_rotary_factor"}
+    base = geometry.parameters["rope_theta"]
+    return rope.rope_parameters(scaling, base, geometry.rotary_dim, factor, original, **options) | own
+
+
+def extended_config(
+    config: PretrainedConfig, scaling: str, target: int, factor: float | None = None, **options: Any
+) -> PretrainedConfig:
+    """A copy of the config with the new window and the whole `rope_parameters`; arguments as above.
+
+    With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
+    """
+    extended = copy.deepcopy(config)
+    extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, **options)
+    if scaling != "dynamic":
+        extended.max_position_embeddings = target
+    return extended
+
+
+def check_frequencies(model: PreTrainedModel) -> None:
+    """The model's own float32 inverse frequencies and attention factor must equal ours, computed from its config.
+
+    Raises ValueError with the largest relative difference if they do not.
+    """
+    geometry = rope_geometry(model.config)
+    ours, attention_factor = geometry.frequencies()
+    found = False
+    for name, module in model.named_modules():
+        buffer = getattr(module, "inv_freq", None)
+        if not isinstance(buffer, torch.Tensor):
+            continue
+        found = True
+        theirs = buffer.detach().double().cpu().numpy()
+        scale = float(getattr(module, "attention_scaling", 1.0))
+        if theirs.shape != ours.shape:
+            raise ValueError(f"{name}: the model has {theirs.size} RoPE frequencies, its config gives {ours.size}")
+        difference = float(np.max(np.abs(theirs - ours) / ours))
+        if difference > 1e-5 or abs(scale - attention_factor) > 1e-6:
+            raise ValueError(
+                f"{name}: the model's RoPE differs from its config's: frequencies by {difference:.1e} (relative), "
+                f"attention factor {scale} against {attention_factor}"
+            )
+    if not found:
+        raise ValueError(f"no RoPE module found in {type(model).__name__}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and export
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """The directory of a local checkpoint. Raises ValueError if it is missing, unfinished, or not a checkpoint."""
+    directory = Path(path)
+    if not directory.exists():
+        raise ValueError(f"the checkpoint directory must exist: model={str(path)!r}")
+    if directory.name.endswith(".partial"):
+        raise ValueError(f"this directory belongs to an unfinished run: model={str(path)!r}")
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"a checkpoint directory must hold config.json: model={str(path)!r}")
+    return directory
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    directory = checkpoint_path(path)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    directory = checkpoint_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {error}") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    device: str = "cpu",
+    config: PretrainedConfig | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, its RoPE checked against our own frequencies.
+
+    attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
+    config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = checkpoint_path(path)
+    config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
+    rope_geometry(config)
+    if attention.startswith(PREFIX):
+        register_causal_only()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch_dtype(dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
+    check_frequencies(model)
+    return model.to(device).eval()
+
+
+def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str, device: str) -> PreTrainedModel:
+    """A model with random weights: the start of a base model, or of a measurement of speed."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=attention)
+    check_frequencies(model)
+    return model
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, dtype: str) -> None:
+    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer."""
+    model.config._attn_implementation = "sdpa"
+    model.config.use_cache = True
+    model.config.dtype = dtype
+    wanted = torch_dtype(dtype)
+    state = {name: tensor.detach().to("cpu", wanted) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(directory, state_dict=state)
+    tokenizer.model_max_length = int(model.config.max_position_embeddings)
+    tokenizer.save_pretrained(directory)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in names:
+        raise ValueError(f"dtype must be one of {', '.join(names)}: dtype={name!r}")
+    return names[name]
+
+
+def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer can emit ids that the model has no embedding for."""
+    if len(tokenizer) > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the model's vocab_size is "
+            f"{model_config.vocab_size}"
+        )

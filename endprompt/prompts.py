@@ -1,0 +1,127 @@
+"""End prompts: the short segment after the context that is placed at the far positions.
+
+Two kinds. A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn
+to predict it without looking at the context. `recall` (ours) is a cue followed by a span copied from the context, with
+loss on the span after its first few tokens: its tokens can only be predicted by attending across the distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: The paper's end prompts, section 4.3. EP_2 is the tokenizer's own end-of-turn token of Llama 3.
+CUES = {
+    "EP_1": "This is the end of text, please pay attention here",
+    "EP_2": "<|eot_id|>",
+    "EP_3": "End.",
+}
+RECALL_CUE = "\nQuote from the text above:"
+LITERAL = "text:"
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class EndPrompt:
+    """tokens: int64 (b,). scored: bool (b,), which of them carry loss."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Cues:
+    """One of several fixed texts, drawn for each sample."""
+
+    token_lists: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        return max(len(tokens) for tokens in self.token_lists)
+
+    def choose(self, rng: np.random.Generator) -> int:
+        """Index of this sample's cue (no number is drawn if there is just one)."""
+        return int(rng.integers(len(self.token_lists))) if len(self.token_lists) > 1 else 0
+
+    def length(self, choice: int) -> int:
+        return len(self.token_lists[choice])
+
+    def build(self, choice: int, context: np.ndarray, rng: np.random.Generator) -> EndPrompt:
+        tokens = np.asarray(self.token_lists[choice], dtype=np.int64)
+        return EndPrompt(tokens, np.ones(len(tokens), dtype=bool))
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A cue and a span of the context; the cue and the span's first `given` tokens carry no loss."""
+
+    cue: tuple[int, ...]
+    span: int
+    given: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.given < self.span:
+            raise ValueError(
+                f"recall gives the first tokens of its span and scores the rest, so 0 < given < span: "
+                f"recall_given={self.given} recall_span={self.span}"
+            )
+
+    @property
+    def longest(self) -> int:
+        return len(self.cue) + self.span
+
+    def choose(self, rng: np.random.Generator) -> int:
+        return 0
+
+    def length(self, choice: int) -> int:
+        return self.longest
+
+    def build(self, choice: int, context: np.ndarray, rng: np.random.Generator) -> EndPrompt:
+        """`context`: int64 (a,), of at least `span` tokens; the span starts anywhere in it."""
+        if len(context) < self.span:
+            raise ValueError(f"recall copies {self.span} tokens, the context has only {len(context)}")
+        start = int(rng.integers(len(context) - self.span, endpoint=True))
+        tokens = np.concatenate([np.asarray(self.cue, dtype=np.int64), context[start : start + self.span]])
+        scored = np.zeros(len(tokens), dtype=bool)
+        scored[len(self.cue) + self.given :] = True
+        return EndPrompt(tokens, scored)
+
+
+PromptKind = Cues | Recall
+
+
+def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, recall_given: int = 12) -> PromptKind:
+    """The end prompt by name: `recall`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...` (the user's own words).
+
+    encode: text to token ids, without special tokens added. Raises ValueError for an unknown name, an empty prompt, or
+    an EP_2 that the tokenizer has no single token for.
+    """
+    if not names:
+        raise ValueError("at least one end prompt must be named: prompt=[]")
+    if "recall" in names:
+        if len(names) > 1:
+            raise ValueError(f"recall cannot be mixed with fixed cues: prompt={list(names)}")
+        return Recall(tuple(encode(RECALL_CUE)), recall_span, recall_given)
+    lists = []
+    for name in names:
+        if name.startswith(LITERAL):
+            text = name[len(LITERAL) :]
+        elif name in CUES:
+            text = CUES[name]
+        else:
+            raise ValueError(f"prompt must be recall, {', '.join(CUES)} or text:YOUR WORDS: prompt={name!r}")
+        tokens = tuple(encode(text))
+        if not tokens:
+            raise ValueError(f"an end prompt must have at least one token: prompt={name!r}")
+        if name == "EP_2" and len(tokens) != 1:
+            raise ValueError(
+                f"EP_2 is the token {text}, which this tokenizer does not have; use EP_1, EP_3 or text:..."
+            )
+        lists.append(tokens)
+    return Cues(tuple(lists))
