@@ -35,9 +35,7 @@ def roundoff(z: Any, omega: Any, reach: float, order: int = 0, unit: float = UNI
     return 1.01 * unit * (np.abs(z) @ (size**order * (constant + size * abs(reach))))
 
 
-def certified_max(
-    z: Any, omega: Any, lo: float, hi: float, order: int = 0, rtol: float = 1e-3
-) -> tuple[Any, Any, int]:
+def certified_max(z: Any, omega: Any, lo: float, hi: float, order: int = 0, rtol: float = 1e-3) -> tuple[Any, Any, int]:
     """Rigorous enclosure of max |S^(order)| over the real interval [lo, hi].
 
     z: complex [n], or [P, n] for P spectra at once. Returns (lower, upper, evaluations); floats for one spectrum, else
@@ -53,60 +51,65 @@ def certified_max(
         raise ValueError(f"rtol must lie strictly between 0 and 1: {rtol=}")
     if z.ndim > 2:
         raise ValueError(f"spectra must have the shape [n] or [P, n]: {z.shape=}")
-    lower, upper, evaluations = _certify(np.atleast_2d(z), omega, float(lo), float(hi), order, rtol)
+    zr = derivative_spectrum(np.atleast_2d(z), omega, order)
+    lower, upper, evaluations = enclose_max(zr, omega, float(lo), float(hi), rtol, absolute=True)
     if z.ndim == 1:
         return float(lower[0]), float(upper[0]), evaluations
     return lower, upper, evaluations
 
 
-def _certify(
-    z: np.ndarray, omega: np.ndarray, lo: float, hi: float, order: int, rtol: float
+def enclose_max(
+    z: np.ndarray, omega: np.ndarray, lo: float, hi: float, rtol: float, *, absolute: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    zr = derivative_spectrum(z, omega, order)
+    """Enclosure of max |S| (absolute) or max S over [lo, hi] for spectra z [P, n].
+
+    The width is rtol of the maximum, or rtol of sum a if the maximum of S alone is not positive.
+    """
     reach = max(abs(lo), abs(hi))
     if np.abs(omega).max() * reach > 2**40:
         raise ValueError(f"float64 cannot resolve angles this large: {reach=} tokens at {np.abs(omega).max()} radians")
-    error = roundoff(z, omega, reach, order)
-    curvature = 1.01 * (np.abs(z) @ np.abs(omega) ** (order + 2)) / 8  # times h^2; 1.01 covers its rounding
-    sigma = np.abs(omega).max()
-    count = max(1, math.ceil((hi - lo) * sigma * 2)) if hi > lo else 1
+    size = np.abs(z) @ np.ones_like(omega)
+    error = roundoff(z, omega, reach)
+    curvature = 1.01 * (np.abs(z) @ omega**2) / 8  # times h^2; 1.01 covers its rounding
+    count = max(1, math.ceil((hi - lo) * np.abs(omega).max() * 2)) if hi > lo else 1
     grid = np.linspace(lo, hi, count + 1)
     grid[0], grid[-1] = lo, hi
 
-    largest = np.zeros(len(z))
+    def goal(largest: np.ndarray) -> np.ndarray:
+        return largest + np.maximum(rtol * np.where(largest > 0, largest, size), error)
+
+    largest = np.full(len(z), -np.inf)
     evaluations = len(z) * len(grid)
     cells: list[tuple[np.ndarray, ...]] = []
     rows = max(1, BLOCK // len(grid))
     cosine, sine = _tables(omega, grid)
     for start in range(0, len(z), rows):
         block = slice(start, start + rows)
-        value = np.abs(zr[block].real @ cosine - zr[block].imag @ sine)
+        value = z[block].real @ cosine - z[block].imag @ sine
+        if absolute:
+            np.abs(value, out=value)
         largest[block] = value.max(axis=1)
-        ends = np.maximum(value[:, :-1], value[:, 1:])
-        width = np.diff(grid)
-        goal = _goal(largest[block], error[block], rtol)
-        pair, cell = np.nonzero(ends + width**2 * curvature[block, None] > goal[:, None])
+        bound = np.maximum(value[:, :-1], value[:, 1:]) + np.diff(grid) ** 2 * curvature[block, None]
+        pair, cell = np.nonzero(bound > goal(largest)[block, None])
         cells.append((pair + start, grid[cell], grid[cell + 1], value[pair, cell], value[pair, cell + 1]))
     pair, left, right, at_left, at_right = (np.concatenate(parts) for parts in zip(*cells, strict=True))
 
-    # What is left over never exceeds the goal, and the goal only rises with the largest value seen.
+    # A cell that is let go never exceeds the goal, and the goal only rises with the largest value seen.
     while pair.size:
         middle = left + (right - left) / 2
-        at_middle = np.abs(_pointwise(zr, omega, pair, middle))
+        at_middle = _pointwise(z, omega, pair, middle)
+        if absolute:
+            np.abs(at_middle, out=at_middle)
         evaluations += pair.size
         np.maximum.at(largest, pair, at_middle)
         pair, left, right, at_left, at_right = (
             np.concatenate(halves)
             for halves in ((pair, pair), (left, middle), (middle, right), (at_left, at_middle), (at_middle, at_right))
         )
-        bound = np.maximum(at_left, at_right) + (right - left) ** 2 * curvature[pair]
-        keep = bound > _goal(largest, error, rtol)[pair]
+        keep = np.maximum(at_left, at_right) + (right - left) ** 2 * curvature[pair] > goal(largest)[pair]
         pair, left, right, at_left, at_right = (x[keep] for x in (pair, left, right, at_left, at_right))
-    return np.maximum(largest - error, 0.0), _goal(largest, error, rtol) + error, evaluations
-
-
-def _goal(largest: np.ndarray, error: np.ndarray, rtol: float) -> np.ndarray:
-    return largest + np.maximum(rtol * largest, error)
+    lower, upper = largest - error, goal(largest) + error
+    return (np.maximum(lower, 0.0) if absolute else lower), upper, evaluations
 
 
 def _tables(omega: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

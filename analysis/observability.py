@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 
 from endprompt import positions
 from endprompt.positions import Intervals
@@ -156,7 +157,7 @@ def _exponential_sum(alpha: np.ndarray, segments: Intervals) -> tuple[np.ndarray
 
 
 def gram_weighted(omega: Any, weights: Any, block: int = 8192) -> np.ndarray:
-    """Gram matrix over the distances 0, 1, ... with a weight each, float64 [2n, 2n], divided by the sum of the weights."""
+    """Gram matrix over the distances 0, 1, ... with a weight each, float64 [2n, 2n], over the sum of the weights."""
     omega, weights = np.asarray(omega, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise ValueError("weights of distances must be finite, not negative and not all zero")
@@ -216,9 +217,9 @@ def _check_grams(G_obs: Any, G_gap: Any) -> tuple[np.ndarray, np.ndarray]:
 def worst_gap(G_obs: Any, G_gap: Any, eps: float, rtol: float = 1e-6) -> tuple[float, np.ndarray]:
     """Largest root mean square in the gap of a score with ‖c‖ <= 1 and at most eps on the observed distances.
 
-    By duality [min_{t >= 0} lambda_max(G_gap - t G_obs) + t eps^2]^(1/2): exact for D >= 4, where the joint range of
-    three quadratic forms with a definite one among them is convex (Polyak 1998); for D = 2 it is only a bound, and the
-    maximum is taken over the circle instead. Returns (value, coefficients of an extremal score [2n]).
+    By duality [min_{t >= 0} max(lambda_max(G_gap - t G_obs), 0) + t eps^2]^(1/2), the S-lemma. It is exact: a
+    semidefinite program with two constraints has a solution of rank one (Pataki 1998). The positive part matters where
+    eps alone holds the coefficients below norm 1. Returns (value, coefficients of an extremal score [2n]).
     Raises ValueError if eps is not positive, or so small that float64 cannot carry the answer: the primal value of the
     returned coefficients and the dual value, a lower and an upper bound, must agree to rtol.
     """
@@ -228,9 +229,10 @@ def worst_gap(G_obs: Any, G_gap: Any, eps: float, rtol: float = 1e-6) -> tuple[f
             f"eps must be positive: with {eps=} the worst case is unregularised, see amplification_log10, which "
             "needs extended precision"
         )
-    if len(A) == 2:
-        return _worst_on_circle(A, B, eps)
     budget = eps**2
+    weakest = _inside_the_ball(A, B, eps)
+    if weakest is not None:
+        return weakest
 
     def top(t: float) -> tuple[float, np.ndarray]:
         values, vectors = np.linalg.eigh(A - t * B)
@@ -248,8 +250,8 @@ def worst_gap(G_obs: Any, G_gap: Any, eps: float, rtol: float = 1e-6) -> tuple[f
         t_low, t_high = 0.0, 1.0
         while True:
             value, c_high = top(t_high)
-            dual = min(dual, value + t_high * budget)
-            if c_high @ B @ c_high <= budget:
+            dual = min(dual, max(value, 0.0) + t_high * budget)
+            if value <= 0 or c_high @ B @ c_high <= budget:
                 break
             t_low, c_low, t_high = t_high, c_high, 4 * t_high
             if t_high > 1e18:
@@ -262,8 +264,8 @@ def worst_gap(G_obs: Any, G_gap: Any, eps: float, rtol: float = 1e-6) -> tuple[f
                 break
             t = math.sqrt(t_low * t_high) if t_low > 0 and t_high > 4 * t_low else (t_low + t_high) / 2
             value, c = top(t)
-            dual = min(dual, value + t * budget)
-            if c @ B @ c <= budget:
+            dual = min(dual, max(value, 0.0) + t * budget)
+            if value <= 0 or c @ B @ c <= budget:
                 t_high, c_high = t, c
             else:
                 t_low, c_low = t, c
@@ -274,7 +276,19 @@ def worst_gap(G_obs: Any, G_gap: Any, eps: float, rtol: float = 1e-6) -> tuple[f
 
 
 def _refusal(eps: float) -> str:
-    return f"float64 cannot carry the worst case at {eps=}: take a larger eps, or amplification_log10 for the limit of 0"
+    return (
+        f"float64 cannot carry the worst case at {eps=}: take a larger eps, or amplification_log10 for the limit of 0"
+    )
+
+
+def _inside_the_ball(A: np.ndarray, B: np.ndarray, eps: float) -> tuple[float, np.ndarray] | None:
+    """The worst case where the observed distances alone hold the coefficients below norm 1; else None."""
+    spectrum = np.linalg.eigvalsh(B)
+    if spectrum[0] <= 1e-10 * spectrum[-1]:
+        return None
+    values, vectors = scipy.linalg.eigh(A, B)  # normalised to c'Bc = 1
+    c = eps * vectors[:, -1]
+    return (eps * math.sqrt(max(values[-1], 0.0)), c) if np.linalg.norm(c) <= 1 else None
 
 
 def _blend(u: np.ndarray, v: np.ndarray, B: np.ndarray, budget: float) -> np.ndarray:
@@ -292,30 +306,3 @@ def _blend(u: np.ndarray, v: np.ndarray, B: np.ndarray, budget: float) -> np.nda
         lo, hi = (share, hi) if c @ B @ c > budget else (lo, share)
     c = (1 - hi) * u + hi * v
     return c / np.linalg.norm(c)
-
-
-def _worst_on_circle(A: np.ndarray, B: np.ndarray, eps: float) -> tuple[float, np.ndarray]:
-    """D = 2: c = r (cos t, sin t), with r = min(1, eps / sqrt(c'Bc)); its extrema are few and found in closed form."""
-
-    def value(t: np.ndarray) -> np.ndarray:
-        c = np.stack([np.cos(t), np.sin(t)])
-        gap, observed = np.einsum("it,ij,jt->t", c, A, c), np.einsum("it,ij,jt->t", c, B, c)
-        return gap * np.minimum(1.0, eps**2 / np.maximum(observed, np.finfo(np.float64).tiny))
-
-    candidates = [np.linalg.eigh(A)[1][:, -1]]
-    if np.linalg.eigvalsh(B)[0] > 0:
-        half = np.linalg.cholesky(B)
-        inverse = np.linalg.inv(half)
-        candidates.append(inverse.T @ np.linalg.eigh(inverse @ A @ inverse.T)[1][:, -1])
-    # where the two constraints meet: c'(B - eps^2)c = 0
-    (p, q), (_, r) = B - eps**2 * np.eye(2)
-    if q * q >= p * r:
-        for sign in (-1, 1):
-            candidates.append(np.array([r, -q + sign * math.sqrt(q * q - p * r)]) if r else np.array([2 * q, -p]))
-            candidates.append(np.array([-q + sign * math.sqrt(q * q - p * r), p]) if p else np.array([-r, 2 * q]))
-    angles = np.array([math.atan2(c[1], c[0]) for c in candidates if np.linalg.norm(c) > 0])
-    values = value(angles)
-    t = angles[int(values.argmax())]
-    c = np.array([math.cos(t), math.sin(t)])
-    c = c * min(1.0, eps / math.sqrt(c @ B @ c)) if c @ B @ c > 0 else c
-    return math.sqrt(max(float(values.max()), 0.0)), c

@@ -1,0 +1,227 @@
+"""`verify` and `positions` on tiny checkpoints of several families, random weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import analysis
+from analysis import capture, verify
+from analysis.commands import PositionsConfig, VerifyConfig
+from analysis.commands import positions as positions_command
+from analysis.commands import verify as verify_command
+from endprompt import rows
+from endprompt.model import load_model, rope_geometry
+
+WINDOW, TARGET = 256, 2048
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": WINDOW}
+HALF = {"partial_rotary_factor": 0.5}
+
+
+def config_of(family, **changes):
+    import transformers
+
+    settings = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": TARGET,
+        "rope_parameters": LINEAR,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+    }
+    own = {
+        "Llama": {},
+        "Mistral": {"rope_parameters": YARN, "sliding_window": None},
+        "Qwen3": {"head_dim": 16},  # q and k norms, a head_dim of its own
+        "Phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | HALF},  # fused, partial rotary
+        "Gemma": {"head_dim": 16},
+        "Gemma2": {"head_dim": 16},  # soft-capped logits
+        "Glm": {"head_dim": 16, "rope_parameters": LINEAR | HALF},  # interleaved, partial rotary
+        "Cohere": {},  # interleaved
+        "StableLm": {"rope_parameters": LINEAR | HALF},  # slices the rotated part itself
+        "GPTNeoX": {"rope_parameters": LINEAR | HALF},
+    }[family]
+    return getattr(transformers, f"{family}Config")(**(settings | own | changes))
+
+
+FAMILIES = ["Llama", "Mistral", "Qwen3", "Phi3", "Gemma", "Gemma2", "Glm", "Cohere", "StableLm", "GPTNeoX"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """checkpoint(family, **changes of its config) -> directory of a random model."""
+    made = {}
+
+    def make(family="Llama", seed=0, **changes):
+        from transformers import AutoModelForCausalLM
+
+        key = json.dumps([family, seed, changes], sort_keys=True)
+        if key not in made:
+            torch.manual_seed(seed)
+            path = tmp_path_factory.mktemp(family)
+            AutoModelForCausalLM.from_config(config_of(family, **changes)).save_pretrained(path)
+            tokenizer.save_pretrained(path)
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+def settings(checkpoint, tmp_path, **changes):
+    common = {"context": 236, "pairs": 12, "output": str(tmp_path / "run"), "formats": ("png",)}
+    return VerifyConfig(str(checkpoint), **(common | changes))
+
+
+def spectra_of(path, length=0, pairs=24, dtype="float32", attention="sdpa"):
+    model = load_model(path, dtype=dtype, attention=attention)
+    ids = np.random.default_rng(0).integers(0, 256, size=100)
+    found = []
+    places = capture.choose_pairs(100, pairs, 0)
+    capture.capture(model, ids, places, found.append, length)
+    return model, ids, places, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_equals_the_models_own_logit(checkpoint, family):
+    """Independent of the capture's own check: softmax of S over all keys gives the model's attention weights."""
+    path = checkpoint(family)
+    model = load_model(path, attention="eager")
+    ids = np.random.default_rng(0).integers(0, 256, size=40)
+    query = 39
+    places = capture.Pairs(np.full(40, query), np.arange(40), np.zeros(40, dtype=int))
+    found = []
+    geometry = capture.capture(model, ids, places, found.append)
+    omega, factor = geometry.frequencies(40)
+    with torch.no_grad():
+        weights = model(torch.as_tensor(ids)[None], output_attentions=True).attentions
+    for layer in found:
+        turned = [[analysis.eval_score(layer.z[h, k], omega, [query - k])[0] for k in range(40)] for h in range(4)]
+        logit = (np.array(turned) + layer.constant) * factor**2 * layer.scaling
+        cap = getattr(model.config, "attn_logit_softcapping", None)
+        logit = cap * np.tanh(logit / cap) if cap else logit
+        ours = np.exp(logit - logit.max(1, keepdims=True))
+        ours /= ours.sum(1, keepdims=True)
+        np.testing.assert_allclose(weights[layer.layer][0, :, query].numpy(), ours, atol=2e-5)
+    assert sorted(layer.layer for layer in found) == [0, 1]
+
+
+@pytest.mark.parametrize("wrong", ["layout", "frequencies"])
+def test_wrong_layout_or_frequency_is_caught(checkpoint, monkeypatch, wrong):
+    import dataclasses
+
+    def mistaken(config):
+        geometry = rope_geometry(config)
+        if wrong == "layout":
+            return dataclasses.replace(geometry, layout="interleaved")
+        return dataclasses.replace(geometry, parameters=geometry.parameters | {"factor": 8.5})
+
+    monkeypatch.setattr(capture, "rope_geometry", mistaken)
+    with pytest.raises(ValueError, match="differs from the model's own logit"):
+        spectra_of(checkpoint("Llama"))
+
+
+def test_capture_leaves_the_model_as_it_was(checkpoint):
+    import transformers.models.llama.modeling_llama as source
+
+    rotate, functions = source.apply_rotary_pos_emb, dict(source.ALL_ATTENTION_FUNCTIONS)
+    spectra_of(checkpoint("Llama"))
+    assert source.apply_rotary_pos_emb is rotate and dict(source.ALL_ATTENTION_FUNCTIONS) == functions
+
+
+def test_bfloat16_weights_pass_the_check(checkpoint):
+    _, _, _, found = spectra_of(checkpoint("Llama"), dtype="bfloat16")
+    assert 1e-4 < max(layer.error for layer in found) < 2e-2
+
+
+def test_not_a_number_in_the_weights_is_named(checkpoint, tmp_path, tokenizer):
+    model = load_model(checkpoint("Llama"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="finite"):
+        verify.verify(settings(tmp_path / "broken", tmp_path))
+
+
+def test_pairs_are_stratified_and_repeatable():
+    pairs = capture.choose_pairs(256, 60, 1)
+    again = capture.choose_pairs(256, 60, 1)
+    assert (pairs.query == again.query).all() and (pairs.key == again.key).all()
+    near, far, first = (pairs.distance[pairs.stratum == s] for s in range(3))
+    assert near.max() < 32 and far.min() >= 128 and (pairs.key[pairs.stratum == 2] == 0).all()
+    assert len(near) == len(far) == len(first) == 20
+    assert pairs.key.min() >= 0 and pairs.query.max() < 256
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Glm"])
+def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, family, capsys):
+    config = settings(checkpoint(family), tmp_path, against=str(checkpoint(family, seed=1)))
+    config.target = 1500
+    with pytest.raises(ValueError, match="must be above the window"):
+        verify.verify(settings(checkpoint(family), tmp_path, target=200, context=None))
+    assert verify_command(config) == 0
+    assert "1.000000" in capsys.readouterr().out
+    found = rows.read_rows(tmp_path / "run" / "results.jsonl")
+    values = {row["metric"]: row["value"] for row in found}
+    assert {row["suite"] for row in found} == {"analysis"} and {row["length"] for row in found} == {1500}
+    assert all(values[f"share_within_{name}"] == 1.0 for name in verify.CHECKS)
+    assert values["delta_rms_gap"] > 0
+    curves = json.loads((tmp_path / "run" / "curves.json").read_text())
+    assert curves["observed"] == [[0, 235], [1245, 1499]] and curves["gap"] == [[236, 1244]]
+    assert (tmp_path / "run" / "verify.png").stat().st_size > 10_000
+    verify_command(config)
+    assert len(rows.read_rows(tmp_path / "run" / "results.jsonl")) == len(found), "a second run replaces its rows"
+
+
+def test_a_violated_bound_fails_the_command(checkpoint, tmp_path, monkeypatch):
+    """Bounds that take the maximum over the window in place of the supremum are violated and reported."""
+    monkeypatch.setattr(verify, "coef_bound", lambda z, omega, order=0: 0.2 * analysis.coef_bound(z, omega, order))
+    assert verify_command(settings(checkpoint("Llama"), tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": 3000}, "end prompt must be shorter"),
+        ({"context": 2040}, "must fit into the target"),
+        ({"scheme": "pose"}, "must leave a gap"),
+        ({"pairs": 2}, "pairs must be at least 3"),
+        ({"text": "/nonexistent/text"}, "No such file"),
+        ({"tokens": 4}, "at least 16 tokens"),
+    ],
+)
+def test_verify_names_bad_input(checkpoint, tmp_path, changes, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        verify.verify(settings(checkpoint("Llama"), tmp_path, **changes))
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+
+
+def test_positions_command(tmp_path, capsys):
+    config = PositionsConfig(scheme="all", target=2048, context=236, prompt=20, head_dim=64, base=10000.0)
+    config.plot = str(tmp_path / "coverage.pdf")
+    positions_command(config)
+    out = capsys.readouterr().out
+    assert "[0, 235] [1793, 2047]; [236, 1792]" in out and "pose" in out
+    assert (tmp_path / "coverage.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_positions_refuses_a_target_without_a_gap():
+    with pytest.raises(ValueError, match="must leave a gap"):
+        positions_command(PositionsConfig(target=300, context=236, prompt=20))
