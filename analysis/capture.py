@@ -159,7 +159,7 @@ def _wrapped(model: PreTrainedModel, before: list[Any], on_attention: Callable[.
                 on_attention(module.layer_idx, query[0], key[0], float(scaling))
                 return _attend(module, query, key, *args, **kwargs)
 
-            source.apply_rotary_pos_emb = record
+            setattr(source, "apply_rotary_pos_emb", record)  # noqa: B010
             stack.callback(setattr, source, "apply_rotary_pos_emb", rotate)
             functions[name] = watch  # an entry of this instance, above the class-wide one of the same name
             stack.callback(functions.pop, name, None)

@@ -90,11 +90,11 @@ def plot(config: PositionsConfig, found: list[Coverage], path: str) -> Path:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    from analysis.figures import OBSERVED, SCORE, SHEET
+    from analysis.figures import OBSERVED, SCORE, SHEET, save
 
     target = Path(path)
-    if target.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"plot must name a .png, .pdf or .svg file: plot={path!r}")
+    if target.suffix not in (".png", ".pdf"):
+        raise ValueError(f"plot must name a .png or .pdf file: plot={path!r}")
     with as_file(files("analysis") / SHEET) as sheet, style.context(str(sheet)):
         figure = Figure(figsize=(7, 0.8 + 1.1 * len(found)), layout="constrained")
         axes: Any = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
@@ -107,11 +107,9 @@ def plot(config: PositionsConfig, found: list[Coverage], path: str) -> Path:
             axis.set_ylim(max(c.counts[d].min() / 3, 1e-3), c.counts.max() * 3)
             axis.set_title(
                 f"{c.scheme}: {c.share:.0%} of the distances observed; predicted RMS error in the gap {c.gap_rms:.3f}",
-                loc="left",
             )
         axes[-1].set_xlim(0, config.target - 1)
         axes[-1].set_xlabel("relative distance (tokens); shaded: observed")
         figure.supylabel("expected pairs a row", fontsize=8)
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target)
-    return target
+        return save(figure, target)

@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis import observability, sweep
-from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius
+from analysis import observability, outlook
+from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius, softmax_shift_bound
+from analysis.certificates import certified_max
 from analysis.commands import VerifyConfig
+from analysis.rank import true_sup
 from analysis.spectra import derivative_spectrum, eval_score
+from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt.positions import Intervals
 from endprompt.rows import RunDirectory, read_rows, result_row, sha256_of, write_text
 
@@ -27,6 +30,11 @@ CURVE_POINTS = 2048
 CURVES = "curves.json"
 #: Frequencies that turn this many radians over the window decide the gap: slower ones hardly move, faster ones repeat.
 CRITICAL_BAND = (2.0, 60.0)
+#: Points of the picture of observed against gap, and where the worst case is computed for it.
+POINTS, WORST_CASES = 1500, 12
+#: Heads whose curves are drawn: of the first, the middle and the last layer.
+DRAWN = 3
+TINY = np.finfo(np.float64).tiny
 
 CHECKS = {
     "coefficient_order0": "|S| within sum a",
@@ -70,11 +78,11 @@ class VerifyReport:
             lines.append(f"{label:<46}{self.shares[name]:>13.6f}{self.worst[name]:>15.4f}")
         gap_width = max(hi - lo + 1 for lo, hi in c["gap"])
         lines.append(
-            f"Bernstein says more than |S| <= sup|S| within {c['radius']:.3g} tokens of an observed distance; "
+            f"Bernstein says more than |S(d) - S(d')| <= 2 sup|S| only for |d - d'| < {c['radius']:.3g} tokens; "
             f"the gap is {gap_width} wide"
         )
         for row in self.rows:
-            if row["task"] in ("roughness", "observability", "change"):
+            if row["task"] != "bounds":
                 lines.append(f"{row['task'] + ': ' + row['metric']:<59}{row['value']:>15.4g}")
         return "\n".join(lines)
 
@@ -91,9 +99,11 @@ def verify(config: VerifyConfig) -> VerifyReport:
     from analysis import figures
 
     scene = prepare(config)
+    before = read_before(scene)
+    model = load(config.checkpoint, config)
     run = RunDirectory(config.output, config)
     findings = Findings(scene)
-    scene.read(findings.add)
+    capture_layers(model, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
     report = findings.report(run.path)
     replace_rows(run, report.rows)
     write_text(run.path / CURVES, json.dumps(report.curves, allow_nan=False) + "\n")
@@ -112,11 +122,10 @@ def replace_rows(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
 
 @dataclass
 class Scene:
-    """What is examined: a model, a text, pairs of places in it, and the distances observed and not."""
+    """What is examined: a text, pairs of places in it, and the distances that training observed and did not."""
 
     config: VerifyConfig
-    model: Any
-    base: Any | None
+    geometry: Any
     ids: np.ndarray
     pairs: Any
     window: int
@@ -128,35 +137,31 @@ class Scene:
     gap: Intervals
     samples: str
 
-    def read(self, consume: Any) -> None:
-        """Both models over the text, layer by layer: consume(layer of the model, the same layer before or None)."""
-        from analysis.capture import capture
-
-        before: dict[int, Any] = {}
-        if self.base is not None:
-            capture(self.base, self.ids, self.pairs, lambda layer: before.__setitem__(layer.layer, layer))
-        capture(self.model, self.ids, self.pairs, lambda layer: consume(layer, before.pop(layer.layer, None)))
-
 
 def prepare(config: VerifyConfig) -> Scene:
+    """Everything but the weights. Raises ValueError for sizes that cannot be, before anything is loaded."""
     import torch
 
     from analysis.capture import choose_pairs
     from endprompt import model as models
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be one that this machine has: device='cuda', and torch finds no CUDA device")
-    model = load(config.checkpoint, config)
-    base = load(config.against, config) if config.against else None
-    geometry = models.rope_geometry(model.config)
-    if base is not None and (
-        base.config.num_attention_heads != model.config.num_attention_heads
-        or base.config.num_hidden_layers != model.config.num_hidden_layers
-        or models.rope_geometry(base.config).head_dim != geometry.head_dim
-    ):
-        raise ValueError(f"against must be the same architecture as the checkpoint: {config.against!r}")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this machine has: device={config.device!r}, torch finds no CUDA")
+    if not config.noise > 0:
+        raise ValueError(f"the noise of an observed score must be positive: noise={config.noise}")
+    settings = models.load_config(config.checkpoint)
+    geometry = models.rope_geometry(settings)
+    base = models.load_config(config.against) if config.against else None
+    if base is not None:
+        same = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        differing = [key for key in same if getattr(base, key, None) != getattr(settings, key, None)]
+        if differing:
+            raise ValueError(
+                f"against must be the model before extension, of the same architecture: against={config.against!r} "
+                f"differs in {', '.join(differing)}"
+            )
     length = geometry.window if config.target is None else config.target
-    window = original_window(geometry, base)
+    window = original_window(geometry) if base is None else models.rope_geometry(base).window
     context = window - config.prompt if config.context is None else config.context
     if length <= window and config.context is None:
         raise ValueError(
@@ -170,16 +175,14 @@ def prepare(config: VerifyConfig) -> Scene:
             f"target={length} {context=} prompt={config.prompt}"
         )
     omega, attention_factor = geometry.frequencies(length)
-    text = read_text(config.text)
-    ids = np.asarray(models.load_tokenizer(config.checkpoint)(text)["input_ids"], dtype=np.int64)
+    ids = np.asarray(models.load_tokenizer(config.checkpoint)(read_text(config.text))["input_ids"], dtype=np.int64)
     ids = ids[: min(config.tokens, window)]
-    if ids.size and ids.max() >= model.config.vocab_size:
-        raise ValueError(f"the tokenizer is of another vocabulary: token {ids.max()}, {model.config.vocab_size=}")
+    if ids.size and ids.max() >= settings.vocab_size:
+        raise ValueError(f"the tokenizer is of another vocabulary: token {ids.max()}, {settings.vocab_size=}")
     pairs = choose_pairs(ids.size, config.pairs, config.seed)
     return Scene(
         config=config,
-        model=model,
-        base=base,
+        geometry=geometry,
         ids=ids,
         pairs=pairs,
         window=window,
@@ -193,6 +196,14 @@ def prepare(config: VerifyConfig) -> Scene:
     )
 
 
+def original_window(geometry: Any) -> int:
+    """Window before extension, from what the scaling says of it."""
+    original = geometry.parameters.get("original_max_position_embeddings")
+    if original or geometry.parameters.get("rope_type") == "dynamic":
+        return int(original or geometry.window)
+    return int(geometry.window / geometry.parameters.get("factor", 1.0))
+
+
 def load(path: str, config: VerifyConfig) -> Any:
     from endprompt import model as models
 
@@ -202,12 +213,19 @@ def load(path: str, config: VerifyConfig) -> Any:
     return models.load_model(path, dtype=config.dtype, attention=attention, device=config.device)
 
 
-def original_window(geometry: Any, base: Any | None) -> int:
-    """Window before extension: the base's, else what the scaling says of it."""
-    if base is not None:
-        return int(base.config.max_position_embeddings)
-    original = geometry.parameters.get("original_max_position_embeddings")
-    return int(original or geometry.window / geometry.parameters.get("factor", 1.0))
+def capture_layers(model: Any, scene: Scene, consume: Any) -> None:
+    from analysis.capture import capture
+
+    capture(model, scene.ids, scene.pairs, consume)
+
+
+def read_before(scene: Scene) -> dict[int, Any]:
+    """Spectra of the model before extension by layer; the model itself is let go before the other is loaded."""
+    before: dict[int, Any] = {}
+    if scene.config.against:
+        model = load(scene.config.against, scene.config)
+        capture_layers(model, scene, lambda layer: before.__setitem__(layer.layer, layer))
+    return before
 
 
 def read_text(path: str | None) -> str:
@@ -225,112 +243,179 @@ class Findings:
         self.scene = scene
         # the part of a head that RoPE leaves alone is a frequency of 0
         self.omega = np.append(scene.omega, 0.0)
+        self.sweep = Sweep(self.omega, scene.length, device=scene.config.device)
         self.gram = {
             name: observability.gram(self.omega, segments)
             for name, segments in (("observed", scene.observed), ("gap", scene.gap))
         }
+        self.rng = np.random.default_rng([scene.config.seed, 1])
         self.layers: list[dict[str, Any]] = []
-        self.curves: list[dict[str, Any]] = []
-        self.power = np.zeros(scene.omega.size)
 
     def add(self, layer: Any, before: Any | None) -> None:
+        """One layer's spectra, and the same layer's before extension."""
         scene, omega = self.scene, self.omega
         unit = layer.scaling * scene.attention_factor**2
         z = unit * np.concatenate([layer.z, layer.constant[..., None]], axis=-1)
         heads, pairs, _ = z.shape
         flat = z.reshape(heads * pairs, -1)
-        largest = sweep.maxima(flat, omega, scene.length)
+        largest = self.sweep.maxima(flat, duffin_schaeffer=True)
         ratio = bound_ratios(flat, omega, largest)
-        slope = {name: self.rms(derivative_spectrum(flat, omega, 1), name) for name in self.gram}
-        band = (omega * scene.length >= CRITICAL_BAND[0]) & (omega * scene.length <= CRITICAL_BAND[1])
         energy = np.abs(flat[:, :-1]) ** 2
-        self.power += energy.sum(0)
+        turns = omega[:-1] * scene.length
+        band = (turns >= CRITICAL_BAND[0]) & (turns <= CRITICAL_BAND[1])
         record: dict[str, Any] = {
             "layer": layer.layer,
             "logit_error": layer.error,
             "within": {name: value <= 1.0 for name, value in ratio.items()},
-            "ratio": {name: value.reshape(heads, pairs) for name, value in ratio.items()},
-            "tightness": (largest.size[1] / np.maximum(coef_bound(flat, omega, 1), 1e-300)).reshape(heads, pairs),
-            "roughness": (slope["gap"] / np.maximum(slope["observed"], 1e-300)).reshape(heads, pairs),
-            "band": (energy[:, band[:-1]].sum(1) / np.maximum(energy.sum(1), 1e-300)).reshape(heads, pairs),
-            "B1": coef_bound(flat, omega, 1).max(),
+            "worst": {name: float(value.max()) for name, value in ratio.items()},
+            "tightness": (largest.size[1] / np.maximum(coef_bound(flat, omega, 1), TINY)).reshape(heads, pairs),
+            "tightness_bernstein": largest.size[1] / np.maximum(bernstein_bound(flat, omega, 1), TINY),
+            "roughness": self.roughness(flat).reshape(heads, pairs),
+            "null": self.roughness(np.abs(flat) * np.exp(2j * np.pi * self.rng.random(flat.shape))),
+            "band": energy[:, band].sum(1) / np.maximum(energy.sum(1), TINY),
+            "power": energy.sum(0),
+            "B1": float(coef_bound(flat, omega, 1).max()),
+            "curve": self.curve(layer.layer, z),
         }
+        subject = flat
         if before is not None:
             old = unit * np.concatenate([before.z, before.constant[..., None]], axis=-1)
-            change = (z - old).reshape(heads * pairs, -1)
-            record["change"] = {name: self.rms(change, name).reshape(heads, pairs) for name in self.gram}
-            record["before"] = {
-                name: self.rms(old.reshape(change.shape), name).reshape(heads, pairs) for name in self.gram
-            }
-            record["change_power"] = (np.abs(change[:, :-1]) ** 2).sum(0)
+            subject = flat - old.reshape(flat.shape)
+            record["change_power"] = (np.abs(subject[:, :-1]) ** 2).sum(0)
+        record["norm"] = np.sqrt((np.abs(subject) ** 2).sum(1))
+        record["rms"] = {name: self.rms(subject, name) for name in self.gram}
         self.layers.append(record)
-        self.curves.append(self.curve(layer.layer, z))
 
     def rms(self, z: np.ndarray, where: str) -> np.ndarray:
+        """Root mean square of scores over the observed distances or the gap, [P], by the Gram matrix."""
         c = np.concatenate([z.real, -z.imag], axis=-1)
-        return np.sqrt(np.maximum(np.einsum("pi,ij,pj->p", c, self.gram[where], c, optimize=True), 0.0))
+        return np.sqrt(np.maximum(((c @ self.gram[where]) * c).sum(-1), 0.0))
+
+    def roughness(self, z: np.ndarray) -> np.ndarray:
+        """Root mean square of S' in the gap over that on the observed distances, [P]."""
+        slope = derivative_spectrum(z, self.omega, 1)
+        return self.rms(slope, "gap") / np.maximum(self.rms(slope, "observed"), TINY)
 
     def curve(self, layer: int, z: np.ndarray) -> dict[str, Any]:
-        """The far pair with the largest slope bound in a layer, as a curve."""
+        """The far pair of a layer whose coefficient bound on the slope is largest."""
         far = np.flatnonzero(self.scene.pairs.stratum == 1)
         steep = coef_bound(z[:, far], self.omega, 1)
         head, place = np.unravel_index(int(steep.argmax()), steep.shape)
         pair = int(far[place])
-        spectrum = z[head, pair]
-        d = np.arange(self.scene.length)
-        orders = []
-        for order in sweep.ORDERS:
-            low, high, centre = envelope(eval_score(spectrum, self.omega, d, order), d)
-            orders.append(
-                {
-                    "low": rounded(low),
-                    "high": rounded(high),
-                    "coefficient": float(coef_bound(spectrum, self.omega, order)),
-                    "bernstein": float(bernstein_bound(spectrum, self.omega, order)),
-                }
-            )
         return {
             "layer": layer,
             "head": int(head),
             "query": int(self.scene.pairs.query[pair]),
             "key": int(self.scene.pairs.key[pair]),
-            "distance": [float(x) for x in centre],
-            "orders": orders,
+            "z": z[head, pair],
         }
+
+    def drawn(self, curve: dict[str, Any]) -> dict[str, Any]:
+        """A curve with its values, bounds, supremum on the line and certificate in the gap."""
+        scene, z = self.scene, curve.pop("z")
+        d = np.arange(scene.length)
+        base, head_dim = scene.geometry.parameters["rope_theta"], scene.geometry.rotary_dim
+        supremum = true_sup(z, self.omega, base, head_dim, 0, rtol=1e-4)
+        orders = []
+        for order in ORDERS:
+            low, high, centre = envelope(eval_score(z, self.omega, d, order), d)
+            enclosures = [certified_max(z, self.omega, lo, hi, order, 1e-3)[:2] for lo, hi in scene.gap]
+            orders.append(
+                {
+                    "low": rounded(low),
+                    "high": rounded(high),
+                    "coefficient": float(coef_bound(z, self.omega, order)),
+                    "bernstein": float(bernstein_bound(z, self.omega, order, supremum[1])),
+                    "gap_maximum": [max(lo for lo, _ in enclosures), max(hi for _, hi in enclosures)],
+                }
+            )
+        sum_a = orders[0]["coefficient"]
+        return curve | {"distance": rounded(centre), "supremum": list(supremum), "sum_a": sum_a, "orders": orders}
 
     def report(self, directory: Path) -> VerifyReport:
         scene = self.scene
         layers = sorted(self.layers, key=lambda record: record["layer"])
         shares = {name: float(np.mean([r["within"][name] for r in layers])) for name in CHECKS}
-        worst = {name: float(max(r["ratio"][name].max() for r in layers)) for name in CHECKS}
-        curves = {
+        worst = {name: max(r["worst"][name] for r in layers) for name in CHECKS}
+        places = np.unique(np.linspace(0, len(layers) - 1, DRAWN).round().astype(int))
+        prediction = self.predict(layers)
+        heads, pairs = layers[0]["roughness"].shape
+        curves: dict[str, Any] = {
             "checkpoint": Path(scene.config.checkpoint).name,
+            "against": Path(scene.config.against).name if scene.config.against else None,
             "method": self.method(),
             "length": scene.length,
             "window": scene.window,
             "context": scene.context,
             "prompt": scene.config.prompt,
             "scheme": scene.config.scheme,
+            "noise": scene.config.noise,
             "observed": scene.observed,
             "gap": scene.gap,
             "sigma": float(scene.omega.max()),
             "attention_factor": scene.attention_factor,
             "radius": nonvacuous_radius(scene.omega),
             "layers": len(layers),
-            "heads": int(layers[0]["roughness"].shape[0]),
-            "pairs": int(layers[0]["roughness"].shape[1]),
-            "curves": self.curves,
+            "heads": int(heads),
+            "pairs": int(pairs),
+            "curves": [self.drawn(layers[place]["curve"]) for place in places],
             "tightness": [rounded(np.median(r["tightness"], axis=1)) for r in layers],
             "roughness": [rounded(np.median(r["roughness"], axis=1)) for r in layers],
+            "roughness_pairs": rounded(thinned(np.concatenate([r["roughness"].ravel() for r in layers]))),
+            "roughness_null": rounded(thinned(np.concatenate([r["null"] for r in layers]))),
+            "prediction": prediction,
+            "outlook": outlook.outlook(scene.geometry, scene.window, scene.length, scene.context, scene.config),
         }
-        rows = self.rows(layers, shares)
+        rows = self.rows(layers, shares, worst, curves)
         return VerifyReport(curves["checkpoint"], shares, worst, rows, curves, directory)
 
+    def predict(self, layers: list[dict[str, Any]]) -> dict[str, Any]:
+        """Observed against gap, for what training changed (or for S itself), beside the worst and the average case.
+
+        All are for coefficients of norm 1. A pair above the worst case would break a theorem.
+        """
+        scene = self.scene
+        norm = np.concatenate([r["norm"] for r in layers])
+        live = norm > 0
+        size = {name: np.concatenate([r["rms"][name] for r in layers]) for name in self.gram}
+        share = {name: values[live] / norm[live] for name, values in size.items()}
+        result: dict[str, Any] = {
+            "subject": "change" if scene.config.against else "score",
+            "rms": {name: float(np.sqrt(np.mean(values**2))) for name, values in size.items()},
+            "points": {name: rounded(thinned(values)) for name, values in share.items()},
+            "worst": {"eps": [], "value": []},
+        }
+        if not live.any():
+            return result
+        low, high = max(share["observed"].min(), 1e-6), max(share["observed"].max(), 1e-5)
+        for eps in np.geomspace(low * 0.9, high * 1.1, WORST_CASES):
+            try:
+                value, _ = observability.worst_gap(self.gram["observed"], self.gram["gap"], float(eps))
+            except ValueError:  # float64 cannot carry it: the point stays off the picture
+                continue
+            result["worst"]["eps"].append(float(f"{eps:.6g}"))
+            result["worst"]["value"].append(float(f"{value:.6g}"))
+        power = sum(r.get("change_power", r["power"]) for r in layers) / norm.size
+        result["average"] = observability.posterior_gap_rms(
+            observability.gram(scene.omega, scene.observed),
+            observability.size(scene.observed),
+            observability.gram(scene.omega, scene.gap),
+            scene.config.noise * max(float(np.sqrt(power.sum() / 2)), TINY),
+            prior=power,
+        )
+        return result
+
     def method(self) -> str:
-        scaling = self.scene.model.config.rope_parameters.get("rope_type", "default")
+        scaling = self.scene.geometry.parameters.get("rope_type", "default")
         return self.scene.config.method or ("base" if scaling == "default" else scaling)
 
-    def rows(self, layers: list[dict[str, Any]], shares: dict[str, float]) -> list[dict[str, Any]]:
+    def rows(
+        self,
+        layers: list[dict[str, Any]],
+        shares: dict[str, float],
+        worst: dict[str, float],
+        curves: dict[str, Any],
+    ) -> list[dict[str, Any]]:
         scene = self.scene
         number = sum(r["roughness"].size for r in layers)
 
@@ -352,41 +437,60 @@ class Findings:
                 **extra,
             )
 
+        def quantiles(task: str, name: str, values: np.ndarray) -> list[dict[str, Any]]:
+            return [row(task, f"{name}_q{q:02d}", float(np.quantile(values, q / 100))) for q in (1, 50, 99)]
+
+        def together(key: str) -> np.ndarray:
+            return np.concatenate([r[key].ravel() for r in layers])
+
         rows = [row("bounds", f"share_within_{name}", share) for name, share in shares.items()]
+        rows += [row("bounds", f"largest_over_{name}", value) for name, value in worst.items()]
         rows.append(row("bounds", "logit_error_over_sum_a", max(r["logit_error"] for r in layers)))
-        rows.append(row("bounds", "nonvacuous_radius_tokens", nonvacuous_radius(scene.omega), n=None))
-        tightness = np.concatenate([r["tightness"].ravel() for r in layers])
-        roughness = np.concatenate([r["roughness"].ravel() for r in layers])
-        for name, values, task in (
-            ("tightness_order1", tightness, "bounds"),
-            ("gap_to_observed", roughness, "roughness"),
-        ):
-            for quantile in (0.01, 0.5, 0.99):
-                rows.append(row(task, f"{name}_q{100 * quantile:02.0f}", float(np.quantile(values, quantile))))
-        band = np.concatenate([r["band"].ravel() for r in layers])
-        rows.append(row("roughness", "critical_band_energy_share_median", float(np.median(band))))
-        average = observability.posterior_gap_rms(
-            observability.gram(scene.omega, scene.observed),
-            observability.size(scene.observed),
-            observability.gram(scene.omega, scene.gap),
-            scene.config.noise,
-        )
-        rows.append(row("observability", "posterior_gap_rms", average, n=None, noise=scene.config.noise))
-        if "change" in layers[0]:
-            for name in self.gram:
-                values = np.concatenate([r["change"][name].ravel() for r in layers])
-                rows.append(row("change", f"delta_rms_{name}", float(np.sqrt(np.mean(values**2)))))
+        rows.append(row("bounds", "nonvacuous_radius_tokens", curves["radius"], n=None))
+        rows += quantiles("bounds", "slope_over_coefficient_bound", together("tightness"))
+        rows += quantiles("bounds", "slope_over_bernstein_bound", together("tightness_bernstein"))
+        for curve in curves["curves"]:
+            place = {"layer": curve["layer"], "head": curve["head"]}
+            rows.append(row("bounds", "supremum_over_sum_a", curve["supremum"][1] / curve["sum_a"], n=1, **place))
+        # a shift of all distances by one token; B1 is in logits already
+        eta = max(r["B1"] for r in layers)
+        log_probability, variation = softmax_shift_bound(eta * 2**0.5, 1.0, 2)
+        rows.append(row("softmax", "log_probability_change_per_token_bound", log_probability))
+        rows.append(row("softmax", "total_variation_per_token_bound", variation))
+        rows += quantiles("roughness", "gap_over_observed", together("roughness"))
+        rows += quantiles("roughness", "gap_over_observed_random_phase", together("null"))
+        rows.append(row("roughness", "critical_band_energy_share_median", float(np.median(together("band")))))
+        prediction = curves["prediction"]
+        for name, value in prediction["rms"].items():
+            rows.append(row(prediction["subject"], f"rms_{name}", value, against=curves["against"]))
+        if "average" in prediction:
+            rows.append(row(prediction["subject"], "rms_gap_undetermined", prediction["average"]))
+        for entry in curves["outlook"]["schemes"]:
+            rows.append(
+                row("observability", f"gap_rms_{entry['scheme']}", entry["once"], n=None, noise=scene.config.noise)
+            )
+        for entry in curves["outlook"]["pretraining"]:
+            rows.append(
+                row(
+                    "observability",
+                    f"gap_rms_pretraining_{entry['scaling']}",
+                    entry["value"],
+                    n=None,
+                    noise=scene.config.noise,
+                )
+            )
         return rows
 
 
-def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: sweep.Maxima) -> dict[str, np.ndarray]:
+def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: Maxima) -> dict[str, np.ndarray]:
     """Value over bound, [P] for each of CHECKS: what is certainly reached over what the theorem allows anywhere.
 
     The rounding of the value is taken off, so a ratio above 1 is a violation and not noise.
     """
+    assert largest.duffin_schaeffer is not None
     sigma = np.abs(omega).max()
     sum_a = coef_bound(z, omega)
-    reached = {order: np.maximum(largest.size[order] - largest.error[order], 0.0) for order in sweep.ORDERS}
+    reached = {order: np.maximum(largest.size[order] - largest.error[order], 0.0) for order in ORDERS}
     both = np.maximum(largest.duffin_schaeffer - largest.error[1] - sigma * largest.error[0], 0.0)
 
     def over(value: np.ndarray, bound: np.ndarray) -> np.ndarray:
@@ -409,6 +513,11 @@ def envelope(values: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     parts = np.array_split(values, CURVE_POINTS)
     centres = np.array([part.mean() for part in np.array_split(d, CURVE_POINTS)])
     return np.array([p.min() for p in parts]), np.array([p.max() for p in parts]), centres
+
+
+def thinned(values: np.ndarray) -> np.ndarray:
+    """At most POINTS of the values, evenly picked."""
+    return values[:: max(1, -(-values.size // POINTS))]
 
 
 def rounded(values: np.ndarray) -> list[float]:
