@@ -83,7 +83,11 @@ def softmax_shift_bound(
         raise ValueError(f"RoPE rotates pairs, so head_dim must be even and at least 2: {head_dim=}")
     if not (B1_max >= 0 and math.isfinite(B1_max) and math.isfinite(delta)):
         raise ValueError(f"B1_max must be finite and not negative, delta finite: {B1_max=} {delta=}")
-    eta = abs(delta) * B1_max * attention_factor**2 / math.sqrt(head_dim)
+    return softmax_change(abs(delta) * B1_max * attention_factor**2 / math.sqrt(head_dim))
+
+
+def softmax_change(eta: float) -> tuple[float, float]:
+    """(bound on |change of log p_i|, bound on the total variation) if no logit moves by more than eta."""
     return 2 * eta, math.tanh(eta / 2)
 
 

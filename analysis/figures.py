@@ -143,7 +143,7 @@ def change_panel(figure: Any, curves: dict[str, Any]) -> None:
     """RMS on the observed distances against RMS in the gap, each pair a point, beside the worst case."""
     prediction = curves["prediction"]
     what = "ΔS, after − before" if prediction["subject"] == "change" else "S"
-    axis = figure.subplots()
+    axis, below = figure.subplots(2, 1, height_ratios=[2.2, 1])
     axis.plot(
         prediction["points"]["observed"], prediction["points"]["gap"], ".", color=SCORE, ms=2, label=f"{what}, pairs"
     )
@@ -155,6 +155,8 @@ def change_panel(figure: Any, curves: dict[str, Any]) -> None:
         span = [min(places) * 0.8, max(places) * 1.2]
         axis.plot(span, span, color="k", lw=0.6, label="equal")
     decades(axis)
+    if places:
+        axis.set_ylim(bottom=min(places) / 6)  # room for the legend
     axis.set_xlabel(f"RMS of {what} on observed distances, for ‖c‖ = 1")
     axis.set_ylabel("RMS in the gap, for ‖c‖ = 1")
     undetermined = prediction.get("average")
@@ -162,6 +164,16 @@ def change_panel(figure: Any, curves: dict[str, Any]) -> None:
     rms = prediction["rms"]
     axis.set_title(f"RMS {what}: observed {rms['observed']:.3g}, gap {rms['gap']:.3g} (logits){note}")
     axis.legend(loc="lower right")
+    extremal = prediction.get("extremal")
+    if extremal is None:
+        below.set_axis_off()
+        return
+    shade(below, curves)
+    below.fill_between(extremal["distance"], extremal["low"], extremal["high"], color=BOUND, lw=0.6)
+    below.set_xlabel("relative distance d (tokens)")
+    below.set_title(
+        f"the worst case of ‖c‖ = 1, drawn:\nRMS {extremal['eps']:g} where observed, {extremal['value']:.3g} in the gap"
+    )
 
 
 def decades(axis: Any) -> None:

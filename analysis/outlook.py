@@ -67,7 +67,7 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
         return {"scheme": scheme, "x": [place for place, _ in kept], "y": [float(f"{v:.6g}") for _, v in kept]}
 
     targets = sorted({window * factor for factor in FACTORS} | {target})
-    contexts = sorted({max(2 * prompt, window * share // 8) for share in range(1, 9)} | {context})
+    contexts = sorted({max(prompt, window * share // 8, 1) for share in range(1, 9)} | {context})
     fixed = ("contiguous", "endprompt")
     schemes = []
     _, reference = observability.distance_segments(target, context, prompt, "endprompt")

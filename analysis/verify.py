@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis import observability, outlook
-from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius, softmax_shift_bound
+from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius, softmax_change
 from analysis.certificates import certified_max
 from analysis.commands import VerifyConfig
 from analysis.rank import true_sup
@@ -32,6 +32,8 @@ CURVES = "curves.json"
 CRITICAL_BAND = (2.0, 60.0)
 #: Points of the picture of observed against gap, and where the worst case is computed for it.
 POINTS, WORST_CASES = 1500, 12
+#: Observed root mean square of the extremal score that is drawn, for coefficients of norm 1.
+EXTREMAL_EPS = 0.01
 #: Heads whose curves are drawn: of the first, the middle and the last layer.
 DRAWN = 3
 TINY = np.finfo(np.float64).tiny
@@ -395,6 +397,7 @@ class Findings:
                 continue
             result["worst"]["eps"].append(float(f"{eps:.6g}"))
             result["worst"]["value"].append(float(f"{value:.6g}"))
+        result["extremal"] = self.extremal()
         power = sum(r.get("change_power", r["power"]) for r in layers) / norm.size
         result["average"] = observability.posterior_gap_rms(
             observability.gram(scene.omega, scene.observed),
@@ -404,6 +407,20 @@ class Findings:
             prior=power,
         )
         return result
+
+    def extremal(self) -> dict[str, Any]:
+        """The score of coefficient norm 1 that is next to nothing where it is observed and largest in the gap."""
+        value, c = observability.worst_gap(self.gram["observed"], self.gram["gap"], EXTREMAL_EPS)
+        n = c.size // 2
+        d = np.arange(self.scene.length)
+        low, high, centre = envelope(eval_score(c[:n] - 1j * c[n:], self.omega, d), d)
+        return {
+            "eps": EXTREMAL_EPS,
+            "value": value,
+            "distance": rounded(centre),
+            "low": rounded(low),
+            "high": rounded(high),
+        }
 
     def method(self) -> str:
         scaling = self.scene.geometry.parameters.get("rope_type", "default")
@@ -452,9 +469,8 @@ class Findings:
         for curve in curves["curves"]:
             place = {"layer": curve["layer"], "head": curve["head"]}
             rows.append(row("bounds", "supremum_over_sum_a", curve["supremum"][1] / curve["sum_a"], n=1, **place))
-        # a shift of all distances by one token; B1 is in logits already
-        eta = max(r["B1"] for r in layers)
-        log_probability, variation = softmax_shift_bound(eta * 2**0.5, 1.0, 2)
+        # a shift of all distances by one token moves a logit by at most B1, which is in logits already
+        log_probability, variation = softmax_change(max(r["B1"] for r in layers))
         rows.append(row("softmax", "log_probability_change_per_token_bound", log_probability))
         rows.append(row("softmax", "total_variation_per_token_bound", variation))
         rows += quantiles("roughness", "gap_over_observed", together("roughness"))
@@ -466,9 +482,9 @@ class Findings:
         if "average" in prediction:
             rows.append(row(prediction["subject"], "rms_gap_undetermined", prediction["average"]))
         for entry in curves["outlook"]["schemes"]:
-            rows.append(
-                row("observability", f"gap_rms_{entry['scheme']}", entry["once"], n=None, noise=scene.config.noise)
-            )
+            for kind in ("once", "by_pairs"):
+                metric = f"gap_rms_{kind}_{entry['scheme']}"
+                rows.append(row("observability", metric, entry[kind], n=None, noise=scene.config.noise))
         for entry in curves["outlook"]["pretraining"]:
             rows.append(
                 row(

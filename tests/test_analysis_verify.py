@@ -145,6 +145,34 @@ def test_capture_leaves_the_model_as_it_was(checkpoint):
     assert source.apply_rotary_pos_emb is rotate and dict(source.ALL_ATTENTION_FUNCTIONS) == functions
 
 
+SCALINGS = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": LINEAR,
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": YARN,
+    "llama3": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": WINDOW,
+        "factor": 8.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", list(SCALINGS))
+def test_every_scaling_of_transformers(checkpoint, tmp_path, scaling):
+    path = checkpoint("Llama", rope_parameters=SCALINGS[scaling])
+    report = verify.verify(settings(path, tmp_path, target=3000))
+    assert report.holds and report.curves["length"] == 3000
+    factor = {"yarn": 0.1 * np.log(8) + 1, "longrope": np.sqrt(1 + np.log(8) / np.log(WINDOW))}.get(scaling, 1.0)
+    assert report.curves["attention_factor"] == pytest.approx(factor)
+    sigma = {"linear": 1 / 8}.get(scaling, 1.0)
+    assert report.curves["sigma"] == pytest.approx(sigma) and report.curves["radius"] == pytest.approx(2 / sigma)
+
+
 def test_bfloat16_weights_pass_the_check(checkpoint):
     _, _, _, found = spectra_of(checkpoint("Llama"), dtype="bfloat16")
     assert 1e-4 < max(layer.error for layer in found) < 2e-2
@@ -205,6 +233,8 @@ def test_a_violated_bound_fails_the_command(checkpoint, tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"prompt": 3000}, "end prompt must be shorter"),
+        ({"prompt": 300}, "longer than the context"),
+        ({"noise": 0.0}, "noise"),
         ({"context": 2040}, "must fit into the target"),
         ({"scheme": "pose"}, "must leave a gap"),
         ({"pairs": 2}, "pairs must be at least 3"),
@@ -244,6 +274,25 @@ def test_unchanged_weights_show_no_change(checkpoint, tmp_path):
 def test_against_another_architecture_is_named(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="same architecture"):
         verify.verify(settings(checkpoint("Llama"), tmp_path, against=str(checkpoint("Mistral"))))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("Llama", {"rope_parameters": LINEAR | {"mrope_section": [1, 1, 2]}}, "multimodal RoPE sections"),
+        ("GPT2", {}, "no RoPE"),
+        ("Bloom", {}, "ALiBi"),
+    ],
+)
+def test_models_outside_the_theory_are_named(tmp_path, family, changes, words):
+    import transformers
+
+    config = config_of("Llama") if family == "Llama" else getattr(transformers, f"{family}Config")()
+    config.save_pretrained(tmp_path / "model")
+    written = tmp_path / "model" / "config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | changes))
+    with pytest.raises(ValueError, match=words):
+        verify.verify(settings(tmp_path / "model", tmp_path))
 
 
 def test_positions_command(tmp_path, capsys):
