@@ -14,13 +14,17 @@ SHEET = "analysis.mplstyle"
 OBSERVED, BOUND, BERNSTEIN, SCORE, NULL = "#d9e8d3", "#b2182b", "#ef8a62", "#2166ac", "0.55"
 
 
-def draw(source: str | Path, target: str | Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Draw the page from curves.json; returns the files written (target plus each format's suffix)."""
+def draw(source: str | Path, directory: str | Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+    """Draw score.* (scores against distance) and verify.* (the whole page) from curves.json; returns the files."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     curves = json.loads(Path(source).read_text(encoding="utf-8"))
+    written = []
     with as_file(files("analysis") / SHEET) as sheet, style.context(str(sheet)):
+        figure = Figure(figsize=(10, 5.6), layout="constrained")
+        score_panels(figure, curves)
+        written += [save(figure, Path(directory) / f"score.{kind}") for kind in formats]
         figure = Figure(figsize=(11, 14.5), layout="constrained")
         thirds: Any = figure.subfigures(3, 1, height_ratios=[6.4, 3.2, 4.4], hspace=0.03)
         top, middle, bottom = thirds
@@ -29,7 +33,8 @@ def draw(source: str | Path, target: str | Path, formats: Sequence[str] = ("png"
         left, right = bottom.subfigures(1, 2, width_ratios=[1, 2], wspace=0.03)
         change_panel(left, curves)
         outlook_panels(right, curves)
-        return [save(figure, Path(target).with_suffix(f".{kind}")) for kind in formats]
+        written += [save(figure, Path(directory) / f"verify.{kind}") for kind in formats]
+    return written
 
 
 def save(figure: Any, path: Path) -> Path:

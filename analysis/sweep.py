@@ -62,7 +62,7 @@ class Sweep:
         device: str = "cpu",
         orders: tuple[int, ...] = ORDERS,
     ):
-        """Grid 0, spacing, ... up to and with length - 1 (the last step may be overshot, never cut short).
+        """Grid 0, spacing, ..., the last point the first one at or above length - 1.
 
         Raises ValueError if length or spacing is not positive, or dtype is not float32 or float64.
         """
@@ -77,10 +77,11 @@ class Sweep:
         points = math.ceil((length - 1) / spacing) + 1
         widest = 2 * HALF_BLOCK / max(self.sigma * spacing, 2 * HALF_BLOCK / 256)
         self.per_block = min(points, max(1, int(widest)))  # Q
-        self.blocks = math.ceil(points / self.per_block)  # K; the last block may run past the end
+        self.blocks = math.ceil(points / self.per_block)  # K; the last one begins early, so that it ends with the grid
         half = max((self.per_block - 1) / 2, 0.5) * spacing
-        centres = (np.arange(self.blocks) * self.per_block + (self.per_block - 1) / 2) * spacing
-        self.last = float((self.blocks * self.per_block - 1) * spacing)
+        starts = np.minimum(np.arange(self.blocks) * self.per_block, points - self.per_block)
+        centres = (starts + (self.per_block - 1) / 2) * spacing
+        self.last = float((points - 1) * spacing)
         x = (np.arange(self.per_block) - (self.per_block - 1) / 2) * spacing / half
 
         turn = np.abs(self.omega) * half

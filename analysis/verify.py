@@ -109,7 +109,7 @@ def verify(config: VerifyConfig) -> VerifyReport:
     report = findings.report(run.path)
     replace_rows(run, report.rows)
     write_text(run.path / CURVES, json.dumps(report.curves, allow_nan=False) + "\n")
-    figures.draw(run.path / CURVES, run.path / "verify", config.formats)
+    figures.draw(run.path / CURVES, run.path, config.formats)
     return report
 
 

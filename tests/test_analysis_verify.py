@@ -11,6 +11,7 @@ from analysis import capture, verify
 from analysis.commands import PositionsConfig, VerifyConfig
 from analysis.commands import positions as positions_command
 from analysis.commands import verify as verify_command
+from analysis.sweep import Sweep
 from endprompt import rows
 from endprompt.model import load_model, rope_geometry
 
@@ -217,7 +218,8 @@ def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, family, cap
     highest = np.interp(np.log(points["observed"]), np.log(worst["eps"]), worst["value"])
     assert (np.array(points["gap"]) <= highest * 1.01).all(), "no pair lies above the worst case"
     assert curves["observed"] == [[0, 235], [1245, 1499]] and curves["gap"] == [[236, 1244]]
-    assert (tmp_path / "run" / "verify.png").exists() == (family == "Llama")
+    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert drawn == ({"score.png", "verify.png"} if family == "Llama" else set())
     config.formats = ()
     verify_command(config)
     assert len(rows.read_rows(tmp_path / "run" / "results.jsonl")) == len(found), "a second run replaces its rows"
@@ -227,6 +229,17 @@ def test_a_violated_bound_fails_the_command(checkpoint, tmp_path, monkeypatch):
     """A wrong bound (a fifth of the right one) is violated by most pairs, reported, and the exit code says so."""
     monkeypatch.setattr(verify, "coef_bound", lambda z, omega, order=0: 0.2 * analysis.coef_bound(z, omega, order))
     assert verify_command(settings(checkpoint("Llama"), tmp_path)) == 1
+
+
+def test_the_checks_take_suprema_over_the_line():
+    """sin(d/8) on [0, 4]: with the maximum over the window in place of the supremum, Bernstein would be violated."""
+    z, omega, (_, end) = analysis.windowed_counterexample()
+    largest = Sweep(omega, int(end) + 1, spacing=0.01).maxima(z[None], duffin_schaeffer=True)
+    ratio = verify.bound_ratios(z[None], omega, largest)
+    assert all(value[0] <= 1 for value in ratio.values())
+    assert ratio["bernstein_order1"][0] == pytest.approx(1) and ratio["duffin_schaeffer"][0] == pytest.approx(1)
+    over_the_window = largest.size[1] / (omega.max() * largest.size[0])
+    assert over_the_window[0] == pytest.approx(2.085829643, abs=1e-6)
 
 
 @pytest.mark.parametrize(
