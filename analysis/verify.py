@@ -8,6 +8,8 @@ Values are in units of the logit (attention factor squared and 1/sqrt(D) include
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -101,12 +103,13 @@ def verify(config: VerifyConfig) -> VerifyReport:
     from analysis import figures
 
     scene = prepare(config)
-    before = read_before(scene)
-    model = load(config.checkpoint, config)
-    run = RunDirectory(config.output, config)
+    before: dict[int, Any] = {}
+    if config.against:  # this model is let go before the other is loaded
+        read_layers(config.against, scene, lambda layer: before.__setitem__(layer.layer, layer))
     findings = Findings(scene)
-    capture_layers(model, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
-    report = findings.report(run.path)
+    read_layers(config.checkpoint, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
+    report = findings.report(Path(config.output))
+    run = RunDirectory(config.output, config)
     replace_rows(run, report.rows)
     write_text(run.path / CURVES, json.dumps(report.curves, allow_nan=False) + "\n")
     figures.draw(run.path / CURVES, run.path, config.formats)
@@ -215,19 +218,22 @@ def load(path: str, config: VerifyConfig) -> Any:
     return models.load_model(path, dtype=config.dtype, attention=attention, device=config.device)
 
 
-def capture_layers(model: Any, scene: Scene, consume: Any) -> None:
+def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None:
+    """Run a checkpoint over the text, with its spectra handed on layer by layer; a bar on a terminal shows them pass."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from analysis.capture import capture
 
-    capture(model, scene.ids, scene.pairs, consume)
+    model = load(path, scene.config)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task(f"verify {Path(path).name}: layers", total=model.config.num_hidden_layers)
 
+        def pass_on(layer: Any) -> None:
+            consume(layer)
+            progress.advance(bar)
 
-def read_before(scene: Scene) -> dict[int, Any]:
-    """Spectra of the model before extension by layer; the model itself is let go before the other is loaded."""
-    before: dict[int, Any] = {}
-    if scene.config.against:
-        model = load(scene.config.against, scene.config)
-        capture_layers(model, scene, lambda layer: before.__setitem__(layer.layer, layer))
-    return before
+        capture(model, scene.ids, scene.pairs, pass_on)
 
 
 def read_text(path: str | None) -> str:
@@ -317,6 +323,8 @@ class Findings:
         scene, z = self.scene, curve.pop("z")
         d = np.arange(scene.length)
         base, head_dim = scene.geometry.parameters["rope_theta"], scene.geometry.rotary_dim
+        if scene.geometry.parameters.get("rope_type") == "dynamic" and head_dim > 2:
+            base = float(scene.omega[1]) ** (-head_dim / 2)  # the base grows with the length
         supremum = true_sup(z, self.omega, base, head_dim, 0, rtol=1e-4)
         orders = []
         for order in ORDERS:
