@@ -219,7 +219,7 @@ def load(path: str, config: VerifyConfig) -> Any:
 
 
 def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None:
-    """Run a checkpoint over the text, with its spectra handed on layer by layer; a bar on a terminal shows them pass."""
+    """Run a checkpoint over the text and hand its spectra on layer by layer; a terminal shows a bar."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -201,12 +201,11 @@ def test_softmax_shift_bound_holds_and_is_reached():
     before, after = log_softmax(0), log_softmax(delta)
     assert np.abs(after - before).max() <= log_bound
     assert 0.5 * np.abs(np.exp(after) - np.exp(before)).sum() <= tv_bound
-    # equality: half of the mass goes up by eta, the other half down by eta
+    # equality: the keys that go up by eta hold the share 1 / (1 + e^eta) of the mass, the others go down by eta
     eta = log_bound / 2
-    p = np.array([1, 1]) / (2 * np.cosh(0))
-    shifted = p * np.exp([eta, -eta])
-    assert 0.5 * np.abs(shifted / shifted.sum() - p).sum() == pytest.approx(math.tanh(eta) / 2)
-    assert math.tanh(eta) / 2 <= tv_bound
+    up = 1 / (1 + math.exp(eta))
+    raised, lowered = up * math.exp(eta), (1 - up) * math.exp(-eta)
+    assert raised / (raised + lowered) - up == pytest.approx(tv_bound, rel=1e-12)
 
 
 def test_nonvacuous_radius():
