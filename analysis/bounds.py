@@ -53,7 +53,7 @@ def coef_bounds(z: Any, omega: Any, attention_factor: float = 1.0) -> dict[str, 
 def duffin_schaeffer_excess(z: Any, omega: Any, d: Any, supremum: Any = None) -> np.ndarray:
     """(S'(d)^2 + sigma^2 S(d)^2) / (sigma^2 sup_R |S|^2), float64 [..., N]: at most 1 at every real distance.
 
-    Duffin and Schaeffer 1938: sharper than Bernstein pointwise, equality everywhere for a single frequency.
+    Duffin and Schaeffer 1937: sharper than Bernstein pointwise, equality everywhere for a single frequency.
     supremum as in `bernstein_bound`. A spectrum of zeros gives 0.
     """
     z, omega = check_spectrum(z, omega)
