@@ -19,6 +19,7 @@ import numpy as np
 
 from analysis import observability, outlook
 from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius, softmax_change
+from analysis.capture import STRATA, capture, choose_pairs
 from analysis.certificates import certified_max
 from analysis.commands import VerifyConfig
 from analysis.rank import true_sup
@@ -147,7 +148,6 @@ def prepare(config: VerifyConfig) -> Scene:
     """Everything but the weights. Raises ValueError for sizes that cannot be, before anything is loaded."""
     import torch
 
-    from analysis.capture import choose_pairs
     from endprompt import model as models
 
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -222,8 +222,6 @@ def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None
     """Run a checkpoint over the text and hand its spectra on layer by layer; a terminal shows a bar."""
     from rich.console import Console
     from rich.progress import Progress
-
-    from analysis.capture import capture
 
     model = load(path, scene.config)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -474,6 +472,11 @@ class Findings:
         rows.append(row("bounds", "nonvacuous_radius_tokens", curves["radius"], n=None))
         rows += quantiles("bounds", "slope_over_coefficient_bound", together("tightness"))
         rows += quantiles("bounds", "slope_over_bernstein_bound", together("tightness_bernstein"))
+        for index, stratum in enumerate(STRATA):
+            chosen = scene.pairs.stratum == index
+            tight = np.concatenate([r["tightness"][:, chosen].ravel() for r in layers])
+            median = float(np.median(tight))
+            rows.append(row("bounds", "slope_over_coefficient_bound_q50", median, tight.size, stratum=stratum))
         for curve in curves["curves"]:
             place = {"layer": curve["layer"], "head": curve["head"]}
             rows.append(row("bounds", "supremum_over_sum_a", curve["supremum"][1] / curve["sum_a"], n=1, **place))

@@ -142,6 +142,18 @@ def test_sweep_certifies_real_distances(seed, spacing, length):
             assert lower <= found.size[order][pair] + found.error[order][pair] + found.between[order][pair]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sweep_on_a_gpu_equals_the_cpu(dtype):
+    rng = np.random.default_rng(0)
+    omega, _ = analysis.rope_freqs(500000, 128, "linear", 8, 8192)
+    z = rng.normal(size=(3000, 64)) + 1j * rng.normal(size=(3000, 64))
+    here, there = (Sweep(omega, 20000, dtype=dtype, device=d).maxima(z, duffin_schaeffer=True) for d in ("cpu", "cuda"))
+    for order in ORDERS:
+        assert (np.abs(here.size[order] - there.size[order]) <= here.error[order] + there.error[order]).all()
+    np.testing.assert_allclose(here.duffin_schaeffer, there.duffin_schaeffer, rtol=1e-3)
+
+
 def test_sweep_names_bad_input():
     with pytest.raises(ValueError, match="must be positive"):
         Sweep([1.0], 0)
