@@ -181,13 +181,17 @@ def posterior_gap_rms(G_obs: Any, n_obs: float, G_gap: Any, sigma: float, prior:
     prior: None for I/n (white, a score of mean square 1), an array [n] of mean-square amplitudes a_j^2 (half of it to
     the cosine, half to the sine; their sum is twice the score's mean square), or a covariance [2n, 2n].
     G_gap may be taken at other frequencies than G_obs (interpolation after pretraining). Raises ValueError if sigma or
-    n_obs is not positive or the matrices do not fit.
+    n_obs is not positive, the matrices do not fit, or rounding would be mistaken for information.
     """
     G_obs, G_gap = _check_grams(G_obs, G_gap)
     if not (sigma > 0 and math.isfinite(sigma) and n_obs > 0 and math.isfinite(n_obs)):
         raise ValueError(f"noise and number of observations must be positive: {sigma=} {n_obs=}")
     root = _root_of_prior(prior, len(G_obs))
-    inner = np.eye(len(G_obs)) + (n_obs / sigma**2) * (root.T @ G_obs @ root)
+    information = (n_obs / sigma**2) * (root.T @ G_obs @ root)
+    lost = len(G_obs) * np.finfo(np.float64).eps * np.abs(information).sum(axis=1).max()
+    if lost > 1e-3:  # against the 1 of the prior, where nothing was observed
+        raise ValueError(f"float64 cannot carry so many observations at so little noise: {n_obs=} {sigma=}")
+    inner = np.eye(len(G_obs)) + information
     target = root.T @ G_gap @ root
     return math.sqrt(max(float(np.trace(np.linalg.solve(inner, target))), 0.0))
 

@@ -34,10 +34,17 @@ def spectrum_from_qk(q: Any, k: Any, layout: str = "half") -> np.ndarray:
     layout: `half` pairs component j with j + n (Llama), `interleaved` pairs 2j with 2j + 1 (GPT-J, Cohere).
     Raises ValueError if D is odd, the shapes differ, or a value is not finite.
     """
-    q, k = np.asarray(q, dtype=np.float64), np.asarray(k, dtype=np.float64)
+    q, k = as_float64(q), as_float64(k)
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same head_dim: {q.shape=} {k.shape=}")
     return as_complex(q, layout) * as_complex(k, layout).conj()
+
+
+def as_float64(x: Any) -> np.ndarray:
+    """An array or a torch tensor of any dtype and device."""
+    if hasattr(x, "detach"):
+        x = x.detach().double().cpu()
+    return np.asarray(x, dtype=np.float64)
 
 
 def as_complex(x: np.ndarray, layout: str) -> np.ndarray:

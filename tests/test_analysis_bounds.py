@@ -160,6 +160,13 @@ def test_spectrum_layouts_reproduce_rotation(layout, stride, offset):
     assert analysis.eval_score(z, omega, [m - n])[0] == pytest.approx(total, rel=1e-12)
 
 
+def test_spectrum_of_torch_tensors():
+    torch = pytest.importorskip("torch")
+    q, k = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    expected = analysis.spectrum_from_qk(q.detach().float().numpy(), k.float().numpy())
+    np.testing.assert_array_equal(analysis.spectrum_from_qk(q, k), expected)
+
+
 def test_attention_factor_and_scaling():
     omega, factor = analysis.rope_freqs(500000, 128, "yarn", 8, 8192)
     assert factor**2 == pytest.approx(1.45912908, abs=5e-9)

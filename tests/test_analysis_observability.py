@@ -142,6 +142,12 @@ def test_posterior_equals_gaussian_regression():
         assert value == pytest.approx(math.sqrt(np.trace(left) / 15), rel=1e-9)
 
 
+def test_what_float64_cannot_carry_is_refused(llama3):
+    omega, observed, gap = llama3
+    with pytest.raises(ValueError, match="float64 cannot carry"):
+        analysis.worst_gap(analysis.gram(omega, observed), analysis.gram(omega, gap), 1e-8)
+
+
 @pytest.mark.parametrize("eps", [0.5, 0.1, 1e-2, 1e-3])
 def test_worst_gap_is_feasible_and_optimal(llama3, eps):
     omega, observed, gap = llama3
@@ -201,6 +207,7 @@ def test_small_eps_holds_the_coefficients_below_norm_one():
         (lambda: analysis.worst_gap(np.eye(4), np.eye(6), 0.1), "alike"),
         (lambda: analysis.worst_gap(np.eye(4) * np.nan, np.eye(4), 0.1), "finite"),
         (lambda: analysis.posterior_gap_rms(np.eye(4), 10, np.eye(4), 0.0), "noise"),
+        (lambda: analysis.posterior_gap_rms(np.eye(4), 10, np.eye(4), 1e-8), "float64 cannot carry"),
         (lambda: analysis.posterior_gap_rms(np.eye(4), 10, np.eye(4), 0.1, prior=[1.0]), "prior"),
         (lambda: analysis.posterior_gap_rms(np.eye(4), 10, np.eye(4), 0.1, prior=[1.0, -1.0]), "prior"),
         (lambda: analysis.gram([1.0], []), "at least one distance"),

@@ -174,6 +174,28 @@ def test_every_scaling_of_transformers(checkpoint, tmp_path, scaling):
     assert report.curves["sigma"] == pytest.approx(sigma) and report.curves["radius"] == pytest.approx(2 / sigma)
 
 
+def test_one_layer_at_a_time(checkpoint, monkeypatch):
+    """When a layer's spectra are handed on, no q or k of the layers before it is alive."""
+    import weakref
+
+    alive, pick = [], capture._pick
+
+    def watched(x_HTD, places):
+        alive.append(weakref.ref(x_HTD.untyped_storage()))
+        return pick(x_HTD, places)
+
+    monkeypatch.setattr(capture, "_pick", watched)
+    model = load_model(checkpoint("Llama", num_hidden_layers=4))
+    earlier = []
+
+    def consume(layer):
+        assert sum(reference() is not None for reference in alive) <= 4, "q and k before and after RoPE, of one layer"
+        earlier.append(layer.layer)
+
+    capture.capture(model, np.arange(100) % 256, capture.choose_pairs(100, 12, 0), consume)
+    assert earlier == [0, 1, 2, 3] and len(alive) == 16
+
+
 def test_bfloat16_weights_pass_the_check(checkpoint):
     _, _, _, found = spectra_of(checkpoint("Llama"), dtype="bfloat16")
     assert 1e-4 < max(layer.error for layer in found) < 2e-2
