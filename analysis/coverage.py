@@ -12,7 +12,7 @@ import numpy as np
 from analysis import observability
 from analysis.commands import PositionsConfig
 from analysis.spectra import rope_freqs
-from endprompt.positions import Intervals
+from endprompt.positions import WITH_PROMPT, Intervals
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Coverage:
 
 def survey(config: PositionsConfig) -> list[Coverage]:
     """The scheme of the configuration, or all of them. Raises ValueError for sizes that do not fit."""
-    schemes = observability.SCHEMES if config.scheme == "all" else (config.scheme,)
+    schemes = observability.with_room_for(config.prompt) if config.scheme == "all" else (config.scheme,)
+    if config.scheme in WITH_PROMPT and not config.prompt:
+        raise ValueError(f"scheme {config.scheme!r} places an end prompt, so it needs one: prompt={config.prompt}")
     tokens = config.context + config.prompt
     factor = config.target / tokens if config.factor is None else config.factor
     omega, _ = rope_freqs(config.base, config.head_dim, "linear", factor, tokens)
@@ -106,7 +108,8 @@ def plot(config: PositionsConfig, found: list[Coverage], path: str) -> Path:
             axis.set_yscale("log")
             axis.set_ylim(max(c.counts[d].min() / 3, 1e-3), c.counts.max() * 3)
             axis.set_title(
-                f"{c.scheme}: {c.share:.0%} of the distances observed; predicted RMS error in the gap {c.gap_rms:.3f}",
+                f"{c.scheme}: {c.share:.0%} of the distances observed; predicted RMS error in the gap {c.gap_rms:.3f} "
+                f"(each distance once), {c.gap_rms_by_pairs:.3f} (by pairs)",
             )
         axes[-1].set_xlim(0, config.target - 1)
         axes[-1].set_xlabel("relative distance (tokens); shaded: observed")

@@ -213,17 +213,23 @@ def outlook_panels(figure: Any, curves: dict[str, Any]) -> None:
         axis.set_xlabel(name)
         axis.set_ylabel("predicted RMS")
         axis.set_ylim(bottom=0)
+        if not any(line["x"] for line in outlook[key]):
+            axis.set_axis_off()
+            continue
         if log:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.legend()
-    bars = [(entry["scheme"], entry["once"]) for entry in outlook["schemes"]]
-    bars += [(f"pretraining + {entry['scaling']}", entry["value"]) for entry in outlook["pretraining"]]
-    names, values = zip(*bars[::-1], strict=True)
-    colours = [NULL if name.startswith("pretraining") else SCORE for name in names]
-    axes[3].barh(names, values, color=colours)
-    for place, value in enumerate(values):
-        axes[3].text(value, place, f" {value:.3f}", va="center", fontsize=7)
-    axes[3].set_xlim(0, max(values) * 1.2)
+    bars = [(entry["scheme"], entry["once"], entry["by_pairs"]) for entry in outlook["schemes"]]
+    bars += [(f"pretraining + {entry['scaling']}", entry["value"], None) for entry in outlook["pretraining"]]
+    for place, (_, once, by_pairs) in enumerate(bars[::-1]):
+        axes[3].barh(place, once, color=NULL if by_pairs is None else SCORE)
+        reach, note = once, f" {once:.3f}"
+        if by_pairs is not None:
+            axes[3].plot([by_pairs] * 2, [place - 0.4, place + 0.4], color=BOUND, lw=1.5)
+            reach, note = max(once, by_pairs), f" {once:.3f}; {by_pairs:.3f} by pairs"
+        axes[3].text(reach, place, note, va="center", fontsize=7)
+    axes[3].set_yticks(range(len(bars)), [name for name, *_ in bars[::-1]])
+    axes[3].set_xlim(0, 1.45 * max(max(once, by_pairs or 0) for _, once, by_pairs in bars))
     axes[3].set_xlabel("predicted RMS")
     axes[3].tick_params(axis="y", length=0)

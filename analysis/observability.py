@@ -20,6 +20,11 @@ from endprompt.positions import Intervals
 SCHEMES = tuple(positions.SCHEMES)
 
 
+def with_room_for(prompt: int) -> tuple[str, ...]:
+    """Schemes that make sense with an end prompt of so many tokens: without one, those that place it drop out."""
+    return tuple(scheme for scheme in SCHEMES if prompt or scheme not in positions.WITH_PROMPT)
+
+
 def distance_segments(
     target: int, context: int, prompt: int, scheme: str = "endprompt", *, count: int = 4
 ) -> tuple[Intervals, Intervals]:

@@ -68,10 +68,10 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
 
     targets = sorted({window * factor for factor in FACTORS} | {target})
     contexts = sorted({max(prompt, window * share // 8, 1) for share in range(1, 9)} | {context})
-    fixed = ("contiguous", "endprompt")
+    fixed = ("contiguous", "endprompt") if prompt else ("contiguous",)
     schemes = []
     _, reference = observability.distance_segments(target, context, prompt, "endprompt")
-    for scheme in observability.SCHEMES:
+    for scheme in observability.with_room_for(prompt):
         once = predicted(scheme, target, context, config.count)
         if once is None:
             continue
@@ -89,7 +89,7 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
     return {
         "target": [line(s, targets, lambda s, length: predicted(s, length, context)) for s in fixed],
         "context": [line(s, contexts, lambda s, tokens: predicted(s, target, tokens)) for s in fixed],
-        "anchors": [line("anchors", list(ANCHORS), lambda s, count: predicted(s, target, context, count))],
+        "anchors": [line("anchors", list(ANCHORS) if prompt else [], lambda s, k: predicted(s, target, context, k))],
         "schemes": schemes,
         "pretraining": pretraining,
     }

@@ -339,6 +339,15 @@ def test_positions_command(tmp_path, capsys):
     assert (tmp_path / "coverage.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_without_an_end_prompt_only_schemes_without_one_are_compared(capsys):
+    config = PositionsConfig(scheme="all", target=2048, context=256, prompt=0, head_dim=64, base=10000.0)
+    positions_command(config)
+    out = capsys.readouterr().out
+    assert "contiguous" in out and "pose" in out and "endprompt" not in out and "anchors" not in out
+    with pytest.raises(ValueError, match="needs one"):
+        positions_command(PositionsConfig(scheme="endprompt", target=2048, context=256, prompt=0))
+
+
 def test_positions_refuses_a_target_without_a_gap():
     with pytest.raises(ValueError, match="must leave a gap"):
         positions_command(PositionsConfig(target=300, context=236, prompt=20))
