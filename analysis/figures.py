@@ -230,6 +230,6 @@ def outlook_panels(figure: Any, curves: dict[str, Any]) -> None:
             reach, note = max(once, by_pairs), f" {once:.3f}; {by_pairs:.3f} by pairs"
         axes[3].text(reach, place, note, va="center", fontsize=7)
     axes[3].set_yticks(range(len(bars)), [name for name, *_ in bars[::-1]])
-    axes[3].set_xlim(0, 1.45 * max(max(once, by_pairs or 0) for _, once, by_pairs in bars))
+    axes[3].set_xlim(0, 1.6 * max(max(once, by_pairs or 0) for _, once, by_pairs in bars))
     axes[3].set_xlabel("predicted RMS")
     axes[3].tick_params(axis="y", length=0)

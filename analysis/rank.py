@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.certificates import enclose_max
+from analysis.certificates import enclose_max, roundoff
 from analysis.spectra import check_order, check_spectrum, derivative_spectrum
 from endprompt.rope import base_frequencies
 
@@ -63,11 +63,11 @@ def integer_root(x: int, g: int) -> int | None:
 def true_sup(z: Any, omega: Any, base: float, head_dim: int, order: int = 0, rtol: float = 1e-6) -> tuple[float, float]:
     """Enclosure (lo, hi) of sup |S^(order)| over the whole real line, for one spectrum z [n].
 
-    omega: the frequencies after scaling, each taken as a rational multiple of base^(-2j/D): a power of the base's root
-    times what the scaling multiplies. Uniform scalings (none, linear, ntk and dynamic with their changed base) and
-    YaRN's ramp give small multiples, and hi <= lo (1 + rtol) up to rounding. Where a class's multiples are too large
-    to be one periodic problem (llama3's ramp, longrope), hi takes its parts as independent and lo is a value that the
-    class reaches: the enclosure stays valid and becomes wider. A frequency of 0 is a constant.
+    omega: the frequencies after scaling, each taken as a rational multiple of base^(-2j/D). Uniform scalings (none,
+    linear, and ntk and dynamic with their changed base) keep a class's frequencies in small whole proportions: then
+    hi <= lo (1 + rtol) up to rounding. Where the proportions are too large to be one periodic problem (the ramps of
+    yarn and llama3, longrope), hi takes the class's periodic parts as independent and lo is a value that the class
+    reaches: the enclosure stays valid and becomes wider. A frequency of 0 is a constant.
     """
     z, omega = check_spectrum(z, omega)
     if z.ndim != 1:
@@ -78,6 +78,7 @@ def true_sup(z: Any, omega: Any, base: float, head_dim: int, order: int = 0, rto
             f"there must be head_dim/2 frequencies (and a last one of 0 at most): {omega.size=} {head_dim=}"
         )
     zr = derivative_spectrum(z, omega, check_order(order))
+    zr, omega = np.where(omega < 0, zr.conj(), zr), np.abs(omega)
     constant = float(zr[omega == 0].real.sum())
     lo, hi = [constant, -constant], [constant, -constant]
     for members in classes:
@@ -93,25 +94,44 @@ def true_sup(z: Any, omega: Any, base: float, head_dim: int, order: int = 0, rto
 
 def _class_sup(z: np.ndarray, omega: np.ndarray, rtol: float) -> tuple[float, float]:
     """Enclosure of sup S for frequencies that are rational multiples of each other."""
-    total = float(np.abs(z).sum())
+    parts = _periodic_parts(omega)
+    suprema = [_periodic_sup(z[part], omega[part], rtol) for part in parts]
+    if len(parts) == 1:
+        return suprema[0]
+    # The parts' suprema together are an upper bound; any value on the line is a lower one.
+    d = np.linspace(0, 2000 * math.pi / omega.min(), 200_001)
+    angle = np.multiply.outer(omega, d)
+    reached = float((z.real @ np.cos(angle) - z.imag @ np.sin(angle)).max())
+    return reached - float(roundoff(z, omega, float(d[-1]))), sum(high for _, high in suprema)
+
+
+def _periodic_parts(omega: np.ndarray) -> list[list[int]]:
+    """Indices in groups whose frequencies are small whole multiples of a common one."""
+    parts: list[list[int]] = []
+    for j in range(omega.size):
+        for part in parts:
+            if harmonic_numbers(omega[[*part, j]]) is not None:
+                part.append(j)
+                break
+        else:
+            parts.append([j])
+    return parts
+
+
+def _periodic_sup(z: np.ndarray, omega: np.ndarray, rtol: float) -> tuple[float, float]:
     if z.size == 1:
-        return total * (1 - 1e-15), total * (1 + 1e-15)
+        return float(abs(z[0])) * (1 - 1e-15), float(abs(z[0])) * (1 + 1e-15)
     harmonics = harmonic_numbers(omega)
-    if harmonics is not None:
-        low, high, _ = enclose_max(z[None], harmonics, 0.0, 2 * math.pi, rtol, absolute=False)
-        return float(low[0]), float(high[0])
-    # Independent parts give an upper bound; any value on the line a lower one.
-    span = 2000 * math.pi / np.abs(omega).min()
-    d = np.linspace(0, span, 200_001)
-    reached = (z.real @ np.cos(np.multiply.outer(omega, d))) - (z.imag @ np.sin(np.multiply.outer(omega, d)))
-    return float(reached.max()) - 1e-9 * total, total * (1 + 1e-15)
+    assert harmonics is not None
+    low, high, _ = enclose_max(z[None], harmonics, 0.0, 2 * math.pi, rtol, absolute=False)
+    return float(low[0]), float(high[0])
 
 
 def harmonic_numbers(omega: np.ndarray) -> np.ndarray | None:
-    """Whole numbers in the proportion of the frequencies, float64; None if they are not small or not whole."""
-    lowest = np.abs(omega).min()
-    ratios = [Fraction(float(w / lowest)).limit_denominator(MAX_DENOMINATOR) for w in np.abs(omega)]
-    if any(abs(float(ratio) * lowest / abs(w) - 1) > 1e-13 for ratio, w in zip(ratios, omega, strict=True)):
+    """Whole numbers in the proportion of the (positive) frequencies, float64; None if there are no small ones."""
+    lowest = omega.min()
+    ratios = [Fraction(float(w / lowest)).limit_denominator(MAX_DENOMINATOR) for w in omega]
+    if any(abs(float(ratio) * lowest / w - 1) > 1e-13 for ratio, w in zip(ratios, omega, strict=True)):
         return None
     common = math.lcm(*(ratio.denominator for ratio in ratios))
     harmonics = np.array([float(ratio * common) for ratio in ratios])

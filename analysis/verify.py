@@ -171,7 +171,7 @@ def prepare(config: VerifyConfig) -> Scene:
     if length <= window and config.context is None:
         raise ValueError(
             f"the target must be above the window that was trained: target={length} window={window} "
-            "(give --target, or --context for a shorter one)"
+            "(give --target; or --against the base, or --context, where the config does not say what it was)"
         )
     observed, gap = observability.distance_segments(length, context, config.prompt, config.scheme, count=config.count)
     if not gap:

@@ -74,6 +74,14 @@ def test_negative_side_counts():
     assert lo == pytest.approx(3.5, rel=1e-5) and hi == pytest.approx(3.5, rel=1e-5)
 
 
+def test_sign_of_a_frequency_is_a_phase():
+    rng = np.random.default_rng(5)
+    z, omega = rng.normal(size=4) + 1j * rng.normal(size=4), analysis.rope_freqs(16, 8)[0]
+    flipped = np.array([1, -1, 1, -1])
+    mirrored = np.where(flipped < 0, z.conj(), z)
+    assert analysis.true_sup(mirrored, flipped * omega, 16, 8) == pytest.approx(analysis.true_sup(z, omega, 16, 8))
+
+
 def test_independent_frequencies_reach_the_coefficient_bound():
     rng = np.random.default_rng(1)
     z = rng.normal(size=64) + 1j * rng.normal(size=64)
