@@ -208,6 +208,7 @@ def test_amplification_without_it():
     assert analysis.amplification_log10(500000, 128, 8, [(0, 8171)], gap) == pytest.approx(138.4, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_plausible_wrong_number_is_refused():
     """With 1,600 bits the plain computation answers 131.6, and it should be 138.4."""
     pytest.importorskip("flint")
@@ -226,6 +227,19 @@ def test_amplification_where_float64_suffices():
     G_gap, G_obs = analysis.gram(omega, gap), analysis.gram(omega, observed)
     expected = math.log10(scipy.linalg.eigh(G_gap, G_obs, eigvals_only=True)[-1]) / 2
     assert analysis.amplification_log10(100, 4, 2, observed, gap, bits=200) == pytest.approx(expected, rel=1e-6)
+
+
+def test_too_few_bits_are_refused():
+    """D = 32: 300 bits answer 10^32.2 without a sign of trouble, and it is 10^45.3."""
+    from analysis import exact
+
+    flint = pytest.importorskip("flint")
+    geometry = (500000, 32, 8, [(0, 500)], [(501, 8000)])
+    right = analysis.amplification_log10(*geometry, bits=900)
+    assert right == pytest.approx(45.3, abs=0.05)
+    assert exact._amplification(flint, *geometry, 300) == pytest.approx(32.2, abs=0.05)
+    with pytest.raises(ValueError, match="do not carry the answer"):
+        analysis.amplification_log10(*geometry, bits=300)
 
 
 def test_amplification_names_bad_input():
