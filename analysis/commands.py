@@ -27,6 +27,7 @@ class VerifyConfig:
         dtype: of the weights: float32, bfloat16.
         device: cpu or cuda.
         formats: kinds of picture to write.
+        heads: heads to draw, as layer.head,layer.head (default: the steepest of the first, middle and last layer).
     """
 
     checkpoint: str
@@ -46,6 +47,7 @@ class VerifyConfig:
     dtype: str = "float32"
     device: str = "cpu"
     formats: tuple[str, ...] = ("png", "pdf")
+    heads: str = ""
 
 
 def verify(config: VerifyConfig) -> int:

@@ -142,6 +142,7 @@ class Scene:
     observed: Intervals
     gap: Intervals
     samples: str
+    heads: list[tuple[int, int]]
 
 
 def prepare(config: VerifyConfig) -> Scene:
@@ -198,7 +199,19 @@ def prepare(config: VerifyConfig) -> Scene:
         observed=observed,
         gap=gap,
         samples=sha256_of(ids.tobytes(), pairs.query.tobytes(), pairs.key.tobytes()),
+        heads=parse_heads(config.heads, settings.num_hidden_layers, settings.num_attention_heads),
     )
+
+
+def parse_heads(names: str, layers: int, heads: int) -> list[tuple[int, int]]:
+    """(layer, head) of each `layer.head` in a list with commas. Raises ValueError if the model has no such head."""
+    found = []
+    for name in filter(None, names.split(",")):
+        layer, _, head = name.strip().partition(".")
+        if not (layer.isdigit() and head.isdigit() and int(layer) < layers and int(head) < heads):
+            raise ValueError(f"heads must be layer.head of a model with {layers} layers of {heads} heads: {name!r}")
+        found.append((int(layer), int(head)))
+    return found
 
 
 def original_window(geometry: Any) -> int:
@@ -281,7 +294,7 @@ class Findings:
             "band": energy[:, band].sum(1) / np.maximum(energy.sum(1), TINY),
             "power": energy.sum(0),
             "B1": float(coef_bound(flat, omega, 1).max()),
-            "curve": self.curve(layer.layer, z),
+            "curves": self.steepest(layer.layer, z),
         }
         subject = flat
         if before is not None:
@@ -302,19 +315,17 @@ class Findings:
         slope = derivative_spectrum(z, self.omega, 1)
         return self.rms(slope, "gap") / np.maximum(self.rms(slope, "observed"), TINY)
 
-    def curve(self, layer: int, z: np.ndarray) -> dict[str, Any]:
-        """The far pair of a layer whose coefficient bound on the slope is largest."""
-        far = np.flatnonzero(self.scene.pairs.stratum == 1)
+    def steepest(self, layer: int, z: np.ndarray) -> list[dict[str, Any]]:
+        """Of each head that may be drawn, the far pair whose coefficient bound on the slope is largest."""
+        far = np.flatnonzero(self.scene.pairs.stratum == STRATA.index("far"))
         steep = coef_bound(z[:, far], self.omega, 1)
-        head, place = np.unravel_index(int(steep.argmax()), steep.shape)
-        pair = int(far[place])
-        return {
-            "layer": layer,
-            "head": int(head),
-            "query": int(self.scene.pairs.query[pair]),
-            "key": int(self.scene.pairs.key[pair]),
-            "z": z[head, pair],
-        }
+        wanted = [head for place, head in self.scene.heads if place == layer]
+        found = []
+        for head in wanted if self.scene.heads else [int(steep.max(axis=1).argmax())]:
+            pair = int(far[steep[head].argmax()])
+            query, key = (int(places[pair]) for places in (self.scene.pairs.query, self.scene.pairs.key))
+            found.append({"layer": layer, "head": head, "query": query, "key": key, "z": z[head, pair]})
+        return found
 
     def drawn(self, curve: dict[str, Any]) -> dict[str, Any]:
         """A curve with its values, bounds, supremum on the line and certificate in the gap."""
@@ -345,7 +356,11 @@ class Findings:
         layers = sorted(self.layers, key=lambda record: record["layer"])
         shares = {name: float(np.mean([r["within"][name] for r in layers])) for name in CHECKS}
         worst = {name: max(r["worst"][name] for r in layers) for name in CHECKS}
-        places = np.unique(np.linspace(0, len(layers) - 1, DRAWN).round().astype(int))
+        to_draw = [curve for r in layers for curve in r["curves"]]
+        if not scene.heads:
+            to_draw = [
+                to_draw[place] for place in np.unique(np.linspace(0, len(to_draw) - 1, DRAWN).round().astype(int))
+            ]
         prediction = self.predict(layers)
         heads, pairs = layers[0]["roughness"].shape
         curves: dict[str, Any] = {
@@ -366,7 +381,7 @@ class Findings:
             "layers": len(layers),
             "heads": int(heads),
             "pairs": int(pairs),
-            "curves": [self.drawn(layers[place]["curve"]) for place in places],
+            "curves": [self.drawn(curve) for curve in to_draw],
             "tightness": [rounded(np.median(r["tightness"], axis=1)) for r in layers],
             "roughness": [rounded(np.median(r["roughness"], axis=1)) for r in layers],
             "roughness_pairs": rounded(thinned(np.concatenate([r["roughness"].ravel() for r in layers]))),

@@ -270,6 +270,8 @@ def test_the_checks_take_suprema_over_the_line():
         ({"prompt": 3000}, "end prompt must be shorter"),
         ({"prompt": 300}, "longer than the context"),
         ({"noise": 0.0}, "noise"),
+        ({"heads": "2.0"}, "layer.head of a model with 2 layers of 4 heads"),
+        ({"heads": "one"}, "layer.head"),
         ({"context": 2040}, "must fit into the target"),
         ({"scheme": "pose"}, "must leave a gap"),
         ({"pairs": 2}, "pairs must be at least 3"),
@@ -298,6 +300,22 @@ def test_change_is_measured_against_the_base(checkpoint, tmp_path):
     for name, segments in (("observed", scene.observed), ("gap", scene.gap)):
         inside = np.concatenate([delta[:, lo : hi + 1] for lo, hi in segments], axis=1)
         assert report.curves["prediction"]["rms"][name] == pytest.approx(np.sqrt(np.mean(inside**2)), rel=1e-9)
+
+
+def test_chosen_heads_are_drawn_as_the_model_computes_them(checkpoint, tmp_path):
+    """A stored curve, at its pair's own distance, is the logit of that pair in the model."""
+    config = settings(checkpoint("Llama"), tmp_path, heads="1.3, 0.2")
+    report = verify.verify(config)
+    assert [(c["layer"], c["head"]) for c in report.curves["curves"]] == [(0, 2), (1, 3)]
+    scene, found = verify.prepare(config), {}
+    capture.capture(
+        load_model(checkpoint("Llama")), scene.ids, scene.pairs, lambda layer: found.__setitem__(layer.layer, layer)
+    )
+    for curve in report.curves["curves"]:
+        layer, d = found[curve["layer"]], curve["query"] - curve["key"]
+        pair = np.flatnonzero((scene.pairs.query == curve["query"]) & (scene.pairs.key == curve["key"]))[0]
+        logit = layer.scaling * analysis.eval_score(layer.z[curve["head"], pair], scene.omega, [d])[0]
+        assert curve["orders"][0]["low"][d] == pytest.approx(logit, rel=1e-5)
 
 
 def test_unchanged_weights_show_no_change(checkpoint, tmp_path):
