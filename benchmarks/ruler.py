@@ -109,6 +109,9 @@ class Options:
             raise ValueError(f"hops must be at least 1: {self.hops}")
 
 
+DEFAULTS = Options()
+
+
 def check_task(task: str) -> None:
     if task not in SPECS:
         near = difflib.get_close_matches(task, TASKS, n=3, cutoff=0.5)
@@ -116,7 +119,7 @@ def check_task(task: str) -> None:
         raise ValueError(f"unknown RULER task {task!r}; {hint}")
 
 
-def reserve(task: str, options: Options = Options()) -> int:
+def reserve(task: str, options: Options = DEFAULTS) -> int:
     """Tokens kept for generation."""
     return options.max_new_tokens or texts.wording(SPECS[task].family).reserve
 
@@ -186,7 +189,7 @@ class Cell(Sequence[dict[str, Any]]):
         n: int,
         seed: int,
         data_dir: str | Path | None = None,
-        options: Options = Options(),
+        options: Options = DEFAULTS,
     ) -> Cell:
         check_task(task)
         if n < 1:

@@ -1,0 +1,404 @@
+"""lm-eval's models and tasks as `endprompt score` uses them.
+
+`LongContextLM` is lm-eval's HFLM with a generation loop for long prompts: logits of the last position only, prompts of
+like length together, padding on the right (a causal prompt is not touched by what follows it, so the attention needs no
+mask and runs on its fastest kernel), a key/value cache. `RecordingLM` wraps any lm-eval model: it appends each
+prediction to a file as it comes and answers from the file what was predicted before.
+This module imports lm_eval; import it inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task, TaskConfig
+from lm_eval.filters import build_filter_ensemble
+from lm_eval.models.huggingface import HFLM
+
+from benchmarks import ruler
+from endprompt import rows
+
+# Tokens of one batch's prompts at most (one prompt may be longer): bounds the key/value cache.
+BATCH_TOKENS = 131_072
+
+
+class LongContextLM(HFLM):
+    """HFLM that generates greedily from unpadded prompts, last-position logits only.
+
+    Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
+    """
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Without asking the hub for a revision, which HFLM does even for local paths."""
+        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype)}
+
+    @property
+    def keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def ragged(self) -> bool:
+        """Whether prompts of different lengths may share a batch: only where every layer attends to everything."""
+        config = self.model.config.get_text_config()
+        layers = getattr(config, "layer_types", None)
+        if layers is not None:
+            return all(kind == "full_attention" for kind in layers)
+        return not getattr(config, "sliding_window", None)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        jobs = []
+        for request in requests:
+            prompt, settings = request.args
+            settings = dict(settings)
+            if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
+                raise ValueError(f"generation is greedy: {settings}")
+            ids, kept = self.tok_encode(prompt), int(settings["max_gen_toks"])
+            if len(ids) + kept > self.max_length:
+                raise ValueError(
+                    f"prompt and generation must fit the window: {len(ids)} + {kept} tokens, window {self.max_length}"
+                )
+            jobs.append((ids, kept, tuple(settings.get("until") or ())))
+        answers = [""] * len(jobs)
+        for batch in self.batches(jobs):
+            _, kept, until = jobs[batch[0]]
+            for i, text in zip(batch, self.greedy([jobs[i][0] for i in batch], kept, until)):
+                answers[i] = text
+        return answers
+
+    def batches(self, jobs: Sequence[tuple[list[int], int, tuple[str, ...]]]) -> Iterator[list[int]]:
+        """Indices of the jobs that run together: same settings, falling length."""
+        waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i][1:], -len(jobs[i][0])))
+        batch: list[int] = []
+        for i in waiting:
+            if batch:
+                first = jobs[batch[0]]
+                full = len(batch) >= self.batch_size or (len(batch) + 1) * len(first[0]) > BATCH_TOKENS
+                ragged = not self.ragged and len(jobs[i][0]) != len(first[0])
+                if full or ragged or jobs[i][1:] != first[1:]:
+                    yield batch
+                    batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def greedy(self, prompts: Sequence[list[int]], new_tokens: int, until: Sequence[str]) -> list[str]:
+        """Greedy continuations of prompts in order of falling length.
+
+        B prompts, T tokens of the longest.
+        """
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        longest, stops = len(prompts[0]), self.stop_tokens
+        ids_BT = torch.full((len(prompts), longest), prompts[0][0], dtype=torch.long)
+        for row, prompt in zip(ids_BT, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids_BT = ids_BT.to(self.device)
+        padded = bool((lengths_B < longest).any())
+        ends, end_of_B = torch.unique(lengths_B - 1, return_inverse=True)
+        options = {"logits_to_keep": ends} if self.keeps_logits else {}
+        with attention_kernels(self.device):
+            out = self.model(input_ids=ids_BT, use_cache=True, **options)
+        rows_B = torch.arange(len(prompts), device=self.device)
+        next_B = out.logits[rows_B, end_of_B if options else lengths_B - 1].argmax(-1)
+        cache = out.past_key_values
+        del out
+        mask_BT = (torch.arange(longest, device=self.device) < lengths_B[:, None]).long() if padded else None
+        generated: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        for step in range(new_tokens):
+            for i, token in enumerate(next_B.tolist()):
+                if not done[i]:
+                    generated[i].append(token)
+                    done[i] = token in stops or any(stop in self.tok_decode(generated[i]) for stop in until)
+            if all(done) or step + 1 == new_tokens:
+                break
+            extra: dict[str, torch.Tensor] = {}
+            if mask_BT is not None:
+                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], dim=1)
+                extra = {"attention_mask": mask_BT, "position_ids": (lengths_B + step)[:, None]}
+            out = self.model(input_ids=next_B[:, None], past_key_values=cache, use_cache=True, **extra)
+            next_B = out.logits[:, -1].argmax(-1)
+        texts = [self.tok_decode([t for t in tokens if t not in stops]) for tokens in generated]
+        return [text[: min((text.find(stop) for stop in until if stop in text), default=None)] for text in texts]
+
+    @property
+    def stop_tokens(self) -> set[int]:
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        return {token for token in stops if token is not None}
+
+
+@contextlib.contextmanager
+def attention_kernels(device: torch.device) -> Iterator[None]:
+    """On CUDA the cuDNN attention comes first: nearly twice the built-in flash kernel on an H200."""
+    if device.type != "cuda":
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(order, set_priority=True):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+class Predictions:
+    """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each.
+
+    An entry answers for a request only if run, task, index and prompt are the same: `run` is a hash of everything else
+    that a prediction depends on (checkpoint, precision, attention, backend).
+    """
+
+    def __init__(self, directory: Path, run: str, rank: int = 0):
+        self.path = directory / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
+        self.run = run
+        self._known: dict[tuple[str, int, str], str] = {}
+        for path in sorted(directory.glob("predictions*.jsonl")):
+            for entry in complete_lines(path):
+                if entry.get("run") == run:
+                    self._known[entry["task"], entry["index"], entry["prompt_sha256"]] = entry["prediction"]
+
+    def get(self, task: str, index: int, prompt: str) -> str | None:
+        return self._known.get((task, index, text_sha256(prompt)))
+
+    def add(self, entries: Sequence[tuple[str, int, str, str, dict[str, Any]]]) -> None:
+        """(task, index, prompt, prediction, further columns) of each."""
+        lines = []
+        for task, index, prompt, prediction, more in entries:
+            key = (task, index, text_sha256(prompt))
+            self._known[key] = prediction
+            lines.append(
+                {
+                    "run": self.run,
+                    "task": task,
+                    "index": index,
+                    "prompt_sha256": key[2],
+                    "prediction": prediction,
+                    **more,
+                }
+            )
+        rows.append_rows(self.path, lines)
+
+
+def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON Lines file; a line that a crash cut off is left out, since it is predicted again."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    yield entry
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RecordingLM(LM):
+    """Any lm-eval model, with predictions written down as they come and not made twice."""
+
+    def __init__(self, inner: Any, predictions: Predictions, chunk: int, progress: Progress | None = None):
+        super().__init__()
+        self.inner, self.predictions, self.chunk = inner, predictions, chunk
+        self.progress = progress or Progress(total=0, quiet=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    rank = property(lambda self: self.inner.rank)
+    world_size = property(lambda self: self.inner.world_size)
+    device = property(lambda self: self.inner.device)
+    tokenizer_name = property(lambda self: self.inner.tokenizer_name)
+
+    def all_gather(self, tensor: Any) -> Any:
+        return self.inner.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        return self.inner.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        return self.inner.apply_chat_template(*args, **kwargs)
+
+    def chat_template(self, *args: Any, **kwargs: Any) -> str | None:
+        return self.inner.chat_template(*args, **kwargs)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self.inner.loglikelihood(requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self.inner.loglikelihood_rolling(requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Requests of one task run together, longest first, a chunk at a time."""
+        waiting: dict[str, dict[int, Instance]] = {}
+        for request in requests:
+            if self.known(request) is None:
+                waiting.setdefault(str(request.task_name), {})[int(request.doc_id or 0)] = request
+        self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
+        for task, own in waiting.items():
+            todo = sorted(own.values(), key=lambda request: -prompt_tokens(request))
+            for start in range(0, len(todo), self.chunk):
+                group = todo[start : start + self.chunk]
+                began = time.perf_counter()
+                answers = self.inner.generate_until(group)
+                seconds = time.perf_counter() - began
+                self.predictions.add(
+                    [
+                        (task, int(r.doc_id or 0), r.args[0], answer, {"seconds": round(seconds / len(group), 4)})
+                        for r, answer in zip(group, answers)
+                    ]
+                )
+                self.progress.step(task, len(group), sum(prompt_tokens(r) for r in group), seconds)
+        return [answer for request in requests if (answer := self.known(request)) is not None]
+
+    def known(self, request: Instance) -> str | None:
+        return self.predictions.get(str(request.task_name), int(request.doc_id or 0), request.args[0])
+
+
+def prompt_tokens(request: Instance) -> int:
+    """Prompt tokens where the sample says so, else characters: for order and throughput."""
+    return int(request.doc.get("length") or len(request.args[0]))
+
+
+class Progress:
+    """One line of state on stderr: rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, total: int, quiet: bool = False, every: float = 10.0):
+        self.total, self.quiet, self.every = total, quiet, every
+        self.done = self.tokens = 0
+        self.seconds = self._shown = 0.0
+        self._began = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def skip(self, n: int) -> None:
+        self.total -= n
+
+    def step(self, task: str, n: int, tokens: int, seconds: float) -> None:
+        self.done += n
+        self.tokens += tokens
+        self.seconds += seconds
+        now, last = time.perf_counter(), self.done >= self.total
+        if self.quiet or not (last or self.terminal or now - self._shown >= self.every):
+            return
+        self._shown = now
+        left = (self.total - self.done) * (now - self._began) / self.done
+        line = (
+            f"{task}: {self.done}/{self.total} samples, {self.tokens / self.seconds:,.0f} tokens/s, {clock(left)} left"
+        )
+        end = "\n" if last or not self.terminal else ""
+        print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+
+class SampleTask(Task):
+    """An lm-eval task over ready samples (dicts with input, outputs, max_new_tokens), read one by one.
+
+    The prompt is the sample's `input` as it stands. Scores of single samples are kept, in their order, in `scores`.
+    """
+
+    VERSION = 1
+    OUTPUT_TYPE = "generate_until"
+
+    def __init__(self, name: str, samples: Sequence[dict[str, Any]], score: Any):
+        self.samples, self._score = samples, score
+        self.scores: list[float] = []
+        self._config = TaskConfig(
+            task=name, generation_kwargs={"until": [], "do_sample": False}, metadata={"version": self.VERSION}
+        )
+        self._instances: list[Instance] = []
+        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
+
+    def has_training_docs(self) -> bool:
+        return False
+
+    def has_validation_docs(self) -> bool:
+        return False
+
+    def has_test_docs(self) -> bool:
+        return True
+
+    def test_docs(self) -> Any:
+        return self.samples
+
+    def doc_to_text(self, doc: dict[str, Any]) -> str:
+        return doc["input"]
+
+    def doc_to_target(self, doc: dict[str, Any]) -> str:
+        return str(doc["outputs"])
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int = 0, **kwargs: Any) -> str:
+        return self.doc_to_text(doc)
+
+    def build_all_requests(
+        self, *, limit: int | None = None, rank: int = 0, world_size: int = 1, **kwargs: Any
+    ) -> None:
+        """As lm-eval's, less its request cache (whose key holds neither length nor tokenizer) and progress bar."""
+        self._instances = [
+            self.construct_requests(doc, self.doc_to_text(doc), metadata=(self.config.task, index, 1))
+            for index, doc in self.doc_iterator(rank=rank, limit=limit, world_size=world_size)
+        ]
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": doc["max_new_tokens"]}
+        about = {key: value for key, value in doc.items() if key != "input"}
+        return Instance("generate_until", about, (ctx, settings), 0, metadata=kwargs["metadata"])
+
+    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+        return {"score": (doc["index"], self._score(doc, results[0]))}
+
+    def aggregation(self) -> dict[str, Any]:
+        return {"score": self.collect}
+
+    def collect(self, items: list[tuple[int, float]]) -> float:
+        """Mean over all samples of all processes."""
+        self.scores = [value for _, value in sorted(items)]
+        return sum(self.scores) / len(self.scores)
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {"score": True}
+
+
+def ruler_score(doc: dict[str, Any], prediction: str) -> float:
+    return ruler.score(doc["task"], prediction, doc["outputs"])
+
+
+@contextlib.contextmanager
+def no_environment_report() -> Iterator[None]:
+    """lm-eval asks torch for a report of the machine after each run, seconds of work: ours is in environment.json."""
+    from torch.utils import collect_env
+
+    original = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = lambda: "see environment.json"
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = original
