@@ -24,7 +24,7 @@ import random
 import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ FWE_LETTERS = 6
 # A cell of at most this many prompt tokens is tokenized whole; a larger one relies on checked sums.
 EXACT_TOKENS = 1_000_000
 CHECKED_SAMPLES = 4
-SEARCH_STEPS = 12
+SEARCH_STEPS = 20
 # Words kept on each side of a needle when the inside of an essay is summed and not tokenized.
 RIM = 8
 
@@ -392,24 +392,50 @@ def search(
 ) -> list[tuple[Any, int]]:
     """(state, tokens) of the fullest prompts, found by tokenizing whole prompts.
 
-    The target of the arithmetic is moved by the error seen, until a larger one no longer fits.
+    The target given to the arithmetic is moved between the largest that fits and the smallest that does not, by
+    interpolation, so even sums that are far off lead to a full prompt.
     """
     best: list[tuple[Any, int]] = [(draft.empty, tokens) for draft, tokens in zip(drafts, bare)]
     targets = [room - tokens for tokens in bare[: len(drafts)]]
-    seen: list[set[str]] = [set() for _ in drafts]
+    below = [(0, tokens) for tokens in bare]  # (target, prompt tokens)
+    above: list[tuple[int, int] | None] = [None for _ in drafts]
+    seen: list[dict[str, int]] = [{} for _ in drafts]
     open_ = list(range(len(drafts)))
-    for _ in range(SEARCH_STEPS):
-        states = {i: drafts[i].fill(max(0, targets[i]))[0] for i in open_}
-        open_ = [i for i in open_ if repr(states[i]) not in seen[i]]
+    for step in range(SEARCH_STEPS):
+        states = {i: drafts[i].fill(targets[i])[0] for i in open_}
+        new = [i for i in open_ if repr(states[i]) not in seen[i]]
+        for i, tokens in zip(new, measure([drafts[i] for i in new], [states[i] for i in new])):
+            seen[i][repr(states[i])] = tokens
+        still = []
+        for i in open_:
+            tokens = seen[i][repr(states[i])]
+            if tokens <= room:
+                below[i] = (targets[i], tokens)
+                if tokens >= best[i][1]:
+                    best[i] = (states[i], tokens)
+            else:
+                above[i] = (targets[i], tokens)
+            last, target = targets[i], between(below[i], above[i], bare[i], room, halve=step % 4 == 3)
+            targets[i] = target
+            # Sums that were right have found the fullest prompt once a larger target changes nothing.
+            closed = above[i] is not None and target >= above[i][0]  # type: ignore[index]
+            if target != last and not closed and (i in new or tokens > room):
+                still.append(i)
+        open_ = still
         if not open_:
             break
-        sizes = measure([drafts[i] for i in open_], [states[i] for i in open_])
-        for i, tokens in zip(open_, sizes):
-            seen[i].add(repr(states[i]))
-            if best[i][1] <= tokens <= room:
-                best[i] = (states[i], tokens)
-            targets[i] += room - tokens if tokens > room else max(1, room - tokens)
     return best
+
+
+def between(below: tuple[int, int], above: tuple[int, int] | None, bare: int, room: int, halve: bool) -> int:
+    """The next target to try, from the (target, tokens) that fit and those that do not."""
+    low, tokens = below
+    if above is None:
+        rate = max((tokens - bare) / low, 0.05) if low > 0 else 1.0
+        return low + max(1, int((room - tokens) / rate))
+    high, over = above
+    share = 0.5 if halve else (room - tokens) / max(1, over - tokens)
+    return min(max(low + 1, low + int((high - low) * share)), high - 1) if high - low > 1 else high
 
 
 # ---------------------------------------------------------------------------------------------------- random streams
@@ -542,19 +568,22 @@ class NoiseSource(Source):
         return NoiseDraft(self, Needles.draw(self.spec, rng), rng)
 
     @functools.cached_property
-    def added(self) -> list[int]:
-        """Tokens that the first k noise sentences add, k = 0, 1, ..., up to more than the budget."""
+    def steps(self) -> list[int]:
+        """Tokens of the first k sentences of a line, k = 0..5, between noise lines, where nearly all of them stand."""
         sentences = texts.noise()
-        size = len(sentences)
-        cut = ["\n" + "".join(sentences[:k]) for k in range(1, size + 1)]
-        # Between noise lines, which is where nearly all of them stand.
         line = "\n" + "".join(sentences)
-        step = [0, *(int(c) for c in self.costs.of(cut, line, line))]
-        total, sums = 0, []
-        while total <= self.length:
-            sums += [total + step[k] for k in range(size)]
-            total += max(1, step[size])
-        return sums
+        cut = ["\n" + "".join(sentences[:k]) for k in range(1, len(sentences) + 1)]
+        return [0, *self.costs.of(cut, line, line).tolist()]
+
+    def added(self, count: int) -> int:
+        """Tokens of `count` noise sentences."""
+        lines, rest = divmod(count, len(self.steps) - 1)
+        return lines * self.steps[-1] + self.steps[rest]
+
+    def most(self, room: int) -> int:
+        """The most noise sentences of at most `room` tokens."""
+        lines, rest = divmod(room, max(1, self.steps[-1]))
+        return lines * (len(self.steps) - 1) + bisect.bisect_right(self.steps[:-1], rest) - 1
 
     def lines(self, count: int) -> list[str]:
         sentences = texts.noise()
@@ -587,9 +616,8 @@ class NoiseDraft:
         self._key = rng.getrandbits(64)
 
     def fill(self, room: int) -> tuple[int, int]:
-        sums = self.made.added
-        count = bisect.bisect_right(sums, room) - 1
-        return count, sums[count]
+        count = self.made.most(room)
+        return count, self.made.added(count)
 
     def places(self, count: int) -> list[int]:
         return places(len(self.made.lines(count)), len(self.needles.sentences), random.Random(self._key))
@@ -599,7 +627,7 @@ class NoiseDraft:
         return self.needles.question.replace("{context}", context), self.needles.prefix
 
     def cut(self, count: int) -> tuple[None, int]:
-        return None, self.made.added[count]
+        return None, self.made.added(count)
 
     def depth(self, count: int) -> list[float]:
         at, lines = self.places(count), max(1, len(self.made.lines(count)))
@@ -614,27 +642,22 @@ class EssaySource(Source):
         rng = self.rng(index)
         return EssayDraft(self, Needles.draw(self.spec, rng), rng)
 
-    @functools.cached_property
-    def word_costs(self) -> np.ndarray:
-        """int64 [words]: tokens that each word of one copy adds."""
-        unique = {word: i for i, word in enumerate(dict.fromkeys(self.used))}
-        costs = self.costs.of([" " + word for word in unique], "a", " a")
-        return costs[[unique[word] for word in self.used]]
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    _word_costs: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def used(self) -> list[str]:
-        """The words that a budget can reach (a token seldom holds more than one word)."""
-        return self.essay.words[: 2 * self.length + 64]
-
-    @functools.cached_property
-    def added(self) -> np.ndarray:
-        """int64 [k]: tokens that the first k words add; copies of the text follow each other."""
-        once = np.concatenate([[0], np.cumsum(self.word_costs)])
-        copies = self.length // max(1, int(once[-1])) + 1
-        if len(self.used) < len(self.essay.words) or copies == 1:
-            copies = 1
-        sums = [once[:-1] + copy * once[-1] for copy in range(copies)]
-        return np.concatenate([*sums, [copies * once[-1]]])
+    def added(self, room: int) -> np.ndarray:
+        """int64 [k]: tokens that the first k words add, up to more than `room`; copies of the text follow on."""
+        while self._sums[-1] <= room:
+            known, words = len(self._sums) - 1, self.essay.words
+            further = [words[i % len(words)] for i in range(known, 2 * known + 256)]
+            new = [word for word in dict.fromkeys(further) if word not in self._word_costs]
+            measured = self.costs.of([" " + word for word in new], "a", " a")
+            self._word_costs.update(zip(new, np.maximum(measured, 0).tolist()))
+            sums = np.cumsum([self._word_costs[word] for word in further])
+            self._sums = np.concatenate(
+                [self._sums, self._sums[-1] + np.maximum(sums, np.arange(1, len(sums) + 1) // 64)]
+            )
+        return self._sums
 
 
 class EssayDraft:
@@ -645,7 +668,7 @@ class EssayDraft:
         self.depths = sorted(rng.sample(DEPTHS, len(needles.sentences)))
 
     def fill(self, room: int) -> tuple[int, int]:
-        sums = self.made.added
+        sums = self.made.added(room)
         count = int(np.searchsorted(sums, room, side="right")) - 1
         return count, int(sums[count])
 
@@ -665,7 +688,7 @@ class EssayDraft:
         return self.prompt([self.made.essay.text(a, b) for a, b in itertools.pairwise(ends)])
 
     def cut(self, count: int) -> tuple[tuple[str, str], int]:
-        essay, sums, segments, removed = self.made.essay, self.made.added, [], 0
+        essay, sums, segments, removed = self.made.essay, self.made.added(0), [], 0
         ends = [0, *self.places(count), count]
         for a, b in itertools.pairwise(ends):
             if b - a <= 2 * RIM:
