@@ -10,23 +10,27 @@ This module imports lm_eval; import it inside functions.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import inspect
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.huggingface import HFLM
+from torch.utils.data import ConcatDataset
 
 from benchmarks import ruler
+from benchmarks.compare import complete_lines
 from endprompt import rows
 
 # Tokens of one batch's prompts at most (one prompt may be longer): bounds the key/value cache.
@@ -63,7 +67,7 @@ class LongContextLM(HFLM):
             settings = dict(settings)
             if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
                 raise ValueError(f"generation is greedy: {settings}")
-            ids, kept = self.tok_encode(prompt), int(settings["max_gen_toks"])
+            ids, kept = self.tok_encode(prompt), int(settings.get("max_gen_toks", self.max_gen_toks))
             if len(ids) + kept > self.max_length:
                 raise ValueError(
                     f"prompt and generation must fit the window: {len(ids)} + {kept} tokens, window {self.max_length}"
@@ -198,16 +202,6 @@ class Predictions:
         rows.append_rows(self.path, lines)
 
 
-def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file; a line that a crash cut off is left out, since it is predicted again."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    yield entry
-
-
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -215,8 +209,17 @@ def text_sha256(text: str) -> str:
 class RecordingLM(LM):
     """Any lm-eval model, with predictions written down as they come and not made twice."""
 
-    def __init__(self, inner: Any, predictions: Predictions, chunk: int, progress: Progress | None = None):
+    def __init__(
+        self,
+        inner: Any,
+        predictions: Predictions,
+        chunk: int,
+        progress: Progress | None = None,
+        note: Callable[[str, dict[str, Any], str], dict[str, Any]] = lambda task, doc, answer: {},
+    ):
+        """note: further columns of a prediction, from (task, doc, prediction)."""
         super().__init__()
+        self.note = note
         self.inner, self.predictions, self.chunk = inner, predictions, chunk
         self.progress = progress or Progress(total=0, quiet=True)
 
@@ -261,11 +264,14 @@ class RecordingLM(LM):
             for start in range(0, len(todo), self.chunk):
                 group = todo[start : start + self.chunk]
                 began = time.perf_counter()
-                answers = self.inner.generate_until(group)
+                answers = [
+                    without_echo(answer, request.args[0])
+                    for request, answer in zip(group, self.inner.generate_until(group), strict=True)
+                ]
                 seconds = time.perf_counter() - began
                 self.predictions.add(
                     [
-                        (task, int(r.doc_id or 0), r.args[0], answer, {"seconds": round(seconds / len(group), 4)})
+                        (task, int(r.doc_id or 0), r.args[0], answer, self.note(task, r.doc, answer))
                         for r, answer in zip(group, answers)
                     ]
                 )
@@ -317,6 +323,11 @@ def clock(seconds: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks
+
+
+def without_echo(prediction: str, prompt: str) -> str:
+    """The prediction less the prompt, which some backends give back: the answers stand in the prompt too."""
+    return prediction.removeprefix(prompt)
 
 
 class SampleTask(Task):
@@ -373,7 +384,7 @@ class SampleTask(Task):
         return Instance("generate_until", about, (ctx, settings), 0, metadata=kwargs["metadata"])
 
     def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-        return {"score": (doc["index"], self._score(doc, results[0]))}
+        return {"score": (doc["index"], self._score(doc, without_echo(results[0], doc["input"])))}
 
     def aggregation(self) -> dict[str, Any]:
         return {"score": self.collect}
@@ -387,18 +398,102 @@ class SampleTask(Task):
         return {"score": True}
 
 
-def ruler_score(doc: dict[str, Any], prediction: str) -> float:
-    return ruler.score(doc["task"], prediction, doc["outputs"])
+class RulerTask(Task):
+    """A RULER task for plain lm-eval, with the samples and scores of `endprompt score`.
+
+    `config` is the YAML file's, whose task is named `endprompt_<task>`; its metadata (lm-eval's --metadata and model
+    arguments) give `max_seq_lengths` (4096), `samples` (500), `seed` (0), `data_dir`, `cache_dir`, the options of
+    `ruler.Options`, and the tokenizer as `tokenizer`, `pretrained` or `model`. There is one metric a length that is
+    run, named by it. With --apply_chat_template the template's tokens are part of the budget.
+    """
+
+    VERSION = 1
+    OUTPUT_TYPE = "generate_until"
+
+    def __init__(self, config: dict[str, Any]):
+        self.ruler_task = str(config["task"]).removeprefix("endprompt_")
+        ruler.check_task(self.ruler_task)
+        self.metadata = dict(config.get("metadata") or {})
+        lengths = self.metadata.get("max_seq_lengths", [4096])
+        self.lengths = [int(length) for length in (lengths if isinstance(lengths, list) else [lengths])]
+        self.chat = bool(self.metadata.get("chat", False))
+        self._config = TaskConfig(
+            task=config["task"],
+            generation_kwargs={"until": [], "do_sample": False},
+            num_fewshot=0,
+            metadata={**self.metadata, "version": self.VERSION},
+        )
+        self._instances: list[Instance] = []
+        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
+
+    has_training_docs = SampleTask.has_training_docs
+    has_validation_docs = SampleTask.has_validation_docs
+    has_test_docs = SampleTask.has_test_docs
+    doc_to_text = SampleTask.doc_to_text
+    doc_to_target = SampleTask.doc_to_target
+    fewshot_context = SampleTask.fewshot_context
+    construct_requests = SampleTask.construct_requests
+
+    def test_docs(self) -> Any:
+        return self.samples
+
+    @functools.cached_property
+    def samples(self) -> ConcatDataset[dict[str, Any]]:
+        """All lengths one after the other, rendered when read."""
+        from transformers import AutoTokenizer
+
+        from benchmarks import cache
+
+        given = self.metadata
+        name = next((given[key] for key in ("tokenizer", "pretrained", "model") if given.get(key)), None)
+        if name is None:
+            raise ValueError(f"{self.config.task} sizes its prompts by tokens: name a tokenizer in the metadata")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        names = {option.name for option in dataclasses.fields(ruler.Options)}
+        options = ruler.Options(**{**{k: v for k, v in given.items() if k in names}, "chat": self.chat})
+        common = (int(given.get("samples", 500)), int(given.get("seed", 0)), given.get("data_dir"), options)
+        cells: list[Any] = [
+            cache.cell(self.ruler_task, length, tokenizer, *common, given.get("cache_dir")) for length in self.lengths
+        ]
+        return ConcatDataset(cells)
+
+    def build_all_requests(
+        self,
+        *,
+        limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if system_instruction:
+            raise ValueError(f"{self.config.task} fills its budget exactly: a system instruction does not fit")
+        self.chat = self.chat or apply_chat_template
+        self._instances = [
+            self.construct_requests(doc, self.doc_to_text(doc), metadata=(self.config.task, index, 1))
+            for index, doc in self.doc_iterator(rank=rank, limit=limit, world_size=world_size)
+        ]
+
+    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+        prediction = without_echo(results[0], doc["input"])
+        return {str(doc["budget"]): ruler.score(self.ruler_task, prediction, doc["outputs"])}
+
+    def aggregation(self) -> dict[str, Any]:
+        return {str(length): mean for length in self.lengths}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {str(length): True for length in self.lengths}
 
 
 @contextlib.contextmanager
 def no_environment_report() -> Iterator[None]:
-    """lm-eval asks torch for a report of the machine after each run, seconds of work: ours is in environment.json."""
-    from torch.utils import collect_env
+    """lm-eval asks torch and git for reports after each run, seconds of work: ours are in environment.json."""
+    from unittest import mock
 
-    original = collect_env.get_pretty_env_info
-    collect_env.get_pretty_env_info = lambda: "see environment.json"
-    try:
+    with (
+        mock.patch("torch.utils.collect_env.get_pretty_env_info", lambda: "see environment.json"),
+        mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None),
+        mock.patch("lm_eval.loggers.utils.get_commit_from_path", lambda path: None),
+    ):
         yield
-    finally:
-        collect_env.get_pretty_env_info = original

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import ruler, summary
+from benchmarks.compare import read_predictions
 from endprompt import rows
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Prompt text held by one call of simple_evaluate, in characters: bounds the memory whatever the number of cells.
 CALL_CHARACTERS = 150_000_000
+SAMPLES = 500  # RULER's own number
 
 
 @dataclass
@@ -39,7 +41,7 @@ class ScoreConfig:
         suite: ruler, longbench or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
         tasks: names separated by commas, or all.
         lengths: token budgets separated by commas (RULER): prompt and generation together.
-        samples: samples a task and length.
+        samples: samples a task and length (short: all documents unless a number is set).
         seed: seed of the samples.
         data_dir: folder with RULER's essays, SQuAD, HotpotQA, or the LongBench sets.
         haystack_text: text file for the essay haystack, instead of RULER's essays.
@@ -60,7 +62,7 @@ class ScoreConfig:
         cache_dir: folder of the sample cache; ~/.cache/endprompt/ruler if not given.
         prepare_only: build the samples and stop, without a model.
         overwrite: start again, instead of going on where an earlier run of the same output was.
-        show: print the predictions of one task of a finished run (its directory in place of the checkpoint) and stop.
+        show: print the predictions of one task of a finished run (its directory, or the checkpoint it scored) and stop.
         wrong: with show, only those that score under 100.
         compare: compare this run with the one given in place of the checkpoint (run directories) and stop.
         trust_remote_code: let a checkpoint bring its own code.
@@ -71,7 +73,7 @@ class ScoreConfig:
     suite: Literal["ruler", "longbench", "short"] = "ruler"
     tasks: str | list[str] = "all"
     lengths: str | int | list[int] = "4096"
-    samples: int = 500
+    samples: int = SAMPLES
     seed: int = 0
     data_dir: str | None = None
     haystack_text: str | None = None
@@ -156,15 +158,26 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     Raises ValueError (nothing was loaded yet) for unknown tasks, impossible lengths, missing data, a checkpoint that
     cannot be read.
     """
-    model_config, tokenizer = read_checkpoint(config)
     if config.suite == "short":
-        from benchmarks import short
-
-        return short.score(config)
+        return score_short(config)
+    model_config, tokenizer = read_checkpoint(config)
     units = prepare(config, model_config, tokenizer)
     if config.prepare_only:
         return []
     return run(config, units, model_config, tokenizer)
+
+
+def score_short(config: ScoreConfig) -> list[dict[str, Any]]:
+    from benchmarks import short
+
+    short.task_names(config)
+    model_config, tokenizer = read_checkpoint(config)
+    window = window_of(model_config)
+    lm = load(config, window, window, tokenizer)
+    made = short.score(config, lm)
+    if made:
+        rows.RunDirectory(config.directory, config).add(made)
+    return made
 
 
 def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -290,6 +303,8 @@ def run(
     made = [done[unit.name] for unit in units if unit.name in done]
     if out is not None and config.suite == "ruler":
         write_summary(config, out, made, units)
+    elif out is not None:
+        write_longbench_summary(config, out, units)
     return made
 
 
@@ -371,7 +386,13 @@ def evaluate(
     predictions = backend.Predictions(config.directory, settings, lm.rank)
     progress = backend.Progress(remaining, quiet=config.quiet or lm.rank != 0)
     chunk = config.batch_size if config.backend == "hf" else 256
-    recording = backend.RecordingLM(lm, predictions, chunk, progress)
+    by_name = {unit.name: unit for unit in units}
+
+    def note(task: str, sample: dict[str, Any], prediction: str) -> dict[str, Any]:
+        kept: dict[str, Any] = {key: sample[key] for key in ("outputs", "length", "depth") if key in sample}
+        return {"score": 100 * by_name[task].score(sample, prediction), **kept}
+
+    recording = backend.RecordingLM(lm, predictions, chunk, progress, note)
     tasks = [backend.SampleTask(unit.name, unit.samples, unit.score) for unit in units]
     with backend.no_environment_report():
         simple_evaluate(
@@ -495,6 +516,20 @@ def write_summary(config: ScoreConfig, out: rows.RunDirectory, made: list[dict[s
     write_lines(out.path / "depth.jsonl", [{**about, **cell} for cell in summary.depth_table(scored)])
 
 
+def write_longbench_summary(config: ScoreConfig, out: rows.RunDirectory, units: list[Unit]) -> None:
+    """LongBench's averages by name."""
+    from benchmarks import longbench_summary
+
+    scored = {
+        unit.task: [
+            {**sample, "score": 100 * unit.score(sample, text)} for sample, text in predicted(config.directory, unit)
+        ]
+        for unit in units
+    }
+    about = {"model": config.model_name, "method": method_of(config), "seed": config.seed}
+    write_lines(out.path / "summary.jsonl", longbench_summary.summary_rows(scored, **about))
+
+
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     rows.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -514,9 +549,5 @@ def found_by_depth(config: ScoreConfig, unit: Unit) -> list[dict[str, Any]]:
 
 def predicted(directory: Path, unit: Unit) -> list[tuple[dict[str, Any], str]]:
     """(sample, prediction) of a unit's predictions on disk."""
-    from benchmarks.backend import complete_lines
-
-    by_index: dict[int, str] = {}
-    for path in sorted(directory.glob("predictions*.jsonl")):
-        by_index |= {e["index"]: e["prediction"] for e in complete_lines(path) if e.get("task") == unit.name}
+    by_index = {index: e["prediction"] for (task, index), e in read_predictions(directory).items() if task == unit.name}
     return [(unit.samples[i], text) for i, text in sorted(by_index.items()) if i < len(unit.samples)]

@@ -50,7 +50,9 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     parser = ArgumentParser(prog=f"endprompt {entry_point.name}", description=(command.__doc__ or "").strip())
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
     parser.add_class_arguments(config_type, as_positional=True)
-    namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+    namespace = parser.parse_args(
+        spelled(argv, typing.get_type_hints(config_type))
+    )  # bad usage: prints the key, the value and the rule, exits with 2
     fields = parser.instantiate_classes(namespace).as_dict()
     fields.pop("config", None)
     try:
@@ -62,6 +64,21 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def spelled(argv: list[str], hints: dict[str, object]) -> list[str]:
+    """The arguments as the parser knows them: `--data-dir` is `--data_dir`, a switch alone is `--overwrite=true`."""
+    out = []
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") in hints:
+            key = name[2:].replace("-", "_")
+            name = f"--{key}"
+            following = argv[i + 1].lower() if i + 1 < len(argv) else ""
+            if hints[key] is bool and not equals and following not in ("true", "false", "yes", "no"):
+                equals, value = "=", "true"
+        out.append(name + equals + value)
+    return out
 
 
 def one_line(error: BaseException) -> str:
