@@ -67,7 +67,7 @@ class LongContextLM(HFLM):
             settings = dict(settings)
             if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
                 raise ValueError(f"generation is greedy: {settings}")
-            ids, kept = self.tok_encode(prompt), int(settings.get("max_gen_toks", self.max_gen_toks))
+            ids, kept = self.tok_encode(prompt), int(settings.get("max_gen_toks") or self.max_gen_toks)
             if len(ids) + kept > self.max_length:
                 raise ValueError(
                     f"prompt and generation must fit the window: {len(ids)} + {kept} tokens, window {self.max_length}"

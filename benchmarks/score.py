@@ -349,6 +349,8 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
+    from safetensors import SafetensorError
+
     from benchmarks.backend import LongContextLM
     from endprompt.model import _quiet
 
@@ -368,7 +370,7 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
                 trust_remote_code=config.trust_remote_code,
                 **extra,
             )
-    except (OSError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{config.checkpoint}: the checkpoint does not load: {first}") from error
 

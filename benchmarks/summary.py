@@ -86,7 +86,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     Keys: `value`, `ci95`, `p` (two-sided: share of resampled differences on the other side of 0, doubled), `n`.
     Raises ValueError if the numbers of samples differ.
     """
-    if len(first) != len(second) or not first:
+    if len(first) != len(second) or len(first) == 0:
         raise ValueError(f"a paired comparison needs the same samples: {len(first)} and {len(second)}")
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     means = resampled_means(differences, np.random.default_rng([seed, len(differences)]))

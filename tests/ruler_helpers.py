@@ -109,7 +109,7 @@ def qa_files(directory: Path, articles: int = 12, paragraphs: int = 4) -> Path:
             number = 1000 + 37 * a + p
             context = (
                 f"The {places[a % len(places)]} of district {a} was rebuilt in the year {number}. "
-                f"Part {p} of its story tells of the {places[p]} and its {p + 2} gates. "
+                f"Part {p} of its story tells of the {places[p % len(places)]} and its {p + 2} gates. "
                 + "Nothing else is known. "
                 * (3 * a + p)
             )
