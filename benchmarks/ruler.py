@@ -168,6 +168,10 @@ class Draft(Protocol):
         None for the prompt: the smallest haystack's, to which the tokens that `fill` gave are added.
         """
 
+    def core(self) -> tuple[tuple[str, str], int]:
+        """(a prompt, tokens to add): together the size of the smallest haystack's prompt."""
+        return self.render(self.empty), 0
+
     empty: Any  # state of the smallest haystack
 
 
@@ -196,7 +200,7 @@ class Cell(Sequence[dict[str, Any]]):
             raise ValueError(f"samples must be at least 1: {n}")
         made = source(task, length, tokenizer, seed, data_dir, options)
         kept = reserve(task, options)
-        states = fit(task, length, made, n, kept, counter(tokenizer), assembler(tokenizer, options.chat))
+        states = fit(length, made, n, kept, counter(tokenizer), assembler(tokenizer, options.chat))
         recipe = {
             "generator": GENERATOR,
             "task": task,
@@ -312,9 +316,7 @@ class Costs:
         return np.array(whole, dtype=np.int64) - bare
 
 
-def fit(
-    task: str, length: int, made: Source, n: int, kept: int, count: Count, assemble: Assemble
-) -> list[tuple[Any, int]]:
+def fit(length: int, made: Source, n: int, kept: int, count: Count, assemble: Assemble) -> list[tuple[Any, int]]:
     """(state, prompt tokens) of the fullest haystack of each sample within length - kept tokens.
 
     Raises ValueError naming the shortest possible length if the smallest haystack does not fit.
@@ -325,25 +327,41 @@ def fit(
 
     room = length - kept
     drafts = [made.draw(i) for i in range(n)]
-    bare = measure(drafts, [draft.empty for draft in drafts])
-    if max(bare) > room:
-        raise ValueError(
-            f"length is too short for task {task}: {length}; the shortest possible is "
-            f"{shortest(made, n, kept, max(bare) + kept, measure)} with this tokenizer and {kept} tokens kept for "
-            f"generation"
-        )
-    if n * length <= EXACT_TOKENS:
-        return search(drafts, bare, room, measure)
-    checked = search(drafts[:CHECKED_SAMPLES], bare, room, measure)
+    exact = n * length <= EXACT_TOKENS
+    first = drafts if exact else drafts[:CHECKED_SAMPLES]
+    smallest = measure(first, [draft.empty for draft in first])
+    if max(smallest) > room:
+        raise too_short(made, n, kept, max(smallest) + kept, measure)
+    if exact:
+        return search(drafts, smallest, room, measure)
+    checked = search(first, smallest, room, measure)
+    bare = emptied(drafts, count, assemble)
     states = [state for state, _ in checked]
-    errors = {
-        tokens - sum_
-        for (_, tokens), sum_ in zip(checked, summed(drafts[:CHECKED_SAMPLES], bare, states, count, assemble))
-    }
+    sums = summed(first, bare, states, count, assemble)
+    errors = {tokens - total for (_, tokens), total in zip(checked, sums)}
     if len(errors) > 1:
-        return search(drafts, bare, room, measure)
+        smallest = measure(drafts, [draft.empty for draft in drafts])
+        if max(smallest) > room:
+            raise too_short(made, n, kept, max(smallest) + kept, measure)
+        return search(drafts, smallest, room, measure)
     # On every checked prompt the sums are right, or off by the same constant: trust them.
-    return checked + arithmetic(drafts[CHECKED_SAMPLES:], bare[CHECKED_SAMPLES:], room, errors.pop(), count, assemble)
+    fitted = arithmetic(drafts[CHECKED_SAMPLES:], bare[CHECKED_SAMPLES:], room, errors.pop(), count, assemble)
+    if (most := max((tokens for _, tokens in fitted), default=0)) > room:
+        raise too_short(made, n, kept, most + kept, measure)
+    return checked + fitted
+
+
+def too_short(made: Source, n: int, kept: int, candidate: int, measure: Callable[..., list[int]]) -> ValueError:
+    return ValueError(
+        f"length is too short for task {made.task}: {made.length}; the shortest possible is "
+        f"{shortest(made, n, kept, candidate, measure)} with this tokenizer and {kept} tokens kept for generation"
+    )
+
+
+def emptied(drafts: Sequence[Draft], count: Count, assemble: Assemble) -> list[int]:
+    """Tokens of each draft's smallest prompt: summed where it is long itself, else counted."""
+    cores = [draft.core() for draft in drafts]
+    return [tokens + left for tokens, (_, left) in zip(count([assemble(*prompt) for prompt, _ in cores]), cores)]
 
 
 def shortest(made: Source, n: int, kept: int, candidate: int, measure: Callable[..., list[int]]) -> int:
@@ -608,7 +626,7 @@ def weave(lines: list[str], needles: Sequence[str], at: Sequence[int]) -> list[s
     return woven + lines[last:]
 
 
-class NoiseDraft:
+class NoiseDraft(Draft):
     empty = 0
 
     def __init__(self, made: NoiseSource, needles: Needles, rng: random.Random):
@@ -660,7 +678,7 @@ class EssaySource(Source):
         return self._sums
 
 
-class EssayDraft:
+class EssayDraft(Draft):
     empty = 0
 
     def __init__(self, made: EssaySource, needles: Needles, rng: random.Random):
@@ -711,9 +729,24 @@ class NeedleSource(Source):
         return NeedleDraft(self, Needles.draw(self.spec, rng), rng)
 
     @functools.cached_property
+    def least_tokens(self) -> int:
+        """Tokens of about the shortest needle there is."""
+        rng, needle = self.rng("shortest"), texts.needle()
+        some = [
+            needle.format(
+                type_needle_v=self.spec.value,
+                key=draw_value(self.spec.key, rng),
+                value=draw_value(self.spec.value, rng),
+            )
+            for _ in range(64)
+        ]
+        return max(4, int(self.costs.of(["\n" + one for one in some], "\n" + some[0], "\n" + some[0]).min()))
+
+    @functools.cached_property
     def pool(self) -> list[str]:
         rng, needle = self.rng("pool"), texts.needle()
-        size = max(512, self.length // 6)  # a needle has well over 12 tokens
+        # Twice what the longest prompt can hold.
+        size = max(512, 2 * self.length // self.least_tokens)
         taken: set[str] = set()
         keys = draw_values(self.spec.key, size, rng, taken)
         values = draw_values(self.spec.value, size, rng, taken)
@@ -725,7 +758,7 @@ class NeedleSource(Source):
         return self.costs.of(["\n" + sentence for sentence in self.pool], line, line)
 
 
-class NeedleDraft:
+class NeedleDraft(Draft):
     empty = ()
 
     def __init__(self, made: NeedleSource, needles: Needles, rng: random.Random):
@@ -842,7 +875,7 @@ class Chain:
         )
 
 
-class ChainDraft:
+class ChainDraft(Draft):
     empty = 0
 
     def __init__(self, made: ChainSource, rng: random.Random):
@@ -858,8 +891,12 @@ class ChainDraft:
         self.outputs = self.chain.names
         self._key = rng.getrandbits(64)
 
-    fill = NoiseDraft.fill
-    cut = NoiseDraft.cut
+    def fill(self, room: int) -> tuple[int, int]:
+        count = self.made.most(room)
+        return count, self.made.added(count)
+
+    def cut(self, count: int) -> tuple[None, int]:
+        return None, self.made.added(count)
 
     def render(self, count: int) -> tuple[str, str]:
         question, prefix = self.chain.text(self.made.lines(count), self._key)
@@ -909,19 +946,21 @@ class CommonWordSource(Source):
         return np.concatenate([[0], np.cumsum(self.costs.of(numbers, " a", " a"))])
 
 
-class CommonWordDraft:
+class CommonWordDraft(Draft):
     empty = CWE_COMMON
 
     def __init__(self, made: CommonWordSource, rng: random.Random):
         self.made = made
         numpy_rng = frozen(rng)
-        self.example = ""
+        self.example, self.answer = "", ""
+        self.example_entries: list[tuple[np.ndarray, int]] = []  # words and how often each stands in its list
         if made.options.shots:
             total, common, other = (20, 3, 1) if made.length < 4096 else (40, 10, 3)
             shown = numpy_rng.choice(len(made.words), total, replace=False)
             listed = self.listed(shown, common, other, numpy_rng)
-            answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
-            self.example = f"{self.question(listed)}{texts.wording('cwe').prefix} {answer}\n"
+            self.answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
+            self.example = f"{self.question(listed)}{texts.wording('cwe').prefix} {self.answer}\n"
+            self.example_entries = [(shown[:CWE_COMMON], common), (shown[CWE_COMMON:], other)]
         self.order = numpy_rng.permutation(len(made.words))
         self._key = rng.getrandbits(64)
         self.outputs = [made.words[i] for i in self.order[:CWE_COMMON]]
@@ -951,6 +990,25 @@ class CommonWordDraft:
 
     def cut(self, count: int) -> tuple[None, int]:
         return None, int(self.sums[count - CWE_COMMON])
+
+    def core(self) -> tuple[tuple[str, str], int]:
+        made, first = self.made, self.made.words[self.order[0]]
+        template, prefix = self.question(numbered([first])), texts.wording("cwe").prefix
+        # Both lists are one entry long here; their other entries are summed.
+        prompt = f"{template}{prefix} {self.answer}\n{template}" if self.example else template
+        lists = [*self.example_entries, (self.order[:CWE_COMMON], made.repeats[0])]
+        entries = sum(len(words) * times for words, times in lists[-1:])
+        left = self.entry_tokens(lists[-1:], entries)
+        if self.example:
+            shown = lists[:-1]
+            left += self.entry_tokens(shown, sum(len(words) * times for words, times in shown))
+        return (prompt, prefix), left
+
+    def entry_tokens(self, words: Sequence[tuple[np.ndarray, int]], entries: int) -> int:
+        """Tokens of a numbered list less its first entry, which stands for the sample's first word."""
+        costs = self.made.word_costs
+        total = sum(int(costs[chosen].sum()) * times for chosen, times in words)
+        return total + int(self.made.number_sums[entries] - self.made.number_sums[1] - costs[self.order[0]])
 
     def render(self, count: int) -> tuple[str, str]:
         rng = frozen(random.Random(self._key))
@@ -1007,7 +1065,7 @@ class FrequentWordSource(Source):
         return total
 
 
-class FrequentWordDraft:
+class FrequentWordDraft(Draft):
     def __init__(self, made: FrequentWordSource, rng: random.Random):
         self.made = made
         self.chosen = frozen(rng).permutation(len(made.pool))[: made.vocabulary]
@@ -1067,15 +1125,11 @@ class DocumentSource(Source):
 
     def document_costs(self, wanted: Sequence[int]) -> list[int]:
         """Tokens of each document as "Document 1"; measured when first asked for."""
-        known: dict[int, int] = self._known
+        known = known_costs(self.tokenizer, self.haystack_sha256 or "")
         new = [i for i in dict.fromkeys(wanted) if i not in known]
         blocks = [self.block(1, self.library.documents[i]) + "\n\n" for i in new]
         known.update(zip(new, self.costs.of(blocks, "a\n\n", "Document").tolist()))
         return [known[i] for i in wanted]
-
-    @functools.cached_property
-    def _known(self) -> dict[int, int]:
-        return {}
 
     @functools.cached_property
     def number_costs(self) -> np.ndarray:
@@ -1085,10 +1139,16 @@ class DocumentSource(Source):
         return np.concatenate([[0], np.cumsum(costs - costs[0])])
 
 
-class DocumentDraft:
+@functools.lru_cache(maxsize=4)
+def known_costs(tokenizer: Any, documents_sha256: str) -> dict[int, int]:
+    """Tokens of documents measured so far: the same at every length."""
+    return {}
+
+
+class DocumentDraft(Draft):
     """State: document indices in the order of the prompt's list before the final shuffle."""
 
-    TRIES = 64  # further documents tried once one did not fit
+    TRIES = 12  # further documents tried once one did not fit
 
     def __init__(self, made: DocumentSource, question: texts.Question, rng: random.Random):
         self.made, self.question = made, question
@@ -1116,7 +1176,7 @@ class DocumentDraft:
         base = int(numbers[len(chosen)])
         misses, waiting = 0, self.candidates()
         while misses < self.TRIES and len(chosen) + 64 < len(numbers):
-            batch = [next(waiting) for _ in range(32)]
+            batch = [next(waiting) for _ in range(max(16, room // 256))]
             for i, cost in zip(batch, self.made.document_costs(batch)):
                 more = total + cost
                 if more + int(numbers[len(chosen) + 1]) - base <= room:
