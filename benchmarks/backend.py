@@ -1,10 +1,8 @@
 """lm-eval's models and tasks as `endprompt score` uses them.
 
-`LongContextLM` is lm-eval's HFLM with a generation loop for long prompts: logits of the last position only, prompts of
-like length together, padding on the right (a causal prompt is not touched by what follows it, so the attention needs no
-mask and runs on its fastest kernel), a key/value cache. `RecordingLM` wraps any lm-eval model: it appends each
-prediction to a file as it comes and answers from the file what was predicted before.
-This module imports lm_eval; import it inside functions.
+`LongContextLM` is lm-eval's HFLM with the generation loop of `benchmarks.generate` and prompts of like length together.
+`RecordingLM` wraps any lm-eval model: it appends each prediction to a file as it comes and answers from the file what
+was predicted before. This module imports lm_eval; import it inside functions.
 """
 
 from __future__ import annotations
@@ -13,14 +11,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
@@ -29,7 +25,7 @@ from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.huggingface import HFLM
 from torch.utils.data import ConcatDataset
 
-from benchmarks import ruler
+from benchmarks import generate, ruler
 from benchmarks.compare import complete_lines
 from endprompt import rows
 
@@ -47,19 +43,6 @@ class LongContextLM(HFLM):
         """Without asking the hub for a revision, which HFLM does even for local paths."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype)}
 
-    @property
-    def keeps_logits(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    @property
-    def ragged(self) -> bool:
-        """Whether prompts of different lengths may share a batch: only where every layer attends to everything."""
-        config = self.model.config.get_text_config()
-        layers = getattr(config, "layer_types", None)
-        if layers is not None:
-            return all(kind == "full_attention" for kind in layers)
-        return not getattr(config, "sliding_window", None)
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         jobs = []
         for request in requests:
@@ -74,13 +57,14 @@ class LongContextLM(HFLM):
                 )
             jobs.append((ids, kept, tuple(settings.get("until") or ())))
         answers = [""] * len(jobs)
-        for batch in self.batches(jobs):
+        ragged = generate.takes_ragged(self.model.config)
+        for batch in self.batches(jobs, ragged):
             _, kept, until = jobs[batch[0]]
             for i, text in zip(batch, self.greedy([jobs[i][0] for i in batch], kept, until)):
                 answers[i] = text
         return answers
 
-    def batches(self, jobs: Sequence[tuple[list[int], int, tuple[str, ...]]]) -> Iterator[list[int]]:
+    def batches(self, jobs: Sequence[tuple[list[int], int, tuple[str, ...]]], ragged: bool) -> Iterator[list[int]]:
         """Indices of the jobs that run together: same settings, falling length."""
         waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i][1:], -len(jobs[i][0])))
         batch: list[int] = []
@@ -88,51 +72,22 @@ class LongContextLM(HFLM):
             if batch:
                 first = jobs[batch[0]]
                 full = len(batch) >= self.batch_size or (len(batch) + 1) * len(first[0]) > BATCH_TOKENS
-                ragged = not self.ragged and len(jobs[i][0]) != len(first[0])
-                if full or ragged or jobs[i][1:] != first[1:]:
+                uneven = not ragged and len(jobs[i][0]) != len(first[0])
+                if full or uneven or jobs[i][1:] != first[1:]:
                     yield batch
                     batch = []
             batch.append(i)
         if batch:
             yield batch
 
-    @torch.inference_mode()
     def greedy(self, prompts: Sequence[list[int]], new_tokens: int, until: Sequence[str]) -> list[str]:
-        """Greedy continuations of prompts in order of falling length.
+        """Continuations of prompts in order of falling length, as text."""
+        stops = self.stop_tokens
 
-        B prompts, T tokens of the longest.
-        """
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        longest, stops = len(prompts[0]), self.stop_tokens
-        ids_BT = torch.full((len(prompts), longest), prompts[0][0], dtype=torch.long)
-        for row, prompt in zip(ids_BT, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
-        ids_BT = ids_BT.to(self.device)
-        padded = bool((lengths_B < longest).any())
-        ends, end_of_B = torch.unique(lengths_B - 1, return_inverse=True)
-        options = {"logits_to_keep": ends} if self.keeps_logits else {}
-        with attention_kernels(self.device):
-            out = self.model(input_ids=ids_BT, use_cache=True, **options)
-        rows_B = torch.arange(len(prompts), device=self.device)
-        next_B = out.logits[rows_B, end_of_B if options else lengths_B - 1].argmax(-1)
-        cache = out.past_key_values
-        del out
-        mask_BT = (torch.arange(longest, device=self.device) < lengths_B[:, None]).long() if padded else None
-        generated: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
-        for step in range(new_tokens):
-            for i, token in enumerate(next_B.tolist()):
-                if not done[i]:
-                    generated[i].append(token)
-                    done[i] = token in stops or any(stop in self.tok_decode(generated[i]) for stop in until)
-            if all(done) or step + 1 == new_tokens:
-                break
-            extra: dict[str, torch.Tensor] = {}
-            if mask_BT is not None:
-                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], dim=1)
-                extra = {"attention_mask": mask_BT, "position_ids": (lengths_B + step)[:, None]}
-            out = self.model(input_ids=next_B[:, None], past_key_values=cache, use_cache=True, **extra)
-            next_B = out.logits[:, -1].argmax(-1)
+        def ended(tokens: list[int]) -> bool:
+            return tokens[-1] in stops or any(stop in self.tok_decode(tokens) for stop in until)
+
+        generated = generate.greedy(self.model, prompts, new_tokens, ended)
         texts = [self.tok_decode([t for t in tokens if t not in stops]) for tokens in generated]
         return [text[: min((text.find(stop) for stop in until if stop in text), default=None)] for text in texts]
 
@@ -141,24 +96,6 @@ class LongContextLM(HFLM):
         named = getattr(self.model.generation_config, "eos_token_id", None)
         stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
         return {token for token in stops if token is not None}
-
-
-@contextlib.contextmanager
-def attention_kernels(device: torch.device) -> Iterator[None]:
-    """On CUDA the cuDNN attention comes first: nearly twice the built-in flash kernel on an H200."""
-    if device.type != "cuda":
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(order, set_priority=True):
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------- predictions
