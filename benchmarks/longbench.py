@@ -1,0 +1,290 @@
+"""LongBench: 21 sets and LongBench-E, from documents to prompts that fit the model, and from predictions to scores.
+
+Bai et al. 2023, arXiv:2308.14508; rules, prompts and metrics as in the benchmark's own repository (THUDM/LongBench).
+Its texts are not shipped: prompts are read from the installed lm-eval package's task files and corrected where those
+differ, documents come from the user's folder (`longbench_data`).
+
+    build_samples    documents → prompts that fit the model's window
+    score            one prediction → percent
+
+Averages and rows are made in `longbench_summary`, the lm-eval task is in `longbench_task`. This module needs no lm-eval
+until prompts are read, no jieba until Chinese is scored, and no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import longbench_metrics as metrics
+from benchmarks.longbench_data import TASKS, TASKS_E, Documents, dataset_of, load_documents
+from endprompt.rows import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TASKS", "TASKS_E", "build_samples", "load_documents", "samples_sha256", "score"]
+
+GENERATOR_VERSION = 1  # part of every cache key: raise it when a prompt changes
+
+# The benchmark's prompts, known by the sha256 of their UTF-8 text with {context} and {input} as places. "asconcisely"
+# in NarrativeQA's is the published prompt.
+PROMPT_SHA256 = {
+    "narrativeqa": "aada7ed24b06abace5b0045ac3bcfe06fc831a6cf434f0ecfd99fb7b3d299e1c",
+    "qasper": "0fbdd123fe7f83d6d6a9c583ca28cb29d68e523bf8fec01a0cf2dcd11037775d",
+    "multifieldqa_en": "20b4666a2de8a1f701bdb6c4e015fa9f8758d64b361d841f7766df6c9ceba770",
+    "multifieldqa_zh": "344b3a4e557cd5470c661b3d6b374339717e1257a6c01f628d22322d4a554b94",
+    "hotpotqa": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "2wikimqa": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "musique": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "dureader": "ae53329f51b17908e08b8c6bf366987282b8b38c0ee35275ebd7b79e9b30eff2",
+    "gov_report": "91c25d585b189ced91c9280efcb4ecb5dcff9548cd4e3bfae66c68025b569e95",
+    "qmsum": "dca23b678fe0183bbd9555b57947022aed1b85739da5ad7e1b4708dd0c71c409",
+    "multi_news": "2af3f28c40b902e6535d4910510d51653613c49de9b2fc287c5958395061101d",
+    "vcsum": "3e5d8241bc9b512eb4929c1ba80882a44f50b446bc2b1d9d79eff030dd10dc27",
+    "trec": "0eff8bebdba99d91e9d7d91b6ab39455ac74648bea92c9255c9f68c62175b2db",
+    "triviaqa": "00a802e6377e72fca39b169cf6c28893bedf23ba7286b03ecd15867c3e27a7c4",
+    "samsum": "a68d884234907eefcaa0eacf7b2997f60fa46603988dceae6a44f9b49f045b3f",
+    "lsht": "f3edabdf7fae53d6cadfa7a10f3574d114302161c46dacecd5d30763204bbbf3",
+    "passage_count": "986550b6c61009c629a4535766d94b7b51e2b2b9e1ed169e4ecb54417466e964",
+    "passage_retrieval_en": "39b96b7fa52bdd2aa2bde34ea199158505201b9a0a2c3ce94e80249293f60431",
+    "passage_retrieval_zh": "c1e2346e245eb365bc33a1503cde2e473948a2aad51c3e4c72893e61ab074d60",
+    "lcc": "6a1f24cf0bb83cd90f1fca8f0dd24801626c2aaea29db834ddc83b950e71190e",
+    "repobench-p": "ee9ec182ea5ffeb70a7140d55baea97264a8612d88226d323afa90859c36240c",
+}
+# What lm-eval's task files leave out: the last character, and one of the newlines before the question.
+CORRECTIONS: dict[str, Callable[[str], str]] = {
+    "passage_count": lambda prompt: prompt + " ",
+    "passage_retrieval_en": lambda prompt: prompt + " ",
+    "lcc": lambda prompt: prompt + "\n",
+    "repobench-p": lambda prompt: prompt + "\n",
+    "triviaqa": lambda prompt: prompt.replace("{context}\n{input}", "{context}\n\n{input}"),
+    "samsum": lambda prompt: prompt.replace("{context}\n{input}", "{context}\n\n{input}"),
+}
+
+
+def score(dataset: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None) -> float:
+    """Percent that one prediction earns: the best over all answers, after the set's own post-processing.
+
+    `all_classes` are the labels of a classification set (trec, lsht). Raises ValueError if they are missing, if there
+    is no answer, or if the set is unknown.
+    """
+    rules = dataset_of(dataset)
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if not answers:
+        raise ValueError(f"a prediction needs at least one answer to be scored: {dataset=}")
+    if rules.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    if rules.metric == "classification":
+        if not all_classes:
+            raise ValueError(f"a classification set needs all_classes: {dataset=}")
+        return 100 * max(metrics.classification(prediction, answer, all_classes) for answer in answers)
+    metric: Callable[[str, str], float] = getattr(metrics, rules.metric)
+    return 100 * max(metric(prediction, answer) for answer in answers)
+
+
+@cache
+def prompt_template(dataset: str) -> str:
+    """The set's published prompt with {context} and {input} as places, for `str.format`.
+
+    Read from the installed lm-eval package's task file and corrected. Raises OSError if the package or the file is
+    missing, ValueError if the text is not the published one.
+    """
+    import yaml
+
+    dataset = dataset_of(dataset).name
+    path = lm_eval_folder() / "tasks" / "longbench" / f"{dataset}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"LongBench's prompt of {dataset} is read from lm-eval's task file, missing: {path}")
+
+    class Loader(yaml.SafeLoader):
+        """Reads a task file without importing the functions that it names."""
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    text = yaml.load(path.read_text(encoding="utf-8"), Loader)["doc_to_text"]
+    prompt = text.replace("{{context}}", "{context}").replace("{{question}}", "{input}")
+    # The correction is not applied to a later lm-eval that has made it itself.
+    for candidate in (prompt, CORRECTIONS.get(dataset, str)(prompt)):
+        if hashlib.sha256(candidate.encode()).hexdigest() == PROMPT_SHA256[dataset]:
+            return candidate
+    raise ValueError(
+        f"the prompt of {dataset} in lm-eval {version('lm_eval')} is not the published one, nor the one that is known "
+        f"to differ: {path}"
+    )
+
+
+def lm_eval_folder() -> Path:
+    """Folder of the lm-eval package, found without importing it."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("LongBench's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def prompt_text(task: str, document: Mapping[str, Any]) -> str:
+    """The whole prompt of a document, before truncation and chat template."""
+    template = prompt_template(dataset_of(task).name)
+    return template.format(context=document["context"], input=document["input"])
+
+
+def build_samples(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    data_dir: str | Path | None = None,
+    documents: Documents | None = None,
+    n: int | None = None,
+    prompt_length: int | None = None,
+    chat_template: Callable[..., str] | None = None,
+    system: str | None = None,
+    add_special_tokens: bool | None = None,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """What the model is given for the first `n` documents of a task (all by default), in the documents' order.
+
+    Each sample has `input` (the text for the tokenizer, which adds BOS itself if it does so by default), `outputs`
+    (the answers), `all_classes`, `length` (tokens of the input, special ones included), `max_new_tokens`, `truncated`
+    (whether the middle was cut out), `words` (the document's own length), `index` and `id`.
+
+    Args:
+        window: the model's, tokens: no input is longer than `window` less the tokens to generate.
+        prompt_length: cut prompts above this many tokens, before chat wrapping, as published tables do (3500 for a
+            window of 4k, 31500 for 32k). By default what the window leaves.
+        chat_template: messages → text, called with add_generation_prompt=True; wraps the sets that are asked as
+            questions and leaves alone the six that are texts to be continued.
+        system: a system message for the chat template.
+        add_special_tokens: passed to the tokenizer; None for its own default.
+        max_new_tokens: instead of the set's own.
+
+    Raises ValueError if the window leaves no room for the prompt.
+    """
+    rules = dataset_of(task)
+    documents = documents or load_documents(task, data_dir)
+    new_tokens = rules.max_new_tokens if max_new_tokens is None else max_new_tokens
+    encode = encoder(tokenizer, add_special_tokens)
+    wrap = chat_wrapper(tokenizer, encode, chat_template, system) if chat_template and rules.chat else None
+    items = documents.items[:n]
+    samples = []
+    for start in range(0, len(items), 64):  # enough for the tokenizer's threads, little enough for the memory
+        batch = items[start : start + 64]
+        fitted = fit_prompts(
+            [prompt_text(task, item) for item in batch],
+            tokenizer,
+            room=window - new_tokens,
+            encode=encode,
+            wrap=wrap,
+            prompt_length=prompt_length,
+        )
+        for index, (item, (text, length, truncated)) in enumerate(zip(batch, fitted, strict=True), start):
+            samples.append(
+                {
+                    "input": text,
+                    "outputs": item["answers"],
+                    "all_classes": item.get("all_classes") or None,
+                    "length": length,
+                    "max_new_tokens": new_tokens,
+                    "truncated": truncated,
+                    "words": item["length"],
+                    "index": index,
+                    "id": str(item.get("_id", index)),
+                }
+            )
+    return samples
+
+
+Encoder = Callable[[list[str]], list[list[int]]]
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool | None) -> Encoder:
+    """Texts → token ids, as the model is given them: with the special tokens that the tokenizer adds by default."""
+    special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False, **special)["input_ids"]
+
+    return encode
+
+
+def chat_wrapper(
+    tokenizer: PreTrainedTokenizerBase, encode: Encoder, chat_template: Callable[..., str], system: str | None
+) -> Callable[[str], str]:
+    """Prompt → chat text, without the BOS that the tokenizer will add.
+
+    Templates write BOS themselves. Backends look for it at the start of a batch's first text only, and wrapped and
+    unwrapped prompts share batches, so that half of them would get two or none.
+    """
+    first = encode(["a"])[0][:1]
+    bos = tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id else None
+    head = [{"role": "system", "content": system}] if system else []
+
+    def wrap(prompt: str) -> str:
+        text = chat_template([*head, {"role": "user", "content": prompt}], add_generation_prompt=True)
+        return text.removeprefix(bos) if bos else text
+
+    return wrap
+
+
+def fit_prompts(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    room: int,
+    encode: Encoder,
+    wrap: Callable[[str], str] | None = None,
+    prompt_length: int | None = None,
+) -> list[tuple[str, int, bool]]:
+    """(text, tokens, truncated) of each prompt: its middle cut out where it is too long, then wrapped, then counted.
+
+    `room` is the most tokens that a text may have, wrapping included.
+    """
+    overhead = len(encode([wrap("")])[0]) - len(encode([""])[0]) if wrap else 0
+    if prompt_length is not None and not 2 <= prompt_length <= room - overhead:
+        raise ValueError(
+            f"the prompt length must be at least 2 and leave room for the chat template and the answer: "
+            f"{prompt_length=}, at most {room - overhead}"
+        )
+    if room - overhead < 2:
+        raise ValueError(f"the window is too short by {2 - room + overhead} tokens for any prompt and its answer")
+    limit = room - overhead if prompt_length is None else prompt_length
+    token_lists = encode(list(prompts))
+    keeps = [min(len(tokens), limit) for tokens in token_lists]
+    finals, lengths = list(prompts), [len(tokens) for tokens in token_lists]
+
+    def final(i: int) -> str:
+        text = prompts[i] if keeps[i] == len(token_lists[i]) else cut_middle(tokenizer, token_lists[i], keeps[i])
+        return wrap(text) if wrap else text
+
+    # Decoded halves need not have the tokens that they came from: count them again, and cut more where they are over.
+    changed = [i for i, tokens in enumerate(token_lists) if wrap or keeps[i] < len(tokens)]
+    while changed:
+        for i in changed:
+            finals[i] = final(i)
+        for i, tokens in zip(changed, encode([finals[i] for i in changed]), strict=True):
+            lengths[i] = len(tokens)
+        changed = [i for i in changed if lengths[i] > room]
+        for i in changed:
+            keeps[i] -= lengths[i] - room
+    truncated = [keep < len(tokens) for keep, tokens in zip(keeps, token_lists, strict=True)]
+    return list(zip(finals, lengths, truncated, strict=True))
+
+
+def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit: int) -> str:
+    """Text of the first and the last `limit // 2` tokens: instructions stand at both ends of a prompt."""
+    half = limit // 2
+    if half < 1:
+        raise ValueError(f"a prompt cannot be cut to fewer than 2 tokens: {limit=}")
+    ends = (tokens[:half], tokens[-half:])
+    return "".join(str(tokenizer.decode(list(end), skip_special_tokens=True)) for end in ends)
+
+
+def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
+    """Hash of what decides a score: inputs, answers, classes, and the tokens that may be generated."""
+    keys = ("input", "outputs", "all_classes", "max_new_tokens")
+    return sha256_of(*(json.dumps([sample[key] for key in keys]) for sample in samples))
