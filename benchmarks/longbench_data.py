@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -153,7 +154,7 @@ def find_in_archive(task: str, folder: Path) -> Found:
     try:
         with zipfile.ZipFile(path) as archive:
             data = archive.read(names[0])
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # checksum, password, method
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # a password is a RuntimeError
         raise ValueError(f"{path}, {names[0]}: cannot be read ({error}); download it again") from None
     sha256 = {path.name: archive_sha256(path), f"{path.name}:{names[0]}": hashlib.sha256(data).hexdigest()}
     return json_records(data, f"{path}:{names[0]}"), sha256

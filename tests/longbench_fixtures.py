@@ -8,10 +8,11 @@ from pathlib import Path
 
 from benchmarks.longbench_data import TASKS, TASKS_E, dataset_of
 
-WORDS = (
-    "river stone lantern harbour ledger copper valley winter engine garden letter bridge signal market window captain "
-    "orchard thunder marble canvas meadow needle timber anchor beacon silver hollow parcel ribbon saddle tunnel velvet"
-).split()
+WORDS = [
+    *("river", "stone", "lantern", "harbour", "ledger", "copper", "valley", "winter", "engine", "garden", "letter"),
+    *("bridge", "signal", "market", "window", "captain", "orchard", "thunder", "marble", "canvas", "meadow", "needle"),
+    *("timber", "anchor", "beacon", "silver", "hollow", "parcel", "ribbon", "saddle", "tunnel", "velvet"),
+]
 HAN = "山水风云日月星河春夏秋冬东西南北中国人民城市学校老师学生工作生活时间问题方法研究发展经济文化历史科学技术"
 CLASSES = ["Person", "Place", "Place name", "Number", "Reason"]
 
