@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean  # its standard error is known to lm-eval
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 
@@ -159,7 +159,7 @@ class LongBenchTask(Task):
         return values
 
     def aggregation(self) -> dict[str, Callable[[list[Any]], float]]:
-        means: dict[str, Callable[[list[Any]], float]] = {"score": fmean, "truncated": sum}
+        means: dict[str, Callable[[list[Any]], float]] = {"score": mean, "truncated": sum}
         if self.set_name in TASKS_E:
             means |= {name: bucket_mean(name) for name in BUCKETS}
         return means
@@ -169,11 +169,11 @@ class LongBenchTask(Task):
 
 
 def bucket_mean(name: str) -> Callable[[list[tuple[str, float]]], float]:
-    def mean(values: list[tuple[str, float]]) -> float:
-        scores = [score for bucket, score in values if bucket == name]
-        return fmean(scores) if scores else float("nan")
+    def mean_within(values: list[tuple[str, float]]) -> float:
+        scores = [score for place, score in values if place == name]
+        return mean(scores) if scores else float("nan")
 
-    return mean
+    return mean_within
 
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
