@@ -22,6 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean  # its standard error is known to lm-eval
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
+from lm_eval.filters import build_filter_ensemble
 
 from benchmarks import longbench
 from benchmarks.longbench_data import BUCKETS, TASKS_E, bucket, dataset_of, load_documents
@@ -82,7 +83,6 @@ class LongBenchTask(Task):
             | {"all_classes": item.get("all_classes") or None}
             for i, item in enumerate(self.documents.items)
         ]
-        super().__init__()
         # Everything is generated: a stop at the first newline would leave nothing of an answer that starts with one.
         generation = {"max_gen_toks": rules.max_new_tokens, "do_sample": False, "temperature": 0.0, "until": []}
         self._config = TaskConfig(
@@ -92,9 +92,9 @@ class LongBenchTask(Task):
             num_fewshot=0,
             metadata={**self.metadata, "version": self.VERSION, "data_sha256": self.documents.sha256},
         )
-
-    def download(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is downloaded: the documents are the user's files."""
+        # As lm-eval's own configurable task, without the base class's __init__, which would make a config of its own.
+        self._instances: list[Instance] | None = None
+        self._filters = [build_filter_ensemble("none", [["take_first", None]])]
 
     def has_training_docs(self) -> bool:
         return False
