@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +28,11 @@ from endprompt.rows import sha256_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TASKS", "TASKS_E", "build_samples", "load_documents", "samples_sha256", "score"]
+    from benchmarks.score import ScoreConfig, Unit
 
-GENERATOR_VERSION = 1  # part of every cache key: raise it when a prompt changes
+__all__ = ["TASKS", "TASKS_E", "build_samples", "load_documents", "samples_sha256", "score", "select", "units"]
+
+GENERATOR = "longbench-1"  # goes into every row: a change of what models are given changes it
 
 # The benchmark's prompts, known by the sha256 of their UTF-8 text with {context} and {input} as places. "asconcisely"
 # in NarrativeQA's is the published prompt.
@@ -285,6 +286,74 @@ def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit:
 
 
 def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
-    """Hash of what decides a score: inputs, answers, classes, and the tokens that may be generated."""
-    keys = ("input", "outputs", "all_classes", "max_new_tokens")
-    return sha256_of(*(json.dumps([sample[key] for key in keys]) for sample in samples))
+    """One hash over every input and its answers, in order."""
+    return sha256_of(*(text for sample in samples for text in (sample["input"], *sample["outputs"])))
+
+
+def select(names: Sequence[str]) -> list[str]:
+    """Tasks by name; `all` are the 21 sets, `english` the 16 that papers average, `extended` LongBench-E.
+
+    Raises ValueError with the nearest names for an unknown one, and if none is named.
+    """
+    groups = {
+        "all": list(TASKS),
+        "english": [name for name in TASKS if dataset_of(name).language != "zh"],
+        "extended": list(TASKS_E),
+    }
+    chosen = [task for name in names for task in groups.get(name, [name])]
+    if not chosen:
+        raise ValueError("tasks must name at least one LongBench set, or be all, english or extended")
+    for task in chosen:
+        dataset_of(task)
+    return list(dict.fromkeys(chosen))
+
+
+def units(
+    config: ScoreConfig, window: int, tokenizer: PreTrainedTokenizerBase, prompt_length: int | None = None
+) -> list[Unit]:
+    """What `endprompt score --suite longbench` runs: a cell a set, without length; all data are read before any model.
+
+    Raises what `load_documents` and `build_samples` do.
+    """
+    from benchmarks.score import Unit
+
+    if config.chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
+
+    def template(messages: list[dict[str, str]], **options: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    found = {task: load_documents(task, config.data_dir) for task in select(config.task_names)}
+    made = []
+    for task, documents in found.items():
+        rules = dataset_of(task)
+        samples = build_samples(
+            task,
+            tokenizer,
+            window=window,
+            documents=documents,
+            n=config.samples,
+            prompt_length=prompt_length,
+            chat_template=template if config.chat else None,
+            max_new_tokens=config.max_new_tokens,
+        )
+        filled = [(sample["length"] + sample["max_new_tokens"]) / window for sample in samples]
+        columns = {
+            "category": rules.category,
+            "language": rules.language,
+            "window": window,
+            "prompt_length": prompt_length,
+            "fill": round(sum(filled) / len(filled), 5),
+            "max_new_tokens": samples[0]["max_new_tokens"],
+            "chat": config.chat and rules.chat,
+            "data_sha256": documents.sha256,
+            "generator": GENERATOR,
+        }
+        suite = "longbench" if task in TASKS else "longbench_e"
+        made.append(Unit(task, task, None, suite, rules.metric, samples, partial(share, task), columns))
+    return made
+
+
+def share(task: str, sample: Mapping[str, Any], prediction: str) -> float:
+    """The score of a sample's prediction, in [0, 1]."""
+    return score(task, prediction, sample["outputs"], sample["all_classes"]) / 100

@@ -17,6 +17,8 @@ from endprompt.rows import result_row, sha256_of
 if TYPE_CHECKING:
     import numpy as np
 
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]
+
 # Every average by name: the sets (or the categories) that it is the mean of.
 ENGLISH = tuple(name for name, dataset in DATASETS.items() if dataset.language != "zh")
 CHINESE = tuple(name for name, dataset in DATASETS.items() if dataset.language == "zh")
@@ -77,7 +79,7 @@ def averages(scores: Mapping[str, float], extended: bool = False) -> dict[str, f
 
 
 def result_rows(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    samples: Samples,
     *,
     model: str,
     method: str,
@@ -122,7 +124,26 @@ def result_rows(
     return rows
 
 
-Samples = Mapping[str, Sequence[Mapping[str, Any]]]
+def summary_rows(samples: Samples, **options: Any) -> list[dict[str, Any]]:
+    """`result_rows` less the tasks' own over all lengths: buckets, categories and averages."""
+    made = result_rows(samples, **options)
+    return [row for row in made if "bucket" in row or row["metric"] in ("average", "category_mean")]
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Sets by category, then the averages, as text; a column a bucket for LongBench-E."""
+    columns: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["suite"] in ("longbench", "longbench_e"):
+            name = f"{row['group']}: {row['task']}" if row["metric"] == "category_mean" else row["task"]
+            columns.setdefault(row.get("bucket", "all"), {})[name] = row["value"]
+    names = list(dict.fromkeys(name for values in columns.values() for name in values))
+    width = max(map(len, names), default=0)
+    lines = [" ".join([" " * width, *(f"{column:>7}" for column in columns)])]
+    for name in names:
+        cells = [f"{values[name]:7.2f}" if name in values else " " * 7 for values in columns.values()]
+        lines.append(" ".join([f"{name:<{width}}", *cells]))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def row_groups(samples: Samples) -> Iterator[tuple[str, dict[str, Any], Samples]]:
