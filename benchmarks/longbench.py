@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,17 +143,34 @@ def build_samples(
     data_dir: str | Path | None = None,
     documents: Documents | None = None,
     n: int | None = None,
-    prompt_length: int | None = None,
-    chat_template: Callable[..., str] | None = None,
-    system: str | None = None,
-    add_special_tokens: bool | None = None,
-    max_new_tokens: int | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """What the model is given for the first `n` documents of a task (all by default), in the documents' order.
 
     Each sample has `input` (the text for the tokenizer, which adds BOS itself if it does so by default), `outputs`
     (the answers), `all_classes`, `length` (tokens of the input, special ones included), `max_new_tokens`, `truncated`
     (whether the middle was cut out), `words` (the document's own length), `index` and `id`.
+
+    Documents are read from `data_dir` unless they are given; `options` are those of `Prompter`. Raises what
+    `load_documents` does, and ValueError if the window leaves no room for the prompt.
+    """
+    prompter = Prompter(task, tokenizer, window, **options)
+    items = (documents or load_documents(task, data_dir)).items[:n]
+    return prompter.samples(items, prompter.fit(items))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A prompt that fits: its text before any chat wrapping, tokens of what the model is given, whether it was cut."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Makes one task's prompts for one model.
 
     Args:
         window: the model's, tokens: no input is longer than `window` less the tokens to generate.
@@ -163,117 +181,97 @@ def build_samples(
         system: a system message for the chat template.
         add_special_tokens: passed to the tokenizer; None for its own default.
         max_new_tokens: instead of the set's own.
-
-    Raises ValueError if the window leaves no room for the prompt.
     """
-    rules = dataset_of(task)
-    documents = documents or load_documents(task, data_dir)
-    new_tokens = rules.max_new_tokens if max_new_tokens is None else max_new_tokens
-    encode = encoder(tokenizer, add_special_tokens)
-    wrap = chat_wrapper(tokenizer, encode, chat_template, system) if chat_template and rules.chat else None
-    items = documents.items[:n]
-    samples = []
-    for start in range(0, len(items), 64):  # enough for the tokenizer's threads, little enough for the memory
-        batch = items[start : start + 64]
-        fitted = fit_prompts(
-            [prompt_text(task, item) for item in batch],
-            tokenizer,
-            room=window - new_tokens,
-            encode=encode,
-            wrap=wrap,
-            prompt_length=prompt_length,
-        )
-        for index, (item, (text, length, truncated)) in enumerate(zip(batch, fitted, strict=True), start):
-            samples.append(
-                {
-                    "input": text,
-                    "outputs": item["answers"],
-                    "all_classes": item.get("all_classes") or None,
-                    "length": length,
-                    "max_new_tokens": new_tokens,
-                    "truncated": truncated,
-                    "words": item["length"],
-                    "index": index,
-                    "id": str(item.get("_id", index)),
-                }
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    window: int
+    prompt_length: int | None = None
+    chat_template: Callable[..., str] | None = None
+    system: str | None = None
+    add_special_tokens: bool | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return dataset_of(self.task).max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids as the model is given them: with the special tokens that the tokenizer adds by default."""
+        special = {} if self.add_special_tokens is None else {"add_special_tokens": self.add_special_tokens}
+        options = {"truncation": False, "return_attention_mask": False, "verbose": False, **special}
+        return self.tokenizer(texts, **options)["input_ids"]
+
+    def wrap(self, prompt: str) -> str:
+        """The prompt in the chat template, if its set is wrapped, without the BOS that the tokenizer will add.
+
+        Templates write BOS themselves. lm-eval's backend looks for it at the start of a batch's first text only, and
+        wrapped and unwrapped prompts share batches, so that some of them would get two or none.
+        """
+        if self.chat_template is None or not dataset_of(self.task).chat:
+            return prompt
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.chat_template([*head, {"role": "user", "content": prompt}], add_generation_prompt=True)
+        return text.removeprefix(self.added_bos)
+
+    @cached_property
+    def added_bos(self) -> str:
+        """Text of the BOS that the tokenizer adds by itself; empty if it adds none."""
+        first = self.encode(["a"])[0][:1]
+        return str(self.tokenizer.bos_token) if first and first[0] == self.tokenizer.bos_token_id else ""
+
+    def fit(self, items: Sequence[Mapping[str, Any]]) -> list[Fit]:
+        """The documents' prompts, the middle cut out where they are too long."""
+        room = self.window - self.new_tokens
+        overhead = len(self.encode([self.wrap("")])[0]) - len(self.encode([""])[0])
+        if room - overhead < 2:
+            raise ValueError(f"the window is too short by {2 - room + overhead} tokens for any prompt and its answer")
+        limit = room - overhead if self.prompt_length is None else self.prompt_length
+        if not 2 <= limit <= room - overhead:
+            raise ValueError(
+                f"the prompt length must be at least 2 and leave room for the chat template and the answer: "
+                f"prompt_length={limit}, at most {room - overhead}"
             )
-    return samples
+        prompts = [prompt_text(self.task, item) for item in items]
+        fits: list[Fit] = []
+        for start in range(0, len(prompts), 64):  # enough for the tokenizer's threads, little enough for the memory
+            fits += self.fit_batch(prompts[start : start + 64], limit, room)
+        return fits
 
+    def fit_batch(self, prompts: list[str], limit: int, room: int) -> list[Fit]:
+        """`limit` and `room`: the most tokens of a prompt before it is wrapped, and of what the model is given."""
+        ids = self.encode(prompts)
+        keeps = [min(len(tokens), limit) for tokens in ids]
+        texts, lengths = list(prompts), [len(tokens) for tokens in ids]
+        changed = [i for i, text in enumerate(texts) if keeps[i] < len(ids[i]) or self.wrap(text) != text]
+        while changed:
+            for i in changed:
+                if keeps[i] < len(ids[i]):
+                    texts[i] = cut_middle(self.tokenizer, ids[i], keeps[i])
+            # Decoded halves need not have the tokens they came from: count again, and cut more where it is too much.
+            for i, tokens in zip(changed, self.encode([self.wrap(texts[i]) for i in changed]), strict=True):
+                lengths[i] = len(tokens)
+            changed = [i for i in changed if lengths[i] > room]
+            for i in changed:
+                keeps[i] -= lengths[i] - room
+        cut = [keep < len(tokens) for keep, tokens in zip(keeps, ids, strict=True)]
+        return [Fit(*found) for found in zip(texts, lengths, cut, strict=True)]
 
-Encoder = Callable[[list[str]], list[list[int]]]
-
-
-def encoder(tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool | None) -> Encoder:
-    """Texts → token ids, as the model is given them: with the special tokens that the tokenizer adds by default."""
-    special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False, **special)["input_ids"]
-
-    return encode
-
-
-def chat_wrapper(
-    tokenizer: PreTrainedTokenizerBase, encode: Encoder, chat_template: Callable[..., str], system: str | None
-) -> Callable[[str], str]:
-    """Prompt → chat text, without the BOS that the tokenizer will add.
-
-    Templates write BOS themselves. Backends look for it at the start of a batch's first text only, and wrapped and
-    unwrapped prompts share batches, so that half of them would get two or none.
-    """
-    first = encode(["a"])[0][:1]
-    bos = tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id else None
-    head = [{"role": "system", "content": system}] if system else []
-
-    def wrap(prompt: str) -> str:
-        text = chat_template([*head, {"role": "user", "content": prompt}], add_generation_prompt=True)
-        return text.removeprefix(bos) if bos else text
-
-    return wrap
-
-
-def fit_prompts(
-    prompts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    room: int,
-    encode: Encoder,
-    wrap: Callable[[str], str] | None = None,
-    prompt_length: int | None = None,
-) -> list[tuple[str, int, bool]]:
-    """(text, tokens, truncated) of each prompt: its middle cut out where it is too long, then wrapped, then counted.
-
-    `room` is the most tokens that a text may have, wrapping included.
-    """
-    overhead = len(encode([wrap("")])[0]) - len(encode([""])[0]) if wrap else 0
-    if prompt_length is not None and not 2 <= prompt_length <= room - overhead:
-        raise ValueError(
-            f"the prompt length must be at least 2 and leave room for the chat template and the answer: "
-            f"{prompt_length=}, at most {room - overhead}"
-        )
-    if room - overhead < 2:
-        raise ValueError(f"the window is too short by {2 - room + overhead} tokens for any prompt and its answer")
-    limit = room - overhead if prompt_length is None else prompt_length
-    token_lists = encode(list(prompts))
-    keeps = [min(len(tokens), limit) for tokens in token_lists]
-    finals, lengths = list(prompts), [len(tokens) for tokens in token_lists]
-
-    def final(i: int) -> str:
-        text = prompts[i] if keeps[i] == len(token_lists[i]) else cut_middle(tokenizer, token_lists[i], keeps[i])
-        return wrap(text) if wrap else text
-
-    # Decoded halves need not have the tokens that they came from: count them again, and cut more where they are over.
-    changed = [i for i, tokens in enumerate(token_lists) if wrap or keeps[i] < len(tokens)]
-    while changed:
-        for i in changed:
-            finals[i] = final(i)
-        for i, tokens in zip(changed, encode([finals[i] for i in changed]), strict=True):
-            lengths[i] = len(tokens)
-        changed = [i for i in changed if lengths[i] > room]
-        for i in changed:
-            keeps[i] -= lengths[i] - room
-    truncated = [keep < len(tokens) for keep, tokens in zip(keeps, token_lists, strict=True)]
-    return list(zip(finals, lengths, truncated, strict=True))
+    def samples(self, items: Sequence[Mapping[str, Any]], fits: Sequence[Fit]) -> list[dict[str, Any]]:
+        return [
+            {
+                "input": self.wrap(fit.text),
+                "outputs": item["answers"],
+                "all_classes": item.get("all_classes") or None,
+                "length": fit.tokens,
+                "max_new_tokens": self.new_tokens,
+                "truncated": fit.truncated,
+                "words": item["length"],
+                "index": index,
+                "id": str(item.get("_id", index)),
+            }
+            for index, (item, fit) in enumerate(zip(items, fits, strict=True))
+        ]
 
 
 def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit: int) -> str:
@@ -313,8 +311,10 @@ def units(
 ) -> list[Unit]:
     """What `endprompt score --suite longbench` runs: a cell a set, without length; all data are read before any model.
 
-    Raises what `load_documents` and `build_samples` do.
+    Raises what `load_documents` and `Prompter.fit` do.
     """
+    from benchmarks.cache import default_directory, tokenizer_sha256
+    from benchmarks.longbench_cache import cached_fits
     from benchmarks.score import Unit
 
     if config.chat and not getattr(tokenizer, "chat_template", None):
@@ -323,20 +323,22 @@ def units(
     def template(messages: list[dict[str, str]], **options: Any) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
+    directory = config.cache_dir or default_directory()
+    tokenizer_hash = tokenizer_sha256(tokenizer)
     found = {task: load_documents(task, config.data_dir) for task in select(config.task_names)}
     made = []
     for task, documents in found.items():
         rules = dataset_of(task)
-        samples = build_samples(
+        prompter = Prompter(
             task,
             tokenizer,
-            window=window,
-            documents=documents,
-            n=config.samples,
+            window,
             prompt_length=prompt_length,
             chat_template=template if config.chat else None,
             max_new_tokens=config.max_new_tokens,
         )
+        fits = cached_fits(prompter, documents, config.samples, tokenizer_hash, directory)
+        samples = prompter.samples(documents.items[: config.samples], fits)
         filled = [(sample["length"] + sample["max_new_tokens"]) / window for sample in samples]
         columns = {
             "category": rules.category,
@@ -344,7 +346,7 @@ def units(
             "window": window,
             "prompt_length": prompt_length,
             "fill": round(sum(filled) / len(filled), 5),
-            "max_new_tokens": samples[0]["max_new_tokens"],
+            "max_new_tokens": prompter.new_tokens,
             "chat": config.chat and rules.chat,
             "data_sha256": documents.sha256,
             "generator": GENERATOR,
