@@ -225,12 +225,16 @@ class Prompter:
         room = self.window - self.new_tokens
         overhead = len(self.encode([self.wrap("")])[0]) - len(self.encode([""])[0])
         if room - overhead < 2:
-            raise ValueError(f"the window is too short by {2 - room + overhead} tokens for any prompt and its answer")
+            least = self.new_tokens + overhead + 2
+            raise ValueError(
+                f"{self.task}: the window must be at least {least}, the tokens to generate ({self.new_tokens}), the "
+                f"chat template ({overhead}) and a prompt: {self.window}"
+            )
         limit = room - overhead if self.prompt_length is None else self.prompt_length
         if not 2 <= limit <= room - overhead:
             raise ValueError(
-                f"the prompt length must be at least 2 and leave room for the chat template and the answer: "
-                f"prompt_length={limit}, at most {room - overhead}"
+                f"{self.task}: prompt_length must be from 2 to {room - overhead}, which the window of {self.window} leaves "
+                f"beside chat template and answer: {limit}"
             )
         prompts = [prompt_text(self.task, item) for item in items]
         fits: list[Fit] = []
