@@ -233,7 +233,7 @@ class Prompter:
         limit = room - overhead if self.prompt_length is None else self.prompt_length
         if not 2 <= limit <= room - overhead:
             raise ValueError(
-                f"{self.task}: prompt_length must be from 2 to {room - overhead}, which the window of {self.window} leaves "
+                f"{self.task}: prompt_length must be from 2 to {room - overhead}, what the window of {self.window} leaves "
                 f"beside chat template and answer: {limit}"
             )
         prompts = [prompt_text(self.task, item) for item in items]
