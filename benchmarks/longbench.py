@@ -233,8 +233,8 @@ class Prompter:
         limit = room - overhead if self.prompt_length is None else self.prompt_length
         if not 2 <= limit <= room - overhead:
             raise ValueError(
-                f"{self.task}: prompt_length must be from 2 to {room - overhead}, what the window of {self.window} leaves "
-                f"beside chat template and answer: {limit}"
+                f"{self.task}: prompt_length must be from 2 to {room - overhead}, what a window of {self.window} "
+                f"leaves beside the chat template and the answer: {limit}"
             )
         prompts = [prompt_text(self.task, item) for item in items]
         fits: list[Fit] = []
