@@ -329,10 +329,11 @@ def units(
 
     directory = config.cache_dir or default_directory()
     tokenizer_hash = tokenizer_sha256(tokenizer)
+    # All files are read, and so checked, before the first prompt is made; texts are let go set by set.
     found = {task: load_documents(task, config.data_dir) for task in select(config.task_names)}
     made = []
-    for task, documents in found.items():
-        rules = dataset_of(task)
+    for task in list(found):
+        rules, documents = dataset_of(task), found.pop(task)
         prompter = Prompter(
             task,
             tokenizer,
