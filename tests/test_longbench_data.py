@@ -99,7 +99,7 @@ GOOD = documents("qasper", n=1)[0]
         (json.dumps({**GOOD, "context": None}).encode(), r"line 2: context must be str, got NoneType"),
         (json.dumps({**GOOD, "answers": "yes"}).encode(), r"line 2: answers must be list, got str"),
         (json.dumps({**GOOD, "answers": []}).encode(), r"line 2: answers must not be empty"),
-        (json.dumps({**GOOD, "length": "3"}).encode(), r"line 2: length must be int, got str"),
+        (json.dumps({**GOOD, "length": "3"}).encode(), r"line 2: length must be int \| None, got str"),
         (json.dumps({**GOOD, "dataset": "hotpotqa"}).encode(), r"line 2: a document of hotpotqa, in a file of qasper"),
         (json.dumps({**GOOD, "context": "\ud800"}).encode(), r"line 2: context holds half of a surrogate pair"),
     ],
@@ -111,6 +111,21 @@ def test_a_corrupt_line_is_named(tmp_path, line, message):
     (tmp_path / "qasper.jsonl").unlink()
     archive(tmp_path / "data.zip", {"data/qasper.jsonl": jsonl([GOOD]) + line})
     with pytest.raises(ValueError, match=r"data\.zip:data/qasper\.jsonl, " + message):
+        load_documents("qasper", tmp_path)
+
+
+def test_what_some_copies_leave_out_is_not_missed(tmp_path):
+    """A null question where the prompt asks none, no length but in LongBench-E, a name that is no set's."""
+    item = {**documents("lcc", n=1)[0], "input": None, "dataset": "LCC (Python)"}
+    del item["length"], item["_id"]
+    (tmp_path / "lcc.jsonl").write_bytes(jsonl([item]))
+    (loaded,) = load_documents("lcc", tmp_path).items
+    assert loaded["input"] == "" and loaded["length"] is None
+    (tmp_path / "lcc_e.jsonl").write_bytes(jsonl([item]))
+    with pytest.raises(ValueError, match=r"lcc_e\.jsonl, line 1: length must be int, got NoneType"):
+        load_documents("lcc_e", tmp_path)
+    (tmp_path / "qasper.jsonl").write_bytes(jsonl([{**GOOD, "input": None}]))
+    with pytest.raises(ValueError, match=r"qasper\.jsonl, line 1: input must be str, got NoneType"):
         load_documents("qasper", tmp_path)
 
 
