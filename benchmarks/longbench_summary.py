@@ -135,7 +135,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     columns: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["suite"] in ("longbench", "longbench_e"):
-            name = f"{row['group']}: {row['task']}" if row["metric"] == "category_mean" else row["task"]
+            group = "extended" if row["suite"] == "longbench_e" else row.get("group")
+            name = f"{group}: {row['task']}" if row["metric"] == "category_mean" else row["task"]
             columns.setdefault(row.get("bucket", "all"), {})[name] = row["value"]
     names = list(dict.fromkeys(name for values in columns.values() for name in values))
     width = max(map(len, names), default=0)

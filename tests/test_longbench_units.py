@@ -88,4 +88,6 @@ def test_predictions_become_rows_and_a_table(data, bpe):
     text = table(rows).splitlines()
     assert text[0].split() == ["all", "0-4k", "4-8k", "8k+"]
     assert f"{'lcc_e':<23}{0:8.2f}{0:8.2f}{0:8.2f}{0:8.2f}".split() in [line.split() for line in text]
+    assert ["all:", "code", "0.00"] in [line.split() for line in text]  # and LongBench-E's on a line of its own
+    assert ["extended:", "code", *["0.00"] * 4] in [line.split() for line in text]
     assert ["english_16_mean", "87.50"] in [line.split() for line in text]
