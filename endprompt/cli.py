@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import sys
+import typing
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from typing import Any
 
 GROUP = "endprompt.commands"
 
@@ -41,8 +44,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
-    import typing
-
     command = entry_point.load()
     config_type = typing.get_type_hints(command)["config"]
     from jsonargparse import ArgumentParser
@@ -50,7 +51,9 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     parser = ArgumentParser(prog=f"endprompt {entry_point.name}", description=(command.__doc__ or "").strip())
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
     parser.add_class_arguments(config_type, as_positional=True)
-    namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+    namespace = parser.parse_args(
+        join_lists(argv, typing.get_type_hints(config_type))
+    )  # bad usage: prints the key, the value and the rule, exits with 2
     fields = parser.instantiate_classes(namespace).as_dict()
     fields.pop("config", None)
     try:
@@ -62,6 +65,29 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def join_lists(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """`--key a b` as `--key ["a","b"]` for fields that are lists, so that a shell's own lists (runs/*) can be given."""
+    out: list[str] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        out.append(word)
+        kind = types.get(word[2:].replace("-", "_")) if word.startswith("--") else None
+        if typing.get_origin(kind) is not list:
+            continue
+        start = position
+        while position < len(argv) and not argv[position].startswith("--"):
+            position += 1
+        values = argv[start:position]
+        if len(values) == 1 and values[0].startswith("["):
+            out.append(values[0])
+        elif values:
+            text = typing.get_args(kind)[0] is str
+            out.append("[" + ",".join(json.dumps(value) if text else value for value in values) + "]")
+    return out
 
 
 def one_line(error: BaseException) -> str:
