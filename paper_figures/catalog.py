@@ -1,0 +1,38 @@
+"""The list of all figures and tables, in the order of the paper, and how one of them is drawn."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+
+from paper_figures import style
+from paper_figures.data import load
+from paper_figures.table import write
+
+FIGURES = ("figure_2", "figure_3", "score_against_length")
+TABLES = ("table_1",)
+NAMES = (*FIGURES, *TABLES)
+
+
+def module(name: str) -> ModuleType:
+    """The module that draws `name`. Raises ValueError for a name that is in neither list."""
+    if name not in NAMES:
+        raise ValueError(f"only must name figures or tables of {', '.join(NAMES)}: only={name!r}")
+    return import_module(f"paper_figures.{'figures' if name in FIGURES else 'tables'}.{name}")
+
+
+def make(name: str, rows: pd.DataFrame, output: Path) -> list[Path]:
+    """Draw one figure or table into the directory `output`; returns the files written.
+
+    Raises NoData if its data do not exist, ValueError if they cannot be used.
+    """
+    item = module(name)
+    frames = load(item.INPUTS, rows)
+    output.mkdir(parents=True, exist_ok=True)
+    if name in TABLES:
+        return write(item.build(frames), output / name)
+    with style.journal():
+        return style.save(item.draw(frames), output / name)

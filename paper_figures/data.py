@@ -1,0 +1,154 @@
+"""What the figures read: published numbers (CSV) and result rows (JSON Lines), checked on the way in.
+
+Every number keeps where it came from in the column `origin`: the table or figure of the paper, or file and line of a
+row. Nothing here imports the rest of the project, so that a figure can be drawn from files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+DATA = Path(__file__).resolve().parent / "data"
+#: The version of the rows this package reads (`schema` in a row), and the columns that every row has.
+SCHEMA = 1
+REQUIRED = (
+    "suite",
+    "task",
+    "length",
+    "metric",
+    "value",
+    "stderr",
+    "ci95",
+    "n",
+    "n_truncated",
+    "model",
+    "method",
+    "seed",
+    "samples_sha256",
+)
+#: A cell that is scored once: two rows that agree in these must agree in their value.
+CELL = ("suite", "task", "length", "metric", "method", "seed")
+
+
+class NoData(ValueError):
+    """A figure was asked for, and the rows that it draws do not exist."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one figure or table reads, as README.md lists it and as `load` checks it.
+
+    files: CSV below data/ (without .csv) -> the columns used.
+    rows: suite of the result rows -> the columns used beyond those that every row has.
+    needs_rows: without rows there is nothing to draw; otherwise they stand beside the published numbers.
+    """
+
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs_rows: bool = False
+
+
+Frames = Mapping[str, pd.DataFrame]
+
+
+def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """One frame for each file and suite of `inputs`; a suite without rows gives an empty frame.
+
+    Raises NoData if rows are needed and there are none, ValueError if a column is missing; both name file and column.
+    """
+    frames = {name: read_published(name, columns) for name, columns in inputs.files.items()}
+    for suite, extras in inputs.rows.items():
+        frame = rows[rows["suite"] == suite] if len(rows) else rows
+        if inputs.needs_rows and frame.empty:
+            raise NoData(
+                f"needs rows of suite {suite!r} in results.jsonl (--results DIR) or data/measured/*.jsonl, "
+                f"with the columns {', '.join(('task', 'length', 'value', 'method', 'seed', *extras))}; found none"
+            )
+        for column in extras:
+            if not frame.empty and (column not in frame or frame[column].isna().any()):
+                broken = frame if column not in frame else frame[frame[column].isna()]
+                raise ValueError(f"{broken['origin'].iloc[0]}: rows of suite {suite!r} must have the column {column!r}")
+        check_cells(frame)
+        frames[suite] = frame.reindex(columns=dict.fromkeys([*frame.columns, *REQUIRED, *extras, "lo", "hi", "origin"]))
+    return frames
+
+
+def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV of data/, by its name without the ending (`published/table_1`)."""
+    path = DATA / f"{name}.csv"
+    if not path.is_file():
+        raise NoData(f"needs the file {path} with the columns {', '.join(columns)}")
+    frame = pd.read_csv(path)
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise ValueError(f"{path}: must have the column {missing[0]!r}")
+    return frame
+
+
+def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
+    """Rows of run directories (their results.jsonl) or of JSON Lines files, one frame.
+
+    `ci95` is split into `lo` and `hi`. Raises ValueError naming file, line and column of the first row that cannot be
+    used, OSError for a file that does not exist.
+    """
+    rows: list[dict[str, Any]] = []
+    for source in map(Path, sources):
+        path = source / "results.jsonl" if source.is_dir() else source
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; a results directory must have results.jsonl")
+        rows.extend(_read_rows(path))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*REQUIRED, "lo", "hi", "origin"])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        origin = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{origin}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{origin}: must be a JSON object, got {type(row).__name__}")
+        if row.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"{origin}: rows of schema {row['schema']!r} cannot be read; schema must be {SCHEMA}")
+        missing = [column for column in REQUIRED if column not in row]
+        if missing:
+            raise ValueError(f"{origin}: a row must have the column {missing[0]!r}")
+        lo, hi = row["ci95"] if row["ci95"] else (None, None)
+        rows.append({**row, "lo": lo, "hi": hi, "origin": origin})
+    return rows
+
+
+def check_cells(rows: pd.DataFrame) -> None:
+    """Rows that are compared must have been scored on the same samples, and a cell must have one value.
+
+    Raises ValueError naming the two rows.
+    """
+    if rows.empty:
+        return
+    where = ["suite", "task", "length", "seed"]
+    for key, group in rows.groupby(where, dropna=False):
+        hashes = group["samples_sha256"].fillna("none")
+        if hashes.nunique() > 1:
+            first, other = group.iloc[0], group[hashes != hashes.iloc[0]].iloc[0]
+            raise ValueError(
+                f"{other['origin']}: samples_sha256 must be the same for all methods at "
+                f"{', '.join(f'{k}={v}' for k, v in zip(where, key))}, but {other['method']!r} differs from "
+                f"{first['method']!r} ({first['origin']})"
+            )
+    for _, group in rows.groupby(list(CELL), dropna=False):
+        if group["value"].nunique() > 1:
+            first, other = group.iloc[0], group[group["value"] != group["value"].iloc[0]].iloc[0]
+            raise ValueError(
+                f"{other['origin']}: value={other['value']} of {other['method']!r} differs from "
+                f"{first['value']} for the same cell ({first['origin']})"
+            )
