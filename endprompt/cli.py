@@ -52,7 +52,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
     parser.add_class_arguments(config_type, as_positional=True)
     namespace = parser.parse_args(
-        join_lists(argv, typing.get_type_hints(config_type))
+        as_shells_write(argv, typing.get_type_hints(config_type))
     )  # bad usage: prints the key, the value and the rule, exits with 2
     fields = parser.instantiate_classes(namespace).as_dict()
     fields.pop("config", None)
@@ -67,8 +67,9 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         return fail(one_line(error), 1)
 
 
-def join_lists(argv: list[str], types: dict[str, Any]) -> list[str]:
-    """`--key a b` as `--key ["a","b"]` for fields that are lists, so that a shell's own lists (runs/*) can be given."""
+def as_shells_write(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """Flags as a shell gives them, for jsonargparse: `--key a b` as `--key ["a","b"]` if key is a list, a bare `--key`
+    as `--key true` if it is a switch."""
     out: list[str] = []
     position = 0
     while position < len(argv):
@@ -76,17 +77,16 @@ def join_lists(argv: list[str], types: dict[str, Any]) -> list[str]:
         position += 1
         out.append(word)
         kind = types.get(word[2:].replace("-", "_")) if word.startswith("--") else None
-        if typing.get_origin(kind) is not list:
-            continue
         start = position
         while position < len(argv) and not argv[position].startswith("--"):
             position += 1
         values = argv[start:position]
-        if len(values) == 1 and values[0].startswith("["):
-            out.append(values[0])
-        elif values:
+        if kind is bool and values[:1] not in (["true"], ["false"]):
+            values = ["true", *values]
+        elif typing.get_origin(kind) is list and values and not (len(values) == 1 and values[0].startswith("[")):
             text = typing.get_args(kind)[0] is str
-            out.append("[" + ",".join(json.dumps(value) if text else value for value in values) + "]")
+            values = ["[" + ",".join(json.dumps(value) if text else value for value in values) + "]"]
+        out += values
     return out
 
 

@@ -46,3 +46,33 @@ def figures(config: FiguresConfig) -> int | None:
         for name, reason in absent.items():
             print(f"  {name} {reason}", file=sys.stderr)
     return None
+
+
+@dataclass
+class AuditConfig:
+    """How `audit` prints its findings.
+
+    Args:
+        json: Print JSON, a list of objects, instead of lines.
+    """
+
+    json: bool = False
+
+
+def audit(config: AuditConfig) -> int | None:
+    """Recompute the paper's averages, ratios and claims from its printed tables."""
+    from paper_figures.audit import VERDICTS, findings
+
+    found = findings()
+    if config.json:
+        import json
+
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return None
+    for verdict in reversed(VERDICTS):
+        chosen = [finding for finding in found if finding["verdict"] == verdict]
+        print(f"{verdict} ({len(chosen)})")
+        for f in chosen:
+            printed = "not printed" if f["printed"] is None else f"printed {f['printed']}"
+            print(f"  {f['table']}, {f['row']}: {f['rule']}: {printed}, recomputed {f['recomputed']}")
+    return None

@@ -14,7 +14,7 @@ import pytest
 from figures_rows import demo_rows, row, write_run
 
 from endprompt import rows as written
-from endprompt.cli import join_lists, main
+from endprompt.cli import as_shells_write, main
 from paper_figures import averages, catalog, data, names
 from paper_figures.figures.score_against_length import spread
 
@@ -134,17 +134,18 @@ def test_without_only_what_has_no_data_is_listed(tmp_path, capsys):
     assert str(tmp_path / "out" / "table_1.tex") in output.out.splitlines()
 
 
-def test_lists_on_the_command_line():
-    types = {"results": list[str], "lengths": list[int], "output": str}
-    assert join_lists(["--results", "a b", "c,d", "--output", "x"], types) == [
-        "--results",
-        '["a b","c,d"]',
-        "--output",
-        "x",
-    ]
-    assert join_lists(["--lengths", "256", "512"], types) == ["--lengths", "[256,512]"]
-    assert join_lists(["--lengths", "[256,512]"], types) == ["--lengths", "[256,512]"]
-    assert join_lists(["base", "--output=x"], types) == ["base", "--output=x"]
+def test_flags_as_a_shell_gives_them():
+    types = {"results": list[str], "lengths": list[int], "output": str, "json": bool, "dry_run": bool}
+
+    def given(line):
+        return as_shells_write(line, types)
+
+    assert given(["--results", "a b", "c,d", "--output", "x"]) == ["--results", '["a b","c,d"]', "--output", "x"]
+    assert given(["--lengths", "256", "512"]) == ["--lengths", "[256,512]"]
+    assert given(["--lengths", "[256,512]"]) == ["--lengths", "[256,512]"]
+    assert given(["base", "--output=x", "--json"]) == ["base", "--output=x", "--json", "true"]
+    assert given(["--json", "checkpoint"]) == ["--json", "true", "checkpoint"]
+    assert given(["--dry-run", "--json", "false"]) == ["--dry-run", "true", "--json", "false"]
 
 
 # --- averages -------------------------------------------------------------------------------------------------------
