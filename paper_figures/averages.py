@@ -13,6 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from paper_figures.data import Frames
+from paper_figures.names import SUITE_TASKS
+
 #: Lengths that the paper's RULER average is taken over.
 PAPER_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 
@@ -63,6 +66,13 @@ def interval_kind(averages: pd.DataFrame) -> str:
     """How the intervals of these averages were made, for a caption."""
     most = int(averages["seeds"].max())
     return "95% intervals over samples, one seed" if most == 1 else f"95% intervals over {most} seeds"
+
+
+def scored(frames: Frames, suite: str) -> pd.DataFrame:
+    """Rows of the suite's own tasks (no averages, no buckets), values as floats."""
+    rows = frames[suite]
+    rows = rows[rows["task"].isin(SUITE_TASKS[suite])]
+    return rows.astype({"value": float, "lo": float, "hi": float})
 
 
 def is_small_scale(rows: pd.DataFrame) -> bool:

@@ -71,7 +71,7 @@ def measured_bars(rows: pd.DataFrame, chosen: dict[str, str]) -> list[Bar]:
     rows = rows[rows["method"].isin(chosen)]
     if rows.empty:
         return []
-    means = average(rows.astype({"value": float}), ["method"])
+    means = average(rows, ["method"])
     order = {method: i for i, method in enumerate(chosen)}
     means = means.sort_values("method", key=lambda column: column.map(order))
     arms = list(dict.fromkeys(parse_method(method).arm for method in chosen))
@@ -88,6 +88,6 @@ def measured_note(rows: pd.DataFrame, chosen: dict[str, str]) -> str:
         return ""
     lengths = rows["length"].dropna()
     span = f", {short_length(lengths.min())} to {short_length(lengths.max())}" if len(lengths) else ""
-    kind = interval_kind(average(rows.astype({"value": float}), ["method"]))
+    kind = interval_kind(average(rows, ["method"]))
     mark = "small scale: " if is_small_scale(rows) else ""
     return f"{mark}{rows['task'].nunique()} tasks{span}\n{kind}"

@@ -12,8 +12,20 @@ from paper_figures import style
 from paper_figures.data import load
 from paper_figures.table import write
 
-FIGURES = ("figure_2", "figure_3", "score_against_length")
-TABLES = ("table_1",)
+FIGURES = (
+    "figure_1",
+    "figure_2",
+    "figure_3",
+    "figure_4",
+    "score_against_length",
+    "depth_by_length",
+    "cost",
+    "smoothness_against_score",
+    "coverage",
+    "gap_rms_against_k",
+    "bound_against_measured",
+)
+TABLES = tuple(f"table_{number}" for number in range(1, 10))
 NAMES = (*FIGURES, *TABLES)
 
 

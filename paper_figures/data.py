@@ -33,7 +33,9 @@ REQUIRED = (
     "samples_sha256",
 )
 #: A cell that is scored once: two rows that agree in these must agree in their value.
-CELL = ("suite", "task", "length", "metric", "method", "seed")
+CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
+#: How a method was run, where rows carry it: rows of one method that differ in these are told apart, never averaged.
+CONDITIONS = ("window", "target", "steps", "prompt_weight")
 
 
 class NoData(ValueError):
@@ -54,29 +56,46 @@ class Inputs:
     needs_rows: bool = False
 
 
+#: The columns of a row that a figure reads, as messages and README.md name them.
+SHOWN = ("task", "length", "value", "method", "seed")
 Frames = Mapping[str, pd.DataFrame]
 
 
 def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """One frame for each file and suite of `inputs`; a suite without rows gives an empty frame.
 
-    Raises NoData if rows are needed and there are none, ValueError if a column is missing; both name file and column.
+    Raises NoData if rows or columns that are needed do not exist, ValueError for rows that cannot be compared; both
+    name file and column.
     """
     frames = {name: read_published(name, columns) for name, columns in inputs.files.items()}
     for suite, extras in inputs.rows.items():
-        frame = rows[rows["suite"] == suite] if len(rows) else rows
+        frame = rows[rows["suite"] == suite]
+        columns = ", ".join((*SHOWN, *extras))
         if inputs.needs_rows and frame.empty:
             raise NoData(
                 f"needs rows of suite {suite!r} in results.jsonl (--results DIR) or data/measured/*.jsonl, "
-                f"with the columns {', '.join(('task', 'length', 'value', 'method', 'seed', *extras))}; found none"
+                f"with the columns {columns}; found none"
             )
-        for column in extras:
-            if not frame.empty and (column not in frame or frame[column].isna().any()):
-                broken = frame if column not in frame else frame[frame[column].isna()]
-                raise ValueError(f"{broken['origin'].iloc[0]}: rows of suite {suite!r} must have the column {column!r}")
+        complete = frame.reindex(columns=[*extras]).notna().all(axis=1)
+        if len(frame) and not complete.any():
+            raise NoData(f"needs the columns {columns} in rows of suite {suite!r}; {frame['origin'].iloc[0]} lacks one")
         check_cells(frame)
+        frame = distinguish(frame[complete])
         frames[suite] = frame.reindex(columns=dict.fromkeys([*frame.columns, *REQUIRED, *extras, "lo", "hi", "origin"]))
     return frames
+
+
+def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one method under several conditions get the condition in their method: `pose+yarn@steps=300`."""
+    rows = rows.copy()
+    names = list(rows["method"])
+    for column in CONDITIONS:
+        if column in rows:
+            several = rows.groupby("method")[column].transform("nunique") > 1
+            told = zip(names, rows[column], several)
+            names = [f"{n}@{column}={value:g}" if apart and value == value else n for n, value, apart in told]
+    rows["method"] = names
+    return rows
 
 
 def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -145,7 +164,8 @@ def check_cells(rows: pd.DataFrame) -> None:
                 f"{', '.join(f'{k}={v}' for k, v in zip(where, key))}, but {other['method']!r} differs from "
                 f"{first['method']!r} ({first['origin']})"
             )
-    for _, group in rows.groupby(list(CELL), dropna=False):
+    keys = [column for column in (*CELL, *CONDITIONS) if column in rows]
+    for _, group in rows.groupby(keys, dropna=False):
         if group["value"].nunique() > 1:
             first, other = group.iloc[0], group[group["value"] != group["value"].iloc[0]].iloc[0]
             raise ValueError(

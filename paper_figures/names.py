@@ -35,6 +35,33 @@ TASKS = {
     "qa_1": "SQuAD",
     "qa_2": "HotpotQA",
 }
+#: LongBench's 16 English sets by category, as the paper averages them.
+LONGBENCH = {
+    "single_doc_qa": ("narrativeqa", "qasper", "multifieldqa_en"),
+    "multi_doc_qa": ("hotpotqa", "2wikimqa", "musique"),
+    "summarization": ("gov_report", "qmsum", "multi_news"),
+    "few_shot": ("trec", "triviaqa", "samsum"),
+    "synthetic": ("passage_count", "passage_retrieval_en"),
+    "code": ("lcc", "repobench-p"),
+}
+#: Columns of Table 3 and the RULER tasks that each averages.
+TASK_GROUPS = {
+    "niah_single": ("niah_single_1", "niah_single_2", "niah_single_3"),
+    "niah_multikey": ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    "niah_multivalue": ("niah_multivalue",),
+    "niah_multiquery": ("niah_multiquery",),
+    "vt": ("vt",),
+    "cwe": ("cwe",),
+    "fwe": ("fwe",),
+    "qa": ("qa_1", "qa_2"),
+}
+SHORT = ("mmlu", "gsm8k", "hellaswag", "humaneval")
+#: The tasks of each suite that averages are taken over.
+SUITE_TASKS = {
+    "ruler": tuple(TASKS),
+    "longbench": tuple(name for names in LONGBENCH.values() for name in names),
+    "short": SHORT,
+}
 SCALINGS = {
     "none": "no scaling",
     "linear": "PI",
@@ -47,18 +74,26 @@ SCALINGS = {
 
 
 class Method(NamedTuple):
-    """A method as its rows name it: `base`, or scheme, prompt kind and scaling joined by `+`."""
+    """A method as its rows name it: `base`, or scheme, prompt kind and scaling joined by `+`.
+
+    conditions: what tells two runs of one method apart (data.distinguish), as `steps=300`.
+    """
 
     scheme: str
     prompt: str
     scaling: str
+    conditions: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
+        scaling = SCALINGS.get(self.scaling, self.scaling)
         if self.scheme == "base":
-            return "base, unextended" if not self.scaling else f"base, {SCALINGS.get(self.scaling, self.scaling)}"
-        first = self.arm if self.prompt == "recall" else " ".join(part for part in (self.scheme, self.prompt) if part)
-        return ", ".join(part for part in (first, SCALINGS.get(self.scaling, self.scaling)) if part)
+            first, scaling = "base", scaling or "unextended"
+        elif self.prompt == "recall":
+            first = self.arm
+        else:
+            first = " ".join(part for part in (self.scheme, self.prompt) if part)
+        return ", ".join(part for part in (first, scaling, *(c.replace("=", " ") for c in self.conditions)) if part)
 
     @property
     def arm(self) -> str:
@@ -69,9 +104,10 @@ class Method(NamedTuple):
 
 
 def parse_method(method: str) -> Method:
-    parts = method.split("+")
-    scaling = parts.pop() if parts[-1] in SCALINGS else ""
-    return Method(parts[0] if parts else "base", " ".join(parts[1:]), scaling)
+    name, *conditions = method.split("@")
+    parts = name.split("+")
+    scaling = parts.pop() if parts[-1] in SCALINGS and len(parts) > 1 else ""
+    return Method(parts[0], " ".join(parts[1:]), scaling, tuple(conditions))
 
 
 def short_length(length: float) -> str:

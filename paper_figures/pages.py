@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from paper_figures import audit, catalog
-from paper_figures.data import REQUIRED, SCHEMA
+from paper_figures.data import CONDITIONS, REQUIRED, SCHEMA, SHOWN
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,34 +18,41 @@ def readme() -> str:
     lines = [
         "# Figures and tables",
         "",
-        "Every figure and table of the paper, and our own, drawn from files alone: no model, no torch, no GPU.",
+        _paragraph(
+            "Every figure and table of the paper, and our own, drawn from files alone: no model, no torch, no GPU."
+        ),
         "",
         "    endprompt figures                                  all that have data, into figures/",
         "    endprompt figures --results runs/demo runs/lab     with these runs beside the published numbers",
         "    endprompt figures --only figure_3 table_1          some of them",
         "    endprompt audit                                    the published numbers, recomputed (AUDIT.md)",
         "",
-        "A figure is one function of files, `draw(frames)`, in a file of its name; a table is `build(frames)`. Figures",
-        "are written as PDF and PNG, 178 mm wide; tables as LaTeX (booktabs), Markdown and CSV, where the last column",
-        "says where each line comes from. A second run writes the same bytes.",
+        _paragraph(
+            "A figure is one function of files, `draw(frames)`, in a file of its name; a table is `build(frames)`. "
+            "Figures are written as PDF and PNG, 178 mm wide; tables as LaTeX (booktabs), Markdown and CSV, where the "
+            "last column says where each line comes from. A second run writes the same bytes."
+        ),
         "",
-        "Published numbers are the CSV files of `data/published/`, transcribed with their place in the paper. Measured",
-        "numbers are rows of results, JSON Lines: those of the run directories given by `--results`, else those in",
-        "`data/measured/`. Measured values are hatched or stand in a section of their own, and are marked as",
-        "small-scale where they stop short of the paper's 64K. A method that lacks a cell which others have gets no",
-        "average.",
+        _paragraph(
+            "Published numbers are the CSV files of `data/published/`, transcribed with their place in the paper. "
+            "Measured numbers are rows of results, JSON Lines: those of the run directories given by `--results`, else "
+            "those in `data/measured/`. Measured values are hatched or stand in a section of their own, and are marked "
+            "as small-scale where they stop short of the paper's 64K. A method that lacks a cell which others have "
+            "gets "
+            "no average. `data/computed/` holds positions and predictions that the project's own `endprompt` and "
+            "`analysis` packages give; tests compute them again and compare."
+        ),
         "",
-        f"Rows have schema {SCHEMA} and the columns {', '.join(f'`{column}`' for column in REQUIRED)};",
-        "the list below names those that a figure needs besides. `method` is `base`, or scheme, prompt kind and",
-        "scaling joined by `+` (`endprompt+EP_1+linear`, `pose+yarn`). Rows of one task, length and seed must carry the",
-        "same `samples_sha256`.",
+        _paragraph(
+            f"Rows have schema {SCHEMA} and the columns {_code(REQUIRED)}; the list "
+            "below names those that a figure needs besides. `method` is `base`, or scheme, prompt kind and scaling "
+            "joined by `+` (`endprompt+EP_1+linear`, `pose+yarn`). Rows of one task, length and seed must carry the "
+            f"same `samples_sha256`. Rows of one method that differ in {_code(CONDITIONS)} are told apart."
+        ),
         "",
         "## Figure → file → data → columns",
         "",
         *_table(("figure", "file", "data", "columns"), _listing()),
-        "",
-        "`data/schemes/` and `data/theory/` hold positions and bounds computed by the project's own `endprompt` and",
-        "`analysis` packages; a test computes them again and compares.",
         "",
         "This page is written by `python -m paper_figures.pages`, and a test holds it to what the code reads.",
         "",
@@ -65,7 +73,7 @@ def _listing() -> Iterable[Sequence[str]]:
             yield (
                 *first,
                 f"{need} of suite `{suite}`",
-                ", ".join(("task", "length", "value", "method", "seed", *extras)),
+                ", ".join((*SHOWN, *extras)),
             )
             first = ("", "")
 
@@ -81,12 +89,15 @@ def audit_page() -> str:
     lines = [
         "# The published numbers, recomputed",
         "",
-        'What follows from the tables of "EndPrompt: Efficient Long-Context Extension via Terminal Anchoring" (May 2026)',
-        "by arithmetic alone. Each finding names the rule, the printed number, the recomputed one, and one of three",
-        "verdicts: *agrees* (within half a unit of the last digit), *rounding* (explained by the rounding of the",
-        "numbers that it is computed from), *does not follow*. A number can differ from its rule for many reasons, a",
-        "misprint among them; nothing is said here about which. `endprompt audit` computes this page's findings anew,",
-        "`endprompt audit --json` prints them for a program.",
+        _paragraph(
+            'What follows from the tables of "EndPrompt: Efficient Long-Context Extension via Terminal Anchoring" (May '
+            "2026) by arithmetic alone. Each finding names the rule, the printed number, the recomputed one, and one "
+            "of "
+            "three verdicts: *agrees* (within half a unit of the last digit), *rounding* (explained by the rounding of "
+            "the numbers that it is computed from), *does not follow*. A number can differ from its rule for many "
+            "reasons, a misprint among them; nothing is said here about which. `endprompt audit` computes this page's "
+            "findings anew, `endprompt audit --json` prints them for a program."
+        ),
         "",
         f"{len(found)} findings: {count['agrees']} agree, {count['rounding']} are rounding, "
         f"{count['does not follow']} do not follow.",
@@ -95,16 +106,23 @@ def audit_page() -> str:
         "",
         *_findings(f for f in found if f["verdict"] == audit.DOES_NOT_FOLLOW),
         "",
-        "No weighting common to the rows of Table 2 can give its averages: rows that differ by a constant in every",
-        "column have averages that differ by the same constant.",
+        _paragraph(
+            "No weighting common to the rows of Table 2 can give its averages: rows that differ by a constant in every "
+            "column have averages that differ by the same constant."
+        ),
         "",
         "## The 64K column",
         "",
-        "Tables 6 to 9 print 4K to 32K and Table 1 the mean over 4K to 64K, so five times Table 1 less the four tables is",
-        "the score at 64K. The reading is plausible: for the tasks with one answer a sample the result is a multiple of",
-        "0.2 in every cell, as 500 samples a task must give (the printed means alone would allow steps of 0.05, of which",
-        "one in four is such a multiple). Of the others, vt, cwe and fwe are known to ±0.05 and the mean to ±0.01; Full",
-        "FT is printed to one decimal, so that its are known to ±0.23 and its mean to ±0.09.",
+        _paragraph(
+            "Tables 6 to 9 print 4K to 32K and Table 1 the mean over 4K to 64K, so five times Table 1 less the four "
+            "tables is the score at 64K. The reading is plausible: for the tasks with one answer a sample the result "
+            "is "
+            "a multiple of 0.2 in every cell, as 500 samples a task must give (the printed means alone would allow "
+            "steps "
+            "of 0.05, of which one in four is such a multiple). Of the others, vt, cwe and fwe are known to ±0.05 and "
+            "the mean to ±0.01; Full FT is printed to one decimal, so that its are known to ±0.23 and its mean to "
+            "±0.09."
+        ),
         "",
         *_table(
             ("method", *order, "mean"),
@@ -131,6 +149,14 @@ def audit_page() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def _findings(found: Iterable[audit.Finding]) -> list[str]:

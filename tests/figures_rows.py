@@ -51,3 +51,40 @@ def write_run(path, rows):
     path.mkdir(parents=True, exist_ok=True)
     (path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+def lab_extras(method):
+    """Columns of cost and of theory, as a lab row carries them; none for the unextended base."""
+    if method.startswith("base"):
+        return {}
+    scheme = method.partition("+")[0]
+    order = ("contiguous", "endprompt", "recall", "endprompt-random", "anchors", "pose", "endprompt-pose")
+    k = order.index(scheme)
+    return {
+        "train_tokens": 1_200_000 * (1 + k % 3),
+        "gpu_seconds": 40.0 + 15 * k,
+        "bernstein_constant": 0.125 if method.endswith("linear") else 1.46,
+        "gap_rms": 0.6 / (k + 1),
+    }
+
+
+def lab_rows(methods, seeds=range(5)):
+    rows = [{**r, **lab_extras(r["method"])} for r in demo_rows(methods, seeds=seeds, window=256)]
+    for method in list(methods)[:6]:
+        for length in (256, 512, 1024, 2048):
+            for depth in (0, 25, 50, 75, 100):
+                value = max(0, methods[method][1] - depth / 4 - length / 100)
+                rows.append(row(method, "niah_single_1", length, value, suite="ruler_depth", depth=depth))
+        for metric, value in (
+            ("tightness_order1_q01", 0.08),
+            ("tightness_order1_q50", 0.34),
+            ("tightness_order1_q99", 0.81),
+            ("share_within_coefficient_order1", 1.0),
+        ):
+            rows.append({**row(method, "bounds", 2048, value, suite="analysis"), "metric": metric})
+    for method, memory, hours in (("endprompt+EP_1+linear", 36.0, 24.8), ("contiguous+linear", 42.5, 65.7)):
+        for length in (32768, 65536):
+            for metric, value in (("peak_memory_gb", memory), ("hours_per_1b_tokens", hours)):
+                extra = {"metric": metric, "device": "NVIDIA H200"}
+                rows.append({**row(method, "train", length, value * length / 65536, suite="speed"), **extra})
+    return rows

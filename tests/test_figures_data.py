@@ -15,7 +15,7 @@ from figures_rows import demo_rows, row, write_run
 
 from endprompt import rows as written
 from endprompt.cli import as_shells_write, main
-from paper_figures import averages, catalog, data, names
+from paper_figures import averages, catalog, data, names, pages, style
 from paper_figures.figures.score_against_length import spread
 
 PUBLISHED = data.DATA / "published"
@@ -75,7 +75,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, capsys, change, words):
     if dropped:
         del rows[6][dropped]
     run = write_run(tmp_path / "run", rows)
-    message = refused(capsys, "--results", run, "--output", tmp_path / "out")
+    message = refused(capsys, "--results", run, "--output", tmp_path / "out", "--only", "table_1")
     for word in [*words, f"{run / 'results.jsonl'}, line 7"]:
         assert word in message
 
@@ -84,7 +84,7 @@ def test_rows_scored_on_other_samples_are_not_compared(tmp_path, capsys):
     rows = demo_rows()
     rows[20]["samples_sha256"] = "0" * 64
     run = write_run(tmp_path / "run", rows)
-    message = refused(capsys, "--results", run, "--output", tmp_path / "out")
+    message = refused(capsys, "--results", run, "--output", tmp_path / "out", "--only", "table_1")
     assert "results.jsonl, line 21" in message and "samples_sha256 must be the same" in message
 
 
@@ -96,7 +96,7 @@ def test_samples_of_another_seed_or_task_may_differ(tmp_path):
 def test_two_values_for_one_cell_are_refused(tmp_path, capsys):
     rows = demo_rows()
     one, two = write_run(tmp_path / "one", rows), write_run(tmp_path / "two", [{**rows[3], "value": 1.5}])
-    message = refused(capsys, "--results", one, two, "--output", tmp_path / "out")
+    message = refused(capsys, "--results", one, two, "--only", "table_1")
     assert "two/results.jsonl, line 1" in message and "one/results.jsonl, line 4" in message
 
 
@@ -126,12 +126,67 @@ def test_an_unknown_figure_is_refused_before_anything_is_drawn(tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_without_only_what_has_no_data_is_listed(tmp_path, capsys):
+def test_without_only_what_has_no_data_is_listed(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "empty", [])
+    monkeypatch.setattr(catalog, "NAMES", ("cost", "depth_by_length", "table_5"))
     assert figures("--results", tmp_path / "empty", "--output", tmp_path / "out") == 0
     output = capsys.readouterr()
-    assert "score_against_length needs rows" in output.err
-    assert str(tmp_path / "out" / "table_1.tex") in output.out.splitlines()
+    assert "cost needs rows" in output.err and "depth_by_length needs rows" in output.err
+    assert [Path(line).name for line in output.out.splitlines()] == ["table_5.tex", "table_5.md", "table_5.csv"]
+
+
+def test_a_figure_whose_rows_lack_a_column_names_it(tmp_path, capsys):
+    run = write_run(tmp_path / "run", demo_rows())
+    message = refused(capsys, "--only", "cost", "--results", run, "--output", tmp_path / "out")
+    assert "train_tokens" in message and "gpu_seconds" in message and f"{run / 'results.jsonl'}, line 1" in message
+
+
+def test_a_published_file_without_a_column_is_named(tmp_path, monkeypatch):
+    broken = tmp_path / "published" / "figure_2.csv"
+    broken.parent.mkdir()
+    broken.write_text("panel,x,source\nruler,EP_1,Figure 2\n")
+    monkeypatch.setattr(data, "DATA", tmp_path)
+    with pytest.raises(ValueError, match=r"figure_2\.csv: must have the column 'value'"):
+        data.load(catalog.module("figure_2").INPUTS, data.read_results([]))
+    with pytest.raises(data.NoData, match=r"figure_3\.csv with the columns panel, x, value"):
+        data.load(catalog.module("figure_3").INPUTS, data.read_results([]))
+
+
+def test_rows_of_one_method_under_two_conditions_are_told_apart():
+    rows = [row("pose+yarn", "vt", 256, 90, steps=300), row("pose+yarn", "vt", 256, 70, steps=1000)]
+    rows.append(row("base", "vt", 256, 100))
+    frame = frame_of(rows)
+    data.check_cells(frame)
+    told = data.distinguish(frame)["method"].tolist()
+    assert told == ["pose+yarn@steps=300", "pose+yarn@steps=1000", "base"]
+    assert names.parse_method(told[0]).label == "pose, YaRN, steps 300"
+    assert data.distinguish(frame[frame["steps"] != 300])["method"].tolist() == ["pose+yarn", "base"]
+
+
+def test_readme_is_current():
+    assert (pages.HERE / "README.md").read_text() == pages.readme(), "run python -m paper_figures.pages"
+
+
+def test_every_figure_is_in_the_readme_with_its_data():
+    text = pages.readme()
+    for name in catalog.NAMES:
+        module = catalog.module(name)
+        assert f"({'figures' if name in catalog.FIGURES else 'tables'}/{name}.py)" in text
+        for file in module.INPUTS.files:
+            assert (data.DATA / f"{file}.csv").is_file() and f"data/{file}.csv" in text
+    modules = {path.stem for path in (pages.HERE / "figures").glob("*.py")} - {"__init__"}
+    assert modules == set(catalog.FIGURES)
+
+
+def test_figures_read_only_the_columns_that_they_declare():
+    """Frames cut down to the declared columns draw the same figure: README.md tells the whole."""
+    rows = frame_of(demo_rows(window=256)).assign(suite="ruler")
+    for name in ("figure_1", "figure_2", "figure_4", "coverage", "gap_rms_against_k", "table_3", "table_9"):
+        module = catalog.module(name)
+        frames = data.load(module.INPUTS, rows)
+        cut = {k: f[list(module.INPUTS.files[k])] if k in module.INPUTS.files else f for k, f in frames.items()}
+        with style.journal():
+            getattr(module, "draw" if name in catalog.FIGURES else "build")(cut)
 
 
 def test_flags_as_a_shell_gives_them():
@@ -285,5 +340,6 @@ def test_figures_work_as_files_alone(tmp_path):
     run = write_run(tmp_path / "my run", demo_rows(haystack="noise"))
     with open(run / "results.jsonl", "a") as file:
         file.write("\n" + json.dumps({**row("base", "mmlu", None, 30.0, suite="short"), "extra": [1, 2]}) + "\n")
-    assert figures("--results", run, "--output", tmp_path / "my figures") == 0
+    chosen = ("--only", "score_against_length", "table_5")
+    assert figures("--results", run, "--output", tmp_path / "my figures", *chosen) == 0
     assert (tmp_path / "my figures" / "score_against_length.pdf").stat().st_size > 10_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from paper_figures import bars
+from paper_figures.averages import scored
 from paper_figures.data import Frames, Inputs
 from paper_figures.names import SCALINGS, parse_method
 
@@ -19,9 +20,10 @@ def draw(frames: Frames) -> Figure:
     published = frames["published/figure_2"]
     measured, notes = {}, {}
     for suite in bars.SUITES:
-        chosen = wordings(frames[suite]["method"].unique(), set(published["x"]))
-        measured[suite] = bars.measured_bars(frames[suite], chosen)
-        notes[suite] = bars.measured_note(frames[suite], chosen)
+        rows = scored(frames, suite)
+        chosen = wordings(rows["method"].unique(), set(published["x"]))
+        measured[suite] = bars.measured_bars(rows, chosen)
+        notes[suite] = bars.measured_note(rows, chosen)
     return bars.suite_panels(published, measured, notes)
 
 

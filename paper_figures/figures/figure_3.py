@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from paper_figures import bars
+from paper_figures.averages import scored
 from paper_figures.data import Frames, Inputs
 from paper_figures.names import SCALINGS, parse_method
 
@@ -27,9 +28,10 @@ ARMS = {
 def draw(frames: Frames) -> Figure:
     measured, notes = {}, {}
     for suite in bars.SUITES:
-        chosen = arms(frames[suite]["method"].unique())
-        measured[suite] = bars.measured_bars(frames[suite], chosen)
-        notes[suite] = bars.measured_note(frames[suite], chosen)
+        rows = scored(frames, suite)
+        chosen = arms(rows["method"].unique())
+        measured[suite] = bars.measured_bars(rows, chosen)
+        notes[suite] = bars.measured_note(rows, chosen)
     return bars.suite_panels(frames["published/figure_3"], measured, notes)
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
 from paper_figures import style
-from paper_figures.averages import average, interval_kind, scale_mark
+from paper_figures.averages import average, interval_kind, scale_mark, scored
 from paper_figures.data import Frames, Inputs
 from paper_figures.names import SCALINGS, TASKS, Method, parse_method, short_length
 
@@ -25,9 +25,8 @@ ONE_PANEL = 6
 
 
 def draw(frames: Frames) -> Figure:
-    rows = frames["ruler"].astype({"value": float})
+    rows = scored(frames, "ruler")
     tasks = [task for task in TASKS if task in set(rows["task"])]
-    rows = rows[rows["task"].isin(tasks)]
     methods = ordered_methods(rows)
     means = average(rows, ["method", "length"], ["task"])
     title = f"average of {len(tasks)} tasks" if len(tasks) > 1 else TASKS[tasks[0]]
@@ -63,11 +62,11 @@ def by_scaling(rows: pd.DataFrame, means: pd.DataFrame, methods: Methods, title:
     down = math.ceil(len(scalings) / across)
     fig = style.figure(2.6 * down + 0.3)
     axes = fig.subplots(down, across, squeeze=False).flat
-    for ax, scaling in zip(axes, scalings):
+    for scaling, ax in zip(scalings, axes):
         chosen = {k: m for k, m in methods.items() if m.scaling == scaling or (m.scheme, m.scaling) == ("base", "")}
         panel(ax, rows, means, chosen, f"{SCALINGS.get(scaling, scaling or 'no scaling')}: {title}")
-    for ax in list(axes):
-        ax.set_axis_off()
+    for ax in axes:
+        ax.set_axis_off()  # more places than scalings
     return fig
 
 
