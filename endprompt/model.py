@@ -8,10 +8,11 @@ Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -339,18 +340,34 @@ def load_model(
     if attention.startswith(PREFIX):
         register_causal_only()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch_dtype(dtype),
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=torch_dtype(dtype),
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
     check_frequencies(model)
-    return model.to(device).eval()
+    model.to(device=torch.device(device))  # type: ignore[call-arg]
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for the milliseconds of a load or a save, and the setting as it was afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str, device: str) -> PreTrainedModel:
@@ -371,7 +388,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory
     model.config.dtype = dtype
     wanted = torch_dtype(dtype)
     state = {name: tensor.detach().to("cpu", wanted) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(directory, state_dict=state)
+    with _quiet():
+        model.save_pretrained(directory, state_dict=state)
     tokenizer.model_max_length = int(model.config.max_position_embeddings)
     tokenizer.save_pretrained(directory)
 

@@ -7,8 +7,9 @@ generator made of (seed, sample index), so resume is exact and the number of wor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +26,6 @@ class Layout:
 
     position_ids: np.ndarray
     split: int | None = None
-
-
-class Scheme(Protocol):
-    def __call__(
-        self, context: int, prompt: int, target: int, rng: np.random.Generator | None, **options: Any
-    ) -> Layout: ...
 
 
 def sample_rng(seed: int, index: int) -> np.random.Generator:
@@ -94,7 +89,7 @@ def endprompt_pose(context: int, prompt: int, target: int, rng: np.random.Genera
     return Layout(_with_terminal(positions, prompt, target - prompt), split)
 
 
-SCHEMES: dict[str, Scheme] = {
+SCHEMES: dict[str, Callable[..., Layout]] = {
     "contiguous": contiguous,
     "endprompt": endprompt,
     "endprompt-random": endprompt_random,

@@ -1,0 +1,528 @@
+"""Documents to training rows.
+
+A document is a text, or a text with a completion that must be kept to its end. Documents become one flat token array
+(`Documents`); a row is a window of it, with positions, end prompt and a loss weight per token. What row `index` of a
+run holds is a pure function of (seed, index): resume is exact, and workers do not matter.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from endprompt.positions import WITH_PROMPT, check_sizes, layout, sample_rng
+from endprompt.prompts import Cues, PromptKind
+from endprompt.rows import read_json_lines, sha256_of, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+SHARD_SCHEMA = 1
+SHARD_FILES = ("tokens.bin", "weights.bin", "offsets.npy", "completions.npy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+@dataclass
+class Document:
+    """text and completion as words, or input_ids already tokenised."""
+
+    text: str = ""
+    completion: str = ""
+    input_ids: Sequence[int] | None = None
+
+
+def read_documents(path: str | Path) -> Iterator[Document]:
+    """Documents of a JSONL, JSONL.gz, Parquet or plain-text file; `text` (and `completion`) or `input_ids` a record.
+
+    A plain-text file is one document. Raises ValueError naming file and line if a record is broken.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the data file must exist: data={str(path)!r}")
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        for number, record in _json_lines(path):
+            yield _document(record, f"{path}, line {number}")
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield _document(record, f"{path}, row {number}")
+    elif path.suffix == ".txt":
+        yield Document(path.read_text(encoding="utf-8"))
+    else:
+        raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix != ".gz":
+        yield from read_json_lines(path)
+        return
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+
+
+def _document(record: Any, where: str) -> Document:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a document must be an object, got {type(record).__name__}")
+    ids = record.get("input_ids")
+    if ids is not None:
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(f"{where}: input_ids must be a list of integers >= 0")
+        return Document(input_ids=ids)
+    text, completion = record.get("text"), record.get("completion", "")
+    if not isinstance(text, str) or not isinstance(completion, str):
+        raise ValueError(f"{where}: a document must have `text` (and may have `completion`) as strings, or `input_ids`")
+    return Document(text, completion)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents.
+
+    tokens: integer (total,), all documents one after the other; may be memory-mapped.
+    offsets: int64 (documents + 1,), where each one starts.
+    completions: int64 (documents,), where its completion starts (its end if it has none).
+    weights: uint8 (total,), a loss weight for each token as a target, or None where all are alike.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    completions: np.ndarray
+    weights: np.ndarray | None = None
+
+    def target_weights(self, places: np.ndarray, ends: np.ndarray, completion_weight: float) -> np.ndarray:
+        """float32 loss weights of the tokens at `places`; a completion starts at `ends` (which broadcasts)."""
+        weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
+        return weights if self.weights is None else weights * self.weights[places]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Text to token ids with no special tokens added."""
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, batch: int = 512
+) -> Documents:
+    """Tokenise documents in order; a completion is tokenised apart from its text, so its border is exact.
+
+    append_eos: end each document with the tokenizer's EOS token, if it has one and the document lacks it.
+    """
+    eos = tokenizer.eos_token_id if append_eos else None
+    vocabulary = len(tokenizer)
+    pieces: list[np.ndarray] = []
+    lengths: list[int] = []
+    completion_lengths: list[int] = []
+
+    def flush(group: list[Document]) -> None:
+        texts = [document.text for document in group] + [document.completion for document in group]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for number, document in enumerate(group):
+            text_ids, completion_ids = encoded[number], encoded[len(group) + number]
+            if document.input_ids is not None:
+                text_ids, completion_ids = list(document.input_ids), []
+                if text_ids and max(text_ids) >= vocabulary:
+                    raise ValueError(
+                        f"input_ids are of another tokenizer: id {max(text_ids)} is not below its size {vocabulary}"
+                    )
+            ids = text_ids + completion_ids
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids.append(eos)
+                completion_ids = [*completion_ids, eos] if completion_ids else completion_ids
+            pieces.append(np.asarray(ids, dtype=np.uint32))
+            lengths.append(len(ids))
+            completion_lengths.append(len(completion_ids))
+
+    group: list[Document] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == batch:
+            flush(group)
+            group = []
+    if group:
+        flush(group)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token shards
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides token ids: the fast tokenizer's own serialisation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return sha256_of(backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True))
+
+
+def write_shard(documents: Documents, directory: str | Path, tokenizer_hash: str, **about: Any) -> None:
+    """tokens.bin (uint16 or uint32), offsets.npy, completions.npy, weights.bin if there are weights (uint8), and last
+    manifest.json: without it, no shard.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    small = not len(documents.tokens) or int(documents.tokens.max()) < 2**16
+    np.ascontiguousarray(documents.tokens, dtype=np.uint16 if small else np.uint32).tofile(directory / "tokens.bin")
+    if documents.weights is not None:
+        np.ascontiguousarray(documents.weights, dtype=np.uint8).tofile(directory / "weights.bin")
+    seal_shard(
+        directory, documents.offsets, documents.completions, "uint16" if small else "uint32", tokenizer_hash, **about
+    )
+
+
+def seal_shard(
+    directory: Path, offsets: np.ndarray, completions: np.ndarray, dtype: str, tokenizer_hash: str, **about: Any
+) -> dict[str, Any]:
+    """Finish a shard whose tokens.bin (and weights.bin) stand already; returns the manifest."""
+    np.save(directory / "offsets.npy", offsets)
+    np.save(directory / "completions.npy", completions)
+    names = [name for name in SHARD_FILES if (directory / name).is_file()]
+    manifest = {
+        "schema": SHARD_SCHEMA,
+        "tokenizer_sha256": tokenizer_hash,
+        "dtype": dtype,
+        "tokens": int(offsets[-1]),
+        "documents": len(completions),
+        "sha256": {name: _file_sha256(directory / name) for name in names},
+        **about,
+    }
+    write_text(directory / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, verify: bool = True) -> Documents:
+    """A prepared shard, tokens memory-mapped.
+
+    Raises ValueError if it has no manifest (unfinished), if its tokenizer is another one, or if a file was changed.
+    """
+    directory = Path(directory)
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise ValueError(
+            f"a token shard must have a manifest.json (an unfinished one has none): data={str(directory)!r}"
+        )
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("schema") != SHARD_SCHEMA:
+        raise ValueError(f"{path}: schema must be {SHARD_SCHEMA}, is {manifest.get('schema')}")
+    if tokenizer_hash is not None and manifest["tokenizer_sha256"] != tokenizer_hash:
+        raise ValueError(
+            f"{path}: the shard was made with another tokenizer: {manifest['tokenizer_sha256'][:12]} in the manifest, "
+            f"{tokenizer_hash[:12]} is the model's"
+        )
+    if verify:
+        for name, wanted in manifest["sha256"].items():
+            if not (directory / name).is_file() or _file_sha256(directory / name) != wanted:
+                raise ValueError(f"{directory / name}: missing or changed since the shard was made (sha256 differs)")
+    if not manifest["tokens"]:
+        raise ValueError(f"{path}: the shard holds no tokens")
+    tokens = np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r")
+    weighted = "weights.bin" in manifest["sha256"]
+    weights = np.memmap(directory / "weights.bin", dtype=np.uint8, mode="r") if weighted else None
+    return Documents(tokens, np.load(directory / "offsets.npy"), np.load(directory / "completions.npy"), weights)
+
+
+def _file_sha256(path: Path) -> str:
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True) -> Documents:
+    """All documents of data files and shards, in the order given. Raises ValueError if there is nothing to read."""
+    if not paths:
+        raise ValueError("data must name at least one file or shard: data=[]")
+    parts: list[Documents] = []
+    for path in paths:
+        if Path(path).is_dir():
+            parts.append(read_shard(path, tokenizer_sha256(tokenizer)))
+        else:
+            parts.append(tokenize(read_documents(path), tokenizer, append_eos=append_eos))
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = np.concatenate(
+            [np.ones(len(part.tokens), np.uint8) if part.weights is None else part.weights for part in parts]
+        )
+    return Documents(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts))]).astype(np.int64),
+        np.concatenate([part.completions + start for part, start in zip(parts, starts)]),
+        weights,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """How documents become rows.
+
+    row_tokens: physical tokens n of a row, context and end prompt together. target: the window L.
+    scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
+    weights: of context tokens 1, of a completion's, of the end prompt's scored tokens.
+    bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
+    `drop` (counted), or `pack`, one after the other.
+    """
+
+    row_tokens: int
+    target: int
+    scheme: str
+    prompt: PromptKind | None = None
+    anchors: int = 4
+    completion_weight: float = 1.0
+    prompt_weight: float = 0.1
+    bos: int | None = None
+    short: str = "drop"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.prompt is not None) != (self.scheme in WITH_PROMPT):
+            rule = "needs an end prompt" if self.scheme in WITH_PROMPT else "takes no end prompt (prompt=none)"
+            raise ValueError(f"scheme {self.scheme!r} {rule}")
+        if self.short not in ("drop", "pack"):
+            raise ValueError(f"short must be drop or pack: short={self.short!r}")
+        longest = self.prompt.longest if self.prompt else 0
+        if longest and longest * 2 > self.row_tokens:
+            raise ValueError(
+                f"the end prompt does not fit: it has {longest} tokens and must be at most half of a row of "
+                f"row_tokens={self.row_tokens}"
+            )
+        check_sizes(self.row_tokens - longest, longest, self.target)
+        for name in ("completion_weight", "prompt_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
+
+    @property
+    def needed(self) -> int:
+        """Tokens that a document must have to make a row."""
+        shortest = 0
+        if isinstance(self.prompt, Cues):
+            shortest = min(len(tokens) for tokens in self.prompt.token_lists)
+        elif self.prompt is not None:
+            shortest = self.prompt.longest
+        return self.row_tokens - shortest - (self.bos is not None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, position_ids: int64 (B, T). weights: float32 (B, T), weight of predicting the token at that place."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass
+class Rows:
+    """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
+
+    A unit is a stretch of a document with room for one row: a long document has several, one with a completion has one,
+    which is cut at its front if need be. dropped: documents too short to make a row.
+    """
+
+    documents: Documents
+    spec: RowSpec
+    dropped: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec, needed = self.spec, self.spec.needed
+        if spec.short == "pack":
+            self.documents = pack(self.documents, needed)
+        lengths = self.documents.lengths
+        has_completion = self.documents.completions < self.documents.offsets[1:]
+        units = np.where(has_completion, np.minimum(lengths // needed, 1), lengths // needed)
+        self.dropped = int(np.count_nonzero(units == 0))
+        self._document = np.repeat(np.arange(len(units)), units)
+        first = np.repeat(np.cumsum(units) - units, units)
+        self._stretch = np.arange(len(self._document)) - first
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Number of units: rows of one pass."""
+        return len(self._document)
+
+    def unit(self, index: int) -> int:
+        epoch, place = divmod(index, len(self))
+        if epoch not in self._permutations:
+            order = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.spec.seed, epoch, 1])))
+            self._permutations = {epoch: order.permutation(len(self)), **dict(list(self._permutations.items())[:1])}
+        return int(self._permutations[epoch][place])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(input_ids int64 (T,), position_ids int64 (T,), weights float32 (T,)) of one row."""
+        spec, rng = self.spec, sample_rng(self.spec.seed, index)
+        choice = spec.prompt.choose(rng) if spec.prompt else 0
+        b = spec.prompt.length(choice) if spec.prompt else 0
+        a = spec.row_tokens - b
+        options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
+        placed = layout(spec.scheme, a, b, spec.target, rng, **options)
+        context, weights = self._context(self.unit(index), a, placed.split, rng)
+        weights[0] = 0.0  # nothing predicts the first token
+        if spec.prompt is not None:
+            prompt = spec.prompt.build(choice, context, rng)
+            context = np.concatenate([context, prompt.tokens])
+            weights = np.concatenate([weights, prompt.scored.astype(np.float32) * spec.prompt_weight])
+        return context, placed.position_ids, weights
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows first .. first + count - 1."""
+        if self.spec.scheme == "contiguous" and self.spec.bos is None:
+            return self._contiguous_batch(first, count)
+        rows = [self.row(index) for index in range(first, first + count)]
+        ids, positions, weights = (np.stack(parts) for parts in zip(*rows))
+        return Batch(ids, positions, weights)
+
+    def _contiguous_batch(self, first: int, count: int) -> Batch:
+        """The same rows without a Python loop over them where a document is exactly one row long."""
+        n = self.spec.row_tokens
+        starts = np.array([self._start(self.unit(i), n, i) for i in range(first, first + count)])
+        places = starts[:, None] + np.arange(n)
+        documents = self._document[[self.unit(i) for i in range(first, first + count)]]
+        ends = self.documents.completions[documents][:, None]
+        weights = self.documents.target_weights(places, ends, self.spec.completion_weight)
+        weights[:, 0] = 0.0
+        ids = np.asarray(self.documents.tokens[places], dtype=np.int64)
+        return Batch(ids, np.broadcast_to(np.arange(n, dtype=np.int64), ids.shape), weights)
+
+    def _start(self, unit: int, need: int, index: int) -> int:
+        lo, hi = self._span(unit)
+        if hi - lo <= need:
+            return hi - need
+        return self._draw_start(unit, lo, hi, need, sample_rng(self.spec.seed, index))
+
+    def _span(self, unit: int) -> tuple[int, int]:
+        document = int(self._document[unit])
+        return int(self.documents.offsets[document]), int(self.documents.offsets[document + 1])
+
+    def _draw_start(self, unit: int, lo: int, hi: int, need: int, rng: np.random.Generator) -> int:
+        """Start of a window of `need` tokens: to the end of a completion, else anywhere in the unit's stretch."""
+        if self.documents.completions[self._document[unit]] < hi:
+            return hi - need
+        stretch = self.spec.needed
+        return lo + min(int(self._stretch[unit]) * stretch + int(rng.integers(stretch)), hi - lo - need)
+
+    def _context(self, unit: int, a: int, split: int | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int64 (a,), loss weights float32 (a,)). With a split, the second chunk is from further on."""
+        lo, hi = self._span(unit)
+        lead = self.spec.bos is not None
+        need = a - lead
+        if split is None:
+            start = self._draw_start(unit, lo, hi, need, rng)
+            places = np.arange(start, start + need)
+        else:
+            # PoSE: how much text is skipped is drawn apart from how far the positions jump.
+            head = max(split - lead, 0)
+            slack = hi - lo - need
+            kept_to_end = self.documents.completions[self._document[unit]] < hi
+            skip = int(rng.integers(slack, endpoint=True))
+            before = slack - skip if kept_to_end else int(rng.integers(slack - skip, endpoint=True))
+            first = np.arange(lo + before, lo + before + head)
+            second = np.arange(lo + before + head + skip, lo + before + skip + need)
+            places = np.concatenate([first, second])
+        tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
+        end = self.documents.completions[self._document[unit]]
+        weights = self.documents.target_weights(places, end, self.spec.completion_weight)
+        if lead:
+            tokens = np.concatenate([[self.spec.bos], tokens])
+            weights = np.concatenate([np.zeros(1, dtype=np.float32), weights])
+        return tokens, weights
+
+
+def pack(documents: Documents, needed: int) -> Documents:
+    """Documents shorter than `needed` joined in their order into pieces of at least that length.
+
+    The rest that does not fill a last piece is left as one short document, which is dropped and counted.
+    """
+    lengths = documents.lengths
+    short = np.flatnonzero(lengths < needed)
+    long = np.flatnonzero(lengths >= needed)
+    order = np.concatenate([long, short])
+    pieces = [documents.tokens[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
+    ends = [int(lengths[i]) for i in long]
+    completion_lengths = [int(documents.offsets[i + 1] - documents.completions[i]) for i in long]
+    run = 0
+    for i in short:
+        run += int(lengths[i])
+        if run >= needed:
+            ends.append(run)
+            completion_lengths.append(0)
+            run = 0
+    if run:
+        ends.append(run)
+        completion_lengths.append(0)
+    offsets = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
+    tokens = np.concatenate(pieces) if pieces else documents.tokens
+    weights = None
+    if documents.weights is not None:
+        parts = [documents.weights[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
+        weights = np.concatenate(parts) if parts else documents.weights
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64), weights)
+
+
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Iterator[Any]:
+    """`make(step)` for each step, made in a thread of its own while the device works; errors come through."""
+    queue: Queue[tuple[Any, BaseException | None]] = Queue(ahead)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for step in steps:
+                if stop.is_set():
+                    return
+                queue.put((make(step), None))
+            queue.put((None, StopIteration()))
+        except BaseException as error:
+            queue.put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            while not queue.empty():
+                queue.get_nowait()
+            thread.join(0.01)

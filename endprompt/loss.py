@@ -1,0 +1,113 @@
+"""The loss: next-token cross-entropy with a weight per token, without ever holding all logits.
+
+    loss = sum_i w_i (logsumexp(z_i) - z_i[y_i]) / W,    z_i = E h_i
+
+W is the weight total of the whole step, over all micro-batches and ranks, so k micro-batches equal one batch exactly.
+
+Legend: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of weighted cross-entropies; gradients are made chunk by chunk in the forward pass and kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        head_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        chunk: int,
+    ) -> torch.Tensor:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        head = head_VD.to(dtype)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
+        grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if needs_head else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        with torch.autocast(device, enabled=False):
+            for rows in torch.arange(len(labels_N)).split(chunk):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                hidden = hidden_ND[part].to(dtype)
+                loss, grad_logits = _chunk(hidden @ head.T, labels_N[part], weights_N[part])
+                total += loss
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad_logits @ head).to(grad_hidden.dtype)
+                if grad_head is not None:
+                    grad_head += grad_logits.T @ hidden
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[Any, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunk_eager(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss sum in float32, its gradient by the logits in their dtype)."""
+    logits = logits_NV.float()
+    lse_N = torch.logsumexp(logits, dim=-1)
+    loss = (weights_N * (lse_N - logits.gather(1, labels_N[:, None])[:, 0])).sum()
+    column = torch.arange(logits.shape[1], device=logits.device)
+    grad = (logits - lse_N[:, None]).exp() - (column[None, :] == labels_N[:, None]).to(logits.dtype)
+    return loss, (grad * weights_N[:, None]).to(logits_NV.dtype)
+
+
+_compiled = None
+
+
+def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """On CUDA the elementwise work over [N, V] is fused by torch.compile; on the CPU it runs as written."""
+    global _compiled
+    if logits.device.type != "cuda":
+        return _chunk_eager(logits, labels, weights)
+    if _compiled is None:
+        _compiled = torch.compile(_chunk_eager, dynamic=True)
+    return _compiled(logits, labels, weights)
+
+
+def linear_cross_entropy(
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
+
+    hidden_ND: float; head_VD: float; labels_N: int64 in [0, V); weights_N: float32, >= 0. Tokens of weight 0 are left
+    out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
+    chunk: tokens at a time; default as many as give 2**29 logits on a GPU, 2**23 on a CPU.
+    """
+    if chunk is None:
+        chunk = max(1, (2**29 if hidden_ND.device.type == "cuda" else 2**23) // head_VD.shape[0])
+    keep = weights_N > 0
+    if not bool(keep.all()):
+        hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
+    if not len(labels_N):
+        return hidden_ND.sum() * 0.0
+    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk)
+
+
+def logits_cross_entropy(logits_ND: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+    """The same sum from whole logits [N, V]: for models whose head is not a plain matrix product."""
+    losses = torch.nn.functional.cross_entropy(logits_ND.float(), labels_N, reduction="none")
+    return (losses * weights_N).sum()
