@@ -263,22 +263,22 @@ def constant_rows(tables: dict[str, Rows]) -> Iterator[Finding]:
     for group in groups:
         rows = [(table, method, scores) for table in group for method, scores in tables[table].items()]
         pairs = []
-        for i, (table, method, scores) in enumerate(rows):  # each row against the first one that it follows from
-            base = next((other for other in rows[:i] if len(differences(other[2], scores)) == 1), None)
-            if base:
-                pairs.append((base, (table, method, scores)))
+        for i, row in enumerate(rows):  # each row against the first one that it follows from
+            source = next((other for other in rows[:i] if len(differences(other[2], row[2])) == 1), None)
+            if source:
+                pairs.append((source, row))
         if not pairs:
             rule = "no row is another row plus a constant in every column"
             yield finding(" and ".join(group), "all", rule, f"{len(rows)} rows", "no such row", AGREES)
         for (first_table, first, base), (table, method, scores) in pairs:
             constant = differences(base, scores).pop()
             sign = "+" if constant > 0 else "-"
-            source = first if first_table == table else f"{first} of {first_table}"
+            origin = first if first_table == table else f"{first} of {first_table}"
             columns = tasks_of(scores)
             yield finding(
                 table,
                 method,
-                f"each of the {len(columns)} columns is that of {source} {sign} {abs(constant)}",
+                f"each of the {len(columns)} columns is that of {origin} {sign} {abs(constant)}",
                 [scores[column] for column in columns],
                 [base[column] + constant for column in columns],
                 AGREES,

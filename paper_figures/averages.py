@@ -72,12 +72,20 @@ def scored(frames: Frames, suite: str) -> pd.DataFrame:
     """Rows of the suite's own tasks (no averages, no buckets), values as floats."""
     rows = frames[suite]
     rows = rows[rows["task"].isin(SUITE_TASKS[suite])]
+    for task, group in rows.groupby("task"):
+        if group["metric"].nunique() > 1:
+            other = group[group["metric"] != group["metric"].iloc[0]].iloc[0]
+            raise ValueError(
+                f"{other['origin']}: metric must be the same in all rows of task {task!r} to be averaged: "
+                f"metric={other['metric']!r} beside {group['metric'].iloc[0]!r} ({group['origin'].iloc[0]})"
+            )
     return rows.astype({"value": float, "lo": float, "hi": float})
 
 
 def is_small_scale(rows: pd.DataFrame) -> bool:
-    """Rows that stop short of the longest length that the paper scores are marked as small-scale."""
-    return not (len(rows) and rows["length"].max() >= PAPER_LENGTHS[-1])
+    """Rows that stop short of the longest length that the paper scores (by length or target) are marked so."""
+    reach = rows.reindex(columns=["length", "target"]).astype(float).max().max()
+    return not reach >= PAPER_LENGTHS[-1]
 
 
 def scale_mark(rows: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 import pandas as pd
 
 from paper_figures import style
-from paper_figures.data import load
+from paper_figures.data import Frames, load
 from paper_figures.table import write
 
 FIGURES = (
@@ -47,4 +48,15 @@ def make(name: str, rows: pd.DataFrame, output: Path) -> list[Path]:
     if name in TABLES:
         return write(item.build(frames), output / name)
     with style.journal():
-        return style.save(item.draw(frames), output / name)
+        paths = style.save(item.draw(frames), output / name)
+    return paths + write_rows(frames, item.INPUTS.rows, output / f"{name}.rows.csv")
+
+
+def write_rows(frames: Frames, suites: Iterable[str], path: Path) -> list[Path]:
+    """The rows that a figure read, each with its file, line and the revision that made it; nothing without rows."""
+    read = [frames[suite] for suite in suites if len(frames[suite])]
+    if not read:
+        return []
+    columns = ("suite", "task", "length", "metric", "value", "lo", "hi", "n", "method", "seed", "revision", "origin")
+    pd.concat([frame.reindex(columns=columns) for frame in read]).to_csv(path, index=False, lineterminator="\n")
+    return [path]

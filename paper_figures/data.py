@@ -127,6 +127,7 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
+    revision = _revision(path.with_name("environment.json"))
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -143,8 +144,18 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         if missing:
             raise ValueError(f"{origin}: a row must have the column {missing[0]!r}")
         lo, hi = row["ci95"] if row["ci95"] else (None, None)
-        rows.append({**row, "lo": lo, "hi": hi, "origin": origin})
+        rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
     return rows
+
+
+def _revision(path: Path) -> str | None:
+    """The revision of the code that made a run, from its environment.json; None where the run does not say."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("revision")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: must be a JSON object ({error})") from None
 
 
 def check_cells(rows: pd.DataFrame) -> None:

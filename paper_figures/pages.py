@@ -13,6 +13,22 @@ from paper_figures.data import CONDITIONS, REQUIRED, SCHEMA, SHOWN
 HERE = Path(__file__).resolve().parent
 
 
+#: What the columns mean that a figure needs beyond those of every row.
+COLUMNS = (
+    ("`train_tokens`, `gpu_seconds`", "`ruler`", "training tokens and GPU-seconds of the checkpoint that was scored"),
+    ("`bernstein_constant`", "`ruler`", "largest frequency times the square of the attention factor, per token"),
+    ("`gap_rms`", "`ruler`", "predicted RMS error of the score in the gap, in units of the score's own"),
+    ("`depth`", "`ruler_depth`", "place of the needle, percent of the context"),
+    ("`metric`", "`speed`", "`peak_memory_gb` (GB per GPU) or `hours_per_1b_tokens`; `device` names the machine"),
+    (
+        "`metric`",
+        "`analysis`",
+        "`tightness_order1_q01`, `_q50`, `_q99` (largest slope over its bound) and `share_within_coefficient_order1`",
+    ),
+    ("`window`, `target`, `steps`, `prompt_weight`", "any", "optional: how the method was run"),
+)
+
+
 def readme() -> str:
     """README.md: figure -> file -> data -> columns."""
     lines = [
@@ -30,7 +46,9 @@ def readme() -> str:
         _paragraph(
             "A figure is one function of files, `draw(frames)`, in a file of its name; a table is `build(frames)`. "
             "Figures are written as PDF and PNG, 178 mm wide; tables as LaTeX (booktabs), Markdown and CSV, where the "
-            "last column says where each line comes from. A second run writes the same bytes."
+            "last column says where each line comes from. Beside a figure of measured values stands NAME.rows.csv, "
+            "the rows "
+            "that it read, each with its file, line and revision. A second run writes the same bytes."
         ),
         "",
         _paragraph(
@@ -40,7 +58,7 @@ def readme() -> str:
             "as small-scale where they stop short of the paper's 64K. A method that lacks a cell which others have "
             "gets "
             "no average. `data/computed/` holds positions and predictions that the project's own `endprompt` and "
-            "`analysis` packages give; tests compute them again and compare."
+            "`analysis` packages give, made by `tests/figure_data.py`; tests compute them again and compare."
         ),
         "",
         _paragraph(
@@ -53,6 +71,10 @@ def readme() -> str:
         "## Figure → file → data → columns",
         "",
         *_table(("figure", "file", "data", "columns"), _listing()),
+        "",
+        "Columns beyond those of every row:",
+        "",
+        *_table(("column", "suite", "meaning"), COLUMNS),
         "",
         "This page is written by `python -m paper_figures.pages`, and a test holds it to what the code reads.",
         "",
@@ -69,7 +91,7 @@ def _listing() -> Iterable[Sequence[str]]:
             yield *first, f"[`{file}.csv`](data/{file}.csv)", ", ".join(columns)
             first = ("", "")
         for suite, extras in module.INPUTS.rows.items():
-            need = "rows" if module.INPUTS.needs_rows else "rows, if any"
+            need = "rows" if module.INPUTS.needs_rows else "if any, rows"
             yield (
                 *first,
                 f"{need} of suite `{suite}`",

@@ -176,6 +176,10 @@ def test_every_figure_is_in_the_readme_with_its_data():
             assert (data.DATA / f"{file}.csv").is_file() and f"data/{file}.csv" in text
     modules = {path.stem for path in (pages.HERE / "figures").glob("*.py")} - {"__init__"}
     assert modules == set(catalog.FIGURES)
+    beyond = {
+        column for name in catalog.NAMES for extras in catalog.module(name).INPUTS.rows.values() for column in extras
+    }
+    assert all(f"`{column}`" in text for column in beyond)
 
 
 def test_figures_read_only_the_columns_that_they_declare():
@@ -242,6 +246,8 @@ def test_a_method_that_lacks_a_cell_gets_no_average():
 def test_small_scale_is_what_stops_short_of_the_papers_lengths():
     assert averages.is_small_scale(frame_of([row("base", "vt", 16384, 1)]))
     assert not averages.is_small_scale(frame_of([row("base", "vt", 65536, 1)]))
+    assert averages.is_small_scale(frame_of([row("base", "qasper", None, 1, target=2048)]))
+    assert not averages.is_small_scale(frame_of([row("base", "qasper", None, 1, target=65536)]))
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -263,6 +269,25 @@ def test_small_scale_is_what_stops_short_of_the_papers_lengths():
 def test_method_names(method, arm, label):
     parsed = names.parse_method(method)
     assert (parsed.arm, parsed.label) == (arm, label)
+
+
+def test_figures_keep_the_rows_that_they_read(tmp_path):
+    run = write_run(tmp_path / "run", demo_rows())
+    (run / "environment.json").write_text('{"revision": "abc-dirty"}')
+    paths = catalog.make("figure_3", data.read_results([run]), tmp_path / "out")
+    kept = pd.read_csv(paths[-1])
+    assert [path.name for path in paths] == ["figure_3.pdf", "figure_3.png", "figure_3.rows.csv"]
+    assert len(kept) == 64 and set(kept["revision"]) == {"abc-dirty"}
+    assert kept["origin"].iloc[-1].endswith("results.jsonl, line 64")
+    assert len(catalog.make("figure_3", data.read_results([]), tmp_path / "published")) == 2
+
+
+def test_two_metrics_of_one_task_are_not_averaged(tmp_path, capsys):
+    rows = demo_rows()
+    rows[9] = {**rows[9], "metric": "string_match_part"}
+    run = write_run(tmp_path / "run", rows)
+    message = refused(capsys, "--results", run, "--output", tmp_path / "out", "--only", "table_1")
+    assert "line 10" in message and "metric='string_match_part'" in message
 
 
 def test_labels_are_moved_apart_as_little_as_possible():

@@ -17,7 +17,7 @@ INPUTS = Inputs(
 #: Schemes that are an arm of the published figure; `endprompt-random` is the other reading of ET(PoSE), and
 #: `contiguous` (interpolation alone) the control that it lacks.
 ARMS = {
-    "contiguous": "control",
+    "contiguous": "no anchor",
     "endprompt": "ET",
     "endprompt-pose": "ET(PoSE)",
     "endprompt-random": "ET(PoSE),\nrandom place",

@@ -14,7 +14,7 @@ from paper_figures.names import short_length
 TITLE = "Figure 4: memory and time of training at 32K and 64K"
 INPUTS = Inputs(
     files={"published/figure_4": ("panel", "x", "series", "value", "reading_error", "device", "source")},
-    rows={"speed": ()},
+    rows={"speed": ("metric", "device")},
 )
 #: Panels of the published figure -> axis label, and the metric of the rows that stands beside it.
 PANELS = {
@@ -45,8 +45,7 @@ def draw(frames: Frames) -> Figure:
             means.index = [methods[name].label for name in means.index]
             colors = dict(zip(means.index, colors.values()))
             grouped_bars(axes[1, column], means, colors, None)
-            device = rows["device"].dropna().unique() if "device" in rows else []
-            axes[1, column].set_title("measured here" + (f", {device[0]}" if len(device) == 1 else ""))
+            axes[1, column].set_title(f"measured here, {', '.join(rows['device'].unique())}")
         for ax in axes[:, column]:
             ax.set_ylabel(label)
     for line in axes:
