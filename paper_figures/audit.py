@@ -367,7 +367,8 @@ def highest_average(tables: dict[str, Rows]) -> Iterator[Finding]:
 
 
 def highest(table: str, rule: str, averages: Mapping[str, Decimal]) -> Finding:
-    """printed: the row's own average; recomputed: the highest one, by name."""
-    best = max(averages, key=lambda method: averages[method])
-    verdict = AGREES if best == "EndPrompt" else DOES_NOT_FOLLOW
-    return finding(table, "EndPrompt", rule, averages["EndPrompt"], f"{best} {averages[best]:.2f}", verdict)
+    """printed: the row's own average; recomputed: the highest ones down to it, by name."""
+    own = averages["EndPrompt"]
+    above = sorted((value, method) for method, value in averages.items() if value > own)[::-1]
+    names = ", ".join(f"{method} {value:.2f}" for value, method in (above or [(own, "EndPrompt")]))
+    return finding(table, "EndPrompt", rule, own, names, DOES_NOT_FOLLOW if above else AGREES)
