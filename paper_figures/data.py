@@ -7,7 +7,7 @@ row. Nothing here imports the rest of the project, so that a figure can be drawn
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,37 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a results directory must have results.jsonl")
         rows.extend(_read_rows(path))
+        if source.is_dir() and (source / "depth.jsonl").is_file():
+            rows.extend(_read_depths(source / "depth.jsonl"))
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*REQUIRED, "lo", "hi", "origin"])
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     revision = _revision(path.with_name("environment.json"))
+    for origin, row in _json_lines(path, REQUIRED):
+        lo, hi = row["ci95"] if row["ci95"] else (None, None)
+        rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
+    return rows
+
+
+def _read_depths(path: Path) -> list[dict[str, Any]]:
+    """Scores by depth of the needle, as a scoring run writes them: rows of suite `ruler_depth` at the bins' middles."""
+    columns = ("length", "depth_from", "depth_to", "value", "n", "method", "model", "seed")
+    blank = dict.fromkeys(REQUIRED) | {
+        "suite": "ruler_depth",
+        "task": "needles",
+        "metric": "share_found",
+        "n_truncated": 0,
+    }
+    return [
+        {**blank, **{c: row[c] for c in columns}, "depth": (row["depth_from"] + row["depth_to"]) / 2, "origin": origin}
+        for origin, row in _json_lines(path, columns)
+    ]
+
+
+def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, object) of each line. Raises ValueError naming both and the column that is missing."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -140,12 +165,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{origin}: must be a JSON object, got {type(row).__name__}")
         if row.get("schema", SCHEMA) != SCHEMA:
             raise ValueError(f"{origin}: rows of schema {row['schema']!r} cannot be read; schema must be {SCHEMA}")
-        missing = [column for column in REQUIRED if column not in row]
+        missing = [column for column in required if column not in row]
         if missing:
             raise ValueError(f"{origin}: a row must have the column {missing[0]!r}")
-        lo, hi = row["ci95"] if row["ci95"] else (None, None)
-        rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
-    return rows
+        yield origin, row
 
 
 def _revision(path: Path) -> str | None:
@@ -163,6 +186,7 @@ def check_cells(rows: pd.DataFrame) -> None:
 
     Raises ValueError naming the two rows.
     """
+    rows = rows[rows["suite"] != "training-speed"]  # a timing has no samples and may be taken again
     if rows.empty:
         return
     where = ["suite", "task", "length", "seed"]

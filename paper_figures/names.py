@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 #: The paper's column heads, and the task that each is in RULER.
@@ -100,7 +101,7 @@ class Method(NamedTuple):
         """What is drawn in one colour: the scheme, or `recall` where the prompt is copied from the context."""
         if self.prompt == "recall":
             return "recall" if self.scheme == "endprompt" else f"{self.scheme} recall"
-        return self.scheme
+        return "anchors" if re.fullmatch(r"anchors\d+", self.scheme) else self.scheme  # their number is in the name
 
 
 def parse_method(method: str) -> Method:

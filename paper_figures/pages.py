@@ -18,8 +18,13 @@ COLUMNS = (
     ("`train_tokens`, `gpu_seconds`", "`ruler`", "training tokens and GPU-seconds of the checkpoint that was scored"),
     ("`bernstein_constant`", "`ruler`", "largest frequency times the square of the attention factor, per token"),
     ("`gap_rms`", "`ruler`", "predicted RMS error of the score in the gap, in units of the score's own"),
-    ("`depth`", "`ruler_depth`", "place of the needle, percent of the context"),
-    ("`metric`", "`speed`", "`peak_memory_gb` (GB per GPU) or `hours_per_1b_tokens`; `device` names the machine"),
+    ("`depth`", "`ruler_depth`", "place of the needle, percent of the context; from depth.jsonl of a run directory"),
+    (
+        "`metric`, `environment`",
+        "`training-speed`",
+        "`peak_gib` (per GPU) or `hours_per_1b_tokens`, method `reference`, `longlora`, `full` or `endprompt`; the "
+        "device",
+    ),
     (
         "`metric`",
         "`analysis`",

@@ -16,6 +16,7 @@ from figures_rows import demo_rows, row, write_run
 from endprompt import rows as written
 from endprompt.cli import as_shells_write, main
 from paper_figures import averages, catalog, data, names, pages, style
+from paper_figures.figures import figure_4
 from paper_figures.figures.score_against_length import spread
 
 PUBLISHED = data.DATA / "published"
@@ -264,6 +265,7 @@ def test_small_scale_is_what_stops_short_of_the_papers_lengths():
         ("recall+yarn", "recall", "recall, YaRN"),
         ("endprompt-random+recall+none", "endprompt-random recall", "endprompt-random recall, no scaling"),
         ("pose+ntk", "pose", "pose, NTK"),
+        ("anchors4+EP_1/EP_2+linear", "anchors", "anchors4 EP_1/EP_2, PI"),
     ],
 )
 def test_method_names(method, arm, label):
@@ -280,6 +282,31 @@ def test_figures_keep_the_rows_that_they_read(tmp_path):
     assert len(kept) == 64 and set(kept["revision"]) == {"abc-dirty"}
     assert kept["origin"].iloc[-1].endswith("results.jsonl, line 64")
     assert len(catalog.make("figure_3", data.read_results([]), tmp_path / "published")) == 2
+
+
+def test_depths_of_a_scoring_run_are_read(tmp_path):
+    run = write_run(tmp_path / "run", demo_rows())
+    cell = {"suite": "ruler", "model": "m", "method": "base", "seed": 0, "length": 512, "value": 40.0, "n": 5}
+    (run / "depth.jsonl").write_text(json.dumps({**cell, "depth_from": 10.0, "depth_to": 20.0}) + "\n")
+    frames = data.load(catalog.module("depth_by_length").INPUTS, data.read_results([run]))
+    assert frames["ruler_depth"][["length", "depth", "value"]].to_numpy().tolist() == [[512, 15, 40]]
+    (run / "depth.jsonl").write_text(json.dumps(cell) + "\n")
+    with pytest.raises(ValueError, match=r"depth.jsonl, line 1: a row must have the column 'depth_from'"):
+        data.read_results([run])
+
+
+def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):
+    def timing(task, metric, value, length=65536, method="full"):
+        made = row(method, task, length, value, suite="training-speed")
+        return {**made, "metric": metric, "samples_sha256": None, "environment": {"device": {"gpu": "X"}}}
+
+    rows = [timing("slow", "peak_gib", 30), timing("slow", "hours_per_1b_tokens", 50)]
+    rows += [timing("fast", "peak_gib", 40), timing("fast", "hours_per_1b_tokens", 20)]
+    rows += [timing("short", "peak_gib", 1, length=8192), timing("half", "hours_per_1b_tokens", 1)]
+    chosen = figure_4.fastest(frame_of(rows))
+    assert chosen[["method", "task", "peak_gib", "hours_per_1b_tokens", "device"]].to_numpy().tolist() == [
+        ["full", "fast", 40, 20, "X"]
+    ]
 
 
 def test_two_metrics_of_one_task_are_not_averaged(tmp_path, capsys):
