@@ -58,7 +58,8 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     if recipes:
         parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
         argv = with_recipe(argv, recipes)
-    argv = with_lists(with_switches(with_underscores(argv, config_type), config_type), config_type)
+    types = typing.get_type_hints(config_type)
+    argv = as_shells_write(with_underscores(argv, types), types, has_positionals(config_type))
     parser.add_class_arguments(config_type, as_positional=True)
     namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
     fields = parser.instantiate(namespace).as_dict()
@@ -111,57 +112,49 @@ def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
     return out
 
 
-def with_underscores(argv: list[str], config_type: type) -> list[str]:
+def with_underscores(argv: list[str], types: dict[str, typing.Any]) -> list[str]:
     """The arguments with `--save-every` in terms of `--save_every`, the field's name."""
-    names = typing.get_type_hints(config_type)
     out: list[str] = []
     for argument in argv:
         flag, equals, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        out.append(f"--{name}{equals}{value}" if flag.startswith("--") and name in names else argument)
+        out.append(f"--{name}{equals}{value}" if flag.startswith("--") and name in types else argument)
     return out
 
 
-def with_switches(argv: list[str], config_type: type) -> list[str]:
-    """The arguments with `--resume` in terms of `--resume true` where no value follows."""
-    switches = {name for name, kind in typing.get_type_hints(config_type).items() if kind is bool}
-    out: list[str] = []
-    for argument, following in zip(argv, [*argv[1:], "--"]):
-        out.append(argument)
-        if argument.removeprefix("--") in switches and following.startswith("--"):
-            out.append("true")
-    return out
+def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: bool = False) -> list[str]:
+    """The arguments as jsonargparse reads them: `--key a b` as `--key ["a","b"]` if the key is a list, a bare `--key` as
+    `--key true` if it is a switch.
 
-
-def with_lists(argv: list[str], config_type: type) -> list[str]:
-    """The arguments with `--data a b` in terms of `--data '["a", "b"]'`.
-
-    A flag of a command that has positionals takes one value only, so that it does not swallow them.
+    positionals: the command has some, so a list takes one value only and does not swallow them.
     """
-    kinds = typing.get_type_hints(config_type)
-    lists = {name for name, kind in kinds.items() if _is_list(kind)}
-    positionals = any(
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        for field in dataclasses.fields(config_type)
-    )
     out: list[str] = []
     place = 0
     while place < len(argv):
-        argument, name = argv[place], argv[place].removeprefix("--")
+        argument = argv[place]
         place += 1
         out.append(argument)
-        if not argument.startswith("--") or name not in lists:
-            continue
-        values: list[str] = []
-        while place < len(argv) and not argv[place].startswith("--") and not (positionals and values):
-            values.append(argv[place])
+        kind = types.get(argument[2:].replace("-", "_")) if argument.startswith("--") else None
+        start = place
+        while place < len(argv) and not argv[place].startswith("--"):
             place += 1
-        if len(values) == 1 and values[0].startswith("["):
-            out += values
-        elif values:
-            words = int not in typing.get_args(kinds[name]) and list[int] not in typing.get_args(kinds[name])
-            out.append(json.dumps(values) if words else f"[{', '.join(values)}]")
+        values = argv[start:place]
+        if kind is bool and (not values or values[0].lower() not in ("true", "false", "yes", "no")):
+            values = ["true", *values]
+        elif kind is not None and _is_list(kind) and values and not values[0].startswith("["):
+            count = 1 if positionals else len(values)
+            words = "int" not in str(kind) and "float" not in str(kind)
+            listed = ",".join(json.dumps(value) if words else value for value in values[:count])
+            values = [f"[{listed}]", *values[count:]]
+        out += values
     return out
+
+
+def has_positionals(config_type: type) -> bool:
+    """Whether a field has no default, which makes it a positional argument."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(config_type)
+    return any(field.default is missing and field.default_factory is missing for field in fields)
 
 
 def _is_list(kind: typing.Any) -> bool:
