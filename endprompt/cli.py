@@ -123,9 +123,9 @@ def with_underscores(argv: list[str], types: dict[str, typing.Any]) -> list[str]
 
 
 def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: bool = False) -> list[str]:
-    """The arguments as jsonargparse reads them: `--key a b` as `--key ["a","b"]` if the key is a list, a bare `--key` as
-    `--key true` if it is a switch.
+    """The arguments as jsonargparse reads them.
 
+    `--key a b` becomes `--key ["a","b"]` if the key is a list, a bare `--key` becomes `--key true` if it is a switch.
     positionals: the command has some, so a list takes one value only and does not swallow them.
     """
     out: list[str] = []
