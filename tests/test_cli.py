@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -110,34 +111,41 @@ def test_config_file_and_flags(tmp_path, capsys):
     assert "lrr" in capsys.readouterr().err
 
 
+TYPES = typing.get_type_hints(ExtendConfig)
+
+
 def test_flags_may_be_written_with_hyphens():
     given = ["--save-every", "5", "--eval-lengths=[8]", "--print-config", "a-b"]
-    assert cli.with_underscores(given, ExtendConfig) == [
+    assert cli.with_underscores(given, TYPES) == [
         "--save_every", "5", "--eval_lengths=[8]", "--print-config", "a-b",
     ]  # fmt: skip
 
 
 def test_switches_need_no_value():
-    given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast"]
-    assert cli.with_switches(given, ExtendConfig) == [
-        "--resume", "true", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "true",
+    given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "runs/x", "--autocast"]
+    assert cli.as_shells_write(given, TYPES) == [
+        "--resume", "true", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "true", "runs/x",
+        "--autocast", "true",
     ]  # fmt: skip
 
 
 def test_lists_need_no_brackets():
     given = ["--data", "a b.jsonl", "c.txt", "--eval_lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
-    assert cli.with_lists(given, ExtendConfig) == [
-        "--data", '["a b.jsonl", "c.txt"]', "--eval_lengths", "[64, 128]", "--report", "[wandb]", "--prompt", "EP_1",
+    assert cli.as_shells_write(given, TYPES) == [
+        "--data", '["a b.jsonl","c.txt"]', "--eval_lengths", "[64,128]", "--report", "[wandb]", "--prompt", "EP_1",
     ]  # fmt: skip
 
     @dataclasses.dataclass
     class Positional:
         checkpoint: str
-        lengths: list[int] | None = None
         tasks: list[str] = dataclasses.field(default_factory=list)
 
-    assert cli.with_lists(["--tasks", "vt", "runs/x"], Positional) == ["--tasks", '["vt"]', "runs/x"]
-    assert cli.with_lists(["runs/x", "--lengths", "64"], Positional) == ["runs/x", "--lengths", "[64]"]
+    assert cli.has_positionals(Positional) and not cli.has_positionals(ExtendConfig)
+    assert cli.as_shells_write(["--tasks", "vt", "runs/x"], {"tasks": list[str]}, True) == [
+        "--tasks",
+        '["vt"]',
+        "runs/x",
+    ]
 
 
 def test_prepare_runs_through_the_script(llama, documents, tmp_path, capsys):
