@@ -13,7 +13,7 @@ permissive licences, trains the tokenizer and writes everything that `build` nee
 
     tokens.bin       uint16 [rows, window], even rows plain text, odd rows a document in RULER's manner
     weights.bin      uint8 [rows, window], loss weight of each token as a target: 1, and 10 in answers
-    manifest.json    shapes, counts, seed and sha256 of all files
+    offsets.npy, completions.npy, manifest.json   as every token shard has them (endprompt.data)
 
 The shipped sample (endprompt/data/sample.txt) is held out: no 8 words in a row of it are left in the training text.
 """
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from benchmarks.documents import NIAH, NOISE, RETRIEVAL_KINDS, SAMPLE_PATH, VT, Prose, Words, row, sentences
+from endprompt.data import seal_shard, tokenizer_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -475,17 +476,17 @@ def build(
     with multiprocessing.get_context("spawn").Pool(min(processes or os.cpu_count() or 1, len(tasks))) as pool:
         for made in pool.imap_unordered(_fill, tasks):
             counts = {kind: counts.get(kind, 0) + n for kind, n in made.items()}
-    manifest = {
-        "rows": rows,
-        "window": window,
-        "seed": seed,
-        "answer_weight": 10,
-        "counts": counts,
-        "tokenizer_sha256": _sha256(Path(data) / "tokenizer" / "tokenizer.json"),
-        "sha256": {
-            **{name: _sha256(output / name) for name in ("tokens.bin", "weights.bin")},
-            **{name: _sha256(Path(data) / name) for name in ("text.bin", "prose.npz", "words.json", "sources.json")},
-        },
-    }
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    ends = np.arange(1, rows + 1, dtype=np.int64) * window
+    return seal_shard(
+        output,
+        np.concatenate([[0], ends]),
+        ends,
+        "uint16",
+        tokenizer_sha256(load_prepared(data).tokenizer),
+        rows=rows,
+        window=window,
+        seed=seed,
+        answer_weight=10,
+        counts=counts,
+        inputs={name: _sha256(Path(data) / name) for name in ("text.bin", "prose.npz", "words.json", "sources.json")},
+    )

@@ -227,18 +227,20 @@ def document(
     prose: Prose,
     words: Words | None = None,
     shortest: int = 128,
+    longest: int | None = None,
 ) -> dict[str, str]:
     """One document of exactly `tokens` tokens: {"text": ..., "completion": ...}.
 
-    The prompt's own length is uniform between `shortest` (or what the kind needs) and `tokens`; text from `prose` is
-    put in front of it. `text` and `completion` tokenise to the concatenation of their tokens.
+    The prompt's own length is uniform between `shortest` (or what the kind needs) and `longest` (default `tokens`);
+    text from `prose` is put in front of it. `text` and `completion` tokenise to the concatenation of their tokens.
     Raises ValueError if the kind is unknown or does not fit into `tokens`.
     """
     if kind == "text":
         ids = [*prose.tail(tokens - 1, rng).tolist(), tokenizer.eos_token_id]
         text, completion = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False), ""
     elif kind in _MAKERS:
-        text, completion, ids, _ = _prompt(kind, tokens, shortest, tokenizer, rng, words or Words.installed(), prose)
+        most = tokens if longest is None else min(longest, tokens)
+        text, completion, ids, _ = _prompt(kind, most, shortest, tokenizer, rng, words or Words.installed(), prose)
         front = tokens - len(ids)
         if front:
             gap = encode("\n\n" if front > 1 else "\n", tokenizer)
@@ -310,6 +312,7 @@ def write_documents(
     prose: Prose | None = None,
     words: Words | None = None,
     shortest: int = 128,
+    longest: int | None = None,
 ) -> Path:
     """Write n documents of exactly `window` tokens, one JSON object a line; kinds drawn by the mixture's weights.
 
@@ -325,7 +328,9 @@ def write_documents(
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for kind in kinds:
-            made = document(str(kind), window, tokenizer, rng, prose=prose, words=words, shortest=shortest)
+            made = document(
+                str(kind), window, tokenizer, rng, prose=prose, words=words, shortest=shortest, longest=longest
+            )
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
     partial.replace(path)
     return path
