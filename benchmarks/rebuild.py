@@ -1,9 +1,9 @@
 """The project's own base models: one command makes each again from nothing.
 
 text and documents -> tokenizer -> rows -> a Llama of this shape, trained by the project's own trainer. The recipes
-below are the whole of it; `benchmarks/base/` holds what they gave. How far a rebuild may differ: the text depends on the
-versions of the installed packages (sources.json records them), and a GPU's sums on their order, so weights differ in
-every digit and scores by about their interval; with the same prepared data the rows are the same to the byte.
+below are the whole of it; `benchmarks/base/` holds what they gave. How far a rebuild may differ: the text depends on
+the versions of the installed packages (sources.json records them), and a GPU's sums on their order, so weights differ
+in every digit and scores by about their interval; with the same prepared data the rows are the same to the byte.
 """
 
 from __future__ import annotations
