@@ -93,22 +93,20 @@ def upstream(tokenizer: Any, args: argparse.Namespace) -> Iterator[tuple[str, Ca
             text = {"essay": essay.words, "noise": "".join(haystack.noise()), "needle": haystack.needle()}[
                 spec.haystack
             ]
-            yield (
-                task,
-                lambda n, spec=spec, text=text: prepare_niah.generate_samples(
-                    text,
-                    tokenizer,
-                    max_seq_length=length,
-                    template=niah_utils.TEMPLATE,
-                    type_haystack={"noise": "repeat"}.get(spec.haystack, spec.haystack),
-                    type_needle_k=spec.key,
-                    type_needle_v=spec.value,
-                    num_needle_k=spec.keys,
-                    num_needle_v=spec.values,
-                    num_needle_q=spec.queries,
-                    num_samples=n,
-                ),
+            made = partial(
+                prepare_niah.generate_samples,
+                text,
+                tokenizer,
+                max_seq_length=length,
+                template=niah_utils.TEMPLATE,
+                type_haystack={"noise": "repeat"}.get(spec.haystack, spec.haystack),
+                type_needle_k=spec.key,
+                type_needle_v=spec.value,
+                num_needle_k=spec.keys,
+                num_needle_v=spec.values,
+                num_needle_q=spec.queries,
             )
+            yield task, partial(of_size, made)
     example = vt_utils.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)[0]
     yield "vt", lambda n: vt_utils.sys_vartrack_w_noise_random(tokenizer, n, length, icl_example=example)
     yield "cwe", lambda n: cwe_utils.sys_word_pair_random(n, length, tokenizer)
@@ -122,10 +120,7 @@ def upstream(tokenizer: Any, args: argparse.Namespace) -> Iterator[tuple[str, Ca
             for q in library.questions
         ]
         documents = list(library.documents)
-        yield (
-            task,
-            lambda n, qas=qas, documents=documents: qa_utils.generate_samples(tokenizer, documents, qas, length, n),
-        )
+        yield task, partial(qa_utils.generate_samples, tokenizer, documents, qas, length)
 
 
 def of_size(made: Callable[..., Any], n: int) -> Any:
