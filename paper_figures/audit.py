@@ -1,0 +1,374 @@
+"""The published numbers, recomputed: which averages, ratios and claims follow from the printed tables.
+
+Arithmetic is exact (decimal). Two printed numbers of two decimals can differ by rounding alone: an average of rounded
+columns is known to +-0.005, so a printed average agrees within 0.005 of the recomputed one, and up to 0.01 the
+difference is one of rounding. Everything else does not follow. A finding says what was computed, not why it differs.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+from paper_figures.data import DATA
+
+AGREES, ROUNDING, DOES_NOT_FOLLOW = "agrees", "rounding", "does not follow"
+VERDICTS = (AGREES, ROUNDING, DOES_NOT_FOLLOW)
+#: Half a unit of the last printed digit.
+HALF = Decimal("0.005")
+
+#: RULER's tasks with one answer a sample: 500 samples make every score a multiple of 0.2.
+ONE_ANSWER = ("niah_s1", "niah_s2", "niah_s3", "niah_m1", "niah_m2", "niah_m3", "qa_1", "qa_2")
+#: Answers a sample of the other tasks (RULER's defaults): scores are multiples of 100 / (500 * answers).
+ANSWERS = {"niah_mv": 4, "niah_mq": 4, "vt": 5, "cwe": 10, "fwe": 3} | dict.fromkeys(ONE_ANSWER, 1)
+SAMPLES = 500
+LENGTH_TABLES = ("Table 6", "Table 7", "Table 8", "Table 9")
+#: Columns of Table 3 -> the columns of Table 1 that they average.
+TASK_GROUPS = {
+    "niah_single": ("niah_s1", "niah_s2", "niah_s3"),
+    "niah_multikey": ("niah_m1", "niah_m2", "niah_m3"),
+    "niah_multivalue": ("niah_mv",),
+    "niah_multiquery": ("niah_mq",),
+    "vt": ("vt",),
+    "cwe": ("cwe",),
+    "fwe": ("fwe",),
+    "qa": ("qa_1", "qa_2"),
+}
+#: Weightings of LongBench's six categories: the number of data sets in each.
+WEIGHTINGS = {
+    "mean over the 16 English sets (weights 3, 3, 3, 3, 2, 2)": (3, 3, 3, 3, 2, 2),
+    "mean of the six categories": (1, 1, 1, 1, 1, 1),
+    "mean over all 21 sets (weights 4, 4, 4, 4, 3, 2)": (4, 4, 4, 4, 3, 2),
+}
+CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
+
+Finding = dict[str, Any]
+Scores = Mapping[str, Decimal]
+Rows = dict[str, dict[str, Decimal]]
+
+
+def findings() -> list[Finding]:
+    """Every check in order: dict(table, row, rule, printed, recomputed, verdict).
+
+    printed and recomputed are numbers, lists of numbers or short text; printed is None for what the paper leaves out.
+    """
+    tables = read_tables()
+    parts: Sequence[Callable[[dict[str, Rows]], Iterator[Finding]]] = (
+        ruler_averages,
+        ablation_averages,
+        longbench_averages,
+        short_text_averages,
+        repeated_numbers,
+        sample_grid,
+        longest_length,
+        constant_rows,
+        common_weighting,
+        claims,
+        growth_with_tokens,
+        highest_average,
+    )
+    return [finding for part in parts for finding in part(tables)]
+
+
+def finding(
+    table: str, row: str, rule: str, printed: Any, recomputed: Any, verdict: str | None = None, slack: Decimal = HALF
+) -> Finding:
+    """One finding; without a verdict, that of two numbers whose inputs are rounded by at most `slack` together."""
+    verdict = verdict or compare(printed, recomputed, slack)
+    return {
+        "table": table,
+        "row": row,
+        "rule": rule,
+        "printed": plain(printed),
+        "recomputed": plain(recomputed),
+        "verdict": verdict,
+    }
+
+
+def compare(printed: Decimal, recomputed: Decimal, slack: Decimal = HALF) -> str:
+    difference = abs(printed - recomputed)
+    return AGREES if difference <= HALF else ROUNDING if difference <= HALF + slack else DOES_NOT_FOLLOW
+
+
+def plain(value: Any) -> Any:
+    """Decimals as floats of at most four decimals, for JSON."""
+    if isinstance(value, Decimal):
+        return float(value.quantize(Decimal("0.0001"), ROUND_HALF_UP))
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def mean(values: Sequence[Decimal], weights: Sequence[int] | None = None) -> Decimal:
+    weights = weights or [1] * len(values)
+    return sum((w * v for w, v in zip(weights, values)), Decimal(0)) / sum(weights)
+
+
+def read_tables() -> dict[str, Rows]:
+    """Table 1 .. Table 9, each method -> column -> printed number."""
+    tables: dict[str, Rows] = {}
+    for number in range(1, 10):
+        rows: Rows = {}
+        for line in read(f"table_{number}"):
+            column = line.get("task") or line.get("category") or line["task_group"]
+            rows.setdefault(line["method"], {})[column] = Decimal(line["score"])
+        tables[f"Table {number}"] = rows
+    return tables
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with open(DATA / "published" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bars(figure: str, panel: str) -> dict[str, Decimal]:
+    """x -> number of one panel of Figure 2 or 3."""
+    return {line["x"]: Decimal(line["value"]) for line in read(figure) if line["panel"] == panel}
+
+
+def tasks_of(scores: Scores) -> list[str]:
+    return [column for column in scores if column != "avg"]
+
+
+# --- averages -------------------------------------------------------------------------------------------------------
+
+
+def ruler_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
+    for table in ("Table 1", *LENGTH_TABLES):
+        for method, scores in tables[table].items():
+            recomputed = mean([scores[task] for task in tasks_of(scores)])
+            yield finding(table, method, "avg is the mean of the 13 tasks", scores["avg"], recomputed)
+
+
+def ablation_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
+    weights = [len(group) for group in TASK_GROUPS.values()]
+    for method, scores in tables["Table 3"].items():
+        recomputed = mean([scores[group] for group in TASK_GROUPS], weights)
+        rule = "avg is the mean of the 13 tasks (weights 3, 3, 1, 1, 1, 1, 1, 2)"
+        yield finding("Table 3", method, rule, scores["avg"], recomputed)
+
+
+def longbench_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """The first weighting where it holds; every weighting where none does."""
+    for table in ("Table 2", "Table 4"):
+        for method, scores in tables[table].items():
+            values = [scores[category] for category in CATEGORIES]
+            tried = [
+                finding(table, method, f"avg is the {rule}", scores["avg"], mean(values, weights))
+                for rule, weights in WEIGHTINGS.items()
+            ]
+            follows = [f for f in tried if f["verdict"] != DOES_NOT_FOLLOW]
+            yield from follows[:1] or tried
+
+
+def short_text_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
+    for method, scores in tables["Table 5"].items():
+        recomputed = mean([scores[task] for task in tasks_of(scores)])
+        yield finding("Table 5", method, "avg is the mean of the four tasks", scores["avg"], recomputed)
+
+
+def repeated_numbers(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """Numbers that are printed in two places, and group means that follow from another table."""
+    main = tables["Table 1"]["EndPrompt"]
+    for group, tasks in TASK_GROUPS.items():
+        rule = f"{group} is the mean of {', '.join(tasks)} in Table 1"
+        printed = tables["Table 3"]["EndPrompt"][group]
+        yield finding("Table 3", "EndPrompt", rule, printed, mean([main[task] for task in tasks]))
+    same = {
+        "Table 3": (tables["Table 3"]["EndPrompt"]["avg"], "Table 1", main["avg"]),
+        "Figure 2, EP_1, RULER": (bars("figure_2", "ruler")["EP_1"], "Table 1", main["avg"]),
+        "Figure 3, ET, RULER": (bars("figure_3", "ruler")["ET"], "Table 1", main["avg"]),
+    }
+    longbench = tables["Table 2"]["EndPrompt"]["avg"]
+    same["Figure 2, EP_1, LongBench"] = (bars("figure_2", "longbench")["EP_1"], "Table 2", longbench)
+    same["Figure 3, ET, LongBench"] = (bars("figure_3", "longbench")["ET"], "Table 2", longbench)
+    for place, (printed, source, other) in same.items():
+        yield finding(place, "EndPrompt", f"avg is that of {source}", printed, other, slack=Decimal(0))
+
+
+# --- samples and the longest length ---------------------------------------------------------------------------------
+
+
+def sample_grid(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """A score of 500 samples with k answers each is a multiple of 100 / (500 k); rows may be printed to one decimal."""
+    for table in LENGTH_TABLES:
+        for method, scores in tables[table].items():
+            off = {task: distance_to_grid(scores[task], ANSWERS[task]) for task in tasks_of(scores)}
+            on_grid = sum(distance <= HALF for distance in off.values())
+            one_decimal = all(scores[task] % Decimal("0.1") == 0 for task in off)
+            if on_grid == len(off):
+                verdict = AGREES
+            else:
+                verdict = ROUNDING if one_decimal and max(off.values()) <= 10 * HALF else DOES_NOT_FOLLOW
+            rule = "scores are multiples of 100 / (500 samples x answers a sample), to two decimals"
+            if verdict == ROUNDING:
+                rule += " (the row is printed to one decimal)"
+            yield finding(table, method, rule, f"{len(off)} scores", f"{on_grid} on the grid", verdict)
+
+
+def distance_to_grid(value: Decimal, answers: int) -> Decimal:
+    steps = (value * SAMPLES * answers / 100).to_integral_value(ROUND_HALF_UP)
+    return abs(value - steps * 100 / (SAMPLES * answers))
+
+
+def recovered_64k(tables: dict[str, Rows] | None = None) -> Rows:
+    """The column that is not printed: 5 x the mean over five lengths - the four that are, by method and task.
+
+    `avg` is the same with the printed averages; `mean` is the mean of the 13 recovered tasks.
+    """
+    tables = tables or read_tables()
+    recovered: Rows = {}
+    for method, means in tables["Table 1"].items():
+        scores = {c: 5 * means[c] - sum(tables[table][method][c] for table in LENGTH_TABLES) for c in means}
+        recovered[method] = {**scores, "mean": mean([scores[task] for task in tasks_of(scores)])}
+    return recovered
+
+
+def longest_length(tables: dict[str, Rows]) -> Iterator[Finding]:
+    recovered = recovered_64k(tables)
+    place = "Table 1, 64K (not printed)"
+    for method, scores in recovered.items():
+        multiples = sum(scores[task] % Decimal("0.2") == 0 for task in ONE_ANSWER)
+        rule = "5 x Table 1 - Tables 6 to 9 is a multiple of 0.2 for each task with one answer (500 samples)"
+        verdict = AGREES if multiples == len(ONE_ANSWER) else DOES_NOT_FOLLOW
+        yield finding(place, method, rule, None, f"{multiples} of {len(ONE_ANSWER)} tasks", verdict)
+        inside = sum(0 <= scores[task] <= 100 for task in ANSWERS)
+        rule = "5 x Table 1 - Tables 6 to 9 lies in [0, 100] for each of the 13 tasks"
+        verdict = AGREES if inside == len(ANSWERS) else DOES_NOT_FOLLOW
+        yield finding(place, method, rule, None, f"{inside} of {len(ANSWERS)} tasks", verdict)
+    for method, scores in recovered.items():
+        # Five rounded averages: 5 x 0.005 + 4 x 0.005 = 0.045 at most from the mean of the recovered tasks.
+        rule = "avg at 64K: 5 x the avg of Table 1 - those of Tables 6 to 9; verdict against the mean of the 13 tasks"
+        verdict = compare(scores["avg"], scores["mean"], Decimal("0.04"))
+        yield finding(place, method, rule, None, scores["avg"], verdict)
+        rule = "avg at 64K: mean of the 13 tasks, each recovered as 5 x Table 1 - Tables 6 to 9"
+        yield finding(place, method, rule, None, scores["mean"], verdict)
+
+
+def ranks(tables: dict[str, Rows], method: str) -> list[int]:
+    """Rank of a method's average at 4K, 8K, 16K, 32K and, recovered, 64K; 1 is the highest."""
+    columns = [{m: scores["avg"] for m, scores in tables[table].items()} for table in LENGTH_TABLES]
+    columns.append({m: scores["mean"] for m, scores in recovered_64k(tables).items()})
+    return [1 + sum(value > column[method] for value in column.values()) for column in columns]
+
+
+# --- rows that are another row plus a constant ----------------------------------------------------------------------
+
+
+def constant_rows(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """Pairs of rows, in tables with the same columns, that differ by one constant in every column."""
+    groups = (("Table 1",), *((table,) for table in LENGTH_TABLES), ("Table 2", "Table 4"), ("Table 3",), ("Table 5",))
+    for group in groups:
+        rows = [(table, method, scores) for table in group for method, scores in tables[table].items()]
+        pairs = []
+        for i, row in enumerate(rows):  # each row against the first one that it follows from
+            source = next((other for other in rows[:i] if len(differences(other[2], row[2])) == 1), None)
+            if source:
+                pairs.append((source, row))
+        if not pairs:
+            rule = "no row is another row plus a constant in every column"
+            yield finding(" and ".join(group), "all", rule, f"{len(rows)} rows", "no such row", AGREES)
+        for (first_table, first, base), (table, method, scores) in pairs:
+            constant = differences(base, scores).pop()
+            sign = "+" if constant > 0 else "-"
+            origin = first if first_table == table else f"{first} of {first_table}"
+            columns = tasks_of(scores)
+            yield finding(
+                table,
+                method,
+                f"each of the {len(columns)} columns is that of {origin} {sign} {abs(constant)}",
+                [scores[column] for column in columns],
+                [base[column] + constant for column in columns],
+                AGREES,
+            )
+
+
+def differences(first: Scores, second: Scores) -> set[Decimal]:
+    return {second[column] - first[column] for column in tasks_of(first)}
+
+
+def common_weighting(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """Rows that differ by a constant have averages that differ by it, whatever the weights (they sum to one)."""
+    base = tables["Table 2"]["LCEG"]
+    for method in ("LongLoRA", "Full FT"):
+        scores = tables["Table 2"][method]
+        constants = differences(base, scores)
+        if len(constants) == 1:
+            rule = "avg - avg of LCEG is what every column differs by, as for any weights common to both rows"
+            yield finding("Table 2", method, rule, scores["avg"] - base["avg"], constants.pop())
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def claims(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """The numbers of the text; where a bar was read off the chart, the range that the reading allows is named."""
+    for line in read("claims"):
+        printed, subject, claim = Decimal(line["value"]), line["subject"], line["claim"]
+        if claim == "RULER average, 4K-64K":
+            recomputed, lo, hi = (tables["Table 1"][subject]["avg"],) * 3
+            rule = "avg of Table 1"
+        elif claim.startswith("memory reduction"):
+            recomputed, lo, hi = (100 * (1 - r) for r in ratio("memory_gb", subject, "Full FT"))
+            rule = "1 - memory of EndPrompt / memory of Full FT, percent"
+        elif claim.startswith("speed-up at 64K over "):
+            other = claim.removeprefix("speed-up at 64K over ")
+            recomputed, lo, hi = ratio("time_h", other, subject)
+            rule = f"hours of {other} / hours of {subject}, Figure 4"
+        else:
+            continue  # growth with tokens: below, with the row between
+        if lo != hi:
+            rule += f" (bars as read: {lo:.2f} to {hi:.2f})"
+        digit = Decimal(1).scaleb(printed.as_tuple().exponent)  # type: ignore[arg-type]
+        if recomputed.quantize(digit, ROUND_HALF_UP) == printed:
+            verdict = AGREES
+        else:
+            verdict = ROUNDING if lo <= printed <= hi else DOES_NOT_FOLLOW
+        yield finding(line["source"], subject, f"{claim}: {rule}", printed, recomputed, verdict)
+
+
+def ratio(panel: str, top: str, bottom: str) -> tuple[Decimal, Decimal, Decimal]:
+    """Ratio of two bars of Figure 4 at 64K, and its lowest and highest value within the error of reading."""
+    lines = {line["series"]: line for line in read("figure_4") if line["panel"] == panel and line["x"] == "65536"}
+    (a, da), (b, db) = (
+        (Decimal(lines[series]["value"]), Decimal(lines[series]["reading_error"])) for series in (top, bottom)
+    )
+    return a / b, (a - da) / (b + db), (a + da) / (b - db)
+
+
+def growth_with_tokens(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """0.5B, 1B (the main row) and 2B training tokens."""
+    rows = tables["Table 3"]
+    averages = [rows[method]["avg"] for method in ("ET-0.5B", "EndPrompt", "ET-2.0B")]
+    line = next(line for line in read("claims") if line["subject"] == "ET-0.5B to ET-2.0B")
+    printed = [Decimal(line["claim"].split()[-2]), Decimal(line["value"])]
+    same = printed == [averages[0], averages[2]] and averages[2] > averages[0]
+    rule = "the RULER average rises from 0.5B to 2B tokens, as in Table 3"
+    verdict = AGREES if same else DOES_NOT_FOLLOW
+    yield finding(line["source"], line["subject"], rule, printed, [averages[0], averages[2]], verdict)
+    rule = "the RULER average grows with every step of tokens: 0.5B, 1B (EndPrompt's main row), 2B"
+    verdict = AGREES if averages == sorted(averages) else DOES_NOT_FOLLOW
+    yield finding(line["source"], line["subject"], rule, printed, averages, verdict)
+
+
+def highest_average(tables: dict[str, Rows]) -> Iterator[Finding]:
+    for suite, table, panel in (("RULER", "Table 1", "ruler"), ("LongBench", "Table 2", "longbench")):
+        averages = {method: scores["avg"] for method, scores in tables[table].items()}
+        yield highest(table, f"highest {suite} average of the methods in {table}", averages)
+        figure = bars("figure_3", panel)
+        averages |= {method: value for method, value in figure.items() if method != "ET"}
+        yield highest(f"{table} and Figure 3", f"highest {suite} average, PoSE and ET(PoSE) included", averages)
+    place = ranks(tables, "EndPrompt")
+    rule = "highest RULER average at each length: rank among the four methods at 4K, 8K, 16K, 32K and, recovered, 64K"
+    verdict = AGREES if set(place) == {1} else DOES_NOT_FOLLOW
+    yield finding("Tables 6 to 9 and 64K", "EndPrompt", rule, "highest average over 4K to 64K", place, verdict)
+
+
+def highest(table: str, rule: str, averages: Mapping[str, Decimal]) -> Finding:
+    """printed: the row's own average; recomputed: the highest ones down to it, by name."""
+    own = averages["EndPrompt"]
+    above = sorted((value, method) for method, value in averages.items() if value > own)[::-1]
+    names = ", ".join(f"{method} {value:.2f}" for value, method in (above or [(own, "EndPrompt")]))
+    return finding(table, "EndPrompt", rule, own, names, DOES_NOT_FOLLOW if above else AGREES)

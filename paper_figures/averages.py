@@ -1,0 +1,92 @@
+"""Averages of result rows and their 95% intervals.
+
+One seed: the intervals of the cells (over samples) are combined by squares, separately below and above, so that cells
+near 0 and 100 keep their one-sided intervals (Zou and Donner 2008). Two seeds and more: Student's t over the seeds'
+averages. A method that lacks a cell which others have gets no average: cells are never left out silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from paper_figures.data import Frames
+from paper_figures.names import SUITE_TASKS
+
+#: Lengths that the paper's RULER average is taken over.
+PAPER_LENGTHS = (4096, 8192, 16384, 32768, 65536)
+
+
+def average(rows: pd.DataFrame, by: Sequence[str], over: Sequence[str] = ("task", "length")) -> pd.DataFrame:
+    """Mean over the cells `over` for each group `by`: columns by + value, lo, hi, seeds, cells, origin.
+
+    lo and hi are NaN where the rows carry no interval. All groups are held to the same cells: those that any group
+    with the same `by` (without `method`) has.
+    """
+    rows = rows.drop_duplicates([*dict.fromkeys([*by, *over, "seed"])])
+    peers = [column for column in by if column != "method"]
+    complete = _number_of_cells(rows, peers, over)
+    out = []
+    for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        key = key if isinstance(key, tuple) else (key,)
+        needed = complete[tuple(k for column, k in zip(by, key) if column != "method")]
+        seeds = [seed for _, seed in group.groupby("seed", dropna=False) if len(seed) == needed]
+        if not seeds:
+            continue
+        value, lo, hi = _over_seeds(seeds)
+        origin = "; ".join(seed["origin"].iloc[0] + (" ff." if len(seed) > 1 else "") for seed in seeds)
+        out.append([*key, value, lo, hi, len(seeds), needed, origin])
+    return pd.DataFrame(out, columns=[*by, "value", "lo", "hi", "seeds", "cells", "origin"])
+
+
+def _number_of_cells(rows: pd.DataFrame, peers: list[str], over: Sequence[str]) -> dict[tuple, int]:
+    if not peers:
+        return {(): len(rows.drop_duplicates(list(over)))}
+    return {
+        key if isinstance(key, tuple) else (key,): len(group.drop_duplicates(list(over)))
+        for key, group in rows.groupby(peers, dropna=False)
+    }
+
+
+def _over_seeds(seeds: list[pd.DataFrame]) -> tuple[float, float, float]:
+    means = np.array([seed["value"].mean() for seed in seeds])
+    if len(seeds) > 1:
+        half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
+        return means.mean(), means.mean() - half, means.mean() + half
+    cells = seeds[0].astype({"value": float, "lo": float, "hi": float})
+    below = np.sqrt(((cells["value"] - cells["lo"]) ** 2).sum(skipna=False)) / len(cells)
+    above = np.sqrt(((cells["hi"] - cells["value"]) ** 2).sum(skipna=False)) / len(cells)
+    return means[0], means[0] - below, means[0] + above
+
+
+def interval_kind(averages: pd.DataFrame) -> str:
+    """How the intervals of these averages were made, for a caption."""
+    most = int(averages["seeds"].max())
+    return "95% intervals over samples, one seed" if most == 1 else f"95% intervals over {most} seeds"
+
+
+def scored(frames: Frames, suite: str) -> pd.DataFrame:
+    """Rows of the suite's own tasks (no averages, no buckets), values as floats."""
+    rows = frames[suite]
+    rows = rows[rows["task"].isin(SUITE_TASKS[suite])]
+    for task, group in rows.groupby("task"):
+        if group["metric"].nunique() > 1:
+            other = group[group["metric"] != group["metric"].iloc[0]].iloc[0]
+            raise ValueError(
+                f"{other['origin']}: metric must be the same in all rows of task {task!r} to be averaged: "
+                f"metric={other['metric']!r} beside {group['metric'].iloc[0]!r} ({group['origin'].iloc[0]})"
+            )
+    return rows.astype({"value": float, "lo": float, "hi": float})
+
+
+def is_small_scale(rows: pd.DataFrame) -> bool:
+    """Rows that stop short of the longest length that the paper scores (by length or target) are marked so."""
+    reach = rows.reindex(columns=["length", "target"]).astype(float).max().max()
+    return not reach >= PAPER_LENGTHS[-1]
+
+
+def scale_mark(rows: pd.DataFrame) -> str:
+    return "measured here, small scale" if is_small_scale(rows) else "measured here"

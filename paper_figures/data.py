@@ -1,0 +1,209 @@
+"""What the figures read: published numbers (CSV) and result rows (JSON Lines), checked on the way in.
+
+Every number keeps where it came from in the column `origin`: the table or figure of the paper, or file and line of a
+row. Nothing here imports the rest of the project, so that a figure can be drawn from files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+DATA = Path(__file__).resolve().parent / "data"
+#: The version of the rows this package reads (`schema` in a row), and the columns that every row has.
+SCHEMA = 1
+REQUIRED = (
+    "suite",
+    "task",
+    "length",
+    "metric",
+    "value",
+    "stderr",
+    "ci95",
+    "n",
+    "n_truncated",
+    "model",
+    "method",
+    "seed",
+    "samples_sha256",
+)
+#: A cell that is scored once: two rows that agree in these must agree in their value.
+CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
+#: How a method was run, where rows carry it: rows of one method that differ in these are told apart, never averaged.
+CONDITIONS = ("window", "target", "steps", "prompt_weight")
+
+
+class NoData(ValueError):
+    """A figure was asked for, and the rows that it draws do not exist."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one figure or table reads, as README.md lists it and as `load` checks it.
+
+    files: CSV below data/ (without .csv) -> the columns used.
+    rows: suite of the result rows -> the columns used beyond those that every row has.
+    needs_rows: without rows there is nothing to draw; otherwise they stand beside the published numbers.
+    """
+
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs_rows: bool = False
+
+
+#: The columns of a row that a figure reads, as messages and README.md name them.
+SHOWN = ("task", "length", "value", "method", "seed")
+Frames = Mapping[str, pd.DataFrame]
+
+
+def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """One frame for each file and suite of `inputs`; a suite without rows gives an empty frame.
+
+    Raises NoData if rows or columns that are needed do not exist, ValueError for rows that cannot be compared; both
+    name file and column.
+    """
+    frames = {name: read_published(name, columns) for name, columns in inputs.files.items()}
+    for suite, extras in inputs.rows.items():
+        frame = rows[rows["suite"] == suite]
+        columns = ", ".join((*SHOWN, *extras))
+        if inputs.needs_rows and frame.empty:
+            raise NoData(
+                f"needs rows of suite {suite!r} in results.jsonl (--results DIR) or data/measured/*.jsonl, "
+                f"with the columns {columns}; found none"
+            )
+        complete = frame.reindex(columns=[*extras]).notna().all(axis=1)
+        if len(frame) and not complete.any():
+            raise NoData(f"needs the columns {columns} in rows of suite {suite!r}; {frame['origin'].iloc[0]} lacks one")
+        check_cells(frame)
+        frame = distinguish(frame[complete])
+        frames[suite] = frame.reindex(columns=dict.fromkeys([*frame.columns, *REQUIRED, *extras, "lo", "hi", "origin"]))
+    return frames
+
+
+def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one method under several conditions get the condition in their method: `pose+yarn@steps=300`."""
+    rows = rows.copy()
+    names = list(rows["method"])
+    for column in CONDITIONS:
+        if column in rows:
+            several = rows.groupby("method")[column].transform("nunique") > 1
+            told = zip(names, rows[column], several)
+            names = [f"{n}@{column}={value:g}" if apart and value == value else n for n, value, apart in told]
+    rows["method"] = names
+    return rows
+
+
+def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV of data/, by its name without the ending (`published/table_1`)."""
+    path = DATA / f"{name}.csv"
+    if not path.is_file():
+        raise NoData(f"needs the file {path} with the columns {', '.join(columns)}")
+    frame = pd.read_csv(path)
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise ValueError(f"{path}: must have the column {missing[0]!r}")
+    return frame
+
+
+def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
+    """Rows of run directories (their results.jsonl) or of JSON Lines files, one frame.
+
+    `ci95` is split into `lo` and `hi`. Raises ValueError naming file, line and column of the first row that cannot be
+    used, OSError for a file that does not exist.
+    """
+    rows: list[dict[str, Any]] = []
+    for source in map(Path, sources):
+        path = source / "results.jsonl" if source.is_dir() else source
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; a results directory must have results.jsonl")
+        rows.extend(_read_rows(path))
+        if source.is_dir() and (source / "depth.jsonl").is_file():
+            rows.extend(_read_depths(source / "depth.jsonl"))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*REQUIRED, "lo", "hi", "origin"])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    revision = _revision(path.with_name("environment.json"))
+    for origin, row in _json_lines(path, REQUIRED):
+        lo, hi = row["ci95"] if row["ci95"] else (None, None)
+        rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
+    return rows
+
+
+def _read_depths(path: Path) -> list[dict[str, Any]]:
+    """Scores by depth of the needle, as a scoring run writes them: rows of suite `ruler_depth` at the bins' middles."""
+    columns = ("length", "depth_from", "depth_to", "value", "n", "method", "model", "seed")
+    blank = dict.fromkeys(REQUIRED) | {
+        "suite": "ruler_depth",
+        "task": "needles",
+        "metric": "share_found",
+        "n_truncated": 0,
+    }
+    return [
+        {**blank, **{c: row[c] for c in columns}, "depth": (row["depth_from"] + row["depth_to"]) / 2, "origin": origin}
+        for origin, row in _json_lines(path, columns)
+    ]
+
+
+def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, object) of each line. Raises ValueError naming both and the column that is missing."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        origin = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{origin}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{origin}: must be a JSON object, got {type(row).__name__}")
+        if row.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"{origin}: rows of schema {row['schema']!r} cannot be read; schema must be {SCHEMA}")
+        missing = [column for column in required if column not in row]
+        if missing:
+            raise ValueError(f"{origin}: a row must have the column {missing[0]!r}")
+        yield origin, row
+
+
+def _revision(path: Path) -> str | None:
+    """The revision of the code that made a run, from its environment.json; None where the run does not say."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("revision")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: must be a JSON object ({error})") from None
+
+
+def check_cells(rows: pd.DataFrame) -> None:
+    """Rows that are compared must have been scored on the same samples, and a cell must have one value.
+
+    Raises ValueError naming the two rows.
+    """
+    rows = rows[rows["suite"] != "training-speed"]  # a timing has no samples and may be taken again
+    if rows.empty:
+        return
+    where = ["suite", "task", "length", "seed"]
+    for key, group in rows.groupby(where, dropna=False):
+        hashes = group["samples_sha256"].fillna("none")
+        if hashes.nunique() > 1:
+            first, other = group.iloc[0], group[hashes != hashes.iloc[0]].iloc[0]
+            raise ValueError(
+                f"{other['origin']}: samples_sha256 must be the same for all methods at "
+                f"{', '.join(f'{k}={v}' for k, v in zip(where, key))}, but {other['method']!r} differs from "
+                f"{first['method']!r} ({first['origin']})"
+            )
+    keys = [column for column in (*CELL, *CONDITIONS) if column in rows]
+    for _, group in rows.groupby(keys, dropna=False):
+        if group["value"].nunique() > 1:
+            first, other = group.iloc[0], group[group["value"] != group["value"].iloc[0]].iloc[0]
+            raise ValueError(
+                f"{other['origin']}: value={other['value']} of {other['method']!r} differs from "
+                f"{first['value']} for the same cell ({first['origin']})"
+            )

@@ -1,0 +1,93 @@
+"""Figure 4: what training costs. Memory and hours per billion tokens at 32K and 64K, published and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper_figures import style
+from paper_figures.data import Frames, Inputs
+from paper_figures.names import short_length
+
+TITLE = "Figure 4: memory and time of training at 32K and 64K"
+INPUTS = Inputs(
+    files={"published/figure_4": ("panel", "x", "series", "value", "reading_error", "device", "source")},
+    rows={"training-speed": ("metric", "environment")},
+)
+#: Panels of the published figure -> axis labels, published and measured, and the metric of the measured rows.
+PANELS = {
+    "memory_gb": ("peak memory, GB per GPU", "peak memory, GiB per GPU", "peak_gib"),
+    "time_h": ("hours per billion tokens", "hours per billion tokens", "hours_per_1b_tokens"),
+}
+#: Methods of the measured rows, and the published one that each repeats.
+METHODS = {"reference": "LCEG", "longlora": "LongLoRA", "full": "Full FT", "endprompt": "EndPrompt"}
+
+
+def draw(frames: Frames) -> Figure:
+    published, rows = frames["published/figure_4"], fastest(frames["training-speed"])
+    fig = style.figure(4.2 if len(rows) else 2.2)
+    axes = fig.subplots(2 if len(rows) else 1, 2, squeeze=False)
+    for column, (panel, (label, measured_label, metric)) in enumerate(PANELS.items()):
+        part = published[published["panel"] == panel]
+        values = part.pivot(index="series", columns="x", values="value").loc[part["series"].unique()]
+        errors = part.pivot(index="series", columns="x", values="reading_error")
+        grouped_bars(axes[0, column], values, style.PUBLISHED, errors)
+        axes[0, column].set_title(f"published, {part['device'].iloc[0]}")
+        axes[0, column].set_ylabel(label)
+        if len(rows):
+            means = rows.pivot_table(index="method", columns="length", values=metric, sort=False)
+            means = means.loc[[method for method in METHODS if method in means.index]]
+            colors = {method: style.PUBLISHED[name] for method, name in METHODS.items()}
+            grouped_bars(axes[1, column], means, colors, None)
+            axes[1, column].set_title(f"measured here, {', '.join(rows['device'].unique())}")
+            axes[1, column].set_ylabel(measured_label)
+    for line in axes:
+        line[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig
+
+
+def fastest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The fastest measurement of each method at each published length: method, length, device and both metrics."""
+    lengths = (32768, 65536)
+    rows = rows[rows["method"].isin(METHODS) & rows["length"].isin(lengths)]
+    metrics = [metric for *_, metric in PANELS.values()]
+    if not set(metrics) <= set(rows["metric"]):
+        return rows.iloc[:0]
+    rows = rows.assign(device=rows["environment"].map(device_name))
+    keys = ["method", "length", "device", "task"]
+    wide = (
+        rows.pivot_table(index=keys, columns="metric", values="value", aggfunc="last")[metrics].dropna().reset_index()
+    )
+    return wide.sort_values("hours_per_1b_tokens").drop_duplicates(["method", "length"])
+
+
+def device_name(environment: dict[str, Any]) -> str:
+    device = environment.get("device", {})
+    return device.get("gpu") or f"{device.get('machine', 'unknown')} CPU"
+
+
+def grouped_bars(ax: Axes, values: pd.DataFrame, colors: Mapping[str, str], errors: pd.DataFrame | None) -> None:
+    """Groups by length, one bar a method; published bars that were read off the chart carry the error of reading."""
+    width = 0.8 / len(values)
+    for i, name in enumerate(values.index):
+        for group, length in enumerate(values.columns):
+            value = values.loc[name, length]
+            if value != value:
+                continue
+            x = group + (i - (len(values) - 1) / 2) * width
+            hatch = style.MEASURED_HATCH if errors is None else None
+            label = name if group == 0 else None
+            ax.bar(x, value, width * 0.92, color=colors[name], hatch=hatch, label=label, zorder=2)
+            error = 0.0 if errors is None else errors.loc[name, length]
+            if error:
+                ax.vlines(x, value - error, value + error, color="#222222", linewidth=0.8, zorder=3)
+            text = f"{value:.1f}"
+            ax.annotate(text, (x, value + error), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+    ax.set_xticks(range(len(values.columns)), [short_length(length) for length in values.columns])
+    ax.tick_params(axis="x", length=0)
+    ax.set_ylim(0, float(values.max().max()) * 1.15)
+    ax.grid(axis="y")

@@ -1,0 +1,215 @@
+"""The package's two written pages, made from what it draws and finds: `python -m paper_figures.pages` writes them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from paper_figures import audit, catalog
+from paper_figures.data import CONDITIONS, REQUIRED, SCHEMA, SHOWN
+
+HERE = Path(__file__).resolve().parent
+
+
+#: What the columns mean that a figure needs beyond those of every row.
+COLUMNS = (
+    ("`train_tokens`, `gpu_seconds`", "`ruler`", "training tokens and GPU-seconds of the checkpoint that was scored"),
+    ("`bernstein_constant`", "`ruler`", "largest frequency times the square of the attention factor, per token"),
+    ("`gap_rms`", "`ruler`", "predicted RMS error of the score in the gap, in units of the score's own"),
+    ("`depth`", "`ruler_depth`", "place of the needle, percent of the context; from depth.jsonl of a run directory"),
+    (
+        "`metric`, `environment`",
+        "`training-speed`",
+        "`peak_gib` (per GPU) or `hours_per_1b_tokens`, method `reference`, `longlora`, `full` or `endprompt`; the "
+        "device",
+    ),
+    (
+        "`metric`",
+        "`analysis`",
+        "`tightness_order1_q01`, `_q50`, `_q99` (largest slope over its bound) and `share_within_coefficient_order1`",
+    ),
+    ("`window`, `target`, `steps`, `prompt_weight`", "any", "optional: how the method was run"),
+)
+
+
+def readme() -> str:
+    """README.md: figure -> file -> data -> columns."""
+    lines = [
+        "# Figures and tables",
+        "",
+        _paragraph(
+            "Every figure and table of the paper, and our own, drawn from files alone: no model, no torch, no GPU."
+        ),
+        "",
+        "    endprompt figures                                  all that have data, into figures/",
+        "    endprompt figures --results runs/demo runs/lab     with these runs beside the published numbers",
+        "    endprompt figures --only figure_3 table_1          some of them",
+        "    endprompt audit                                    the published numbers, recomputed (AUDIT.md)",
+        "",
+        _paragraph(
+            "A figure is one function of files, `draw(frames)`, in a file of its name; a table is `build(frames)`. "
+            "Figures are written as PDF and PNG, 178 mm wide; tables as LaTeX (booktabs), Markdown and CSV, where the "
+            "last column says where each line comes from. Beside a figure of measured values stands NAME.rows.csv, "
+            "the rows "
+            "that it read, each with its file, line and revision. A second run writes the same bytes."
+        ),
+        "",
+        _paragraph(
+            "Published numbers are the CSV files of `data/published/`, transcribed with their place in the paper. "
+            "Measured numbers are rows of results, JSON Lines: those of the run directories given by `--results`, else "
+            "those in `data/measured/`. Measured values are hatched or stand in a section of their own, and are marked "
+            "as small-scale where they stop short of the paper's 64K. A method that lacks a cell which others have "
+            "gets "
+            "no average. `data/computed/` holds positions and predictions that the project's own `endprompt` and "
+            "`analysis` packages give, made by `tests/figure_data.py`; tests compute them again and compare."
+        ),
+        "",
+        _paragraph(
+            f"Rows have schema {SCHEMA} and the columns {_code(REQUIRED)}; the list "
+            "below names those that a figure needs besides. `method` is `base`, or scheme, prompt kind and scaling "
+            "joined by `+` (`endprompt+EP_1+linear`, `pose+yarn`). Rows of one task, length and seed must carry the "
+            f"same `samples_sha256`. Rows of one method that differ in {_code(CONDITIONS)} are told apart."
+        ),
+        "",
+        "## Figure → file → data → columns",
+        "",
+        *_table(("figure", "file", "data", "columns"), _listing()),
+        "",
+        "Columns beyond those of every row:",
+        "",
+        *_table(("column", "suite", "meaning"), COLUMNS),
+        "",
+        "This page is written by `python -m paper_figures.pages`, and a test holds it to what the code reads.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _listing() -> Iterable[Sequence[str]]:
+    for name in catalog.NAMES:
+        module = catalog.module(name)
+        folder = "figures" if name in catalog.FIGURES else "tables"
+        first = (module.TITLE, f"[`{name}.py`]({folder}/{name}.py)")
+        for file, columns in module.INPUTS.files.items():
+            yield *first, f"[`{file}.csv`](data/{file}.csv)", ", ".join(columns)
+            first = ("", "")
+        for suite, extras in module.INPUTS.rows.items():
+            need = "rows" if module.INPUTS.needs_rows else "if any, rows"
+            yield (
+                *first,
+                f"{need} of suite `{suite}`",
+                ", ".join((*SHOWN, *extras)),
+            )
+            first = ("", "")
+
+
+def audit_page() -> str:
+    """AUDIT.md: what follows from the printed tables, what does not, and the column that is not printed."""
+    found = audit.findings()
+    count = {verdict: sum(f["verdict"] == verdict for f in found) for verdict in audit.VERDICTS}
+    recovered = audit.recovered_64k()
+    tasks = list(audit.ANSWERS)
+    order = [task for task in next(iter(recovered.values())) if task in tasks]
+    constant = [f for f in found if f["rule"].startswith("each of the ") and isinstance(f["recomputed"], list)]
+    lines = [
+        "# The published numbers, recomputed",
+        "",
+        _paragraph(
+            'What follows from the tables of "EndPrompt: Efficient Long-Context Extension via Terminal Anchoring" (May '
+            "2026) by arithmetic alone. Each finding names the rule, the printed number, the recomputed one, and one "
+            "of "
+            "three verdicts: *agrees* (within half a unit of the last digit), *rounding* (explained by the rounding of "
+            "the numbers that it is computed from), *does not follow*. A number can differ from its rule for many "
+            "reasons, a misprint among them; nothing is said here about which. `endprompt audit` computes this page's "
+            "findings anew, `endprompt audit --json` prints them for a program."
+        ),
+        "",
+        f"{len(found)} findings: {count['agrees']} agree, {count['rounding']} are rounding, "
+        f"{count['does not follow']} do not follow.",
+        "",
+        "## What does not follow",
+        "",
+        *_findings(f for f in found if f["verdict"] == audit.DOES_NOT_FOLLOW),
+        "",
+        _paragraph(
+            "No weighting common to the rows of Table 2 can give its averages: rows that differ by a constant in every "
+            "column have averages that differ by the same constant."
+        ),
+        "",
+        "## The 64K column",
+        "",
+        _paragraph(
+            "Tables 6 to 9 print 4K to 32K and Table 1 the mean over 4K to 64K, so five times Table 1 less the four "
+            "tables is the score at 64K. The reading is plausible: for the tasks with one answer a sample the result "
+            "is "
+            "a multiple of 0.2 in every cell, as 500 samples a task must give (the printed means alone would allow "
+            "steps "
+            "of 0.05, of which one in four is such a multiple). Of the others, vt, cwe and fwe are known to ±0.05 and "
+            "the mean to ±0.01; Full FT is printed to one decimal, so that its are known to ±0.23 and its mean to "
+            "±0.09."
+        ),
+        "",
+        *_table(
+            ("method", *order, "mean"),
+            (
+                (m, *(f"{scores[task]:.2f}" for task in order), f"{scores['mean']:.2f}")
+                for m, scores in recovered.items()
+            ),
+        ),
+        "",
+        "## Rows that are another row plus a constant",
+        "",
+        *_table(
+            ("table", "row", "rule", "printed"),
+            ((f["table"], f["row"], f["rule"], _show(f["printed"])) for f in constant),
+        ),
+        "",
+        "In the other tables no two rows differ by a constant.",
+        "",
+        "## All findings",
+        "",
+        *_findings(found),
+        "",
+        "This page is written by `python -m paper_figures.pages`, and a test holds it to the findings.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def _findings(found: Iterable[audit.Finding]) -> list[str]:
+    return _table(
+        ("table", "row", "rule", "printed", "recomputed", "verdict"),
+        ((f["table"], f["row"], f["rule"], _show(f["printed"]), _show(f["recomputed"]), f["verdict"]) for f in found),
+    )
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "not printed"
+    if isinstance(value, list):
+        return ", ".join(map(_show, value))
+    return f"{value:.2f}" if isinstance(value, float) and round(value, 2) == value else str(value)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def main() -> None:
+    for name, text in (("README.md", readme()), ("AUDIT.md", audit_page())):
+        (HERE / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

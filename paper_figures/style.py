@@ -1,0 +1,98 @@
+"""Appearance: the one `.mplstyle`, a colour, marker and line for each method, and saving the same bytes every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from paper_figures.names import Method
+
+STYLE = Path(__file__).with_name("journal.mplstyle")
+#: Okabe and Ito's colours (all types of colour blindness tell them apart), and a marker so that no colour is needed.
+ARMS = {
+    "base": ("#000000", "o"),
+    "contiguous": ("#E69F00", "s"),
+    "endprompt": ("#0072B2", "^"),
+    "endprompt-random": ("#56B4E9", "v"),
+    "recall": ("#D55E00", "D"),
+    "pose": ("#009E73", "P"),
+    "endprompt-pose": ("#CC79A7", "X"),
+    "anchors": ("#999999", "*"),
+}
+OTHERS = (("#882255", "h"), ("#44AA99", "<"), ("#332288", ">"), ("#999933", "p"), ("#666666", "d"))
+LINES = {"": ":", "none": ":", "linear": (0, (4, 1.5)), "yarn": "-", "ntk": "-.", "llama3": (0, (5, 1, 1, 1, 1, 1))}
+#: The paper's four methods and its own extensions, where no scheme of ours is meant.
+PUBLISHED = {
+    "EndPrompt": "#0072B2",
+    "ET": "#0072B2",
+    "PoSE": "#009E73",
+    "ET(PoSE)": "#CC79A7",
+    "LCEG": "#E69F00",
+    "LongLoRA": "#56B4E9",
+    "Full FT": "#7F7F7F",
+}
+MEASURED_HATCH = "////"
+
+
+@contextmanager
+def journal():
+    """Matplotlib's defaults plus the project's style, whatever the user's own settings are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.style.use(STYLE)
+        yield
+
+
+def figure(height: float, width: float = 7.0) -> Figure:
+    """An empty figure, width and height in inches; it belongs to no window and no global state."""
+    fig = Figure(figsize=(width, height))
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def arm_style(method: Method, arms: list[str]) -> dict[str, Any]:
+    """Colour and marker of a method's arm, line of its scaling. `arms`: all arms drawn, to place unknown ones."""
+    unknown = [arm for arm in arms if arm not in ARMS]
+    color, marker = ARMS.get(method.arm) or OTHERS[unknown.index(method.arm) % len(OTHERS)]
+    return {"color": color, "marker": marker, "linestyle": LINES.get(method.scaling, "-")}
+
+
+def percent_axis(ax: Axes, label: str | None = "score, percent") -> None:
+    ax.set_ylim(0, 100)
+    ax.set_yticks(range(0, 101, 25))
+    ax.grid(axis="y")
+    if label:
+        ax.set_ylabel(label)
+
+
+def log_axis(ax: Axes, values: Iterable[float], spell: Callable[[float], str]) -> None:
+    """Logarithmic x axis around the values, with two to six ticks at 1, 2 and 5 (or at the values' own ends)."""
+    low, high = min(values), max(values)
+    ax.set_xscale("log")
+    ax.set_xlim(low / 1.3, high * 1.3)
+    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [s * 10.0**e for e in exponents for s in steps if low / 1.3 <= s * 10.0**e <= high * 1.3]
+        if len(ticks) >= 3:
+            break
+    if len(ticks) < 2:
+        ticks = [low] if high < 1.2 * low else [low, high]
+    ax.set_xticks(ticks, [spell(tick) for tick in ticks])
+    ax.minorticks_off()
+
+
+def save(fig: Figure, stem: Path) -> list[Path]:
+    """PDF and PNG, byte-identical for identical content: no dates, no version of the software."""
+    pdf, png = stem.with_suffix(".pdf"), stem.with_suffix(".png")
+    fig.savefig(pdf, metadata={"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None})
+    fig.savefig(png, metadata={"Software": None})
+    return [pdf, png]

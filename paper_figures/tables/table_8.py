@@ -1,0 +1,26 @@
+"""Table 8: RULER at 16K by task."""
+
+from __future__ import annotations
+
+from paper_figures.averages import scored
+from paper_figures.data import Frames, Inputs
+from paper_figures.names import RULER
+from paper_figures.table import Table
+from paper_figures.tables.measured import at_length, measured_note, measured_section, published_section
+
+TITLE = "Table 8: RULER at 16K by task"
+INPUTS = Inputs(files={"published/table_8": ("length", "task", "method", "score", "source")}, rows={"ruler": ()})
+COLUMNS = {column: (task,) for column, task in RULER.items()}
+
+
+def build(frames: Frames) -> Table:
+    published = frames["published/table_8"]
+    rows = at_length(scored(frames, "ruler"), published)
+    return Table(
+        name="table_8",
+        caption="RULER scores (percent) at a length of 16K.",
+        first="method",
+        columns=list(published["task"].unique()),
+        sections=[published_section(published, "task"), *measured_section(rows, COLUMNS)],
+        note=measured_note(rows, COLUMNS),
+    )
