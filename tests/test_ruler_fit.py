@@ -134,3 +134,15 @@ def test_importing_the_module_loads_nothing_heavy():
     code = f"import benchmarks.ruler, sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_without_a_text_of_the_users_the_haystack_is_the_unseen_half_of_the_sample():
+    from benchmarks import documents, haystack
+
+    s = ruler.build_samples("niah_single_2", 1024, helpers.tokenizer(), 1)[0]
+    assert s["haystack"] == "sample.txt, second half"
+    assert s["haystack_sha256"] == haystack.file_sha256(haystack.shipped_sample())
+    context = s["input"].split("\n", 1)[1]
+    unseen, seen = documents.sample_haystack_sentences(), documents.sample_training_sentences()
+    assert any(sentence in context for sentence in unseen[:10])
+    assert not any(sentence in context for sentence in seen if len(sentence) > 60)
