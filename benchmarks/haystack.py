@@ -258,10 +258,15 @@ def essay(haystack_text: str | Path | None, data_dir: str | Path | None, task: s
         try:
             path = data_file("essays", data_dir, task)
         except ValueError as missing:
-            path = Path(str(resources.files("endprompt") / "data" / "sample.txt"))
+            path = shipped_sample()
             if not path.is_file():
                 raise ValueError(f"{missing}; or give a text of your own by --haystack-text") from None
     return _essay(path, file_sha256(path))
+
+
+def shipped_sample() -> Path:
+    """The project's sample text, of which the second half is the haystack; the first may be trained on."""
+    return Path(str(resources.files("endprompt") / "data" / "sample.txt"))
 
 
 @functools.lru_cache(maxsize=4)
@@ -275,10 +280,14 @@ def _essay(path: Path, sha256: str) -> Essay:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: a haystack must be UTF-8 text ({error.reason} at byte {error.start})") from None
+    name = path.name
+    if path == shipped_sample():
+        paragraphs = text.split("\n\n")
+        text, name = "\n\n".join(paragraphs[len(paragraphs) // 2 :]), f"{name}, second half"
     words = text.split()
     if not words:
         raise ValueError(f"{path}: a haystack must have words; the file is empty")
-    return Essay(path.name, sha256, words)
+    return Essay(name, sha256, words)
 
 
 # ---------------------------------------------------------------------------------------------- question answering

@@ -42,8 +42,14 @@ def test_prompt_and_generation_never_exceed_the_budget_and_nearly_fill_it(task, 
     assert sum(used) / len(used) >= least * length
 
 
-@pytest.mark.parametrize("kind", ["bytes", "metaspace", "wordpiece", "glued"])
-@pytest.mark.parametrize("task", ruler.TASKS)
+ONE_OF_EACH = ["niah_single_1", "niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [(task, kind) for kind in ("bytes", "metaspace", "wordpiece") for task in ruler.TASKS]
+    + [(task, "glued") for task in ONE_OF_EACH],
+)
 def test_sums_are_right_or_replaced_by_a_search_for_every_kind_of_tokenizer(task, kind, folder, monkeypatch):
     monkeypatch.setattr(ruler, "EXACT_TOKENS", 0)  # as in a large cell: only a few prompts are tokenized whole
     tokenizer = helpers.tokenizer(kind)
@@ -134,3 +140,15 @@ def test_importing_the_module_loads_nothing_heavy():
     code = f"import benchmarks.ruler, sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_without_a_text_of_the_users_the_haystack_is_the_unseen_half_of_the_sample():
+    from benchmarks import documents, haystack
+
+    s = ruler.build_samples("niah_single_2", 1024, helpers.tokenizer(), 1)[0]
+    assert s["haystack"] == "sample.txt, second half"
+    assert s["haystack_sha256"] == haystack.file_sha256(haystack.shipped_sample())
+    context = s["input"].split("\n", 1)[1]
+    unseen, seen = documents.sample_haystack_sentences(), documents.sample_training_sentences()
+    assert any(sentence in context for sentence in unseen[:10])
+    assert not any(sentence in context for sentence in seen if len(sentence) > 60)

@@ -1,0 +1,137 @@
+"""Speed of building RULER samples: ours and lm-eval's generators, on one tokenizer in one run.
+
+    python -m benchmarks.sample_speed CHECKPOINT --length 4096 --output runs/sample-speed
+
+lm-eval's time for 500 samples is extrapolated from two smaller numbers of samples, since sizing is done once and every
+sample costs the same; its essays are the haystack text of the run. QA needs --data-dir and is left out without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import haystack, ruler
+from endprompt import rows
+
+FEW, MORE = 2, 6
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the speed of building RULER samples.")
+    parser.add_argument("checkpoint", type=Path, help="directory with a tokenizer")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--haystack-text")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--output", type=Path, default=Path("runs/sample-speed"))
+    args = parser.parse_args(argv)
+    from endprompt.model import load_tokenizer
+
+    tokenizer = load_tokenizer(args.checkpoint)
+    out = rows.RunDirectory(args.output, vars(args))
+    about: dict[str, Any] = {"suite": "speed", "length": args.length, "model": args.checkpoint.name, "seed": 0}
+    total = {"ours": 0.0, "lm-eval": 0.0}
+    generators = dict(upstream(tokenizer, args))
+    for task in ruler.TASKS:
+        if ruler.SPECS[task].family == "qa" and args.data_dir is None:
+            continue
+        began = time.perf_counter()
+        cell = ruler.Cell.build(
+            task,
+            args.length,
+            tokenizer,
+            args.samples,
+            0,
+            args.data_dir,
+            ruler.Options(haystack_text=args.haystack_text),
+        )
+        fill = sum(sample["fill"] for sample in cell) / len(cell)  # renders every prompt
+        measured = {"ours": time.perf_counter() - began}
+        few, more = (seconds(partial(generators[task], n)) for n in (FEW, MORE))
+        measured["lm-eval"] = few + (args.samples - FEW) * max(0.0, more - few) / (MORE - FEW)
+        for method, value in measured.items():
+            total[method] += value
+            extra = {"fill": round(fill, 5)} if method == "ours" else {"extrapolated_from": [FEW, MORE]}
+            row = rows.result_row(
+                task=task, metric="seconds", value=value, method=method, n=args.samples, **about, **extra
+            )
+            out.add([row])
+        print(
+            f"{task:<18} {measured['ours']:8.2f} s   lm-eval {measured['lm-eval']:8.2f} s   fill {fill:.4f}", flush=True
+        )
+    for method, value in total.items():
+        out.add([rows.result_row(task="all", metric="seconds", value=value, method=method, n=args.samples, **about)])
+    ratio = total["lm-eval"] / total["ours"]
+    out.add([rows.result_row(task="all", metric="times faster", value=ratio, method="ours", **about)])
+    print(f"{'all':<18} {total['ours']:8.2f} s   lm-eval {total['lm-eval']:8.2f} s   {ratio:.0f} times")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        work()
+    return time.perf_counter() - began
+
+
+def upstream(tokenizer: Any, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[int], Any]]]:
+    """lm-eval's generator of each task, as a function of the number of samples."""
+    with mock.patch("nltk.data.find"):  # its import would download a sentence splitter
+        from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, qa_utils, vt_utils
+    length, essay = args.length, haystack.essay(args.haystack_text, args.data_dir)
+    prepare_niah.sent_tokenize = split_sentences  # the splitter's data are not there either
+    for task, spec in ruler.SPECS.items():
+        if spec.family == "niah":
+            text = {"essay": essay.words, "noise": "".join(haystack.noise()), "needle": haystack.needle()}[
+                spec.haystack
+            ]
+            made = partial(
+                prepare_niah.generate_samples,
+                text,
+                tokenizer,
+                max_seq_length=length,
+                template=niah_utils.TEMPLATE,
+                type_haystack={"noise": "repeat"}.get(spec.haystack, spec.haystack),
+                type_needle_k=spec.key,
+                type_needle_v=spec.value,
+                num_needle_k=spec.keys,
+                num_needle_v=spec.values,
+                num_needle_q=spec.queries,
+            )
+            yield task, partial(of_size, made)
+    example = vt_utils.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)[0]
+    yield "vt", lambda n: vt_utils.sys_vartrack_w_noise_random(tokenizer, n, length, icl_example=example)
+    yield "cwe", lambda n: cwe_utils.sys_word_pair_random(n, length, tokenizer)
+    yield "fwe", lambda n: fwe_utils.sys_kwext(tokenizer, length, n)
+    for task in ("qa_1", "qa_2"):
+        if args.data_dir is None:
+            continue
+        library = haystack.library(ruler.SPECS[task].dataset, args.data_dir, task)
+        qas = [
+            {"query": q.text, "outputs": list(q.answers), "context": list(q.context), "more_context": list(q.related)}
+            for q in library.questions
+        ]
+        documents = list(library.documents)
+        yield task, partial(qa_utils.generate_samples, tokenizer, documents, qas, length)
+
+
+def of_size(made: Callable[..., Any], n: int) -> Any:
+    return made(num_samples=n)
+
+
+def split_sentences(text: str) -> list[str]:
+    made = haystack.Essay("text", "", text.split())
+    ends = [0, *made.ends.tolist()]
+    return [made.text(a, b) for a, b in pairwise(ends)]
+
+
+if __name__ == "__main__":
+    main()
