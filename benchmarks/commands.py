@@ -39,6 +39,55 @@ def score(config: ScoreConfig) -> int | None:
 
 
 @dataclass
+class DemoConfig:
+    """Settings of `endprompt demo`.
+
+    Args:
+        output: run directory; a second run of the same one does only what is missing.
+        seed: of the training documents, positions and samples.
+        steps: training steps of each arm.
+        samples: samples of each task and length.
+        overwrite: start again.
+    """
+
+    output: str = "runs/demo"
+    seed: int = 0
+    steps: int = 200
+    samples: int = 32
+    overwrite: bool = False
+
+
+def demo(config: DemoConfig) -> int | None:
+    """Extend the small base model 8-fold on this CPU, verify it, score it, draw the figures, print one table."""
+    from benchmarks import demo as work
+
+    return work.demo(config)
+
+
+@dataclass
+class BaseConfig:
+    """Settings of `endprompt base`.
+
+    Args:
+        window: 256 or 512, the two recipes.
+        output: directory of the model.
+        data: folder of the prepared text; it is made if it is not there.
+    """
+
+    window: int = 256
+    output: str = "runs/base"
+    data: str = "runs/base-text"
+
+
+def base(config: BaseConfig) -> int | None:
+    """Rebuild one of the project's own base models from nothing (minutes on a GPU)."""
+    from benchmarks.rebuild import rebuild
+
+    print(rebuild(config.window, config.output, config.data))
+    return None
+
+
+@dataclass
 class TasksPathConfig:
     """`endprompt tasks-path` has no settings."""
 

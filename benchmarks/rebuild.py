@@ -117,4 +117,5 @@ def rebuild(
 if __name__ == "__main__":
     import sys
 
-    print(rebuild(int(sys.argv[1]), sys.argv[2], *sys.argv[3:4]))
+    size, target, *text = sys.argv[1:]
+    print(rebuild(int(size), target, text[0] if text else ".basedata"))
