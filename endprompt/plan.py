@@ -7,7 +7,8 @@ P multiplied parameters, L layers, hidden size h, key/value width k, intermediat
     attention         2 T h L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention
     the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
     activations       selective: 4 h + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
-                      none: 2 h + i more; full: h a layer, and one layer whole
+                      none: 2 h + i more; full: h a layer, and one layer whole;
+                      selective in float8: 3 h + i of one byte (what the products read) and h + 2 k of two
 
 Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its rows, and 7% are taken off for what
 communication does not hide (an assumption until it is measured).
@@ -25,7 +26,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """bfloat16 matrix rate in FLOP/s as sustained in training, memory traffic in bytes/s, usable memory in GiB."""
+    """bfloat16 matrix rate in FLOP/s as sustained in training, memory traffic in bytes/s, usable memory in GiB.
+
+    The float8 rate has the conversions to float8 in it. Only the H200's rates are measured (docs/speed.md).
+    """
 
     matmul: float
     float8: float
@@ -34,8 +38,8 @@ class Device:
 
 
 DEVICES = {
-    "H200": Device(708e12, 1200e12, 4.3e12, 137.0),
-    "H100": Device(680e12, 1150e12, 3.0e12, 77.0),
+    "H200": Device(708e12, 905e12, 4.3e12, 137.0),
+    "H100": Device(680e12, 870e12, 3.0e12, 77.0),
     "A100": Device(240e12, 240e12, 1.7e12, 77.0),
 }
 METHODS = ("endprompt", "full", "longlora")
@@ -176,6 +180,8 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
     tokens = micro_rows * row_tokens
     selective = 2.0 * (4 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
     whole = selective + 2.0 * (2 * shape.hidden + shape.intermediate)
+    if config.float8 != "none":
+        selective = 3.0 * shape.hidden + shape.intermediate + 2.0 * (shape.hidden + 2 * shape.kv)
     layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
     parts["activations"] = layer * shape.layers * tokens
     if recompute == "full":

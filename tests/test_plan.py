@@ -1,10 +1,14 @@
 """The plan against measured runs of one H200 and against counts made another way."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+import paper_figures
 from endprompt.plan import GIB, PlanConfig, memory, plan, plans, seconds_per_token, shape_of
+
+DATA = Path(paper_figures.__file__).parent / "data"
 
 
 @pytest.mark.parametrize("name", ["llama3-8b", "llama2-7b", "llama3-1b"])
@@ -26,6 +30,25 @@ def test_parameters_are_counted_as_transformers_makes_them(name):
 def test_speed_is_within_ten_percent_of_what_was_measured(row_tokens, recompute, measured):
     speed = 1 / seconds_per_token(shape_of("llama3-8b"), PlanConfig(), row_tokens, recompute)
     assert speed == pytest.approx(measured, rel=0.1)
+
+
+#: Micro-batches of one H200 as data/measured/h200_training.jsonl has them: task -> the plan's settings for it.
+MEASURED = {
+    "tune: 2 rows, float32 sums": (PlanConfig(), 2, "selective"),
+    "tune: 1 row, float32 sums, unfused": (PlanConfig(), 1, "none"),
+    "full, 65,536": (PlanConfig(method="full", rows=8), 1, "full"),
+    "float8 fast": (PlanConfig(float8="fast"), 2, "selective"),
+}
+
+
+@pytest.mark.parametrize("task", MEASURED)
+def test_speed_and_memory_are_within_ten_percent_of_the_measured_rows(task):
+    config, micro_rows, recompute = MEASURED[task]
+    lines = (DATA / "measured" / "h200_training.jsonl").read_text().splitlines()
+    measured = {row["metric"]: row["value"] for row in map(json.loads, lines) if row["task"] == task}
+    (planned,) = [one for one in plans(config) if (one.micro_rows, one.recompute) == (micro_rows, recompute)]
+    assert planned.tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
+    assert planned.total_gib == pytest.approx(measured["peak_gib"], rel=0.1)
 
 
 def test_memory_is_within_ten_percent_of_what_was_measured():

@@ -51,8 +51,13 @@ def draw(frames: Frames) -> Figure:
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The fastest measurement of each method at each published length: method, length, device and both metrics."""
+    """The fastest measurement of each method at each published length: method, length, device and both metrics.
+
+    Methods are compared at one precision: rows with float8 products or short gradient sums are left out.
+    """
     lengths = (32768, 65536)
+    if "setting" in rows:
+        rows = rows[rows["setting"].map(in_common_precision).astype(bool)]
     rows = rows[rows["method"].isin(METHODS) & rows["length"].isin(lengths)]
     metrics = [metric for *_, metric in PANELS.values()]
     if not set(metrics) <= set(rows["metric"]):
@@ -63,6 +68,12 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
         rows.pivot_table(index=keys, columns="metric", values="value", aggfunc="last")[metrics].dropna().reset_index()
     )
     return wide.sort_values("hours_per_1b_tokens").drop_duplicates(["method", "length"])
+
+
+def in_common_precision(setting: Any) -> bool:
+    """Whether a row's products are in bfloat16 and its gradients summed in float32; so they are if it does not say."""
+    setting = setting if isinstance(setting, dict) else {}
+    return setting.get("float8", "none") == "none" and setting.get("sums", "float32") == "float32"
 
 
 def device_name(environment: dict[str, Any]) -> str:
