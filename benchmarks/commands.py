@@ -52,7 +52,7 @@ class DemoConfig:
 
     output: str = "runs/demo"
     seed: int = 0
-    steps: int = 200
+    steps: int = 150
     samples: int = 32
     overwrite: bool = False
 

@@ -142,6 +142,7 @@ def verify_config(name: str, path: Path, run: Path) -> VerifyConfig:
         scheme="endprompt",
         pairs=64,
         output=str(run / "verify" / name),
+        method=score.method_of(score_config(name, path, run, LENGTHS, DemoConfig())),
         formats=("png",),
     )
 

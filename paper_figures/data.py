@@ -33,7 +33,7 @@ REQUIRED = (
     "samples_sha256",
 )
 #: A cell that is scored once: two rows that agree in these must agree in their value.
-CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
+CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth", "stratum", "layer", "head", "scheme")
 #: How a method was run, where rows carry it: rows of one method that differ in these are told apart, never averaged.
 CONDITIONS = ("window", "target", "steps", "prompt_weight")
 

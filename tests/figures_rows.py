@@ -76,9 +76,9 @@ def lab_rows(methods, seeds=range(5)):
                 value = max(0, methods[method][1] - depth / 4 - length / 100)
                 rows.append(row(method, "niah_single_1", length, value, suite="ruler_depth", depth=depth))
         for metric, value in (
-            ("tightness_order1_q01", 0.08),
-            ("tightness_order1_q50", 0.34),
-            ("tightness_order1_q99", 0.81),
+            ("slope_over_coefficient_bound_q01", 0.08),
+            ("slope_over_coefficient_bound_q50", 0.34),
+            ("slope_over_coefficient_bound_q99", 0.81),
             ("share_within_coefficient_order1", 1.0),
         ):
             rows.append({**row(method, "bounds", 2048, value, suite="analysis"), "metric": metric})

@@ -11,7 +11,7 @@ from paper_figures.figures.score_against_length import ordered_methods
 TITLE = "Slope of the attention score over its bound, quantiles over heads and pairs"
 INPUTS = Inputs(rows={"analysis": ("metric",)}, needs_rows=True)
 #: Metrics of the rows: 1st, 50th and 99th percentile of max |S'| / sum a_j omega_j, and the share within the bound.
-QUANTILES = ("tightness_order1_q01", "tightness_order1_q50", "tightness_order1_q99")
+QUANTILES = ("slope_over_coefficient_bound_q01", "slope_over_coefficient_bound_q50", "slope_over_coefficient_bound_q99")
 WITHIN = "share_within_coefficient_order1"
 
 
