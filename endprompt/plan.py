@@ -28,7 +28,8 @@ GIB = 2**30
 class Device:
     """bfloat16 matrix rate in FLOP/s as sustained in training, memory traffic in bytes/s, usable memory in GiB.
 
-    The float8 rate has the conversions to float8 in it. Only the H200's rates are measured (docs/speed.md).
+    The float8 rate has in it the conversions to float8 and what compiled layers then recompute. Only the H200's rates
+    are measured (docs/speed.md).
     """
 
     matmul: float
