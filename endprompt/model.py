@@ -440,12 +440,13 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     directory = checkpoint_path(path)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
 
 
@@ -455,9 +456,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     directory = checkpoint_path(path)
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {error}") from error
+    # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
 
 
 def load_model(
