@@ -10,7 +10,7 @@ demo: setup
 	@"$(BIN)/endprompt" demo
 
 test: setup lint
-	@"$(BIN)/python" -m pytest
+	@"$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	@"$(BIN)/python" -m pytest -m slow
