@@ -1,87 +1,134 @@
 """Training states: complete or absent, checked by hash, the last few kept.
 
-A state is a directory `step-00000100` with `tensors.safetensors` (weights and optimizer, no pickle) and, written last,
-`state.json` (step, configuration, sha256). It is written aside, flushed to the disk and renamed, so a crash at any
-moment leaves the one before.
+A state is a directory `step-00000100` with the files of torch.distributed.checkpoint (weights and optimizer, each
+process its own share) and, written last, `state.json` (step, configuration, sha256 of every file). It is written aside,
+flushed to the disk and renamed, so a crash at any moment leaves the one before. A state can be loaded by another number
+of processes than wrote it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+from endprompt.distributed import World, barrier, from_main, gathered
+from endprompt.rows import write_text
+
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class TrainingState:
+    """A whole state on the disk. about: what `save_state` was given."""
+
     step: int
-    tensors: dict[str, torch.Tensor]
+    path: Path
     about: dict[str, Any]
 
 
 def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All tensors that the next step depends on, by name; tied weights appear once."""
+    """The live tensors that the next step depends on, by name; tied weights appear once."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    masters = getattr(optimizer, "masters", {})
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        if parameter in masters:
+            tensors[f"optimizer.{name}.master"] = masters[parameter].detach()
+        for key, value in optimizer.state.get(masters.get(parameter, parameter), {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
 
 
-def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put `collect`'s tensors back. Raises ValueError if names or shapes are another model's."""
-    for name, parameter in model.named_parameters():
-        saved = tensors.get(f"model.{name}")
-        if saved is None or saved.shape != parameter.shape:
-            raise ValueError(f"the saved state is of another model: parameter {name} is missing or of another shape")
-        with torch.no_grad():
-            parameter.copy_(saved)
-        prefix = f"optimizer.{name}."
-        state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
-            optimizer.state[parameter] = {
-                # AdamW keeps its step counter on the CPU unless it is fused or capturable
-                key: value.to(parameter.device) if value.dim() or _on_device(optimizer) else value.clone()
-                for key, value in state.items()
-            }
-
-
-def _on_device(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-
-
-def save_state(directory: Path, step: int, tensors: dict[str, torch.Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Write the state of `step`, keep the last `keep`. Raises OSError (a full disk) with the earlier ones intact."""
-    from safetensors.torch import save_file
-
-    final = directory / f"step-{step:08d}"
-    aside = directory / f"step-{step:08d}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    """Load a state into the model and the optimizer. Raises ValueError if names or shapes are another model's."""
+    _make_optimizer_state(optimizer)
     try:
-        save_file(tensors, aside / TENSORS)
-        _sync(aside / TENSORS)
-        record = {"step": step, "sha256": file_sha256(aside / TENSORS), **about}
-        (aside / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-        _sync(aside / STATE)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _sync(directory)
-    except Exception as error:
+        with _one_process_is_meant():
+            dcp.load(collect(model, optimizer), checkpoint_id=state.path)
+    except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{state.path}: the state is of another model or optimizer: {reason}") from error
+
+
+def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its tensors, by a step that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+
+
+def save_state(
+    directory: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    about: dict[str, Any],
+    keep: int,
+    here: World | None = None,
+) -> Path:
+    """Write the state of `step`, keep the last `keep`. Raises OSError (a full disk) with the earlier ones intact."""
+    here = here or World()
+    final, aside = directory / f"step-{step:08d}", directory / f"step-{step:08d}.partial"
+    if here.main:
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{final}: the training state could not be written, earlier ones are intact: {error}") from error
-    for old in states(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    try:
+        writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
+        with _one_process_is_meant():
+            dcp.save(tensors, storage_writer=writer)
+        hashes: dict[str, str] = {}
+        for part in gathered(_hashes(sorted(aside.glob(f"__{here.rank}_*")))):
+            hashes |= part
+        if here.main:
+            hashes |= _hashes([aside / ".metadata"])
+            record = {"step": step, "sha256": hashes, **about}
+            (aside / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            _sync(aside / STATE)
+            _sync(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            _sync(directory)
+    except (Exception, dcp.api.CheckpointException) as error:
+        if here.main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{final}: the state could not be written, earlier ones are intact: {_root(error)}") from error
+    if here.main:
+        for old in states(directory)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier()
     return final
+
+
+@contextlib.contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without a process group torch warns that it assumes a single process, which is what it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _root(error: BaseException) -> BaseException | str:
+    """What went wrong on the first process that failed."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
 
 
 def states(directory: Path) -> list[Path]:
@@ -89,24 +136,60 @@ def states(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.is_dir() and path.suffix != ".partial")
 
 
-def newest_state(directory: Path) -> TrainingState | None:
-    """The newest whole state; a damaged one is named on stderr and the one before it is used. None if there is none."""
-    from safetensors.torch import load_file
+def last_good(directory: Path) -> str:
+    """Where a run that has to stop can be taken up again, for a message."""
+    kept = states(directory)
+    return f"the last good state is {kept[-1]}" if kept else "no training state was saved (save_every=0)"
 
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop lines that a run wrote beyond the step that it resumes from, and a line that a crash has cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def newest_state(directory: Path, here: World | None = None) -> TrainingState | None:
+    """The newest whole state; a damaged one is named on stderr and the one before it is used. None if there is none."""
+    found = _newest(directory) if here is None or here.main else None
+    return from_main(found)
+
+
+def _newest(directory: Path) -> TrainingState | None:
     for path in reversed(states(directory)):
         try:
             about = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if file_sha256(path / TENSORS) != about["sha256"]:
-                raise ValueError(f"sha256 of {TENSORS} differs")
-            return TrainingState(int(about["step"]), load_file(path / TENSORS), about)
-        except (OSError, ValueError, KeyError) as error:
+            wanted = about["sha256"]
+            for name, digest in _hashes([path / name for name in wanted]).items():
+                if digest != wanted[name]:
+                    raise ValueError(f"sha256 of {name} differs")
+            return TrainingState(int(about["step"]), path, about)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"endprompt: WARNING: {path} is damaged ({error}); trying the one before", file=sys.stderr)
     return None
+
+
+def _hashes(paths: list[Path]) -> dict[str, str]:
+    with ThreadPoolExecutor(8) as pool:
+        return {path.name: digest for path, digest in zip(paths, pool.map(file_sha256, paths))}
 
 
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file of a directory, and the directory itself, to the disk."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A command is a function of one typed dataclass, `def extend(config: ExtendConfig) -> int | None`, named under the
 entry-point group `endprompt.commands`. Fields without a default are positional arguments, all others are flags; a YAML
-file given by `--config` sets any of them, later flags override it, `--print_config` prints the whole.
+file given by `--config` sets any of them, later flags override it, `--print_config` prints the whole. `--recipe NAME`
+is a configuration that the package ships, `--list-recipes` lists them.
 
 Exit codes: 0 done, 1 failed, 2 bad usage. This module imports nothing of the project, and only the command that is
 called.
@@ -11,6 +12,7 @@ called.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,7 +20,6 @@ import sys
 import typing
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from typing import Any
 
 GROUP = "endprompt.commands"
 
@@ -44,18 +45,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
+    recipes = recipe_files(entry_point)
+    if "--list-recipes" in argv:
+        print(recipe_list(recipes))
+        return 0
     command = entry_point.load()
     config_type = typing.get_type_hints(command)["config"]
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"endprompt {entry_point.name}", description=(command.__doc__ or "").strip())
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
+    if recipes:
+        parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
+        argv = with_recipe(argv, recipes)
+    types = typing.get_type_hints(config_type)
+    argv = as_shells_write(with_underscores(argv, types), types, has_positionals(config_type))
     parser.add_class_arguments(config_type, as_positional=True)
-    namespace = parser.parse_args(
-        as_shells_write(argv, typing.get_type_hints(config_type))
-    )  # bad usage: prints the key, the value and the rule, exits with 2
-    fields = parser.instantiate_classes(namespace).as_dict()
-    fields.pop("config", None)
+    namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+    fields = parser.instantiate(namespace).as_dict()
+    for key in ("config", "recipe"):
+        fields.pop(key, None)
     try:
         return command(config_type(**fields)) or 0
     except KeyboardInterrupt:
@@ -67,27 +76,91 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         return fail(one_line(error), 1)
 
 
-def as_shells_write(argv: list[str], types: dict[str, Any]) -> list[str]:
-    """Flags as a shell gives them, for jsonargparse: `--key a b` as `--key ["a","b"]` if key is a list, a bare `--key`
-    as `--key true` if it is a switch."""
+def package_directory(entry_point: EntryPoint) -> Path | None:
+    """Directory of the package that owns a command, found without importing the command."""
+    spec = importlib.util.find_spec(entry_point.module.partition(".")[0])
+    locations = spec.submodule_search_locations if spec else None
+    return Path(locations[0]) if locations else None
+
+
+def recipe_files(entry_point: EntryPoint) -> dict[str, Path]:
+    """Configurations that a package ships for a command, by name: PACKAGE/recipes/COMMAND/NAME.yaml."""
+    directory = package_directory(entry_point)
+    found = (directory / "recipes" / entry_point.name).glob("*.yaml") if directory else ()
+    return {path.stem: path for path in sorted(found)}
+
+
+def recipe_list(recipes: dict[str, Path]) -> str:
+    """Name and first comment line of each recipe."""
+    width = max(map(len, recipes), default=0)
+    firsts = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in recipes.items()}
+    return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
+
+
+def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
+    """The arguments with `--recipe NAME` in terms of `--config FILE`, at its place."""
     out: list[str] = []
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        out.append(word)
-        kind = types.get(word[2:].replace("-", "_")) if word.startswith("--") else None
-        start = position
-        while position < len(argv) and not argv[position].startswith("--"):
-            position += 1
-        values = argv[start:position]
-        if kind is bool and values[:1] not in (["true"], ["false"]):
+    rest = iter(argv)
+    for argument in rest:
+        if argument == "--recipe" or argument.startswith("--recipe="):
+            name = argument.partition("=")[2] or next(rest, "")
+            if name not in recipes:
+                sys.exit(fail(f"recipe must be one of {', '.join(recipes)}: recipe={name!r}", 2))
+            out += ["--config", str(recipes[name])]
+        else:
+            out.append(argument)
+    return out
+
+
+def with_underscores(argv: list[str], types: dict[str, typing.Any]) -> list[str]:
+    """The arguments with `--save-every` in terms of `--save_every`, the field's name."""
+    out: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        out.append(f"--{name}{equals}{value}" if flag.startswith("--") and name in types else argument)
+    return out
+
+
+def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: bool = False) -> list[str]:
+    """The arguments as jsonargparse reads them.
+
+    `--key a b` becomes `--key ["a","b"]` if the key is a list, a bare `--key` becomes `--key true` if it is a switch.
+    positionals: the command has some, so a list takes one value only and does not swallow them.
+    """
+    out: list[str] = []
+    place = 0
+    while place < len(argv):
+        argument = argv[place]
+        place += 1
+        out.append(argument)
+        kind = types.get(argument[2:].replace("-", "_")) if argument.startswith("--") else None
+        start = place
+        while place < len(argv) and not argv[place].startswith("--"):
+            place += 1
+        values = argv[start:place]
+        if kind is bool and (not values or values[0].lower() not in ("true", "false", "yes", "no")):
             values = ["true", *values]
-        elif typing.get_origin(kind) is list and values and not (len(values) == 1 and values[0].startswith("[")):
-            text = typing.get_args(kind)[0] is str
-            values = ["[" + ",".join(json.dumps(value) if text else value for value in values) + "]"]
+        elif kind is not None and _is_list(kind) and values and not values[0].startswith("["):
+            count = 1 if positionals else len(values)
+            words = "int" not in str(kind) and "float" not in str(kind)
+            listed = ",".join(json.dumps(value) if words else value for value in values[:count])
+            values = [f"[{listed}]", *values[count:]]
         out += values
     return out
+
+
+def has_positionals(config_type: type) -> bool:
+    """Whether a field has no default, which makes it a positional argument."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(config_type)
+    return any(field.default is missing and field.default_factory is missing for field in fields)
+
+
+def _is_list(kind: typing.Any) -> bool:
+    """Whether a field is a list (or None), and cannot be a single word."""
+    parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    return all(part is type(None) or typing.get_origin(part) is list for part in parts)
 
 
 def one_line(error: BaseException) -> str:
@@ -117,16 +190,12 @@ def overview(commands: dict[str, EntryPoint]) -> str:
 
 def summary(entry_point: EntryPoint) -> str:
     """First line of the command's docstring, read from the source without importing it (start-up stays fast)."""
-    module, _, function = entry_point.value.partition(":")
-    package, _, rest = module.partition(".")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return ""
-    path = Path(spec.submodule_search_locations[0], *rest.split(".")).with_suffix(".py")
-    if not path.is_file():
+    directory = package_directory(entry_point)
+    path = directory and Path(directory, *entry_point.module.split(".")[1:]).with_suffix(".py")
+    if not path or not path.is_file():
         return ""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == function:
+        if isinstance(node, ast.FunctionDef) and node.name == entry_point.attr:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""
 

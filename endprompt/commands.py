@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from endprompt.train import ExtendConfig
+import os
+
+from endprompt.bench import BenchConfig
+from endprompt.config import ExtendConfig, PrepareConfig
+from endprompt.plan import PlanConfig
 
 
 def extend(config: ExtendConfig) -> int:
@@ -10,5 +14,28 @@ def extend(config: ExtendConfig) -> int:
     from endprompt import train
 
     path = train.extend(config)
-    print(path)
+    if os.environ.get("RANK", "0") == "0":  # once for all processes of torchrun
+        print(path)
     return 0
+
+
+def prepare(config: PrepareConfig) -> int:
+    """Documents (JSONL, Parquet, text, a hub data set) to token shards that training maps into memory."""
+    from endprompt import prepare as shards
+
+    print(shards.prepare(config))
+    return 0
+
+
+def bench(config: BenchConfig) -> int:
+    """Measure training steps on random weights of a named shape: tokens/s, MFU, peak memory."""
+    from endprompt import bench as measurements
+
+    return measurements.bench(config)
+
+
+def plan(config: PlanConfig) -> int:
+    """Estimate a run: memory by part, tokens/s, GPU-hours, and which settings fit."""
+    from endprompt import plan as estimates
+
+    return estimates.plan(config)

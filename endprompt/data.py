@@ -8,9 +8,11 @@ run holds is a pure function of (seed, index): resume is exact, and workers do n
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
@@ -18,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.positions import WITH_PROMPT, check_sizes, layout, sample_rng
-from endprompt.prompts import Cues, PromptKind
+from endprompt.positions import SCHEMES, WITH_PROMPT, anchor_ends, check_sizes, layout, sample_rng
+from endprompt.prompts import Cues, PromptKind, Recall
 from endprompt.rows import read_json_lines, sha256_of, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+HUB = "hub:"
 SHARD_SCHEMA = 1
 SHARD_FILES = ("tokens.bin", "weights.bin", "offsets.npy", "completions.npy")
 
@@ -48,22 +51,22 @@ def read_documents(path: str | Path) -> Iterator[Document]:
 
     A plain-text file is one document. Raises ValueError naming file and line if a record is broken.
     """
+    if str(path).startswith(HUB):
+        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={str(path)!r}")
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"the data file must exist: data={str(path)!r}")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         for number, record in _json_lines(path):
-            yield _document(record, f"{path}, line {number}")
+            yield document_of(record, f"{path}, line {number}")
     elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield _document(record, f"{path}, row {number}")
+        for number, record in _parquet(path):
+            yield document_of(record, f"{path}, row {number}")
     elif path.suffix == ".txt":
-        yield Document(path.read_text(encoding="utf-8"))
+        try:
+            yield Document(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     else:
         raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
 
@@ -80,11 +83,25 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         yield number, json.loads(line)
                     except json.JSONDecodeError as error:
                         raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a whole gzip file of UTF-8 text: {error}") from None
 
 
-def _document(record: Any, where: str) -> Document:
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
+
+
+def document_of(record: Any, where: str) -> Document:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a document must be an object, got {type(record).__name__}")
     ids = record.get("input_ids")
@@ -118,6 +135,12 @@ class Documents:
         weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
         return weights if self.weights is None else weights * self.weights[places]
 
+    def fingerprint(self) -> str:
+        """Hash of the documents' lengths and of a sample of their tokens, to notice that data have changed."""
+        step = max(1, len(self.tokens) // 65_536)
+        sample = np.asarray(self.tokens[::step], dtype=np.uint32)
+        return sha256_of(self.offsets.tobytes(), self.completions.tobytes(), sample.tobytes())
+
     def __len__(self) -> int:
         return len(self.completions)
 
@@ -131,49 +154,46 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def tokenize(
+def tokenized(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, batch: int = 512
-) -> Documents:
-    """Tokenise documents in order; a completion is tokenised apart from its text, so its border is exact.
+) -> Iterator[tuple[list[int], int]]:
+    """(token ids, how many of them are the completion) of each document, in order.
 
-    append_eos: end each document with the tokenizer's EOS token, if it has one and the document lacks it.
+    A completion is tokenised apart from its text, so its border is exact. append_eos: end each document with the
+    tokenizer's EOS token, if it has one and the document lacks it. Raises ValueError for ids beyond the vocabulary.
     """
     eos = tokenizer.eos_token_id if append_eos else None
     vocabulary = len(tokenizer)
-    pieces: list[np.ndarray] = []
-    lengths: list[int] = []
-    completion_lengths: list[int] = []
-
-    def flush(group: list[Document]) -> None:
+    documents = iter(documents)
+    while group := list(itertools.islice(documents, batch)):
         texts = [document.text for document in group] + [document.completion for document in group]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for number, document in enumerate(group):
-            text_ids, completion_ids = encoded[number], encoded[len(group) + number]
+            ids, completion = encoded[number] + encoded[len(group) + number], len(encoded[len(group) + number])
             if document.input_ids is not None:
-                text_ids, completion_ids = list(document.input_ids), []
-                if text_ids and max(text_ids) >= vocabulary:
+                ids, completion = list(document.input_ids), 0
+                if ids and max(ids) >= vocabulary:
                     raise ValueError(
-                        f"input_ids are of another tokenizer: id {max(text_ids)} is not below its size {vocabulary}"
+                        f"input_ids are of another tokenizer: id {max(ids)} is not below its size {vocabulary}"
                     )
-            ids = text_ids + completion_ids
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
-                completion_ids = [*completion_ids, eos] if completion_ids else completion_ids
-            pieces.append(np.asarray(ids, dtype=np.uint32))
-            lengths.append(len(ids))
-            completion_lengths.append(len(completion_ids))
+                completion += completion > 0
+            yield ids, completion
 
-    group: list[Document] = []
-    for document in documents:
-        group.append(document)
-        if len(group) == batch:
-            flush(group)
-            group = []
-    if group:
-        flush(group)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+) -> Documents:
+    """All documents in memory; arguments and errors as of `tokenized`."""
+    pieces: list[np.ndarray] = []
+    completions: list[int] = []
+    for ids, completion in tokenized(documents, tokenizer, append_eos=append_eos):
+        pieces.append(np.asarray(ids, dtype=np.uint32))
+        completions.append(completion)
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
-    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64))
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completions, dtype=np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +252,13 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
         raise ValueError(
             f"a token shard must have a manifest.json (an unfinished one has none): data={str(directory)!r}"
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    missing = {"schema", "tokenizer_sha256", "dtype", "tokens", "sha256"} - set(manifest)
+    if missing:
+        raise ValueError(f"{path}: a manifest must have {', '.join(sorted(missing))}")
     if manifest.get("schema") != SHARD_SCHEMA:
         raise ValueError(f"{path}: schema must be {SHARD_SCHEMA}, is {manifest.get('schema')}")
     if tokenizer_hash is not None and manifest["tokenizer_sha256"] != tokenizer_hash:
@@ -297,7 +323,8 @@ class RowSpec:
     scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
     weights: of context tokens 1, of a completion's, of the end prompt's scored tokens.
     bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
-    `drop` (counted), or `pack`, one after the other.
+    `drop` (counted), or `pack`, one after the other. long: what happens to longer ones: `split` into as many rows as
+    have room, or `truncate` to the first row (counted).
     """
 
     row_tokens: int
@@ -309,14 +336,19 @@ class RowSpec:
     prompt_weight: float = 0.1
     bos: int | None = None
     short: str = "drop"
+    long: str = "split"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: scheme={self.scheme!r}")
         if (self.prompt is not None) != (self.scheme in WITH_PROMPT):
             rule = "needs an end prompt" if self.scheme in WITH_PROMPT else "takes no end prompt (prompt=none)"
             raise ValueError(f"scheme {self.scheme!r} {rule}")
         if self.short not in ("drop", "pack"):
-            raise ValueError(f"short must be drop or pack: short={self.short!r}")
+            raise ValueError(f"short_documents must be drop or pack: short_documents={self.short!r}")
+        if self.long not in ("split", "truncate"):
+            raise ValueError(f"long_documents must be split or truncate: long_documents={self.long!r}")
         longest = self.prompt.longest if self.prompt else 0
         if longest and longest * 2 > self.row_tokens:
             raise ValueError(
@@ -324,6 +356,13 @@ class RowSpec:
                 f"row_tokens={self.row_tokens}"
             )
         check_sizes(self.row_tokens - longest, longest, self.target)
+        if self.scheme == "anchors":
+            anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
+        if isinstance(self.prompt, Recall) and self.row_tokens - longest - (self.bos is not None) < self.prompt.span:
+            raise ValueError(
+                f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
+                f"context={self.row_tokens - longest}"
+            )
         for name in ("completion_weight", "prompt_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
@@ -353,25 +392,41 @@ class Rows:
     """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
 
     A unit is a stretch of a document with room for one row: a long document has several, one with a completion has one,
-    which is cut at its front if need be. dropped: documents too short to make a row.
+    which is cut at its front if need be. dropped: documents too short to make a row, and their tokens.
+    truncated: tokens of other documents that no row can hold.
     """
 
     documents: Documents
     spec: RowSpec
     dropped: int = field(init=False)
+    dropped_tokens: int = field(init=False)
+    truncated_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         spec, needed = self.spec, self.spec.needed
         if spec.short == "pack":
+            self._refuse_packed_completions()
             self.documents = pack(self.documents, needed)
         lengths = self.documents.lengths
         has_completion = self.documents.completions < self.documents.offsets[1:]
-        units = np.where(has_completion, np.minimum(lengths // needed, 1), lengths // needed)
+        single = has_completion | (spec.long == "truncate")
+        units = np.where(single, np.minimum(lengths // needed, 1), lengths // needed)
         self.dropped = int(np.count_nonzero(units == 0))
+        self.dropped_tokens = int(lengths[units == 0].sum())
+        self.truncated_tokens = int((lengths - needed)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
         self._permutations: dict[int, np.ndarray] = {}
+
+    def _refuse_packed_completions(self) -> None:
+        with_completion = self.documents.completions < self.documents.offsets[1:]
+        lost = int(np.count_nonzero(with_completion & (self.documents.lengths < self.spec.needed)))
+        if lost and self.spec.completion_weight != 1.0:
+            raise ValueError(
+                f"packing joins documents and loses where a completion starts, so completion_weight must be 1: "
+                f"completion_weight={self.spec.completion_weight}, {lost} short documents have a completion"
+            )
 
     def __len__(self) -> int:
         """Number of units: rows of one pass."""
@@ -434,6 +489,8 @@ class Rows:
         """Start of a window of `need` tokens: to the end of a completion, else anywhere in the unit's stretch."""
         if self.documents.completions[self._document[unit]] < hi:
             return hi - need
+        if self.spec.long == "truncate":
+            return lo
         stretch = self.spec.needed
         return lo + min(int(self._stretch[unit]) * stretch + int(rng.integers(stretch)), hi - lo - need)
 
@@ -446,14 +503,15 @@ class Rows:
             start = self._draw_start(unit, lo, hi, need, rng)
             places = np.arange(start, start + need)
         else:
-            # PoSE: how much text is skipped is drawn apart from how far the positions jump.
+            # PoSE: the first chunk from the start of the stretch, the second from anywhere after it in the document;
+            # how much text is skipped is drawn apart from how far the positions jump.
             head = max(split - lead, 0)
-            slack = hi - lo - need
-            kept_to_end = self.documents.completions[self._document[unit]] < hi
-            skip = int(rng.integers(slack, endpoint=True))
-            before = slack - skip if kept_to_end else int(rng.integers(slack - skip, endpoint=True))
-            first = np.arange(lo + before, lo + before + head)
-            second = np.arange(lo + before + head + skip, lo + before + skip + need)
+            lo += min(int(self._stretch[unit]) * self.spec.needed, hi - lo - need)
+            skip = int(rng.integers(hi - lo - need, endpoint=True))
+            if self.documents.completions[self._document[unit]] < hi:
+                lo = hi - need - skip  # a completion is kept to its end
+            first = np.arange(lo, lo + head)
+            second = np.arange(lo + head + skip, lo + skip + need)
             places = np.concatenate([first, second])
         tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
         end = self.documents.completions[self._document[unit]]
@@ -465,37 +523,24 @@ class Rows:
 
 
 def pack(documents: Documents, needed: int) -> Documents:
-    """Documents shorter than `needed` joined in their order into pieces of at least that length.
-
-    The rest that does not fill a last piece is left as one short document, which is dropped and counted.
-    """
-    lengths = documents.lengths
-    short = np.flatnonzero(lengths < needed)
-    long = np.flatnonzero(lengths >= needed)
-    order = np.concatenate([long, short])
-    pieces = [documents.tokens[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
-    ends = [int(lengths[i]) for i in long]
-    completion_lengths = [int(documents.offsets[i + 1] - documents.completions[i]) for i in long]
-    run = 0
-    for i in short:
-        run += int(lengths[i])
-        if run >= needed:
-            ends.append(run)
-            completion_lengths.append(0)
-            run = 0
-    if run:
-        ends.append(run)
-        completion_lengths.append(0)
-    offsets = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
-    tokens = np.concatenate(pieces) if pieces else documents.tokens
-    weights = None
-    if documents.weights is not None:
-        parts = [documents.weights[documents.offsets[i] : documents.offsets[i + 1]] for i in order]
-        weights = np.concatenate(parts) if parts else documents.weights
-    return Documents(tokens, offsets, offsets[1:] - np.asarray(completion_lengths, dtype=np.int64), weights)
+    """The documents shorter than `needed` joined in their order into one, after all others."""
+    short = documents.lengths < needed
+    order = np.concatenate([np.flatnonzero(~short), np.flatnonzero(short)])
+    spans = [slice(documents.offsets[i], documents.offsets[i + 1]) for i in order]
+    lengths = [*documents.lengths[~short], documents.lengths[short].sum()] if short.any() else documents.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    completions = (documents.offsets[1:] - documents.completions)[~short]
+    if short.any():
+        completions = np.append(completions, 0)
+    tokens, weights = (
+        None if values is None else np.concatenate([values[:0], *(values[span] for span in spans)])
+        for values in (documents.tokens, documents.weights)
+    )
+    assert tokens is not None
+    return Documents(tokens, offsets, offsets[1:] - completions, weights)
 
 
-def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Generator[Any]:
     """`make(step)` for each step, made in a thread of its own while the device works; errors come through."""
     queue: Queue[tuple[Any, BaseException | None]] = Queue(ahead)
     stop = threading.Event()

@@ -9,6 +9,7 @@ Legend: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: torch.Tensor,
         weights_N: torch.Tensor,
         chunk: int,
+        head_sum_VD: torch.Tensor | None,
     ) -> torch.Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         head = head_VD.to(dtype)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if needs_head else None
+        grad_head = head_sum_VD
+        if needs_head and grad_head is None:
+            grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         with torch.autocast(device, enabled=False):
             for rows in torch.arange(len(labels_N)).split(chunk):
@@ -42,8 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ head).to(grad_hidden.dtype)
                 if grad_head is not None:
-                    grad_head += grad_logits.T @ hidden
-        ctx.save_for_backward(grad_hidden, grad_head)
+                    add_product(grad_head, grad_logits, hidden)
+        ctx.save_for_backward(grad_hidden, grad_head if head_sum_VD is None else None)
         ctx.head_dtype = head_VD.dtype
         return total
 
@@ -53,6 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
             None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype),
+            None,
             None,
             None,
             None,
@@ -69,6 +74,29 @@ def _chunk_eager(
     column = torch.arange(logits.shape[1], device=logits.device)
     grad = (logits - lse_N[:, None]).exp() - (column[None, :] == labels_N[:, None]).to(logits.dtype)
     return loss, (grad * weights_N[:, None]).to(logits_NV.dtype)
+
+
+def add_product(total_NK: torch.Tensor, a_MN: torch.Tensor, b_MK: torch.Tensor) -> None:
+    """total += a.T @ b in float32, in place; on CUDA one matrix product that reads bfloat16 and adds in float32."""
+    if total_NK.device.type == "cuda" and total_NK.dtype != a_MN.dtype:
+        if not _adds_in_float32():
+            total_NK += a_MN.t() @ b_MK
+            return
+        torch.addmm(total_NK, a_MN.t(), b_MK, out_dtype=total_NK.dtype, out=total_NK)
+    else:
+        total_NK.addmm_(a_MN.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))
+
+
+@functools.cache
+def _adds_in_float32() -> bool:
+    """Whether this device's addmm reads bfloat16 and adds to a float32 tensor in place; tried once."""
+    a = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    total = torch.full((16, 16), 0.5, device="cuda")
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 16.5).all())
 
 
 _compiled = None
@@ -90,12 +118,14 @@ def linear_cross_entropy(
     labels_N: torch.Tensor,
     weights_N: torch.Tensor,
     chunk: int | None = None,
+    head_sum_VD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
 
     hidden_ND: float; head_VD: float; labels_N: int64 in [0, V); weights_N: float32, >= 0. Tokens of weight 0 are left
     out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
     chunk: tokens at a time; default as many as give 2**29 logits on a GPU, 2**23 on a CPU.
+    head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
     """
     if chunk is None:
         chunk = max(1, (2**29 if hidden_ND.device.type == "cuda" else 2**23) // head_VD.shape[0])
@@ -103,8 +133,8 @@ def linear_cross_entropy(
     if not bool(keep.all()):
         hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
     if not len(labels_N):
-        return hidden_ND.sum() * 0.0
-    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk)
+        return (hidden_ND.sum() + head_VD.sum()).float() * 0.0  # both keep a gradient, of zeros
+    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD)
 
 
 def logits_cross_entropy(logits_ND: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from endprompt import rope
+from endprompt import distributed, rope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,6 +114,114 @@ def causal_only_flex(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
+def causal_only_cudnn(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """cuDNN's attention and no other: an error where cuDNN has no kernel, such as on a CPU."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if query_BHTD.device.type != "cuda":
+        raise ValueError("attention=cudnn needs a CUDA device; sdpa runs everywhere")
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return causal_only_sdpa(module, query_BHTD, key_BGTD, value_BGTD, attention_mask, **kwargs)
+
+
+#: Packages of the flash kernels: the module that holds `flash_attn_func`, and how it is installed.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attention_3": (
+        "flash_attn_interface",
+        'pip install "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper" --no-build-isolation',
+    ),
+    "flash_attention_4": ("flash_attn.cute", 'pip install "flash-attn-4[cu13]"'),
+}
+
+
+def _flash_function(name: str) -> Callable[..., Any]:
+    """`flash_attn_func` of the package. Raises ValueError with the line that installs it."""
+    module, install = FLASH_PACKAGES[name]
+    try:
+        return importlib.import_module(module).flash_attn_func
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"attention={name} needs a package that does not load ({error}): {install}") from error
+
+
+def _causal_only_flash(name: str) -> Callable[..., Any]:
+    """The package's kernel called with causal=True: no positions reach it, so it cannot look for borders."""
+
+    def attention(
+        module: torch.nn.Module,
+        query_BHTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _refuse(module, query_BHTD, key_BGTD, kwargs)
+        if dropout:
+            raise ValueError(f"{name} is for training without dropout: {dropout=}")
+        # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
+        parts_BTHD = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
+        out = _flash_kernel(name, *parts_BTHD, scaling)
+        return out.contiguous(), None
+
+    return attention
+
+
+@torch.compiler.disable
+def _flash_kernel(
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    out = _flash_function(name)(query, key, value, softmax_scale=scaling, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp beside it
+
+
+def causal_only_shifted(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Shifted sparse attention of LongLoRA (Chen et al. 2023, arXiv:2309.12307), for training only.
+
+    The row is cut into 4 groups and tokens attend within theirs; for the second half of the heads the borders are moved
+    by half a group, and nothing wraps around: the halves at both ends are groups of their own.
+    Raises ValueError if the row has no 8 equal parts or the heads no two halves.
+    """
+    heads, groups, tokens = query_BHTD.shape[1], key_BGTD.shape[1], query_BHTD.shape[2]
+    if tokens % 8 or groups % 2:
+        raise ValueError(f"shifted attention needs tokens in 8 equal parts and key heads in 2: {tokens=} {groups=}")
+    half = tokens // 8
+    plain_borders = [(0, 2 * half), (2 * half, 4 * half), (4 * half, 6 * half), (6 * half, 8 * half)]
+    moved_borders = [(0, half), (half, 3 * half), (3 * half, 5 * half), (5 * half, 7 * half), (7 * half, 8 * half)]
+    parts = []
+    for first, borders in ((0, plain_borders), (1, moved_borders)):
+        of_heads = slice(first * heads // 2, (first + 1) * heads // 2)
+        of_groups = slice(first * groups // 2, (first + 1) * groups // 2)
+        outs = [
+            causal_only_sdpa(
+                module,
+                query_BHTD[:, of_heads, start:end],
+                key_BGTD[:, of_groups, start:end],
+                value_BGTD[:, of_groups, start:end],
+                **kwargs,
+            )[0]
+            for start, end in borders
+        ]
+        parts.append(torch.cat(outs, dim=1))
+    return torch.cat(parts, dim=2), None
+
+
 _block_masks: dict[tuple[int, str], Any] = {}
 
 
@@ -141,11 +249,14 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "sdpa": causal_only_sdpa,
     "eager": causal_only_eager,
     "flex": causal_only_flex,
+    "cudnn": causal_only_cudnn,
+    **{name: _causal_only_flash(name) for name in FLASH_PACKAGES},
+    "shifted": causal_only_shifted,
 }
 
 
 def register_causal_only() -> None:
-    """Make `causal_only_sdpa`, `_eager` and `_flex` known to transformers, without a mask function on purpose."""
+    """Make the causal-only attentions known to transformers, without a mask function on purpose."""
     from transformers import AttentionInterface
 
     for name, function in ATTENTIONS.items():
@@ -153,9 +264,14 @@ def register_causal_only() -> None:
 
 
 def training_attention(name: str) -> str:
-    """transformers' name of a causal-only attention; registers it. Raises ValueError for an unknown name."""
+    """transformers' name of a causal-only attention; registers it.
+
+    Raises ValueError for an unknown name or a missing package.
+    """
     if name not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}: attention={name!r}")
+    if name in FLASH_PACKAGES:
+        _flash_function(name)
     register_causal_only()
     return PREFIX + name
 
@@ -218,8 +334,10 @@ def extended_rope_parameters(
 ) -> dict[str, Any]:
     """The whole `rope_parameters` for a window of `target`; keys of the model's own (partial rotary) are kept.
 
-    factor: default target / window. A checkpoint that is scaled already is extended again only by its own linear or
-    yarn scaling, where the factors multiply. Raises ValueError if the target is not above the window.
+    factor: default target / window. options: the scaling's own (beta_fast of yarn, low_freq_factor of llama3,
+    short_factor and long_factor of longrope, which default to `rope.longrope_start`).
+    A checkpoint that is scaled already is extended again only by its own linear or yarn scaling, where the factors
+    multiply. Raises ValueError if the target is not above the window.
     """
     geometry = rope_geometry(config)
     if target <= geometry.window:
@@ -235,6 +353,10 @@ def extended_rope_parameters(
             )
         factor *= geometry.parameters["factor"]
         original = int(geometry.parameters.get("original_max_position_embeddings") or original)
+        kept = ("beta_fast", "beta_slow", "truncate") if kind == "yarn" else ()
+        options = {key: geometry.parameters[key] for key in kept if key in geometry.parameters} | options
+    if scaling == "longrope" and not {"short_factor", "long_factor"} & set(options):
+        options |= rope.longrope_start(geometry.rotary_dim, factor)
     own = {key: value for key, value in geometry.parameters.items() if key == "partial_rotary_factor"}
     base = geometry.parameters["rope_theta"]
     return rope.rope_parameters(scaling, base, geometry.rotary_dim, factor, original, **options) | own
@@ -247,11 +369,31 @@ def extended_config(
 
     With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
     """
+    check_whole_attention(config, target)
     extended = copy.deepcopy(config)
     extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, **options)
     if scaling != "dynamic":
         extended.max_position_embeddings = target
+    if hasattr(extended, "original_max_position_embeddings"):  # Phi-3's own field, which goes before rope_parameters
+        original = extended.rope_parameters.get("original_max_position_embeddings")
+        extended.original_max_position_embeddings = original or extended.max_position_embeddings
+    try:
+        extended.validate_rope()
+    except ValueError as error:
+        raise ValueError(f"{config.model_type} does not take this scaling: {scaling=}: {error}") from error
     return extended
+
+
+def check_whole_attention(config: PretrainedConfig, target: int) -> None:
+    """Raises ValueError if layers attend within a sliding window below the target: no extension would reach further."""
+    width = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    if width is not None and slides and width < target:
+        raise ValueError(
+            f"the checkpoint's layers see only a sliding window, which must not be below the target: "
+            f"sliding_window={width} {target=}; set sliding_window to null in its config.json to attend to all"
+        )
 
 
 def check_frequencies(model: PreTrainedModel) -> None:
@@ -303,7 +445,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     directory = checkpoint_path(path)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
 
 
@@ -332,6 +474,7 @@ def load_model(
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
     config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint_path(path)
@@ -341,18 +484,25 @@ def load_model(
         register_causal_only()
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
                 dtype=torch_dtype(dtype),
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{directory}: the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}"
+        )
     check_frequencies(model)
-    model.to(device=torch.device(device))  # type: ignore[call-arg]
+    model.to(device=torch.device(device))
     return model.eval()
 
 
@@ -381,15 +531,40 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
     return model
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, dtype: str) -> None:
-    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer."""
+def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict[str, torch.Tensor]:
+    """All weights on the CPU in `dtype`, tied ones once.
+
+    Sharded ones are gathered, so every process must call it; those that need no result say keep=False.
+    """
+    wanted = torch_dtype(dtype)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name in own:
+            gathered = distributed.whole(tensor.detach())
+            if keep:
+                weights[name] = gathered.to("cpu", wanted)
+    return weights
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    dtype: str,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer.
+
+    weights: default those of the model, in `dtype`.
+    """
     model.config._attn_implementation = "sdpa"
     model.config.use_cache = True
-    model.config.dtype = dtype
-    wanted = torch_dtype(dtype)
-    state = {name: tensor.detach().to("cpu", wanted) for name, tensor in model.state_dict().items()}
     with _quiet():
-        model.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
+    config = copy.deepcopy(model.config)
+    config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one
+    config.save_pretrained(directory)
     tokenizer.model_max_length = int(model.config.max_position_embeddings)
     tokenizer.save_pretrained(directory)
 

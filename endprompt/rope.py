@@ -1,13 +1,13 @@
 """RoPE frequencies and their scaling: the one definition, in float64.
 
-Every formula is stated for head_dim D (the rotated part of it), n = D/2 frequencies theta_j = base^(-2j/D) in radians
-per
-token, factor s, and the window before scaling. What a model computes with is transformers' own float32 buffer; model.py
-asserts after loading that it equals these.
+Every formula is stated for head_dim D (the rotated part of it), n = D/2 frequencies theta_j = base^(-2j/D) in
+radians per token, factor s, and the window before scaling. What a model computes with is transformers' own float32
+buffer; model.py asserts after loading that it equals these.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -137,6 +137,15 @@ def longrope(
     return base_frequencies(base, head_dim) / np.asarray(divisors, dtype=np.float64), attention_factor
 
 
+def longrope_start(head_dim: int, factor: float) -> dict[str, list[float]]:
+    """Divisors for a user without searched ones: 1 up to the original window, beyond it ntk's, a start of the search.
+
+    lambda_j = s^(2j/(D-2)): the fastest frequency stays, the slowest is divided by s.
+    """
+    exponents = np.arange(head_dim // 2) * 2.0 / (head_dim - 2)
+    return {"short_factor": [1.0] * (head_dim // 2), "long_factor": (factor**exponents).tolist()}
+
+
 SCALINGS: dict[str, Callable[..., Frequencies]] = {
     "none": none,
     "linear": linear,
@@ -161,6 +170,10 @@ def inverse_frequencies(
         raise ValueError(f"the scaling factor must be a finite number of at least 1: {factor=}")
     if original_length < 1:
         raise ValueError(f"the original window must be positive: {original_length=}")
+    known = inspect.signature(SCALINGS[scheme]).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"scaling {scheme!r} has no option {unknown[0]!r}: {unknown[0]}={options[unknown[0]]!r}")
     return SCALINGS[scheme](base, head_dim, factor, original_length, **options)
 
 

@@ -115,8 +115,12 @@ def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of each line. Raises ValueError naming file and line if one is not an object."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
             if not line.strip():
                 continue
             try:

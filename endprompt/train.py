@@ -12,17 +12,19 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt import checkpoint
+from endprompt import checkpoint, distributed, linears, longlora
+from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
+from endprompt.distributed import World
+from endprompt.evaluate import Evaluation
+from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
 from endprompt.model import (
     check_vocabulary,
@@ -35,160 +37,19 @@ from endprompt.model import (
     rope_geometry,
     torch_dtype,
     training_attention,
+    whole_weights,
 )
-from endprompt.positions import WITH_PROMPT
+from endprompt.optim import clip_gradients, make_optimizer
+from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import prompt_kind
-from endprompt.rows import RunDirectory, environment, plain, write_text
+from endprompt.recompute import checkpoint_layers
+from endprompt.rows import RunDirectory, environment, plain, result_row, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config
-
-
-@dataclass
-class ExtendConfig:
-    """How a checkpoint is extended.
-
-    Args:
-        model: directory of the checkpoint to start from
-        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
-        output: directory of the extended checkpoint; it appears when the run is finished
-        target: the extended window L, in tokens
-        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors
-        scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3
-        factor: scaling factor; default target / window
-        prompt: the end prompt: EP_1, EP_2, EP_3, recall, "text:YOUR WORDS", or a list of cues drawn from; none for
-            schemes without one; default EP_1 where the scheme needs one
-        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for recall
-        recall_span: tokens that a recall prompt copies from the context
-        recall_given: how many of them carry no loss
-        anchors: number of anchors of the anchors scheme
-        row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
-        rows: rows of one step
-        micro_rows: rows that go through the model at once; default all of a step
-        steps: optimizer steps; or give tokens
-        tokens: physical training tokens, instead of steps
-        completion_weight: loss weight of a document's completion
-        short_documents: drop (and count) documents shorter than a row, or pack them
-        lr: learning rate
-        warmup: warm-up steps, linear from 0
-        schedule: constant, linear or cosine
-        decay: share of the steps at the end over which linear and cosine fall to 0
-        weight_decay: of AdamW
-        beta1: of AdamW
-        beta2: of AdamW
-        clip: largest norm of the gradient; 0 for none
-        seed: of positions, prompts and the order of documents
-        dtype: of the weights that are trained: float32 or bfloat16
-        autocast: multiply in bfloat16 while the weights stay as they are
-        export_dtype: of the exported weights; default the checkpoint's own
-        attention: sdpa, eager or flex, all causal only
-        compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU)
-        device: cpu, cuda or auto
-        save_every: steps between training states; 0 for none
-        keep: how many training states are kept
-        log_every: steps between lines of the log
-        resume: go on from the newest training state of this output
-        overwrite: replace a finished output
-    """
-
-    model: str = ""
-    data: list[str] = dataclasses.field(default_factory=list)
-    output: str = ""
-    target: int = 0
-    scheme: str = "endprompt"
-    scaling: str = "linear"
-    factor: float | None = None
-    prompt: str | list[str] | None = None
-    prompt_weight: float | None = None
-    recall_span: int = 40
-    recall_given: int = 12
-    anchors: int = 4
-    row_tokens: int | None = None
-    rows: int = 64
-    micro_rows: int | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    completion_weight: float = 1.0
-    short_documents: str = "drop"
-    lr: float = 2e-5
-    warmup: int = 20
-    schedule: str = "constant"
-    decay: float = 1.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    seed: int = 0
-    dtype: str = "float32"
-    autocast: bool = False
-    export_dtype: str | None = None
-    attention: str = "sdpa"
-    compile: str = "auto"
-    device: str = "auto"
-    save_every: int = 0
-    keep: int = 2
-    log_every: int = 10
-    resume: bool = False
-    overwrite: bool = False
-
-
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-def check_config(config: ExtendConfig) -> None:
-    """Raises ValueError naming key, value and rule for what no run can use."""
-    for key in ("model", "output"):
-        if not getattr(config, key):
-            raise ValueError(f"{key} must be given: {key}=''")
-    rules: dict[str, tuple[Any, bool, str]] = {
-        "rows": (config.rows, config.rows >= 1, "at least 1"),
-        "micro_rows": (config.micro_rows, config.micro_rows is None or config.micro_rows >= 1, "at least 1"),
-        "lr": (config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0"),
-        "warmup": (config.warmup, config.warmup >= 0, "at least 0"),
-        "schedule": (config.schedule, config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        "decay": (config.decay, 0 <= config.decay <= 1, "between 0 and 1"),
-        "weight_decay": (config.weight_decay, config.weight_decay >= 0, "at least 0"),
-        "beta1": (config.beta1, 0 <= config.beta1 < 1, "in [0, 1)"),
-        "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
-        "clip": (config.clip, config.clip >= 0, "at least 0"),
-        "seed": (config.seed, config.seed >= 0, "at least 0"),
-        "compile": (config.compile, config.compile in ("auto", "layers", "none"), "auto, layers or none"),
-        "device": (config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        "keep": (config.keep, config.keep >= 1, "at least 1"),
-        "save_every": (config.save_every, config.save_every >= 0, "at least 0"),
-        "log_every": (config.log_every, config.log_every >= 1, "at least 1"),
-    }
-    for key, (value, holds, rule) in rules.items():
-        if not holds:
-            raise ValueError(f"{key} must be {rule}: {key}={value!r}")
-    if (config.steps is None) == (config.tokens is None):
-        raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
-    for key in ("steps", "tokens"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ValueError(f"{key} must be at least 1: {key}={value}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device")
-    torch_dtype(config.dtype)
-
-
-def method_name(config: ExtendConfig) -> str:
-    """`scheme+prompt+scaling`, the `method` of result rows."""
-    scheme = f"anchors{config.anchors}" if config.scheme == "anchors" else config.scheme
-    names = prompt_names(config)
-    return "+".join([scheme, *(["/".join(names)] if names else []), config.scaling])
-
-
-def prompt_names(config: ExtendConfig) -> list[str]:
-    """The end prompts by name, an empty list for none; EP_1 if the scheme needs one and none is named."""
-    if config.prompt is None:
-        return ["EP_1"] if config.scheme in WITH_PROMPT else []
-    if config.prompt == "none":
-        return []
-    return [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
+# From the configuration
 
 
 def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBase) -> RowSpec:
@@ -214,6 +75,7 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         prompt_weight=weight,
         bos=bos if adds_bos else None,
         short=config.short_documents,
+        long=config.long_documents,
         seed=config.seed,
     )
 
@@ -241,6 +103,8 @@ def learning_rate(config: ExtendConfig, step: int, steps: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Jobs
 
+RECORD = "endprompt.json"  # what a finished output says of its making
+
 
 def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
@@ -248,13 +112,15 @@ def extend(config: ExtendConfig) -> Path:
     attention = training_attention(config.attention)
     source = load_config(config.model)
     window = rope_geometry(source).window
-    new_config = extended_config(source, config.scaling, config.target, config.factor)
+    new_config = extended_config(source, config.scaling, config.target, config.factor, **(config.rope_options or {}))
+    before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
+    if before and config.scaling != "none":
+        say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source, tokenizer)
     spec = row_spec(config, window, tokenizer)
-    device = pick_device(config)
 
-    def make_model() -> PreTrainedModel:
+    def make_model(device: str) -> PreTrainedModel:
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
     return run(config, spec, tokenizer, make_model, source_dtype=source.dtype)
@@ -266,69 +132,118 @@ def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: Pr
     attention = training_attention(config.attention)
     check_vocabulary(model_config, tokenizer)
     spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
-    device = pick_device(config)
 
-    def make_model() -> PreTrainedModel:
+    def make_model(device: str) -> PreTrainedModel:
         return new_model(model_config, seed=config.seed, dtype=config.dtype, attention=attention, device=device)
 
     return run(config, spec, tokenizer, make_model, source_dtype=torch_dtype(config.dtype))
 
 
-def pick_device(config: ExtendConfig) -> str:
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def run(
-    config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase, make_model: Any, source_dtype: Any
+    config: ExtendConfig,
+    spec: RowSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    make_model: Callable[[str], PreTrainedModel],
+    source_dtype: Any,
 ) -> Path:
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
-    claim(output, work, config)
-    rows = Rows(load_documents(config.data, tokenizer), spec)
-    if len(rows) < config.rows:
-        raise ValueError(
-            f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped {rows.dropped} "
-            f"shorter ones), rows={config.rows}"
-        )
-    log = RunDirectory(work, config)
-    steps = total_steps(config, spec.row_tokens)
-    model = make_model()
-    trainer = Trainer(config, model, rows, steps, log)
-    if config.resume:
-        trainer.resume(work / "states")
-    trainer.fit(work / "states")
-    return finish(config, trainer, tokenizer, work, output, source_dtype)
-
-
-def claim(output: Path, work: Path, config: ExtendConfig) -> None:
-    """Refuse to mix runs: a finished output needs `overwrite`, an unfinished one `resume` (or `overwrite`)."""
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"the output exists already; choose another or set overwrite: output={config.output!r}")
-    states = checkpoint.states(work / "states") if work.exists() else []
-    if config.resume:
-        if not states:
-            raise ValueError(f"there is no training state to resume from: {work / 'states'}")
-        saved = json.loads((states[-1] / checkpoint.STATE).read_text(encoding="utf-8")).get("config", {})
-        ours = identity(config)
-        different = sorted(key for key in ours if saved.get(key) != ours[key])
-        if different:
-            key = different[0]
+    with distributed.world(config.device) as here:
+        if config.rows % here.size:
+            raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {here.size}")
+        if here.size > 1 and config.dtype != "float32":
             raise ValueError(
-                f"resume needs the configuration that the run was started with: {key}={ours[key]!r}, the state has "
-                f"{saved.get(key)!r} ({', '.join(different)} differ)"
+                f"several processes train float32 weights (autocast multiplies in bfloat16): dtype={config.dtype!r}"
             )
-    elif states and not config.overwrite:
+        if finished_before(output, config):
+            say(f"this run is finished already: {output}", here)
+            return output
+        check_claim(output, work, config)
+        check_reports(config.report)
+        rows = Rows(load_documents(config.data, tokenizer), spec)
+        if len(rows) < config.rows:
+            raise ValueError(
+                f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped {rows.dropped} "
+                f"shorter ones), rows={config.rows}"
+            )
+        evaluation = held_out(config, spec, tokenizer)
+        state = checkpoint.newest_state(work / "states", here) if config.resume else None
+        if state is not None:
+            check_identity(config, rows, state.about)
+        distributed.barrier()  # nothing is written before every process has made its checks
+        if here.main and state is None and work.exists():
+            if config.resume:
+                say(f"no whole training state in {work / 'states'}: starting at the first step")
+            shutil.rmtree(work)
+        log = RunDirectory(work, config) if here.main else None
+        steps = total_steps(config, spec.row_tokens)
+        say(
+            f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; dropped "
+            f"{rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated {rows.truncated_tokens:,} "
+            "tokens",
+            here,
+        )
+        trainer = Trainer(config, make_model("cpu" if here.size > 1 else here.device), rows, steps, log, here)
+        trainer.evaluation = evaluation
+        if state is not None:
+            trainer.resume(state)
+        try:
+            trainer.fit(work / "states")
+        except torch.OutOfMemoryError as error:
+            micro, reason = config.micro_rows or config.rows // here.size, str(error).partition(". ")[0]
+            raise ValueError(
+                f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing="
+                f"{config.checkpointing} (none, selective, full): {reason}"
+            ) from error
+        return finish(config, trainer, tokenizer, work, output, source_dtype)
+
+
+def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
+    """The rows that the run is evaluated on, None if no held-out text is given."""
+    if not config.eval_data:
+        return None
+    lengths = config.eval_lengths or sorted({spec.row_tokens, config.target})
+    documents = load_documents(config.eval_data, tokenizer)
+    return Evaluation(documents, lengths, config.eval_rows, config.eval_needles, encoder(tokenizer), config.seed)
+
+
+def finished_before(output: Path, config: ExtendConfig) -> bool:
+    """Whether a resumed run ended after all: its output is whole and of the same configuration."""
+    record = output / RECORD
+    if not (config.resume and record.is_file()):
+        return False
+    saved = json.loads(record.read_text(encoding="utf-8"))["config"]
+    return all(saved.get(key) == value for key, value in identity(config).items())
+
+
+def check_claim(output: Path, work: Path, config: ExtendConfig) -> None:
+    """Refuse to mix runs: a finished output needs `overwrite`, an unfinished one `resume` (or `overwrite`)."""
+    check_output(config.output, config.overwrite, RECORD, "run")
+    if config.resume and not work.exists():
+        raise ValueError(f"there is no unfinished run to resume: {work} does not exist")
+    if not (config.resume or config.overwrite) and work.exists() and checkpoint.states(work / "states"):
         raise ValueError(f"an unfinished run has states in {work}; set resume to go on, or overwrite to start again")
-    elif work.exists():
-        shutil.rmtree(work)
+
+
+def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> None:
+    """Refuse a state of another configuration, or of data that have changed since."""
+    ours, saved = identity(config), about.get("config", {})
+    different = sorted(key for key in ours if saved.get(key) != ours[key])
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"resume needs the configuration that the run was started with: {key}={ours[key]!r}, the state has "
+            f"{saved.get(key)!r} ({', '.join(different)} differ)"
+        )
+    if about.get("documents") != rows.documents.fingerprint():
+        raise ValueError(f"resume needs the documents that the run was started with: data={config.data} have changed")
 
 
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
+    free |= {"report", "divergence", "checkpointing"} | {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
 
 
@@ -341,7 +256,13 @@ def finish(
     source_dtype: Any,
 ) -> Path:
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
-    export(trainer.model, tokenizer, work, dtype)
+    weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
+    if not trainer.here.main:
+        distributed.barrier()
+        return output
+    if config.lora_rank:
+        weights = longlora.merge(weights, config.lora_alpha / config.lora_rank)
+    export(trainer.model, tokenizer, work, dtype, weights)
     about = {
         "method": method_name(config),
         "model": Path(config.model).name,
@@ -349,16 +270,20 @@ def finish(
         "steps": trainer.steps,
         "tokens": trainer.steps * config.rows * trainer.rows.spec.row_tokens,
         "documents_dropped": trainer.rows.dropped,
+        "tokens_dropped": trainer.rows.dropped_tokens,
+        "tokens_truncated": trainer.rows.truncated_tokens,
         "seconds": round(trainer.seconds, 3),
         "final_loss": trainer.last_loss,
         "config": plain(dataclasses.asdict(config)),
         "environment": environment(),
     }
-    write_text(work / "endprompt.json", json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(work / "states", ignore_errors=True)
+    write_text(work / RECORD, json.dumps(about, indent=2) + "\n")
+    checkpoint.sync_tree(work)
     if output.exists():
         shutil.rmtree(output)
     os.replace(work, output)
+    shutil.rmtree(output / "states", ignore_errors=True)  # last, so that a crash anywhere before can be resumed
+    distributed.barrier()
     return output
 
 
@@ -366,78 +291,203 @@ def finish(
 # Loop
 
 
+class Objective(torch.nn.Module):
+    """The model with its loss, so that sharded weights are whole for both."""
+
+    def __init__(self, model: PreTrainedModel, autocast: bool):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
+    ) -> torch.Tensor:
+        """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first.
+
+        hits: instead the number of rows in which each token with a weight is the most likely one.
+        """
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
+            if hits:
+                return self.hits(ids_BT, positions_BT, weights_BT[:, 1:] > 0)
+            labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
+            if not plain_head(self.model):
+                logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+                return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
+            hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
+            head = self.model.get_output_embeddings().weight
+            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+
+    def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
+        hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
+        best = self.model.get_output_embeddings()(hidden[:, :-1][scored_BT]).argmax(-1)
+        wrong = torch.zeros(len(ids_BT), device=ids_BT.device)
+        wrong.index_add_(0, scored_BT.nonzero()[:, 0], (best != ids_BT[:, 1:][scored_BT]).float())
+        return (wrong == 0).float().sum()
+
+
+def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """The optimizer over all weights that train."""
+    name = config.optimizer
+    if name == "auto":
+        name = "masters" if config.dtype == "bfloat16" else "adamw"
+    if name == "adamw" and config.dtype == "bfloat16":
+        say("WARNING: adamw on bfloat16 weights rounds to nearest and loses small updates; masters keeps them")
+    return make_optimizer(
+        name,
+        model,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+
+
 class Trainer:
     """Model, optimizer and rows of one run; `fit` goes from the current step to the last."""
 
-    def __init__(self, config: ExtendConfig, model: PreTrainedModel, rows: Rows, steps: int, log: RunDirectory):
-        self.config, self.model, self.rows, self.steps, self.log = config, model, rows, steps, log
-        self.device = next(model.parameters()).device
+    def __init__(
+        self,
+        config: ExtendConfig,
+        model: PreTrainedModel,
+        rows: Rows,
+        steps: int,
+        log: RunDirectory | None,
+        here: World | None = None,
+    ):
+        here = here or World(device=next(model.parameters()).device.type)
+        self.config, self.model, self.rows, self.steps, self.log, self.here = config, model, rows, steps, log, here
+        self.device = torch.device(here.device)
         self.step = 0
         self.seconds = 0.0
         self.last_loss: float | None = None
+        self.guard = Guard(config.divergence)
+        self.evaluation: Evaluation | None = None
         model.train()
         model.config.use_cache = False
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        if config.lora_rank:
+            longlora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
+        self.token_flops = flops_per_token(model, rows.spec.row_tokens)
+        self.peak = device_peak(self.device)
+        checkpoint_layers(decoder_layers(model), config.checkpointing)
+        if here.size == 1:
+            self.optimizer = optimizer_of(config, model)
+        if config.optimizer == "lean":
+            if self.device.type == "cuda":
+                linears.join(model)
+            linears.convert(model, config.float8)
         if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
             for layer in decoder_layers(model):
                 layer.compile()
+        self.loss = Objective(model, autocast=config.autocast and here.size == 1)
+        if here.size > 1:  # the optimizer is over the shares
+            distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
+            self.optimizer = optimizer_of(config, model)
 
-    def resume(self, directory: Path) -> None:
-        state = checkpoint.newest_state(directory)
-        if state is None:
-            raise ValueError(f"no whole training state is left in {directory}")
-        checkpoint.restore(self.model, self.optimizer, state.tensors)
+    def resume(self, state: checkpoint.TrainingState) -> None:
+        checkpoint.restore(self.model, self.optimizer, state)
+        linears.after_step(self.model)
         self.step = state.step
+        self.guard = Guard(**(state.about["guard"] | {"limit": self.config.divergence}))
+        if self.log:
+            for path in (self.log.path / "log.jsonl", self.log.results):
+                checkpoint.forget_after(path, self.step)
         self.seconds = float(state.about.get("seconds", 0.0))
-        say(f"resumed from step {self.step} of {self.steps}")
+        say(f"resumed from step {self.step} of {self.steps}", self.here)
 
     def save(self, directory: Path) -> None:
-        about = {"config": identity(self.config), "seconds": self.seconds}
+        about = {
+            "config": identity(self.config),
+            "documents": self.rows.documents.fingerprint(),
+            "seconds": self.seconds,
+            "guard": vars(self.guard),
+        }
         tensors = checkpoint.collect(self.model, self.optimizer)
-        checkpoint.save_state(directory, self.step, tensors, about, self.config.keep)
+        checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
+
+    def batch(self, step: int) -> Batch:
+        """This process's share of a step's rows: all processes together have rows step * rows + 0, 1, 2 ..."""
+        share = self.config.rows // self.here.size
+        return self.rows.batch(step * self.config.rows + self.here.rank * share, share)
 
     def fit(self, states: Path) -> None:
-        config, per_step = self.config, self.config.rows
-        batches = prefetch(lambda step: self.rows.batch(step * per_step, per_step), range(self.step, self.steps))
+        config = self.config
+        batches = prefetch(self.batch, range(self.step, self.steps))
+        reports = self.reports()
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
-        with progress(self.step, self.steps) as advance:
+        with contextlib.closing(batches), progress(self.step, self.steps, self.here) as advance:
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
                 loss, norm = self.train_step(batch, rate)
                 self.step += 1
                 final = self.step == self.steps
-                if final or self.step % config.log_every == 0 or self.step == 1:
+                save = bool(config.save_every) and not final and self.step % config.save_every == 0
+                log = final or self.step == 1 or self.step % config.log_every == 0
+                if save or log:  # only here the host waits for the device
                     self.last_loss = float(loss)
-                    if not (math.isfinite(self.last_loss) and math.isfinite(float(norm))):
-                        raise ValueError(self.divergence(float(norm), states))
+                    wrong = self.guard.check(self.last_loss, float(norm), smooth=log)
+                    if wrong:
+                        raise ValueError(
+                            f"training diverged at step {self.step}: {wrong}; {checkpoint.last_good(states)}"
+                        )
+                    self.seconds = before + time.perf_counter() - started
+                if log:
                     now = time.perf_counter()
-                    self.seconds = before + now - started
-                    done = (self.step - since) * per_step * self.rows.spec.row_tokens
-                    speed = done / max(now - last, 1e-9)
-                    self.log.log(
-                        step=self.step,
-                        loss=round(self.last_loss, 6),
-                        lr=rate,
-                        grad_norm=round(float(norm), 5),
-                        tokens_per_s=round(speed, 1),
-                    )
-                    advance(self.step, self.last_loss, speed)
+                    values = self.values(rate, self.last_loss or 0.0, float(norm), self.step - since, now - last)
+                    for report in reports:
+                        report(self.step, values)
+                    advance(self.step, values)
                     last, since = now, self.step
-                if config.save_every and not final and self.step % config.save_every == 0:
+                paused = time.perf_counter()
+                if self.evaluation and (final or (config.eval_every and self.step % config.eval_every == 0)):
+                    self.evaluate(reports)
+                if save:
                     self.save(states)
+                last += time.perf_counter() - paused  # tokens/s are those of the steps
         self.seconds = before + time.perf_counter() - started
 
-    def divergence(self, norm: float, states: Path) -> str:
-        kept = checkpoint.states(states)
-        where = f"the last good state is {kept[-1]}" if kept else "no training state was saved (save_every=0)"
-        return f"training diverged at step {self.step}: loss={self.last_loss} gradient norm={norm}; {where}"
+    def reports(self) -> list[Callable[[int, dict[str, float]], None]]:
+        """Where values go: log.jsonl always, trackers as asked; nowhere but on the main process."""
+        if not self.log:
+            return []
+        log = self.log
+        asked = reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)))
+        return [lambda step, values: log.log(step=step, **values), *asked]
+
+    def values(self, rate: float, loss: float, norm: float, steps: int, seconds: float) -> dict[str, float]:
+        """What a line of the log says about the last `steps` steps, which took `seconds`."""
+        speed = steps * self.config.rows * self.rows.spec.row_tokens / max(seconds, 1e-9)
+        values = {
+            "loss": round(loss, 6),
+            "lr": rate,
+            "grad_norm": round(norm, 5),
+            "tokens_per_s": round(speed, 1),
+        }
+        if self.peak:
+            values["mfu"] = round(speed * self.token_flops / (self.peak * self.here.size), 4)
+            values["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+        return values
+
+    def evaluate(self, reports: list[Callable[[int, dict[str, float]], None]]) -> None:
+        """Append a row of results for each task and length of the held-out text."""
+        assert self.evaluation is not None
+        self.model.eval()
+        if self.config.attention == "shifted":  # sparse in training only
+            self.model.set_attn_implementation(training_attention("sdpa"))
+        with attention_backends(self.device):
+            found = list(self.evaluation.measure(self.loss, self.here))
+        self.model.set_attn_implementation(training_attention(self.config.attention))
+        self.model.train()
+        if not self.log:
+            return
+        name, method = Path(self.config.model).name, method_name(self.config)
+        for one in found:
+            row = result_row(
+                suite="training", model=name, method=method, seed=self.config.seed, step=self.step, **vars(one)
+            )
+            self.log.add([row])
+            say(f"step {self.step}: {one.task} at {one.length}: {one.metric} {one.value:.4f}")
+        for report in reports[1:]:
+            report(self.step, {f"{one.task}/{one.length}": one.value for one in found})
 
     def train_step(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns (loss, gradient norm before clipping) as tensors, without waiting for them."""
@@ -446,34 +496,25 @@ class Trainer:
             torch.from_numpy(part.copy()).to(self.device, non_blocking=True)
             for part in (batch.input_ids, batch.position_ids, batch.weights)
         )
-        total = weights.sum()
+        # dropout, if the model has any, is a function of the step too
+        seed = (config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank
+        (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+        total = distributed.total(weights.sum())
         micro = config.micro_rows or len(ids)
         loss = torch.zeros((), device=self.device)
         with attention_backends(self.device):
             for start in range(0, len(ids), micro):
                 part = slice(start, start + micro)
                 part_loss = self.loss(ids[part], positions[part], weights[part]) / total
-                part_loss.backward()
+                (part_loss * self.here.size).backward()  # FSDP takes the mean over the processes, we want the sum
                 loss += part_loss.detach()
-        limit = config.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = distributed.whole(clip_gradients(self.optimizer, config.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
-
-    def loss(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast)
-        with autocast:
-            labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
-            if not plain_head(self.model):
-                logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-                return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
-            hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
-            head = self.model.get_output_embeddings().weight
-            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+        linears.after_step(self.model)
+        return distributed.total(loss), norm
 
 
 def plain_head(model: PreTrainedModel) -> bool:
@@ -503,42 +544,3 @@ def attention_backends(device: torch.device) -> Iterator[None]:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         yield
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person sees
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def progress(first: int, last: int) -> Iterator[Any]:
-    """`advance(step, loss, tokens_per_s)`: a bar on a terminal, a plain line every few seconds elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        shown = [0.0]
-
-        def line(step: int, loss: float, speed: float) -> None:
-            now = time.monotonic()
-            if now - shown[0] >= 5 or step == last:
-                shown[0] = now
-                say(f"step {step}/{last}  loss {loss:.4f}  {speed:,.0f} tokens/s")
-
-        yield line
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=last, completed=first, loss=math.nan, speed=0.0)
-        yield lambda step, loss, speed: bar.update(task, completed=step, loss=loss, speed=speed)

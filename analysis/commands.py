@@ -1,0 +1,95 @@
+"""The commands of this package, `endprompt verify` and `endprompt positions`; the work is imported when called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class VerifyConfig:
+    """Bounds and observability on the weights of a local checkpoint.
+
+    Args:
+        checkpoint: directory of the model (transformers format).
+        against: directory of the model before extension: shows what training changed.
+        target: window L in tokens (default: the checkpoint's own); distances 0..L-1 are examined.
+        context: tokens of a training row's context (default: the original window less the prompt).
+        prompt: tokens of the end prompt.
+        scheme: position scheme that the rows were laid out by (see `endprompt positions`).
+        count: number of anchors, for scheme anchors.
+        text: a text file to read (default: the sample that ships with the package).
+        tokens: at most this many tokens of the text are read, and never more than the original window.
+        pairs: query-key pairs for each head.
+        noise: standard deviation of an observed score, in units of the score's own root mean square.
+        output: run directory.
+        method: the name this checkpoint has in the rows (default: base, or its RoPE scaling).
+        seed: of the choice of pairs.
+        dtype: of the weights: float32, bfloat16.
+        device: cpu or cuda.
+        formats: kinds of picture to write.
+        heads: heads to draw, as layer.head,layer.head (default: the steepest of the first, middle and last layer).
+    """
+
+    checkpoint: str
+    against: str | None = None
+    target: int | None = None
+    context: int | None = None
+    prompt: int = 20
+    scheme: str = "endprompt"
+    count: int = 4
+    text: str | None = None
+    tokens: int = 1024
+    pairs: int = 256
+    noise: float = 0.1
+    output: str = "runs/verify"
+    method: str | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    formats: tuple[str, ...] = ("png", "pdf")
+    heads: str = ""
+
+
+def verify(config: VerifyConfig) -> int:
+    """Check the smoothness bounds and what the gap's observability is, on a checkpoint's own weights."""
+    from analysis import verify as work
+
+    report = work.verify(config)
+    print(report.table())
+    return 0 if report.holds else 1
+
+
+@dataclass
+class PositionsConfig:
+    """What a position scheme lets the model observe.
+
+    Args:
+        scheme: contiguous, endprompt, endprompt-random, pose, endprompt-pose or anchors; `all` compares them.
+        target: extended window L in tokens.
+        context: tokens of the context.
+        prompt: tokens of the end prompt (0 for none).
+        count: number of anchors, for scheme anchors.
+        base: RoPE base, for the predicted gap RMS.
+        head_dim: rotated part of a head, for the predicted gap RMS.
+        factor: interpolation factor (default: target / (context + prompt)).
+        noise: standard deviation of an observed score, in units of the score's own root mean square.
+        plot: file to draw the coverage to (PNG or PDF by its name).
+    """
+
+    scheme: str = "endprompt"
+    target: int = 65536
+    context: int = 8172
+    prompt: int = 20
+    count: int = 4
+    base: float = 500000.0
+    head_dim: int = 128
+    factor: float | None = None
+    noise: float = 0.1
+    plot: str | None = None
+
+
+def positions(config: PositionsConfig) -> None:
+    """Show what a position scheme observes: intervals of distance, the gap, pair counts, a picture."""
+    from analysis import coverage
+
+    print(coverage.report(config))

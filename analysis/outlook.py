@@ -1,0 +1,95 @@
+"""Predicted error of the score in the gap against what one can choose: target, context, anchors, scheme, scaling.
+
+The average case of `posterior_gap_rms` with the white prior: coefficients c ~ N(0, I/n), one observation a distance,
+so a score has mean square 1. A choice, not a measurement; it ranks what the positions alone determine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from analysis import observability
+from analysis.spectra import rope_freqs
+from endprompt.positions import Intervals
+
+FACTORS = (2, 4, 8, 16, 32)
+ANCHORS = (1, 2, 3, 4, 5, 6, 8)
+SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+
+
+def gap_rms(
+    omega: np.ndarray,
+    observed: Intervals,
+    gap: Intervals,
+    noise: float,
+    pretraining: tuple[np.ndarray, int] | None = None,
+) -> float:
+    """Predicted root mean square error in the gap, each observed distance seen once.
+
+    pretraining: (frequencies before scaling, window): the distances 0..window-1 count as observed too, at those
+    frequencies, with the same coefficients.
+    """
+    number = observability.size(observed)
+    G_obs = observability.gram(omega, observed) if number else np.zeros((2 * omega.size,) * 2)
+    if pretraining is not None:
+        theta, window = pretraining
+        G_obs = number * G_obs + window * observability.gram(theta, [(0, window - 1)])
+        number += window
+        G_obs /= number
+    return observability.posterior_gap_rms(G_obs, number, observability.gram(omega, gap), noise)
+
+
+def outlook(geometry: Any, window: int, target: int, context: int, config: Any) -> dict[str, Any]:
+    """What a checkpoint's RoPE lets the schemes determine, around the target and context at hand; plain lists."""
+    base, rotary = geometry.parameters["rope_theta"], geometry.rotary_dim
+    kind = geometry.parameters.get("rope_type", "default")
+    prompt, noise = config.prompt, config.noise
+    own, _ = geometry.frequencies(target)
+
+    def frequencies(length: int) -> np.ndarray:
+        if kind in ("linear", "yarn", "llama3") and length > window:
+            return rope_freqs(base, rotary, kind, length / window, window)[0]
+        return own
+
+    def predicted(scheme: str, length: int, tokens: int, count: int = 4) -> float | None:
+        try:
+            _, reference = observability.distance_segments(length, tokens, prompt, "endprompt")
+            observed, _ = observability.distance_segments(length, tokens, prompt, scheme, count=count)
+        except ValueError:  # sizes that do not fit together: no point on the curve
+            return None
+        return gap_rms(frequencies(length), observed, reference, noise) if reference else None
+
+    def line(scheme: str, places: list[int], at: Any) -> dict[str, Any]:
+        found = [(place, at(scheme, place)) for place in places]
+        kept = [(place, value) for place, value in found if value is not None]
+        return {"scheme": scheme, "x": [place for place, _ in kept], "y": [float(f"{v:.6g}") for _, v in kept]}
+
+    targets = sorted({window * factor for factor in FACTORS} | {target})
+    contexts = sorted({max(prompt, window * share // 8, 1) for share in range(1, 9)} | {context})
+    fixed = ("contiguous", "endprompt") if prompt else ("contiguous",)
+    schemes = []
+    _, reference = observability.distance_segments(target, context, prompt, "endprompt")
+    for scheme in observability.with_room_for(prompt):
+        once = predicted(scheme, target, context, config.count)
+        if once is None:
+            continue
+        counts = observability.pair_counts(scheme, context, prompt, target, count=config.count)
+        weighted = observability.posterior_gap_rms(
+            observability.gram_weighted(own, counts), context + prompt, observability.gram(own, reference), noise
+        )
+        schemes.append({"scheme": scheme, "once": once, "by_pairs": weighted})
+    theta, _ = rope_freqs(base, rotary)
+    pretraining = []
+    for scaling in SCALINGS:
+        omega, _ = rope_freqs(base, rotary, scaling, max(target / window, 1.0), window)
+        value = gap_rms(omega, [], reference, noise, (theta, window))
+        pretraining.append({"scaling": scaling, "value": value})
+    return {
+        "target": [line(s, targets, lambda s, length: predicted(s, length, context)) for s in fixed],
+        "context": [line(s, contexts, lambda s, tokens: predicted(s, target, tokens)) for s in fixed],
+        "anchors": [line("anchors", list(ANCHORS) if prompt else [], lambda s, k: predicted(s, target, context, k))],
+        "schemes": schemes,
+        "pretraining": pretraining,
+    }

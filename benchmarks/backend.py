@@ -1,0 +1,436 @@
+"""lm-eval's models and tasks as `endprompt score` uses them.
+
+`LongContextLM` is lm-eval's HFLM with the generation loop of `benchmarks.generate` and prompts of like length together.
+`RecordingLM` wraps any lm-eval model: it appends each prediction to a file as it comes and answers from the file what
+was predicted before. This module imports lm_eval; import it inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task, TaskConfig
+from lm_eval.filters import build_filter_ensemble
+from lm_eval.models.huggingface import HFLM
+from torch.utils.data import ConcatDataset
+
+from benchmarks import generate, ruler
+from benchmarks.compare import complete_lines
+from endprompt import rows
+
+# Tokens of one batch's prompts at most (one prompt may be longer): bounds the key/value cache.
+BATCH_TOKENS = 131_072
+
+
+class LongContextLM(HFLM):
+    """HFLM that generates greedily from unpadded prompts, last-position logits only.
+
+    Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
+    """
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Without asking the hub for a revision, which HFLM does even for local paths."""
+        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype)}
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        jobs = []
+        for request in requests:
+            prompt, settings = request.args
+            settings = dict(settings)
+            if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
+                raise ValueError(f"generation is greedy: {settings}")
+            ids, kept = self.tok_encode(prompt), int(settings.get("max_gen_toks") or self.max_gen_toks)
+            if len(ids) + kept > self.max_length:
+                raise ValueError(
+                    f"prompt and generation must fit the window: {len(ids)} + {kept} tokens, window {self.max_length}"
+                )
+            jobs.append((ids, kept, tuple(settings.get("until") or ())))
+        answers = [""] * len(jobs)
+        ragged = generate.takes_ragged(self.model.config)
+        for batch in self.batches(jobs, ragged):
+            _, kept, until = jobs[batch[0]]
+            for i, text in zip(batch, self.greedy([jobs[i][0] for i in batch], kept, until)):
+                answers[i] = text
+        return answers
+
+    def batches(self, jobs: Sequence[tuple[list[int], int, tuple[str, ...]]], ragged: bool) -> Iterator[list[int]]:
+        """Indices of the jobs that run together: same settings, falling length."""
+        waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i][1:], -len(jobs[i][0])))
+        batch: list[int] = []
+        for i in waiting:
+            if batch:
+                first = jobs[batch[0]]
+                full = len(batch) >= self.batch_size or (len(batch) + 1) * len(first[0]) > BATCH_TOKENS
+                uneven = not ragged and len(jobs[i][0]) != len(first[0])
+                if full or uneven or jobs[i][1:] != first[1:]:
+                    yield batch
+                    batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def greedy(self, prompts: Sequence[list[int]], new_tokens: int, until: Sequence[str]) -> list[str]:
+        """Continuations of prompts in order of falling length, as text."""
+        stops = self.stop_tokens
+
+        def ended(tokens: list[int]) -> bool:
+            return tokens[-1] in stops or any(stop in self.tok_decode(tokens) for stop in until)
+
+        generated = generate.greedy(self.model, prompts, new_tokens, ended)
+        texts = [self.tok_decode([t for t in tokens if t not in stops]) for tokens in generated]
+        return [text[: min((text.find(stop) for stop in until if stop in text), default=None)] for text in texts]
+
+    @property
+    def stop_tokens(self) -> set[int]:
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        return {token for token in stops if token is not None}
+
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+class Predictions:
+    """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each.
+
+    An entry answers for a request only if run, task, index and prompt are the same: `run` is a hash of everything else
+    that a prediction depends on (checkpoint, precision, attention, backend).
+    """
+
+    def __init__(self, directory: Path, run: str, rank: int = 0):
+        self.path = directory / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
+        self.run = run
+        self._known: dict[tuple[str, int, str], str] = {}
+        for path in sorted(directory.glob("predictions*.jsonl")):
+            for entry in complete_lines(path):
+                if entry.get("run") == run:
+                    self._known[entry["task"], entry["index"], entry["prompt_sha256"]] = entry["prediction"]
+
+    def get(self, task: str, index: int, prompt: str) -> str | None:
+        return self._known.get((task, index, text_sha256(prompt)))
+
+    def add(self, entries: Sequence[tuple[str, int, str, str, dict[str, Any]]]) -> None:
+        """(task, index, prompt, prediction, further columns) of each."""
+        lines = []
+        for task, index, prompt, prediction, more in entries:
+            key = (task, index, text_sha256(prompt))
+            self._known[key] = prediction
+            lines.append(
+                {
+                    "run": self.run,
+                    "task": task,
+                    "index": index,
+                    "prompt_sha256": key[2],
+                    "prediction": prediction,
+                    **more,
+                }
+            )
+        rows.append_rows(self.path, lines)
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RecordingLM(LM):
+    """Any lm-eval model, with predictions written down as they come and not made twice."""
+
+    def __init__(
+        self,
+        inner: Any,
+        predictions: Predictions,
+        chunk: int,
+        progress: Progress | None = None,
+        note: Callable[[str, dict[str, Any], str], dict[str, Any]] = lambda task, doc, answer: {},
+    ):
+        """note: further columns of a prediction, from (task, doc, prediction)."""
+        super().__init__()
+        self.note = note
+        self.inner, self.predictions, self.chunk = inner, predictions, chunk
+        self.progress = progress or Progress(total=0, quiet=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    rank = property(lambda self: self.inner.rank)
+    world_size = property(lambda self: self.inner.world_size)
+    device = property(lambda self: self.inner.device)
+    tokenizer_name = property(lambda self: self.inner.tokenizer_name)
+
+    def all_gather(self, tensor: Any) -> Any:
+        return self.inner.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        return self.inner.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        return self.inner.apply_chat_template(*args, **kwargs)
+
+    def chat_template(self, *args: Any, **kwargs: Any) -> str | None:
+        return self.inner.chat_template(*args, **kwargs)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self.inner.loglikelihood(requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self.inner.loglikelihood_rolling(requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Requests of one task run together, longest first, a chunk at a time."""
+        waiting: dict[str, dict[int, Instance]] = {}
+        for request in requests:
+            if self.known(request) is None:
+                waiting.setdefault(str(request.task_name), {})[int(request.doc_id or 0)] = request
+        self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
+        for task, own in waiting.items():
+            todo = sorted(own.values(), key=lambda request: -prompt_tokens(request))
+            for start in range(0, len(todo), self.chunk):
+                group = todo[start : start + self.chunk]
+                began = time.perf_counter()
+                answers = [
+                    without_echo(answer, request.args[0])
+                    for request, answer in zip(group, self.inner.generate_until(group), strict=True)
+                ]
+                seconds = time.perf_counter() - began
+                self.predictions.add(
+                    [
+                        (task, int(r.doc_id or 0), r.args[0], answer, self.note(task, r.doc, answer))
+                        for r, answer in zip(group, answers)
+                    ]
+                )
+                self.progress.step(task, len(group), sum(prompt_tokens(r) for r in group), seconds)
+        return [answer for request in requests if (answer := self.known(request)) is not None]
+
+    def known(self, request: Instance) -> str | None:
+        return self.predictions.get(str(request.task_name), int(request.doc_id or 0), request.args[0])
+
+
+def prompt_tokens(request: Instance) -> int:
+    """Prompt tokens where the sample says so, else characters: for order and throughput."""
+    return int(request.doc.get("length") or len(request.args[0]))
+
+
+class Progress:
+    """One line of state on stderr: rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, total: int, quiet: bool = False, every: float = 10.0):
+        self.total, self.quiet, self.every = total, quiet, every
+        self.done = self.tokens = 0
+        self.seconds = self._shown = 0.0
+        self._began = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def skip(self, n: int) -> None:
+        self.total -= n
+
+    def step(self, task: str, n: int, tokens: int, seconds: float) -> None:
+        self.done += n
+        self.tokens += tokens
+        self.seconds += seconds
+        now, last = time.perf_counter(), self.done >= self.total
+        if self.quiet or not (last or self.terminal or now - self._shown >= self.every):
+            return
+        self._shown = now
+        left = (self.total - self.done) * (now - self._began) / self.done
+        line = (
+            f"{task}: {self.done}/{self.total} samples, {self.tokens / self.seconds:,.0f} tokens/s, {clock(left)} left"
+        )
+        end = "\n" if last or not self.terminal else ""
+        print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+
+def without_echo(prediction: str, prompt: str) -> str:
+    """The prediction less the prompt, which some backends give back: the answers stand in the prompt too."""
+    return prediction.removeprefix(prompt)
+
+
+class SampleTask(Task):
+    """An lm-eval task over ready samples (dicts with input, outputs, max_new_tokens), read one by one.
+
+    The prompt is the sample's `input` as it stands. Scores of single samples are kept, in their order, in `scores`.
+    """
+
+    VERSION = 1
+    OUTPUT_TYPE = "generate_until"
+
+    def __init__(self, name: str, samples: Sequence[dict[str, Any]], score: Any):
+        self.samples, self._score = samples, score
+        self.scores: list[float] = []
+        self._config = TaskConfig(
+            task=name, generation_kwargs={"until": [], "do_sample": False}, metadata={"version": self.VERSION}
+        )
+        self._instances: list[Instance] = []
+        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
+
+    def has_training_docs(self) -> bool:
+        return False
+
+    def has_validation_docs(self) -> bool:
+        return False
+
+    def has_test_docs(self) -> bool:
+        return True
+
+    def test_docs(self) -> Any:
+        return self.samples
+
+    def doc_to_text(self, doc: dict[str, Any]) -> str:
+        return doc["input"]
+
+    def doc_to_target(self, doc: dict[str, Any]) -> str:
+        return str(doc["outputs"])
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int = 0, **kwargs: Any) -> str:
+        return self.doc_to_text(doc)
+
+    def build_all_requests(
+        self, *, limit: int | None = None, rank: int = 0, world_size: int = 1, **kwargs: Any
+    ) -> None:
+        """As lm-eval's, less its request cache (whose key holds neither length nor tokenizer) and progress bar."""
+        self._instances = [
+            self.construct_requests(doc, self.doc_to_text(doc), metadata=(self.config.task, index, 1))
+            for index, doc in self.doc_iterator(rank=rank, limit=limit, world_size=world_size)
+        ]
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": doc["max_new_tokens"]}
+        about = {key: value for key, value in doc.items() if key != "input"}
+        return Instance("generate_until", about, (ctx, settings), 0, metadata=kwargs["metadata"])
+
+    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+        return {"score": (doc["index"], self._score(doc, without_echo(results[0], doc["input"])))}
+
+    def aggregation(self) -> dict[str, Any]:
+        return {"score": self.collect}
+
+    def collect(self, items: list[tuple[int, float]]) -> float:
+        """Mean over all samples of all processes."""
+        self.scores = [value for _, value in sorted(items)]
+        return sum(self.scores) / len(self.scores)
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {"score": True}
+
+
+class RulerTask(Task):
+    """A RULER task for plain lm-eval, with the samples and scores of `endprompt score`.
+
+    `config` is the YAML file's, whose task is named `endprompt_<task>`; its metadata (lm-eval's --metadata and model
+    arguments) give `max_seq_lengths` (4096), `samples` (500), `seed` (0), `data_dir`, `cache_dir`, the options of
+    `ruler.Options`, and the tokenizer as `tokenizer`, `pretrained` or `model`. There is one metric a length that is
+    run, named by it. With --apply_chat_template the template's tokens are part of the budget.
+    """
+
+    VERSION = 1
+    OUTPUT_TYPE = "generate_until"
+
+    def __init__(self, config: dict[str, Any]):
+        self.ruler_task = str(config["task"]).removeprefix("endprompt_")
+        ruler.check_task(self.ruler_task)
+        self.metadata = dict(config.get("metadata") or {})
+        lengths = self.metadata.get("max_seq_lengths", [4096])
+        self.lengths = [int(length) for length in (lengths if isinstance(lengths, list) else [lengths])]
+        self.chat = bool(self.metadata.get("chat", False))
+        self._config = TaskConfig(
+            task=config["task"],
+            generation_kwargs={"until": [], "do_sample": False},
+            num_fewshot=0,
+            metadata={**self.metadata, "version": self.VERSION},
+        )
+        self._instances: list[Instance] = []
+        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
+
+    has_training_docs = SampleTask.has_training_docs
+    has_validation_docs = SampleTask.has_validation_docs
+    has_test_docs = SampleTask.has_test_docs
+    doc_to_text = SampleTask.doc_to_text
+    doc_to_target = SampleTask.doc_to_target
+    fewshot_context = SampleTask.fewshot_context
+    construct_requests = SampleTask.construct_requests
+
+    def test_docs(self) -> Any:
+        return self.samples
+
+    @functools.cached_property
+    def samples(self) -> ConcatDataset[dict[str, Any]]:
+        """All lengths one after the other, rendered when read."""
+        from transformers import AutoTokenizer
+
+        from benchmarks import cache
+
+        given = self.metadata
+        name = next((given[key] for key in ("tokenizer", "pretrained", "model") if given.get(key)), None)
+        if name is None:
+            raise ValueError(f"{self.config.task} sizes its prompts by tokens: name a tokenizer in the metadata")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        names = {option.name for option in dataclasses.fields(ruler.Options)}
+        options = ruler.Options(**{**{k: v for k, v in given.items() if k in names}, "chat": self.chat})
+        common = (int(given.get("samples", 500)), int(given.get("seed", 0)), given.get("data_dir"), options)
+        cells: list[Any] = [
+            cache.cell(self.ruler_task, length, tokenizer, *common, given.get("cache_dir")) for length in self.lengths
+        ]
+        return ConcatDataset(cells)
+
+    def build_all_requests(
+        self,
+        *,
+        limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if system_instruction:
+            raise ValueError(f"{self.config.task} fills its budget exactly: a system instruction does not fit")
+        self.chat = self.chat or apply_chat_template
+        self._instances = [
+            self.construct_requests(doc, self.doc_to_text(doc), metadata=(self.config.task, index, 1))
+            for index, doc in self.doc_iterator(rank=rank, limit=limit, world_size=world_size)
+        ]
+
+    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+        prediction = without_echo(results[0], doc["input"])
+        return {str(doc["budget"]): ruler.score(self.ruler_task, prediction, doc["outputs"])}
+
+    def aggregation(self) -> dict[str, Any]:
+        return {str(length): mean for length in self.lengths}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {str(length): True for length in self.lengths}
+
+
+@contextlib.contextmanager
+def no_environment_report() -> Iterator[None]:
+    """lm-eval asks torch and git for reports after each run, seconds of work: ours are in environment.json."""
+    from unittest import mock
+
+    with (
+        mock.patch("torch.utils.collect_env.get_pretty_env_info", lambda: "see environment.json"),
+        mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None),
+        mock.patch("lm_eval.loggers.utils.get_commit_from_path", lambda path: None),
+    ):
+        yield

@@ -1,0 +1,110 @@
+"""Predictions of finished runs: read them, show them, compare two checkpoints on the same samples."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import summary
+
+
+def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON Lines file; a line that a crash cut off is left out, since it is predicted again."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    yield entry
+
+
+def read_predictions(directory: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """{(task, index): entry} of a run directory, the latest entry of each; tasks in the order they were run.
+
+    Raises ValueError if the directory holds no predictions.
+    """
+    paths = sorted(Path(directory).glob("predictions*.jsonl"))
+    if not paths:
+        raise ValueError(f"{directory} must be the output of a finished run: it has no predictions.jsonl")
+    entries = {(e["task"], e["index"]): e for path in paths for e in complete_lines(path)}
+    if not entries:
+        raise ValueError(f"{directory}: predictions.jsonl has no complete line")
+    return entries
+
+
+def show(directory: str | Path, task: str, wrong: bool = False) -> list[dict[str, Any]]:
+    """Predictions of one task (`vt`, or `vt@4096` for one length), in order; with `wrong` only those under 100."""
+    entries = read_predictions(directory)
+    names = list(dict.fromkeys(name for name, _ in entries))
+    chosen = [name for name in names if task in (name, name.split("@")[0])]
+    if not chosen:
+        known = [*dict.fromkeys(name.split("@")[0] for name in names), *names]
+        near = difflib.get_close_matches(task, known, n=3, cutoff=0.4)
+        raise ValueError(
+            f"task {task!r} was not run in {directory}; {'did you mean' if near else 'it has'} "
+            f"{', '.join(near or known)}?"
+        )
+    found = [entries[key] for key in sorted(entries, key=lambda key: (names.index(key[0]), key[1])) if key[0] in chosen]
+    return [entry for entry in found if not wrong or entry["score"] < 100]
+
+
+def shown(entries: list[dict[str, Any]]) -> str:
+    """Predictions as text for reading."""
+    blocks = []
+    for entry in entries:
+        depth = f", depth {entry['depth']}" if entry.get("depth") else ""
+        blocks.append(
+            f"{entry['task']} #{entry['index']}: {entry['score']:.0f}{depth}\n"
+            f"  wanted     {'; '.join(map(str, entry['outputs']))}\n"
+            f"  predicted  {entry['prediction']!r}"
+        )
+    return "\n".join(blocks)
+
+
+def compare(first: str | Path, second: str | Path, seed: int = 0) -> list[dict[str, Any]]:
+    """Differences second - first, a row a task and length and one over all, by paired bootstrap.
+
+    Raises ValueError unless both runs predicted the same samples: the same tasks, indices and prompts.
+    """
+    a, b = read_predictions(first), read_predictions(second)
+    tasks = [task for task in dict.fromkeys(task for task, _ in a) if task in {name for name, _ in b}]
+    if not tasks:
+        raise ValueError(f"{first} and {second} have no task and length in common")
+    found, all_a, all_b = [], [], []
+    for task in tasks:
+        own, other = ({i: e for (name, i), e in side.items() if name == task} for side in (a, b))
+        if own.keys() != other.keys() or any(own[i]["prompt_sha256"] != other[i]["prompt_sha256"] for i in own):
+            raise ValueError(
+                f"a comparison needs the same samples (seed, number, haystack, tokenizer): {task} differs between "
+                f"{first} and {second}"
+            )
+        scores_a, scores_b = ([side[i]["score"] for i in sorted(own)] for side in (own, other))
+        all_a += scores_a
+        all_b += scores_b
+        found.append(difference(task, scores_a, scores_b, seed))
+    if len(tasks) > 1:
+        found.append(difference("all", all_a, all_b, seed))
+    return found
+
+
+def difference(task: str, first: list[float], second: list[float], seed: int) -> dict[str, Any]:
+    paired = summary.paired_difference(first, second, seed)
+    means = {"first": sum(first) / len(first), "second": sum(second) / len(second)}
+    return {"task": task, **means, "difference": paired.pop("value"), **paired}
+
+
+def compared(found: list[dict[str, Any]]) -> str:
+    """Differences as a text table."""
+    width = max(len(row["task"]) for row in found)
+    lines = [f"{'':<{width}} {'first':>7} {'second':>7} {'diff':>7}  95% interval       p      n"]
+    for row in found:
+        low, high = row["ci95"]
+        lines.append(
+            f"{row['task']:<{width}} {row['first']:7.1f} {row['second']:7.1f} {row['difference']:+7.1f}  "
+            f"[{low:+6.1f}, {high:+6.1f}]  {row['p']:6.4f} {row['n']:5}"
+        )
+    return "\n".join(lines)

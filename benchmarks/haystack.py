@@ -1,0 +1,358 @@
+"""What RULER's prompts are made of: the suite's wording, noise, essays, word lists, question-answering documents.
+
+The wording is read from the installed lm-eval package's source files as text, without importing them (importing them
+fetches data and materialises six million words), and is corrected here where it departs from RULER. Everything else
+comes from local files; nothing is downloaded. This module imports neither lm_eval nor wonderwords.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+# A text without sentence ends (code, lists) is cut after this many words, so that needle depths stay spread.
+LONGEST_SENTENCE = 50
+SENTENCE_END = re.compile(r"[.!?][\"')\]”’]*$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data file that users bring: the names it may have in --data-dir, what it is, where it comes from."""
+
+    names: tuple[str, ...]
+    what: str
+    origin: str
+
+
+SOURCES = {
+    "essays": Source(
+        ("PaulGrahamEssays.json", "essays.json"),
+        'Paul Graham essays, JSON {"text": ...}',
+        "RULER's scripts/data/synthetic/json/download_paulgraham_essay.py (https://github.com/NVIDIA/RULER)",
+    ),
+    "squad": Source(
+        ("squad.json", "dev-v2.0.json"),
+        "SQuAD v2.0 dev set",
+        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
+    ),
+    "hotpotqa": Source(
+        ("hotpotqa.json", "hotpot_dev_distractor_v1.json"),
+        "HotpotQA dev set, distractor setting",
+        "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
+    ),
+    "words": Source(
+        ("english_words.json",),
+        "English word list, JSON {key: word}",
+        "RULER's scripts/data/synthetic/json/english_words.json (https://github.com/NVIDIA/RULER)",
+    ),
+}
+
+
+def data_file(kind: str, data_dir: str | Path | None, task: str) -> Path:
+    """Path of a user's data file. Raises ValueError saying what is missing, where it comes from, which option."""
+    source = SOURCES[kind]
+    if data_dir is not None:
+        for name in source.names:
+            if (path := Path(data_dir) / name).is_file():
+                return path
+    where = "--data-dir is not set" if data_dir is None else f"it is not in --data-dir {data_dir}"
+    raise ValueError(
+        f"task {task} needs {source.names[0]} ({source.what}) and {where}: get it from {source.origin} "
+        f"and put it into that folder"
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, remembered for as long as size and time of change stay."""
+    stat = path.stat()
+    return _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+# ---------------------------------------------------------------------------------------------------------- wording
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One task family's prompt: `template` up to the end of the question, then `prefix`, the start of the answer."""
+
+    template: str
+    prefix: str
+    reserve: int  # tokens kept for generation
+
+
+@functools.cache
+def wording(family: str) -> Wording:
+    """RULER's prompt for "niah", "vt", "cwe", "fwe" or "qa". Raises ImportError if lm-eval is not installed."""
+    if family == "niah":
+        template = _constant("niah_utils.py", "TEMPLATE")
+        question = template.rsplit("\n", 1)[1]
+        subject = question.removeprefix("What are all the").removesuffix("?")
+        return Wording(template, f" The{subject} are", 128)
+    file = {"vt": "vt_utils.py", "cwe": "cwe_utils.py", "fwe": "fwe_utils.py", "qa": "qa_utils.py"}[family]
+    config = _constant(file, "CONFIG")
+    config = config.get("variable_tracking", config)
+    template, prefix = config["template"], config["answer_prefix"]
+    if family == "vt":
+        prefix = prefix.replace("assgined", "assigned")
+    if family == "qa":
+        prefix = " " + prefix.lstrip()
+    return Wording(template, prefix, config["tokens_to_generate"])
+
+
+def needle() -> str:
+    return _constant("prepare_niah.py", "NEEDLE")
+
+
+def noise() -> list[str]:
+    """The sentences of the noise haystack."""
+    text = next(v for v in _constants("prepare_niah.py", "haystack") if isinstance(v, str))
+    return re.findall(r"[^.]+\.", text)
+
+
+def document_prompt() -> str:
+    return _constant("qa_utils.py", "DOCUMENT_PROMPT")
+
+
+def _constant(file: str, name: str):
+    return _constants(file, name)[0]
+
+
+@functools.cache
+def _constants(file: str, name: str) -> list:
+    """Literals assigned to `name` anywhere in one of lm-eval's RULER files."""
+    tree = ast.parse(_lm_eval_file(file).read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            try:
+                found.append(ast.literal_eval(node.value))
+            except ValueError:
+                continue
+    if not found:
+        raise ImportError(f"lm-eval's RULER file {file} defines no {name}: lm-eval 0.4.13 is the tested version")
+    return found
+
+
+def _lm_eval_file(name: str) -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("RULER's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'")
+    path = Path(spec.submodule_search_locations[0], "tasks", "ruler", name)
+    if not path.is_file():
+        raise ImportError(f"the installed lm-eval has no {path}: lm-eval 0.4.13 is the tested version")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+@functools.cache
+def word_list(kind: str) -> tuple[str, ...]:
+    """Sorted unique "noun", "adjective" or "verb" entries of the wonderwords package."""
+    spec = importlib.util.find_spec("wonderwords")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the needles' keys come from the wonderwords package: pip install wonderwords==3.0.1")
+    path = Path(spec.submodule_search_locations[0], "assets", f"{kind}list.txt")
+    return tuple(sorted({line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}))
+
+
+def key_word(index: int) -> str:
+    """Entry of the list of all adjective-noun pairs, by arithmetic: the six million pairs are never made."""
+    nouns = word_list("noun")
+    return f"{word_list('adjective')[index // len(nouns)]}-{nouns[index % len(nouns)]}"
+
+
+def key_words() -> int:
+    """How many adjective-noun pairs there are."""
+    return len(word_list("adjective")) * len(word_list("noun"))
+
+
+@functools.cache
+def common_words() -> tuple[str, ...]:
+    """The words of common-word extraction: nouns, adjectives and verbs, each once (8166 in wonderwords 3.0.1)."""
+    return tuple(sorted({word for kind in ("noun", "adjective", "verb") for word in word_list(kind)}))
+
+
+def more_words(path: Path) -> tuple[str, ...]:
+    """RULER's longer word list, for lengths that need more than `common_words` has."""
+    return tuple(sorted({str(word).strip() for word in read_json(path, dict).values() if str(word).strip()}))
+
+
+# ----------------------------------------------------------------------------------------------------------- essays
+
+
+@dataclass
+class Essay:
+    """A haystack of running text, repeated without end.
+
+    `words` are split at white space. Sentence ends are found by punctuation, so samples do not depend on downloaded
+    models. Positions are counted in words from the start of the first copy.
+    """
+
+    name: str
+    sha256: str
+    words: list[str]
+    ends: np.ndarray = field(init=False)  # [sentences] words up to each sentence end, within one copy
+
+    def __post_init__(self) -> None:
+        ends, start = [], 0
+        for i, word in enumerate(self.words):
+            ended = SENTENCE_END.search(word) is not None or i + 1 - start >= LONGEST_SENTENCE
+            if ended or i + 1 == len(self.words):
+                ends.append(i + 1)
+                start = i + 1
+        self.ends = np.array(ends, dtype=np.int64)
+        starts, at = [], 0
+        for word in self.words:
+            starts.append(at)
+            at += len(word) + 1
+        self._text = " ".join(self.words) + " "
+        self._starts = [*starts, at]
+
+    def text(self, first: int, last: int) -> str:
+        """Words first..last-1 joined by single spaces."""
+        size, pieces = len(self.words), []
+        while first < last:
+            copy = first // size
+            stop = min(last, (copy + 1) * size)
+            pieces.append(self._text[self._starts[first - copy * size] : self._starts[stop - copy * size] - 1])
+            first = stop
+        return " ".join(pieces)
+
+    def sentences(self, n: int) -> int:
+        """Sentences in the first n words; a cut one at the end counts."""
+        size = len(self.words)
+        rest = n % size
+        return n // size * len(self.ends) + int(np.searchsorted(self.ends, rest)) + bool(rest)
+
+    def sentence_end(self, count: int, n: int) -> int:
+        """Words up to the end of sentence `count` (0: the start), at most n."""
+        if count == 0:
+            return 0
+        copies, rest = divmod(count - 1, len(self.ends))
+        return min(n, copies * len(self.words) + int(self.ends[rest]))
+
+
+def essay(haystack_text: str | Path | None, data_dir: str | Path | None, task: str = "niah_single_2") -> Essay:
+    """The essay haystack: the user's text, else RULER's essays in `data_dir`, else the project's sample text."""
+    if haystack_text is not None:
+        path = Path(haystack_text)
+        if not path.is_file():
+            raise ValueError(f"--haystack-text must be a text file: {path} does not exist")
+    else:
+        try:
+            path = data_file("essays", data_dir, task)
+        except ValueError as missing:
+            path = Path(str(resources.files("endprompt") / "data" / "sample.txt"))
+            if not path.is_file():
+                raise ValueError(f"{missing}; or give a text of your own by --haystack-text") from None
+    return _essay(path, file_sha256(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _essay(path: Path, sha256: str) -> Essay:
+    if path.suffix == ".json":
+        text = read_json(path, dict).get("text")
+        if not isinstance(text, str):
+            raise ValueError(f'{path}: must be a JSON object {{"text": ...}}')
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: a haystack must be UTF-8 text ({error.reason} at byte {error.start})") from None
+    words = text.split()
+    if not words:
+        raise ValueError(f"{path}: a haystack must have words; the file is empty")
+    return Essay(path.name, sha256, words)
+
+
+# ---------------------------------------------------------------------------------------------- question answering
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answers: tuple[str, ...]
+    context: tuple[int, ...]  # documents that must be there
+    related: tuple[int, ...] = ()  # documents of the same article, used before others
+
+
+@dataclass(frozen=True)
+class Library:
+    """Documents and the questions over them, in the data set's own order."""
+
+    name: str
+    sha256: str
+    documents: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+def library(dataset: str, data_dir: str | Path | None, task: str) -> Library:
+    path = data_file(dataset, data_dir, task)
+    return _library(dataset, path, file_sha256(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _library(dataset: str, path: Path, sha256: str) -> Library:
+    try:
+        documents, questions = {"squad": _squad, "hotpotqa": _hotpotqa}[dataset](path)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: not in the layout of {SOURCES[dataset].what} (missing {error})") from None
+    if not questions:
+        raise ValueError(f"{path}: has no answerable question")
+    return Library(path.name, sha256, tuple(documents), tuple(questions))
+
+
+def _squad(path: Path) -> tuple[list[str], list[Question]]:
+    articles = read_json(path, dict)["data"]
+    documents = sorted({p["context"] for article in articles for p in article["paragraphs"]})
+    index = {text: i for i, text in enumerate(documents)}
+    questions = []
+    for article in articles:
+        of_article = list(dict.fromkeys(index[p["context"]] for p in article["paragraphs"]))
+        for paragraph in article["paragraphs"]:
+            own = index[paragraph["context"]]
+            related = tuple(i for i in of_article if i != own)
+            for qa in paragraph["qas"]:
+                if not qa["is_impossible"]:
+                    answers = tuple(dict.fromkeys(answer["text"] for answer in qa["answers"]))
+                    questions.append(Question(qa["question"], answers, (own,), related))
+    return documents, questions
+
+
+def _hotpotqa(path: Path) -> tuple[list[str], list[Question]]:
+    entries = read_json(path, list)
+    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]] for entry in entries]
+    documents = sorted({text for entry in texts for text in entry})
+    index = {text: i for i, text in enumerate(documents)}
+    questions = [
+        Question(entry["question"], (entry["answer"],), tuple(dict.fromkeys(index[text] for text in own)))
+        for entry, own in zip(entries, texts)
+    ]
+    return documents, questions
+
+
+def read_json(path: Path, kind: type):
+    """A JSON file of the given top-level type. Raises ValueError naming file, line and column."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: must hold a JSON {kind.__name__}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,366 @@
+"""LongBench: 21 sets and LongBench-E, from documents to prompts that fit the model, and from predictions to scores.
+
+Bai et al. 2023, arXiv:2308.14508; rules, prompts and metrics as in the benchmark's own repository (THUDM/LongBench).
+Its texts are not shipped: prompts are read from the installed lm-eval package's task files and corrected where those
+differ, documents come from the user's folder (`longbench_data`).
+
+    build_samples    documents → prompts that fit the model's window
+    score            one prediction → percent
+
+Averages and rows are made in `longbench_summary`, the lm-eval task is in `longbench_task`. This module needs no lm-eval
+until prompts are read, no jieba until Chinese is scored, and no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import longbench_metrics as metrics
+from benchmarks.longbench_data import TASKS, TASKS_E, Documents, dataset_of, load_documents
+from endprompt.rows import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from benchmarks.score import ScoreConfig, Unit
+
+__all__ = ["TASKS", "TASKS_E", "build_samples", "load_documents", "samples_sha256", "score", "select", "units"]
+
+GENERATOR = "longbench-1"  # goes into every row: a change of what models are given changes it
+
+# The benchmark's prompts, known by the sha256 of their UTF-8 text with {context} and {input} as places. "asconcisely"
+# in NarrativeQA's is the published prompt.
+PROMPT_SHA256 = {
+    "narrativeqa": "aada7ed24b06abace5b0045ac3bcfe06fc831a6cf434f0ecfd99fb7b3d299e1c",
+    "qasper": "0fbdd123fe7f83d6d6a9c583ca28cb29d68e523bf8fec01a0cf2dcd11037775d",
+    "multifieldqa_en": "20b4666a2de8a1f701bdb6c4e015fa9f8758d64b361d841f7766df6c9ceba770",
+    "multifieldqa_zh": "344b3a4e557cd5470c661b3d6b374339717e1257a6c01f628d22322d4a554b94",
+    "hotpotqa": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "2wikimqa": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "musique": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "dureader": "ae53329f51b17908e08b8c6bf366987282b8b38c0ee35275ebd7b79e9b30eff2",
+    "gov_report": "91c25d585b189ced91c9280efcb4ecb5dcff9548cd4e3bfae66c68025b569e95",
+    "qmsum": "dca23b678fe0183bbd9555b57947022aed1b85739da5ad7e1b4708dd0c71c409",
+    "multi_news": "2af3f28c40b902e6535d4910510d51653613c49de9b2fc287c5958395061101d",
+    "vcsum": "3e5d8241bc9b512eb4929c1ba80882a44f50b446bc2b1d9d79eff030dd10dc27",
+    "trec": "0eff8bebdba99d91e9d7d91b6ab39455ac74648bea92c9255c9f68c62175b2db",
+    "triviaqa": "00a802e6377e72fca39b169cf6c28893bedf23ba7286b03ecd15867c3e27a7c4",
+    "samsum": "a68d884234907eefcaa0eacf7b2997f60fa46603988dceae6a44f9b49f045b3f",
+    "lsht": "f3edabdf7fae53d6cadfa7a10f3574d114302161c46dacecd5d30763204bbbf3",
+    "passage_count": "986550b6c61009c629a4535766d94b7b51e2b2b9e1ed169e4ecb54417466e964",
+    "passage_retrieval_en": "39b96b7fa52bdd2aa2bde34ea199158505201b9a0a2c3ce94e80249293f60431",
+    "passage_retrieval_zh": "c1e2346e245eb365bc33a1503cde2e473948a2aad51c3e4c72893e61ab074d60",
+    "lcc": "6a1f24cf0bb83cd90f1fca8f0dd24801626c2aaea29db834ddc83b950e71190e",
+    "repobench-p": "ee9ec182ea5ffeb70a7140d55baea97264a8612d88226d323afa90859c36240c",
+}
+# What lm-eval's task files leave out: the last character, and one of the newlines before the question.
+CORRECTIONS: dict[str, Callable[[str], str]] = {
+    "passage_count": lambda prompt: prompt + " ",
+    "passage_retrieval_en": lambda prompt: prompt + " ",
+    "lcc": lambda prompt: prompt + "\n",
+    "repobench-p": lambda prompt: prompt + "\n",
+    "triviaqa": lambda prompt: prompt.replace("{context}\n{input}", "{context}\n\n{input}"),
+    "samsum": lambda prompt: prompt.replace("{context}\n{input}", "{context}\n\n{input}"),
+}
+
+
+def score(dataset: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None) -> float:
+    """Percent that one prediction earns: the best over all answers, after the set's own post-processing.
+
+    `all_classes` are the labels of a classification set (trec, lsht). Raises ValueError if they are missing, if there
+    is no answer, or if the set is unknown.
+    """
+    rules = dataset_of(dataset)
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if not answers:
+        raise ValueError(f"a prediction needs at least one answer to be scored: {dataset=}")
+    if rules.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    if rules.metric == "classification":
+        if not all_classes:
+            raise ValueError(f"a classification set needs all_classes: {dataset=}")
+        return 100 * max(metrics.classification(prediction, answer, all_classes) for answer in answers)
+    metric: Callable[[str, str], float] = getattr(metrics, rules.metric)
+    return 100 * max(metric(prediction, answer) for answer in answers)
+
+
+@cache
+def prompt_template(dataset: str) -> str:
+    """The set's published prompt with {context} and {input} as places, for `str.format`.
+
+    Read from the installed lm-eval package's task file and corrected. Raises OSError if the package or the file is
+    missing, ValueError if the text is not the published one.
+    """
+    import yaml
+
+    dataset = dataset_of(dataset).name
+    path = lm_eval_folder() / "tasks" / "longbench" / f"{dataset}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"LongBench's prompt of {dataset} is read from lm-eval's task file, missing: {path}")
+
+    class Loader(yaml.SafeLoader):
+        """Reads a task file without importing the functions that it names."""
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    text = yaml.load(path.read_text(encoding="utf-8"), Loader)["doc_to_text"]
+    prompt = text.replace("{{context}}", "{context}").replace("{{question}}", "{input}")
+    # The correction is not applied to a later lm-eval that has made it itself.
+    for candidate in (prompt, CORRECTIONS.get(dataset, str)(prompt)):
+        if hashlib.sha256(candidate.encode()).hexdigest() == PROMPT_SHA256[dataset]:
+            return candidate
+    raise ValueError(
+        f"the prompt of {dataset} in lm-eval {version('lm_eval')} is not the published one, nor the one that is known "
+        f"to differ: {path}"
+    )
+
+
+def lm_eval_folder() -> Path:
+    """Folder of the lm-eval package, found without importing it."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("LongBench's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def prompt_text(task: str, document: Mapping[str, Any]) -> str:
+    """The whole prompt of a document, before truncation and chat template."""
+    template = prompt_template(dataset_of(task).name)
+    return template.format(context=document["context"], input=document["input"])
+
+
+def build_samples(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    data_dir: str | Path | None = None,
+    documents: Documents | None = None,
+    n: int | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """What the model is given for the first `n` documents of a task (all by default), in the documents' order.
+
+    Each sample has `input` (the text for the tokenizer, which adds BOS itself if it does so by default), `outputs`
+    (the answers), `all_classes`, `length` (tokens of the input, special ones included), `max_new_tokens`, `truncated`
+    (whether the middle was cut out), `words` (the document's own length), `index` and `id`.
+
+    Documents are read from `data_dir` unless they are given; `options` are those of `Prompter`. Raises what
+    `load_documents` does, and ValueError if the window leaves no room for the prompt.
+    """
+    prompter = Prompter(task, tokenizer, window, **options)
+    items = (documents or load_documents(task, data_dir)).items[:n]
+    return prompter.samples(items, prompter.fit(items))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A prompt that fits: its text before any chat wrapping, tokens of what the model is given, whether it was cut."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Makes one task's prompts for one model.
+
+    Args:
+        window: the model's, tokens: no input is longer than `window` less the tokens to generate.
+        prompt_length: cut prompts above this many tokens, before chat wrapping, as published tables do (3500 for a
+            window of 4k, 31500 for 32k). By default what the window leaves.
+        chat_template: messages → text, called with add_generation_prompt=True; wraps the sets that are asked as
+            questions and leaves alone the six that are texts to be continued.
+        system: a system message for the chat template.
+        add_special_tokens: passed to the tokenizer; None for its own default.
+        max_new_tokens: instead of the set's own.
+    """
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    window: int
+    prompt_length: int | None = None
+    chat_template: Callable[..., str] | None = None
+    system: str | None = None
+    add_special_tokens: bool | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return dataset_of(self.task).max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids as the model is given them: with the special tokens that the tokenizer adds by default."""
+        special = {} if self.add_special_tokens is None else {"add_special_tokens": self.add_special_tokens}
+        options = {"truncation": False, "return_attention_mask": False, "verbose": False, **special}
+        return self.tokenizer(texts, **options)["input_ids"]
+
+    def wrap(self, prompt: str) -> str:
+        """The prompt in the chat template, if its set is wrapped, without the BOS that the tokenizer will add.
+
+        Templates write BOS themselves. lm-eval's backend looks for it at the start of a batch's first text only, and
+        wrapped and unwrapped prompts share batches, so that some of them would get two or none.
+        """
+        if self.chat_template is None or not dataset_of(self.task).chat:
+            return prompt
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.chat_template([*head, {"role": "user", "content": prompt}], add_generation_prompt=True)
+        return text.removeprefix(self.added_bos)
+
+    @cached_property
+    def added_bos(self) -> str:
+        """Text of the BOS that the tokenizer adds by itself; empty if it adds none."""
+        first = self.encode(["a"])[0][:1]
+        return str(self.tokenizer.bos_token) if first and first[0] == self.tokenizer.bos_token_id else ""
+
+    def fit(self, items: Sequence[Mapping[str, Any]]) -> list[Fit]:
+        """The documents' prompts, the middle cut out where they are too long."""
+        room = self.window - self.new_tokens
+        overhead = len(self.encode([self.wrap("")])[0]) - len(self.encode([""])[0])
+        if room - overhead < 2:
+            least = self.new_tokens + overhead + 2
+            raise ValueError(
+                f"{self.task}: the window must be at least {least}, the tokens to generate ({self.new_tokens}), the "
+                f"chat template ({overhead}) and a prompt: {self.window}"
+            )
+        limit = room - overhead if self.prompt_length is None else self.prompt_length
+        if not 2 <= limit <= room - overhead:
+            raise ValueError(
+                f"{self.task}: prompt_length must be from 2 to {room - overhead}, what a window of {self.window} "
+                f"leaves beside the chat template and the answer: {limit}"
+            )
+        prompts = [prompt_text(self.task, item) for item in items]
+        fits: list[Fit] = []
+        for start in range(0, len(prompts), 64):  # enough for the tokenizer's threads, little enough for the memory
+            fits += self.fit_batch(prompts[start : start + 64], limit, room)
+        return fits
+
+    def fit_batch(self, prompts: list[str], limit: int, room: int) -> list[Fit]:
+        """`limit` and `room`: the most tokens of a prompt before it is wrapped, and of what the model is given."""
+        ids = self.encode(prompts)
+        keeps = [min(len(tokens), limit) for tokens in ids]
+        texts, lengths = list(prompts), [len(tokens) for tokens in ids]
+        changed = [i for i, text in enumerate(texts) if keeps[i] < len(ids[i]) or self.wrap(text) != text]
+        while changed:
+            for i in changed:
+                if keeps[i] < len(ids[i]):
+                    texts[i] = cut_middle(self.tokenizer, ids[i], keeps[i])
+            # Decoded halves need not have the tokens they came from: count again, and cut more where it is too much.
+            for i, tokens in zip(changed, self.encode([self.wrap(texts[i]) for i in changed]), strict=True):
+                lengths[i] = len(tokens)
+            changed = [i for i in changed if lengths[i] > room]
+            for i in changed:
+                keeps[i] -= lengths[i] - room
+        cut = [keep < len(tokens) for keep, tokens in zip(keeps, ids, strict=True)]
+        return [Fit(*found) for found in zip(texts, lengths, cut, strict=True)]
+
+    def samples(self, items: Sequence[Mapping[str, Any]], fits: Sequence[Fit]) -> list[dict[str, Any]]:
+        return [
+            {
+                "input": self.wrap(fit.text),
+                "outputs": item["answers"],
+                "all_classes": item.get("all_classes") or None,
+                "length": fit.tokens,
+                "max_new_tokens": self.new_tokens,
+                "truncated": fit.truncated,
+                "words": item["length"],
+                "index": index,
+                "id": str(item.get("_id", index)),
+            }
+            for index, (item, fit) in enumerate(zip(items, fits, strict=True))
+        ]
+
+
+def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit: int) -> str:
+    """Text of the first and the last `limit // 2` tokens: instructions stand at both ends of a prompt."""
+    half = limit // 2
+    if half < 1:
+        raise ValueError(f"a prompt cannot be cut to fewer than 2 tokens: {limit=}")
+    ends = (tokens[:half], tokens[-half:])
+    return "".join(str(tokenizer.decode(list(end), skip_special_tokens=True)) for end in ends)
+
+
+def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
+    """One hash over every input and its answers, in order."""
+    return sha256_of(*(text for sample in samples for text in (sample["input"], *sample["outputs"])))
+
+
+def select(names: Sequence[str]) -> list[str]:
+    """Tasks by name; `all` are the 21 sets, `english` the 16 that papers average, `extended` LongBench-E.
+
+    Raises ValueError with the nearest names for an unknown one, and if none is named.
+    """
+    groups = {
+        "all": list(TASKS),
+        "english": [name for name in TASKS if dataset_of(name).language != "zh"],
+        "extended": list(TASKS_E),
+    }
+    chosen = [task for name in names for task in groups.get(name, [name])]
+    if not chosen:
+        raise ValueError("tasks must name at least one LongBench set, or be all, english or extended")
+    for task in chosen:
+        dataset_of(task)
+    return list(dict.fromkeys(chosen))
+
+
+def units(
+    config: ScoreConfig, window: int, tokenizer: PreTrainedTokenizerBase, prompt_length: int | None = None
+) -> list[Unit]:
+    """What `endprompt score --suite longbench` runs: a cell a set, without length; all data are read before any model.
+
+    Raises what `load_documents` and `Prompter.fit` do.
+    """
+    from benchmarks.cache import default_directory, tokenizer_sha256
+    from benchmarks.longbench_cache import cached_fits
+    from benchmarks.score import Unit
+
+    if config.chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
+
+    def template(messages: list[dict[str, str]], **options: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    directory = config.cache_dir or default_directory()
+    tokenizer_hash = tokenizer_sha256(tokenizer)
+    # All files are read, and so checked, before the first prompt is made; texts are let go set by set.
+    found = {task: load_documents(task, config.data_dir) for task in select(config.task_names)}
+    made = []
+    for task in list(found):
+        rules, documents = dataset_of(task), found.pop(task)
+        prompter = Prompter(
+            task,
+            tokenizer,
+            window,
+            prompt_length=prompt_length,
+            chat_template=template if config.chat else None,
+            max_new_tokens=config.max_new_tokens,
+        )
+        fits = cached_fits(prompter, documents, config.samples, tokenizer_hash, directory)
+        samples = prompter.samples(documents.items[: config.samples], fits)
+        filled = [(sample["length"] + sample["max_new_tokens"]) / window for sample in samples]
+        columns = {
+            "category": rules.category,
+            "language": rules.language,
+            "window": window,
+            "prompt_length": prompt_length,
+            "fill": round(sum(filled) / len(filled), 5),
+            "max_new_tokens": prompter.new_tokens,
+            "chat": config.chat and rules.chat,
+            "data_sha256": documents.sha256,
+            "generator": GENERATOR,
+        }
+        suite = "longbench" if task in TASKS else "longbench_e"
+        made.append(Unit(task, task, None, suite, rules.metric, samples, partial(share, task), columns))
+    return made
+
+
+def share(task: str, sample: Mapping[str, Any], prediction: str) -> float:
+    """The score of a sample's prediction, in [0, 1]."""
+    return score(task, prediction, sample["outputs"], sample["all_classes"]) / 100

@@ -1,0 +1,1222 @@
+"""RULER's 13 tasks at any length: prompts that fit a token budget exactly, seeded per task, length and sample.
+
+Hsieh et al. 2024, arXiv:2404.06654. A sample is drawn (keys, values, order) without regard to the tokenizer, then its
+haystack is grown to the largest size at which prompt + generation fits the budget. Sizes follow from token counts of
+the haystack's units, measured once in their surroundings; whether counts add up is checked on whole prompts, and where
+they do not (or where prompts are few and short) every prompt is tokenized and the size searched for. A prompt never
+exceeds its budget.
+
+    budget (length) = BOS + chat template + prompt + answer prefix + tokens kept for generation
+
+Importing this module loads none of lm_eval, datasets, wonderwords, torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import math
+import random
+import string
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks import haystack as texts
+
+# Part of every random stream and cache key: a change of generated text changes it.
+GENERATOR = "ruler-1"
+# RULER's needle depths in an essay haystack, percent.
+DEPTHS = tuple(int(d) for d in np.round(np.linspace(0, 100, num=40)))
+VT_HOPS = 4
+VT_EXAMPLE_TOKENS = 500  # RULER's size of the worked example of variable tracking
+CWE_COMMON = 10
+FWE_ALPHA = 2.0
+FWE_LETTERS = 6
+# A cell of at most this many prompt tokens is tokenized whole; a larger one relies on checked sums.
+EXACT_TOKENS = 1_000_000
+CHECKED_SAMPLES = 4
+SEARCH_STEPS = 20
+# Words kept on each side of a needle when the inside of an essay is summed and not tokenized.
+RIM = 8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One of RULER's tasks. `metric` is "all" (share of the answers found) or "any" (1 if one is found)."""
+
+    family: str
+    haystack: str = ""
+    key: str = "words"
+    value: str = "numbers"
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+    dataset: str = ""
+    metric: str = "all"
+
+
+SPECS = {
+    "niah_single_1": Spec("niah", "noise"),
+    "niah_single_2": Spec("niah", "essay"),
+    "niah_single_3": Spec("niah", "essay", value="uuids"),
+    "niah_multikey_1": Spec("niah", "essay", keys=4),
+    "niah_multikey_2": Spec("niah", "needle"),
+    "niah_multikey_3": Spec("niah", "needle", key="uuids", value="uuids"),
+    "niah_multivalue": Spec("niah", "essay", values=4),
+    "niah_multiquery": Spec("niah", "essay", keys=4, queries=4),
+    "vt": Spec("vt", "noise"),
+    "cwe": Spec("cwe", "words"),
+    "fwe": Spec("fwe", "coded words"),
+    "qa_1": Spec("qa", "documents", dataset="squad", metric="any"),
+    "qa_2": Spec("qa", "documents", dataset="hotpotqa", metric="any"),
+}
+TASKS = tuple(SPECS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be set beyond RULER's own values; each is part of the cache key and of the result row.
+
+    Args:
+        max_new_tokens: tokens kept for generation; RULER's own number if None.
+        haystack_text: text file for the essay haystack, instead of RULER's essays or the project's sample.
+        chat: wrap the prompt in the tokenizer's chat template (the answer prefix follows it).
+        shots: worked examples in front of vt and cwe, 0 or 1 (RULER: 1).
+        hops: assignments after the first one in a chain of vt (RULER: 4).
+    """
+
+    max_new_tokens: int | None = None
+    haystack_text: str | None = None
+    chat: bool = False
+    shots: int = 1
+    hops: int = VT_HOPS
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1: {self.max_new_tokens}")
+        if self.shots not in (0, 1):
+            raise ValueError(f"shots must be 0 or 1: {self.shots}")
+        if self.hops < 1:
+            raise ValueError(f"hops must be at least 1: {self.hops}")
+
+
+DEFAULTS = Options()
+
+
+def check_task(task: str) -> None:
+    if task not in SPECS:
+        near = difflib.get_close_matches(task, TASKS, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"tasks: {', '.join(TASKS)}"
+        raise ValueError(f"unknown RULER task {task!r}; {hint}")
+
+
+def reserve(task: str, options: Options = DEFAULTS) -> int:
+    """Tokens kept for generation."""
+    return options.max_new_tokens or texts.wording(SPECS[task].family).reserve
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+def build_samples(
+    task: str,
+    length: int,
+    tokenizer: Any,
+    n: int = 500,
+    seed: int = 0,
+    data_dir: str | Path | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """n samples of a RULER task whose prompt and generation fill `length` tokens, never more.
+
+    Keys of a sample: `input` (all that the model is given, the answer prefix included), `outputs`, `length` (tokens of
+    the input as the model receives it, BOS included), `max_new_tokens`, `budget` (the length asked for), `fill` (share
+    of the budget used), `depth` (percent of the context in front of each answer's needle; empty where there is no
+    needle), `haystack`, `haystack_sha256`, `task`, `index`, `seed`. `options` are those of `Options`.
+
+    Raises ValueError for an unknown task, a length too short for it (naming the shortest), missing data.
+    """
+    return list(Cell.build(task, length, tokenizer, n, seed, data_dir, Options(**options)))
+
+
+class Draft(Protocol):
+    """One sample before its haystack has a size."""
+
+    outputs: list[str]
+
+    def fill(self, room: int) -> tuple[Any, int]:
+        """State (JSON) of the largest haystack of at most `room` tokens above the empty one, and its tokens."""
+
+    def render(self, state: Any) -> tuple[str, str]:
+        """(prompt up to the end of the question, answer prefix)."""
+
+    def depth(self, state: Any) -> list[float]:
+        """Percent of the context in front of the needle of each output."""
+
+    def cut(self, state: Any) -> tuple[tuple[str, str] | None, int]:
+        """(the rendered prompt less the inner parts of the haystack, their tokens).
+
+        None for the prompt: the smallest haystack's, to which the tokens that `fill` gave are added.
+        """
+
+    def core(self) -> tuple[tuple[str, str], int]:
+        """(a prompt, tokens to add): together the size of the smallest haystack's prompt."""
+        return self.render(self.empty), 0
+
+    empty: Any  # state of the smallest haystack
+
+
+class Cell(Sequence[dict[str, Any]]):
+    """The samples of one (task, length, seed), rendered when they are read: a cell of 500 x 128K tokens stays small."""
+
+    def __init__(self, recipe: dict[str, Any], tokenizer: Any, data_dir: str | Path | None):
+        self.recipe = recipe
+        self.options = Options(**recipe["options"])
+        self._source = source(recipe["task"], recipe["length"], tokenizer, recipe["seed"], data_dir, self.options)
+        self._assemble = assembler(tokenizer, self.options.chat)
+
+    @classmethod
+    def build(
+        cls,
+        task: str,
+        length: int,
+        tokenizer: Any,
+        n: int,
+        seed: int,
+        data_dir: str | Path | None = None,
+        options: Options = DEFAULTS,
+    ) -> Cell:
+        check_task(task)
+        if n < 1:
+            raise ValueError(f"samples must be at least 1: {n}")
+        made = source(task, length, tokenizer, seed, data_dir, options)
+        kept = reserve(task, options)
+        states = fit(length, made, n, kept, counter(tokenizer), assembler(tokenizer, options.chat))
+        recipe = {
+            "generator": GENERATOR,
+            "task": task,
+            "length": length,
+            "seed": seed,
+            "options": dataclasses.asdict(options),
+            "max_new_tokens": kept,
+            "haystack": made.haystack,
+            "haystack_sha256": made.haystack_sha256,
+            "samples": states,
+        }
+        return cls(recipe, tokenizer, data_dir)
+
+    def __len__(self) -> int:
+        return len(self.recipe["samples"])
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        state, tokens = self.recipe["samples"][index]
+        recipe = self.recipe
+        draft = self._source.draw(index % len(self))
+        kept, length = recipe["max_new_tokens"], recipe["length"]
+        return {
+            "task": recipe["task"],
+            "index": index % len(self),
+            "seed": recipe["seed"],
+            "input": self._assemble(*draft.render(state)),
+            "outputs": list(draft.outputs),
+            "length": tokens,
+            "max_new_tokens": kept,
+            "budget": length,
+            "fill": (tokens + kept) / length,
+            "depth": draft.depth(state),
+            "haystack": recipe["haystack"],
+            "haystack_sha256": recipe["haystack_sha256"],
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+
+def samples_sha256(samples: Sequence[dict[str, Any]]) -> str:
+    """One hash over every prompt and its answers, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for text in (sample["input"], *sample["outputs"]):
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- token counting
+
+Count = Callable[[Sequence[str]], list[int]]
+Assemble = Callable[[str, str], str]
+
+
+def counter(tokenizer: Any) -> Count:
+    """Token counts of texts as a model receives them: BOS once, even where the chat template writes it."""
+    bos = getattr(tokenizer, "bos_token", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    probe = "One of the words: 1234."
+    whole = len(tokenizer(probe)["input_ids"])  # also resets a truncation that tokenizer.json may carry
+    if backend is not None and len(backend.encode(probe)) != whole:
+        backend = None
+
+    def count(batch: Sequence[str]) -> list[int]:
+        sizes = [0] * len(batch)
+        for starts_with_bos in (False, True):
+            chosen = [i for i, text in enumerate(batch) if bool(bos and text.startswith(bos)) == starts_with_bos]
+            if not chosen:
+                continue
+            group = [batch[i] for i in chosen]
+            if backend is not None:
+                encoded = backend.encode_batch_fast(group, add_special_tokens=not starts_with_bos)
+                counts = [len(item) for item in encoded]
+            else:
+                encoded = tokenizer(group, add_special_tokens=not starts_with_bos)["input_ids"]
+                counts = [len(ids) for ids in encoded]
+            for i, size in zip(chosen, counts):
+                sizes[i] = size
+        return sizes
+
+    return count
+
+
+def assembler(tokenizer: Any, chat: bool) -> Assemble:
+    """Joins question and answer prefix; with `chat` the prefix starts the assistant's turn."""
+    if not chat:
+        return lambda question, prefix: question + prefix
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
+
+    def wrap(question: str, prefix: str) -> str:
+        turns = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + prefix.lstrip()
+
+    return wrap
+
+
+class Costs:
+    """Tokens that a piece adds between its neighbours: count(left + piece + right) - count(left + right)."""
+
+    def __init__(self, tokenizer: Any):
+        self.count = counter(tokenizer)
+
+    def of(self, pieces: Sequence[str], left: str, right: str) -> np.ndarray:
+        """int64 [pieces]"""
+        if not pieces:
+            return np.zeros(0, dtype=np.int64)
+        bare, *whole = self.count([left + right, *(left + piece + right for piece in pieces)])
+        return np.array(whole, dtype=np.int64) - bare
+
+
+def fit(length: int, made: Source, n: int, kept: int, count: Count, assemble: Assemble) -> list[tuple[Any, int]]:
+    """(state, prompt tokens) of the fullest haystack of each sample within length - kept tokens.
+
+    Raises ValueError naming the shortest possible length if the smallest haystack does not fit.
+    """
+
+    def measure(drafts: Sequence[Draft], states: Sequence[Any]) -> list[int]:
+        return count([assemble(*draft.render(state)) for draft, state in zip(drafts, states)])
+
+    room = length - kept
+    drafts = [made.draw(i) for i in range(n)]
+    exact = n * length <= EXACT_TOKENS
+    first = drafts if exact else drafts[:CHECKED_SAMPLES]
+    smallest = measure(first, [draft.empty for draft in first])
+    if max(smallest) > room:
+        raise too_short(made, n, kept, max(smallest) + kept, measure)
+    if exact:
+        return search(drafts, smallest, room, measure)
+    checked = search(first, smallest, room, measure)
+    bare = emptied(drafts, count, assemble)
+    states = [state for state, _ in checked]
+    sums = summed(first, bare, states, count, assemble)
+    errors = {tokens - total for (_, tokens), total in zip(checked, sums)}
+    if len(errors) > 1:
+        smallest = measure(drafts, [draft.empty for draft in drafts])
+        if max(smallest) > room:
+            raise too_short(made, n, kept, max(smallest) + kept, measure)
+        return search(drafts, smallest, room, measure)
+    # On every checked prompt the sums are right, or off by the same constant: trust them.
+    fitted = arithmetic(drafts[CHECKED_SAMPLES:], bare[CHECKED_SAMPLES:], room, errors.pop(), count, assemble)
+    if (most := max((tokens for _, tokens in fitted), default=0)) > room:
+        raise too_short(made, n, kept, most + kept, measure)
+    return checked + fitted
+
+
+def too_short(made: Source, n: int, kept: int, candidate: int, measure: Callable[..., list[int]]) -> ValueError:
+    return ValueError(
+        f"length is too short for task {made.task}: {made.length}; the shortest possible is "
+        f"{shortest(made, n, kept, candidate, measure)} with this tokenizer and {kept} tokens kept for generation"
+    )
+
+
+def emptied(drafts: Sequence[Draft], count: Count, assemble: Assemble) -> list[int]:
+    """Tokens of each draft's smallest prompt: summed where it is long itself, else counted."""
+    cores = [draft.core() for draft in drafts]
+    return [tokens + left for tokens, (_, left) in zip(count([assemble(*prompt) for prompt, _ in cores]), cores)]
+
+
+def shortest(made: Source, n: int, kept: int, candidate: int, measure: Callable[..., list[int]]) -> int:
+    """A length at which every sample fits, close above the smallest haystack (samples differ from length to length)."""
+    while True:
+        source = dataclasses.replace(made, length=candidate)
+        drafts = [source.draw(i) for i in range(n)]
+        needed = max(measure(drafts, [draft.empty for draft in drafts])) + kept
+        if needed <= candidate:
+            return candidate
+        candidate = needed
+
+
+def summed(
+    drafts: Sequence[Draft], bare: Sequence[int], states: Sequence[Any], count: Count, assemble: Assemble
+) -> list[int]:
+    """Prompt tokens by arithmetic: of the prompt with the inner parts of its haystack cut out, plus theirs."""
+    cut = [draft.cut(state) for draft, state in zip(drafts, states)]
+    measured = iter(count([assemble(*prompt) for prompt, _ in cut if prompt is not None]))
+    return [removed + (empty if prompt is None else next(measured)) for (prompt, removed), empty in zip(cut, bare)]
+
+
+def arithmetic(
+    drafts: Sequence[Draft], bare: Sequence[int], room: int, shift: int, count: Count, assemble: Assemble
+) -> list[tuple[Any, int]]:
+    """(state, tokens) of each draft with sums that were found to be `shift` below the truth."""
+    targets = [room - tokens - shift for tokens in bare]
+    fitted: list[Any] = [None] * len(drafts)
+    open_ = list(range(len(drafts)))
+    while open_:
+        states = [drafts[i].fill(max(0, targets[i]))[0] for i in open_]
+        sums = summed([drafts[i] for i in open_], [bare[i] for i in open_], states, count, assemble)
+        late = []
+        for i, state, tokens in zip(open_, states, sums):
+            if tokens + shift <= room or targets[i] <= 0:
+                fitted[i] = (state, tokens + shift)
+            else:
+                targets[i] -= tokens + shift - room
+                late.append(i)
+        open_ = late
+    return fitted
+
+
+def search(
+    drafts: Sequence[Draft], bare: Sequence[int], room: int, measure: Callable[..., list[int]]
+) -> list[tuple[Any, int]]:
+    """(state, tokens) of the fullest prompts, found by tokenizing whole prompts.
+
+    The target given to the arithmetic is moved between the largest that fits and the smallest that does not, by
+    interpolation, so even sums that are far off lead to a full prompt.
+    """
+    best: list[tuple[Any, int]] = [(draft.empty, tokens) for draft, tokens in zip(drafts, bare)]
+    targets = [room - tokens for tokens in bare[: len(drafts)]]
+    below = [(0, tokens) for tokens in bare]  # (target, prompt tokens)
+    above: list[tuple[int, int] | None] = [None for _ in drafts]
+    seen: list[dict[str, int]] = [{} for _ in drafts]
+    open_ = list(range(len(drafts)))
+    for step in range(SEARCH_STEPS):
+        states = {i: drafts[i].fill(targets[i])[0] for i in open_}
+        new = [i for i in open_ if repr(states[i]) not in seen[i]]
+        for i, tokens in zip(new, measure([drafts[i] for i in new], [states[i] for i in new])):
+            seen[i][repr(states[i])] = tokens
+        still = []
+        for i in open_:
+            tokens = seen[i][repr(states[i])]
+            if tokens <= room:
+                below[i] = (targets[i], tokens)
+                if tokens >= best[i][1]:
+                    best[i] = (states[i], tokens)
+            else:
+                above[i] = (targets[i], tokens)
+            last, target = targets[i], between(below[i], above[i], bare[i], room, halve=step % 4 == 3)
+            targets[i] = target
+            # Sums that were right have found the fullest prompt once a larger target changes nothing.
+            closed = above[i] is not None and target >= above[i][0]  # type: ignore[index]
+            if target != last and not closed and (i in new or tokens > room):
+                still.append(i)
+        open_ = still
+        if not open_:
+            break
+    return best
+
+
+def between(below: tuple[int, int], above: tuple[int, int] | None, bare: int, room: int, halve: bool) -> int:
+    """The next target to try, from the (target, tokens) that fit and those that do not."""
+    low, tokens = below
+    if above is None:
+        rate = max((tokens - bare) / low, 0.05) if low > 0 else 1.0
+        return low + max(1, int((room - tokens) / rate))
+    high, over = above
+    share = 0.5 if halve else (room - tokens) / max(1, over - tokens)
+    return min(max(low + 1, low + int((high - low) * share)), high - 1) if high - low > 1 else high
+
+
+# ---------------------------------------------------------------------------------------------------- random streams
+
+
+def stream(*key: Any) -> random.Random:
+    """A generator that depends on nothing but the key (Python's own hash seed plays no part)."""
+    return random.Random("/".join(str(part) for part in (GENERATOR, *key)))
+
+
+def frozen(rng: random.Random) -> np.random.RandomState:
+    """NumPy's legacy generator, whose streams are the same in every version: for large permutations."""
+    return np.random.RandomState([rng.getrandbits(32) for _ in range(4)])
+
+
+def draw_value(kind: str, rng: random.Random) -> str:
+    if kind == "numbers":
+        return str(rng.randint(10**6, 10**7 - 1))
+    if kind == "words":
+        return texts.key_word(rng.randrange(texts.key_words()))
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def draw_values(kind: str, n: int, rng: random.Random, taken: set[str]) -> list[str]:
+    """n values, none twice and none in `taken`, which grows by them."""
+    values: list[str] = []
+    while len(values) < n:
+        value = draw_value(kind, rng)
+        if value not in taken:
+            taken.add(value)
+            values.append(value)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+@dataclass
+class Source:
+    """What the samples of one cell share: wording, haystack, measured token costs."""
+
+    task: str
+    length: int
+    tokenizer: Any
+    seed: int
+    options: Options
+    haystack: str
+    haystack_sha256: str | None = None
+
+    @property
+    def spec(self) -> Spec:
+        return SPECS[self.task]
+
+    @functools.cached_property
+    def costs(self) -> Costs:
+        return Costs(self.tokenizer)
+
+    def rng(self, index: int | str) -> random.Random:
+        return stream(self.task, self.length, self.seed, index)
+
+    def draw(self, index: int) -> Draft:
+        raise NotImplementedError
+
+
+def source(task: str, length: int, tokenizer: Any, seed: int, data_dir: str | Path | None, options: Options) -> Source:
+    """The task's source. Raises ValueError if its data are missing."""
+    spec = SPECS[task]
+    common = (task, length, tokenizer, seed, options)
+    if spec.family == "qa":
+        library = texts.library(spec.dataset, data_dir, task)
+        return DocumentSource(*common, library.name, library.sha256, library)
+    if spec.haystack == "essay":
+        essay = texts.essay(options.haystack_text, data_dir, task)
+        return EssaySource(*common, essay.name, essay.sha256, essay)
+    if spec.family == "vt":
+        return ChainSource(*common, "noise")
+    if spec.family == "cwe":
+        return CommonWordSource(*common, "words", None, data_dir)
+    if spec.family == "fwe":
+        return FrequentWordSource(*common, "coded words")
+    return (NoiseSource if spec.haystack == "noise" else NeedleSource)(*common, spec.haystack)
+
+
+# --------------------------------------------------------------------------------------------- needles in a haystack
+
+
+@dataclass
+class Needles:
+    """Keys, values and the question of one needle-in-a-haystack sample. `sentences` are in order of their depth."""
+
+    sentences: list[str]
+    outputs: list[str]
+    places: list[int]  # index into `sentences` of each output
+    question: str  # with "{context}" still open
+    prefix: str
+
+    @classmethod
+    def draw(cls, spec: Spec, rng: random.Random) -> Needles:
+        needle, wording = texts.needle(), texts.wording("niah")
+        taken: set[str] = set()
+        keys = draw_values(spec.key, spec.keys, rng, taken)
+        values = [draw_values(spec.value, spec.values, rng, taken) for _ in keys]
+        pairs = [(key, value) for key, own in zip(keys, values) for value in own]
+        rng.shuffle(pairs)
+        asked = rng.sample(range(spec.keys), spec.queries)
+        outputs = [(keys[i], value) for i in asked for value in values[i]]
+        names = [keys[i] for i in asked]
+        query = ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
+        template, prefix, kind = wording.template, wording.prefix, spec.value
+        if spec.queries * spec.values == 1:  # RULER's own way to the singular
+            template, prefix = (
+                text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in (template, prefix)
+            )
+            kind = kind[:-1]
+        return cls(
+            [needle.format(type_needle_v=spec.value, key=key, value=value) for key, value in pairs],
+            [value for _, value in outputs],
+            [pairs.index(pair) for pair in outputs],
+            template.format(type_needle_v=kind, query=query, context="{context}"),
+            prefix.format(type_needle_v=kind, query=query),
+        )
+
+
+@dataclass
+class NoiseSource(Source):
+    """Lines of RULER's five noise sentences; the last line may be cut after a sentence to fill the budget."""
+
+    def draw(self, index: int) -> Draft:
+        rng = self.rng(index)
+        return NoiseDraft(self, Needles.draw(self.spec, rng), rng)
+
+    @functools.cached_property
+    def steps(self) -> list[int]:
+        """Tokens of the first k sentences of a line, k = 0..5, between noise lines, where nearly all of them stand."""
+        sentences = texts.noise()
+        line = "\n" + "".join(sentences)
+        cut = ["\n" + "".join(sentences[:k]) for k in range(1, len(sentences) + 1)]
+        return [0, *self.costs.of(cut, line, line).tolist()]
+
+    def added(self, count: int) -> int:
+        """Tokens of `count` noise sentences."""
+        lines, rest = divmod(count, len(self.steps) - 1)
+        return lines * self.steps[-1] + self.steps[rest]
+
+    def most(self, room: int) -> int:
+        """The most noise sentences of at most `room` tokens."""
+        lines, rest = divmod(room, max(1, self.steps[-1]))
+        return lines * (len(self.steps) - 1) + bisect.bisect_right(self.steps[:-1], rest) - 1
+
+    def lines(self, count: int) -> list[str]:
+        sentences = texts.noise()
+        full, rest = divmod(count, len(sentences))
+        return ["".join(sentences)] * full + (["".join(sentences[:rest])] if rest else [])
+
+
+def places(lines: int, needles: int, rng: random.Random) -> list[int]:
+    """Sorted line numbers in front of which needles stand; distinct where there are lines enough."""
+    if lines >= needles:
+        return sorted(rng.sample(range(lines), needles))
+    return sorted(rng.choices(range(lines + 1), k=needles))
+
+
+def weave(lines: list[str], needles: Sequence[str], at: Sequence[int]) -> list[str]:
+    """Lines with each needle put in front of line `at`."""
+    woven, last = [], 0
+    for needle, place in zip(needles, at):
+        woven += lines[last:place]
+        woven.append(needle)
+        last = place
+    return woven + lines[last:]
+
+
+class NoiseDraft(Draft):
+    empty = 0
+
+    def __init__(self, made: NoiseSource, needles: Needles, rng: random.Random):
+        self.made, self.needles, self.outputs = made, needles, needles.outputs
+        self._key = rng.getrandbits(64)
+
+    def fill(self, room: int) -> tuple[int, int]:
+        count = self.made.most(room)
+        return count, self.made.added(count)
+
+    def places(self, count: int) -> list[int]:
+        return places(len(self.made.lines(count)), len(self.needles.sentences), random.Random(self._key))
+
+    def render(self, count: int) -> tuple[str, str]:
+        context = "\n".join(weave(self.made.lines(count), self.needles.sentences, self.places(count)))
+        return self.needles.question.replace("{context}", context), self.needles.prefix
+
+    def cut(self, count: int) -> tuple[None, int]:
+        return None, self.made.added(count)
+
+    def depth(self, count: int) -> list[float]:
+        at, lines = self.places(count), max(1, len(self.made.lines(count)))
+        return [round(100 * at[i] / lines, 2) for i in self.needles.places]
+
+
+@dataclass
+class EssaySource(Source):
+    essay: texts.Essay = None  # type: ignore[assignment]
+
+    def draw(self, index: int) -> Draft:
+        rng = self.rng(index)
+        return EssayDraft(self, Needles.draw(self.spec, rng), rng)
+
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    _word_costs: dict[str, int] = field(default_factory=dict)
+
+    def added(self, room: int) -> np.ndarray:
+        """int64 [k]: tokens that the first k words add, up to more than `room`; copies of the text follow on."""
+        while self._sums[-1] <= room:
+            known, words = len(self._sums) - 1, self.essay.words
+            further = [words[i % len(words)] for i in range(known, 2 * known + 256)]
+            new = [word for word in dict.fromkeys(further) if word not in self._word_costs]
+            measured = self.costs.of([" " + word for word in new], "a", " a")
+            self._word_costs.update(zip(new, np.maximum(measured, 0).tolist()))
+            sums = np.cumsum([self._word_costs[word] for word in further])
+            self._sums = np.concatenate(
+                [self._sums, self._sums[-1] + np.maximum(sums, np.arange(1, len(sums) + 1) // 64)]
+            )
+        return self._sums
+
+
+class EssayDraft(Draft):
+    empty = 0
+
+    def __init__(self, made: EssaySource, needles: Needles, rng: random.Random):
+        self.made, self.needles, self.outputs = made, needles, needles.outputs
+        self.depths = sorted(rng.sample(DEPTHS, len(needles.sentences)))
+
+    def fill(self, room: int) -> tuple[int, int]:
+        sums = self.made.added(room)
+        count = int(np.searchsorted(sums, room, side="right")) - 1
+        return count, int(sums[count])
+
+    def places(self, count: int) -> list[int]:
+        """Words in front of each needle: the end of the sentence at its depth."""
+        essay = self.made.essay
+        total = essay.sentences(count)
+        return [essay.sentence_end(total * depth // 100, count) for depth in self.depths]
+
+    def prompt(self, segments: Sequence[str]) -> tuple[str, str]:
+        """The prompt with the needles between segments of the essay (one more than needles; some may be empty)."""
+        pieces = [piece for pair in zip(segments, [*self.needles.sentences, ""]) for piece in pair if piece]
+        return self.needles.question.replace("{context}", " ".join(pieces)), self.needles.prefix
+
+    def render(self, count: int) -> tuple[str, str]:
+        ends = [0, *self.places(count), count]
+        return self.prompt([self.made.essay.text(a, b) for a, b in itertools.pairwise(ends)])
+
+    def cut(self, count: int) -> tuple[tuple[str, str], int]:
+        essay, sums, segments, removed = self.made.essay, self.made.added(0), [], 0
+        ends = [0, *self.places(count), count]
+        for a, b in itertools.pairwise(ends):
+            if b - a <= 2 * RIM:
+                segments.append(essay.text(a, b))
+            else:
+                segments.append(f"{essay.text(a, a + RIM)} {essay.text(b - RIM, b)}")
+                removed += int(sums[b - RIM] - sums[a + RIM])
+        return self.prompt(segments), removed
+
+    def depth(self, count: int) -> list[float]:
+        return [float(self.depths[i]) for i in self.needles.places]
+
+
+@dataclass
+class NeedleSource(Source):
+    """A haystack of needles with other keys. Distractors come from a pool of the cell's seed, measured once."""
+
+    def draw(self, index: int) -> Draft:
+        rng = self.rng(index)
+        return NeedleDraft(self, Needles.draw(self.spec, rng), rng)
+
+    @functools.cached_property
+    def least_tokens(self) -> int:
+        """Tokens of about the shortest needle there is."""
+        rng, needle = self.rng("shortest"), texts.needle()
+        some = [
+            needle.format(
+                type_needle_v=self.spec.value,
+                key=draw_value(self.spec.key, rng),
+                value=draw_value(self.spec.value, rng),
+            )
+            for _ in range(64)
+        ]
+        return max(4, int(self.costs.of(["\n" + one for one in some], "\n" + some[0], "\n" + some[0]).min()))
+
+    @functools.cached_property
+    def pool(self) -> list[str]:
+        rng, needle = self.rng("pool"), texts.needle()
+        # Twice what the longest prompt can hold.
+        size = max(512, 2 * self.length // self.least_tokens)
+        taken: set[str] = set()
+        keys = draw_values(self.spec.key, size, rng, taken)
+        values = draw_values(self.spec.value, size, rng, taken)
+        return [needle.format(type_needle_v=self.spec.value, key=k, value=v) for k, v in zip(keys, values)]
+
+    @functools.cached_property
+    def pool_costs(self) -> np.ndarray:
+        line = "\n" + self.pool[0]
+        return self.costs.of(["\n" + sentence for sentence in self.pool], line, line)
+
+
+class NeedleDraft(Draft):
+    empty = ()
+
+    def __init__(self, made: NeedleSource, needles: Needles, rng: random.Random):
+        self.made, self.needles, self.outputs = made, needles, needles.outputs
+        self._key = rng.getrandbits(64)
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        return frozen(random.Random(self._key)).permutation(len(self.made.pool))
+
+    def fill(self, room: int) -> tuple[list[int], int]:
+        """State: number of distractors, then pairs (place in the order taken out, place put in).
+
+        Once no further one fits, short ones are exchanged for longer ones while that fills the budget better.
+        """
+        costs = self.made.pool_costs[self.order]
+        sums = np.cumsum(costs)
+        count = int(np.searchsorted(sums, room, side="right"))
+        total = int(sums[count - 1]) if count else 0
+        state = [count]
+        inside = list(np.argsort(costs[:count], kind="stable")) if count else []
+        outside = count + np.argsort(costs[count:], kind="stable")
+        for out in inside[:16]:
+            limit = costs[out] + room - total
+            pick = int(np.searchsorted(costs[outside], limit, side="right")) - 1
+            if pick < 0 or costs[outside[pick]] <= costs[out]:
+                break
+            total += int(costs[outside[pick]] - costs[out])
+            state += [int(out), int(outside[pick])]
+            outside = np.delete(outside, pick)
+        return state, total
+
+    def chosen(self, state: Sequence[int]) -> list[int]:
+        """Distractors of the pool, in the order of the prompt."""
+        if not state:
+            return []
+        chosen = self.order[: state[0]].tolist()
+        for out, put in zip(state[1::2], state[2::2]):
+            chosen[out] = int(self.order[put])
+        return chosen
+
+    def tokens(self, state: Sequence[int]) -> int:
+        return int(self.made.pool_costs[self.chosen(state)].sum())
+
+    def lines(self, state: Sequence[int]) -> list[str]:
+        return [self.made.pool[i] for i in self.chosen(state)]
+
+    def places(self, state: Sequence[int]) -> list[int]:
+        return places(state[0] if state else 0, len(self.needles.sentences), random.Random(self._key ^ 1))
+
+    def render(self, state: Sequence[int]) -> tuple[str, str]:
+        context = "\n".join(weave(self.lines(state), self.needles.sentences, self.places(state)))
+        return self.needles.question.replace("{context}", context), self.needles.prefix
+
+    def cut(self, state: Sequence[int]) -> tuple[None, int]:
+        return None, self.tokens(state)
+
+    def depth(self, state: Sequence[int]) -> list[float]:
+        at, lines = self.places(state), max(1, state[0] if state else 0)
+        return [round(100 * at[i] / lines, 2) for i in self.needles.places]
+
+
+# ------------------------------------------------------------------------------------------------- variable tracking
+
+
+@dataclass
+class ChainSource(NoiseSource):
+    """Variable tracking: one chain of assignments in noise, after a worked example with names and value of its own."""
+
+    def draw(self, index: int) -> Draft:
+        return ChainDraft(self, self.rng(index))
+
+    @functools.cached_property
+    def example_lines(self) -> int:
+        """Noise lines of the worked example: RULER's 500 tokens, but at most a quarter of the budget."""
+        limit = min(VT_EXAMPLE_TOKENS, self.length // 4)
+        rng = self.rng("example size")
+        key = rng.getrandbits(64)
+        chain = Chain.draw(self.options.hops, 3, rng)
+        lines = 0
+        while self.costs.count([chain.text(self.lines(5 * (lines + 1)), key)[0]])[0] <= limit:
+            lines += 1
+        return lines
+
+
+@dataclass
+class Chain:
+    names: list[str]
+    value: str
+
+    @classmethod
+    def draw(cls, hops: int, letters: int, rng: random.Random) -> Chain:
+        names: list[str] = []
+        while len(names) < hops + 1:
+            name = "".join(rng.choices(string.ascii_uppercase, k=letters))
+            if name not in names:
+                names.append(name)
+        return cls(names, str(rng.randint(10000, 99999)))
+
+    @property
+    def lines(self) -> list[str]:
+        first = f"VAR {self.names[0]} = {self.value}"
+        return [first, *(f"VAR {new} = VAR {old} " for old, new in zip(self.names, self.names[1:]))]
+
+    def text(self, noise: list[str], key: int) -> tuple[str, str]:
+        """(prompt, answer prefix); places of the assignments follow from `key` and the number of noise lines."""
+        wording = texts.wording("vt")
+        at = places(len(noise), len(self.names), random.Random(key))
+        context = "\n".join(weave(noise, self.lines, at))
+        prefix = wording.prefix.rstrip()  # a space at the end would not be the start of the answer's first token
+        return (
+            wording.template.format(context=context, query=self.value),
+            prefix.format(num_v=len(self.names), query=self.value),
+        )
+
+
+class ChainDraft(Draft):
+    empty = 0
+
+    def __init__(self, made: ChainSource, rng: random.Random):
+        self.made = made
+        self.example = ""
+        if made.options.shots:
+            shown = Chain.draw(made.options.hops, 3, rng)
+            question, prefix = shown.text(made.lines(5 * made.example_lines), rng.getrandbits(64))
+            self.example = f"{question}{prefix} {' '.join(shown.names)}\n\n"
+        self.chain = Chain.draw(made.options.hops, 5, rng)
+        while made.options.shots and any(name in self.example for name in (*self.chain.names, self.chain.value)):
+            self.chain = Chain.draw(made.options.hops, 5, rng)
+        self.outputs = self.chain.names
+        self._key = rng.getrandbits(64)
+
+    def fill(self, room: int) -> tuple[int, int]:
+        count = self.made.most(room)
+        return count, self.made.added(count)
+
+    def cut(self, count: int) -> tuple[None, int]:
+        return None, self.made.added(count)
+
+    def render(self, count: int) -> tuple[str, str]:
+        question, prefix = self.chain.text(self.made.lines(count), self._key)
+        return self.example + question, prefix
+
+    def depth(self, count: int) -> list[float]:
+        lines = len(self.made.lines(count))
+        at = places(lines, len(self.outputs), random.Random(self._key))
+        return [round(100 * place / max(1, lines), 2) for place in at]
+
+
+# ------------------------------------------------------------------------------------------------------- word counts
+
+
+@dataclass
+class CommonWordSource(Source):
+    """Common words: ten words many times, others seldom, in one numbered list, after one worked example."""
+
+    data_dir: str | Path | None = None
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """Times that a common and another word stand in the list."""
+        return (6, 1) if self.length < 4096 else (30, 3)
+
+    def draw(self, index: int) -> Draft:
+        return CommonWordDraft(self, self.rng(index))
+
+    @functools.cached_property
+    def words(self) -> tuple[str, ...]:
+        words = texts.common_words()
+        # An entry of the list takes at least four tokens (two of the number, a dot, a word).
+        if self.length // (4 * self.repeats[1]) > len(words):
+            path = texts.data_file("words", self.data_dir, f"cwe at length {self.length}")
+            self.haystack, self.haystack_sha256 = path.name, texts.file_sha256(path)
+            words = tuple(sorted({*words, *texts.more_words(path)}))
+        return words
+
+    @functools.cached_property
+    def word_costs(self) -> np.ndarray:
+        return self.costs.of([" " + word for word in self.words], "a 1.", " 2.")
+
+    @functools.cached_property
+    def number_sums(self) -> np.ndarray:
+        """int64 [k]: tokens of the first k numbers with their dots."""
+        numbers = [f" {i}." for i in range(1, self.length // 2 + 2)]
+        return np.concatenate([[0], np.cumsum(self.costs.of(numbers, " a", " a"))])
+
+
+class CommonWordDraft(Draft):
+    empty = CWE_COMMON
+
+    def __init__(self, made: CommonWordSource, rng: random.Random):
+        self.made = made
+        numpy_rng = frozen(rng)
+        self.example, self.answer = "", ""
+        self.example_entries: list[tuple[np.ndarray, int]] = []  # words and how often each stands in its list
+        if made.options.shots:
+            total, common, other = (20, 3, 1) if made.length < 4096 else (40, 10, 3)
+            shown = numpy_rng.choice(len(made.words), total, replace=False)
+            listed = self.listed(shown, common, other, numpy_rng)
+            self.answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
+            self.example = f"{self.question(listed)}{texts.wording('cwe').prefix} {self.answer}\n"
+            self.example_entries = [(shown[:CWE_COMMON], common), (shown[CWE_COMMON:], other)]
+        self.order = numpy_rng.permutation(len(made.words))
+        self._key = rng.getrandbits(64)
+        self.outputs = [made.words[i] for i in self.order[:CWE_COMMON]]
+
+    def listed(self, chosen: np.ndarray, common: int, other: int, rng: np.random.RandomState) -> str:
+        entries = np.concatenate([np.tile(chosen[:CWE_COMMON], common), np.tile(chosen[CWE_COMMON:], other)])
+        words = self.made.words
+        return numbered([words[i] for i in rng.permutation(entries).tolist()])
+
+    @staticmethod
+    def question(listed: str) -> str:
+        return texts.wording("cwe").template.format(context=listed)
+
+    @functools.cached_property
+    def sums(self) -> np.ndarray:
+        """int64 [k]: tokens that the first k words besides the common ones add."""
+        common, other = self.made.repeats
+        least = CWE_COMMON * common
+        costs = self.made.word_costs[self.order[CWE_COMMON:]]
+        entries = np.arange(0, (len(self.made.number_sums) - 1 - least) // other + 1)[: len(costs) + 1]
+        sums = np.concatenate([[0], np.cumsum(costs)])[: len(entries)] * other
+        return sums + self.made.number_sums[least + entries * other] - self.made.number_sums[least]
+
+    def fill(self, room: int) -> tuple[int, int]:
+        count = int(np.searchsorted(self.sums, room, side="right")) - 1
+        return CWE_COMMON + count, int(self.sums[count])
+
+    def cut(self, count: int) -> tuple[None, int]:
+        return None, int(self.sums[count - CWE_COMMON])
+
+    def core(self) -> tuple[tuple[str, str], int]:
+        made, first = self.made, self.made.words[self.order[0]]
+        template, prefix = self.question(numbered([first])), texts.wording("cwe").prefix
+        # Both lists are one entry long here; their other entries are summed.
+        prompt = f"{template}{prefix} {self.answer}\n{template}" if self.example else template
+        lists = [*self.example_entries, (self.order[:CWE_COMMON], made.repeats[0])]
+        entries = sum(len(words) * times for words, times in lists[-1:])
+        left = self.entry_tokens(lists[-1:], entries)
+        if self.example:
+            shown = lists[:-1]
+            left += self.entry_tokens(shown, sum(len(words) * times for words, times in shown))
+        return (prompt, prefix), left
+
+    def entry_tokens(self, words: Sequence[tuple[np.ndarray, int]], entries: int) -> int:
+        """Tokens of a numbered list less its first entry, which stands for the sample's first word."""
+        costs = self.made.word_costs
+        total = sum(int(costs[chosen].sum()) * times for chosen, times in words)
+        return total + int(self.made.number_sums[entries] - self.made.number_sums[1] - costs[self.order[0]])
+
+    def render(self, count: int) -> tuple[str, str]:
+        rng = frozen(random.Random(self._key))
+        listed = self.listed(self.order[:count], *self.made.repeats, rng)
+        return self.example + self.question(listed), texts.wording("cwe").prefix
+
+    def depth(self, count: int) -> list[float]:
+        return []
+
+
+def numbered(words: Sequence[str]) -> str:
+    return " ".join([f"{i}. {word}" for i, word in enumerate(words, 1)])
+
+
+@dataclass
+class FrequentWordSource(Source):
+    """Frequent coded words: word of rank k stands N * k^-2 / zeta(2) times; rank 1 is noise ("...")."""
+
+    def draw(self, index: int) -> Draft:
+        return FrequentWordDraft(self, self.rng(index))
+
+    @property
+    def vocabulary(self) -> int:
+        return max(5, self.length // 50)
+
+    @functools.cached_property
+    def pool(self) -> list[str]:
+        """Coded words of the cell, from which each sample takes its own."""
+        rng, size = self.rng("pool"), max(4096, 4 * self.vocabulary)
+        words: dict[str, None] = {}
+        while len(words) < size:
+            words["".join(rng.choices(string.ascii_lowercase, k=FWE_LETTERS))] = None
+        return list(words)
+
+    @functools.cached_property
+    def pool_costs(self) -> np.ndarray:
+        return self.costs.of([" " + word for word in self.pool], " a", " a")
+
+    @functools.cached_property
+    def dots_cost(self) -> int:
+        return int(self.costs.of([" ..."], " a", " a")[0])
+
+    def counts(self, total: int) -> np.ndarray:
+        """int64 [vocabulary]: times that each rank stands in a text of `total` words."""
+        ranks = np.arange(1, self.vocabulary + 1, dtype=np.float64)
+        return (total * ranks**-FWE_ALPHA / (math.pi**2 / 6)).astype(np.int64)
+
+    @functools.cached_property
+    def smallest(self) -> int:
+        """Fewest words at which the three asked for are told apart: counts of ranks 2 to 5 fall strictly."""
+        total = 1
+        while not np.all(np.diff(self.counts(total)[1:5]) < 0):
+            total += 1
+        return total
+
+
+class FrequentWordDraft(Draft):
+    def __init__(self, made: FrequentWordSource, rng: random.Random):
+        self.made = made
+        self.chosen = frozen(rng).permutation(len(made.pool))[: made.vocabulary]
+        self._key = rng.getrandbits(64)
+        self.outputs = [made.pool[i] for i in self.chosen[1:4]]
+        self.empty = made.smallest
+
+    def tokens(self, total: int) -> int:
+        costs = self.made.pool_costs[self.chosen].copy()
+        costs[0] = self.made.dots_cost
+        return int(self.made.counts(total) @ costs)
+
+    def fill(self, room: int) -> tuple[int, int]:
+        low, bare = self.empty, self.tokens(self.empty)
+        high = low + room + 1  # a word has a token or more, up to the counts cut off; widened below
+        while self.tokens(high) - bare <= room:
+            high *= 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.tokens(middle) - bare <= room:
+                low = middle
+            else:
+                high = middle
+        return low, self.tokens(low) - bare
+
+    def cut(self, total: int) -> tuple[None, int]:
+        return None, self.tokens(total) - self.tokens(self.empty)
+
+    def render(self, total: int) -> tuple[str, str]:
+        entries = np.repeat(np.arange(self.made.vocabulary), self.made.counts(total))
+        words = ["...", *(self.made.pool[i] for i in self.chosen[1:])]
+        shuffled = frozen(random.Random(self._key)).permutation(entries).tolist()
+        wording = texts.wording("fwe")
+        return wording.template.format(context=" ".join([words[i] for i in shuffled])), wording.prefix
+
+    def depth(self, total: int) -> list[float]:
+        return []
+
+
+# ------------------------------------------------------------------------------------------------ question answering
+
+
+@dataclass
+class DocumentSource(Source):
+    library: texts.Library = None  # type: ignore[assignment]
+
+    def draw(self, index: int) -> Draft:
+        if index >= len(self.library.questions):
+            raise ValueError(
+                f"samples of {self.task} must be at most the questions of {self.haystack}: "
+                f"{len(self.library.questions)}, got index {index}"
+            )
+        return DocumentDraft(self, self.library.questions[index], self.rng(index))
+
+    def block(self, number: int, document: str) -> str:
+        return texts.document_prompt().format(i=number, document=document)
+
+    def document_costs(self, wanted: Sequence[int]) -> list[int]:
+        """Tokens of each document as "Document 1"; measured when first asked for."""
+        known = known_costs(self.tokenizer, self.haystack_sha256 or "")
+        new = [i for i in dict.fromkeys(wanted) if i not in known]
+        blocks = [self.block(1, self.library.documents[i]) + "\n\n" for i in new]
+        known.update(zip(new, self.costs.of(blocks, "a\n\n", "Document").tolist()))
+        return [known[i] for i in wanted]
+
+    @functools.cached_property
+    def number_costs(self) -> np.ndarray:
+        """int64 [k]: tokens that the numbers of k documents take more than as many 1s."""
+        heads = [self.block(i, "a") + "\n\n" for i in range(1, self.length // 8 + 16)]
+        costs = self.costs.of(heads, "a\n\n", "Document")
+        return np.concatenate([[0], np.cumsum(costs - costs[0])])
+
+
+@functools.lru_cache(maxsize=4)
+def known_costs(tokenizer: Any, documents_sha256: str) -> dict[int, int]:
+    """Tokens of documents measured so far: the same at every length."""
+    return {}
+
+
+class DocumentDraft(Draft):
+    """State: document indices in the order of the prompt's list before the final shuffle."""
+
+    TRIES = 12  # further documents tried once one did not fit
+
+    def __init__(self, made: DocumentSource, question: texts.Question, rng: random.Random):
+        self.made, self.question = made, question
+        self.outputs = list(question.answers)
+        self.empty = list(question.context)
+        self._key = rng.getrandbits(64)
+
+    def candidates(self) -> Iterator[int]:
+        """Documents of the same article, then others, then all again: in random order."""
+        rng = random.Random(self._key)
+        related = list(self.question.related)
+        rng.shuffle(related)
+        yield from related
+        total = len(self.made.library.documents)
+        first = {*self.question.context, *related}
+        for i in frozen(rng).permutation(total).tolist():
+            if i not in first:
+                yield i
+        while True:
+            yield from frozen(rng).permutation(total).tolist()
+
+    def fill(self, room: int) -> tuple[list[int], int]:
+        chosen, total = list(self.empty), 0
+        numbers = self.made.number_costs
+        base = int(numbers[len(chosen)])
+        misses, waiting = 0, self.candidates()
+        while misses < self.TRIES and len(chosen) + 64 < len(numbers):
+            batch = [next(waiting) for _ in range(max(16, room // 256))]
+            for i, cost in zip(batch, self.made.document_costs(batch)):
+                more = total + cost
+                if more + int(numbers[len(chosen) + 1]) - base <= room:
+                    chosen.append(i)
+                    total = more
+                else:
+                    misses += 1
+        return chosen, total + int(numbers[len(chosen)]) - base
+
+    def cut(self, state: Sequence[int]) -> tuple[None, int]:
+        numbers, least = self.made.number_costs, len(self.empty)
+        return None, sum(self.made.document_costs(state[least:])) + int(numbers[len(state)] - numbers[least])
+
+    def shuffled(self, state: Sequence[int]) -> list[int]:
+        """Order of the documents in the prompt: places in `state`."""
+        order = list(range(len(state)))
+        random.Random(self._key ^ 1).shuffle(order)
+        return order
+
+    def render(self, state: Sequence[int]) -> tuple[str, str]:
+        documents = self.made.library.documents
+        blocks = [self.made.block(n, documents[state[i]]) for n, i in enumerate(self.shuffled(state), 1)]
+        wording = texts.wording("qa")
+        return wording.template.format(context="\n\n".join(blocks), query=self.question.text), wording.prefix
+
+    def depth(self, state: Sequence[int]) -> list[float]:
+        order = self.shuffled(state)
+        return [round(100 * order.index(0) / max(1, len(state) - 1), 2)] * len(self.outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def score(task: str, prediction: str, outputs: Sequence[str]) -> float:
+    """RULER's score of one prediction, in [0, 1]: share of the answers in it, or for QA whether any is."""
+    check_task(task)
+    found = [answer.lower() in clean(prediction).lower() for answer in outputs]
+    return float(any(found)) if SPECS[task].metric == "any" else sum(found) / len(found)
+
+
+def clean(prediction: str) -> str:
+    """RULER's post-processing: control characters become newlines."""
+    return "".join("\n" if ord(c) < 32 else c for c in prediction.strip()).strip()

@@ -1,0 +1,83 @@
+"""Short-text tasks: lm-eval's own, with the settings that the long-context literature uses. Data come from the hub."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from endprompt import rows
+
+if TYPE_CHECKING:
+    from benchmarks.score import ScoreConfig
+
+# task: (examples in front, metric as lm-eval names it)
+SETTINGS = {
+    "mmlu": (5, "acc,none"),
+    "gsm8k": (5, "exact_match,strict-match"),
+    "hellaswag": (10, "acc_norm,none"),
+    "humaneval": (0, "pass@1,create_test"),
+}
+
+
+def score(config: ScoreConfig, lm: Any) -> list[dict[str, Any]]:
+    """A row a task. humaneval runs generated code: it is left out of `all` and must be asked for by name.
+
+    Raises ValueError for an unknown task, and if the data are neither in the hub's cache nor to be had.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
+    from benchmarks.backend import no_environment_report
+    from benchmarks.score import SAMPLES, method_of
+
+    made = []
+    for task in task_names(config):
+        shots, metric = SETTINGS[task]
+        code = task == "humaneval"
+        if code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        try:
+            with no_environment_report():
+                results = simple_evaluate(
+                    model=lm,
+                    tasks=[task],
+                    num_fewshot=shots,
+                    limit=None if config.samples == SAMPLES else config.samples,
+                    apply_chat_template=config.chat,
+                    fewshot_as_multiturn=config.chat,
+                    fewshot_random_seed=config.seed,
+                    bootstrap_iters=0 if task == "mmlu" else 1000,
+                    log_samples=False,
+                    confirm_run_unsafe_code=code,
+                )
+        except (OSError, ConnectionError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"the data of {task} come from the hub and are not to be had: {first}") from error
+        if results is None:
+            continue
+        own = results["results"][task]
+        stderr = own.get(metric.replace(",", "_stderr,"))
+        made.append(
+            rows.result_row(
+                suite="short",
+                task=task,
+                metric=metric.split(",")[0],
+                value=100 * own[metric],
+                stderr=100 * stderr if isinstance(stderr, float) else None,
+                n=own.get("sample_len"),
+                model=config.model_name,
+                method=method_of(config),
+                seed=config.seed,
+                shots=shots,
+                chat=config.chat,
+            )
+        )
+    return made
+
+
+def task_names(config: ScoreConfig) -> list[str]:
+    if config.task_names == ["all"]:
+        return [task for task in SETTINGS if task != "humaneval"]
+    for task in config.task_names:
+        if task not in SETTINGS:
+            raise ValueError(f"unknown short-text task {task!r}; tasks: {', '.join(SETTINGS)}")
+    return config.task_names

@@ -1,0 +1,173 @@
+"""Numbers over scores: intervals, averages, effective length, paired comparisons. Reads no files, draws nothing.
+
+Scores are percent. RULER's own rules: weighted averages weigh the lengths 1, 2, 3, ... from the shortest ("inc") or
+from the longest ("dec"); the effective length is the longest one that scores at least what Llama-2-7B does at 4K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+THRESHOLD = 85.6
+RESAMPLES = 10_000
+
+
+def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int:
+    """The longest length whose score is at least `threshold`; 0 if none is."""
+    return max((length for length, score in scores.items() if score >= threshold), default=0)
+
+
+def weighted_average(scores: Mapping[int, float], direction: Literal["inc", "dec"]) -> float:
+    """Average over lengths with weights 1, 2, ... growing with the length ("inc") or falling with it ("dec")."""
+    if direction not in ("inc", "dec"):
+        raise ValueError(f"direction must be 'inc' or 'dec': {direction!r}")
+    if not scores:
+        raise ValueError("a weighted average needs at least one length")
+    values = [scores[length] for length in sorted(scores, reverse=direction == "dec")]
+    return sum(i * value for i, value in enumerate(values, 1)) / (len(values) * (len(values) + 1) / 2)
+
+
+def average(scores: Mapping[int, float]) -> float:
+    """Plain average over lengths."""
+    if not scores:
+        raise ValueError("an average needs at least one length")
+    return sum(scores.values()) / len(scores)
+
+
+def standard_error(scores: Sequence[float]) -> float | None:
+    """Of the mean; None for a single score."""
+    if len(scores) < 2:
+        return None
+    return float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
+
+
+def interval(scores: Sequence[float], seed: int = 0) -> tuple[tuple[float, float], str]:
+    """(95% interval of the mean, its name) of scores in [0, 100].
+
+    Wilson's interval where every score is 0 or 100, or where all are the same (a bootstrap would have no width there);
+    else the percentile bootstrap.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    mean = float(values.mean())
+    if set(np.unique(values)) <= {0.0, 100.0} or np.ptp(values) == 0:
+        return wilson(mean / 100, len(values)), "wilson"
+    means = resampled_means(values, np.random.default_rng([seed, len(values)]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return (min(float(low), mean), max(float(high), mean)), "bootstrap"
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion, in percent."""
+    z = 1.959963984540054
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    low = 0.0 if share == 0 else max(0.0, center - half)
+    high = 1.0 if share == 1 else min(1.0, center + half)
+    return 100 * min(low, share), 100 * max(high, share)
+
+
+def resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
+    """float64 [resamples]: means of samples drawn with replacement."""
+    means = np.empty(resamples)
+    step = max(1, 4_000_000 // len(values))
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        means[start : start + size] = values[rng.integers(0, len(values), (size, len(values)))].mean(axis=1)
+    return means
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Difference second - first of scores on the same samples, with a paired bootstrap.
+
+    Keys: `value`, `ci95`, `p` (two-sided: share of resampled differences on the other side of 0, doubled), `n`.
+    Raises ValueError if the numbers of samples differ.
+    """
+    if len(first) != len(second) or len(first) == 0:
+        raise ValueError(f"a paired comparison needs the same samples: {len(first)} and {len(second)}")
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    means = resampled_means(differences, np.random.default_rng([seed, len(differences)]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
+    return {
+        "value": float(differences.mean()),
+        "ci95": [float(low), float(high)],
+        "p": min(1.0, max(2 * tail, 1 / RESAMPLES)),
+        "n": len(differences),
+    }
+
+
+def by_length(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """{length: {task: score}} of RULER's task rows."""
+    table: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["suite"] == "ruler" and row["length"] is not None:
+            table.setdefault(int(row["length"]), {})[row["task"]] = float(row["value"])
+    return dict(sorted(table.items()))
+
+
+def length_averages(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """{length: mean over tasks}. Lengths without every task that any length has are left out."""
+    table = by_length(rows)
+    tasks = {task for scores in table.values() for task in scores}
+    return {length: sum(own.values()) / len(own) for length, own in table.items() if set(own) == tasks}
+
+
+def ruler_summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """RULER's summary of one model's task rows, as (task, length, metric, value): lengths that were run, no others."""
+    averages = length_averages(rows)
+    out = [
+        {"task": "average", "length": length, "metric": "mean_over_tasks", "value": value}
+        for length, value in averages.items()
+    ]
+    if averages:
+        over_lengths = {
+            "average": average(averages),
+            "weighted_average_inc": weighted_average(averages, "inc"),
+            "weighted_average_dec": weighted_average(averages, "dec"),
+            "effective_length": float(effective_length(averages)),
+        }
+        out += [{"task": "average", "length": None, "metric": name, "value": v} for name, v in over_lengths.items()]
+    return out
+
+
+def depth_table(scored: Sequence[Mapping[str, Any]], bins: int = 10) -> list[dict[str, Any]]:
+    """Depth x length heat map: mean score of single answers by depth of their needle.
+
+    `scored`: per sample `length`, `depth` (percent, one per answer) and `found` (one per answer).
+    """
+    cells: dict[tuple[int, int], list[float]] = {}
+    for sample in scored:
+        for depth, found in zip(sample["depth"], sample["found"]):
+            place = min(bins - 1, int(depth * bins / 100))
+            cells.setdefault((int(sample["length"]), place), []).append(100.0 * found)
+    return [
+        {
+            "length": length,
+            "depth_from": 100 * place / bins,
+            "depth_to": 100 * (place + 1) / bins,
+            "value": sum(values) / len(values),
+            "n": len(values),
+        }
+        for (length, place), values in sorted(cells.items())
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tasks by lengths, as text; the last lines are the averages, where more than one task was run."""
+    scores = by_length(rows)
+    lengths = list(scores)
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["suite"] == "ruler" and row["length"] is not None))
+    width = max([len(task) for task in tasks] + [len("average")])
+    lines = [" ".join([" " * width, *(f"{length:>8}" for length in lengths)])]
+    for task in tasks:
+        own = [f"{scores[length][task]:8.1f}" if task in scores[length] else " " * 8 for length in lengths]
+        lines.append(" ".join([f"{task:<{width}}", *own]))
+    averages = length_averages(rows)
+    if len(tasks) > 1:
+        own = [f"{averages[length]:8.1f}" if length in averages else " " * 8 for length in lengths]
+        lines.append(" ".join([f"{'average':<{width}}", *own]))
+    return "\n".join(line.rstrip() for line in lines)

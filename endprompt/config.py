@@ -1,0 +1,281 @@
+"""What the commands take: typed dataclasses and the rules that their values must hold. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endprompt.positions import WITH_PROMPT
+
+
+@dataclass
+class ExtendConfig:
+    """How a checkpoint is extended.
+
+    Args:
+        model: directory of the checkpoint to start from
+        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
+        output: directory of the extended checkpoint; it appears when the run is finished
+        target: the extended window L, in tokens
+        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors
+        scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
+            longrope
+        factor: scaling factor; default target / window
+        rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
+            high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
+            to 1 and to ntk's divisors
+        prompt: the end prompt: EP_1, EP_2, EP_3, recall, "text:YOUR WORDS", or a list of cues drawn from; none for
+            schemes without one; default EP_1 where the scheme needs one
+        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for recall
+        recall_span: tokens that a recall prompt copies from the context
+        recall_given: how many of them carry no loss
+        anchors: number of anchors of the anchors scheme
+        row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
+        rows: rows of one step
+        micro_rows: rows that go through the model at once; default all of a step
+        steps: optimizer steps; or give tokens
+        tokens: physical training tokens, instead of steps
+        completion_weight: loss weight of a document's completion
+        short_documents: drop (and count) documents shorter than a row, or pack them one after the other
+        long_documents: split longer ones into several rows, or truncate them to their first
+        lora_rank: rank of LoRA updates of the attention projections, merged at the end; 0 trains all weights
+        lora_alpha: their scale is lora_alpha / lora_rank
+        lora_also: with LoRA, parameters whose name holds one of these train whole
+        lr: learning rate
+        warmup: warm-up steps, linear from 0
+        schedule: constant, linear or cosine
+        decay: share of the steps at the end over which linear and cosine fall to 0
+        weight_decay: of AdamW
+        beta1: of AdamW
+        beta2: of AdamW
+        clip: largest norm of the gradient; 0 for none
+        seed: of positions, prompts and the order of documents
+        optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
+            rounding and one-byte moments: 8B on one GPU), or auto: masters for bfloat16, else adamw
+        float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
+        dtype: of the weights that are trained: float32 or bfloat16
+        autocast: multiply in bfloat16 while the weights stay as they are
+        export_dtype: of the exported weights; default the checkpoint's own
+        attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only;
+            or shifted, LongLoRA's
+        checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
+            recomputes each layer
+        compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU)
+        device: cpu, cuda or auto
+        save_every: steps between training states; 0 for none
+        keep: how many training states are kept
+        log_every: steps between lines of the log
+        report: tensorboard, wandb, or both, beside log.jsonl
+        divergence: stop when the smoothed loss is this far above its best, in nats; 0 for never. A loss that is not
+            finite stops a run in any case
+        eval_data: held-out documents, as data
+        eval_every: steps between evaluations; 0 for only at the end
+        eval_lengths: lengths of the evaluated rows; default the row and the target
+        eval_rows: held-out rows a length, as far as the text goes
+        eval_needles: rows with a needle a length; 0 for none
+        resume: go on from the newest training state of this output
+        overwrite: replace a finished output
+    """
+
+    model: str = ""
+    data: list[str] = dataclasses.field(default_factory=list)
+    output: str = ""
+    target: int = 0
+    scheme: str = "endprompt"
+    scaling: str = "linear"
+    factor: float | None = None
+    rope_options: dict[str, Any] | None = None
+    prompt: str | list[str] | None = None
+    prompt_weight: float | None = None
+    recall_span: int = 40
+    recall_given: int = 12
+    anchors: int = 4
+    row_tokens: int | None = None
+    rows: int = 64
+    micro_rows: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    completion_weight: float = 1.0
+    short_documents: str = "drop"
+    long_documents: str = "split"
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    lora_also: list[str] = dataclasses.field(default_factory=lambda: ["embed", "norm"])
+    lr: float = 2e-5
+    warmup: int = 20
+    schedule: str = "constant"
+    decay: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    seed: int = 0
+    optimizer: str = "auto"
+    float8: str = "none"
+    dtype: str = "float32"
+    autocast: bool = False
+    export_dtype: str | None = None
+    attention: str = "sdpa"
+    checkpointing: str = "none"
+    compile: str = "auto"
+    device: str = "auto"
+    save_every: int = 0
+    keep: int = 2
+    log_every: int = 10
+    report: list[str] = dataclasses.field(default_factory=list)
+    divergence: float = 3.0
+    eval_data: list[str] = dataclasses.field(default_factory=list)
+    eval_every: int = 0
+    eval_lengths: list[int] | None = None
+    eval_rows: int = 8
+    eval_needles: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("auto", "adamw", "masters", "lean")
+FLOAT8 = ("none", "exact", "fast")
+DTYPES = ("float32", "bfloat16")
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+CHECKPOINTING = ("none", "selective", "full")
+
+
+def check_config(config: ExtendConfig) -> None:
+    """Raises ValueError naming key, value and rule for what no run can use."""
+    for key in ("model", "output"):
+        if not getattr(config, key):
+            raise ValueError(f"{key} must be given: {key}=''")
+    rules: dict[str, tuple[Any, bool, str]] = {
+        "factor": (config.factor, config.factor is None or config.factor >= 1, "at least 1"),
+        "prompt_weight": (
+            config.prompt_weight,
+            config.prompt_weight is None or config.prompt_weight >= 0,
+            "at least 0",
+        ),
+        "completion_weight": (config.completion_weight, config.completion_weight >= 0, "at least 0"),
+        "row_tokens": (config.row_tokens, config.row_tokens is None or config.row_tokens >= 2, "at least 2"),
+        "rows": (config.rows, config.rows >= 1, "at least 1"),
+        "micro_rows": (config.micro_rows, config.micro_rows is None or config.micro_rows >= 1, "at least 1"),
+        "lr": (config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0"),
+        "warmup": (config.warmup, config.warmup >= 0, "at least 0"),
+        "schedule": (config.schedule, config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        "decay": (config.decay, 0 <= config.decay <= 1, "between 0 and 1"),
+        "weight_decay": (config.weight_decay, config.weight_decay >= 0, "at least 0"),
+        "beta1": (config.beta1, 0 <= config.beta1 < 1, "in [0, 1)"),
+        "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
+        "clip": (config.clip, config.clip >= 0, "at least 0"),
+        "optimizer": (config.optimizer, config.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+        "float8": (config.float8, config.float8 in FLOAT8, f"one of {', '.join(FLOAT8)}"),
+        "dtype": (config.dtype, config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        "export_dtype": (
+            config.export_dtype,
+            config.export_dtype in (None, *EXPORT_DTYPES),
+            f"one of {', '.join(EXPORT_DTYPES)}",
+        ),
+        "seed": (config.seed, config.seed >= 0, "at least 0"),
+        "compile": (config.compile, config.compile in ("auto", "layers", "none"), "auto, layers or none"),
+        "device": (config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        "keep": (config.keep, config.keep >= 1, "at least 1"),
+        "save_every": (config.save_every, config.save_every >= 0, "at least 0"),
+        "log_every": (config.log_every, config.log_every >= 1, "at least 1"),
+        "checkpointing": (
+            config.checkpointing,
+            config.checkpointing in CHECKPOINTING,
+            f"one of {', '.join(CHECKPOINTING)}",
+        ),
+        "lora_rank": (config.lora_rank, config.lora_rank >= 0, "at least 0"),
+        "lora_alpha": (config.lora_alpha, config.lora_alpha >= 1, "at least 1"),
+        "divergence": (config.divergence, config.divergence >= 0, "at least 0"),
+        "eval_every": (config.eval_every, config.eval_every >= 0, "at least 0"),
+        "eval_lengths": (config.eval_lengths, min(config.eval_lengths or [2]) >= 2, "at least 2 tokens each"),
+        "eval_rows": (config.eval_rows, config.eval_rows >= 1, "at least 1"),
+        "eval_needles": (config.eval_needles, config.eval_needles >= 0, "at least 0"),
+    }
+    for key, (value, holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{key} must be {rule}: {key}={value!r}")
+    if config.float8 != "none" and config.optimizer != "lean":
+        raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
+    if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
+        raise ValueError(
+            f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
+        )
+    if (config.steps is None) == (config.tokens is None):
+        raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
+    for key in ("steps", "tokens"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key} must be at least 1: {key}={value}")
+
+
+def method_name(config: ExtendConfig) -> str:
+    """`scheme+prompt+scaling`, the `method` of result rows."""
+    scheme = f"anchors{config.anchors}" if config.scheme == "anchors" else config.scheme
+    names = prompt_names(config)
+    return "+".join([scheme, *(["/".join(names)] if names else []), config.scaling])
+
+
+def prompt_names(config: ExtendConfig) -> list[str]:
+    """The end prompts by name, an empty list for none; EP_1 if the scheme needs one and none is named."""
+    if config.prompt is None:
+        return ["EP_1"] if config.scheme in WITH_PROMPT else []
+    if config.prompt == "none":
+        return []
+    return [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
+
+
+@dataclass
+class PrepareConfig:
+    """Which documents become a token shard.
+
+    Args:
+        data: JSONL, JSONL.gz, Parquet or text files, or hub:ID for a data set of the Hugging Face hub (streamed)
+        output: directory of the shard; it appears when it is whole
+        tokenizer: directory of the checkpoint whose tokenizer is used
+        hub_name: configuration of the hub's data set
+        hub_split: its split
+        append_eos: end each document with the tokenizer's EOS token
+        min_tokens: shorter documents are dropped, and counted
+        max_tokens: longer documents are cut there, and counted; default no limit
+        max_documents: stop after so many; default all
+        overwrite: replace a finished output
+    """
+
+    data: list[str] = dataclasses.field(default_factory=list)
+    output: str = ""
+    tokenizer: str = ""
+    hub_name: str | None = None
+    hub_split: str = "train"
+    append_eos: bool = True
+    min_tokens: int = 2
+    max_tokens: int | None = None
+    max_documents: int | None = None
+    overwrite: bool = False
+
+
+def check_prepare_config(config: PrepareConfig) -> None:
+    for key in ("data", "output", "tokenizer"):
+        if not getattr(config, key):
+            raise ValueError(f"{key} must be given: {key}={getattr(config, key)!r}")
+    for key in ("min_tokens", "max_tokens", "max_documents"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key} must be at least 1: {key}={value}")
+    if config.max_tokens is not None and config.max_tokens < config.min_tokens:
+        raise ValueError(f"max_tokens must not be below min_tokens={config.min_tokens}: max_tokens={config.max_tokens}")
+    check_output(config.output, config.overwrite, "manifest.json", "shard")
+
+
+def check_output(output: str, overwrite: bool, mark: str, what: str) -> None:
+    """Raises ValueError if the output stands already, unless it may be replaced and is one of ours: it holds `mark`."""
+    path = Path(output)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"the output exists already; choose another or set overwrite: output={output!r}")
+    if not (path / mark).is_file():
+        raise ValueError(f"overwrite replaces an earlier {what} only, which has a {mark}: output={output!r}")

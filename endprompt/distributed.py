@@ -1,0 +1,115 @@
+"""Many processes as one trainer: torch's own process groups and FSDP2, started by torchrun.
+
+    torchrun --nproc-per-node 8 -m endprompt.cli extend ...
+
+Every process holds a share of each weight (`fully_shard`), works on its share of a step's rows, and the step is the
+same as one process would have made: gradients are sums over all rows divided by the weight total of all rows.
+Without torchrun there is one process and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process (rank) among all (size), and the device it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def world(device: str) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone. device: cpu, cuda or auto.
+
+    Raises ValueError if the device is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(device=device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shard(root: torch.nn.Module, layers: Iterable[torch.nn.Module], here: World, bfloat16: bool) -> None:
+    """FSDP2: each layer a unit of its own, the rest with the root.
+
+    bfloat16: weights stay float32 masters in their shares, are gathered and multiplied in bfloat16, and gradients are
+    reduced in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(here.device.partition(":")[0], (here.size,))
+    # inputs stay as they are: loss weights must not be rounded
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if bfloat16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, on every process; any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

@@ -1,0 +1,122 @@
+"""Evaluation during training: the loss on held-out text at several lengths, and a small needle score.
+
+Rows are contiguous, of the length that is measured. The needle is a number hidden in the text; a row counts if each
+token of the number is the most likely one, given all before it. This watches a run; benchmarks are scored apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from endprompt import distributed
+from endprompt.data import Documents
+from endprompt.distributed import World
+from endprompt.positions import sample_rng
+
+NEEDLE = " The pass key is {key}. Remember it: {key} is the pass key. "
+QUESTION = " What is the pass key? The pass key is"
+
+Row = tuple[np.ndarray, np.ndarray]
+#: (input_ids, position_ids, weights, count hits instead of loss) -> float32 scalar
+Objective = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """task: `held_out` (metric loss, nats a token) or `needle` (metric exact_match, percent). n: rows."""
+
+    task: str
+    metric: str
+    length: int
+    value: float
+    n: int
+
+
+def held_out_rows(documents: Documents, length: int, count: int) -> list[Row]:
+    """Up to `count` windows of `length` tokens, evenly spaced over the held-out text without overlap.
+
+    Raises ValueError if the text is shorter than one window.
+    """
+    total = len(documents.tokens)
+    if total < length:
+        raise ValueError(f"the held-out text must be as long as an evaluation length: eval_lengths={length}, {total=}")
+    count = min(count, total // length)
+    starts = np.linspace(0, total - length, count).astype(np.int64)
+    weights = np.ones(length, dtype=np.float32)
+    weights[0] = 0.0
+    return [(np.asarray(documents.tokens[s : s + length], dtype=np.int64), weights) for s in starts]
+
+
+def needle_rows(
+    documents: Documents, length: int, count: int, encode: Callable[[str], list[int]], seed: int
+) -> list[Row]:
+    """`count` windows with a number hidden at evenly spread depths and asked for at the end; weight on the number.
+
+    Raises ValueError if needle and question do not fit into the length.
+    """
+    rows = []
+    for index in range(count):
+        key = str(sample_rng(seed, index).integers(10_000, 100_000))
+        needle, question, answer = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f" {key}")
+        room = length - len(needle) - len(question) - len(answer)
+        if room < 1:
+            raise ValueError(
+                f"needle and question take {length - room} tokens, a row must be longer: eval_lengths={length}"
+            )
+        if len(documents.tokens) < room:
+            raise ValueError(
+                f"the held-out text must fill a needle row: it has {len(documents.tokens)} of {room} tokens, "
+                f"eval_lengths={length}"
+            )
+        start = int(sample_rng(seed + 1, index).integers(len(documents.tokens) - room, endpoint=True))
+        text = np.asarray(documents.tokens[start : start + room], dtype=np.int64)
+        depth = round(room * (index + 0.5) / count)
+        ids = np.concatenate([text[:depth], needle, text[depth:], question, answer]).astype(np.int64)
+        weights = np.zeros(length, dtype=np.float32)
+        weights[-len(answer) :] = 1.0
+        rows.append((ids, weights))
+    return rows
+
+
+class Evaluation:
+    """The rows of all lengths, made once; `measure` runs the model over them."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        lengths: list[int],
+        rows: int,
+        needles: int,
+        encode: Callable[[str], list[int]],
+        seed: int,
+    ):
+        self.rows = {length: held_out_rows(documents, length, rows) for length in lengths}
+        self.needles = {length: needle_rows(documents, length, needles, encode, seed) for length in lengths if needles}
+
+    @torch.no_grad()
+    def measure(self, objective: Objective, here: World) -> Iterator[Measured]:
+        """One result a task and length. Every process must call it; each takes its share of the rows."""
+        for length, rows in self.rows.items():
+            loss = _sum(objective, rows, here, hits=False)
+            yield Measured("held_out", "loss", length, loss / (len(rows) * (length - 1)), len(rows))
+        for length, rows in self.needles.items():
+            hits = _sum(objective, rows, here, hits=True)
+            yield Measured("needle", "exact_match", length, 100.0 * hits / len(rows), len(rows))
+
+
+def _sum(objective: Objective, rows: list[Row], here: World, hits: bool) -> float:
+    device = torch.device(here.device)
+    total = torch.zeros((), device=device)
+    for first in range(0, len(rows), here.size):
+        place = first + here.rank
+        ids, weights = rows[min(place, len(rows) - 1)]
+        positions = torch.arange(len(ids), device=device)[None]
+        value = objective(
+            torch.from_numpy(ids).to(device)[None], positions, torch.from_numpy(weights).to(device)[None], hits
+        )
+        total += value * (place < len(rows))  # processes without a row of their own still take part in the gathering
+    return float(distributed.total(total))

@@ -1,0 +1,268 @@
+"""Optimizers: AdamW as torch has it, and a lean AdamW that trains 8B parameters on one GPU.
+
+The lean one keeps bfloat16 weights and no float32 copy of them. Three things make its updates as good as with masters:
+
+1. Gradients of the micro-batches are summed in float32 (`parameter.main_grad`). Summed in bfloat16, an addend below
+   1/256 of the sum is lost, and 32 micro-batches lose about half a percent of the gradient.
+2. A new weight is rounded stochastically: to the bfloat16 above or below with the probability that makes the
+   expectation exact, so updates far below one unit in the last place still add up.
+3. The two moments take one byte a parameter each: logarithmic codes with one float32 scale (the largest magnitude) a
+   block of 256, rounded stochastically too, because with nearest rounding a moving average that changes by less than
+   half a code stands still. The second moment is kept as its root, which halves the range it needs.
+
+Random bits are a hash of (seed, step, parameter, element), so a resumed run is exact and devices agree.
+Memory: 2 (weight) + 4 (gradient sum) + 2 (moments) bytes a parameter, 60 GiB at 8.03B parameters, against 16 bytes for
+float32 masters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from endprompt.masters import MasterAdamW
+
+BLOCK = 256
+CHUNK = 1 << 24  # elements that go through the update at once
+OCTAVES_FIRST, LEVELS_FIRST = 14.0, 127  # signed: 8% from code to code
+OCTAVES_ROOT, LEVELS_ROOT = 16.0, 255  # 4.5% from code to code
+OPTIMIZERS = ("adamw", "masters", "lean")
+
+
+def make_optimizer(
+    name: str,
+    model: torch.nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """The optimizer by name over the parameters that require a gradient. Raises ValueError for an unknown name."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "lean":
+        return LeanAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}: optimizer={name!r}")
+    fused = bool(parameters) and parameters[0].device.type == "cuda"
+    exact = MasterAdamW if name == "masters" else torch.optim.AdamW
+    return exact(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
+    """Scale all gradients so that their common norm is at most `limit` (0 for no limit); the norm before, no sync."""
+    if isinstance(optimizer, LeanAdamW):
+        return optimizer.clip(limit or math.inf)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+
+
+class LeanAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) with one-byte moments, stochastic rounding and gradient sums of its own.
+
+    Backward passes add to `parameter.main_grad` and leave `parameter.grad` empty, so `step` sees the sum over all
+    micro-batches since `zero_grad`. sums: dtype of those sums, float32 unless memory forbids.
+    Raises ValueError for beta2 > 0.99: the moments' rounding noise is sigma / sqrt(1 - beta2^2) with sigma = 1.8%, 6%
+    at 0.95 and 13% at 0.99, and at 0.999 it would be 40%.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        *,
+        lr: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        sums: torch.dtype = torch.float32,
+    ):
+        if not 0 <= betas[1] <= 0.99:
+            raise ValueError(f"the lean optimizer needs beta2 in [0, 0.99], its one-byte moments do: beta2={betas[1]}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+        self.clipped: torch.Tensor | None = None
+        for parameter in self.parameters():
+            parameter.main_grad = torch.zeros_like(parameter, dtype=sums)  # type: ignore[attr-defined]
+            parameter.register_post_accumulate_grad_hook(_add_to_sum)
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> torch.Tensor:
+        """Norm of the gradient sums; `step` will scale them by min(1, limit / norm)."""
+        norms = torch._foreach_norm([p.main_grad for p in self.parameters()])  # type: ignore[attr-defined]
+        norm = torch.stack([n.float() for n in norms]).norm()
+        self.clipped = (limit / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._step(parameter, group)
+        self.clipped = None
+
+    def moments(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """The state of one parameter, zeros before its first step."""
+        state = self.state[parameter]
+        if not state:
+            blocks, device = -(-parameter.numel() // BLOCK), parameter.device
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["first"] = torch.zeros(blocks, BLOCK, dtype=torch.int8, device=device)
+            state["root"] = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=device)
+            state["first_scale"] = torch.zeros(blocks, 1, dtype=torch.float32, device=device)
+            state["root_scale"] = torch.zeros(blocks, 1, dtype=torch.float32, device=device)
+        return state
+
+    def _step(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.moments(parameter)
+        state["step"] += 1
+        step = int(state["step"])
+        beta1, beta2 = group["betas"]
+        numbers = [
+            group["lr"],
+            group["weight_decay"],
+            beta1,
+            beta2,
+            group["eps"],
+            1 - beta1**step,
+            1 - beta2**step,
+        ]
+        number = torch.tensor(numbers, dtype=torch.float32).to(parameter.device, non_blocking=True)
+        scale = self.clipped if self.clipped is not None else torch.ones((), device=parameter.device)
+        update = _update_function(parameter.device)
+        weights, sums = parameter.view(-1), parameter.main_grad.view(-1)  # type: ignore[attr-defined]
+        for start in range(0, parameter.numel(), CHUNK):
+            end = min(start + CHUNK, parameter.numel())
+            blocks = slice(start // BLOCK, -(-end // BLOCK))
+            moments = [state[key][blocks] for key in ("first", "first_scale", "root", "root_scale")]
+            seed = _mix(self.seed, step, self._index(parameter), start // CHUNK)
+            bits = torch.tensor(seed, dtype=torch.int32).to(parameter.device, non_blocking=True)
+            weight, total = weights[start:end], sums[start:end]
+            if (end - start) % BLOCK:
+                # the last block is padded on copies; its padding has no gradient and stays 0
+                padding = (0, BLOCK - (end - start) % BLOCK)
+                padded = torch.nn.functional.pad(weight, padding).view(-1, BLOCK)
+                update(padded, torch.nn.functional.pad(total, padding).view(-1, BLOCK), *moments, number, scale, bits)
+                weight.copy_(padded.view(-1)[: end - start])
+            else:
+                update(weight.view(-1, BLOCK), total.view(-1, BLOCK), *moments, number, scale, bits)
+
+    def _index(self, parameter: torch.nn.Parameter) -> int:
+        if not hasattr(self, "_indices"):
+            self._indices = {id(p): i for i, p in enumerate(self.parameters())}
+        return self._indices[id(parameter)]
+
+
+def _add_to_sum(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
+
+
+def _update(
+    weight_NB: torch.Tensor,
+    grad_NB: torch.Tensor,
+    first_NB: torch.Tensor,
+    first_scale_N1: torch.Tensor,
+    root_NB: torch.Tensor,
+    root_scale_N1: torch.Tensor,
+    number: torch.Tensor,
+    scale: torch.Tensor,
+    seed: torch.Tensor,
+) -> None:
+    """One AdamW step of N blocks, in place; number holds lr, weight decay, betas, eps, bias corrections."""
+    lr, decay, beta1, beta2, eps, correction1, correction2 = number.unbind()
+    index_NB = torch.arange(weight_NB.numel(), dtype=torch.int32, device=weight_NB.device).view(weight_NB.shape)
+    bits_NB = random_bits(index_NB, seed)
+    more_NB = random_bits(index_NB, seed ^ 0x5BD1E995)
+    grad = grad_NB.float() * scale
+    sign = first_NB.to(torch.int32).sign().float()
+    first = sign * decode(first_NB.to(torch.int32).abs(), LEVELS_FIRST, OCTAVES_FIRST) * first_scale_N1
+    root = decode(root_NB.to(torch.int32), LEVELS_ROOT, OCTAVES_ROOT) * root_scale_N1
+    first = beta1 * first + (1 - beta1) * grad
+    root = (beta2 * root * root + (1 - beta2) * grad * grad).sqrt()
+    step = (first / correction1) / (root / correction2.sqrt() + eps)
+    weight = weight_NB.float() * (1 - lr * decay) - lr * step
+    weight_NB.copy_(round_to_bfloat16(weight, bits_NB) if weight_NB.dtype == torch.bfloat16 else weight)
+
+    top_first = first.abs().amax(dim=1, keepdim=True)
+    level = encode(first.abs() / top_first.clamp(min=1e-38), LEVELS_FIRST, OCTAVES_FIRST, _unit(more_NB))
+    first_NB.copy_((level * first.sign().to(torch.int32)).to(torch.int8))
+    first_scale_N1.copy_(top_first)
+    top_root = root.amax(dim=1, keepdim=True)
+    level = encode(root / top_root.clamp(min=1e-38), LEVELS_ROOT, OCTAVES_ROOT, _unit(more_NB >> 16))
+    # a root that is rounded to 0 would divide by eps: keep the smallest code, which only makes the step smaller
+    root_NB.copy_(level.clamp(min=1).to(torch.uint8))
+    root_scale_N1.copy_(top_root)
+
+
+def encode(value: torch.Tensor, levels: int, octaves: float, uniform: torch.Tensor) -> torch.Tensor:
+    """Codes 0..levels (int32) of values in [0, 1], stochastic: the expectation of `decode` is the value.
+
+    Code 0 is 0; codes 1..levels are evenly spaced in the logarithm, from 2^-octaves to 1. uniform: in [0, 1).
+    """
+    place = 1 + (value.clamp(min=1e-30).log2() + octaves) * ((levels - 1) / octaves)
+    below = place.floor().clamp(0, levels - 1).to(torch.int32)
+    low, high = decode(below, levels, octaves), decode(below + 1, levels, octaves)
+    return below + (uniform < (value - low) / (high - low)).to(torch.int32)
+
+
+def decode(code: torch.Tensor, levels: int, octaves: float) -> torch.Tensor:
+    value = torch.exp2((code.float() - 1) * (octaves / (levels - 1)) - octaves)
+    return torch.where(code > 0, value, 0.0)
+
+
+def round_to_bfloat16(value: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """float32 to bfloat16, up or down with the probability that keeps the expectation; bits: random int32."""
+    # adding 16 random bits below the ones that stay carries over with just that probability, for either sign
+    rounded = (value.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
+    return rounded.view(torch.float32).to(torch.bfloat16)
+
+
+def random_bits(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """32 random bits an element: the integer hash `lowbias32` (Wellons 2018) of index and seed, in wrapping int32."""
+    x = (index * -0x61C88647) ^ seed
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -0x7B935975  # 0x846ca68b
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _unit(bits: torch.Tensor) -> torch.Tensor:
+    return (bits & 0xFFFF).float() * (1 / 65536)
+
+
+def _mix(*parts: int) -> int:
+    """A signed 32-bit seed of the parts, by splitmix64."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return (state & 0xFFFFFFFF) - 2**31
+
+
+_compiled: dict[str, Any] = {}
+
+
+def _update_function(device: torch.device) -> Any:
+    """On CUDA one fused kernel over a chunk; on the CPU as written."""
+    if device.type != "cuda":
+        return _update
+    if "update" not in _compiled:
+        _compiled["update"] = torch.compile(_update, dynamic=True)
+    return _compiled["update"]

@@ -1,0 +1,257 @@
+"""What a run needs before it is started: memory by part, tokens/s, GPU-hours, and which settings fit.
+
+A model of the step, not a measurement; its rates are what one H200 gave for Llama-3-8B's shape. Per token, with
+P multiplied parameters, L layers, hidden size h, key/value width k, intermediate size i, and rows of T tokens:
+
+    matrix products   6 P FLOPs; 2 more for each decoder parameter with full recomputation; 4 P with LoRA
+    attention         2 T h L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention
+    the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
+    activations       selective: 4 h + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
+                      none: 2 h + i more; full: h a layer, and one layer whole
+
+Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its rows, and 7% are taken off for what
+communication does not hide (an assumption until it is measured).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """bfloat16 matrix rate in FLOP/s as sustained in training, memory traffic in bytes/s, usable memory in GiB."""
+
+    matmul: float
+    float8: float
+    traffic: float
+    memory: float
+
+
+DEVICES = {
+    "H200": Device(708e12, 1200e12, 4.3e12, 137.0),
+    "H100": Device(680e12, 1150e12, 3.0e12, 77.0),
+    "A100": Device(240e12, 240e12, 1.7e12, 77.0),
+}
+METHODS = ("endprompt", "full", "longlora")
+
+
+@dataclass
+class PlanConfig:
+    """The run to plan.
+
+    Args:
+        model: a checkpoint directory, or a shape's name as in bench
+        method: endprompt (short rows), full (rows of the whole target) or longlora
+        target: the extended window
+        row_tokens: physical tokens of a row; default the model's window for endprompt, else the target
+        gpus: how many, of one kind
+        device: H200, H100 or A100
+        tokens: training tokens of the run
+        rows: rows of one step
+        optimizer: lean or adamw (float32 masters)
+        float8: none or fast
+        json: print one JSON object a setting instead of a table
+    """
+
+    model: str = "llama3-8b"
+    method: str = "endprompt"
+    target: int = 65536
+    row_tokens: int | None = None
+    gpus: int = 1
+    device: str = "H200"
+    tokens: int = 1_000_000_000
+    rows: int = 64
+    optimizer: str = "lean"
+    float8: str = "none"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    vocabulary: int
+    hidden: int
+    layers: int
+    kv: int
+    intermediate: int
+    window: int
+    tied: bool
+
+    @property
+    def layer_parameters(self) -> int:
+        return 2 * self.hidden * (self.hidden + self.kv) + 3 * self.hidden * self.intermediate
+
+    @property
+    def multiplied(self) -> int:
+        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.multiplied + norms + (0 if self.tied else self.vocabulary * self.hidden)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One setting: bytes of each part on one GPU, and what the step gives."""
+
+    micro_rows: int
+    recompute: str
+    memory: dict[str, float]
+    fits: bool
+    tokens_per_s: float
+    hours: float
+    gpu_hours: float
+
+    @property
+    def total_gib(self) -> float:
+        return sum(self.memory.values()) / GIB
+
+
+def shape_of(model: str) -> Shape:
+    """The shape by name, or of a checkpoint's config. Raises ValueError for neither."""
+    from endprompt.bench import SHAPES
+
+    if model in SHAPES:
+        vocabulary, hidden, layers, heads, groups, intermediate, window, _, tied = SHAPES[model]
+        return Shape(vocabulary, hidden, layers, hidden // heads * groups, intermediate, window, tied)
+    from endprompt.model import load_config, rope_geometry
+
+    config = load_config(model)
+    geometry = rope_geometry(config)
+    return Shape(
+        config.vocab_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        geometry.head_dim * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        config.intermediate_size,
+        geometry.window,
+        bool(config.tie_word_embeddings),
+    )
+
+
+def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompute: str) -> float:
+    """Seconds of one token's forward and backward pass on one GPU."""
+    device = DEVICES[config.device]
+    decoder, head = shape.layers * shape.layer_parameters, shape.vocabulary * shape.hidden
+    lora = config.method == "longlora"
+    passes = (2 if lora else 3) + (1 if recompute == "full" else 0)
+    rate = device.matmul if config.float8 == "none" else device.float8
+    products = 2 * passes * decoder / rate + 2 * (2 if lora else 3) * head / device.matmul
+    reach = row_tokens / 4 if lora else row_tokens
+    forward = 2.0 * reach * shape.hidden * shape.layers
+    # short rows spend a larger share of attention's blocks on the diagonal
+    scale = device.matmul / 708e12 * reach / (reach + 1130)
+    attention = forward * (2 if recompute == "full" else 1) / (569e12 * scale) + 2.5 * forward / (478e12 * scale)
+    numbers = shape.layers * (31 * shape.hidden + 9 * shape.intermediate)
+    # 2 bytes a number, and a fifth more for what the compiler does not fuse
+    return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic
+
+
+def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, recompute: str) -> dict[str, float]:
+    """Bytes on one GPU, by part."""
+    count = shape.parameters
+    norms = (2 * shape.layers + 1) * shape.hidden
+    trained = count
+    if config.method == "longlora":  # rank 8 on q, k, v, o
+        lora = shape.layers * 8 * (6 * shape.hidden + 2 * shape.kv)
+        trained = shape.vocabulary * shape.hidden + norms + lora
+    bytes_of = {"lean": (2.0, 4.0, 2 + 8 / 256), "adamw": (4.0, 4.0, 8.0)}[config.optimizer]
+    weights = 2.0 * count if config.optimizer == "lean" else 2.0 * (count - trained) + 4.0 * trained
+    parts = {
+        "weights": weights / config.gpus,
+        "gradients": bytes_of[1] * trained / config.gpus,
+        "moments": bytes_of[2] * trained / config.gpus,
+    }
+    decoder = shape.layers * shape.layer_parameters
+    if config.float8 != "none":
+        parts["float8 weights"] = 2.0 * decoder / config.gpus
+    if config.gpus > 1:
+        parts["gathered layers"] = 2 * 2.0 * shape.layer_parameters
+    tokens = micro_rows * row_tokens
+    selective = 2.0 * (4 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
+    whole = selective + 2.0 * (2 * shape.hidden + shape.intermediate)
+    layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
+    parts["activations"] = layer * shape.layers * tokens
+    if recompute == "full":
+        parts["one layer again"] = whole * tokens
+    chunk = min(tokens, 2**29 // shape.vocabulary)
+    parts["loss and work space"] = 2 * 2.0 * chunk * shape.vocabulary + 3 * 2.0 * shape.hidden * tokens + 2 * GIB
+    return parts
+
+
+def plans(config: PlanConfig) -> list[Plan]:
+    """The settings of a run, fastest first among those that fit. Raises ValueError naming key, value and rule."""
+    from endprompt.bench import SHAPES
+
+    choices = {
+        "method": METHODS,
+        "device": tuple(DEVICES),
+        "optimizer": ("lean", "adamw"),
+        "float8": ("none", "fast"),
+    }
+    for key, allowed in choices.items():
+        if getattr(config, key) not in allowed:
+            raise ValueError(f"{key} must be one of {', '.join(allowed)}: {key}={getattr(config, key)!r}")
+    for key in ("target", "gpus", "tokens", "rows"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} must be at least 1: {key}={getattr(config, key)}")
+    if config.rows % config.gpus:
+        raise ValueError(f"the number of GPUs must divide the rows of a step: gpus={config.gpus} rows={config.rows}")
+    if config.gpus > 1 and config.optimizer == "lean":
+        raise ValueError(f"the lean optimizer is for one GPU; take optimizer=adamw: gpus={config.gpus}")
+    if config.model not in SHAPES and not config.model.strip():
+        raise ValueError(f"model must be a checkpoint directory or one of {', '.join(SHAPES)}: model={config.model!r}")
+    shape = shape_of(config.model)
+    row_tokens = config.row_tokens or (shape.window if config.method == "endprompt" else config.target)
+    if row_tokens > config.target:
+        raise ValueError(f"a row must fit into the target: row_tokens={row_tokens} target={config.target}")
+    made = []
+    for recompute in ("none", "selective", "full"):
+        for micro_rows in (1, 2, 4, 8):
+            if config.rows % (micro_rows * config.gpus):
+                continue
+            parts = memory(shape, config, row_tokens, micro_rows, recompute)
+            fits = sum(parts.values()) / GIB <= DEVICES[config.device].memory
+            each = seconds_per_token(shape, config, row_tokens, recompute)
+            # the gradient sums are read and written once a micro-batch
+            each += 8.0 * shape.multiplied / DEVICES[config.device].traffic / (micro_rows * row_tokens)
+            speed = config.gpus / each * (0.93 if config.gpus > 1 else 1.0)
+            hours = config.tokens / speed / 3600
+            made.append(Plan(micro_rows, recompute, parts, fits, speed, hours, hours * config.gpus))
+    return sorted(made, key=lambda plan: (not plan.fits, -plan.tokens_per_s, plan.total_gib))
+
+
+def report(config: PlanConfig, made: list[Plan]) -> str:
+    """The settings as a table, and the memory of the best one by part."""
+    lines = [
+        f"{'micro rows':>10}  {'recompute':<10}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}{'hours':>9}{'GPU-hours':>11}"
+    ]
+    for plan in made:
+        lines.append(
+            f"{plan.micro_rows:>10}  {plan.recompute:<10}{plan.total_gib:>8.1f}  {'yes' if plan.fits else 'no':<5}"
+            f"{plan.tokens_per_s:>10,.0f}{plan.hours:>9.1f}{plan.gpu_hours:>11.1f}"
+        )
+    best = made[0]
+    if not best.fits:
+        return "\n".join([*lines, f"nothing fits into {DEVICES[config.device].memory:.0f} GiB: take more GPUs"])
+    lines.append(f"\nmemory of the first, GiB a GPU (of {DEVICES[config.device].memory:.0f} usable):")
+    lines += [f"  {part:<22}{size / GIB:>8.1f}" for part, size in best.memory.items()]
+    return "\n".join(lines)
+
+
+def plan(config: PlanConfig) -> int:
+    """Print the settings of a run; 1 if none fits."""
+    made = plans(config)
+    if config.json:
+        for one in made:
+            about: dict[str, Any] = dataclasses.asdict(one) | {"total_gib": one.total_gib}
+            print(json.dumps(about))
+    else:
+        print(report(config, made))
+    return 0 if made[0].fits else 1

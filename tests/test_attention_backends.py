@@ -1,0 +1,107 @@
+"""Causal-only attention by every backend: the same logits as an explicit triangle, whatever the positions say."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from endprompt.bench import model_config
+from endprompt.model import (
+    ATTENTIONS,
+    FLASH_PACKAGES,
+    causal_only_cudnn,
+    causal_only_shifted,
+    new_model,
+    training_attention,
+)
+
+
+@pytest.mark.parametrize("name", FLASH_PACKAGES)
+def test_a_missing_package_is_named_with_the_line_that_installs_it(name, monkeypatch):
+    def missing(module):
+        raise ModuleNotFoundError(f"No module named {module!r}")
+
+    monkeypatch.setattr("endprompt.model.importlib.import_module", missing)
+    with pytest.raises(ValueError, match=rf"attention={name} .*pip install"):
+        training_attention(name)
+
+
+@pytest.mark.parametrize("name", FLASH_PACKAGES)
+def test_the_kernel_gets_plain_causal_rows_and_no_positions(name, monkeypatch):
+    """A stand-in kernel with flash-attn's own signature and layout: [B, T, H, D], fewer key heads than query heads."""
+    seen = {}
+
+    class Package:
+        @staticmethod
+        def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+            seen.update(shapes=[tuple(x.shape) for x in (q, k, v)], causal=causal, scale=softmax_scale)
+            group = q.shape[2] // k.shape[2]
+            q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale)
+            return out.transpose(1, 2), None  # with the log-sum-exp beside it, as some versions do
+
+    monkeypatch.setattr("endprompt.model.importlib.import_module", lambda module: Package)
+    q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
+    out, _ = ATTENTIONS[name](torch.nn.Module(), q, k, v, None, scaling=0.3, position_ids=torch.arange(16))
+    expected, _ = ATTENTIONS["eager"](torch.nn.Module(), q, k, v, scaling=0.3)
+    assert seen == {"shapes": [(2, 16, 4, 8), (2, 16, 2, 8), (2, 16, 2, 8)], "causal": True, "scale": 0.3}
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cudnn_by_name_is_for_cuda_alone():
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="attention=cudnn needs a CUDA device"):
+        causal_only_cudnn(torch.nn.Module(), x, x, x)
+
+
+def test_shifted_attention_sees_its_groups_and_nothing_else():
+    """Against a softmax with masks typed out for 16 tokens: groups of 4, the second half of the heads moved by 2."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
+    plain = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    moved = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4]
+    out, _ = causal_only_shifted(torch.nn.Module(), q, k, v, scaling=8**-0.5)
+    for head in range(4):
+        group = torch.tensor(plain if head < 2 else moved)
+        allowed = (group[:, None] == group[None, :]) & torch.ones(16, 16).tril().bool()
+        logits = (q[:, head] @ k[:, head // 2].transpose(1, 2) * 8**-0.5).masked_fill(~allowed, -math.inf)
+        torch.testing.assert_close(out[:, :, head], logits.softmax(-1) @ v[:, head // 2], rtol=1e-5, atol=1e-6)
+
+
+def test_shifted_attention_refuses_rows_that_do_not_divide():
+    x = torch.randn(1, 2, 12, 8)
+    with pytest.raises(ValueError, match="tokens=12"):
+        causal_only_shifted(torch.nn.Module(), x, x, x)
+
+
+def available(name):
+    if name not in FLASH_PACKAGES:
+        return True
+    try:
+        return importlib.util.find_spec(FLASH_PACKAGES[name][0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name not in ("eager", "shifted") and available(name)])
+def test_on_the_gpu_every_backend_gives_the_eager_logits_at_jumped_positions(name, rows):
+    ids = torch.randint(0, 1024, (rows, 256), generator=torch.Generator().manual_seed(0)).cuda()
+    positions = torch.cat([torch.arange(236), torch.arange(2028, 2048)]).expand(rows, -1).contiguous().cuda()
+    changed = ids.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 1024
+    logits = {}
+    for attention in ("eager", name):
+        model = new_model(
+            model_config("small"), seed=0, dtype="bfloat16", attention=training_attention(attention), device="cuda"
+        )
+        with torch.no_grad():
+            logits[attention], other = (
+                model(input_ids=x, position_ids=positions, use_cache=False).logits.float() for x in (ids, changed)
+            )
+        # the end prompt sees the context: its last logit depends on the first token
+        assert float((logits[attention][:, -1] - other[:, -1]).abs().max()) > 0
+    error = (logits[name] - logits["eager"]).norm() / logits["eager"].norm()
+    assert float(error) < 0.02  # bfloat16 rounds by 0.4%, some six layers of it

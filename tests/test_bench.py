@@ -1,0 +1,125 @@
+"""The arithmetic of the benchmark by hand, and its parts on toy sizes."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+
+from endprompt import bench as module
+from endprompt.bench import BenchConfig, check, flops_per_token, kind_of_kernel, learning_rows, multiplied_parameters
+
+
+def test_llama_3_8b_s_parameters_and_flops_by_hand():
+    layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336  # q, o; k, v; gate, up, down
+    assert multiplied_parameters("llama3-8b") == 32 * layer + 128256 * 4096 == 7_504_658_432
+    # a token at place t attends to t keys: 4 t h d FLOPs forward, 8 backward, 32 layers, t = 4096 on average
+    assert flops_per_token("llama3-8b", 8192) == 6 * 7_504_658_432 + 12 * 4096 * 4096 * 32
+    assert flops_per_token("llama3-8b", 8192) / 1e9 == pytest.approx(51.47, abs=0.01)
+
+
+def test_the_shapes_are_the_models_parameter_counts():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for shape, billions in {"llama3-8b": 8.030, "llama2-7b": 6.738, "mistral-7b": 7.248, "llama3-1b": 1.236}.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(module.model_config(shape))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=6e-4), shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "llama9"}, "shape='llama9'"),
+        ({"method": "magic"}, "method='magic'"),
+        ({"micro_rows": 3}, "micro_rows=3 rows=64"),
+        ({"memory_budget": 0.0}, "memory_budget=0.0"),
+        ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
+        ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
+        ({"method": "reference"}, "fused_sums=false"),
+        ({"suite": "h999"}, "suite='h999'"),
+    ],
+)
+def test_impossible_settings_name_key_and_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(BenchConfig(**changes))
+
+
+@pytest.mark.parametrize("method", ["endprompt", "full", "longlora", "reference"])
+def test_one_measurement_of_each_method(method, tmp_path, capsys):
+    own = {"optimizer": "none", "fused_sums": False} if method == "reference" else {}
+    recompute = "full" if method != "endprompt" else "none"
+    config = BenchConfig(
+        output=str(tmp_path),
+        shape="tiny",
+        method=method,
+        row_tokens=32 if method == "endprompt" else 128,
+        target=128,
+        rows=4,
+        compile=False,
+        timed=1,
+        recompute=recompute,
+        **own,
+    )
+    assert module.bench(config) == 0
+    rows = {row["metric"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    speed = rows["tokens_per_s"]["value"]
+    seconds = 2 * rows["micro_batch_seconds"]["value"] + rows.get("optimizer_seconds", {"value": 0})["value"]
+    assert speed == pytest.approx(4 * config.row_tokens / seconds)
+    assert rows["hours_per_1b_tokens"]["value"] == pytest.approx(1e9 / speed / 3600)
+    assert rows["tokens_per_s"]["setting"]["row_tokens"] == config.row_tokens
+    assert rows["tokens_per_s"]["loss"] == pytest.approx(np.log(256), abs=0.3)  # random weights know nothing
+    assert f"{speed:,.4g}" in capsys.readouterr().out
+
+
+def test_a_part_that_dies_or_hangs_does_not_take_the_others_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(module.PARTS, "die", lambda: os._exit(9))
+    monkeypatch.setitem(module.PARTS, "hang", lambda: __import__("time").sleep(60))
+    row = {"suite": "training-speed", "task": "fine", "length": 8, "metric": "tokens_per_s", "value": 7.0}
+    monkeypatch.setitem(module.PARTS, "fine", lambda: [row])
+    suite = module.Suite(BenchConfig(seconds=100), tmp_path)
+    assert suite.part("a", 5, "die", {}) == []
+    assert suite.part("b", 0.5, "hang", {}) == []
+    assert suite.part("c", 5, "fine", {}) == [row]
+    assert suite.part("d", 1000, "fine", {}) == []  # no time for it
+    assert suite.failed == ["a", "b", "d"]
+    assert (tmp_path / "results.jsonl").read_text() == json.dumps(row) + "\n"
+    assert "left out" in capsys.readouterr().err
+
+
+def test_a_part_in_a_process_of_its_own_imports_for_itself(tmp_path):
+    aside = tmp_path / "part.jsonl"
+    arguments = {"arm": "lean", "steps": 2, "rows": 2, "lr": 1e-3, "shape": "tiny"}
+    assert module.in_process("loss_curve", arguments, aside, 120, fork=False) == 0
+    assert [json.loads(line)["step"] for line in aside.read_text().splitlines()] == [1]
+
+
+def test_learning_rows_copy_and_walk():
+    rows = learning_rows(5, 20, 50, 0)
+    assert np.array_equal(rows[:, :10], rows[:, 10:])
+    ways = {}
+    for row in learning_rows(400, 20, 50, 1)[:, :10]:
+        for here, there in itertools.pairwise(row):
+            ways.setdefault(int(here), set()).add(int(there))
+    assert max(map(len, ways.values())) <= 4
+
+
+def test_bfloat16_sums_lose_what_float32_sums_keep():
+    errors = {row["method"]: row["value"] for row in module.sum_errors(8, "tiny")}
+    assert errors["float32"] < 1e-4
+    assert 0.05 < errors["bfloat16"] < 2  # percent
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopB_NTN", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3", "attention"),
+        ("triton_poi_fused_add_mul_silu_0", "other"),
+    ],
+)
+def test_kernels_by_kind(name, kind):
+    assert kind_of_kernel(name) == kind

@@ -1,0 +1,177 @@
+"""The script as a user runs it: exit codes, one-line errors, no torch for its help."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import typing
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import yaml
+
+from endprompt import cli
+from endprompt.config import ExtendConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def endprompt(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "endprompt.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        timeout=120,
+    )
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from endprompt import cli; assert cli.main(['--help']) == 0;"
+        "heavy = {'torch', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "extend" in done.stdout and "Train: extend a checkpoint's window" in done.stdout
+
+
+def test_usage_errors_exit_with_2(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["extnd"]) == 2
+    assert "did you mean extend" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--targt", "4"])
+    assert raised.value.code == 2
+    assert "targt" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--target", "far"])
+    assert raised.value.code == 2
+    assert "target" in capsys.readouterr().err
+
+
+def test_extend_runs_through_the_script(llama, documents, tmp_path):
+    output = tmp_path / "with a space" / "out"
+    done = endprompt(
+        "extend", "--model", llama, "--data", documents, "--output", output, "--target", 128, "--prompt", "EP_3",
+        "--rows", 2, "--steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(output)
+    assert "Warning" not in done.stderr
+    assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 128
+    assert cli.main(["extend", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "second")]) == 0
+    first, second = ((path / "model.safetensors").read_bytes() for path in (output, tmp_path / "second"))
+    assert first == second  # the resolved configuration is the whole of it
+
+
+def test_broken_data_file_is_named_with_its_line(llama, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": 3}\n')
+    usual = ["--model", str(llama), "--data", str(broken), "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    assert cli.main(["extend", *usual, "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"endprompt: {broken}, line 2: a document must have `text`")
+    assert len(said.err.splitlines()) == 1 and said.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--model", "nowhere"], "model='nowhere'"),
+        (["--target", "16"], "target=16 window=32"),
+        (["--prompt", "EP_1"], "the end prompt does not fit: it has"),
+        (["--rows", "5000"], "fewer documents than one batch"),
+        (["--prompt", "none"], "scheme 'endprompt' needs an end prompt"),
+    ],
+)
+def test_bad_values_give_one_line(llama, documents, tmp_path, capsys, arguments, rule):
+    usual = ["--model", str(llama), "--data", str(documents), "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    assert cli.main(["extend", *usual, "--output", str(tmp_path / "out"), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("endprompt: ") and rule in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_file_and_flags(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"lr": 1e-4, "scheme": "pose", "prompt": ["EP_1", "EP_3"]}))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml"), "--lr", "3e-4", "--print_config"])
+    assert raised.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["lr"] == 3e-4 and shown["scheme"] == "pose" and shown["prompt"] == ["EP_1", "EP_3"]
+    (tmp_path / "run.yaml").write_text("lrr: 1\n")
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml")])
+    assert raised.value.code == 2
+    assert "lrr" in capsys.readouterr().err
+
+
+TYPES = typing.get_type_hints(ExtendConfig)
+
+
+def test_flags_may_be_written_with_hyphens():
+    given = ["--save-every", "5", "--eval-lengths=[8]", "--print-config", "a-b"]
+    assert cli.with_underscores(given, TYPES) == [
+        "--save_every", "5", "--eval_lengths=[8]", "--print-config", "a-b",
+    ]  # fmt: skip
+
+
+def test_switches_need_no_value():
+    given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "runs/x", "--autocast"]
+    assert cli.as_shells_write(given, TYPES) == [
+        "--resume", "true", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "true", "runs/x",
+        "--autocast", "true",
+    ]  # fmt: skip
+
+
+def test_lists_need_no_brackets():
+    given = ["--data", "a b.jsonl", "c.txt", "--eval_lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
+    assert cli.as_shells_write(given, TYPES) == [
+        "--data", '["a b.jsonl","c.txt"]', "--eval_lengths", "[64,128]", "--report", "[wandb]", "--prompt", "EP_1",
+    ]  # fmt: skip
+
+    @dataclasses.dataclass
+    class Positional:
+        checkpoint: str
+        tasks: list[str] = dataclasses.field(default_factory=list)
+
+    assert cli.has_positionals(Positional) and not cli.has_positionals(ExtendConfig)
+    assert cli.as_shells_write(["--tasks", "vt", "runs/x"], {"tasks": list[str]}, True) == [
+        "--tasks",
+        '["vt"]',
+        "runs/x",
+    ]
+
+
+def test_prepare_runs_through_the_script(llama, documents, tmp_path, capsys):
+    command = EntryPoint(name="prepare", value="endprompt.commands:prepare", group=cli.GROUP)
+    output = str(tmp_path / "shard")
+    arguments = ["--data", str(documents), "--tokenizer", str(llama), "--output", output]
+    assert cli.run(command, arguments) == 0
+    assert capsys.readouterr().out.strip() == output
+    assert cli.run(command, arguments) == 1
+    assert capsys.readouterr().err.startswith("endprompt: the output exists already")
+    assert cli.run(command, [*arguments, "--overwrite"]) == 0
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys; from endprompt import cli\n"
+        "try: cli.main(['extend', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "scaling factor; default target / window" in done.stdout
+
+
+def test_every_command_has_a_summary(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {"extend"} <= {words[0] for words in lines}

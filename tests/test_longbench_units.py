@@ -1,0 +1,93 @@
+"""`endprompt score --suite longbench`: cells from the configuration, predictions to rows and summary."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+from longbench_fixtures import tokenizer, write_data
+
+from benchmarks import longbench
+from benchmarks.longbench_data import TASKS, TASKS_E, dataset_of
+from benchmarks.longbench_summary import result_rows, summary_rows, table
+
+pytest.importorskip("benchmarks.score")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizer("byte_bpe")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("longbench"))
+
+
+def units(data, bpe, names, window=700, **options):
+    config = types.SimpleNamespace(task_names=names, data_dir=data, samples=500, chat=False, max_new_tokens=None)
+    config.cache_dir = data / "cache"
+    prompt_length = options.pop("prompt_length", None)
+    vars(config).update(options)
+    return longbench.units(config, window, bpe, prompt_length)
+
+
+def test_names_and_groups_of_tasks():
+    assert longbench.select(["all"]) == list(TASKS) and longbench.select(["extended"]) == list(TASKS_E)
+    assert len(longbench.select(["english"])) == 16
+    assert longbench.select(["lcc", "lcc", "qasper_e"]) == ["lcc", "qasper_e"]
+    with pytest.raises(ValueError, match="did you mean lcc"):
+        longbench.select(["lccc"])
+    with pytest.raises(ValueError, match="at least one"):
+        longbench.select([])
+
+
+def test_a_cell_a_set(data, bpe):
+    made = units(data, bpe, ["qasper", "lcc_e"], chat=True, samples=3)
+    assert [(unit.name, unit.suite, unit.metric, len(unit.samples)) for unit in made] == [
+        ("qasper", "longbench", "qa_f1", 3),
+        ("lcc_e", "longbench_e", "code_similarity", 3),
+    ]
+    qasper, lcc = (unit.columns for unit in made)
+    assert (qasper["chat"], lcc["chat"]) == (True, False)
+    assert qasper["category"] == "single_doc_qa" and qasper["data_sha256"].keys() == {"qasper.jsonl"}
+    assert 0.9 < qasper["fill"] <= 1 and qasper["max_new_tokens"] == 128
+    for unit in made:
+        for index, sample in enumerate(unit.samples):
+            assert sample["index"] == index and sample["length"] + sample["max_new_tokens"] <= 700
+            assert unit.score(sample, sample["outputs"][0]) == pytest.approx(1, abs=1e-6)
+            assert unit.score(sample, "") == 0
+
+
+def test_faults_come_before_any_model(data, bpe, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"qasper is missing"):
+        units(tmp_path, bpe, ["qasper"])
+    with pytest.raises(ValueError, match="chat template"):
+        units(data, types.SimpleNamespace(chat_template=None), ["qasper"], chat=True)
+    with pytest.raises(ValueError, match=r"qasper: the window must be at least 130, .*: 129"):
+        units(data, bpe, ["qasper"], window=129)
+
+
+def test_predictions_become_rows_and_a_table(data, bpe):
+    scored = {}
+    for unit in units(data, bpe, ["all", "extended"], window=100_000):
+        right = dataset_of(unit.task).category != "code"
+        predictions = [sample["outputs"][0] if right else "" for sample in unit.samples]
+        scored[unit.task] = [
+            {**sample, "score": 100 * unit.score(sample, text)} for sample, text in zip(unit.samples, predictions)
+        ]
+    about = {"model": "m", "method": "base"}
+    rows, summary = result_rows(scored, **about), summary_rows(scored, **about)
+    assert [row for row in rows if row not in summary and "bucket" not in row] == rows[:21] + [
+        row for row in rows if row["task"] in TASKS_E and "bucket" not in row
+    ]
+    values = {row["task"]: row["value"] for row in summary if row["metric"] == "average" and "bucket" not in row}
+    assert values["english_category_mean"] == pytest.approx(500 / 6, abs=1e-4)
+    assert values["english_16_mean"] == pytest.approx(1400 / 16, abs=1e-4)
+    assert values["all_21_mean"] == pytest.approx(1900 / 21, abs=1e-4)
+    text = table(rows).splitlines()
+    assert text[0].split() == ["all", "0-4k", "4-8k", "8k+"]
+    assert f"{'lcc_e':<23}{0:8.2f}{0:8.2f}{0:8.2f}{0:8.2f}".split() in [line.split() for line in text]
+    assert ["all:", "code", "0.00"] in [line.split() for line in text]  # and LongBench-E's on a line of its own
+    assert ["extended:", "code", *["0.00"] * 4] in [line.split() for line in text]
+    assert ["english_16_mean", "87.50"] in [line.split() for line in text]

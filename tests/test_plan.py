@@ -1,0 +1,75 @@
+"""The plan against measured runs of one H200 and against counts made another way."""
+
+import json
+
+import pytest
+
+from endprompt.plan import GIB, PlanConfig, memory, plan, plans, seconds_per_token, shape_of
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "llama2-7b", "llama3-1b"])
+def test_parameters_are_counted_as_transformers_makes_them(name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from endprompt.bench import model_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(name))
+    assert shape_of(name).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "recompute", "measured"),
+    [(8192, "none", 11634), (8212, "full", 8627), (65536, "full", 4230)],  # forward and backward, one H200
+)
+def test_speed_is_within_ten_percent_of_what_was_measured(row_tokens, recompute, measured):
+    speed = 1 / seconds_per_token(shape_of("llama3-8b"), PlanConfig(), row_tokens, recompute)
+    assert speed == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_is_within_ten_percent_of_what_was_measured():
+    """Forward and backward of 1, 2 and 3 rows without recomputation took 50.6, 85.1 and 119 GiB."""
+    for rows, measured in ((1, 50.6), (2, 85.1), (3, 119.0)):
+        parts = memory(shape_of("llama3-8b"), PlanConfig(), 8212, rows, "none")
+        held = parts["weights"] + parts["activations"] + parts["loss and work space"]
+        assert held / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_the_lean_optimizer_s_bytes_by_hand():
+    parts = memory(shape_of("llama3-8b"), PlanConfig(), 8192, 1, "selective")
+    assert parts["weights"] == 2 * 8030261248
+    assert parts["gradients"] == 4 * 8030261248
+    assert parts["moments"] == pytest.approx(8030261248 * (2 + 2 * 4 / 256))  # a byte each and a scale a block of 256
+
+
+def test_the_best_setting_comes_first_and_short_rows_beat_full_length():
+    short, full = plans(PlanConfig()), plans(PlanConfig(method="full"))
+    fitting = [one for one in short if one.fits]
+    assert fitting == short[: len(fitting)]
+    assert fitting[0].tokens_per_s == max(one.tokens_per_s for one in fitting)
+    assert short[0].tokens_per_s > 2.5 * full[0].tokens_per_s
+    assert fitting[0].hours == pytest.approx(1e9 / fitting[0].tokens_per_s / 3600)
+
+
+def test_what_does_not_fit_says_so(capsys):
+    assert plan(PlanConfig(device="A100", optimizer="adamw")) == 1
+    assert "nothing fits into 77 GiB" in capsys.readouterr().out
+    assert plan(PlanConfig(json=True)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "TPU"}, "device='TPU'"),
+        ({"gpus": 3, "optimizer": "adamw"}, "gpus=3 rows=64"),
+        ({"gpus": 2}, "optimizer=adamw"),
+        ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
+        ({"tokens": 0}, "tokens=0"),
+        ({"model": "nowhere"}, "nowhere"),
+    ],
+)
+def test_impossible_plans_name_key_and_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plans(PlanConfig(**changes))

@@ -1,0 +1,118 @@
+"""Positions against arrays typed by hand, and their purity in (seed, index)."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from endprompt import positions
+
+
+class Draws:
+    """A generator that returns numbers given beforehand, so a random scheme can be checked against typed arrays."""
+
+    def __init__(self, *values):
+        self.values, self.asked = list(values), []
+
+    def integers(self, low, high=None, endpoint=False):
+        if high is None:
+            low, high = 0, low
+        self.asked.append((low, high if endpoint else high - 1))
+        return self.values.pop(0)
+
+
+def test_positions_contiguous_typed():
+    assert positions.position_ids("contiguous", 5, 0, 32).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_positions_endprompt_typed():
+    ids = positions.position_ids("endprompt", 6, 3, 32)
+    assert ids.tolist() == [0, 1, 2, 3, 4, 5, 29, 30, 31]
+    assert ids.dtype == np.int64
+
+
+def test_positions_endprompt_random_typed():
+    draws = Draws(10)
+    assert positions.position_ids("endprompt-random", 4, 2, 16, draws).tolist() == [0, 1, 2, 3, 10, 11]
+    assert draws.asked == [(4, 14)]  # starts in [a, L - b]
+
+
+def test_positions_pose_typed():
+    draws = Draws(3, 20)
+    layout = positions.layout("pose", 7, 0, 32, draws)
+    assert layout.position_ids.tolist() == [0, 1, 2, 23, 24, 25, 26]
+    assert layout.split == 3
+    assert draws.asked == [(1, 4), (0, 25)]  # r1 in 1..(n+1)//2, u in 0..L-n
+
+
+def test_positions_endprompt_pose_typed():
+    draws = Draws(2, 11)
+    layout = positions.layout("endprompt-pose", 5, 2, 32, draws)
+    assert layout.position_ids.tolist() == [0, 1, 13, 14, 15, 30, 31]
+    assert draws.asked == [(1, 3), (0, 25)]
+
+
+@pytest.mark.parametrize(("k", "end"), [(0, [6, 7]), (1, [14, 15]), (2, [22, 23]), (3, [30, 31])])
+def test_positions_anchors_typed(k, end):
+    assert positions.position_ids("anchors", 4, 2, 32, Draws(k), count=4).tolist() == [0, 1, 2, 3, *end]
+
+
+def test_positions_anchor_inside_the_context_is_refused():
+    with pytest.raises(ValueError, match="first of 8 anchors"):
+        positions.position_ids("anchors", 4, 2, 32, Draws(0), count=8)
+
+
+@given(
+    st.sampled_from(sorted(positions.SCHEMES)),
+    st.integers(2, 40),
+    st.integers(1, 10),
+    st.integers(0, 2**40),
+    st.integers(0, 2**40),
+)
+def test_positions_rise_fit_and_depend_on_seed_and_index_only(scheme, context, prompt, seed, index):
+    target = 256
+
+    def draw():
+        return positions.position_ids(scheme, context, prompt, target, positions.sample_rng(seed, index))
+
+    ids = draw()
+    assert ids.shape == (context + prompt,)
+    assert ids[0] == 0 and ids[-1] < target
+    assert (np.diff(ids) > 0).all()
+    np.random.default_rng(3).random()  # other generators do not matter
+    assert (draw() == ids).all()
+
+
+def test_positions_differ_between_indices_and_seeds():
+    drawn = {
+        (seed, index): tuple(positions.position_ids("pose", 64, 0, 4096, positions.sample_rng(seed, index)))
+        for seed in range(4)
+        for index in range(8)
+    }
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_observed_distances_and_gap_by_brute_force():
+    for context, prompt, target in [(6, 3, 32), (3, 6, 32), (10, 2, 12), (7, 4, 18), (5, 0, 16), (1, 1, 9)]:
+        ids = positions.position_ids("endprompt", context, prompt, target)
+        seen = {int(b - a) for i, a in enumerate(ids) for b in ids[i:]}
+        told = {d for lo, hi in positions.observed_distances(context, prompt, target) for d in range(lo, hi + 1)}
+        assert told == seen
+        hidden = sorted(set(range(target)) - seen)
+        lo, hi = positions.gap(context, prompt, target) or (0, -1)
+        assert hidden == list(range(lo, hi + 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("endprompt", 0, 2, 8), "context needs at least one token"),
+        (("endprompt", 4, 8, 8), "shorter than the target window"),
+        (("endprompt", 7, 2, 8), "must fit into the target window"),
+        (("zigzag", 4, 2, 8), "scheme must be one of"),
+        (("pose", 4, 0, 8), "give it rng"),
+    ],
+)
+def test_positions_refuse(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        positions.position_ids(*arguments)

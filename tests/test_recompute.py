@@ -1,0 +1,55 @@
+"""Activation checkpointing: the same gradients, and what is computed twice."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from endprompt import model as models
+from endprompt.recompute import checkpoint_layers
+from endprompt.train import Objective, decoder_layers
+
+
+class Count(TorchDispatchMode):
+    """How often an operator runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def run(checkpoint, kind):
+    model = models.load_model(checkpoint, attention=models.training_attention("sdpa")).train()
+    checkpoint_layers(decoder_layers(model), kind)
+    ids = torch.randint(1, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(2, 16)
+    with Count() as counted:
+        loss = Objective(model, autocast=False)(ids, torch.arange(16).expand(2, -1), weights)
+        loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, counted.calls
+
+
+@pytest.fixture(scope="module")
+def kept(llama):
+    return run(llama, "none")
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointing_gives_the_same_gradients(llama, kept, kind):
+    loss, gradients, _ = run(llama, kind)
+    assert torch.equal(loss, kept[0])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, kept[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_full_repeats_matrix_products_and_selective_does_not(llama, kept):
+    full, selective = run(llama, "full")[2], run(llama, "selective")[2]
+    layers, products = 2, 6  # q, k, v, o, gate, up; the last, down, is no input of anything in its layer
+    assert kept[2]["mm"] == selective["mm"] == full["mm"] - layers * products
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert (kept[2][attention], selective[attention], full[attention]) == (layers, layers, 2 * layers)
+    assert selective["silu"] == full["silu"] == 2 * kept[2]["silu"]  # cheap: computed again by both

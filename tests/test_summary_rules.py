@@ -1,0 +1,90 @@
+"""Summary rules on figures known by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import summary
+
+GPT_4 = dict(zip((4096, 8192, 16384, 32768, 65536, 131072), (96.6, 96.3, 95.2, 93.2, 87.0, 81.2)))
+
+
+def test_the_published_row_of_gpt_4():
+    assert round(summary.average(GPT_4), 1) == 91.6
+    assert round(summary.weighted_average(GPT_4, "inc"), 1) == 89.0
+    assert round(summary.weighted_average(GPT_4, "dec"), 1) == 94.1
+    assert summary.effective_length(GPT_4) == 65536
+
+
+def test_effective_length_is_the_longest_at_or_over_the_threshold():
+    assert summary.effective_length({4096: 85.6, 8192: 85.5}) == 4096
+    assert summary.effective_length({4096: 80.0, 8192: 10.0}) == 0
+    assert summary.effective_length({256: 100.0, 512: 60.0}, threshold=50) == 512
+
+
+def test_weights_follow_the_length_not_the_order_of_the_mapping():
+    assert summary.weighted_average({2: 0.0, 1: 3.0}, "inc") == 1.0
+    assert summary.weighted_average({2: 0.0, 1: 3.0}, "dec") == 2.0
+    with pytest.raises(ValueError, match="inc"):
+        summary.weighted_average({1: 1.0}, "up")  # type: ignore[arg-type]
+
+
+def test_wilson_interval_agrees_with_scipy_and_has_width_at_the_ends():
+    for hits, n in ((0, 25), (25, 25), (7, 25), (1, 3)):
+        expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
+        (low, high), name = summary.interval([100.0] * hits + [0.0] * (n - hits))
+        assert name == "wilson"
+        assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high))
+    assert summary.interval([100.0] * 25)[0][0] < 90
+
+
+def test_bootstrap_interval_agrees_with_scipy():
+    values = np.random.default_rng(3).choice([0.0, 25.0, 50.0, 75.0, 100.0], 60)
+    (low, high), name = summary.interval(list(values))
+    assert name == "bootstrap"
+    expected = stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
+    assert abs(low - expected.low) < 1 and abs(high - expected.high) < 1
+
+
+def test_paired_differences_are_tighter_than_unpaired_ones():
+    rng = np.random.default_rng(0)
+    first = rng.choice([0.0, 100.0], 200)
+    second = first.copy()
+    second[:12] = 100.0  # a few samples gained, none lost
+    paired = summary.paired_difference(first, second)
+    gained = 100 * float(np.mean(second != first))
+    assert paired["value"] == pytest.approx(gained) and paired["ci95"][0] > 0 and paired["p"] < 0.05
+    assert paired["ci95"][1] - paired["ci95"][0] < 8
+    assert summary.paired_difference(first, first)["p"] == 1.0
+    with pytest.raises(ValueError, match="same samples"):
+        summary.paired_difference([1.0], [1.0, 2.0])
+
+
+def row(task, length, value):
+    return {"suite": "ruler", "task": task, "length": length, "value": value}
+
+
+def test_a_single_length_is_summed_up_alone():
+    made = summary.ruler_summary([row("vt", 8192, 50.0), row("cwe", 8192, 100.0)])
+    assert {entry["length"] for entry in made} == {8192, None}
+    by_metric = {entry["metric"]: entry["value"] for entry in made}
+    assert by_metric["mean_over_tasks"] == by_metric["average"] == by_metric["weighted_average_inc"] == 75.0
+    assert by_metric["effective_length"] == 0
+
+
+def test_a_length_with_tasks_missing_has_no_average():
+    rows = [row("vt", 4096, 50.0), row("cwe", 4096, 100.0), row("vt", 8192, 10.0)]
+    assert summary.length_averages(rows) == {4096: 75.0}
+    assert "8192" in summary.table(rows) and "-1" not in summary.table(rows)
+
+
+def test_heat_map_puts_each_answer_at_its_depth():
+    scored = [
+        {"length": 512, "depth": [0.0, 100.0], "found": [True, False]},
+        {"length": 512, "depth": [95.0], "found": [True]},
+        {"length": 1024, "depth": [49.9], "found": [False]},
+    ]
+    cells = {(c["length"], c["depth_from"]): (c["value"], c["n"]) for c in summary.depth_table(scored)}
+    assert cells == {(512, 0.0): (100.0, 1), (512, 90.0): (50.0, 2), (1024, 40.0): (0.0, 1)}
