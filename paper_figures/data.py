@@ -33,7 +33,9 @@ REQUIRED = (
     "samples_sha256",
 )
 #: A cell that is scored once: two rows that agree in these must agree in their value.
-CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth", "stratum", "layer", "head", "scheme")
+CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
+#: Suites without samples that are scored: a timing may be taken again, bounds hold on whatever text.
+NOT_SCORES = ("training-speed", "analysis")
 #: How a method was run, where rows carry it: rows of one method that differ in these are told apart, never averaged.
 CONDITIONS = ("window", "target", "steps", "prompt_weight")
 
@@ -186,7 +188,7 @@ def check_cells(rows: pd.DataFrame) -> None:
 
     Raises ValueError naming the two rows.
     """
-    rows = rows[rows["suite"] != "training-speed"]  # a timing has no samples and may be taken again
+    rows = rows[~rows["suite"].isin(NOT_SCORES)]
     if rows.empty:
         return
     where = ["suite", "task", "length", "seed"]

@@ -28,8 +28,8 @@ COLUMNS = (
     (
         "`metric`",
         "`analysis`",
-        "`slope_over_coefficient_bound_q01`, `_q50`, `_q99` (largest slope over its bound) and "
-        "`share_within_coefficient_order1`",
+        "`slope_over_coefficient_bound_q01`, `_q50`, `_q99` (largest slope over its bound), the same for `bernstein`, "
+        "and `share_within_coefficient_order1`, `share_within_bernstein_order1`",
     ),
     ("`window`, `target`, `steps`, `prompt_weight`", "any", "optional: how the method was run"),
 )

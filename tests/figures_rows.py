@@ -75,13 +75,12 @@ def lab_rows(methods, seeds=range(5)):
             for depth in (0, 25, 50, 75, 100):
                 value = max(0, methods[method][1] - depth / 4 - length / 100)
                 rows.append(row(method, "niah_single_1", length, value, suite="ruler_depth", depth=depth))
-        for metric, value in (
-            ("slope_over_coefficient_bound_q01", 0.08),
-            ("slope_over_coefficient_bound_q50", 0.34),
-            ("slope_over_coefficient_bound_q99", 0.81),
-            ("share_within_coefficient_order1", 1.0),
-        ):
-            rows.append({**row(method, "bounds", 2048, value, suite="analysis"), "metric": metric})
+        for bound, low, middle, high in (("coefficient", 0.08, 0.34, 0.81), ("bernstein", 0.004, 0.03, 0.12)):
+            values = {f"slope_over_{bound}_bound_q{q}": v for q, v in (("01", low), ("50", middle), ("99", high))}
+            for metric, value in (values | {f"share_within_{bound}_order1": 1.0}).items():
+                rows.append({**row(method, "bounds", 2048, value, suite="analysis"), "metric": metric})
+        near = row(method, "bounds", 2048, 0.5, suite="analysis", stratum="near")
+        rows.append({**near, "metric": "slope_over_coefficient_bound_q50"})
     for method, memory, hours in (("endprompt", 36.0, 24.8), ("full", 42.5, 65.7)):
         for length in (32768, 65536):
             for metric, value in (("peak_gib", memory), ("hours_per_1b_tokens", hours)):

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from figures_rows import demo_rows, row, write_run
+from figures_rows import demo_rows, lab_rows, row, write_run
 
 from endprompt import rows as written
 from endprompt.cli import as_shells_write, main
 from paper_figures import averages, catalog, data, names, pages, style
-from paper_figures.figures import figure_4
+from paper_figures.figures import bound_against_measured, figure_4
 from paper_figures.figures.score_against_length import spread
 
 PUBLISHED = data.DATA / "published"
@@ -311,6 +311,17 @@ def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):
     assert chosen[["method", "task", "peak_gib", "hours_per_1b_tokens", "device"]].to_numpy().tolist() == [
         ["full", "fast", 40, 20, "X"]
     ]
+
+
+def test_bounds_of_parts_are_left_out_and_a_missing_metric_is_named(tmp_path):
+    rows = [r for r in lab_rows({"base": (100, 0, 0, 0)}) if r["suite"] == "analysis"]
+    frames = data.load(catalog.module("bound_against_measured").INPUTS, frame_of(rows))
+    with style.journal():
+        medians = [line.get_xdata()[0] for line in bound_against_measured.draw(frames).axes[0].lines[1:4:2]]
+        assert medians == [0.34, 0.03]  # and not 0.42, the mean with the stratum's
+        broken = {"analysis": frames["analysis"][frames["analysis"]["metric"] != "slope_over_bernstein_bound_q99"]}
+        with pytest.raises(ValueError, match=r"rows of 'base' must have 'slope_over_bernstein_bound_q99'"):
+            bound_against_measured.draw(broken)
 
 
 def test_two_metrics_of_one_task_are_not_averaged(tmp_path, capsys):

@@ -1,43 +1,64 @@
-"""Bound against measured: how much of the coefficient bound on the score's slope real heads use."""
+"""Bound against measured: how much of the bounds on the score's slope real heads use."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from paper_figures import style
 from paper_figures.data import Frames, Inputs
 from paper_figures.figures.score_against_length import ordered_methods
 
-TITLE = "Slope of the attention score over its bound, quantiles over heads and pairs"
+TITLE = "Slope of the attention score over its bounds, quantiles over heads and pairs"
 INPUTS = Inputs(rows={"analysis": ("metric",)}, needs_rows=True)
-#: Metrics of the rows: 1st, 50th and 99th percentile of max |S'| / sum a_j omega_j, and the share within the bound.
-QUANTILES = ("slope_over_coefficient_bound_q01", "slope_over_coefficient_bound_q50", "slope_over_coefficient_bound_q99")
-WITHIN = "share_within_coefficient_order1"
+#: Bound -> (share of pairs within it, name). The slope's 1st, 50th and 99th percentile over the bound are the metrics
+#: slope_over_BOUND_bound_q01, _q50 and _q99.
+BOUNDS = {
+    "coefficient": ("share_within_coefficient_order1", "coefficient bound"),
+    "bernstein": ("share_within_bernstein_order1", "Bernstein bound"),
+}
+LOOKS: dict[str, dict[str, Any]] = {
+    "coefficient": {"color": "#0072B2", "marker": "o"},
+    "bernstein": {"color": "#D55E00", "marker": "D"},
+}
 
 
 def draw(frames: Frames) -> Figure:
-    rows = frames["analysis"].drop_duplicates(["method", "metric", "seed"])
+    rows = frames["analysis"]
+    for column in ("stratum", "layer"):  # parts of the whole
+        if column in rows:
+            rows = rows[rows[column].isna()]
     values = rows.pivot_table(index="method", columns="metric", values="value", aggfunc="mean")
-    for metric in (*QUANTILES, WITHIN):
-        if metric not in values:
-            raise ValueError(f"{rows['origin'].iloc[0]}: the column 'metric' of suite 'analysis' must have {metric!r}")
     methods = ordered_methods(rows)
-    fig = style.figure(0.9 + 0.28 * len(methods), 5.2)
+    fig = style.figure(1.2 + 0.34 * len(methods), 5.4)
     ax = fig.subplots()
-    arms = list(dict.fromkeys(method.arm for method in methods.values()))
-    for y, (name, method) in enumerate(methods.items()):
-        low, middle, high = (values.loc[name, metric] for metric in QUANTILES)
-        look = style.arm_style(method, arms)
-        ax.plot([low, high], [y, y], color=look["color"], linewidth=3, alpha=0.45, solid_capstyle="butt")
-        ax.plot(middle, y, color=look["color"], marker=look["marker"], markersize=5)
-        share = values.loc[name, WITHIN]
-        ax.text(1.06, y, f"{100 * share:.4g}% within", va="center", fontsize=6.5)
+    for y, name in enumerate(methods):
+        for bound, (within, _), shift in zip(BOUNDS, BOUNDS.values(), (-0.14, 0.14)):
+            quantiles = [f"slope_over_{bound}_bound_q{q}" for q in ("01", "50", "99")]
+            for metric in (*quantiles, within):
+                if metric not in values or values.loc[name, metric] != values.loc[name, metric]:
+                    origin = rows[rows["method"] == name]["origin"].iloc[0]
+                    raise ValueError(f"{origin}: rows of {name!r} must have {metric!r} in the column 'metric'")
+            low, middle, high = values.loc[name, quantiles]
+            look = LOOKS[bound]
+            ax.plot([low, high], [y + shift] * 2, color=look["color"], linewidth=3, alpha=0.45, solid_capstyle="butt")
+            ax.plot(middle, y + shift, markersize=4.5, linestyle="none", **look)
+        shares = " / ".join(f"{100 * values.loc[name, within]:.4g}%" for within, _ in BOUNDS.values())
+        ax.annotate(
+            shares, (1, y), (6, 0), textcoords="offset points", va="center", fontsize=6.5, annotation_clip=False
+        )
     ax.axvline(1, color="#222222", linewidth=1)
-    ax.set_xlim(0, 1.0)
+    ax.set_xscale("log")
+    ax.set_xlim(right=1)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(lambda value, _: "")
     ax.set_yticks(range(len(methods)), [method.label for method in methods.values()])
     ax.set_ylim(len(methods) - 0.5, -0.5)
-    ax.set_xlabel(
-        "largest slope of the score over all distances / coefficient bound\n(1st to 99th percentile, median marked)"
-    )
+    ax.set_xlabel("largest slope of the score over all distances / bound (1st to 99th percentile, median)")
+    ax.set_title("share within both bounds", loc="right", fontsize=6.5, fontweight="normal")
     ax.grid(axis="x")
+    handles = [Line2D([], [], linewidth=3, label=name, **LOOKS[bound]) for bound, (_, name) in BOUNDS.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
     return fig

@@ -144,13 +144,13 @@ def end_labels(ax: Axes, last: list[tuple[str, str, float, float]], gap: float =
     """Names to the right of the last points, moved apart, each tied to its point by a thin line."""
     last = sorted(last, key=lambda entry: entry[3])
     places = spread([entry[3] for entry in last], gap, 0, 100)
-    right = ax.get_xlim()[1]
     for (label, color, x, value), place in zip(last, places):
         tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
         ax.annotate(
             f"{label}  {value:.0f}",
             xy=(x, value),
-            xytext=(right * 1.12, place),
+            xytext=(1.04, place),
+            textcoords=ax.get_yaxis_transform(),  # beside the axes, at the height of the data
             va="center",
             fontsize=6.5,
             color="#222222",
