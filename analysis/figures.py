@@ -74,7 +74,12 @@ def score_panels(figure: Any, curves: dict[str, Any]) -> None:
         axes[-1][column].set_xlabel("relative distance d (tokens)")
     lo, hi = max(curves["gap"], key=lambda interval: interval[1] - interval[0])
     axes[0][0].annotate(
-        f"gap [{lo}, {hi}]", ((lo + hi) / 2, 0.14), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+        f"gap [{lo}, {hi}]",
+        ((lo + hi) / 2, 0.86),
+        xycoords=("data", "axes fraction"),
+        ha="center",
+        va="top",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
     )
     legend(figure)
 

@@ -70,14 +70,17 @@ def demo(config: DemoConfig) -> int:
 
     title(2, "extend", f"window {WINDOW} to {TARGET}, {config.steps} steps of 16 rows an arm, rows of {WINDOW} tokens")
     checkpoints = {"base": BASE}
+    terminals = {}  # tokens of each arm's end prompt
     for arm in ARMS:
+        prompt = train.row_spec(arm_config(arm, run / arm.name, data, config), WINDOW, load_tokenizer(BASE)).prompt
+        terminals[arm.name] = prompt.longest if prompt else 0
         say(f"-- {arm.name}: {arm.why} ({arm.scheme}, prompt {arm.prompt}, {arm.scaling})")
         checkpoints[arm.name] = train.extend(arm_config(arm, run / arm.name, data, config))
 
     title(3, "verify", "smoothness bounds of every head, on real queries and keys")
     holds = True
     for name, path in checkpoints.items():
-        report = verify(verify_config(name, path, run))
+        report = verify(verify_config(name, path, run, terminals.get(name, max(terminals.values()))))
         worst = min(report.shares.values())
         say(f"-- {name}: share of pairs within their bounds {worst:.4f}{'' if report.holds else '  VIOLATED'}")
         holds &= report.holds
@@ -134,12 +137,15 @@ def arm_config(arm: Arm, output: Path, data: Path, config: DemoConfig) -> Extend
     )
 
 
-def verify_config(name: str, path: Path, run: Path) -> VerifyConfig:
+def verify_config(name: str, path: Path, run: Path, terminal: int) -> VerifyConfig:
+    """terminal: tokens of the end prompt that the arm was trained with, 0 for the control."""
     return VerifyConfig(
         checkpoint=str(path),
         against=None if name == "base" else str(BASE),
         target=TARGET,
-        scheme="endprompt",
+        scheme="endprompt" if terminal else "contiguous",
+        context=WINDOW - terminal,
+        prompt=terminal,
         pairs=64,
         output=str(run / "verify" / name),
         method=score.method_of(score_config(name, path, run, LENGTHS, DemoConfig())),
