@@ -59,12 +59,12 @@ def demo(config: DemoConfig) -> int:
     started = time.perf_counter()
     run = Path(config.output)
     directory = RunDirectory(run, config)
+    tokenizer: Any = load_tokenizer(BASE)
     data = run / "documents.jsonl"
     settings = run / "documents.json"
     made = json.dumps({"seed": config.seed, "documents": DOCUMENTS, "longest": LONGEST})
     if not (data.is_file() and settings.is_file() and settings.read_text(encoding="utf-8") == made):
         title(1, "documents", f"{DOCUMENTS:,} of {WINDOW} tokens, half of them questions in RULER's manner")
-        tokenizer: Any = load_tokenizer(BASE)
         documents.write_documents(data, DOCUMENTS, tokenizer, config.seed + 1, WINDOW, MIXTURE, longest=LONGEST)
         settings.write_text(made, encoding="utf-8")
 
@@ -72,7 +72,7 @@ def demo(config: DemoConfig) -> int:
     checkpoints = {"base": BASE}
     terminals = {}  # tokens of each arm's end prompt
     for arm in ARMS:
-        prompt = train.row_spec(arm_config(arm, run / arm.name, data, config), WINDOW, load_tokenizer(BASE)).prompt
+        prompt = train.row_spec(arm_config(arm, run / arm.name, data, config), WINDOW, tokenizer).prompt
         terminals[arm.name] = prompt.longest if prompt else 0
         say(f"-- {arm.name}: {arm.why} ({arm.scheme}, prompt {arm.prompt}, {arm.scaling})")
         checkpoints[arm.name] = train.extend(arm_config(arm, run / arm.name, data, config))
