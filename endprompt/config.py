@@ -20,16 +20,18 @@ class ExtendConfig:
         data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
-        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors
+        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors, sliding,
+            relay, sentences, randomised
         scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
             longrope
         factor: scaling factor; default target / window
         rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
             high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
             to 1 and to ntk's divisors
-        prompt: the end prompt: EP_1, EP_2, EP_3, recall, "text:YOUR WORDS", or a list of cues drawn from; none for
-            schemes without one; default EP_1 where the scheme needs one
-        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for recall
+        prompt: the end prompt: EP_1, EP_2, EP_3, "text:YOUR WORDS", or a list of cues drawn from; recall, recall-2
+            (quoted twice) or question (a document's own, else recall); none for schemes without one; default EP_1
+            where the scheme needs one
+        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for what quotes
         recall_span: tokens that a recall prompt copies from the context
         recall_given: how many of them carry no loss
         anchors: number of anchors of the anchors scheme

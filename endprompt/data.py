@@ -20,8 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.positions import SCHEMES, WITH_PROMPT, anchor_ends, check_sizes, layout, sample_rng
-from endprompt.prompts import Cues, PromptKind, Recall
+from endprompt.positions import (
+    PIECES,
+    RELAYS,
+    SCHEMES,
+    WITH_PROMPT,
+    anchor_ends,
+    check_sizes,
+    layout,
+    sample_rng,
+    stratum,
+)
+from endprompt.prompts import Cues, PromptKind, Question, Recall
 from endprompt.rows import read_json_lines, sha256_of, write_text
 
 if TYPE_CHECKING:
@@ -152,6 +162,12 @@ class Documents:
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     """Text to token ids with no special tokens added."""
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokens_ending(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens whose text ends in one of the marks, spaces after it aside."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return frozenset(i for i, text in enumerate(texts) if text.rstrip(" ").endswith(marks))
 
 
 def tokenized(
@@ -325,6 +341,8 @@ class RowSpec:
     bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
     `drop` (counted), or `pack`, one after the other. long: what happens to longer ones: `split` into as many rows as
     have room, or `truncate` to the first row (counted).
+    line_ends, sentence_ends: ids of the tokens that end a line (prompt `question`, scheme `sentences`), a sentence
+    (scheme `sentences`).
     """
 
     row_tokens: int
@@ -338,6 +356,8 @@ class RowSpec:
     short: str = "drop"
     long: str = "split"
     seed: int = 0
+    line_ends: frozenset[int] = frozenset()
+    sentence_ends: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -358,6 +378,8 @@ class RowSpec:
         check_sizes(self.row_tokens - longest, longest, self.target)
         if self.scheme == "anchors":
             anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
+        if self.scheme in ("relay", "sentences"):
+            stratum(RELAYS if self.scheme == "relay" else PIECES - 1, self.target - self.row_tokens, self.scheme)
         if isinstance(self.prompt, Recall) and self.row_tokens - longest - (self.bos is not None) < self.prompt.span:
             raise ValueError(
                 f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
@@ -409,6 +431,8 @@ class Rows:
             self.documents = pack(self.documents, needed)
         lengths = self.documents.lengths
         has_completion = self.documents.completions < self.documents.offsets[1:]
+        if isinstance(spec.prompt, Question):  # the end prompt is part of these documents
+            needed = np.where(has_completion, spec.row_tokens - (spec.bos is not None), needed)
         single = has_completion | (spec.long == "truncate")
         units = np.where(single, np.minimum(lengths // needed, 1), lengths // needed)
         self.dropped = int(np.count_nonzero(units == 0))
@@ -442,18 +466,46 @@ class Rows:
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input_ids int64 (T,), position_ids int64 (T,), weights float32 (T,)) of one row."""
         spec, rng = self.spec, sample_rng(self.spec.seed, index)
+        unit = self.unit(index)
+        if spec.scheme == "sentences":
+            return self._sentences_row(unit, rng)
+        question = self._question(unit) if isinstance(spec.prompt, Question) else 0
         choice = spec.prompt.choose(rng) if spec.prompt else 0
-        b = spec.prompt.length(choice) if spec.prompt else 0
+        b = question or (spec.prompt.length(choice) if spec.prompt else 0)
         a = spec.row_tokens - b
         options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
         placed = layout(spec.scheme, a, b, spec.target, rng, **options)
-        context, weights = self._context(self.unit(index), a, placed.split, rng)
+        context, weights = self._context(unit, a + question, placed.split, rng)
         weights[0] = 0.0  # nothing predicts the first token
-        if spec.prompt is not None:
+        if spec.prompt is not None and not question:
             prompt = spec.prompt.build(choice, context, rng)
             context = np.concatenate([context, prompt.tokens])
             weights = np.concatenate([weights, prompt.scored.astype(np.float32) * spec.prompt_weight])
         return context, placed.position_ids, weights
+
+    def _question(self, unit: int) -> int:
+        """Tokens of the document's last line before its completion, and of the completion; 0 without a completion.
+
+        At most half a row: a longer line is cut at its front.
+        """
+        _, hi = self._span(unit)
+        completion = int(self.documents.completions[self._document[unit]])
+        if completion == hi:
+            return 0
+        most = self.spec.row_tokens // 2
+        before = np.asarray(self.documents.tokens[max(hi - most, 0) : completion])
+        ends = np.flatnonzero(np.isin(before, list(self.spec.line_ends)))
+        return min(most, hi - completion + len(before) - (int(ends[-1]) + 1 if len(ends) else 0))
+
+    def _sentences_row(self, unit: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A row cut at ends of sentences, where there are enough at random ones; the question stays in one piece."""
+        spec, n = self.spec, self.spec.row_tokens
+        tokens, weights = self._context(unit, n, None, rng)
+        weights[0] = 0.0
+        starts = np.flatnonzero(np.isin(tokens[:-1], list(spec.line_ends | spec.sentence_ends))) + 1
+        starts = starts[starts <= n - self._question(unit)]
+        cuts = np.sort(rng.choice(starts, min(PIECES - 1, len(starts)), replace=False))
+        return tokens, layout(spec.scheme, n, 0, spec.target, rng, starts=[0, *cuts]).position_ids, weights
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""
