@@ -84,7 +84,7 @@ def pair_counts(scheme: str, context: int, prompt: int, target: int, *, count: i
     """Expected number of (query, key) pairs of a row at each relative distance 0..target-1, float64 [target].
 
     Exact: the sum over all outcomes of the scheme's draws, divided by their number. A token with itself counts (d = 0).
-    count: number of anchors (scheme `anchors`). Scheme `sentences` is taken with pieces of equal length.
+    count: number of anchors (scheme `anchors`). Sentences are taken to be of equal length.
     """
     positions.check_sizes(context, prompt, target)
     if prompt > context:
@@ -107,6 +107,20 @@ def pair_counts(scheme: str, context: int, prompt: int, target: int, *, count: i
         outcomes = _add_spread(counter, positions.relay_starts(context, prompt), n, target - n, scheme)
     elif scheme == "sentences":
         outcomes = _add_spread(counter, positions.sentence_starts(n), n, target - n, scheme)
+    elif scheme == "endprompt-sentences":
+        starts, room = positions.sentence_starts(context), target - n
+        outcomes = _add_spread(counter, starts, context, room, scheme)
+        counter.within(prompt, weight=outcomes)
+        width = positions.stratum(len(starts) - 1, room, scheme)
+        for piece, (start, stop) in enumerate(zip(starts, [*starts[1:], context])):
+            shift = piece * width - 1 if piece else 0  # the farthest that the piece is moved towards the end
+            counter.add(
+                stop - start,
+                prompt,
+                target - prompt - start - shift,
+                width if piece else 1,
+                outcomes if not piece else width,
+            )
     elif scheme == "sliding":
         outcomes = target - n + 1
         counter.within(1, weight=outcomes)

@@ -21,7 +21,7 @@ class ExtendConfig:
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
         scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors, sliding,
-            relay, sentences, randomised
+            relay, sentences, endprompt-sentences, randomised
         scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
             longrope
         factor: scaling factor; default target / window

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from endprompt.positions import (
+    BY_SENTENCE,
     PIECES,
     RELAYS,
     SCHEMES,
@@ -341,8 +342,8 @@ class RowSpec:
     bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
     `drop` (counted), or `pack`, one after the other. long: what happens to longer ones: `split` into as many rows as
     have room, or `truncate` to the first row (counted).
-    line_ends, sentence_ends: ids of the tokens that end a line (prompt `question`, scheme `sentences`), a sentence
-    (scheme `sentences`).
+    line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
+    sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
     """
 
     row_tokens: int
@@ -378,7 +379,7 @@ class RowSpec:
         check_sizes(self.row_tokens - longest, longest, self.target)
         if self.scheme == "anchors":
             anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
-        if self.scheme in ("relay", "sentences"):
+        if self.scheme == "relay" or self.scheme in BY_SENTENCE:
             stratum(RELAYS if self.scheme == "relay" else PIECES - 1, self.target - self.row_tokens, self.scheme)
         if isinstance(self.prompt, Recall) and self.row_tokens - longest - (self.bos is not None) < self.prompt.span:
             raise ValueError(
@@ -431,13 +432,14 @@ class Rows:
             self.documents = pack(self.documents, needed)
         lengths = self.documents.lengths
         has_completion = self.documents.completions < self.documents.offsets[1:]
+        least = np.full(len(lengths), needed)
         if isinstance(spec.prompt, Question):  # the end prompt is part of these documents
-            needed = np.where(has_completion, spec.row_tokens - (spec.bos is not None), needed)
+            least[has_completion] = spec.row_tokens - (spec.bos is not None)
         single = has_completion | (spec.long == "truncate")
-        units = np.where(single, np.minimum(lengths // needed, 1), lengths // needed)
+        units = np.where(single, np.minimum(lengths // least, 1), lengths // least)
         self.dropped = int(np.count_nonzero(units == 0))
         self.dropped_tokens = int(lengths[units == 0].sum())
-        self.truncated_tokens = int((lengths - needed)[single & (units == 1)].sum())
+        self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
@@ -467,15 +469,19 @@ class Rows:
         """(input_ids int64 (T,), position_ids int64 (T,), weights float32 (T,)) of one row."""
         spec, rng = self.spec, sample_rng(self.spec.seed, index)
         unit = self.unit(index)
-        if spec.scheme == "sentences":
-            return self._sentences_row(unit, rng)
         question = self._question(unit) if isinstance(spec.prompt, Question) else 0
         choice = spec.prompt.choose(rng) if spec.prompt else 0
         b = question or (spec.prompt.length(choice) if spec.prompt else 0)
         a = spec.row_tokens - b
-        options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
-        placed = layout(spec.scheme, a, b, spec.target, rng, **options)
-        context, weights = self._context(unit, a + question, placed.split, rng)
+        if spec.scheme in BY_SENTENCE:
+            context, weights = self._context(unit, a + question, None, rng)
+            last = a if question else a - self._question(unit)  # a question in the context stays in one piece
+            starts = self._sentence_starts(context[:a], last, rng)
+            placed = layout(spec.scheme, a, b, spec.target, rng, starts=starts)
+        else:
+            options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
+            placed = layout(spec.scheme, a, b, spec.target, rng, **options)
+            context, weights = self._context(unit, a + question, placed.split, rng)
         weights[0] = 0.0  # nothing predicts the first token
         if spec.prompt is not None and not question:
             prompt = spec.prompt.build(choice, context, rng)
@@ -497,15 +503,12 @@ class Rows:
         ends = np.flatnonzero(np.isin(before, list(self.spec.line_ends)))
         return min(most, hi - completion + len(before) - (int(ends[-1]) + 1 if len(ends) else 0))
 
-    def _sentences_row(self, unit: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A row cut at ends of sentences, where there are enough at random ones; the question stays in one piece."""
-        spec, n = self.spec, self.spec.row_tokens
-        tokens, weights = self._context(unit, n, None, rng)
-        weights[0] = 0.0
-        starts = np.flatnonzero(np.isin(tokens[:-1], list(spec.line_ends | spec.sentence_ends))) + 1
-        starts = starts[starts <= n - self._question(unit)]
-        cuts = np.sort(rng.choice(starts, min(PIECES - 1, len(starts)), replace=False))
-        return tokens, layout(spec.scheme, n, 0, spec.target, rng, starts=[0, *cuts]).position_ids, weights
+    def _sentence_starts(self, context: np.ndarray, last: int, rng: np.random.Generator) -> list[int]:
+        """0 and some places behind ends of sentences and lines, up to `last`; all of them if there are few."""
+        ends = np.isin(context[:-1], list(self.spec.line_ends | self.spec.sentence_ends))
+        places = np.flatnonzero(ends) + 1
+        places = places[places <= last]
+        return [0, *np.sort(rng.choice(places, min(PIECES - 1, len(places)), replace=False)).tolist()]
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""

@@ -136,6 +136,21 @@ def sentences(
     return _spread(sentence_starts(n) if starts is None else starts, n, target, _need(rng, "sentences"), "sentences")
 
 
+def endprompt_sentences(
+    context: int,
+    prompt: int,
+    target: int,
+    rng: np.random.Generator | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+) -> Layout:
+    """`sentences` in the context, then the end prompt at L-b..L-1 (ours), as endprompt-pose is to pose."""
+    begin = sentence_starts(context) if starts is None else starts
+    name = "endprompt-sentences"
+    placed = _spread(begin, context, target - prompt, _need(rng, name), name)
+    return Layout(_with_terminal(placed.position_ids, prompt, target - prompt))
+
+
 def sentence_starts(n: int) -> list[int]:
     """Where equal pieces of a row of n tokens begin, as many as the sentences scheme makes."""
     pieces = min(PIECES, n)
@@ -161,10 +176,15 @@ SCHEMES: dict[str, Callable[..., Layout]] = {
     "sliding": sliding,
     "relay": relay,
     "sentences": sentences,
+    "endprompt-sentences": endprompt_sentences,
     "randomised": randomised,
 }
 #: Schemes whose end prompt has a place of its own; the others train without one.
-WITH_PROMPT = frozenset({"endprompt", "endprompt-random", "endprompt-pose", "anchors", "sliding", "relay"})
+WITH_PROMPT = frozenset(
+    {"endprompt", "endprompt-random", "endprompt-pose", "anchors", "sliding", "relay", "endprompt-sentences"}
+)
+#: Schemes that move pieces of the context, cut at ends of sentences, apart.
+BY_SENTENCE = frozenset({"sentences", "endprompt-sentences"})
 #: Schemes whose text keeps its distances from the second token on: a jump only stands where a text ends.
 TEXT_WHOLE = frozenset({"contiguous", "endprompt", "endprompt-random", "anchors", "sliding", "relay"})
 
@@ -182,7 +202,7 @@ def layout(
 def position_ids(
     scheme: str, context: int, prompt: int, target: int, rng: np.random.Generator | None = None, **options: Any
 ) -> np.ndarray:
-    """Position ids of one row, int64 (context + prompt,). `options`: count (anchors), starts (sentences)."""
+    """Position ids of one row, int64 (context + prompt,). `options`: count (anchors), starts (by sentence)."""
     return layout(scheme, context, prompt, target, rng, **options).position_ids
 
 

@@ -40,6 +40,7 @@ from endprompt.model import (
     whole_weights,
 )
 from endprompt.optim import clip_gradients, make_optimizer
+from endprompt.positions import BY_SENTENCE
 from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers
@@ -64,7 +65,7 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
     if weight is None:
         weight = 1.0 if READ.keys() & names else 0.1
     bos = tokenizer.bos_token_id
-    by_sentences = config.scheme == "sentences"
+    by_sentences = config.scheme in BY_SENTENCE
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return RowSpec(
         row_tokens=config.row_tokens or window,

@@ -35,10 +35,10 @@ def outcomes(scheme, context, prompt, target, count):
             for skip in range(room + 1)
         ]
 
-    def spread(starts):
+    def spread(starts, tokens=n):
         """The first piece stays; the others are moved within strata of the room, one each."""
         width = (target - n + 1) // (len(starts) - 1)
-        ends = [*starts[1:], n]
+        ends = [*starts[1:], tokens]
         return [
             [
                 place + (piece - 1) * width + moves[piece - 1] if piece else place
@@ -57,6 +57,7 @@ def outcomes(scheme, context, prompt, target, count):
         "sliding": lambda: [[0, *range(1 + u, context + u), *p(target - prompt)] for u in range(target - n + 1)],
         "relay": lambda: spread([0, context, context + math.ceil(prompt / 2)]),
         "sentences": lambda: spread(list(range(n))),
+        "endprompt-sentences": lambda: [row + p(target - prompt) for row in spread(list(range(context)), context)],
         "randomised": lambda: [[0, *rest] for rest in itertools.combinations(range(1, target), n - 1)],
         "endprompt-pose": lambda: [r + p(target - prompt) for r in two_chunks(context, target - prompt - context)],
     }[scheme]()

@@ -209,6 +209,25 @@ def test_sentences_are_not_torn():
     assert plain.row(0)[1].tolist() == list(range(32))
 
 
+def test_sentences_with_the_question_at_the_end():
+    made = spec(
+        row_tokens=32,
+        target=512,
+        scheme="endprompt-sentences",
+        prompt=QUESTION,
+        line_ends={1008, 1020},
+        sentence_ends={1003, 1025, 2003, 2007},
+    )
+    rows = Rows(make_documents(32, 32, completions=[3, 0]), made)
+    cut = {1: set(), 2: set()}
+    for index in range(100):
+        ids, places, _ = rows.row(index)
+        terminal = 11 if ids[0] < 2000 else 5  # the last line and its answer, or a cue and a span
+        assert places[-terminal:].tolist() == list(range(512 - terminal, 512))
+        cut[int(ids[0]) // 1000] |= set(ids[: -terminal - 1][np.diff(places[:-terminal]) > 1].tolist())
+    assert cut == {1: {1003, 1008}, 2: {2003, 2007}}
+
+
 def test_sentences_cut_at_seven_places():
     made = spec(row_tokens=32, target=8192, scheme="sentences", sentence_ends=frozenset(range(1000, 1032)))
     rows = Rows(make_documents(32), made)

@@ -78,6 +78,13 @@ def test_positions_sentences_typed():
     assert positions.sentence_starts(3) == [0, 1, 2]
 
 
+def test_positions_endprompt_sentences_typed():
+    draws = Draws(2, 5)  # 20 - 8 = 12: two strata of 6 places
+    ids = positions.position_ids("endprompt-sentences", 5, 3, 20, draws, starts=[0, 1, 4])
+    assert ids.tolist() == [0, 1 + 2, 2 + 2, 3 + 2, 4 + 6 + 5, 17, 18, 19]
+    assert draws.asked == [(0, 5), (0, 5)]
+
+
 def test_positions_randomised_draw_every_place_alike():
     rng = np.random.default_rng(0)
     drawn = np.array([positions.position_ids("randomised", 5, 0, 33, rng) for _ in range(2000)])

@@ -41,7 +41,7 @@ def test_every_method_of_the_paper_has_a_recipe():
     configs = [ExtendConfig(**recipe(name)) for name in NAMES]
     assert {c.scheme for c in configs} == {
         "contiguous", "endprompt", "endprompt-random", "pose", "endprompt-pose", "anchors",
-        "sliding", "relay", "sentences", "randomised",
+        "sliding", "relay", "sentences", "endprompt-sentences", "randomised",
     }  # fmt: skip
     assert {c.scaling for c in configs} == {"none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"}
     assert {c.prompt for c in configs} == {None, "EP_1", "EP_2", "EP_3", "recall", "recall-2", "question"}
