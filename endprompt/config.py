@@ -35,6 +35,7 @@ class ExtendConfig:
         recall_span: tokens that a recall prompt copies from the context
         recall_given: how many of them carry no loss
         anchors: number of anchors of the anchors scheme
+        pieces: of the context that the schemes sentences and endprompt-sentences move apart
         row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
         rows: rows of one step
         micro_rows: rows that go through the model at once; default all of a step
@@ -95,6 +96,7 @@ class ExtendConfig:
     recall_span: int = 40
     recall_given: int = 12
     anchors: int = 4
+    pieces: int = 3
     row_tokens: int | None = None
     rows: int = 64
     micro_rows: int | None = None
@@ -216,7 +218,8 @@ def check_config(config: ExtendConfig) -> None:
 
 def method_name(config: ExtendConfig) -> str:
     """`scheme+prompt+scaling`, the `method` of result rows."""
-    scheme = f"anchors{config.anchors}" if config.scheme == "anchors" else config.scheme
+    number = {"anchors": config.anchors, "sentences": config.pieces, "endprompt-sentences": config.pieces}
+    scheme = f"{config.scheme}{number.get(config.scheme, '')}"
     names = prompt_names(config)
     return "+".join([scheme, *(["/".join(names)] if names else []), config.scaling])
 

@@ -102,8 +102,8 @@ def sliding(context: int, prompt: int, target: int, rng: np.random.Generator | N
     return Layout(_with_terminal(positions, prompt, target - prompt))
 
 
-#: Parts of the end prompt in the relay scheme, and pieces of a row in the sentences scheme.
-RELAYS, PIECES = 2, 8
+#: Parts of the end prompt in the relay scheme, and pieces of a context cut at ends of sentences unless said otherwise.
+RELAYS, PIECES = 2, 3
 
 
 def relay(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
@@ -129,8 +129,8 @@ def sentences(
 ) -> Layout:
     """The row as what is left of a long document of which only some sentences were kept, each at its place (ours).
 
-    Pieces begin at `starts` (rising, the first is 0; default equal pieces). PoSE with 8 chunks instead of 2 and their
-    places stratified; the trainer cuts at the ends of sentences and lines, so that none is torn apart.
+    Pieces begin at `starts` (rising, the first is 0; default three equal pieces). PoSE with stratified
+    places and no torn sentence: the trainer cuts at random ends of sentences and lines.
     """
     n = context + prompt
     return _spread(sentence_starts(n) if starts is None else starts, n, target, _need(rng, "sentences"), "sentences")

@@ -73,6 +73,7 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         scheme=config.scheme,
         prompt=prompt,
         anchors=config.anchors,
+        pieces=config.pieces,
         completion_weight=config.completion_weight,
         prompt_weight=weight,
         bos=bos if adds_bos else None,

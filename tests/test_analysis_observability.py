@@ -48,6 +48,8 @@ def outcomes(scheme, context, prompt, target, count):
             for moves in itertools.product(range(width), repeat=len(starts) - 1)
         ]
 
+    thirds = [0, context // 3, 2 * context // 3] if context > 2 else list(range(context))
+
     return {
         "contiguous": lambda: [list(range(n))],
         "endprompt": lambda: [c + p(target - prompt)],
@@ -56,8 +58,8 @@ def outcomes(scheme, context, prompt, target, count):
         "pose": lambda: two_chunks(n, target - n),
         "sliding": lambda: [[0, *range(1 + u, context + u), *p(target - prompt)] for u in range(target - n + 1)],
         "relay": lambda: spread([0, context, context + math.ceil(prompt / 2)]),
-        "sentences": lambda: spread(list(range(n))),
-        "endprompt-sentences": lambda: [row + p(target - prompt) for row in spread(list(range(context)), context)],
+        "sentences": lambda: spread([0, n // 3, 2 * n // 3]),
+        "endprompt-sentences": lambda: [row + p(target - prompt) for row in spread(thirds, context)],
         "randomised": lambda: [[0, *rest] for rest in itertools.combinations(range(1, target), n - 1)],
         "endprompt-pose": lambda: [r + p(target - prompt) for r in two_chunks(context, target - prompt - context)],
     }[scheme]()

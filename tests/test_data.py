@@ -228,8 +228,8 @@ def test_sentences_with_the_question_at_the_end():
     assert cut == {1: {1003, 1008}, 2: {2003, 2007}}
 
 
-def test_sentences_cut_at_seven_places():
-    made = spec(row_tokens=32, target=8192, scheme="sentences", sentence_ends=frozenset(range(1000, 1032)))
+def test_sentences_cut_into_the_pieces_asked_for():
+    made = spec(row_tokens=32, target=8192, scheme="sentences", pieces=8, sentence_ends=frozenset(range(1000, 1032)))
     rows = Rows(make_documents(32), made)
     drawn = [tuple(np.flatnonzero(np.diff(rows.row(i)[1]) > 1)) for i in range(50)]
     assert {len(cuts) for cuts in drawn} <= {6, 7} and len(set(drawn)) > 40  # a piece may stay where it was

@@ -74,8 +74,8 @@ def test_positions_sentences_typed():
     assert ids.tolist() == [0, 1, 2, 3, 4 + 7 + 4, 5 + 7 + 4]
     assert draws.asked == [(0, 6), (0, 6)]
     assert positions.position_ids("sentences", 6, 0, 20, Draws(), starts=[0]).tolist() == list(range(6))
-    assert positions.sentence_starts(20) == [0, 2, 5, 7, 10, 12, 15, 17]
-    assert positions.sentence_starts(3) == [0, 1, 2]
+    assert positions.sentence_starts(20) == [0, 6, 13]
+    assert positions.sentence_starts(2) == [0, 1]
 
 
 def test_positions_endprompt_sentences_typed():
@@ -160,7 +160,7 @@ def test_observed_distances_and_gap_by_brute_force():
         (("zigzag", 4, 2, 8), "scheme must be one of"),
         (("pose", 4, 0, 8), "give it rng"),
         (("relay", 4, 4, 8, np.random.default_rng(0)), "moves 2 pieces apart"),
-        (("sentences", 9, 0, 14, np.random.default_rng(0)), "moves 7 pieces apart"),
+        (("sentences", 9, 0, 9, np.random.default_rng(0)), "moves 2 pieces apart"),
     ],
 )
 def test_positions_refuse(arguments, rule):
