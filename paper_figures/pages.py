@@ -32,6 +32,18 @@ COLUMNS = (
         "and `share_within_coefficient_order1`, `share_within_bernstein_order1`",
     ),
     ("`window`, `target`, `steps`, `prompt_weight`", "any", "optional: how the method was run"),
+    (
+        "`arm`, `base`, `fold`, `window`, `target`",
+        "`ruler`",
+        "of a lab: name of the training among those of one base and fold, name of the base, target over window; "
+        "optional `scheme`, `scaling`, `prompt`, `prompt_weight`, `anchors`, `steps`",
+    ),
+    (
+        "`question`, `family`, `labels`, `verdict`, `sentence`",
+        "`lab-question`",
+        "an estimate of a lab's verdicts: the question, the kind of comparison, both arms, what the numbers say; from "
+        "questions.jsonl of a run directory",
+    ),
 )
 
 
