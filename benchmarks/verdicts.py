@@ -410,7 +410,7 @@ def score_rows(contrast: Contrast) -> list[Row]:
 def interaction_rows(rows: Sequence[Row]) -> list[Row]:
     """Is a difference larger at the larger fold, or with YaRN than with PI? Differences of differences, seed by seed.
 
-    At the target length of each; questions 1, 3 and 4.
+    At the target length of each; questions 1, 3 and 4. Nothing is said where both arms fail in one of the settings.
     """
     found = []
     chosen = [row for row in rows if row["primary"] and row["task"] in ("q1", "q3", "q4")]
@@ -426,7 +426,7 @@ def interaction_rows(rows: Sequence[Row]) -> list[Row]:
         values = {seed: one["per_seed"][seed] - two["per_seed"][seed] for seed in _shared([one, two])}
         if values:
             row = {**one, **_estimated(values), "metric": metric, "against": against, "per_seed": values}
-            row |= {"p": estimates.over_seeds([*values.values()]).p, "both_fail": one["both_fail"] and two["both_fail"]}
+            row |= {"p": estimates.over_seeds([*values.values()]).p, "both_fail": one["both_fail"] or two["both_fail"]}
             found.append({key: value for key, value in row.items() if key != "ci95_bootstrap"})
     return found
 
@@ -662,8 +662,8 @@ def estimate_text(row: Row) -> str:
         unit, sign = " percent", ""
     elif metric == "slope":
         unit = " points for ten times the steps"
-    bounds = ", ".join(f"{bound:{sign}.{digits}f}" for bound in row["ci95"] or ())
-    return f"{row['value']:{sign}.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
+    value, *bounds = (f"{round(v, digits) + 0.0:{sign}.{digits}f}" for v in (row["value"], *(row["ci95"] or ())))
+    return f"{value}{unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------

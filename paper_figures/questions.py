@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pandas as pd
 
 from paper_figures.data import Frames, Inputs
@@ -96,25 +94,18 @@ def compared(rows: pd.DataFrame) -> list[Section]:
     """A section for each kind of comparison at one base, fold and scaling."""
     sections: dict[str, list[Row]] = {}
     for row in rows.to_dict("records"):
-        what = METRICS.get(row["metric"])
-        kind = f"{row['family']}, {what} {row['against']}" if what else row["family"]
-        if row["metric"] == "loss_difference":
-            kind = "loss on held-out text, nats per token"
-        sections.setdefault(f"{kind}: {setting(row)}", []).append(line(row))
+        sections.setdefault(f"{kind(row)}: {setting(row)}", []).append(line(row))
     return [Section(heading, lines, best=False) for heading, lines in sections.items()]
 
 
 def line(row: dict) -> Row:
     """One estimate. first, second: the scores of both arms, or at the fewest and the most steps."""
-    names = list(dict.fromkeys(row["labels"]))
-    digits = 3 if row["metric"] == "loss_difference" else 2 if row["metric"] == "rank_correlation" else 1
+    digits = digits_of(row)
     scores = row["scores"] if isinstance(row["scores"], list) and not row["metric"].startswith("interaction") else []
     ends: list[Value] = [f"{score:.{digits}f}" for score in (scores[0], scores[-1])] if scores else [None, None]
-    if row["metric"] == "rank_correlation" or row["family"] == "after against before":
-        names = names[:1]
     values = [number(row[key], digits) for key in ("value", "lo", "hi")]
     p = None if pd.isna(row["p_holm"]) else f"{row['p_holm']:.4f}"
-    return Row(" against ".join(names), [*ends, *values, p, f"{row['n']:.0f}", row["verdict"]], origin(row))
+    return Row(" against ".join(names(row)), [*ends, *values, p, f"{row['n']:.0f}", row["verdict"]], origin(row))
 
 
 def cost_sections(rows: pd.DataFrame) -> list[Section]:
@@ -155,7 +146,7 @@ def setting(row: dict) -> str:
 
 
 def number(value: float | None, digits: int, sign: str = "+") -> str | None:
-    return None if value is None or value != value else f"{value:{sign}.{digits}f}"
+    return None if value is None or value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no -0.0
 
 
 def origin(row: dict) -> str:
@@ -163,18 +154,58 @@ def origin(row: dict) -> str:
 
 
 def findings(frames: Frames, number: int) -> list[tuple[str, str, str, str]]:
-    """(said by, claim, what was found, whether it holds) of each claim, the sentence's own parts."""
-    out = []
-    for row in claims(frames, number).to_dict("records"):
-        found = row["sentence"].partition("; this ")[0]
-        out.append((row["source"], row["claim"], found, HOLDS[row["agrees"]]))
-    return out
+    """(said by, claim, what was found, whether it holds) of each claim; the second and third make its sentence."""
+    return [
+        (row["source"], row["claim"], row["sentence"].partition("; this ")[0], HOLDS[row["agrees"]])
+        for row in claims(frames, number).to_dict("records")
+    ]
 
 
 HOLDS = {"agrees": "holds", "does not agree": "does not hold", "not decided": "not decided"}
 
 
-def undecided(frames: Frames) -> tuple[int, int]:
-    """(claims that are not decided, claims)."""
-    rows = list(itertools.chain.from_iterable(findings(frames, number) for number in QUESTIONS))
-    return sum(row[3] == "not decided" for row in rows), len(rows)
+def side_by_side(frames: Frames, number: int) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(heading, heads, lines) for each base and fold: a line for two arms that are compared, a column a scaling."""
+    rows = estimates(frames, number)
+    found = []
+    for (base, fold), group in rows.groupby(["base", "fold"], sort=False, dropna=False):
+        several = group["scaling"].nunique() > 1
+        scalings = list(dict.fromkeys(group["scaling"]))
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for row in group[~group["metric"].str.startswith("score_by")].to_dict("records"):
+            key = (kind(row), " against ".join(names(row)))
+            lines.setdefault(key, {})[row["scaling"]] = cell(row)
+        heads = ["compared", "arms", *(SCALINGS.get(s, "all" if s == "all" else s) for s in scalings)]
+        body = [[*key, *(cells.get(s, "") for s in scalings)] for key, cells in lines.items()]
+        target = "" if base == "all" else f", {fold:.0f}-fold to {group['target'].iloc[0]:.0f}"
+        where = "All bases and folds" if base == "all" else f"Base {base}{target}"
+        seeds = sorted({f"{n:.0f}" for n in group["n"]}, key=int)
+        count = seeds[0] if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        if lines:
+            found.append((f"{where}, {count} seeds", heads if several else [*heads[:2], "estimate"], body))
+    return found
+
+
+def kind(row: dict) -> str:
+    """What is compared: the family, and for an interaction what it is larger than."""
+    if row["metric"] == "loss_difference":
+        return "loss on held-out text, nats per token"
+    what = METRICS.get(row["metric"])
+    return f"{row['family']}, {what} {row['against']}" if what else row["family"]
+
+
+def names(row: dict) -> list[str]:
+    """The arms compared; the first alone where the second is the same, or the base."""
+    arms = list(dict.fromkeys(row["labels"]))
+    return arms[:1] if row["metric"] == "rank_correlation" or row["family"] == "after against before" else arms
+
+
+def digits_of(row: dict) -> int:
+    return 3 if row["metric"] == "loss_difference" else 2 if row["metric"] == "rank_correlation" else 1
+
+
+def cell(row: dict) -> str:
+    """`+6.0 [+4.0, +8.0] helps`"""
+    low, high = (number(row[key], digits_of(row)) for key in ("lo", "hi"))
+    span = f" [{low}, {high}]" if low else ""
+    return f"{number(row['value'], digits_of(row))}{span} {row['verdict']}"
