@@ -121,14 +121,14 @@ def lab_panels(
     return fig, groups
 
 
-def side_by_side(values: pd.Series, width: float = 0.16) -> list[float]:
+def side_by_side(values: pd.Series, width: float = 0.08) -> list[float]:
     """Values for a logarithmic axis, those that are equal (within 1%) moved apart, over `width` of the axis at most."""
     log = np.log(values.to_numpy(float))
     span = float(np.ptp(log)) + 0.5  # of the axis, margins included
     places = log.copy()
     for i, value in enumerate(log):
         alike = np.flatnonzero(np.abs(log - value) < 0.01)
-        step = min(0.015, width / len(alike)) * span
+        step = min(0.012, width / len(alike)) * span
         places[i] += (int(np.searchsorted(alike, i)) - (len(alike) - 1) / 2) * step
     return [float(place) for place in np.exp(places)]
 

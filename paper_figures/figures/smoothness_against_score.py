@@ -32,11 +32,13 @@ def draw(frames: Frames) -> Figure:
 
 def lab_predictors(frames: Frames) -> Figure:
     """The same for each base and fold of a lab: main arms of all scalings, whose names stand at their constant."""
-    points = [(heading, means[means["main"]]) for heading, means in scatter.lab_points(frames, tuple(AXES))]
+    points = [
+        (heading, means[means["main"] & ~means["kind"].str.startswith(("full", "longlora"))])  # rows with no gap
+        for heading, means in scatter.lab_points(frames, tuple(AXES))
+    ]
     fig, groups = scatter.lab_panels(points, AXES, SCALINGS)
     for group in groups:
         means = group.means.dropna(subset=list(AXES))
-        means = means[~means["kind"].str.startswith(("full", "longlora"))]
         for ax, column in zip(group.axes, AXES):
             style.log_axis(ax, means[column], lambda value: f"{value:.3g}")
             if len(means) > 2 and means[column].nunique() > 1 and means["value"].nunique() > 1:
