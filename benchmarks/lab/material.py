@@ -36,7 +36,7 @@ SAMPLE_SEED = 1000
 
 @dataclass(frozen=True)
 class Part:
-    """One file of `count` training documents of `tokens` tokens each; all arms of a base, row length and seed share it."""
+    """One file of `count` training documents of `tokens` tokens each, for all arms of a base, row length and seed."""
 
     model: str
     count: int

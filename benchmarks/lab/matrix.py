@@ -470,7 +470,7 @@ class Rate:
 
 
 #: Measured on two CPU cores and one H200, which several workers share (docs/lab.md).
-RATES = {"cpu": Rate(5.5e10, 0.0, 1.5, 8.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
+RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
 
 
 def train_flops(cell: Cell) -> float:
