@@ -123,7 +123,7 @@ def extend(config: ExtendConfig) -> Path:
     def make_model(device: str) -> PreTrainedModel:
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
-    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype)
+    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window)
 
 
 def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -145,8 +145,12 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     make_model: Callable[[str], PreTrainedModel],
     source_dtype: Any,
+    window: int | None = None,
 ) -> Path:
-    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
+    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
+
+    window: of the checkpoint that is extended, None for a model from random weights.
+    """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
     with distributed.world(config.device) as here:
@@ -196,7 +200,7 @@ def run(
                 f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing="
                 f"{config.checkpointing} (none, selective, full): {reason}"
             ) from error
-        return finish(config, trainer, tokenizer, work, output, source_dtype)
+        return finish(config, trainer, tokenizer, work, output, source_dtype, window)
 
 
 def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
@@ -254,7 +258,9 @@ def finish(
     work: Path,
     output: Path,
     source_dtype: Any,
+    window: int | None,
 ) -> Path:
+    spec = trainer.rows.spec
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
     weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
     if not trainer.here.main:
@@ -266,9 +272,12 @@ def finish(
     about = {
         "method": method_name(config),
         "model": Path(config.model).name,
+        "window": window,
         "target": config.target,
+        "row_tokens": spec.row_tokens,
+        "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,
-        "tokens": trainer.steps * config.rows * trainer.rows.spec.row_tokens,
+        "tokens": trainer.steps * config.rows * spec.row_tokens,
         "documents_dropped": trainer.rows.dropped,
         "tokens_dropped": trainer.rows.dropped_tokens,
         "tokens_truncated": trainer.rows.truncated_tokens,
