@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DRAWS, SCHEMES, RUNS = 6, 16, 64
 #: Points of a loss curve; wrong predictions shown of a task and length, and in all of one scoring.
 CURVE, WRONG, SHOWN = 400, 3, 60
+#: Methods named above the picture of their positions.
+NAMED = 5
 #: An end prompt whose length no file says is drawn with so many tokens.
 NOMINAL_PROMPT = 20
 BOUNDS = {
@@ -185,7 +187,9 @@ def drawn_schemes(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for index, (key, methods) in enumerate(list(wanted.items())[:SCHEMES]):
         view = drawn_scheme(key, f"p{index}")
         if view:
-            views.append(view | {"methods": ", ".join(methods)})
+            names = [*methods]
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            views.append(view | {"methods": ", ".join(names[:NAMED]) + more})
     return views
 
 
