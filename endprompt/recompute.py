@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from endprompt.flash4 import flash4
+
 KEPT = (
     "mm",
     "addmm",
@@ -28,7 +30,8 @@ KEPT = (
 
 @functools.cache
 def _kept_operators() -> frozenset[Any]:
-    return frozenset(getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name))
+    aten = (getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name))
+    return frozenset((*aten, flash4._opoverload))
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
