@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config
 
 from endprompt import checkpoint, distributed, linears, longlora
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
@@ -42,7 +43,7 @@ from endprompt.model import (
 from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import prompt_kind
-from endprompt.recompute import checkpoint_layers
+from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
 
 if TYPE_CHECKING:
@@ -378,14 +379,16 @@ class Trainer:
             longlora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
-        checkpoint_layers(decoder_layers(model), config.checkpointing)
+        compiled = config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda")
+        if compiled and config.checkpointing == "selective":
+            torch._functorch.config.activation_memory_budget = memory_budget(config.float8)
+        else:
+            checkpoint_layers(decoder_layers(model), config.checkpointing)
         if here.size == 1:
             self.optimizer = optimizer_of(config, model)
         if config.optimizer == "lean":
-            if self.device.type == "cuda":
-                linears.join(model)
             linears.convert(model, config.float8)
-        if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
+        if compiled:
             for layer in decoder_layers(model):
                 layer.compile()
         self.loss = Objective(model, autocast=config.autocast and here.size == 1)
