@@ -63,7 +63,8 @@ class ExtendConfig:
             or shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
             recomputes each layer
-        compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU)
+        compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU); graph records a whole
+            step as one CUDA graph, graph+layers one of compiled layers: for models whose steps are bound by launches
         device: cpu, cuda or auto
         save_every: steps between training states; 0 for none
         keep: how many training states are kept
@@ -141,6 +142,7 @@ OPTIMIZERS = ("auto", "adamw", "masters", "lean")
 FLOAT8 = ("none", "exact", "fast")
 DTYPES = ("float32", "bfloat16")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+COMPILE = ("auto", "layers", "none", "graph", "graph+layers")
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -177,7 +179,7 @@ def check_config(config: ExtendConfig) -> None:
             f"one of {', '.join(EXPORT_DTYPES)}",
         ),
         "seed": (config.seed, config.seed >= 0, "at least 0"),
-        "compile": (config.compile, config.compile in ("auto", "layers", "none"), "auto, layers or none"),
+        "compile": (config.compile, config.compile in COMPILE, f"one of {', '.join(COMPILE)}"),
         "device": (config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
         "keep": (config.keep, config.keep >= 1, "at least 1"),
         "save_every": (config.save_every, config.save_every >= 0, "at least 0"),
@@ -204,12 +206,31 @@ def check_config(config: ExtendConfig) -> None:
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
         )
+    if config.compile.startswith("graph"):
+        check_recordable(config)
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
     for key in ("steps", "tokens"):
         value = getattr(config, key)
         if value is not None and value < 1:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
+
+
+def check_recordable(config: ExtendConfig) -> None:
+    """Raises ValueError if no CUDA graph can hold a step of this configuration."""
+    rules = {
+        "device": (config.device != "cpu", "cuda or auto"),
+        "optimizer": (config.optimizer in ("auto", "adamw") and config.dtype == "float32", "adamw on float32 weights"),
+        "checkpointing": (config.checkpointing == "none", "none"),
+        "attention": (config.attention != "flex", "one that needs no block mask"),
+        "scaling": (config.scaling not in ("dynamic", "longrope"), "one whose frequencies do not depend on positions"),
+    }
+    for key, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(
+                f"compile={config.compile!r} needs {key} to be {rule}: {key}={getattr(config, key)!r}"
+                + (f" dtype={config.dtype!r}" if key == "optimizer" else "")
+            )
 
 
 def method_name(config: ExtendConfig) -> str:

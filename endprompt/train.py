@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from endprompt.config import ExtendConfig, check_config, check_output, method_na
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
+from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
 from endprompt.model import (
@@ -306,9 +308,10 @@ def finish(
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
-    def __init__(self, model: PreTrainedModel, autocast: bool):
+    def __init__(self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True):
+        """every_token, fuse: as in `linear_cross_entropy`."""
         super().__init__()
-        self.model, self.autocast = model, autocast
+        self.model, self.autocast, self.every_token, self.fuse = model, autocast, every_token, fuse
 
     def forward(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
@@ -326,7 +329,8 @@ class Objective(torch.nn.Module):
                 return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
-            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+            hidden_ND = hidden[:, :-1].flatten(0, 1)
+            return linear_cross_entropy(hidden_ND, head, labels, weights, every_token=self.every_token, fuse=self.fuse)
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
         hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
@@ -350,7 +354,36 @@ def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Op
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         seed=config.seed,
+        recorded=config.compile.startswith("graph"),
     )
+
+
+def optimizer_step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    micro: int,
+    clip: float,
+    processes: int,
+    ids_BT: torch.Tensor,
+    positions_BT: torch.Tensor,
+    weights_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, gradient and update from one process's rows; returns (its share of the loss, norm before clipping).
+
+    micro: rows that go through the model at once.
+    """
+    total = distributed.total(weights_BT.sum())
+    loss = torch.zeros((), device=ids_BT.device)
+    with attention_backends(ids_BT.device):
+        for start in range(0, len(ids_BT), micro):
+            part = slice(start, start + micro)
+            part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
+            (part_loss * processes).backward()  # FSDP takes the mean over the processes, we want the sum
+            loss += part_loss.detach()
+    norm = distributed.whole(clip_gradients(optimizer, clip))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
 
 
 class Trainer:
@@ -384,7 +417,11 @@ class Trainer:
             torch._functorch.config.activation_memory_budget = memory_budget(config.float8)
         else:
             checkpoint_layers(decoder_layers(model), config.checkpointing)
-        if here.size == 1:
+        self.graph: StepGraph | None = None
+        if config.compile.startswith("graph"):
+            self.graph = self.step_graph()
+            self.optimizer = self.graph.optimizer
+        elif here.size == 1:
             self.optimizer = optimizer_of(config, model)
         if config.optimizer == "lean":
             linears.convert(model, config.float8)
@@ -506,6 +543,8 @@ class Trainer:
     def train_step(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns (loss, gradient norm before clipping) as tensors, without waiting for them."""
         config = self.config
+        if self.graph:
+            return self.graph.step(batch.input_ids, batch.position_ids, batch.weights, rate)
         ids, positions, weights = (
             torch.from_numpy(part.copy()).to(self.device, non_blocking=True)
             for part in (batch.input_ids, batch.position_ids, batch.weights)
@@ -513,22 +552,35 @@ class Trainer:
         # dropout, if the model has any, is a function of the step too
         seed = (config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank
         (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
-        total = distributed.total(weights.sum())
-        micro = config.micro_rows or len(ids)
-        loss = torch.zeros((), device=self.device)
-        with attention_backends(self.device):
-            for start in range(0, len(ids), micro):
-                part = slice(start, start + micro)
-                part_loss = self.loss(ids[part], positions[part], weights[part]) / total
-                (part_loss * self.here.size).backward()  # FSDP takes the mean over the processes, we want the sum
-                loss += part_loss.detach()
-        norm = distributed.whole(clip_gradients(self.optimizer, config.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        micro = config.micro_rows or len(ids)
+        loss, norm = optimizer_step(
+            self.loss, self.optimizer, micro, config.clip, self.here.size, ids, positions, weights
+        )
         linears.after_step(self.model)
         return distributed.total(loss), norm
+
+    def step_graph(self) -> StepGraph:
+        """The graph of this run's steps; one that an earlier run of the same shapes has left is used again.
+
+        Raises ValueError for what no graph can hold.
+        """
+        config, model, device = self.config, self.model, self.device
+        check_device(config, model, self.here)
+        tokens, micro = self.rows.spec.row_tokens, config.micro_rows or config.rows
+        layers = config.compile == "graph+layers"
+
+        def make() -> StepGraph:
+            optimizer = optimizer_of(config, model)
+            if layers:
+                for layer in decoder_layers(model):
+                    layer.compile(dynamic=False)
+            objective = Objective(model, config.autocast, every_token=True, fuse=layers)
+            work = functools.partial(optimizer_step, objective, optimizer, micro, config.clip, 1)
+            return StepGraph(model, optimizer, work, (config.rows, tokens), device)
+
+        return shared_graph(recorded_values(config, model, (config.rows, tokens)), model, make)
 
 
 def plain_head(model: PreTrainedModel) -> bool:
