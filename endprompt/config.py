@@ -20,19 +20,22 @@ class ExtendConfig:
         data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
-        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors
+        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors, sliding,
+            relay, sentences, endprompt-sentences, randomised
         scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
             longrope
         factor: scaling factor; default target / window
         rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
             high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
             to 1 and to ntk's divisors
-        prompt: the end prompt: EP_1, EP_2, EP_3, recall, "text:YOUR WORDS", or a list of cues drawn from; none for
-            schemes without one; default EP_1 where the scheme needs one
-        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for recall
+        prompt: the end prompt: EP_1, EP_2, EP_3, "text:YOUR WORDS", or a list of cues drawn from; recall, recall-2
+            (quoted twice) or question (a document's own, else recall); none for schemes without one; default EP_1
+            where the scheme needs one
+        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for what quotes
         recall_span: tokens that a recall prompt copies from the context
         recall_given: how many of them carry no loss
         anchors: number of anchors of the anchors scheme
+        pieces: of the context that the schemes sentences and endprompt-sentences move apart
         row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
         rows: rows of one step
         micro_rows: rows that go through the model at once; default all of a step
@@ -94,6 +97,7 @@ class ExtendConfig:
     recall_span: int = 40
     recall_given: int = 12
     anchors: int = 4
+    pieces: int = 3
     row_tokens: int | None = None
     rows: int = 64
     micro_rows: int | None = None
@@ -235,7 +239,8 @@ def check_recordable(config: ExtendConfig) -> None:
 
 def method_name(config: ExtendConfig) -> str:
     """`scheme+prompt+scaling`, the `method` of result rows."""
-    scheme = f"anchors{config.anchors}" if config.scheme == "anchors" else config.scheme
+    number = {"anchors": config.anchors, "sentences": config.pieces, "endprompt-sentences": config.pieces}
+    scheme = f"{config.scheme}{number.get(config.scheme, '')}"
     names = prompt_names(config)
     return "+".join([scheme, *(["/".join(names)] if names else []), config.scaling])
 

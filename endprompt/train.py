@@ -23,7 +23,7 @@ import torch._functorch.config
 
 from endprompt import checkpoint, distributed, linears, longlora
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
-from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
+from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
 from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
@@ -43,8 +43,9 @@ from endprompt.model import (
     whole_weights,
 )
 from endprompt.optim import clip_gradients, make_optimizer
+from endprompt.positions import BY_SENTENCE
 from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
-from endprompt.prompts import prompt_kind
+from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
 
@@ -65,8 +66,9 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         )
     weight = config.prompt_weight
     if weight is None:
-        weight = 1.0 if names == ["recall"] else 0.1
+        weight = 1.0 if READ.keys() & names else 0.1
     bos = tokenizer.bos_token_id
+    by_sentences = config.scheme in BY_SENTENCE
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return RowSpec(
         row_tokens=config.row_tokens or window,
@@ -74,12 +76,15 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         scheme=config.scheme,
         prompt=prompt,
         anchors=config.anchors,
+        pieces=config.pieces,
         completion_weight=config.completion_weight,
         prompt_weight=weight,
         bos=bos if adds_bos else None,
         short=config.short_documents,
         long=config.long_documents,
         seed=config.seed,
+        line_ends=tokens_ending(tokenizer, ("\n",)) if by_sentences or names == ["question"] else frozenset(),
+        sentence_ends=tokens_ending(tokenizer, (".", "!", "?")) if by_sentences else frozenset(),
     )
 
 
