@@ -1239,7 +1239,9 @@ class DocumentDraft(Draft):
         yield from related
         total = len(self.made.library.documents)
         first = {*self.question.context, *related}
-        yield from itertools.filterfalse(first.__contains__, frozen(rng).permutation(total).tolist())
+        order = frozen(rng).permutation(total)
+        for start in range(0, total, 1024):  # few of them are asked for
+            yield from (i for i in order[start : start + 1024].tolist() if i not in first)
         while True:
             yield from frozen(rng).permutation(total).tolist()
 

@@ -290,6 +290,27 @@ def test_processes_wait_for_the_one_that_builds(tmp_path, monkeypatch):
     assert len(builds) == 1
 
 
+def test_several_processes_build_the_bytes_that_one_does(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PARALLEL_TOKENS", 0)
+    monkeypatch.setattr(cache, "processes", lambda: 2)
+    wanted = [("vt", 512), ("qa_1", 900), ("niah_single_1", 512)]
+    common = (helpers.tokenizer(), 3, 0, place, ruler.Options(shots=0, max_new_tokens=12))
+    made = cache.cells(wanted, *common, tmp_path)
+    monkeypatch.setattr(ruler, "fit", lambda *args: pytest.fail("built again"))
+    again = cache.cells(wanted, *common, tmp_path)
+    monkeypatch.undo()
+    for (task, length), cell, same in zip(wanted, made, again, strict=True):
+        alone = ruler.Cell.build(task, length, *common)
+        assert list(cell) == list(same) == list(alone)
+        assert cell.recipe["samples_sha256"] == ruler.samples_sha256(list(alone))
+        assert cell.recipe["characters"] == sum(len(sample["input"]) for sample in alone)
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    monkeypatch.setattr(cache, "PARALLEL_TOKENS", 0)
+    monkeypatch.setattr(cache, "processes", lambda: 2)
+    with pytest.raises(ValueError, match="too short"):
+        cache.cells([("vt", 40), ("cwe", 41)], *common, tmp_path)
+
+
 def test_prepare_only_makes_the_cache_without_a_model(place, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
     settings = dict(cache_dir=str(tmp_path / "cache"), prepare_only=True, lengths="400,4000")
