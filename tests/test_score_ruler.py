@@ -390,3 +390,30 @@ def test_the_command_line_scores_a_checkpoint(place, tmp_path):
     )
     assert re.search(r"^niah_single_1 +\d+\.\d$", done.stdout, re.M)
     assert len(rows.read_rows(tmp_path / "out" / "results.jsonl")) == 1
+
+
+def test_arguments_are_passed_through_to_vllm(place, tmp_path, monkeypatch):
+    from lm_eval.api import registry
+
+    given = {}
+    monkeypatch.setattr(registry, "get_model", lambda name: lambda **arguments: given.update(arguments, model=name))
+    settings = config(place, tmp_path, backend="vllm", backend_args="tensor_parallel_size=2,enforce_eager=True")
+    scoring.load(settings, 400, 512, helpers.tokenizer())
+    assert given == {
+        "model": "vllm",
+        "pretrained": str(place / "llama"),
+        "max_model_len": 512,
+        "dtype": "float32",
+        "batch_size": 8,
+        "trust_remote_code": False,
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+    }
+
+
+def test_a_batch_size_that_probes_the_model_is_refused(place, tmp_path, capsys):
+    from endprompt.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", str(place / "llama"), "--batch-size", "auto", "--output", str(tmp_path / "out")])
+    assert "batch" in capsys.readouterr().err and not (tmp_path / "out").exists()
