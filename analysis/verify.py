@@ -26,7 +26,7 @@ from analysis.rank import true_sup
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt.positions import Intervals
-from endprompt.rows import RunDirectory, read_rows, result_row, sha256_of, write_text
+from endprompt.rows import RunDirectory, read_rows, result_row, sha256_of, sole_use, write_text
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
 CURVE_POINTS = 2048
@@ -110,10 +110,11 @@ def verify(config: VerifyConfig) -> VerifyReport:
     findings = Findings(scene)
     read_layers(config.checkpoint, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
     report = findings.report(Path(config.output))
-    run = RunDirectory(config.output, config)
-    replace_rows(run, report.rows)
-    write_text(run.path / CURVES, json.dumps(report.curves, allow_nan=False) + "\n")
-    figures.draw(run.path / CURVES, run.path, config.formats)
+    with sole_use(config.output):
+        run = RunDirectory(config.output, config)
+        replace_rows(run, report.rows)
+        write_text(run.path / CURVES, json.dumps(report.curves, allow_nan=False) + "\n")
+        figures.draw(run.path / CURVES, run.path, config.formats)
     return report
 
 

@@ -40,6 +40,7 @@ import numpy as np
 
 from benchmarks.documents import NIAH, NOISE, RETRIEVAL_KINDS, SAMPLE_PATH, VT, Prose, Words, row, sentences
 from endprompt.data import seal_shard, tokenizer_sha256
+from endprompt.rows import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -381,7 +382,7 @@ def prepare(
         "text_bytes": sum(len(t.encode()) for t in texts),
         "haystack_tokens": len(sentence_store.ids),
         "haystack_sentences": len(haystack),
-        "tokenizer_sha256": _sha256(folder / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
         "packages": record,
     }
     (folder / "sources.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -413,11 +414,6 @@ def load_prepared(folder: str) -> Prepared:
         Prose(arrays["ids"], arrays["offsets"], arrays["starts"]),
         Words(**json.loads((path / "words.json").read_text(encoding="utf-8"))),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fill(task: tuple[str, str, int, int, int, int]) -> dict[str, int]:
@@ -488,5 +484,7 @@ def build(
         seed=seed,
         answer_weight=10,
         counts=counts,
-        inputs={name: _sha256(Path(data) / name) for name in ("text.bin", "prose.npz", "words.json", "sources.json")},
+        inputs={
+            name: file_sha256(Path(data) / name) for name in ("text.bin", "prose.npz", "words.json", "sources.json")
+        },
     )

@@ -123,11 +123,12 @@ def cell(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(path) + ".lock"):
         if path.is_file():
-            return ruler.Cell(read(path, key, options), tokenizer, data_dir)
+            recipe = rows.read_sealed(path, key)
+            recipe["options"]["haystack_text"] = options.haystack_text
+            return ruler.Cell(recipe, tokenizer, data_dir)
         built = ruler.Cell.build(task, length, tokenizer, n, seed, data_dir, options)
         built.describe()
-        body = json.dumps(built.recipe, sort_keys=True)
-        rows.write_text(path, json.dumps({"sha256": rows.sha256_of(body), "key": key}, sort_keys=True) + "\n" + body)
+        rows.write_sealed(path, key, built.recipe)
     return built
 
 
@@ -161,27 +162,12 @@ def place(
     return key, directory / f"{task}-{length}-{digest[:24]}.json"
 
 
-def read(path: Path, key: dict[str, Any], options: ruler.Options) -> dict[str, Any]:
-    """The recipe in a cache file. Raises ValueError if the file is not what was written."""
-    head, _, body = path.read_text(encoding="utf-8").partition("\n")
-    try:
-        about = json.loads(head)
-        whole = about["sha256"] == rows.sha256_of(body) and about["key"] == key
-    except (json.JSONDecodeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: the cached samples were changed after they were written; delete the file")
-    recipe = json.loads(body)
-    recipe["options"]["haystack_text"] = options.haystack_text
-    return recipe
-
-
 def text_versions(task: str, length: int, data_dir: str | Path | None, options: ruler.Options) -> dict[str, str]:
     """What the task's texts are made of, by version or hash."""
     spec = ruler.SPECS[task]
     found: dict[str, str] = {"wording": rows.sha256_of(repr(haystack.wording(spec.family)))}
     if spec.family == "qa":
-        found[spec.dataset] = haystack.file_sha256(haystack.data_file(spec.dataset, data_dir, task))
+        found[spec.dataset] = rows.remembered_sha256(haystack.data_file(spec.dataset, data_dir, task))
     if spec.haystack == "essay":
         found["essay"] = haystack.essay(options.haystack_text, data_dir, task).sha256
     if spec.family == "niah" or spec.family == "cwe":
@@ -192,5 +178,5 @@ def text_versions(task: str, length: int, data_dir: str | Path | None, options: 
     if spec.family == "cwe" and data_dir is not None:
         for name in haystack.SOURCES["words"].names:
             if (path := Path(data_dir) / name).is_file():
-                found["words"] = haystack.file_sha256(path)
+                found["words"] = rows.remembered_sha256(path)
     return found

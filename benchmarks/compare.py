@@ -11,14 +11,24 @@ from typing import Any
 
 from benchmarks import summary
 
+#: What every prediction on disk has, and of which kind.
+ENTRY: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "index": int,
+    "prompt_sha256": str,
+    "prediction": str,
+    "score": (int, float),
+    "outputs": list,
+}
+
 
 def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file; a line that a crash cut off is left out, since it is predicted again."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    """Predictions of a JSON Lines file; a line that is cut off or damaged is left out, since it is predicted again."""
+    with open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-                if isinstance(entry, dict):
+                if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items()):
                     yield entry
 
 

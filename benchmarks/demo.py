@@ -23,7 +23,7 @@ from endprompt import train
 from endprompt.config import ExtendConfig
 from endprompt.model import load_tokenizer
 from endprompt.progress import say
-from endprompt.rows import RunDirectory, append_rows, read_rows
+from endprompt.rows import RunDirectory, append_rows, read_rows, sole_use
 
 BASE = Path(__file__).parent / "base" / "256"
 WINDOW, TARGET = 256, 2048
@@ -56,6 +56,11 @@ ARMS = (
 
 def demo(config: DemoConfig) -> int:
     """Run it all; returns 1 if a bound is violated on any checkpoint."""
+    with sole_use(config.output):
+        return steps(config)
+
+
+def steps(config: DemoConfig) -> int:
     started = time.perf_counter()
     run = Path(config.output)
     directory = RunDirectory(run, config)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import importlib.util
-import json
 import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from endprompt.rows import parse_json, remembered_sha256
 
 # A text without sentence ends (code, lists) is cut after this many words, so that needle depths stay spread.
 LONGEST_SENTENCE = 50
@@ -69,18 +70,6 @@ def data_file(kind: str, data_dir: str | Path | None, task: str) -> Path:
         f"task {task} needs {source.names[0]} ({source.what}) and {where}: get it from {source.origin} "
         f"and put it into that folder"
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, remembered for as long as size and time of change stay."""
-    stat = path.stat()
-    return _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 # ---------------------------------------------------------------------------------------------------------- wording
@@ -190,7 +179,10 @@ def common_words() -> tuple[str, ...]:
 
 def more_words(path: Path) -> tuple[str, ...]:
     """RULER's longer word list, for lengths that need more than `common_words` has."""
-    return tuple(sorted({str(word).strip() for word in read_json(path, dict).values() if str(word).strip()}))
+    try:
+        return tuple(sorted({_text(word).strip() for word in read_json(path, dict).values()} - {""}))
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ValueError(f"{path}: not in the layout of {SOURCES['words'].what} ({error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- essays
@@ -261,7 +253,7 @@ def essay(haystack_text: str | Path | None, data_dir: str | Path | None, task: s
             path = shipped_sample()
             if not path.is_file():
                 raise ValueError(f"{missing}; or give a text of your own by --haystack-text") from None
-    return _essay(path, file_sha256(path))
+    return _essay(path, remembered_sha256(path))
 
 
 def shipped_sample() -> Path:
@@ -273,8 +265,10 @@ def shipped_sample() -> Path:
 def _essay(path: Path, sha256: str) -> Essay:
     if path.suffix == ".json":
         text = read_json(path, dict).get("text")
-        if not isinstance(text, str):
-            raise ValueError(f'{path}: must be a JSON object {{"text": ...}}')
+        try:
+            _text(text)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f'{path}: must be a JSON object {{"text": ...}} ({error})') from None
     else:
         try:
             text = path.read_text(encoding="utf-8")
@@ -313,23 +307,32 @@ class Library:
 
 def library(dataset: str, data_dir: str | Path | None, task: str) -> Library:
     path = data_file(dataset, data_dir, task)
-    return _library(dataset, path, file_sha256(path))
+    return _library(dataset, path, remembered_sha256(path))
 
 
 @functools.lru_cache(maxsize=4)
 def _library(dataset: str, path: Path, sha256: str) -> Library:
+    whole = read_json(path, dict if dataset == "squad" else list)
     try:
-        documents, questions = {"squad": _squad, "hotpotqa": _hotpotqa}[dataset](path)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: not in the layout of {SOURCES[dataset].what} (missing {error})") from None
+        documents, questions = _squad(whole) if dataset == "squad" else _hotpotqa(whole)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not in the layout of {SOURCES[dataset].what} ({error!r})") from None
     if not questions:
         raise ValueError(f"{path}: has no answerable question")
     return Library(path.name, sha256, tuple(documents), tuple(questions))
 
 
-def _squad(path: Path) -> tuple[list[str], list[Question]]:
-    articles = read_json(path, dict)["data"]
-    documents = sorted({p["context"] for article in articles for p in article["paragraphs"]})
+def _text(value: Any) -> str:
+    """The value, which must be text that a tokenizer takes."""
+    if not isinstance(value, str):
+        raise TypeError(f"text must be a string, got {type(value).__name__}")
+    value.encode()  # half of a surrogate pair is a ValueError
+    return value
+
+
+def _squad(whole: dict[str, Any]) -> tuple[list[str], list[Question]]:
+    articles = whole["data"]
+    documents = sorted({_text(p["context"]) for article in articles for p in article["paragraphs"]})
     index = {text: i for i, text in enumerate(documents)}
     questions = []
     for article in articles:
@@ -339,18 +342,21 @@ def _squad(path: Path) -> tuple[list[str], list[Question]]:
             related = tuple(i for i in of_article if i != own)
             for qa in paragraph["qas"]:
                 if not qa["is_impossible"]:
-                    answers = tuple(dict.fromkeys(answer["text"] for answer in qa["answers"]))
-                    questions.append(Question(qa["question"], answers, (own,), related))
+                    answers = tuple(dict.fromkeys(_text(answer["text"]) for answer in qa["answers"]))
+                    if not answers:
+                        raise ValueError("an answerable question must have an answer")
+                    questions.append(Question(_text(qa["question"]), answers, (own,), related))
     return documents, questions
 
 
-def _hotpotqa(path: Path) -> tuple[list[str], list[Question]]:
-    entries = read_json(path, list)
-    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]] for entry in entries]
+def _hotpotqa(entries: list[Any]) -> tuple[list[str], list[Question]]:
+    texts = [
+        [_text(f"{_text(title)}\n{''.join(sentences)}") for title, sentences in entry["context"]] for entry in entries
+    ]
     documents = sorted({text for entry in texts for text in entry})
     index = {text: i for i, text in enumerate(documents)}
     questions = [
-        Question(entry["question"], (entry["answer"],), tuple(dict.fromkeys(index[text] for text in own)))
+        Question(_text(entry["question"]), (_text(entry["answer"]),), tuple(dict.fromkeys(index[text] for text in own)))
         for entry, own in zip(entries, texts)
     ]
     return documents, questions
@@ -358,10 +364,7 @@ def _hotpotqa(path: Path) -> tuple[list[str], list[Question]]:
 
 def read_json(path: Path, kind: type):
     """A JSON file of the given top-level type. Raises ValueError naming file, line and column."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, kind):
         raise ValueError(f"{path}: must hold a JSON {kind.__name__}, got {type(value).__name__}")
     return value

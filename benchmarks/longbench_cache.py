@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.longbench import GENERATOR, PROMPT_SHA256, Fit, Prompter, prompt_text
 from benchmarks.longbench_data import Documents, dataset_of
-from endprompt.rows import sha256_of, write_text
+from endprompt.rows import read_sealed, sha256_of, write_sealed
 
 
 def cached_fits(
@@ -44,23 +44,10 @@ def cached_fits(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():
-            return [restore(prompter.task, item, cut) for item, cut in zip(items, read(path, key), strict=True)]
+            return [restore(prompter.task, item, cut) for item, cut in zip(items, read_sealed(path, key), strict=True)]
         fits = prompter.fit(items)
-        body = json.dumps([shorten(prompter.task, item, fit) for item, fit in zip(items, fits, strict=True)])
-        write_text(path, json.dumps({"sha256": sha256_of(body), "key": key}) + "\n" + body)
+        write_sealed(path, key, [shorten(prompter.task, item, fit) for item, fit in zip(items, fits, strict=True)])
     return fits
-
-
-def read(path: Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
-    head, _, body = path.read_text(encoding="utf-8").partition("\n")
-    try:
-        about = json.loads(head)
-        whole = about["sha256"] == sha256_of(body) and about["key"] == key
-    except (json.JSONDecodeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: the cached prompts were changed after they were written; delete the file")
-    return json.loads(body)
 
 
 def shorten(task: str, item: Mapping[str, Any], fit: Fit) -> dict[str, Any]:

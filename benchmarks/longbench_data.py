@@ -9,14 +9,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
-import json
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from endprompt.rows import parse_json, remembered_sha256
 
 SOURCE = "https://huggingface.co/datasets/THUDM/LongBench (data.zip)"
 OPTION = "--data-dir"
@@ -132,6 +134,9 @@ def load_documents(task: str, data_dir: str | Path | None) -> Documents:
     return Documents(task, items, sha256)
 
 
+# What zipfile raises for a damaged archive; a password is a RuntimeError.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, OSError, ValueError)
+LARGEST = 2**31  # bytes of a set: a small archive must not fill the memory
 Found = tuple[Iterable[tuple[str, Any]], dict[str, str]] | None
 
 
@@ -155,10 +160,12 @@ def find_in_archive(task: str, folder: Path) -> Found:
         raise ValueError(f"{path}: holds {task}.jsonl twice ({', '.join(names)})")
     try:
         with zipfile.ZipFile(path) as archive:
+            if (size := archive.getinfo(names[0]).file_size) > LARGEST:
+                raise ValueError(f"it unpacks to {size} bytes, more than any of LongBench's sets")
             data = archive.read(names[0])
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # a password is a RuntimeError
+    except UNREADABLE as error:
         raise ValueError(f"{path}, {names[0]}: cannot be read ({error}); download it again") from None
-    sha256 = {path.name: archive_sha256(path), f"{path.name}:{names[0]}": hashlib.sha256(data).hexdigest()}
+    sha256 = {path.name: remembered_sha256(path), f"{path.name}:{names[0]}": hashlib.sha256(data).hexdigest()}
     return json_records(data, f"{path}:{names[0]}"), sha256
 
 
@@ -167,24 +174,12 @@ def archive_members(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: not a whole zip archive ({error}); download it again from {SOURCE}") from None
     for name in names:
         if name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{path}: the path of a member must stay inside the archive: {name!r}")
     return names
-
-
-def archive_sha256(path: Path) -> str:
-    status = path.stat()
-    return file_sha256(path, status.st_mtime_ns, status.st_size)
-
-
-@cache
-def file_sha256(path: Path, mtime_ns: int, size: int) -> str:
-    # One archive serves all tasks: it is hashed once, and again if it has changed.
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_parquet(task: str, folder: Path) -> Found:
@@ -204,12 +199,7 @@ def json_records(data: bytes, name: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         where = f"{name}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not valid UTF-8 at byte {error.start}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+        yield where, parse_json(line, where)
 
 
 def parquet_records(contents: Mapping[Path, bytes]) -> Iterator[tuple[str, Any]]:
@@ -219,7 +209,7 @@ def parquet_records(contents: Mapping[Path, bytes]) -> Iterator[tuple[str, Any]]
     for path, data in contents.items():
         try:
             records = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
         for number, record in enumerate(records, 1):
             yield f"{path}, row {number}", record

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks import haystack as texts
+from endprompt.rows import remembered_sha256
 
 # Part of every random stream and cache key: a change of generated text changes it.
 GENERATOR = "ruler-1"
@@ -958,7 +959,7 @@ class CommonWordSource(Source):
         # An entry of the list takes at least four tokens (two of the number, a dot, a word).
         if self.length // (4 * self.repeats[1]) > len(words):
             path = texts.data_file("words", self.data_dir, f"cwe at length {self.length}")
-            self.haystack, self.haystack_sha256 = path.name, texts.file_sha256(path)
+            self.haystack, self.haystack_sha256 = path.name, remembered_sha256(path)
             words = tuple(sorted({*words, *texts.more_words(path)}))
         return words
 

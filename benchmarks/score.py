@@ -9,6 +9,7 @@ already, made with the same checkpoint, samples and settings, is not run again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -279,6 +280,17 @@ def run(
 ) -> list[dict[str, Any]]:
     """Rows of the units. The model is loaded only if one of them has no row yet."""
     rank = int(os.environ.get("RANK", "0"))
+    with contextlib.nullcontext() if rank else rows.sole_use(config.directory):
+        return score_units(config, units, model_config, tokenizer, rank)
+
+
+def score_units(
+    config: ScoreConfig,
+    units: list[Unit],
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int,
+) -> list[dict[str, Any]]:
     directory = config.directory
     if config.overwrite and rank == 0:
         for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in RESULT_FILES)]:
@@ -444,7 +456,7 @@ def method_of(config: ScoreConfig) -> str:
         return config.method
     note = Path(config.checkpoint) / "endprompt.json"
     if note.is_file():
-        return str(json.loads(note.read_text(encoding="utf-8")).get("method", "base"))
+        return str(rows.parse_object(note.read_bytes(), str(note)).get("method", "base"))
     return "base"
 
 

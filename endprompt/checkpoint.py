@@ -9,7 +9,6 @@ of processes than wrote it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from endprompt.distributed import World, barrier, from_main, gathered
-from endprompt.rows import write_text
+from endprompt.rows import file_sha256, parse_object, write_text
 
 STATE = "state.json"
 
@@ -147,8 +146,8 @@ def forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
@@ -163,7 +162,7 @@ def newest_state(directory: Path, here: World | None = None) -> TrainingState | 
 def _newest(directory: Path) -> TrainingState | None:
     for path in reversed(states(directory)):
         try:
-            about = json.loads((path / STATE).read_text(encoding="utf-8"))
+            about = parse_object((path / STATE).read_bytes(), STATE)
             wanted = about["sha256"]
             for name, digest in _hashes([path / name for name in wanted]).items():
                 if digest != wanted[name]:
@@ -177,11 +176,6 @@ def _newest(directory: Path) -> TrainingState | None:
 def _hashes(paths: list[Path]) -> dict[str, str]:
     with ThreadPoolExecutor(8) as pool:
         return {path.name: digest for path, digest in zip(paths, pool.map(file_sha256, paths))}
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_tree(directory: Path) -> None:

@@ -22,6 +22,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 GROUP = "endprompt.commands"
+LONGEST = 1000  # characters of a message: a damaged file may be quoted in it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +62,10 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     types = typing.get_type_hints(config_type)
     argv = as_shells_write(with_underscores(argv, types), types, has_positionals(config_type))
     parser.add_class_arguments(config_type, as_positional=True)
-    namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+    try:
+        namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+    except (ValueError, RecursionError) as error:
+        return fail(f"the configuration cannot be read: {one_line(error)}: {' '.join(argv)}", 2)
     fields = parser.instantiate(namespace).as_dict()
     for key in ("config", "recipe"):
         fields.pop(key, None)
@@ -166,7 +170,8 @@ def _is_list(kind: typing.Any) -> bool:
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 2]} …"
 
 
 def fail(message: str, code: int) -> int:

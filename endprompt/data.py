@@ -22,7 +22,7 @@ import numpy as np
 
 from endprompt.positions import SCHEMES, WITH_PROMPT, anchor_ends, check_sizes, layout, sample_rng
 from endprompt.prompts import Cues, PromptKind, Recall
-from endprompt.rows import read_json_lines, sha256_of, write_text
+from endprompt.rows import file_sha256, parse_object, read_json_lines, sha256_of, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +39,12 @@ SHARD_FILES = ("tokens.bin", "weights.bin", "offsets.npy", "completions.npy")
 
 @dataclass
 class Document:
-    """text and completion as words, or input_ids already tokenised."""
+    """text and completion as words, or input_ids already tokenised. where: file and line it is from, for messages."""
 
     text: str = ""
     completion: str = ""
     input_ids: Sequence[int] | None = None
+    where: str = "a document"
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:
@@ -75,16 +76,13 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix != ".gz":
         yield from read_json_lines(path)
         return
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    with gzip.open(path) as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a whole gzip file of UTF-8 text: {error}") from None
+                    yield number, parse_object(line, f"{path}, line {number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -97,7 +95,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
 
 
@@ -108,11 +106,15 @@ def document_of(record: Any, where: str) -> Document:
     if ids is not None:
         if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise ValueError(f"{where}: input_ids must be a list of integers >= 0")
-        return Document(input_ids=ids)
+        return Document(input_ids=ids, where=where)
     text, completion = record.get("text"), record.get("completion", "")
     if not isinstance(text, str) or not isinstance(completion, str):
         raise ValueError(f"{where}: a document must have `text` (and may have `completion`) as strings, or `input_ids`")
-    return Document(text, completion)
+    try:
+        (text + completion).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: `text` holds half of a surrogate pair, which no tokenizer takes") from None
+    return Document(text, completion, where=where)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def tokenized(
                 ids, completion = list(document.input_ids), 0
                 if ids and max(ids) >= vocabulary:
                     raise ValueError(
-                        f"input_ids are of another tokenizer: id {max(ids)} is not below its size {vocabulary}"
+                        f"{document.where}: input_ids are of another tokenizer: id {max(ids)} is not below its size "
+                        f"{vocabulary}"
                     )
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
@@ -234,7 +237,7 @@ def seal_shard(
         "dtype": dtype,
         "tokens": int(offsets[-1]),
         "documents": len(completions),
-        "sha256": {name: _file_sha256(directory / name) for name in names},
+        "sha256": {name: file_sha256(directory / name) for name in names},
         **about,
     }
     write_text(directory / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -252,15 +255,8 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
         raise ValueError(
             f"a token shard must have a manifest.json (an unfinished one has none): data={str(directory)!r}"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    missing = {"schema", "tokenizer_sha256", "dtype", "tokens", "sha256"} - set(manifest)
-    if missing:
-        raise ValueError(f"{path}: a manifest must have {', '.join(sorted(missing))}")
-    if manifest.get("schema") != SHARD_SCHEMA:
-        raise ValueError(f"{path}: schema must be {SHARD_SCHEMA}, is {manifest.get('schema')}")
+    manifest = parse_object(path.read_bytes(), str(path))
+    check_manifest(manifest, path)
     if tokenizer_hash is not None and manifest["tokenizer_sha256"] != tokenizer_hash:
         raise ValueError(
             f"{path}: the shard was made with another tokenizer: {manifest['tokenizer_sha256'][:12]} in the manifest, "
@@ -268,7 +264,7 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
         )
     if verify:
         for name, wanted in manifest["sha256"].items():
-            if not (directory / name).is_file() or _file_sha256(directory / name) != wanted:
+            if not (directory / name).is_file() or file_sha256(directory / name) != wanted:
                 raise ValueError(f"{directory / name}: missing or changed since the shard was made (sha256 differs)")
     if not manifest["tokens"]:
         raise ValueError(f"{path}: the shard holds no tokens")
@@ -278,11 +274,22 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
     return Documents(tokens, np.load(directory / "offsets.npy"), np.load(directory / "completions.npy"), weights)
 
 
-def _file_sha256(path: Path) -> str:
-    import hashlib
-
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Raises ValueError naming the file and the rule if a shard's manifest is not one."""
+    kinds: dict[str, type] = {"tokenizer_sha256": str, "dtype": str, "tokens": int, "sha256": dict}
+    missing = {"schema", *kinds} - set(manifest)
+    if missing:
+        raise ValueError(f"{path}: a manifest must have {', '.join(sorted(missing))}")
+    if manifest["schema"] != SHARD_SCHEMA:
+        raise ValueError(f"{path}: schema must be {SHARD_SCHEMA}, is {manifest['schema']}")
+    for key, kind in kinds.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{path}: {key} must be {kind.__name__}, is {type(manifest[key]).__name__}")
+    if manifest["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"{path}: dtype must be uint16 or uint32, is {manifest['dtype']!r}")
+    needed = [name for name in SHARD_FILES if name != "weights.bin"]
+    if not set(needed) <= set(manifest["sha256"]) <= set(SHARD_FILES):
+        raise ValueError(f"{path}: sha256 must name {', '.join(needed)}, names {', '.join(manifest['sha256'])}")
 
 
 def load_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True) -> Documents:

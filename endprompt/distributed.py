@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from endprompt.rows import sole_use
+
 
 @dataclass(frozen=True)
 class World:
@@ -79,6 +81,22 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextlib.contextmanager
+def only_run(output: str | os.PathLike[str], here: World) -> Iterator[None]:
+    """Hold an output for this run, by its main process. Raises ValueError on every process if another run holds it."""
+    with contextlib.ExitStack() as held:
+        refusal: Exception | None = None
+        if here.main:
+            try:
+                held.enter_context(sole_use(output))
+            except (ValueError, OSError) as error:
+                refusal = error
+        refusal = from_main(refusal)
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 def gathered(value: Any) -> list[Any]:

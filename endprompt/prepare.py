@@ -15,11 +15,17 @@ from endprompt.config import PrepareConfig, check_prepare_config
 from endprompt.data import HUB, Document, document_of, read_documents, seal_shard, tokenized, tokenizer_sha256
 from endprompt.model import load_tokenizer
 from endprompt.progress import say
+from endprompt.rows import sole_use
 
 
 def prepare(config: PrepareConfig) -> Path:
     """Write one shard; returns its directory. Raises ValueError naming key, value and rule."""
     check_prepare_config(config)
+    with sole_use(config.output):
+        return write(config)
+
+
+def write(config: PrepareConfig) -> Path:
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
     tokenizer = load_tokenizer(config.tokenizer)

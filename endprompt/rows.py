@@ -7,7 +7,10 @@ This module imports nothing of the project and no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
 import math
@@ -48,7 +51,7 @@ def result_row(
     value: float,
     model: str,
     method: str,
-    seed: int,
+    seed: int | None,
     length: int | None = None,
     stderr: float | None = None,
     ci95: tuple[float, float] | list[float] | None = None,
@@ -59,8 +62,8 @@ def result_row(
 ) -> dict[str, Any]:
     """One row of results. Scores are percent; `method` is `base` for an unextended model.
 
-    `extra` adds columns (haystack, scheme, device ...). Raises ValueError if the value is not finite or lies outside
-    its own interval.
+    `seed` is None for an estimate over several seeds. `extra` adds columns (haystack, scheme, device ...). Raises
+    ValueError if the value is not finite or lies outside its own interval.
     """
     if not math.isfinite(value):
         raise ValueError(f"a result must be finite (leave the row out instead): {suite=} {task=} {metric=} {value=}")
@@ -102,6 +105,19 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
         os.fsync(file.fileno())
 
 
+def drop_cut_line(path: Path) -> None:
+    """Take away a last line that a crash cut off in the middle, and say so; whole lines stay whatever they hold."""
+    if not path.is_file():
+        return
+    with open(path, "rb+") as file:
+        lines = file.read().split(b"\n")
+        try:
+            json.loads(lines[-1] or b"{}")
+        except (ValueError, RecursionError):
+            file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+            print(f"{path}: the last line was cut off by a crash and is written again", file=sys.stderr)
+
+
 def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED) -> list[dict[str, Any]]:
     """All rows of a JSON Lines file. Raises ValueError naming file, line and column if one is broken."""
     rows = []
@@ -109,6 +125,9 @@ def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED
         missing = [key for key in required if key not in row]
         if missing:
             raise ValueError(f"{path}, line {number}: a row of results must have the columns {missing}")
+        value = row.get("value", 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{path}, line {number}: value must be a finite number, is {value!r}")
         rows.append(row)
     return rows
 
@@ -123,14 +142,62 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                start = line.strip()[:60]
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}): {start!r}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
-            yield number, row
+            yield number, parse_object(line, f"{path}, line {number}")
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The JSON value of a text that came from outside. Raises ValueError that starts with `where`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.lineno > 1:
+            where = f"{where}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """As `parse_json`, for what must be an object."""
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_sealed(path: str | os.PathLike[str], key: Mapping[str, Any], value: Any) -> None:
+    """Write a JSON value with what it was made from and its hash, for `read_sealed`."""
+    body = json.dumps(value, sort_keys=True)
+    write_text(path, json.dumps({"sha256": sha256_of(body), "key": key}, sort_keys=True) + "\n" + body)
+
+
+def read_sealed(path: str | os.PathLike[str], key: Mapping[str, Any]) -> Any:
+    """The value that `write_sealed` wrote with this key. Raises ValueError if the file is not what was written."""
+    head, _, body = Path(path).read_bytes().partition(b"\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        about = json.loads(head)
+        if isinstance(about, dict) and about.get("sha256") == sha256_of(body) and about.get("key") == key:
+            return json.loads(body)
+    raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: str | os.PathLike[str]) -> str:
+    """`file_sha256`, remembered in this process for as long as the file's size and time of change stay."""
+    path = Path(path)
+    stat = path.stat()
+    return _sha256_of_version(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path: str, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)
 
 
 def sha256_of(*parts: str | bytes) -> str:
@@ -178,6 +245,50 @@ def environment() -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an output for this run alone, by a lock on `OUTPUT.lock`, which is gone afterwards.
+
+    The lock is the kernel's: a process that is killed lets go of it, and the file that it leaves behind hinders nobody.
+    Where the file system knows no locks nothing is held. Raises ValueError at once if another run holds the output.
+    """
+    import fcntl
+
+    path = Path(os.path.realpath(output))
+    path = path.with_name(path.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            owner = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise ValueError(
+                f"another run writes to this output now (process {owner}): output={os.fspath(output)!r}"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+            held = False
+        # Its last holder may have removed the file between our opening and locking it: then it is nobody's lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)
+    try:
+        if held:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(descriptor)
+
+
 class RunDirectory:
     """A run's directory: made once, config and environment written at the start, rows and log appended as they come."""
 
@@ -185,6 +296,8 @@ class RunDirectory:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.results = self.path / "results.jsonl"
+        for kept in (self.results, self.path / "log.jsonl"):
+            drop_cut_line(kept)
         if config is not None:
             write_yaml(self.path / "config.yaml", config)
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")

@@ -43,7 +43,7 @@ from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import prompt_kind
 from endprompt.recompute import checkpoint_layers
-from endprompt.rows import RunDirectory, environment, plain, result_row, write_text
+from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ def run(
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
-    with distributed.world(config.device) as here:
+    with distributed.world(config.device) as here, distributed.only_run(output, here):
         if config.rows % here.size:
             raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {here.size}")
         if here.size > 1 and config.dtype != "float32":
@@ -213,7 +213,9 @@ def finished_before(output: Path, config: ExtendConfig) -> bool:
     record = output / RECORD
     if not (config.resume and record.is_file()):
         return False
-    saved = json.loads(record.read_text(encoding="utf-8"))["config"]
+    saved = parse_object(record.read_bytes(), str(record)).get("config")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{record}: must hold the run's configuration, an object `config`")
     return all(saved.get(key) == value for key, value in identity(config).items())
 
 

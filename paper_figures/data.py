@@ -7,6 +7,8 @@ row. Nothing here imports the rest of the project, so that a figure can be drawn
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,9 @@ REQUIRED = (
     "seed",
     "samples_sha256",
 )
+#: What the columns that every figure reads must hold.
+KINDS = {"suite": str, "task": str, "metric": str, "value": float, "model": str, "method": str}
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 #: A cell that is scored once: two rows that agree in these must agree in their value.
 CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
 #: Suites without samples that are scored: a timing may be taken again, bounds hold on whatever text.
@@ -133,9 +138,21 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     revision = _revision(path.with_name("environment.json"))
     for origin, row in _json_lines(path, REQUIRED):
-        lo, hi = row["ci95"] if row["ci95"] else (None, None)
+        lo, hi = _interval(row["ci95"], origin)
         rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
     return rows
+
+
+def _interval(ci95: Any, origin: str) -> tuple[float | None, float | None]:
+    if ci95 is None:
+        return None, None
+    if not (isinstance(ci95, list) and len(ci95) == 2 and all(map(_is_number, ci95))):
+        raise ValueError(f"{origin}: ci95 must be [low, high] or null, is {ci95!r}")
+    return ci95[0], ci95[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _read_depths(path: Path) -> list[dict[str, Any]]:
@@ -155,14 +172,16 @@ def _read_depths(path: Path) -> list[dict[str, Any]]:
 
 def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, object) of each line. Raises ValueError naming both and the column that is missing."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # text may hold other separators of lines
         if not line.strip():
             continue
         origin = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{origin}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from None
+            raise ValueError(f"{origin}: not valid JSON ({error.msg} at character {error.pos})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{origin}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{origin}: must be a JSON object, got {type(row).__name__}")
         if row.get("schema", SCHEMA) != SCHEMA:
@@ -170,6 +189,13 @@ def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
         missing = [column for column in required if column not in row]
         if missing:
             raise ValueError(f"{origin}: a row must have the column {missing[0]!r}")
+        for column, kind in KINDS.items():
+            value = row.get(column)
+            if column in required and not (_is_number(value) if kind is float else isinstance(value, kind)):
+                rule = "a finite number" if kind is float else kind.__name__
+                raise ValueError(f"{origin}: {column} must be {rule}, is {value!r}")
+        if HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{origin}: a row's text must be Unicode, this one holds half of a surrogate pair")
         yield origin, row
 
 

@@ -91,7 +91,7 @@ def test_a_changed_file_is_an_error(tmp_path, tokenizers):
     cut[0]["ends"][0] += 1
     for broken in (f"{head}\n{json.dumps(cut)}", whole[:-5], "", f"{{}}\n{body}", "[]\n"):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"longbench-qasper-500-.*changed after they were written"):
+        with pytest.raises(ValueError, match=r"longbench-qasper-500-.*changed after it was written"):
             cached_fits(*call)
     path.unlink()
     assert cached_fits(*call) == call[0].fit(call[1].items)

@@ -11,6 +11,7 @@ import pytest
 import ruler_helpers as helpers
 
 from benchmarks import ruler
+from endprompt.rows import remembered_sha256
 
 NO_DATA = [task for task in ruler.TASKS if ruler.SPECS[task].family != "qa"]
 
@@ -147,7 +148,7 @@ def test_without_a_text_of_the_users_the_haystack_is_the_unseen_half_of_the_samp
 
     s = ruler.build_samples("niah_single_2", 1024, helpers.tokenizer(), 1)[0]
     assert s["haystack"] == "sample.txt, second half"
-    assert s["haystack_sha256"] == haystack.file_sha256(haystack.shipped_sample())
+    assert s["haystack_sha256"] == remembered_sha256(haystack.shipped_sample())
     context = s["input"].split("\n", 1)[1]
     unseen, seen = documents.sample_haystack_sentences(), documents.sample_training_sentences()
     assert any(sentence in context for sentence in unseen[:10])
