@@ -137,6 +137,10 @@ def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: 
     while place < len(argv):
         argument = argv[place]
         place += 1
+        flag, equals, value = argument.partition("=")
+        own = types.get(flag[2:].replace("-", "_")) if equals and flag.startswith("--") else None
+        if own is not None and _is_list(own) and not value.startswith("["):
+            argument = f"{flag}={listed([value], own)}"
         out.append(argument)
         kind = types.get(argument[2:].replace("-", "_")) if argument.startswith("--") else None
         start = place
@@ -147,11 +151,15 @@ def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: 
             values = ["true", *values]
         elif kind is not None and _is_list(kind) and values and not values[0].startswith("["):
             count = 1 if positionals else len(values)
-            words = "int" not in str(kind) and "float" not in str(kind)
-            listed = ",".join(json.dumps(value) if words else value for value in values[:count])
-            values = [f"[{listed}]", *values[count:]]
+            values = [listed(values[:count], kind), *values[count:]]
         out += values
     return out
+
+
+def listed(values: list[str], kind: typing.Any) -> str:
+    """The values as jsonargparse reads a list of this kind."""
+    words = "int" not in str(kind) and "float" not in str(kind)
+    return f"[{','.join(json.dumps(value) if words else value for value in values)}]"
 
 
 def has_positionals(config_type: type) -> bool:
