@@ -22,6 +22,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 GROUP = "endprompt.commands"
+PACKAGES = ("endprompt", "analysis", "benchmarks", "paper_figures")
 LONGEST = 1000  # characters of a message: a damaged file may be quoted in it
 
 
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
+    stranger = foreign_package()
+    if stranger:
+        return fail(stranger, 1)
     recipes = recipe_files(entry_point)
     if "--list-recipes" in argv:
         print(recipe_list(recipes))
@@ -78,6 +82,25 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def foreign_package() -> str | None:
+    """What is wrong if one of our packages would be imported from elsewhere than beside this one, else None.
+
+    Two of their names are common ones. A folder of that name in front of ours on the path would be imported instead.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = [*(spec.submodule_search_locations or [spec.origin or ""])] if spec else []
+        if not any(Path(place).resolve() == here / name for place in places[:1]):
+            found = places[0] if places else "nowhere"
+            return (
+                f"the package {name!r} must be the one in {here}, but Python finds {found}: another of that name "
+                f"stands before it on the path; run `endprompt` (not `python -m`) or `python -P -m endprompt.cli`, "
+                f"check PYTHONPATH={os.environ.get('PYTHONPATH', '')!r}, or install into an environment of its own"
+            )
+    return None
 
 
 def package_directory(entry_point: EntryPoint) -> Path | None:
@@ -170,9 +193,9 @@ def has_positionals(config_type: type) -> bool:
 
 
 def _is_list(kind: typing.Any) -> bool:
-    """Whether a field is a list (or None), and cannot be a single word."""
+    """Whether a field is a list or a tuple (or None), and cannot be a single word."""
     parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
-    return all(part is type(None) or typing.get_origin(part) is list for part in parts)
+    return all(part is type(None) or typing.get_origin(part) in (list, tuple) for part in parts)
 
 
 def one_line(error: BaseException) -> str:
