@@ -29,7 +29,10 @@ def takes_ragged(config: PretrainedConfig) -> bool:
 
 @torch.inference_mode()
 def greedy(
-    model: Any, prompts: Sequence[list[int]], new_tokens: int, ended: Callable[[list[int]], bool] = lambda tokens: False
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ended: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[list[int]]:
     """Generated tokens of each prompt, at most `new_tokens`, up to the first at which `ended` of them is true.
 

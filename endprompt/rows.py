@@ -51,7 +51,7 @@ def result_row(
     value: float,
     model: str,
     method: str,
-    seed: int,
+    seed: int | None,
     length: int | None = None,
     stderr: float | None = None,
     ci95: tuple[float, float] | list[float] | None = None,
@@ -62,8 +62,8 @@ def result_row(
 ) -> dict[str, Any]:
     """One row of results. Scores are percent; `method` is `base` for an unextended model.
 
-    `extra` adds columns (haystack, scheme, device ...). Raises ValueError if the value is not finite or lies outside
-    its own interval.
+    `seed` is None for an estimate over several seeds. `extra` adds columns (haystack, scheme, device ...). Raises
+    ValueError if the value is not finite or lies outside its own interval.
     """
     if not math.isfinite(value):
         raise ValueError(f"a result must be finite (leave the row out instead): {suite=} {task=} {metric=} {value=}")
