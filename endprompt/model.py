@@ -307,6 +307,14 @@ INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5",
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     """What the config says. Raises ValueError for no RoPE, ALiBi, multimodal sections or per-layer frequencies."""
+    try:
+        return _rope_geometry(config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        where = f"{config.name_or_path}: " if config.name_or_path else ""
+        raise ValueError(f"{where}{error}") from error
+
+
+def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     kind = config.model_type
     if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
         raise ValueError(f"this model uses ALiBi, not RoPE: model_type={kind!r}")
@@ -441,13 +449,12 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     directory = checkpoint_path(path)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file makes its code run into
         raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
 
 
@@ -458,7 +465,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     directory = checkpoint_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # the tokenizers package raises Exception itself
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {error}") from error
     # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
     tokenizer.model_max_length = int(1e30)
@@ -479,7 +486,6 @@ def load_model(
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
     config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint_path(path)
@@ -498,7 +504,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # as in load_config
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
     model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random numbers
@@ -585,6 +591,6 @@ def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokeni
     """Raises ValueError if the tokenizer can emit ids that the model has no embedding for."""
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(
-            f"the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the model's vocab_size is "
-            f"{model_config.vocab_size}"
+            f"{tokenizer.name_or_path}: the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the "
+            f"model's vocab_size is {model_config.vocab_size}"
         )

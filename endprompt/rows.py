@@ -211,6 +211,8 @@ def sha256_of(*parts: str | bytes) -> str:
 def git_revision() -> str | None:
     """Revision of the checkout this code runs from, with `-dirty` if tracked files differ; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, perhaps inside a repository that is not ours
+        return os.environ.get("ENDPROMPT_REVISION")
     try:
         head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         if head.returncode != 0:

@@ -43,8 +43,9 @@ from endprompt.model import (
     whole_weights,
 )
 from endprompt.optim import clip_gradients, make_optimizer
+from endprompt.plan import GIB, PlanConfig, fitting
 from endprompt.positions import BY_SENTENCE
-from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
+from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
@@ -203,12 +204,31 @@ def run(
         try:
             trainer.fit(work / "states")
         except torch.OutOfMemoryError as error:
-            micro, reason = config.micro_rows or config.rows // here.size, str(error).partition(". ")[0]
-            raise ValueError(
-                f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing="
-                f"{config.checkpointing} (none, selective, full): {reason}"
-            ) from error
+            raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
         return finish(config, trainer, tokenizer, work, output, source_dtype, window)
+
+
+def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str) -> str:
+    """What to change, with the settings that fit by the estimate of `endprompt plan` where it knows the device."""
+    micro = config.micro_rows or config.rows // here.size
+    message = (
+        f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing={config.checkpointing} "
+        "(none, selective, full)"
+    )
+    total = device_memory(torch.device(here.device))
+    if total:
+        wanted = PlanConfig(
+            model=config.model,
+            method="longlora" if config.lora_rank else "full",
+            target=config.target,
+            row_tokens=spec.row_tokens,
+            gpus=here.size,
+            rows=config.rows,
+            optimizer="lean" if config.optimizer == "lean" else "adamw",
+            float8="none" if config.float8 == "none" else "fast",
+        )
+        message += f"; by the estimate {fitting(wanted, micro, total / GIB)}"
+    return f"{message}: {reason}"
 
 
 def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:

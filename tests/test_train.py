@@ -196,6 +196,14 @@ def test_memory_that_is_too_small_says_what_to_change(extend_config):
         patch.setattr(train.Trainer, "train_step", out_of_memory)
         with pytest.raises(ValueError, match=r"lower micro_rows=4 or raise checkpointing=none .*: CUDA out of memory$"):
             train.extend(extend_config())
+        patch.setattr(train, "device_memory", lambda device: int(2.3 * 2**30))
+        with pytest.raises(
+            ValueError, match=r"by the estimate micro_rows=4 checkpointing=none fits \(2\.0 of 2\.3 GiB\)"
+        ):
+            train.extend(extend_config())
+        patch.setattr(train, "device_memory", lambda device: 2**30)
+        with pytest.raises(ValueError, match=r"nothing fits \(2\.0 GiB at least, of 1\.0\)"):
+            train.extend(extend_config())
 
 
 def test_training_learns_and_writes_what_it_did(extend_config, llama):
