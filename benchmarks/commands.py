@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.lab.matrix import LabConfig
 from benchmarks.score import ScoreConfig
 
 
@@ -64,6 +65,13 @@ def demo(config: DemoConfig) -> int | None:
     from benchmarks import demo as work
 
     return work.demo(config)
+
+
+def lab(config: LabConfig) -> int | None:
+    """Replicate: train and score a matrix of methods, scalings, steps and seeds, and answer the seven questions."""
+    from benchmarks.lab import runner
+
+    return runner.lab(config)
 
 
 @dataclass
