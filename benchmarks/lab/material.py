@@ -36,16 +36,17 @@ SAMPLE_SEED = 1000
 
 @dataclass(frozen=True)
 class Part:
-    """One file of training documents, each of `tokens` tokens; all arms of a base, row length and seed share it."""
+    """One file of `count` training documents of `tokens` tokens each; all arms of a base, row length and seed share it."""
 
     model: str
+    count: int
     tokens: int
     longest: int
     seed: int
     number: int
 
     def path(self, folder: Path) -> Path:
-        about = [tokenizer_sha256(self.model), self.tokens, self.longest, self.seed, self.number, PART_TOKENS]
+        about = [tokenizer_sha256(self.model), self.count, self.tokens, self.longest, self.seed, self.number]
         name = sha256_of(json.dumps([*about, dict(MIXTURE), "documents-1"]))[:12]
         return folder / "documents" / f"{self.tokens}-seed{self.seed}-{self.number}-{name}"
 
@@ -61,10 +62,10 @@ class Part:
                 return
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
                 text, tokenizer = Path(aside) / "documents.jsonl", tokenizer_of(self.model)
-                count, seed = max(1, PART_TOKENS // self.tokens), 1 + 1000 * self.seed + self.number
+                seed = 1 + 1000 * self.seed + self.number
                 documents.write_documents(
                     text,
-                    count,
+                    self.count,
                     tokenizer,
                     seed,
                     self.tokens,
@@ -144,8 +145,9 @@ def parts(cell: Cell) -> list[Part]:
     """The files of documents that a cell trains on."""
     if not cell.trained:
         return []
-    count = -(-cell.documents // max(1, PART_TOKENS // cell.row_tokens))
-    return [Part(cell.model, cell.row_tokens, cell.longest, cell.seed, number) for number in range(count)]
+    each = min(cell.documents, max(1, PART_TOKENS // cell.row_tokens))
+    numbers = range(-(-cell.documents // each))
+    return [Part(cell.model, each, cell.row_tokens, cell.longest, cell.seed, number) for number in numbers]
 
 
 def samples(cell: Cell) -> list[Samples]:

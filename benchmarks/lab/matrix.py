@@ -309,7 +309,8 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
                 )
             made[key] = cell
             shown = (cell.base, cell.target, cell.method, cell.steps, cell.settings.get("prompt_weight"), cell.seed)
-            if names.setdefault(shown, (cell.arm, where))[0] != cell.arm:
+            # A trial of a few steps may make arms alike that differ in their steps.
+            if names.setdefault(shown, (cell.arm, where))[0] != cell.arm and not config.steps:
                 raise ValueError(
                     f"{where}: arms {names[shown][0]!r} and {cell.arm!r} would have the same method in the rows, "
                     f"{cell.method!r}: give one of them a `method`"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GPU_JOBS = 8
 #: Prompt tokens at once when several workers share the memory of a GPU.
 SHARED_BATCH_TOKENS = 2**18
-#: Workers that may end one after the other without a finished cell, before the run gives up.
+#: Workers that may be lost one after the other without a finished cell, before the run gives up.
 DEATHS = 4
 #: Seconds between looks at the workers.
 TICK = 0.5
@@ -345,6 +345,8 @@ class Runner:
         seconds = time.perf_counter() - worker.since
         if answer.error is not None:
             self.fail(cell, answer.error, answer.trace, worker.number)
+            if answer.last:
+                self.replace(worker)
             return
         append_rows(self.output / "scores.jsonl", answer.scores)
         self.directory.add(answer.rows)  # last: with its rows a cell is done
@@ -359,15 +361,21 @@ class Runner:
         """A worker has ended: its cell failed, another takes its place."""
         worker.process.join(10)
         code = worker.process.exitcode
+        log = self.output / "workers" / f"worker-{worker.number}.log"
+        if not worker.ready:
+            raise ValueError(f"a worker did not start (exit code {code}): see {log}")
         if worker.cell is not None:
             reason = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             hint = " (out of memory?)" if code == -9 else ""
             self.fail(worker.cell, f"the worker ended: {reason}{hint}", None, worker.number)
-        self.deaths += worker.cell is not None or not worker.ready
+        self.deaths += 1
+        if self.deaths > max(DEATHS, self.jobs):
+            raise ValueError(f"workers end one after the other (exit code {code}): see {log}")
+        self.replace(worker)
+
+    def replace(self, worker: Worker) -> None:
         worker.pipe.close()
-        if not worker.ready or self.deaths > max(DEATHS, self.jobs):
-            log = self.output / "workers" / f"worker-{worker.number}.log"
-            raise ValueError(f"workers end before they finish a cell (exit code {code}): see {log}")
+        worker.process.join(10)
         self.workers[self.workers.index(worker)] = self.start(worker.number)
 
     def fail(self, cell: Cell, error: str, trace: str | None, worker: int) -> None:

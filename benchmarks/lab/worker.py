@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
@@ -18,7 +19,10 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Answer:
-    """What a worker says of a cell: rows and scores, or the error with its traceback. ready: before the first cell."""
+    """What a worker says of a cell: rows and scores, or the error with its traceback.
+
+    ready: said once, before the first cell. last: the worker ends after this one.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
@@ -26,6 +30,7 @@ class Answer:
     error: str | None = None
     trace: str | None = None
     ready: bool = False
+    last: bool = False
 
 
 def settle(log: Path, threads: int) -> None:
@@ -65,7 +70,7 @@ def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
         except (ValueError, OSError) as error:
             pipe.send(failed(error))
         except Exception as error:
-            pipe.send(failed(error))
+            pipe.send(dataclasses.replace(failed(error), last=True))
             return
         else:
             pipe.send(Answer(made.rows, made.scores, made.seconds))
