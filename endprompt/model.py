@@ -169,10 +169,10 @@ def _causal_only_flash(name: str) -> Callable[..., Any]:
         if dropout:
             raise ValueError(f"{name} is for training without dropout: {dropout=}")
         # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
-        parts_BTHD = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
+        query, key, value = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
         if name == "flash_attention_4":
-            return flash4.attend(*parts_BTHD, scaling), None
-        return _flash_kernel(name, *parts_BTHD, scaling).contiguous(), None
+            return flash4.attend(query, key, value, scaling), None
+        return _flash_kernel(name, query, key, value, scaling).contiguous(), None
 
     return attention
 

@@ -177,7 +177,7 @@ QUESTIONS = question_files()
 #: name of the file, what it holds when it is whole, and what reads it.
 FILES: dict[str, tuple[bytes, Callable[[Path], object]]] = {
     "documents.jsonl": (lines(*DOCUMENTS), read_documents),
-    "documents.jsonl.gz": (gzip.compress(lines(*DOCUMENTS)), read_documents),
+    "documents.jsonl.gz": (gzip.compress(lines(*DOCUMENTS), mtime=0), read_documents),
     "documents.parquet": (parquet(DOCUMENTS[:2]), read_documents),
     "documents.txt": ("the grass is green, die Wiese ist grün".encode(), read_documents),
     "shard/manifest.json": (json.dumps(MANIFEST, indent=1).encode(), read_shard),
