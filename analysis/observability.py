@@ -51,32 +51,32 @@ class _Counter:
     """Pairs at each distance, summed over outcomes, exact in int64.
 
     The pairs between a run of p tokens and a run of q tokens form a trapezoid over the distance: the second integral
-    of four impulses. Moved by every shift of a range it is the third integral of eight. So a whole scheme costs a few
-    impulses an outcome and three running sums.
+    of four impulses. Moved by every shift of a range it is the third integral of eight; if both runs are moved, the
+    fourth of sixteen. So a whole scheme costs a few impulses an outcome and four running sums.
     """
 
     def __init__(self, target: int):
-        self.impulses = np.zeros(2 * target + 4, dtype=np.int64)
+        self.impulses = np.zeros(3 * target + 4, dtype=np.int64)
         self.offset = target  # cross pairs start at negative indices before the ramps are complete
         self.target = target
 
-    def add(self, first: Any, second: Any, start: Any, shifts: Any = 1, weight: int = 1) -> None:
+    def add(self, first: Any, second: Any, start: Any, shifts: Any = 1, weight: int = 1, *, backward: Any = 1) -> None:
         """Pairs of a run of `first` tokens with a later run of `second`, starts `start` apart, over `shifts` shifts.
 
-        Arrays stand for that many outcomes.
+        backward: shifts of the first run, which bring the two together. Arrays stand for that many outcomes.
         """
-        first, second, start, shifts = np.broadcast_arrays(first, second, start, shifts)
-        low = start - first + 1 + self.offset
+        first, second, start, shifts, backward = np.broadcast_arrays(first, second, start, shifts, backward)
+        low = start - first - backward + 2 + self.offset
         for step, sign in ((0 * first, 1), (first, -1), (second, -1), (first + second, 1)):
-            np.add.at(self.impulses, low + step, sign * weight)
-            np.add.at(self.impulses, low + step + shifts, -sign * weight)
+            for moved, turn in ((0, 1), (shifts, -1), (backward, -1), (shifts + backward, 1)):
+                np.add.at(self.impulses, low + step + moved, turn * sign * weight)
 
     def within(self, length: Any, weight: int = 1) -> None:
         """Pairs inside a run, a token with itself included: the trapezoid around 0, of which d >= 0 is read."""
         self.add(length, length, 0, 1, weight)
 
     def total(self) -> np.ndarray:
-        counts = np.cumsum(np.cumsum(np.cumsum(self.impulses)))
+        counts = np.cumsum(np.cumsum(np.cumsum(np.cumsum(self.impulses))))
         return counts[self.offset : self.offset + self.target]
 
 
@@ -84,19 +84,51 @@ def pair_counts(scheme: str, context: int, prompt: int, target: int, *, count: i
     """Expected number of (query, key) pairs of a row at each relative distance 0..target-1, float64 [target].
 
     Exact: the sum over all outcomes of the scheme's draws, divided by their number. A token with itself counts (d = 0).
-    count: number of anchors (scheme `anchors`).
+    count: number of anchors (scheme `anchors`). Sentences are taken to be of equal length.
     """
     positions.check_sizes(context, prompt, target)
     if prompt > context:
         raise ValueError(f"the end prompt must not be longer than the context: {prompt=} {context=}")
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: {scheme=}")
+    n = context + prompt
+    if scheme == "randomised":
+        # 0 is in every row, any other place in a share of them, any two others in the product's
+        share = (n - 1) / max(1, target - 1)
+        both = share * max(0, n - 2) / max(1, target - 2)
+        return np.concatenate([[n], share + both * np.arange(target - 2, -1, -1)])
     counter = _Counter(target)
     outcomes = 1
     if scheme == "contiguous":
-        counter.within(context + prompt)
+        counter.within(n)
     elif scheme == "pose":
-        outcomes = _add_two_chunks(counter, context + prompt, target - context - prompt)
+        outcomes = _add_two_chunks(counter, n, target - n)
+    elif scheme == "relay":
+        outcomes = _add_spread(counter, positions.relay_starts(context, prompt), n, target - n, scheme)
+    elif scheme == "sentences":
+        outcomes = _add_spread(counter, positions.sentence_starts(n), n, target - n, scheme)
+    elif scheme == "endprompt-sentences":
+        starts, room = positions.sentence_starts(context), target - n
+        outcomes = _add_spread(counter, starts, context, room, scheme)
+        counter.within(prompt, weight=outcomes)
+        width = positions.stratum(len(starts) - 1, room, scheme)
+        for piece, (start, stop) in enumerate(zip(starts, [*starts[1:], context])):
+            shift = piece * width - 1 if piece else 0  # the farthest that the piece is moved towards the end
+            counter.add(
+                stop - start,
+                prompt,
+                target - prompt - start - shift,
+                width if piece else 1,
+                outcomes if not piece else width,
+            )
+    elif scheme == "sliding":
+        outcomes = target - n + 1
+        counter.within(1, weight=outcomes)
+        counter.within(context - 1, weight=outcomes)
+        counter.within(prompt, weight=outcomes)
+        counter.add(1, context - 1, 1, outcomes)
+        counter.add(1, prompt, target - prompt, weight=outcomes)
+        counter.add(context - 1, prompt, context - 1, outcomes)
     elif scheme == "endprompt-pose":
         room = target - prompt - context
         outcomes = _add_two_chunks(counter, context, room)
@@ -129,6 +161,19 @@ def _add_two_chunks(counter: _Counter, tokens: int, room: int) -> int:
     counter.add(tokens - first, tokens - first, 0, 1, weight=room + 1)
     counter.add(first, tokens - first, first, room + 1)
     return len(first) * (room + 1)
+
+
+def _add_spread(counter: _Counter, starts: list[int], n: int, room: int, scheme: str) -> int:
+    """A first piece that stays and others, each uniform in its own stratum; returns the outcomes of two draws."""
+    width = positions.stratum(len(starts) - 1, room, scheme)
+    sizes = np.diff([*starts, n])
+    for size_ in sizes:
+        counter.within(size_, weight=width**2)
+    for i, (start, length) in enumerate(zip(starts[1:], sizes[1:])):
+        counter.add(sizes[0], length, start + i * width, width, width)
+        for j in range(i):
+            counter.add(sizes[j + 1], length, start - starts[j + 1] + (i - j) * width, width, backward=width)
+    return width**2
 
 
 def gram(omega: Any, segments: Intervals) -> np.ndarray:

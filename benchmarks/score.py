@@ -232,24 +232,9 @@ def prepare(config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreT
         raise ValueError(
             f"lengths must be at most the checkpoint's window {window}: {over} (beyond_window allows longer ones)"
         )
-    key = cache.tokenizer_sha256(tokenizer)
-    return [
-        ruler_unit(
-            cache.cell(
-                task,
-                length,
-                tokenizer,
-                config.samples,
-                config.seed,
-                config.data_dir,
-                config.options,
-                config.cache_dir,
-                key,
-            )
-        )
-        for length in config.length_list
-        for task in names
-    ]
+    wanted = [(task, length) for length in config.length_list for task in names]
+    settings = (config.samples, config.seed, config.data_dir, config.options, config.cache_dir)
+    return [ruler_unit(cell) for cell in cache.cells(wanted, tokenizer, *settings)]
 
 
 def ruler_unit(cell: ruler.Cell) -> Unit:
@@ -269,7 +254,18 @@ def ruler_unit(cell: ruler.Cell) -> Unit:
         columns["shots"] = options.shots
     if ruler.SPECS[recipe["task"]].family == "vt":
         columns["hops"] = options.hops
-    return Unit(f"{recipe['task']}@{length}", recipe["task"], length, "ruler", metric, cell, found_share, columns)
+    return Unit(
+        f"{recipe['task']}@{length}",
+        recipe["task"],
+        length,
+        "ruler",
+        metric,
+        cell,
+        found_share,
+        columns,
+        recipe["samples_sha256"],
+        recipe["characters"],
+    )
 
 
 def found_share(sample: dict[str, Any], prediction: str) -> float:
@@ -300,8 +296,9 @@ def score_units(
         for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in RESULT_FILES)]:
             path.unlink(missing_ok=True)
     for unit in units:
-        unit.sha256 = ruler.samples_sha256(unit.samples)
-        unit.characters = sum(len(sample["input"]) for sample in unit.samples)
+        if not unit.sha256:
+            unit.sha256 = ruler.samples_sha256(unit.samples)
+            unit.characters = sum(len(sample["input"]) for sample in unit.samples)
     settings = run_sha256(config, model_config)
     out = rows.RunDirectory(directory, config) if rank == 0 else None
     done = finished(directory, units, settings)
@@ -563,6 +560,9 @@ def found_by_depth(entries: Entries, unit: Unit) -> list[dict[str, Any]]:
 
 
 def predicted(entries: Entries, unit: Unit) -> list[tuple[dict[str, Any], str]]:
-    """(sample, prediction) of a unit's predictions on disk."""
+    """(sample, prediction) of a unit's predictions on disk; RULER's samples without their prompt."""
     by_index = {index: e["prediction"] for (task, index), e in entries.items() if task == unit.name}
-    return [(unit.samples[i], text) for i, text in sorted(by_index.items()) if i < len(unit.samples)]
+    kept = [(i, text) for i, text in sorted(by_index.items()) if i < len(unit.samples)]
+    if isinstance(unit.samples, ruler.Cell):
+        return [(unit.samples.sample(i, whole=False), text) for i, text in kept]
+    return [(unit.samples[i], text) for i, text in kept]

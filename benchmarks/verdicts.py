@@ -101,7 +101,9 @@ class Arm:
     @property
     def label(self) -> str:
         """Without the scaling, which stands in a column of its own."""
-        first = {"contiguous": "contiguous, short", "full": "full length", "longlora": "LongLoRA", "base": self.name}
+        if self.kind == "base":
+            return "base" if self.scaling == "none" else "untrained"
+        first = {"contiguous": "contiguous, short", "full": "full length", "longlora": "LongLoRA"}
         parts = [" ".join(part for part in (first.get(self.kind, self.kind), self.prompt) if part)]
         if self.weight not in (None, 1.0 if self.prompt == "recall" else claims.CUE_WEIGHT):
             parts.append(f"weight {self.weight:g}")
@@ -408,7 +410,7 @@ def score_rows(contrast: Contrast) -> list[Row]:
 def interaction_rows(rows: Sequence[Row]) -> list[Row]:
     """Is a difference larger at the larger fold, or with YaRN than with PI? Differences of differences, seed by seed.
 
-    At the target length of each; questions 1, 3 and 4.
+    At the target length of each; questions 1, 3 and 4. Nothing is said where both arms fail in one of the settings.
     """
     found = []
     chosen = [row for row in rows if row["primary"] and row["task"] in ("q1", "q3", "q4")]
@@ -424,7 +426,7 @@ def interaction_rows(rows: Sequence[Row]) -> list[Row]:
         values = {seed: one["per_seed"][seed] - two["per_seed"][seed] for seed in _shared([one, two])}
         if values:
             row = {**one, **_estimated(values), "metric": metric, "against": against, "per_seed": values}
-            row |= {"p": estimates.over_seeds([*values.values()]).p, "both_fail": one["both_fail"] and two["both_fail"]}
+            row |= {"p": estimates.over_seeds([*values.values()]).p, "both_fail": one["both_fail"] or two["both_fail"]}
             found.append({key: value for key, value in row.items() if key != "ci95_bootstrap"})
     return found
 
@@ -458,7 +460,7 @@ def slope_rows(arms: Sequence[Arm]) -> list[Row]:
             scores = np.array([[arm.scores[length][seed] for seed in seeds] for arm in members])
             slopes = (x - x.mean()) @ scores / ((x - x.mean()) ** 2).sum()
             lines_of[key, length] = usual, dict(zip(seeds, slopes.tolist()))
-            extra = {"scores": scores.mean(axis=1).tolist(), "steps": [arm.steps for arm in members]}
+            extra = {"scores": scores.mean(axis=1).tolist(), "over_steps": [arm.steps for arm in members]}
             extra["both_fail"] = bool(scores.mean(axis=1).max() < FLOOR)
             contrast = Contrast(2, claims.SLOPE, usual, usual)
             rows.append(estimate_row(contrast, "slope", length, lines_of[key, length][1], **extra))
@@ -537,6 +539,8 @@ def cost_rows(arms: Sequence[Arm]) -> list[Row]:
                 extra = {"train_tokens": arm.tokens, "gpu_seconds": arm.seconds, "pareto": inside, "p": None}
                 contrast = Contrast(6, f"Pareto set by {metric}", arm, arm)
                 row = estimate_row(contrast, f"score_by_{metric}", arm.target, arm.scores[arm.target], **extra)
+                if row["ci95"]:  # of a score, not of a difference
+                    row["ci95"] = [max(0.0, row["ci95"][0]), min(100.0, row["ci95"][1])]
                 rows.append(row | {"pareto_share": share})
     return rows
 
@@ -658,8 +662,8 @@ def estimate_text(row: Row) -> str:
         unit, sign = " percent", ""
     elif metric == "slope":
         unit = " points for ten times the steps"
-    bounds = ", ".join(f"{bound:{sign}.{digits}f}" for bound in row["ci95"] or ())
-    return f"{row['value']:{sign}.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
+    value, *bounds = (f"{round(v, digits) + 0.0:{sign}.{digits}f}" for v in (row["value"], *(row["ci95"] or ())))
+    return f"{value}{unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------

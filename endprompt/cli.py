@@ -65,6 +65,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         argv = with_recipe(argv, recipes)
     types = typing.get_type_hints(config_type)
     argv = as_shells_write(with_underscores(argv, types), types, has_positionals(config_type))
+    argv = with_listed_words(argv, config_type)
     parser.add_class_arguments(config_type, as_positional=True)
     try:
         namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
@@ -179,6 +180,27 @@ def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: 
     return out
 
 
+def with_listed_words(argv: list[str], config_type: type) -> list[str]:
+    """The arguments as jsonargparse reads them where the positional argument is a list: its words as one list, last."""
+    fields = [f for f in dataclasses.fields(config_type) if _is_positional(f)]
+    if len(fields) != 1 or not _is_list(typing.get_type_hints(config_type)[fields[0].name]):
+        return argv
+    flags: list[str] = []
+    words: list[str] = []
+    place = 0
+    while place < len(argv):
+        argument = argv[place]
+        takes = argument.startswith("--") and "=" not in argument and argument not in ("--help", "--print_config")
+        (flags if argument.startswith("-") else words).append(argument)
+        if takes and place + 1 < len(argv):
+            place += 1
+            flags.append(argv[place])
+        place += 1
+    if len(words) == 1 and words[0].startswith("["):
+        return [*flags, *words]
+    return [*flags, json.dumps(words)] if words else flags
+
+
 def listed(values: list[str], kind: typing.Any) -> str:
     """The values as jsonargparse reads a list of this kind."""
     words = "int" not in str(kind) and "float" not in str(kind)
@@ -187,9 +209,11 @@ def listed(values: list[str], kind: typing.Any) -> str:
 
 def has_positionals(config_type: type) -> bool:
     """Whether a field has no default, which makes it a positional argument."""
-    missing = dataclasses.MISSING
-    fields = dataclasses.fields(config_type)
-    return any(field.default is missing and field.default_factory is missing for field in fields)
+    return any(map(_is_positional, dataclasses.fields(config_type)))
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _is_list(kind: typing.Any) -> bool:

@@ -20,19 +20,22 @@ class ExtendConfig:
         data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
-        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors
+        scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors, sliding,
+            relay, sentences, endprompt-sentences, randomised
         scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
             longrope
         factor: scaling factor; default target / window
         rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
             high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
             to 1 and to ntk's divisors
-        prompt: the end prompt: EP_1, EP_2, EP_3, recall, "text:YOUR WORDS", or a list of cues drawn from; none for
-            schemes without one; default EP_1 where the scheme needs one
-        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for recall
+        prompt: the end prompt: EP_1, EP_2, EP_3, "text:YOUR WORDS", or a list of cues drawn from; recall, recall-2
+            (quoted twice) or question (a document's own, else recall); none for schemes without one; default EP_1
+            where the scheme needs one
+        prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for what quotes
         recall_span: tokens that a recall prompt copies from the context
         recall_given: how many of them carry no loss
         anchors: number of anchors of the anchors scheme
+        pieces: of the context that the schemes sentences and endprompt-sentences move apart
         row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
         rows: rows of one step
         micro_rows: rows that go through the model at once; default all of a step
@@ -63,7 +66,8 @@ class ExtendConfig:
             or shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
             recomputes each layer
-        compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU)
+        compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU); graph records a whole
+            step as one CUDA graph, graph+layers one of compiled layers: for models whose steps are bound by launches
         device: cpu, cuda or auto
         save_every: steps between training states; 0 for none
         keep: how many training states are kept
@@ -93,6 +97,7 @@ class ExtendConfig:
     recall_span: int = 40
     recall_given: int = 12
     anchors: int = 4
+    pieces: int = 3
     row_tokens: int | None = None
     rows: int = 64
     micro_rows: int | None = None
@@ -141,6 +146,7 @@ OPTIMIZERS = ("auto", "adamw", "masters", "lean")
 FLOAT8 = ("none", "exact", "fast")
 DTYPES = ("float32", "bfloat16")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+COMPILE = ("auto", "layers", "none", "graph", "graph+layers")
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -177,7 +183,7 @@ def check_config(config: ExtendConfig) -> None:
             f"one of {', '.join(EXPORT_DTYPES)}",
         ),
         "seed": (config.seed, config.seed >= 0, "at least 0"),
-        "compile": (config.compile, config.compile in ("auto", "layers", "none"), "auto, layers or none"),
+        "compile": (config.compile, config.compile in COMPILE, f"one of {', '.join(COMPILE)}"),
         "device": (config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
         "keep": (config.keep, config.keep >= 1, "at least 1"),
         "save_every": (config.save_every, config.save_every >= 0, "at least 0"),
@@ -204,6 +210,8 @@ def check_config(config: ExtendConfig) -> None:
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
         )
+    if config.compile.startswith("graph"):
+        check_recordable(config)
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
     for key in ("steps", "tokens"):
@@ -212,9 +220,27 @@ def check_config(config: ExtendConfig) -> None:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
 
 
+def check_recordable(config: ExtendConfig) -> None:
+    """Raises ValueError if no CUDA graph can hold a step of this configuration."""
+    rules = {
+        "device": (config.device != "cpu", "cuda or auto"),
+        "optimizer": (config.optimizer in ("auto", "adamw") and config.dtype == "float32", "adamw on float32 weights"),
+        "checkpointing": (config.checkpointing == "none", "none"),
+        "attention": (config.attention != "flex", "one that needs no block mask"),
+        "scaling": (config.scaling not in ("dynamic", "longrope"), "one whose frequencies do not depend on positions"),
+    }
+    for key, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(
+                f"compile={config.compile!r} needs {key} to be {rule}: {key}={getattr(config, key)!r}"
+                + (f" dtype={config.dtype!r}" if key == "optimizer" else "")
+            )
+
+
 def method_name(config: ExtendConfig) -> str:
     """`scheme+prompt+scaling`, the `method` of result rows."""
-    scheme = f"anchors{config.anchors}" if config.scheme == "anchors" else config.scheme
+    number = {"anchors": config.anchors, "sentences": config.pieces, "endprompt-sentences": config.pieces}
+    scheme = f"{config.scheme}{number.get(config.scheme, '')}"
     names = prompt_names(config)
     return "+".join([scheme, *(["/".join(names)] if names else []), config.scaling])
 

@@ -20,8 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.positions import SCHEMES, WITH_PROMPT, anchor_ends, check_sizes, layout, sample_rng
-from endprompt.prompts import Cues, PromptKind, Recall
+from endprompt.positions import (
+    BY_SENTENCE,
+    PIECES,
+    RELAYS,
+    SCHEMES,
+    WITH_PROMPT,
+    anchor_ends,
+    check_sizes,
+    layout,
+    sample_rng,
+    stratum,
+)
+from endprompt.prompts import Cues, PromptKind, Question, Recall
 from endprompt.rows import file_sha256, parse_object, read_json_lines, sha256_of, write_text
 
 if TYPE_CHECKING:
@@ -154,6 +165,12 @@ class Documents:
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     """Text to token ids with no special tokens added."""
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokens_ending(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens whose text ends in one of the marks, spaces after it aside."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return frozenset(i for i, text in enumerate(texts) if text.rstrip(" ").endswith(marks))
 
 
 def tokenized(
@@ -332,6 +349,9 @@ class RowSpec:
     bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
     `drop` (counted), or `pack`, one after the other. long: what happens to longer ones: `split` into as many rows as
     have room, or `truncate` to the first row (counted).
+    pieces: of a context cut at ends of sentences (schemes BY_SENTENCE), at most.
+    line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
+    sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
     """
 
     row_tokens: int
@@ -345,6 +365,9 @@ class RowSpec:
     short: str = "drop"
     long: str = "split"
     seed: int = 0
+    pieces: int = PIECES
+    line_ends: frozenset[int] = frozenset()
+    sentence_ends: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -365,11 +388,15 @@ class RowSpec:
         check_sizes(self.row_tokens - longest, longest, self.target)
         if self.scheme == "anchors":
             anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
+        if self.scheme == "relay" or self.scheme in BY_SENTENCE:
+            stratum(RELAYS if self.scheme == "relay" else self.pieces - 1, self.target - self.row_tokens, self.scheme)
         if isinstance(self.prompt, Recall) and self.row_tokens - longest - (self.bos is not None) < self.prompt.span:
             raise ValueError(
                 f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
                 f"context={self.row_tokens - longest}"
             )
+        if self.pieces < 2:
+            raise ValueError(f"a context is cut into at least 2 pieces: pieces={self.pieces}")
         for name in ("completion_weight", "prompt_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
@@ -416,11 +443,14 @@ class Rows:
             self.documents = pack(self.documents, needed)
         lengths = self.documents.lengths
         has_completion = self.documents.completions < self.documents.offsets[1:]
+        least = np.full(len(lengths), needed)
+        if isinstance(spec.prompt, Question):  # the end prompt is part of these documents
+            least[has_completion] = spec.row_tokens - (spec.bos is not None)
         single = has_completion | (spec.long == "truncate")
-        units = np.where(single, np.minimum(lengths // needed, 1), lengths // needed)
+        units = np.where(single, np.minimum(lengths // least, 1), lengths // least)
         self.dropped = int(np.count_nonzero(units == 0))
         self.dropped_tokens = int(lengths[units == 0].sum())
-        self.truncated_tokens = int((lengths - needed)[single & (units == 1)].sum())
+        self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
@@ -449,18 +479,47 @@ class Rows:
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input_ids int64 (T,), position_ids int64 (T,), weights float32 (T,)) of one row."""
         spec, rng = self.spec, sample_rng(self.spec.seed, index)
+        unit = self.unit(index)
+        question = self._question(unit) if isinstance(spec.prompt, Question) else 0
         choice = spec.prompt.choose(rng) if spec.prompt else 0
-        b = spec.prompt.length(choice) if spec.prompt else 0
+        b = question or (spec.prompt.length(choice) if spec.prompt else 0)
         a = spec.row_tokens - b
-        options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
-        placed = layout(spec.scheme, a, b, spec.target, rng, **options)
-        context, weights = self._context(self.unit(index), a, placed.split, rng)
+        if spec.scheme in BY_SENTENCE:
+            context, weights = self._context(unit, a + question, None, rng)
+            last = a if question else a - self._question(unit)  # a question in the context stays in one piece
+            starts = self._sentence_starts(context[:a], last, rng)
+            placed = layout(spec.scheme, a, b, spec.target, rng, starts=starts)
+        else:
+            options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
+            placed = layout(spec.scheme, a, b, spec.target, rng, **options)
+            context, weights = self._context(unit, a + question, placed.split, rng)
         weights[0] = 0.0  # nothing predicts the first token
-        if spec.prompt is not None:
+        if spec.prompt is not None and not question:
             prompt = spec.prompt.build(choice, context, rng)
             context = np.concatenate([context, prompt.tokens])
             weights = np.concatenate([weights, prompt.scored.astype(np.float32) * spec.prompt_weight])
         return context, placed.position_ids, weights
+
+    def _question(self, unit: int) -> int:
+        """Tokens of the document's last line before its completion, and of the completion; 0 without a completion.
+
+        At most half a row: a longer line is cut at its front.
+        """
+        _, hi = self._span(unit)
+        completion = int(self.documents.completions[self._document[unit]])
+        if completion == hi:
+            return 0
+        most = self.spec.row_tokens // 2
+        before = np.asarray(self.documents.tokens[max(hi - most, 0) : completion])
+        ends = np.flatnonzero(np.isin(before, list(self.spec.line_ends)))
+        return min(most, hi - completion + len(before) - (int(ends[-1]) + 1 if len(ends) else 0))
+
+    def _sentence_starts(self, context: np.ndarray, last: int, rng: np.random.Generator) -> list[int]:
+        """0 and some places behind ends of sentences and lines, up to `last`; all of them if there are few."""
+        ends = np.isin(context[:-1], list(self.spec.line_ends | self.spec.sentence_ends))
+        places = np.flatnonzero(ends) + 1
+        places = places[places <= last]
+        return [0, *np.sort(rng.choice(places, min(self.spec.pieces - 1, len(places)), replace=False)).tolist()]
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""

@@ -27,6 +27,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights_N: torch.Tensor,
         chunk: int,
         head_sum_VD: torch.Tensor | None,
+        fuse: bool,
     ) -> torch.Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -41,7 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows in torch.arange(len(labels_N)).split(chunk):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 hidden = hidden_ND[part].to(dtype)
-                loss, grad_logits = _chunk(hidden @ head.T, labels_N[part], weights_N[part])
+                chunk_of = _chunk if fuse else _chunk_eager
+                loss, grad_logits = chunk_of(hidden @ head.T, labels_N[part], weights_N[part])
                 total += loss
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ head).to(grad_hidden.dtype)
@@ -57,6 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
             None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype),
+            None,
             None,
             None,
             None,
@@ -119,6 +122,8 @@ def linear_cross_entropy(
     weights_N: torch.Tensor,
     chunk: int | None = None,
     head_sum_VD: torch.Tensor | None = None,
+    every_token: bool = False,
+    fuse: bool = True,
 ) -> torch.Tensor:
     """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
 
@@ -126,15 +131,18 @@ def linear_cross_entropy(
     out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
     chunk: tokens at a time; default as many as give 2**29 logits on a GPU, 2**23 on a CPU.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
+    every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: torch.compile
+    the elementwise part on CUDA.
     """
     if chunk is None:
         chunk = max(1, (2**29 if hidden_ND.device.type == "cuda" else 2**23) // head_VD.shape[0])
-    keep = weights_N > 0
-    if not bool(keep.all()):
-        hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
+    if not every_token:
+        keep = weights_N > 0
+        if not bool(keep.all()):
+            hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
     if not len(labels_N):
         return (hidden_ND.sum() + head_VD.sum()).float() * 0.0  # both keep a gradient, of zeros
-    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD)
+    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD, fuse)
 
 
 def logits_cross_entropy(logits_ND: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from endprompt import distributed, rope
+from endprompt import distributed, flash4, rope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -170,8 +170,9 @@ def _causal_only_flash(name: str) -> Callable[..., Any]:
             raise ValueError(f"{name} is for training without dropout: {dropout=}")
         # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
         parts_BTHD = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
-        out = _flash_kernel(name, *parts_BTHD, scaling)
-        return out.contiguous(), None
+        if name == "flash_attention_4":
+            return flash4.attend(*parts_BTHD, scaling), None
+        return _flash_kernel(name, *parts_BTHD, scaling).contiguous(), None
 
     return attention
 

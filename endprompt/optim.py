@@ -40,14 +40,25 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     seed: int = 0,
+    recorded: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer by name over the parameters that require a gradient. Raises ValueError for an unknown name."""
+    """The optimizer by name over the parameters that require a gradient. Raises ValueError for an unknown name.
+
+    recorded: adamw whose steps a CUDA graph can hold: its rate is a tensor on the parameters' device.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "lean":
         return LeanAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed)
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}: optimizer={name!r}")
     fused = bool(parameters) and parameters[0].device.type == "cuda"
+    if recorded:
+        rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
+        made = torch.optim.AdamW(
+            parameters, lr=rate, betas=betas, weight_decay=weight_decay, fused=fused, capturable=fused
+        )
+        made._warned_capturable_if_run_uncaptured = True  # its first steps run as written
+        return made
     exact = MasterAdamW if name == "masters" else torch.optim.AdamW
     return exact(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 

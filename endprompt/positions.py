@@ -7,7 +7,7 @@ generator made of (seed, sample index), so resume is exact and the number of wor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,83 @@ def endprompt_pose(context: int, prompt: int, target: int, rng: np.random.Genera
     return Layout(_with_terminal(positions, prompt, target - prompt), split)
 
 
+def sliding(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """The first token at 0, the end prompt at L-b..L-1, the rest of the text in one piece anywhere between them (ours).
+
+    The text starts at 1 + u, u ~ U{0..L-n}. What this imitates is a window of a long document: attention falls on the
+    first token wherever the query is (Xiao et al. 2023, arXiv:2309.17453), the question stands at the end, and what it
+    asks for lies at a uniform depth.
+    """
+    shift = int(_need(rng, "sliding").integers(0, target - prompt - context, endpoint=True))
+    positions = np.arange(context, dtype=np.int64)
+    positions[1:] += shift
+    return Layout(_with_terminal(positions, prompt, target - prompt))
+
+
+#: Parts of the end prompt in the relay scheme, and pieces of a context cut at ends of sentences unless said otherwise.
+RELAYS, PIECES = 2, 3
+
+
+def relay(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """Context at 0..a-1, then the end prompt in two parts, each at a random place of its own half of the rest (ours).
+
+    So each row shows a near distance and a far one. With the prompt `recall-2` a part is a quotation.
+    """
+    return _spread(relay_starts(context, prompt), context + prompt, target, _need(rng, "relay"), "relay")
+
+
+def relay_starts(context: int, prompt: int) -> list[int]:
+    """Where the context and the parts of the end prompt begin; the first parts take what does not divide."""
+    return [0, *(context + (part * prompt + RELAYS - 1) // RELAYS for part in range(min(RELAYS, prompt)))]
+
+
+def sentences(
+    context: int,
+    prompt: int,
+    target: int,
+    rng: np.random.Generator | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+) -> Layout:
+    """The row as what is left of a long document of which only some sentences were kept, each at its place (ours).
+
+    Pieces begin at `starts` (rising, the first is 0; default three equal pieces). PoSE with stratified
+    places and no torn sentence: the trainer cuts at random ends of sentences and lines.
+    """
+    n = context + prompt
+    return _spread(sentence_starts(n) if starts is None else starts, n, target, _need(rng, "sentences"), "sentences")
+
+
+def endprompt_sentences(
+    context: int,
+    prompt: int,
+    target: int,
+    rng: np.random.Generator | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+) -> Layout:
+    """`sentences` in the context, then the end prompt at L-b..L-1 (ours), as endprompt-pose is to pose."""
+    begin = sentence_starts(context) if starts is None else starts
+    name = "endprompt-sentences"
+    placed = _spread(begin, context, target - prompt, _need(rng, name), name)
+    return Layout(_with_terminal(placed.position_ids, prompt, target - prompt))
+
+
+def sentence_starts(n: int) -> list[int]:
+    """Where equal pieces of a row of n tokens begin, as many as the sentences scheme makes."""
+    pieces = min(PIECES, n)
+    return [piece * n // pieces for piece in range(pieces)]
+
+
+def randomised(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
+    """Randomised positions (Ruoss et al. 2023, arXiv:2305.16843): a sorted random subset of 0..L-1, here with 0 in it.
+
+    No two tokens keep their distance: the control for schemes that leave the text in one piece.
+    """
+    chosen = _need(rng, "randomised").choice(target - 1, context + prompt - 1, replace=False)
+    return Layout(np.concatenate([[0], np.sort(chosen) + 1]).astype(np.int64))
+
+
 SCHEMES: dict[str, Callable[..., Layout]] = {
     "contiguous": contiguous,
     "endprompt": endprompt,
@@ -96,9 +173,20 @@ SCHEMES: dict[str, Callable[..., Layout]] = {
     "pose": pose,
     "endprompt-pose": endprompt_pose,
     "anchors": anchors,
+    "sliding": sliding,
+    "relay": relay,
+    "sentences": sentences,
+    "endprompt-sentences": endprompt_sentences,
+    "randomised": randomised,
 }
 #: Schemes whose end prompt has a place of its own; the others train without one.
-WITH_PROMPT = frozenset({"endprompt", "endprompt-random", "endprompt-pose", "anchors"})
+WITH_PROMPT = frozenset(
+    {"endprompt", "endprompt-random", "endprompt-pose", "anchors", "sliding", "relay", "endprompt-sentences"}
+)
+#: Schemes that move pieces of the context, cut at ends of sentences, apart.
+BY_SENTENCE = frozenset({"sentences", "endprompt-sentences"})
+#: Schemes whose text keeps its distances from the second token on: a jump only stands where a text ends.
+TEXT_WHOLE = frozenset({"contiguous", "endprompt", "endprompt-random", "anchors", "sliding", "relay"})
 
 
 def layout(
@@ -114,7 +202,7 @@ def layout(
 def position_ids(
     scheme: str, context: int, prompt: int, target: int, rng: np.random.Generator | None = None, **options: Any
 ) -> np.ndarray:
-    """Position ids of one row, int64 (context + prompt,). `options`: count (anchors)."""
+    """Position ids of one row, int64 (context + prompt,). `options`: count (anchors), starts (by sentence)."""
     return layout(scheme, context, prompt, target, rng, **options).position_ids
 
 
@@ -169,6 +257,24 @@ def _two_chunks(n: int, room: int, rng: np.random.Generator) -> tuple[np.ndarray
     positions = np.arange(n, dtype=np.int64)
     positions[first:] += skip
     return positions, first
+
+
+def _spread(starts: Sequence[int], n: int, target: int, rng: np.random.Generator, scheme: str) -> Layout:
+    """The first piece stays; piece i = 1..m is moved by a uniform draw from the i-th of m equal strata of 0..L-n."""
+    moved = len(starts) - 1
+    width = stratum(moved, target - n, scheme)
+    offsets = [0, *(piece * width + int(rng.integers(0, width - 1, endpoint=True)) for piece in range(moved))]
+    return Layout(np.arange(n, dtype=np.int64) + np.repeat(offsets, np.diff([*starts, n])))
+
+
+def stratum(moved: int, room: int, scheme: str) -> int:
+    """Places of one of `moved` strata of 0..room. Raises ValueError if there are fewer places than strata."""
+    if room + 1 < moved:
+        raise ValueError(
+            f"scheme {scheme!r} moves {moved} pieces apart, so the target must exceed the row by at least "
+            f"{moved - 1} tokens: it exceeds it by {room}"
+        )
+    return (room + 1) // max(1, moved)
 
 
 def _with_terminal(context_positions: np.ndarray, prompt: int, start: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """End prompts: the short segment after the context that is placed at the far positions.
 
-Two kinds. A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn
-to predict it without looking at the context. `recall` (ours) is a cue followed by a span copied from the context, with
-loss on the span after its first few tokens: its tokens can only be predicted by attending across the distance.
+A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn to predict
+it without looking at the context. Ours must be read from the context. `recall` is a cue and a span copied from the
+context, with loss on the span after its first few tokens; `recall-2` is that twice. `question` takes the last line of a
+document with a completion, its question, as the end prompt, and is `recall` for the others.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ class Cues:
 
 @dataclass(frozen=True)
 class Recall:
-    """A cue and a span of the context; the cue and the span's first `given` tokens carry no loss."""
+    """A cue and a span of the context, `times` over; the cue and a span's first `given` tokens carry no loss."""
 
     cue: tuple[int, ...]
     span: int
     given: int
+    times: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.given < self.span:
@@ -74,7 +76,7 @@ class Recall:
 
     @property
     def longest(self) -> int:
-        return len(self.cue) + self.span
+        return self.times * (len(self.cue) + self.span)
 
     def choose(self, rng: np.random.Generator) -> int:
         return 0
@@ -83,31 +85,46 @@ class Recall:
         return self.longest
 
     def build(self, choice: int, context: np.ndarray, rng: np.random.Generator) -> EndPrompt:
-        """`context`: int64 (a,), of at least `span` tokens; the span starts anywhere in it."""
+        """`context`: int64 (a,), of at least `span` tokens; a span starts anywhere in it."""
         if len(context) < self.span:
             raise ValueError(f"recall copies {self.span} tokens, the context has only {len(context)}")
-        start = int(rng.integers(len(context) - self.span, endpoint=True))
-        tokens = np.concatenate([np.asarray(self.cue, dtype=np.int64), context[start : start + self.span]])
-        scored = np.zeros(len(tokens), dtype=bool)
-        scored[len(self.cue) + self.given :] = True
-        return EndPrompt(tokens, scored)
+        parts = []
+        for _ in range(self.times):
+            start = int(rng.integers(len(context) - self.span, endpoint=True))
+            parts += [np.asarray(self.cue, dtype=np.int64), context[start : start + self.span]]
+        scored = np.arange(len(self.cue) + self.span) >= len(self.cue) + self.given
+        return EndPrompt(np.concatenate(parts), np.tile(scored, self.times))
+
+
+@dataclass(frozen=True)
+class Question(Recall):
+    """The last line of a document with a completion, and the completion; documents without one are quoted from.
+
+    The line is part of the document and weighs as there: only the quotation is built here.
+    """
 
 
 PromptKind = Cues | Recall
+#: Prompts that must be read from the context; they are scored in full by default, and not mixed with cues.
+READ = {"recall": Recall, "recall-2": Recall, "question": Question}
 
 
 def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, recall_given: int = 12) -> PromptKind:
-    """The end prompt by name: `recall`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...` (the user's own words).
+    """The end prompt by name: `recall`, `recall-2`, `question`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...`.
+
+    text: the user's own words.
 
     encode: text to token ids, without special tokens added. Raises ValueError for an unknown name, an empty prompt, or
     an EP_2 that the tokenizer has no single token for.
     """
     if not names:
         raise ValueError("at least one end prompt must be named: prompt=[]")
-    if "recall" in names:
+    read = [name for name in names if name in READ]
+    if read:
         if len(names) > 1:
-            raise ValueError(f"recall cannot be mixed with fixed cues: prompt={list(names)}")
-        return Recall(tuple(encode(RECALL_CUE)), recall_span, recall_given)
+            raise ValueError(f"{read[0]} cannot be mixed with other prompts: prompt={list(names)}")
+        times = 2 if read[0] == "recall-2" else 1
+        return READ[read[0]](tuple(encode(RECALL_CUE)), recall_span, recall_given, times)
     lists = []
     for name in names:
         if name.startswith(LITERAL):
@@ -115,7 +132,7 @@ def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, 
         elif name in CUES:
             text = CUES[name]
         else:
-            raise ValueError(f"prompt must be recall, {', '.join(CUES)} or text:YOUR WORDS: prompt={name!r}")
+            raise ValueError(f"prompt must be {', '.join([*READ, *CUES])} or text:YOUR WORDS: prompt={name!r}")
         tokens = tuple(encode(text))
         if not tokens:
             raise ValueError(f"an end prompt must have at least one token: prompt={name!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config
 
 from endprompt import checkpoint, distributed, linears, longlora
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
-from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch
+from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
+from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
 from endprompt.model import (
@@ -41,9 +44,10 @@ from endprompt.model import (
 )
 from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.plan import GIB, PlanConfig, fitting
+from endprompt.positions import BY_SENTENCE
 from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
-from endprompt.prompts import prompt_kind
-from endprompt.recompute import checkpoint_layers
+from endprompt.prompts import READ, prompt_kind
+from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
 
 if TYPE_CHECKING:
@@ -63,8 +67,9 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         )
     weight = config.prompt_weight
     if weight is None:
-        weight = 1.0 if names == ["recall"] else 0.1
+        weight = 1.0 if READ.keys() & names else 0.1
     bos = tokenizer.bos_token_id
+    by_sentences = config.scheme in BY_SENTENCE
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return RowSpec(
         row_tokens=config.row_tokens or window,
@@ -72,12 +77,15 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         scheme=config.scheme,
         prompt=prompt,
         anchors=config.anchors,
+        pieces=config.pieces,
         completion_weight=config.completion_weight,
         prompt_weight=weight,
         bos=bos if adds_bos else None,
         short=config.short_documents,
         long=config.long_documents,
         seed=config.seed,
+        line_ends=tokens_ending(tokenizer, ("\n",)) if by_sentences or names == ["question"] else frozenset(),
+        sentence_ends=tokens_ending(tokenizer, (".", "!", "?")) if by_sentences else frozenset(),
     )
 
 
@@ -124,7 +132,7 @@ def extend(config: ExtendConfig) -> Path:
     def make_model(device: str) -> PreTrainedModel:
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
-    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype)
+    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window)
 
 
 def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -146,8 +154,12 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     make_model: Callable[[str], PreTrainedModel],
     source_dtype: Any,
+    window: int | None = None,
 ) -> Path:
-    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
+    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
+
+    window: of the checkpoint that is extended, None for a model from random weights.
+    """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
     with distributed.world(config.device) as here, distributed.only_run(output, here):
@@ -193,7 +205,7 @@ def run(
             trainer.fit(work / "states")
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-        return finish(config, trainer, tokenizer, work, output, source_dtype)
+        return finish(config, trainer, tokenizer, work, output, source_dtype, window)
 
 
 def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str) -> str:
@@ -276,7 +288,9 @@ def finish(
     work: Path,
     output: Path,
     source_dtype: Any,
+    window: int | None,
 ) -> Path:
+    spec = trainer.rows.spec
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
     weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
     if not trainer.here.main:
@@ -288,9 +302,12 @@ def finish(
     about = {
         "method": method_name(config),
         "model": Path(config.model).name,
+        "window": window,
         "target": config.target,
+        "row_tokens": spec.row_tokens,
+        "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,
-        "tokens": trainer.steps * config.rows * trainer.rows.spec.row_tokens,
+        "tokens": trainer.steps * config.rows * spec.row_tokens,
         "documents_dropped": trainer.rows.dropped,
         "tokens_dropped": trainer.rows.dropped_tokens,
         "tokens_truncated": trainer.rows.truncated_tokens,
@@ -316,9 +333,10 @@ def finish(
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
-    def __init__(self, model: PreTrainedModel, autocast: bool):
+    def __init__(self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True):
+        """every_token, fuse: as in `linear_cross_entropy`."""
         super().__init__()
-        self.model, self.autocast = model, autocast
+        self.model, self.autocast, self.every_token, self.fuse = model, autocast, every_token, fuse
 
     def forward(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
@@ -336,7 +354,8 @@ class Objective(torch.nn.Module):
                 return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
-            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights)
+            hidden_ND = hidden[:, :-1].flatten(0, 1)
+            return linear_cross_entropy(hidden_ND, head, labels, weights, every_token=self.every_token, fuse=self.fuse)
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
         hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
@@ -360,7 +379,36 @@ def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Op
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         seed=config.seed,
+        recorded=config.compile.startswith("graph"),
     )
+
+
+def optimizer_step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    micro: int,
+    clip: float,
+    processes: int,
+    ids_BT: torch.Tensor,
+    positions_BT: torch.Tensor,
+    weights_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, gradient and update from one process's rows; returns (its share of the loss, norm before clipping).
+
+    micro: rows that go through the model at once.
+    """
+    total = distributed.total(weights_BT.sum())
+    loss = torch.zeros((), device=ids_BT.device)
+    with attention_backends(ids_BT.device):
+        for start in range(0, len(ids_BT), micro):
+            part = slice(start, start + micro)
+            part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
+            (part_loss * processes).backward()  # FSDP takes the mean over the processes, we want the sum
+            loss += part_loss.detach()
+    norm = distributed.whole(clip_gradients(optimizer, clip))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
 
 
 class Trainer:
@@ -389,14 +437,20 @@ class Trainer:
             longlora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
-        checkpoint_layers(decoder_layers(model), config.checkpointing)
-        if here.size == 1:
+        compiled = config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda")
+        if compiled and config.checkpointing == "selective":
+            torch._functorch.config.activation_memory_budget = memory_budget(config.float8)
+        else:
+            checkpoint_layers(decoder_layers(model), config.checkpointing)
+        self.graph: StepGraph | None = None
+        if config.compile.startswith("graph"):
+            self.graph = self.step_graph()
+            self.optimizer = self.graph.optimizer
+        elif here.size == 1:
             self.optimizer = optimizer_of(config, model)
         if config.optimizer == "lean":
-            if self.device.type == "cuda":
-                linears.join(model)
             linears.convert(model, config.float8)
-        if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
+        if compiled:
             for layer in decoder_layers(model):
                 layer.compile()
         self.loss = Objective(model, autocast=config.autocast and here.size == 1)
@@ -514,6 +568,8 @@ class Trainer:
     def train_step(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns (loss, gradient norm before clipping) as tensors, without waiting for them."""
         config = self.config
+        if self.graph:
+            return self.graph.step(batch.input_ids, batch.position_ids, batch.weights, rate)
         ids, positions, weights = (
             torch.from_numpy(part.copy()).to(self.device, non_blocking=True)
             for part in (batch.input_ids, batch.position_ids, batch.weights)
@@ -521,22 +577,35 @@ class Trainer:
         # dropout, if the model has any, is a function of the step too
         seed = (config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank
         (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
-        total = distributed.total(weights.sum())
-        micro = config.micro_rows or len(ids)
-        loss = torch.zeros((), device=self.device)
-        with attention_backends(self.device):
-            for start in range(0, len(ids), micro):
-                part = slice(start, start + micro)
-                part_loss = self.loss(ids[part], positions[part], weights[part]) / total
-                (part_loss * self.here.size).backward()  # FSDP takes the mean over the processes, we want the sum
-                loss += part_loss.detach()
-        norm = distributed.whole(clip_gradients(self.optimizer, config.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        micro = config.micro_rows or len(ids)
+        loss, norm = optimizer_step(
+            self.loss, self.optimizer, micro, config.clip, self.here.size, ids, positions, weights
+        )
         linears.after_step(self.model)
         return distributed.total(loss), norm
+
+    def step_graph(self) -> StepGraph:
+        """The graph of this run's steps; one that an earlier run of the same shapes has left is used again.
+
+        Raises ValueError for what no graph can hold.
+        """
+        config, model, device = self.config, self.model, self.device
+        check_device(config, model, self.here)
+        tokens, micro = self.rows.spec.row_tokens, config.micro_rows or config.rows
+        layers = config.compile == "graph+layers"
+
+        def make() -> StepGraph:
+            optimizer = optimizer_of(config, model)
+            if layers:
+                for layer in decoder_layers(model):
+                    layer.compile(dynamic=False)
+            objective = Objective(model, config.autocast, every_token=True, fuse=layers)
+            work = functools.partial(optimizer_step, objective, optimizer, micro, config.clip, 1)
+            return StepGraph(model, optimizer, work, (config.rows, tokens), device)
+
+        return shared_graph(recorded_values(config, model, (config.rows, tokens)), model, make)
 
 
 def plain_head(model: PreTrainedModel) -> bool:

@@ -57,8 +57,8 @@ def draw_bars(ax: Axes, bars: Sequence[Bar], digits: int, hatch: bool = False) -
         ax.bar(i, bar.value, width=0.62, color=bar.color, hatch=style.MEASURED_HATCH if hatch else None, zorder=2)
         top = bar.value
         if bar.lo == bar.lo:
-            ax.vlines(i, bar.lo, bar.hi, color="#222222", linewidth=0.9, zorder=3)
-            top = bar.hi
+            top = min(bar.hi, 100.0)  # few seeds can have an interval that leaves the scale
+            ax.vlines(i, max(bar.lo, 0.0), top, color="#222222", linewidth=0.9, zorder=3)
         ax.annotate(f"{bar.value:.{digits}f}", (i, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     ax.set_xticks(range(len(bars)), [bar.name for bar in bars])
     ax.tick_params(axis="x", length=0)

@@ -22,11 +22,17 @@ FIGURES = (
     "depth_by_length",
     "cost",
     "smoothness_against_score",
+    "lab_scores",
+    "score_against_steps",
+    "anchor_place",
     "coverage",
     "gap_rms_against_k",
     "bound_against_measured",
 )
-TABLES = tuple(f"table_{number}" for number in range(1, 10))
+TABLES = (
+    *(f"table_{number}" for number in range(1, 10)),
+    *(f"question_{number}" for number in range(1, 8)),
+)
 NAMES = (*FIGURES, *TABLES)
 
 

@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+
+from paper_figures import lab
 
 DATA = Path(__file__).resolve().parent / "data"
 #: The version of the rows this package reads (`schema` in a row), and the columns that every row has.
@@ -39,8 +41,9 @@ KINDS = {"suite": str, "task": str, "metric": str, "value": float, "model": str,
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 #: A cell that is scored once: two rows that agree in these must agree in their value.
 CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
-#: Suites without samples that are scored: a timing may be taken again, bounds hold on whatever text.
-NOT_SCORES = ("training-speed", "analysis")
+#: Suites without samples that are scored: a timing may be taken again, bounds hold on whatever text, estimates are made
+#: of other rows.
+NOT_SCORES = ("training-speed", "analysis", "lab", "lab-question")
 #: How a method was run, where rows carry it: rows of one method that differ in these are told apart, never averaged.
 CONDITIONS = ("window", "target", "steps", "prompt_weight")
 
@@ -56,11 +59,15 @@ class Inputs:
     files: CSV below data/ (without .csv) -> the columns used.
     rows: suite of the result rows -> the columns used beyond those that every row has.
     needs_rows: without rows there is nothing to draw; otherwise they stand beside the published numbers.
+    lab: what becomes of a lab's rows (those with the column `arm`; see lab.py). `only`: they alone are read. `all`:
+        they are, or other rows where there are none. `first`: the same, but of the lab one base and fold (see
+        lab.reference). `last`: those only where there are no other rows.
     """
 
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     needs_rows: bool = False
+    lab: Literal["only", "all", "first", "last"] = "last"
 
 
 #: The columns of a row that a figure reads, as messages and README.md name them.
@@ -76,7 +83,7 @@ def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """
     frames = {name: read_published(name, columns) for name, columns in inputs.files.items()}
     for suite, extras in inputs.rows.items():
-        frame = rows[rows["suite"] == suite]
+        frame = of_lab(rows[rows["suite"] == suite], inputs.lab)
         columns = ", ".join((*SHOWN, *extras))
         if inputs.needs_rows and frame.empty:
             raise NoData(
@@ -87,9 +94,26 @@ def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         if len(frame) and not complete.any():
             raise NoData(f"needs the columns {columns} in rows of suite {suite!r}; {frame['origin'].iloc[0]} lacks one")
         check_cells(frame)
-        frame = distinguish(frame[complete])
+        # A figure of several bases and folds tells arms apart by itself.
+        several = inputs.lab in ("only", "all") and is_lab(frame)
+        frame = frame[complete] if several else distinguish(frame[complete])
         frames[suite] = frame.reindex(columns=dict.fromkeys([*frame.columns, *REQUIRED, *extras, "lo", "hi", "origin"]))
     return frames
+
+
+def of_lab(rows: pd.DataFrame, choice: str) -> pd.DataFrame:
+    """Rows of a lab, or the others, as Inputs.lab says; suites that a lab does not write are left as they are."""
+    if not is_lab(rows):
+        return rows.iloc[:0] if choice == "only" and "ruler" in set(rows["suite"]) else rows
+    mine, others = rows[rows["arm"].notna()], rows[rows["arm"].isna()]
+    if choice in ("only", "all"):
+        return mine
+    return others if choice == "last" and len(others) else lab.reference(mine)
+
+
+def is_lab(rows: pd.DataFrame) -> bool:
+    """Do these rows come from a lab?"""
+    return "arm" in rows and bool(rows["arm"].notna().any())
 
 
 def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,6 +155,8 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
         rows.extend(_read_rows(path))
         if source.is_dir() and (source / "depth.jsonl").is_file():
             rows.extend(_read_depths(source / "depth.jsonl"))
+        if source.is_dir() and (source / "questions.jsonl").is_file():
+            rows.extend(_read_rows(source / "questions.jsonl"))
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*REQUIRED, "lo", "hi", "origin"])
 
 
@@ -217,21 +243,25 @@ def check_cells(rows: pd.DataFrame) -> None:
     rows = rows[~rows["suite"].isin(NOT_SCORES)]
     if rows.empty:
         return
-    where = ["suite", "task", "length", "seed"]
-    for key, group in rows.groupby(where, dropna=False):
-        hashes = group["samples_sha256"].fillna("none")
-        if hashes.nunique() > 1:
-            first, other = group.iloc[0], group[hashes != hashes.iloc[0]].iloc[0]
-            raise ValueError(
-                f"{other['origin']}: samples_sha256 must be the same for all methods at "
-                f"{', '.join(f'{k}={v}' for k, v in zip(where, key))}, but {other['method']!r} differs from "
-                f"{first['method']!r} ({first['origin']})"
-            )
-    keys = [column for column in (*CELL, *CONDITIONS) if column in rows]
-    for _, group in rows.groupby(keys, dropna=False):
-        if group["value"].nunique() > 1:
-            first, other = group.iloc[0], group[group["value"] != group["value"].iloc[0]].iloc[0]
-            raise ValueError(
-                f"{other['origin']}: value={other['value']} of {other['method']!r} differs from "
-                f"{first['value']} for the same cell ({first['origin']})"
-            )
+    where = [column for column in ("suite", "task", "length", "seed", "base") if column in rows]
+    hashes = rows["samples_sha256"].fillna("none")
+    mixed = hashes.groupby([rows[column] for column in where], dropna=False).transform("nunique") > 1
+    if mixed.any():
+        first = rows[mixed].iloc[0]
+        same = (rows[where].fillna("none") == first[where].fillna("none")).all(axis=1)
+        other = rows[same & (hashes != hashes[mixed].iloc[0])].iloc[0]
+        raise ValueError(
+            f"{other['origin']}: samples_sha256 must be the same for all methods at "
+            f"{', '.join(f'{column}={first[column]}' for column in where)}, but {other['method']!r} differs from "
+            f"{first['method']!r} ({first['origin']})"
+        )
+    keys = [column for column in (*CELL, *CONDITIONS, "base") if column in rows]
+    differing = rows["value"].groupby([rows[column] for column in keys], dropna=False).transform("nunique") > 1
+    if differing.any():
+        first = rows[differing].iloc[0]
+        same = (rows[keys].fillna("none") == first[keys].fillna("none")).all(axis=1)
+        other = rows[same & (rows["value"] != first["value"])].iloc[0]
+        raise ValueError(
+            f"{other['origin']}: value={other['value']} of {other['method']!r} differs from "
+            f"{first['value']} for the same cell ({first['origin']})"
+        )

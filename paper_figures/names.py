@@ -74,6 +74,10 @@ SCALINGS = {
 }
 
 
+#: Schemes whose name in the rows is not their name in a picture.
+SCHEMES = {"full": "full length", "longlora": "LongLoRA"}
+
+
 class Method(NamedTuple):
     """A method as its rows name it: `base`, or scheme, prompt kind and scaling joined by `+`.
 
@@ -93,7 +97,7 @@ class Method(NamedTuple):
         elif self.prompt == "recall":
             first = self.arm
         else:
-            first = " ".join(part for part in (self.scheme, self.prompt) if part)
+            first = " ".join(part for part in (SCHEMES.get(self.scheme, self.scheme), self.prompt) if part)
         return ", ".join(part for part in (first, scaling, *(c.replace("=", " ") for c in self.conditions)) if part)
 
     @property

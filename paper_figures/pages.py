@@ -1,4 +1,4 @@
-"""The package's two written pages, made from what it draws and finds: `python -m paper_figures.pages` writes them."""
+"""The package's written pages, made from what it draws and finds: `python -m paper_figures.pages` writes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paper_figures import audit, catalog
-from paper_figures.data import CONDITIONS, REQUIRED, SCHEMA, SHOWN
+from paper_figures import audit, catalog, questions
+from paper_figures.data import CONDITIONS, DATA, REQUIRED, SCHEMA, SHOWN, Frames, load, read_results
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,6 +32,18 @@ COLUMNS = (
         "and `share_within_coefficient_order1`, `share_within_bernstein_order1`",
     ),
     ("`window`, `target`, `steps`, `prompt_weight`", "any", "optional: how the method was run"),
+    (
+        "`arm`, `base`, `fold`, `window`, `target`",
+        "`ruler`",
+        "of a lab: name of the training among those of one base and fold, name of the base, target over window; "
+        "optional `scheme`, `scaling`, `prompt`, `prompt_weight`, `anchors`, `steps`",
+    ),
+    (
+        "`question`, `family`, `labels`, `verdict`, `sentence`",
+        "`lab-question`",
+        "an estimate of a lab's verdicts: the question, the kind of comparison, both arms, what the numbers say; from "
+        "questions.jsonl of a run directory",
+    ),
 )
 
 
@@ -72,6 +84,13 @@ def readme() -> str:
             "below names those that a figure needs besides. `method` is `base`, or scheme, prompt kind and scaling "
             "joined by `+` (`endprompt+EP_1+linear`, `pose+yarn`). Rows of one task, length and seed must carry the "
             f"same `samples_sha256`. Rows of one method that differ in {_code(CONDITIONS)} are told apart."
+        ),
+        "",
+        _paragraph(
+            "Rows of `endprompt lab` have the column `arm`. The lab's own figures tell its arms apart by base and "
+            "fold; figures and tables of single runs take them only where no other rows are given (Figures 2 and 3 "
+            "prefer them), and then those of the base and fold with the most arms, with PI and YaRN. A run's "
+            "questions.jsonl holds its verdicts; LAB.md is written from those in `data/measured/`."
         ),
         "",
         "## Figure → file → data → columns",
@@ -179,6 +198,66 @@ def audit_page() -> str:
     return "\n".join(lines)
 
 
+#: The figure that shows what a question asks.
+SHOWN_BY = {1: "lab_scores", 2: "score_against_steps", 4: "anchor_place", 5: "smoothness_against_score", 6: "cost"}
+
+
+def lab_page(frames: Frames) -> str:
+    """LAB.md: what the lab's rows say to each question, against the paper and against our own prototypes."""
+    said = [finding for number in questions.QUESTIONS for finding in questions.findings(frames, number)]
+    lines = [
+        "# What the lab found",
+        "",
+        _paragraph(
+            "Seven questions that the published tables leave open, answered at small scale: the project's own bases "
+            "(windows of 256 and 512 tokens), extended by `endprompt lab` and scored on four tasks of RULER. What "
+            "holds here need not hold for a model of 8B; what fails here at least needs another explanation than the "
+            "one given. Claims of the prototypes are our own, from one to three seeds, written down before."
+        ),
+        "",
+        _paragraph(
+            questions.RULE + " An average over settings (base, fold, scaling) leaves out those where both fail."
+        ),
+        "",
+        *_table(
+            ("claims of", "hold", "do not hold", "not decided"),
+            (
+                (
+                    SAID_BY[who],
+                    *(str(sum(f[0] == who and f[3] == word for f in said)) for word in questions.HOLDS.values()),
+                )
+                for who in dict.fromkeys(f[0] for f in said)
+            ),
+        ),
+    ]
+    for number, question in questions.QUESTIONS.items():
+        found = questions.findings(frames, number)
+        shown = f" Drawn by `endprompt figures --only {SHOWN_BY[number]}`." if number in SHOWN_BY else ""
+        lines += ["", f"## {number}. {question}", ""]
+        lines += [
+            f"- {found}; the claim of {SAID_BY[who]}, that {claim}: **{holds}**." for who, claim, found, holds in found
+        ]
+        lines += ["", _paragraph(f"All estimates with their p-values: table `question_{number}`.{shown}")]
+        for heading, heads, body in questions.side_by_side(frames, number):
+            lines += ["", f"{heading}:", "", *_table(heads, body)]
+    lines += [
+        "",
+        "This page is written by `python -m paper_figures.pages` from `data/measured/lab_questions.jsonl`, and a test "
+        "holds it to the rows.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+SAID_BY = {"paper": "the paper", "prototypes": "our prototypes", "theory": "the theory", "aim": "our aim"}
+
+
+def lab_frames() -> Frames | None:
+    """The committed verdicts of the lab; None where there are none."""
+    path = DATA / "measured" / "lab_questions.jsonl"
+    return load(questions.INPUTS, read_results([path])) if path.is_file() else None
+
+
 def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
@@ -208,7 +287,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    for name, text in (("README.md", readme()), ("AUDIT.md", audit_page())):
+    frames = lab_frames()
+    pages = {"README.md": readme(), "AUDIT.md": audit_page()} | ({"LAB.md": lab_page(frames)} if frames else {})
+    for name, text in pages.items():
         (HERE / name).write_text(text, encoding="utf-8", newline="\n")
 
 

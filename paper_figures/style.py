@@ -27,8 +27,10 @@ ARMS = {
     "pose": ("#009E73", "P"),
     "endprompt-pose": ("#CC79A7", "X"),
     "anchors": ("#999999", "*"),
+    "full": ("#666666", "p"),
+    "longlora": ("#882255", "h"),
 }
-OTHERS = (("#882255", "h"), ("#44AA99", "<"), ("#332288", ">"), ("#999933", "p"), ("#666666", "d"))
+OTHERS = (("#44AA99", "<"), ("#332288", ">"), ("#999933", "d"), ("#AA4499", "8"), ("#6699CC", "H"))
 LINES = {"": ":", "none": ":", "linear": (0, (4, 1.5)), "yarn": "-", "ntk": "-.", "llama3": (0, (5, 1, 1, 1, 1, 1))}
 #: The paper's four methods and its own extensions, where no scheme of ours is meant.
 PUBLISHED = {

@@ -51,31 +51,63 @@ def write(table: Table, stem: Path) -> list[Path]:
     return paths
 
 
+#: A LaTeX table of more lines than this breaks over pages.
+ONE_PAGE = 45
+
+
 def latex(table: Table) -> str:
-    """A complete `table*` environment that needs the packages booktabs and graphicx only."""
+    """A complete `table*` environment that needs the packages booktabs and graphicx only.
+
+    A table too long for one page is a `longtable` (package longtable) in small print instead.
+    """
     width = len(table.columns) + 1
-    lines = [
-        "% needs \\usepackage{booktabs,graphicx}",
-        "\\begin{table*}[t]",
-        "\\centering",
-        "\\footnotesize",
-        f"\\caption{{{_escape(' '.join((table.caption, table.note)).strip())}}}",
-        f"\\label{{tab:{table.name}}}",
-        "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
-        f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
-        "\\toprule",
-        " & ".join(_escape(head) for head in (table.first, *table.columns)) + " \\\\",
-    ]
+    heads = " & ".join(_escape(head) for head in (table.first, *table.columns)) + " \\\\"
+    caption = f"\\caption{{{_escape(' '.join((table.caption, table.note)).strip())}}}"
+    label = f"\\label{{tab:{table.name}}}"
+    body = []
     for section in table.sections:
-        lines.append("\\midrule")
+        body.append("\\midrule")
         if section.heading:
-            lines.append(f"\\multicolumn{{{width}}}{{l}}{{\\emph{{{_escape(section.heading)}}}}} \\\\")
+            body.append(f"\\multicolumn{{{width}}}{{l}}{{\\emph{{{_escape(section.heading)}}}}} \\\\")
         for row, bold in zip(section.rows, _bold(section)):
             cells = [_text(value, table.digits, "--") for value in row.values]
             cells = [f"\\textbf{{{_escape(c)}}}" if b else _escape(c) for c, b in zip(cells, bold)]
-            lines.append(" & ".join([_escape(row.name), *cells]) + " \\\\")
-    lines += ["\\bottomrule", "\\end{tabular}}", "\\end{table*}", ""]
-    return "\n".join(lines)
+            body.append(" & ".join([_escape(row.name), *cells]) + " \\\\")
+    columns = f"{{l{'r' * len(table.columns)}}}"
+    if len(body) > ONE_PAGE:
+        lines = [
+            "% needs \\usepackage{booktabs,longtable}",
+            "{\\scriptsize\\setlength{\\tabcolsep}{3pt}",
+            f"\\begin{{longtable}}{columns}",
+            f"{caption}{label} \\\\",
+            "\\toprule",
+            heads,
+            "\\endfirsthead",
+            "\\toprule",
+            heads,
+            "\\endhead",
+            *body,
+            "\\bottomrule",
+            "\\end{longtable}}",
+        ]
+    else:
+        lines = [
+            "% needs \\usepackage{booktabs,graphicx}",
+            "\\begin{table*}[t]",
+            "\\centering",
+            "\\footnotesize",
+            caption,
+            label,
+            "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
+            f"\\begin{{tabular}}{columns}",
+            "\\toprule",
+            heads,
+            *body,
+            "\\bottomrule",
+            "\\end{tabular}}",
+            "\\end{table*}",
+        ]
+    return "\n".join([*lines, ""])
 
 
 def markdown(table: Table) -> str:

@@ -23,10 +23,6 @@ def llama3():
     return omega, observed, gap
 
 
-def row_distances(ids):
-    return [q - k for q, k in itertools.product(ids, ids) if q >= k]
-
-
 def outcomes(scheme, context, prompt, target, count):
     """Every row that a scheme can draw, laid out by hand."""
     c, p = list(range(context)), lambda start: list(range(start, start + prompt))
@@ -39,12 +35,32 @@ def outcomes(scheme, context, prompt, target, count):
             for skip in range(room + 1)
         ]
 
+    def spread(starts, tokens=n):
+        """The first piece stays; the others are moved within strata of the room, one each."""
+        width = (target - n + 1) // (len(starts) - 1)
+        ends = [*starts[1:], tokens]
+        return [
+            [
+                place + (piece - 1) * width + moves[piece - 1] if piece else place
+                for piece in range(len(starts))
+                for place in range(starts[piece], ends[piece])
+            ]
+            for moves in itertools.product(range(width), repeat=len(starts) - 1)
+        ]
+
+    thirds = [0, context // 3, 2 * context // 3] if context > 2 else list(range(context))
+
     return {
         "contiguous": lambda: [list(range(n))],
         "endprompt": lambda: [c + p(target - prompt)],
         "endprompt-random": lambda: [c + p(start) for start in range(context, target - prompt + 1)],
         "anchors": lambda: [c + p(k * target // count - prompt) for k in range(1, count + 1)],
         "pose": lambda: two_chunks(n, target - n),
+        "sliding": lambda: [[0, *range(1 + u, context + u), *p(target - prompt)] for u in range(target - n + 1)],
+        "relay": lambda: spread([0, context, context + math.ceil(prompt / 2)]),
+        "sentences": lambda: spread([0, n // 3, 2 * n // 3]),
+        "endprompt-sentences": lambda: [row + p(target - prompt) for row in spread(thirds, context)],
+        "randomised": lambda: [[0, *rest] for rest in itertools.combinations(range(1, target), n - 1)],
         "endprompt-pose": lambda: [r + p(target - prompt) for r in two_chunks(context, target - prompt - context)],
     }[scheme]()
 
@@ -52,21 +68,20 @@ def outcomes(scheme, context, prompt, target, count):
 @pytest.mark.parametrize("scheme", list(positions.SCHEMES))
 @pytest.mark.parametrize(("context", "prompt", "target", "count"), [(5, 2, 17, 2), (4, 3, 30, 3), (2, 2, 9, 2)])
 def test_pair_counts_equal_enumeration(scheme, context, prompt, target, count):
-    rows = outcomes(scheme, context, prompt, target, count)
-    expected = np.zeros(target)
-    for ids in rows:
-        for d in row_distances(ids):
-            expected[d] += 1 / len(rows)
+    rows = np.array(outcomes(scheme, context, prompt, target, count))
+    query, key = np.tril_indices(context + prompt)
+    expected = np.bincount((rows[:, query] - rows[:, key]).ravel(), minlength=target) / len(rows)
     found = analysis.pair_counts(scheme, context, prompt, target, count=count)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_enumeration_is_what_the_trainer_draws():
     for scheme in positions.SCHEMES:
-        rows = {tuple(ids) for ids in outcomes(scheme, 4, 3, 14, 2)}
+        context, prompt = (2, 1) if scheme == "randomised" else (4, 3)  # 78 of its outcomes, instead of 1716
+        rows = {tuple(ids) for ids in outcomes(scheme, context, prompt, 14, 2)}
         options = {"count": 2} if scheme == "anchors" else {}
         drawn = {
-            tuple(positions.position_ids(scheme, 4, 3, 14, positions.sample_rng(0, i), **options).tolist())
+            tuple(positions.position_ids(scheme, context, prompt, 14, positions.sample_rng(0, i), **options).tolist())
             for i in range(600)
         }
         assert drawn == rows, scheme

@@ -8,7 +8,8 @@ import pytest
 
 from endprompt import data
 from endprompt.data import Document, Documents, Rows, RowSpec, read_documents
-from endprompt.prompts import Cues, Recall
+from endprompt.positions import SCHEMES, WITH_PROMPT
+from endprompt.prompts import Cues, Question, Recall
 
 
 def make_documents(*lengths, completions=None) -> Documents:
@@ -155,6 +156,85 @@ def test_recall_rows_quote_their_own_context():
         assert weights[10:].tolist() == [0, 0, 0, 1, 1, 1]
 
 
+QUESTION = Question(cue=(7, 8), span=3, given=1)
+
+
+def test_question_of_the_document_is_the_end_prompt():
+    """A line ends at 1003 and at 1009; the completion is 1013 .. 1015: the last line is 1010 .. 1012."""
+    made = spec(row_tokens=16, scheme="endprompt", prompt=QUESTION, completion_weight=10.0, line_ends={1003, 1009})
+    rows = Rows(make_documents(16, completions=[3]), made)
+    ids, places, weights = rows.row(0)
+    assert ids.tolist() == list(range(1000, 1016))
+    assert places.tolist() == [*range(10), *range(58, 64)]
+    assert weights.tolist() == [0, *[1] * 12, 10, 10, 10]
+
+
+@pytest.mark.parametrize(("line_end", "terminal"), [(1015, 8), (1020, 8), (1021, 8), (1022, 7), (1027, 2)])
+def test_question_is_at_most_half_a_row(line_end, terminal):
+    made = spec(row_tokens=16, scheme="endprompt", prompt=QUESTION, line_ends={line_end})
+    rows = Rows(make_documents(30, completions=[2]), made)  # the row holds 1014 .. 1029
+    assert rows.row(0)[1].tolist() == [*range(16 - terminal), *range(64 - terminal, 64)]
+
+
+def test_documents_without_a_question_are_quoted():
+    made = spec(row_tokens=16, scheme="endprompt", prompt=QUESTION, prompt_weight=1.0, line_ends={1003})
+    documents = make_documents(16, 16, 15, 15, completions=[3, 0, 3, 0])
+    rows = Rows(documents, made)
+    assert rows.dropped == 1  # the question of the third one is part of it: it needs a whole row
+    seen = set()
+    for index in range(3):
+        ids, _, weights = rows.row(index)
+        seen.add(int(ids[0]) // 1000)
+        if ids[0] // 1000 == 1:
+            assert ids.tolist() == list(range(1000, 1016))
+        else:
+            assert ids[11:13].tolist() == [7, 8] and set(ids[13:].tolist()) < set(ids[:11].tolist())
+            assert weights[11:].tolist() == [0, 0, 0, 1, 1]
+    assert seen == {1, 2, 4}
+
+
+def test_sentences_are_not_torn():
+    """Only the tokens in the sets may stand before a jump, and the question stays in one piece."""
+    made = spec(
+        row_tokens=32, target=512, scheme="sentences", line_ends={1008, 1020}, sentence_ends={1003, 1012, 1025, 1031}
+    )
+    rows = Rows(make_documents(32, completions=[3]), made)
+    cut = set()
+    for index in range(200):
+        ids, places, _ = rows.row(index)
+        assert ids.tolist() == list(range(1000, 1032))
+        cut |= set(ids[:-1][np.diff(places) > 1].tolist())
+    assert cut == {1003, 1008, 1012, 1020}
+    plain = Rows(make_documents(32), spec(row_tokens=32, target=512, scheme="sentences"))  # nothing to cut at
+    assert plain.row(0)[1].tolist() == list(range(32))
+
+
+def test_sentences_with_the_question_at_the_end():
+    made = spec(
+        row_tokens=32,
+        target=512,
+        scheme="endprompt-sentences",
+        prompt=QUESTION,
+        line_ends={1008, 1020},
+        sentence_ends={1003, 1025, 2003, 2007},
+    )
+    rows = Rows(make_documents(32, 32, completions=[3, 0]), made)
+    cut = {1: set(), 2: set()}
+    for index in range(100):
+        ids, places, _ = rows.row(index)
+        terminal = 11 if ids[0] < 2000 else 5  # the last line and its answer, or a cue and a span
+        assert places[-terminal:].tolist() == list(range(512 - terminal, 512))
+        cut[int(ids[0]) // 1000] |= set(ids[: -terminal - 1][np.diff(places[:-terminal]) > 1].tolist())
+    assert cut == {1: {1003, 1008}, 2: {2003, 2007}}
+
+
+def test_sentences_cut_into_the_pieces_asked_for():
+    made = spec(row_tokens=32, target=8192, scheme="sentences", pieces=8, sentence_ends=frozenset(range(1000, 1032)))
+    rows = Rows(make_documents(32), made)
+    drawn = [tuple(np.flatnonzero(np.diff(rows.row(i)[1]) > 1)) for i in range(50)]
+    assert {len(cuts) for cuts in drawn} <= {6, 7} and len(set(drawn)) > 40  # a piece may stay where it was
+
+
 def test_pose_takes_the_first_chunk_from_the_start_and_skips_text_and_positions_apart():
     rows = Rows(make_documents(40), spec(scheme="pose", target=256))
     text_skips, position_skips = [], []
@@ -172,9 +252,9 @@ def test_pose_takes_the_first_chunk_from_the_start_and_skips_text_and_positions_
     assert max(position_skips) <= 256 - 8 and max(text_skips) <= 32
 
 
-@pytest.mark.parametrize("scheme", ["contiguous", "endprompt", "endprompt-random", "pose", "endprompt-pose", "anchors"])
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_rows_depend_on_seed_and_index_alone(scheme):
-    prompt = None if scheme in ("contiguous", "pose") else Cues(((7, 8), (9,)))
+    prompt = Cues(((7, 8), (9,))) if scheme in WITH_PROMPT else None
     made = spec(scheme=scheme, prompt=prompt)
     documents = make_documents(30, 17, 64, 9)
     one, other = Rows(documents, made), Rows(documents, made)

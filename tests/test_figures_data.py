@@ -15,7 +15,7 @@ from figures_rows import demo_rows, lab_rows, row, write_run
 
 from endprompt import rows as written
 from endprompt.cli import as_shells_write, main
-from paper_figures import averages, catalog, data, names, pages, style
+from paper_figures import averages, catalog, data, names, pages, questions, style
 from paper_figures.figures import bound_against_measured, figure_4
 from paper_figures.figures.score_against_length import spread
 
@@ -166,6 +166,53 @@ def test_rows_of_one_method_under_two_conditions_are_told_apart():
 
 def test_readme_is_current():
     assert (pages.HERE / "README.md").read_text() == pages.readme(), "run python -m paper_figures.pages"
+
+
+def test_the_lab_page_is_current():
+    """Written from the committed verdicts, and not there without them."""
+    frames, page = pages.lab_frames(), pages.HERE / "LAB.md"
+    assert page.is_file() == (frames is not None)
+    assert frames is None or page.read_text() == pages.lab_page(frames), "run python -m paper_figures.pages"
+
+
+def test_the_lab_page_says_what_the_verdicts_say(tmp_path):
+    from lab_rows import lab_run
+
+    from benchmarks import verdicts
+
+    rows = verdicts.write(lab_run(tmp_path, bases=((256, 8), (256, 32))))
+    frames = data.load(questions.INPUTS, data.read_results([tmp_path]))
+    text = pages.lab_page(frames)
+    for said in rows:
+        if said["metric"] == "claim":
+            assert said["sentence"].partition("; this ")[0] in text and said["claim"] in text
+    for number, question in questions.QUESTIONS.items():
+        assert f"## {number}. {question}" in text and verdicts.QUESTIONS[number] == question
+        table = catalog.module(f"question_{number}").build(frames)
+        shown = sum(len(section.rows) for section in table.sections)
+        estimates = [r for r in rows if r["task"] == f"q{number}" and r["primary"] and r["metric"] != "claim"]
+        left_out = [r for r in estimates if r.get("pareto_share", 1) < questions.PARETO_SHOWN]
+        assert shown == len(estimates) - len(left_out) > 0
+    one = next(r for r in rows if r["task"] == "q1" and r["primary"] and r["metric"] == "score_difference")
+    low, high = one["ci95"]
+    assert f"{one['value']:+.1f} [{low:+.1f}, {high:+.1f}] {one['verdict']}" in text
+
+
+def test_a_lab_beside_other_rows_goes_to_its_own_figures(tmp_path):
+    from lab_rows import lab_run
+
+    write_run(tmp_path / "demo", demo_rows(window=256))
+    lab_run(tmp_path / "lab", bases=((256, 8), (256, 32)))
+    rows = data.read_results([tmp_path / "demo", tmp_path / "lab"])
+
+    def arms(name):
+        frame = data.load(catalog.module(name).INPUTS, rows)["ruler"]
+        return frame["arm"].notna() if "arm" in frame else frame["method"].isna()
+
+    assert not arms("score_against_length").any() and not arms("table_1").any()
+    assert arms("lab_scores").all() and arms("cost").all() and arms("figure_3").all()
+    assert set(data.load(catalog.module("figure_3").INPUTS, rows)["ruler"]["fold"]) == {8}
+    assert set(data.load(catalog.module("lab_scores").INPUTS, rows)["ruler"]["fold"]) == {8, 32}
 
 
 def test_every_figure_is_in_the_readme_with_its_data():

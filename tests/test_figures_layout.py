@@ -13,11 +13,13 @@ from pathlib import Path
 import matplotlib
 import pytest
 from figures_rows import DEMO, demo_rows, lab_rows, row, write_run
+from lab_rows import lab_run
 from matplotlib.text import Text
 
 from paper_figures import catalog, style
 from paper_figures.data import NoData, load, read_results
 
+LABS = ("plan", "small")
 MANY = {
     "base": (100, 0, 0, 0),
     "base+yarn": (70, 60, 50, 40),
@@ -47,6 +49,8 @@ def runs(tmp_path_factory):
         "demo": read_results([root / "demo"]),
         "lab": read_results([root / "lab"]),
         "one": read_results([root / "one"]),
+        "plan": read_results([lab_run(root / "plan")]),
+        "small": read_results([lab_run(root / "small", bases=((256, 8),), seeds=(0, 1))]),
     }
 
 
@@ -63,12 +67,12 @@ def texts_of(fig):
     return [(t, Text.get_window_extent(t, renderer)) for t in written]
 
 
-#: Figures that read no rows look the same whatever the run.
+#: Figures that read no rows look the same whatever the run; the whole plan of a lab is for those that read scores.
 CASES = [
     (name, which)
     for name in catalog.FIGURES
     for which in (("none", "demo", "lab", "one") if catalog.module(name).INPUTS.rows else ("none",))
-]
+] + [(name, which) for name in catalog.FIGURES if "ruler" in catalog.module(name).INPUTS.rows for which in LABS]
 
 
 @pytest.mark.parametrize(("name", "which"), CASES)
@@ -110,10 +114,13 @@ def test_a_second_drawing_has_the_same_bytes(name, runs, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path):
-    """Everything, from rows of a lab, with the hashes of strings drawn anew."""
-    run = write_run(tmp_path / "run", lab_rows(MANY))
+    """Everything, from single runs and a lab with its verdicts, with the hashes of strings drawn anew."""
+    from benchmarks import verdicts
+
+    run, lab = write_run(tmp_path / "run", lab_rows(MANY)), lab_run(tmp_path / "lab")
+    verdicts.write(lab)
     for seed in ("1", "2"):
-        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, "--output", tmp_path / seed]
+        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, lab, "--output", tmp_path / seed]
         started = time.monotonic()
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
         assert time.monotonic() - started < 60

@@ -191,7 +191,7 @@ def test_question_2(scores, verdict):
     )
     line = stats.linregress(np.log10([100, 300, 1000]), scores)
     assert row["value"] == pytest.approx(line.slope, abs=1e-5) and row["verdict"] == verdict
-    assert row["steps"] == [100, 300, 1000]
+    assert row["over_steps"] == [100, 300, 1000]
     relative = pick(judged(arms, noise=0.5), task="q2", family="slope less the control's", length=2048)
     assert relative["value"] == pytest.approx(line.slope, abs=1e-5)
 

@@ -52,6 +52,54 @@ def test_positions_endprompt_pose_typed():
     assert draws.asked == [(1, 3), (0, 25)]
 
 
+def test_positions_sliding_typed():
+    draws = Draws(7)
+    layout = positions.layout("sliding", 5, 3, 32, draws)
+    assert layout.position_ids.tolist() == [0, 8, 9, 10, 11, 29, 30, 31]
+    assert layout.split is None  # no text is skipped
+    assert draws.asked == [(0, 24)]
+    assert positions.position_ids("sliding", 5, 3, 32, Draws(24)).tolist() == [0, 25, 26, 27, 28, 29, 30, 31]
+
+
+def test_positions_relay_typed():
+    draws = Draws(3, 12)  # 32 - 9 = 23: strata of 12 places
+    ids = positions.position_ids("relay", 4, 5, 32, draws)
+    assert ids.tolist() == [0, 1, 2, 3, 7, 8, 9, 7 + 24, 8 + 24]
+    assert draws.asked == [(0, 11), (0, 11)]
+
+
+def test_positions_sentences_typed():
+    draws = Draws(0, 4)
+    ids = positions.position_ids("sentences", 6, 0, 20, draws, starts=[0, 1, 4])
+    assert ids.tolist() == [0, 1, 2, 3, 4 + 7 + 4, 5 + 7 + 4]
+    assert draws.asked == [(0, 6), (0, 6)]
+    assert positions.position_ids("sentences", 6, 0, 20, Draws(), starts=[0]).tolist() == list(range(6))
+    assert positions.sentence_starts(20) == [0, 6, 13]
+    assert positions.sentence_starts(2) == [0, 1]
+
+
+def test_positions_endprompt_sentences_typed():
+    draws = Draws(2, 5)  # 20 - 8 = 12: two strata of 6 places
+    ids = positions.position_ids("endprompt-sentences", 5, 3, 20, draws, starts=[0, 1, 4])
+    assert ids.tolist() == [0, 1 + 2, 2 + 2, 3 + 2, 4 + 6 + 5, 17, 18, 19]
+    assert draws.asked == [(0, 5), (0, 5)]
+
+
+def test_positions_randomised_draw_every_place_alike():
+    rng = np.random.default_rng(0)
+    drawn = np.array([positions.position_ids("randomised", 5, 0, 33, rng) for _ in range(2000)])
+    counts = np.bincount(drawn.ravel(), minlength=33)
+    assert counts[0] == 2000
+    assert np.abs(counts[1:] - 250).max() < 5 * np.sqrt(2000 * 1 / 8 * 7 / 8)  # five standard deviations
+
+
+def test_whole_text_is_moved_in_one_piece():
+    """From the second token on the context keeps its distances in the schemes that say so, and in no other."""
+    for scheme in positions.SCHEMES:
+        rows = [positions.position_ids(scheme, 24, 4, 256, positions.sample_rng(0, i))[:24] for i in range(50)]
+        assert all((np.diff(row)[1:] == 1).all() for row in rows) == (scheme in positions.TEXT_WHOLE)
+
+
 @pytest.mark.parametrize(("k", "end"), [(0, [6, 7]), (1, [14, 15]), (2, [22, 23]), (3, [30, 31])])
 def test_positions_anchors_typed(k, end):
     assert positions.position_ids("anchors", 4, 2, 32, Draws(k), count=4).tolist() == [0, 1, 2, 3, *end]
@@ -111,6 +159,8 @@ def test_observed_distances_and_gap_by_brute_force():
         (("endprompt", 7, 2, 8), "must fit into the target window"),
         (("zigzag", 4, 2, 8), "scheme must be one of"),
         (("pose", 4, 0, 8), "give it rng"),
+        (("relay", 4, 4, 8, np.random.default_rng(0)), "moves 2 pieces apart"),
+        (("sentences", 9, 0, 9, np.random.default_rng(0)), "moves 2 pieces apart"),
     ],
 )
 def test_positions_refuse(arguments, rule):

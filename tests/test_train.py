@@ -227,6 +227,18 @@ def test_layers_are_compiled_one_by_one(extend_config, tmp_path):
     assert trainer.model._compiled_call_impl is None and trainer.model.base_model._compiled_call_impl is None
 
 
+def test_compiled_layers_leave_selective_recomputation_to_the_compiler(extend_config, tmp_path):
+    """Wrapped in checkpoints as well, a layer would be planned twice."""
+    import torch._functorch.config as functorch_config
+
+    with functorch_config.patch(activation_memory_budget=1.0):
+        trainer = trainer_of(extend_config, tmp_path, compile="layers", checkpointing="selective")
+        assert functorch_config.activation_memory_budget == 0.99
+        assert all("forward" not in vars(layer) for layer in train.decoder_layers(trainer.model))
+    plain = trainer_of(extend_config, tmp_path, compile="none", checkpointing="selective")
+    assert all("forward" in vars(layer) for layer in train.decoder_layers(plain.model))
+
+
 def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsys):
     once = train.extend(extend_config(output=str(tmp_path / "once"), target=64, steps=1))
     twice = train.extend(extend_config(model=str(once), output=str(tmp_path / "twice"), row_tokens=32, steps=1))

@@ -13,6 +13,7 @@ TITLE = "Figure 2: average score by the wording of the end prompt"
 INPUTS = Inputs(
     files={"published/figure_2": ("panel", "x", "value", "source")},
     rows={"ruler": (), "longbench": ()},
+    lab="first",
 )
 
 

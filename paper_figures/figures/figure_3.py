@@ -13,6 +13,7 @@ TITLE = "Figure 3: average score of EndPrompt (ET), PoSE and both together, ET(P
 INPUTS = Inputs(
     files={"published/figure_3": ("panel", "x", "value", "source")},
     rows={"ruler": (), "longbench": ()},
+    lab="first",
 )
 #: Schemes that are an arm of the published figure; `endprompt-random` is the other reading of ET(PoSE), and
 #: `contiguous` (interpolation alone) the control that it lacks.
@@ -20,7 +21,7 @@ ARMS = {
     "contiguous": "no anchor",
     "endprompt": "ET",
     "endprompt-pose": "ET(PoSE)",
-    "endprompt-random": "ET(PoSE),\nrandom place",
+    "endprompt-random": "ET(PoSE),\nat random",
     "pose": "PoSE",
 }
 
@@ -36,8 +37,13 @@ def draw(frames: Frames) -> Figure:
 
 
 def arms(methods: list[str]) -> dict[str, str]:
-    """Methods of these schemes with a cue (not `recall`) -> the name under the bar, in the figure's order."""
+    """Methods of these schemes with a cue (not `recall`) -> the name under the bar, in the figure's order.
+
+    Of several wordings only EP_1: Figure 2 compares them.
+    """
     parsed = {method: parse_method(method) for method in sorted(methods)}
+    if any(m.prompt == "EP_1" for m in parsed.values()):
+        parsed = {name: m for name, m in parsed.items() if m.prompt in ("", "EP_1")}
     return {
         name: "\n".join(part for part in (label, m.prompt, SCALINGS.get(m.scaling, m.scaling)) if part)
         for scheme, label in ARMS.items()

@@ -1,0 +1,291 @@
+"""One cell: extend the base by the project's own trainer, score it, take the losses and the predictions, make rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis import observability
+from benchmarks import documents, quick, ruler, summary
+from benchmarks.lab import material
+from benchmarks.lab.matrix import Cell, train_flops
+from endprompt import train
+from endprompt.config import prompt_names
+from endprompt.data import Rows, load_documents
+from endprompt.model import extended_config, load_config, load_model, rope_geometry
+from endprompt.positions import TEXT_WHOLE
+from endprompt.rows import result_row
+
+#: Standard deviation of an observed score in the predicted gap RMS, as `endprompt positions` has it.
+NOISE = 0.1
+#: Rows whose pairs are counted where positions are drawn.
+COUNTED_ROWS = 64
+VERIFIED_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and on what cells run. batch_tokens: tokens of prompts that are scored at once."""
+
+    output: Path
+    cache: Path
+    device: str
+    compile: str = "none"
+    jobs: int = 1
+    keep_checkpoints: bool = False
+    batch_tokens: int = quick.BATCH_TOKENS
+
+    def compile_of(self, cell: Cell) -> str:
+        """A graph for what a graph can hold, else nothing: compiling takes longer than such a training."""
+        if self.compile != "auto":
+            return self.compile
+        plain = not cell.settings.get("lora_rank") and cell.settings.get("attention", "sdpa") == "sdpa"
+        return "graph" if self.device == "cuda" and plain else "none"
+
+
+@dataclass
+class Outcome:
+    """rows: for results.jsonl. scores: of the single samples, for scores.jsonl. seconds: of each phase."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+def run(cell: Cell, place: Workplace) -> Outcome:
+    """Train and measure one cell. Its checkpoint is deleted unless it is to be kept."""
+    made = Outcome()
+    checkpoint = place.output / "checkpoints" / cell.name
+    about: dict[str, Any] = {}
+    with made.phase("train"):
+        if cell.trained:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            shutil.rmtree(checkpoint.with_name(checkpoint.name + ".partial"), ignore_errors=True)
+            data = [str(part.path(place.cache)) for part in material.parts(cell)]
+            config = cell.config(data, str(checkpoint), place.device, place.compile_of(cell))
+            train.extend(config)
+            about = json.loads((checkpoint / train.RECORD).read_text(encoding="utf-8"))
+    with made.phase("load"):
+        model = load(cell, checkpoint, place.device)
+        tokenizer = material.tokenizer_of(cell.model)
+    columns = columns_of(cell, place, about, str(model.dtype).removeprefix("torch."))
+    with made.phase("score"):
+        for item in material.samples(cell):
+            scored(made, cell, item, model, tokenizer, place, columns)
+    with made.phase("loss"):
+        for length in sorted({cell.window, cell.target}):
+            loss = quick.losses(
+                model, tokenizer, [held_out(cell.model)], length, rows=cell.scoring.loss_rows,
+                max_batch_tokens=place.batch_tokens,
+            )  # fmt: skip
+            made.rows.append(row(cell, columns, suite="lab", task="loss", length=length, metric="loss", value=loss))
+    del model
+    if cell.verified and cell.trained:
+        with made.phase("verify"):
+            made.rows.append(verified(cell, checkpoint, columns))
+    if not place.keep_checkpoints:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for one in made.rows:
+        one["cell_rows"] = len(made.rows)
+    return made
+
+
+def load(cell: Cell, checkpoint: Path, device: str) -> Any:
+    """The model to score: bfloat16 on a GPU, float32 on a CPU."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    if cell.trained:
+        return load_model(checkpoint, dtype=dtype, attention="sdpa", device=device)
+    source = load_config(cell.model)
+    scaling = cell.settings.get("scaling", "linear")
+    config = extended_config(source, scaling, cell.target, **(cell.settings.get("rope_options") or {}))
+    return load_model(cell.model, dtype=dtype, attention="sdpa", device=device, config=config)
+
+
+def scored(
+    made: Outcome,
+    cell: Cell,
+    item: material.Samples,
+    model: Any,
+    tokenizer: Any,
+    place: Workplace,
+    columns: Mapping[str, Any],
+) -> None:
+    """The row of one task and length, and the scores of its samples."""
+    samples, about = read_samples(item, place.cache)
+    texts = quick.predict(model, tokenizer, samples, max_batch_tokens=place.batch_tokens)
+    percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
+    ci95, kind = summary.interval(percent, item.seed)
+    metric = "string_match_part" if ruler.SPECS[item.task].metric == "any" else "string_match_all"
+    made.rows.append(
+        row(
+            cell,
+            columns,
+            suite="ruler",
+            task=item.task,
+            length=item.length,
+            metric=metric,
+            value=sum(percent) / len(percent),
+            stderr=summary.standard_error(percent),
+            ci95=ci95,
+            n=len(percent),
+            samples_sha256=about["sha256"],
+            ci=kind,
+            haystack=about["haystack"],
+            haystack_sha256=about["haystack_sha256"],
+            fill=about["fill"],
+            max_new_tokens=samples[0]["max_new_tokens"],
+        )
+    )
+    keys = {"cell": cell.sha256, "base": cell.base, "fold": cell.fold, "arm": cell.arm, "method": cell.method}
+    where = {"seed": cell.seed, "task": item.task, "length": item.length}
+    made.scores.append({**keys, **where, "scores": [round(value, 2) for value in percent]})
+
+
+@functools.lru_cache(maxsize=256)
+def read_samples(item: material.Samples, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return item.read(cache)
+
+
+@functools.cache
+def held_out(model: str) -> list[int]:
+    """Tokens of the sample text's second half, which no document is made of."""
+    prose = documents.Prose.from_sentences(documents.sample_haystack_sentences(), material.tokenizer_of(model))
+    return [int(token) for token in prose.ids]
+
+
+def row(cell: Cell, columns: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    model = f"base {cell.base}"
+    return result_row(model=model, method=cell.method, seed=cell.seed, **values, **columns)
+
+
+def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What every row of a cell carries beside its value."""
+    settings = cell.settings
+    columns: dict[str, Any] = {
+        "base": cell.base,
+        "window": cell.window,
+        "target": cell.target,
+        "fold": cell.fold,
+        "arm": cell.arm,
+        "scaling": settings.get("scaling", "linear"),
+        "steps": cell.steps,
+        "questions": list(cell.questions),
+        "bernstein_constant": bernstein_constant(cell),
+        "device": torch.cuda.get_device_name() if place.device == "cuda" else "cpu",
+        "dtype": dtype,
+        "jobs": place.jobs,
+        "cell": cell.sha256,
+    }
+    if not cell.trained:
+        return columns
+    config = cell.config([], "")
+    tokenizer = material.tokenizer_of(cell.model)
+    spec = train.row_spec(config, cell.window, tokenizer)
+    return columns | {
+        "scheme": config.scheme,
+        "prompt": "/".join(prompt_names(config)) or None,
+        "prompt_weight": spec.prompt_weight if spec.prompt else None,
+        "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
+        "anchors": config.anchors if config.scheme == "anchors" else None,
+        "attention": config.attention,
+        "lora_rank": config.lora_rank,
+        "row_tokens": cell.row_tokens,
+        "rows": cell.rows,
+        "train_tokens": about["tokens"],
+        "train_flops": train_flops(cell),
+        "gpu_seconds": about["seconds"],
+        "final_loss": about["final_loss"],
+        "text_whole": config.scheme in TEXT_WHOLE,
+        "gap_rms": predicted_gap_rms(cell, place, spec),
+    }
+
+
+def frequencies(cell: Cell) -> tuple[np.ndarray, float]:
+    """(radians per token of the extended model, float64; attention factor)."""
+    options = cell.settings.get("rope_options") or {}
+    config = extended_config(load_config(cell.model), cell.settings.get("scaling", "linear"), cell.target, **options)
+    return rope_geometry(config).frequencies(cell.target)
+
+
+def bernstein_constant(cell: Cell) -> float:
+    """Highest frequency, radians per token, times the attention factor squared: bounds |S'| for scores of size 1."""
+    omega, factor = frequencies(cell)
+    return float(omega.max() * factor**2)
+
+
+def predicted_gap_rms(cell: Cell, place: Workplace, spec: Any) -> float | None:
+    """Predicted error of the score at the distances that no short row has, from the pairs of rows as they are trained.
+
+    In units of the score's own root mean square; the gap is the same for all arms of a base and target: distances from
+    the window to the target less the window.
+    """
+    omega, _ = frequencies(cell)
+    counts = pair_counts(cell, place, spec)
+    gap = observability.gram(omega, [(cell.window, cell.target - cell.window)])
+    return observability.posterior_gap_rms(observability.gram_weighted(omega, counts), cell.row_tokens, gap, NOISE)
+
+
+def pair_counts(cell: Cell, place: Workplace, spec: Any) -> np.ndarray:
+    """Mean number of pairs of a row at each distance, float64 (target,)."""
+    n = cell.row_tokens
+    counts = np.zeros(cell.target)
+    if spec.scheme == "contiguous":
+        counts[:n] = np.arange(n, 0, -1)
+        return counts
+    data = [str(part.path(place.cache)) for part in material.parts(cell)[:1]]
+    rows = Rows(load_documents(data, material.tokenizer_of(cell.model)), spec)
+    lower = np.tril_indices(n)
+    for index in range(COUNTED_ROWS):
+        positions = rows.row(index)[1]
+        counts += np.bincount((positions[:, None] - positions)[lower], minlength=cell.target)
+    return counts / COUNTED_ROWS
+
+
+def verified(cell: Cell, checkpoint: Path, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Share of query-key pairs within all of verify's bounds, on the cell's own weights."""
+    from analysis import verify
+    from analysis.commands import VerifyConfig
+
+    prompt = int(columns["prompt_tokens"])
+    scene = verify.prepare(
+        VerifyConfig(
+            str(checkpoint),
+            against=cell.model,
+            scheme="endprompt" if prompt else "contiguous",
+            context=cell.window - prompt,
+            prompt=prompt,
+            pairs=VERIFIED_PAIRS,
+        )
+    )
+    findings = verify.Findings(scene)
+    verify.read_layers(str(checkpoint), scene, lambda layer: findings.add(layer, None))
+    within = np.stack([np.stack(list(layer["within"].values())).all(axis=0) for layer in findings.layers])
+    worst = max(max(layer["worst"].values()) for layer in findings.layers)
+    share = 100.0 * float(within.mean())
+    return row(
+        cell,
+        columns,
+        suite="lab",
+        task="verify",
+        length=cell.target,
+        metric="share_within_bounds",
+        value=share,
+        n=within.size,
+        largest_over_bound=worst,
+    )

@@ -1,0 +1,495 @@
+"""What a lab run consists of: the matrix file, the cells that it stands for, and what each is expected to cost.
+
+A matrix is a YAML file:
+
+    seeds: [0, 1, 2]                  training seeds of every arm
+    train: {steps: 300, ...}          settings of `endprompt extend` for every arm
+    score: {tasks: [...], samples: 64, max_new_tokens: 30, shots: 0, hops: 3}
+    arms:
+      recall: {scheme: endprompt, prompt: recall}     settings of one arm; `train: false` leaves it untrained,
+                                                      `method: full` names it in the rows
+    blocks:
+      - base: 256                     one of the project's own bases, or a checkpoint's directory
+        target: 2048
+        lengths: [256, 1024, 2048]
+        train: {lr: 1.0e-3, rows: 16}
+        runs:
+          - {questions: [1], arms: [recall], scaling: [linear, yarn], steps: [100, 300]}
+
+Further keys of a run are settings of the trainer; a list stands for one arm each, all combinations are taken. Runs that
+come to the same settings are one cell with the questions of all. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from endprompt.config import ExtendConfig, check_config, method_name
+from endprompt.rows import plain, sha256_of
+
+FOLDER = Path(__file__).parent
+BASES = FOLDER.parent / "base"
+#: Part of every cell's hash: a change of what a cell does makes earlier rows another cell's.
+VERSION = 1
+#: Settings that the lab gives the trainer itself.
+OWN = frozenset(
+    {"model", "data", "output", "target", "seed", "device", "compile", "resume", "overwrite", "save_every", "keep"}
+)
+SETTINGS = frozenset(field.name for field in dataclasses.fields(ExtendConfig)) - OWN
+#: What `--only KEY=VALUE` may name.
+FILTERS = ("arm", "base", "fold", "seed", "question")
+
+
+@dataclass
+class LabConfig:
+    """Settings of `endprompt lab`.
+
+    Args:
+        preset: a matrix that the package ships: smoke, micro, search, paper-scale and others of --list-presets.
+        matrix: a matrix file of your own, instead of a preset.
+        output: run directory; a second run of the same one does only what is missing.
+        jobs: worker processes; 0 takes one a core on a CPU, and eight on a GPU, which they share.
+        only: part of the matrix, as KEY=VALUE,VALUE with the keys arm (a pattern), base, fold, seed, question.
+        seeds: training seeds, instead of the matrix's.
+        steps: training steps of every arm, instead of the matrix's: for a trial.
+        samples: samples of a task and length, instead of the matrix's: for a trial.
+        dry_run: print the cells and the estimated time, and stop.
+        overwrite: do the chosen cells again.
+        keep_checkpoints: keep every trained checkpoint.
+        cache: folder of the documents and samples; OUTPUT/cache if not given. Several runs may share it.
+        device: cpu, cuda or auto.
+        compile: the trainer's own setting of this name; auto is what is fastest for such small models.
+        mps: try NVIDIA's multi-process service, so that workers run on a GPU at the same time.
+        model: checkpoint of preset paper-scale.
+        data: its training data.
+        list_presets: print the presets and stop.
+    """
+
+    preset: str | None = None
+    matrix: str | None = None
+    output: str = "runs/lab"
+    jobs: int = 0
+    only: list[str] = field(default_factory=list)
+    seeds: list[int] | None = None
+    steps: int | None = None
+    samples: int | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    keep_checkpoints: bool = False
+    cache: str | None = None
+    device: str = "auto"
+    compile: str = "auto"
+    mps: bool = True
+    model: str | None = None
+    data: list[str] = field(default_factory=list)
+    list_presets: bool = False
+
+    def __post_init__(self) -> None:
+        for key, least in (("jobs", 0), ("steps", 1), ("samples", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{key} must be at least {least}: {key}={value}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda: device={self.device!r}")
+        if self.preset and self.matrix:
+            raise ValueError(f"give either a preset or a matrix: preset={self.preset!r} matrix={self.matrix!r}")
+
+    @property
+    def cache_directory(self) -> Path:
+        return Path(self.cache) if self.cache else Path(self.output) / "cache"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a cell is scored: tasks of RULER with options for small windows, and rows of held-out text a length."""
+
+    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
+    samples: int = 64
+    max_new_tokens: int | None = 30
+    shots: int = 0
+    hops: int = 3
+    loss_rows: int = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a base model. parameters: those that multiply a token."""
+
+    window: int
+    parameters: int
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and what is measured on it.
+
+    arm: unique for a base and target. method: its name in the rows. settings: of the trainer, beside the lab's own.
+    documents: how many there are in the training file that all arms of this row length and seed share.
+    longest: tokens of the longest question with its answer in them.
+    """
+
+    base: str
+    model: str
+    window: int
+    target: int
+    lengths: tuple[int, ...]
+    arm: str
+    method: str
+    seed: int
+    trained: bool
+    settings: Mapping[str, Any]
+    scoring: Scoring
+    documents: int
+    longest: int
+    verified: bool = False
+    questions: tuple[int, ...] = ()
+
+    @property
+    def fold(self) -> int:
+        return self.target // self.window
+
+    @property
+    def name(self) -> str:
+        """Unique in a run, and fit to be a file's name."""
+        return f"{self.base}-{self.fold}x-{self.arm}-seed{self.seed}".replace("/", "_").replace(":", "_")
+
+    @property
+    def row_tokens(self) -> int:
+        return self.settings.get("row_tokens") or self.window
+
+    @property
+    def steps(self) -> int:
+        return self.settings["steps"] if self.trained else 0
+
+    @property
+    def rows(self) -> int:
+        return self.settings.get("rows", ExtendConfig.rows)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Cells that agree in it run the same compiled code."""
+        kept = ("attention", "lora_rank", "dtype", "autocast", "micro_rows", "checkpointing")
+        return self.base, self.trained, self.row_tokens, self.rows, *(self.settings.get(key) for key in kept)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that the cell's rows depend on beside the code; which questions it answers is not among it."""
+        about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key not in ("questions",)}
+        about |= {"model": base_sha256(self.model), "version": VERSION}
+        return sha256_of(json.dumps(about, sort_keys=True))[:24]
+
+    def config(self, data: Sequence[str], output: str, device: str = "auto", compile: str = "auto") -> ExtendConfig:
+        """The trainer's configuration."""
+        return ExtendConfig(
+            **self.settings,
+            model=self.model,
+            data=list(data),
+            output=output,
+            target=self.target,
+            seed=self.seed,
+            device=device,
+            compile=compile,
+            overwrite=True,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def presets() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def preset_list() -> str:
+    """Name and first comment line of each preset."""
+    firsts = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in presets().items()}
+    width = max(map(len, firsts), default=0)
+    return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
+
+
+def matrix_file(config: LabConfig) -> Path:
+    """The matrix asked for. Raises ValueError if there is none."""
+    if config.matrix:
+        path = Path(config.matrix)
+        if not path.is_file():
+            raise ValueError(f"matrix must be a file: matrix={config.matrix!r}")
+        return path
+    known = presets()
+    if config.preset not in known:
+        raise ValueError(f"preset must be one of {', '.join(known)} (or give matrix): preset={config.preset!r}")
+    return known[config.preset]
+
+
+def read_matrix(path: Path) -> dict[str, Any]:
+    """A matrix file's content. Raises ValueError naming file and key."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold the keys of a matrix, got {type(content).__name__}")
+    return content
+
+
+def base_directory(base: str) -> Path:
+    """Directory of one of the project's own bases by its window, or of a checkpoint. Raises ValueError for neither."""
+    for path in (BASES / base, Path(base)):
+        if (path / "config.json").is_file():
+            return path
+    own = ", ".join(sorted(path.name for path in BASES.iterdir() if path.is_dir()))
+    raise ValueError(f"base must be one of {own}, or a checkpoint's directory: base={base!r}")
+
+
+@cache
+def base_shape(model: str) -> Shape:
+    """The base's shape, from its config.json."""
+    about = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    hidden, layers, heads = about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"]
+    head_dim = about.get("head_dim") or hidden // heads
+    keys = (about.get("num_key_value_heads") or heads) * head_dim
+    layer = 2 * hidden * (heads * head_dim + keys) + 3 * hidden * about["intermediate_size"]
+    parameters = layers * layer + about["vocab_size"] * hidden
+    return Shape(int(about["max_position_embeddings"]), parameters, layers, heads * head_dim)
+
+
+@cache
+def base_sha256(model: str) -> str:
+    """Hash of a base's configuration and weights."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*")):
+        if path.name in ("config.json", "tokenizer.json") or path.suffix in (".safetensors", ".bin"):
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Cell]:
+    """All cells of a matrix, in its order. Raises ValueError naming file, key and rule."""
+    known = {"seeds", "train", "score", "arms", "blocks", "questions"}
+    check_keys(content, known, source)
+    for key in ("arms", "blocks"):
+        if not content.get(key):
+            raise ValueError(f"{source}: a matrix must have {key}")
+    scoring = scoring_of(content.get("score", {}), source, config)
+    made: dict[tuple[Any, ...], Cell] = {}
+    names: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for number, block in enumerate(content["blocks"], 1):
+        where = f"{source}, block {number}"
+        for cell in block_cells(block, content, scoring, where, config):
+            key = (cell.base, cell.target, cell.arm, cell.seed)
+            earlier = made.get(key)
+            if earlier is not None:
+                same = dataclasses.replace(earlier, questions=cell.questions, documents=cell.documents, verified=False)
+                if same != dataclasses.replace(cell, verified=False):
+                    raise ValueError(f"{where}: arm {cell.arm!r} has other settings than an earlier one of this name")
+                cell = dataclasses.replace(
+                    earlier,
+                    questions=tuple(sorted({*earlier.questions, *cell.questions})),
+                    documents=max(earlier.documents, cell.documents),
+                    verified=earlier.verified or cell.verified,
+                )
+            made[key] = cell
+            shown = (cell.base, cell.target, cell.method, cell.steps, cell.settings.get("prompt_weight"), cell.seed)
+            if names.setdefault(shown, (cell.arm, where))[0] != cell.arm:
+                raise ValueError(
+                    f"{where}: arms {names[shown][0]!r} and {cell.arm!r} would have the same method in the rows, "
+                    f"{cell.method!r}: give one of them a `method`"
+                )
+    return same_documents(list(made.values()))
+
+
+def same_documents(made: list[Cell]) -> list[Cell]:
+    """All arms of one base and row length draw from the same documents: as many as the longest of them needs."""
+    most: dict[tuple[str, int], int] = {}
+    for cell in made:
+        key = (cell.base, cell.row_tokens)
+        most[key] = max(most.get(key, 0), cell.documents)
+    return [dataclasses.replace(cell, documents=most[cell.base, cell.row_tokens]) for cell in made]
+
+
+def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scoring:
+    check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
+    made = Scoring(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    return dataclasses.replace(made, samples=config.samples) if config.samples else made
+
+
+BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "seeds"}
+RUN = {"arms", "questions", "verify", "seeds"}
+
+
+def block_cells(
+    block: Mapping[str, Any], content: Mapping[str, Any], scoring: Scoring, where: str, config: LabConfig
+) -> Iterable[Cell]:
+    check_keys(block, BLOCK, where)
+    for key in ("base", "target", "lengths", "runs"):
+        if key not in block:
+            raise ValueError(f"{where}: a block must have {key}")
+    base = str(block["base"])
+    model = str(base_directory(base))
+    window, target = base_shape(model).window, int(block["target"])
+    lengths = tuple(int(length) for length in block["lengths"])
+    if target not in lengths or window not in lengths:
+        raise ValueError(f"{where}: lengths must hold the window {window} and the target {target}: {list(lengths)}")
+    if target <= window or target % window:
+        raise ValueError(f"{where}: the target must be a multiple of the window {window}: target={target}")
+    common = {**content.get("train", {}), **block.get("train", {})}
+    for run in block["runs"]:
+        check_keys(run, RUN | SETTINGS, f"{where}, run")
+        for name in run["arms"]:
+            if name not in content["arms"]:
+                raise ValueError(f"{where}: no arm has this name: {name!r} of {', '.join(content['arms'])}")
+            arm = dict(content["arms"][name] or {})
+            check_keys(arm, {"train", "method"} | SETTINGS, f"{where}, arm {name}")
+            crossed = {key: value for key, value in run.items() if key in SETTINGS}
+            for values in itertools.product(*(v if isinstance(v, list) else [v] for v in crossed.values())):
+                changes = dict(zip(crossed, values))
+                settings = {**common, **{k: v for k, v in arm.items() if k in SETTINGS}}
+                told = {k: v for k, v in changes.items() if k != "scaling" and settings.get(k) != v}
+                settings |= changes
+                if config.steps:
+                    settings["steps"] = config.steps
+                trained = bool(arm.get("train", True))
+                scaling = settings.get("scaling", ExtendConfig.scaling)
+                full_name = "".join([name, f"+{scaling}", *(f"@{k}={v}" for k, v in told.items())])
+                cell = Cell(
+                    base=base,
+                    model=model,
+                    window=window,
+                    target=target,
+                    lengths=lengths,
+                    arm=full_name,
+                    method="",
+                    seed=0,
+                    trained=trained,
+                    settings=settings,
+                    scoring=scoring,
+                    documents=0,
+                    longest=0,
+                    verified=bool(run.get("verify", False)),
+                    questions=tuple(sorted(run.get("questions", ()))),
+                )
+                check_cell(cell, f"{where}, arm {full_name}")
+                limit = int(block.get("document_tokens", 5_000_000)) // cell.row_tokens
+                room = {window: int(block.get("longest", window - 56))}.get(cell.row_tokens, cell.row_tokens)
+                whole = dataclasses.replace(
+                    cell,
+                    method=method_of(cell, arm, told),
+                    documents=min(max(cell.steps * cell.rows, cell.rows), limit),
+                    longest=room,
+                )
+                for seed in config.seeds or run.get("seeds") or block.get("seeds") or content.get("seeds", [0]):
+                    yield dataclasses.replace(whole, seed=int(seed), verified=whole.verified and int(seed) == 0)
+
+
+def method_of(cell: Cell, arm: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    """The method's name in the rows: scheme, prompt and scaling, or the arm's own name for it and the scaling.
+
+    What else tells arms apart is in columns of the rows, or, where the figures know no such column, in the name.
+    """
+    scaling = cell.settings.get("scaling", ExtendConfig.scaling)
+    if not cell.trained and "method" not in arm:
+        return "base" if scaling == "none" else f"untrained+{scaling}"
+    stem = arm["method"] if "method" in arm else method_name(cell.config([], "")).removesuffix(f"+{scaling}")
+    known = {"steps", "prompt", "prompt_weight", "anchors", "scheme"}
+    return "+".join([stem, *(f"{key}-{value}" for key, value in told.items() if key not in known), scaling])
+
+
+def check_cell(cell: Cell, where: str) -> None:
+    config = cell.config(["documents"], "output")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: must be keys and values, got {type(given).__name__}")
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}, must be one of {', '.join(sorted(known))}")
+
+
+def chosen(made: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that hold all conditions `KEY=VALUE,VALUE`.
+
+    Raises ValueError for an unknown key, or if none is left.
+    """
+    left = list(made)
+    for condition in only:
+        key, equals, values = condition.partition("=")
+        if not equals or key not in FILTERS:
+            raise ValueError(f"only must be KEY=VALUE with a key of {', '.join(FILTERS)}: only={condition!r}")
+        wanted = [value.strip() for value in values.split(",")]
+        left = [cell for cell in left if matches(cell, key, wanted)]
+        if not left:
+            raise ValueError(f"only leaves no cell of the matrix: only={condition!r}")
+    return left
+
+
+def matches(cell: Cell, key: str, wanted: Sequence[str]) -> bool:
+    if key == "question":
+        return any(str(question) in wanted for question in cell.questions)
+    if key == "arm":
+        return any(fnmatch.fnmatchcase(cell.arm, pattern) for pattern in wanted)
+    return str(getattr(cell, key)) in wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one worker reaches: FLOP/s in training and scoring, seconds of a step at least, seconds of a cell beside."""
+
+    flops: float
+    step: float
+    cell: float
+    start: float
+
+
+#: Measured on two CPU cores and one H200, which several workers share (docs/lab.md).
+RATES = {"cpu": Rate(5.5e10, 0.0, 1.5, 8.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
+
+
+def train_flops(cell: Cell) -> float:
+    """Floating-point operations of a cell's training: 6 a parameter and token, and causal attention."""
+    shape = base_shape(cell.model)
+    each = 6 * shape.parameters + 6 * shape.layers * shape.width * cell.row_tokens
+    return float(cell.steps * cell.rows * cell.row_tokens * each)
+
+
+def score_flops(cell: Cell) -> float:
+    """Of reading all prompts and the held-out text once."""
+    shape, scoring = base_shape(cell.model), cell.scoring
+    total = 0.0
+    for length in cell.lengths:
+        tokens = length * (len(scoring.tasks) * scoring.samples + scoring.loss_rows)
+        total += tokens * (2 * shape.parameters + 2 * shape.layers * shape.width * length)
+    return total
+
+
+def seconds(cell: Cell, device: str) -> float:
+    """What a worker is expected to need for a cell."""
+    rate = RATES[device]
+    return rate.cell + max(train_flops(cell) / rate.flops, cell.steps * rate.step) + score_flops(cell) / rate.flops

@@ -1,0 +1,503 @@
+"""Runs a matrix: what is missing is prepared, given to workers, and written down cell by cell.
+
+The run directory holds `results.jsonl` (all rows of a cell appended at once), `scores.jsonl` (the score of every
+sample), `questions.jsonl` (what follows from them), `log.jsonl` (seconds of each cell, tracebacks of failed ones),
+`config.yaml`, `environment.json` and `workers/` (what the workers printed). A cell is finished if all of its rows are
+there and carry the hash of its settings; anything less is done again. One process writes; a lock keeps others away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.lab import material, matrix
+from benchmarks.lab.matrix import Cell, LabConfig
+from benchmarks.lab.worker import Answer, settle, work
+from endprompt.rows import RunDirectory, append_rows, read_rows, result_row, sole_use, write_text
+
+if TYPE_CHECKING:
+    from benchmarks.lab.cells import Workplace
+
+#: Workers that share a GPU: one alone leaves it waiting for Python most of the time.
+GPU_JOBS = 8
+#: Prompt tokens at once when several workers share the memory of a GPU.
+SHARED_BATCH_TOKENS = 2**18
+#: Workers that may end one after the other without a finished cell, before the run gives up.
+DEATHS = 4
+#: Seconds between looks at the workers.
+TICK = 0.5
+
+
+def lab(config: LabConfig) -> int:
+    """Run what `endprompt lab` asks for; returns 1 if a cell failed.
+
+    Raises ValueError naming key, value and rule before anything is trained.
+    """
+    if config.list_presets:
+        print(matrix.preset_list())
+        return 0
+    path = matrix.matrix_file(config)
+    content = matrix.read_matrix(path)
+    if content.get("kind") == "paper-scale":
+        from benchmarks.lab import paper_scale
+
+        return paper_scale.run(content, config)
+    cells = matrix.chosen(matrix.cells(content, str(path), config), config.only)
+    device = device_of(config)
+    jobs = jobs_of(config, device, len(cells))
+    if config.dry_run:
+        output = Path(config.output)
+        done = finished(output / "results.jsonl", cells) if (output / "results.jsonl").is_file() else set()
+        print(plan_text(cells, done, device, jobs))
+        return 0
+    check_rows(cells)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sole_use(config.output))
+        if device == "cuda" and jobs > 1 and config.mps:
+            from benchmarks import mps
+
+            reason = stack.enter_context(mps.service())
+            say(
+                "workers share the GPU by MPS" if reason is None else f"workers take turns on the GPU, no MPS: {reason}"
+            )
+        return Runner(config, cells, device, jobs).run()
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def device_of(config: LabConfig) -> str:
+    """cpu or cuda. Raises ValueError if CUDA is asked for and not there."""
+    if config.device == "cpu":
+        return "cpu"
+    import torch
+
+    found = torch.cuda.is_available()
+    if config.device == "cuda" and not found:
+        raise ValueError("device must be one that this machine has: device='cuda', torch finds no CUDA")
+    return "cuda" if found else "cpu"
+
+
+def jobs_of(config: LabConfig, device: str, cells: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(config.jobs or (min(GPU_JOBS, cores) if device == "cuda" else cores), cells)
+
+
+def check_rows(cells: Sequence[Cell]) -> None:
+    """Raises ValueError for an arm whose rows or scaling cannot be, before any is trained."""
+    from endprompt.model import extended_config, load_config
+    from endprompt.train import row_spec
+
+    seen = set()
+    for cell in cells:
+        key = (cell.base, cell.target, cell.arm)
+        if key in seen:
+            continue
+        seen.add(key)
+        config = cell.config(["documents"], "output")
+        try:
+            source = load_config(cell.model)
+            extended_config(source, config.scaling, cell.target, config.factor, **(config.rope_options or {}))
+            if cell.trained:
+                row_spec(config, cell.window, material.tokenizer_of(cell.model))
+        except ValueError as error:
+            raise ValueError(f"arm {cell.arm!r} of base {cell.base}, target {cell.target}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there already
+
+
+def finished(results: Path, cells: Sequence[Cell]) -> set[str]:
+    """Hashes of the cells whose rows are all there."""
+    wanted = {cell.sha256 for cell in cells}
+    counts: Counter[str] = Counter()
+    whole: dict[str, int] = {}
+    for row in rows_of(results):
+        if row.get("cell") in wanted and row["metric"] != "failed":
+            counts[row["cell"]] += 1
+            whole[row["cell"]] = row.get("cell_rows", -1)
+    return {key for key, count in counts.items() if count == whole[key]}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file whose last line a crash may have cut off. Raises ValueError for any other broken line."""
+    text = path.read_bytes()
+    if text and not text.endswith(b"\n"):
+        write_text(path, text[: text.rfind(b"\n") + 1].decode())
+    return read_rows(path)
+
+
+def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
+    """Drop rows of cells that are to be done again; returns the hashes of the finished ones.
+
+    Raises ValueError if the directory has a cell of the same name with other settings.
+    """
+    results, scores = directory / "results.jsonl", directory / "scores.jsonl"
+    if not results.is_file():
+        scores.unlink(missing_ok=True)
+        return set()
+    names = {(cell.base, cell.target, cell.arm, cell.seed): cell.sha256 for cell in cells}
+    done = set() if overwrite else finished(results, cells)
+    kept = []
+    for row in rows_of(results):
+        key = (str(row.get("base")), row.get("target"), row.get("arm"), row["seed"])
+        if key not in names or row.get("cell") in done:
+            kept.append(row)
+        elif not overwrite and row.get("cell") != names[key] and row["metric"] != "failed":
+            raise ValueError(
+                f"{results}: has {row.get('arm')!r} of base {row.get('base')}, seed {row['seed']}, made with other "
+                "settings; choose another output, or set overwrite to do it again"
+            )
+    write_text(results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    if scores.is_file():
+        alive = {row.get("cell") for row in kept}
+        lines = [line for line in scores.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        write_text(scores, "".join(line + "\n" for line in lines if json.loads(line)["cell"] in alive))
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass
+class Worker:
+    """A process, the pipe to it, and the cell that it has; shape is that of its last cell."""
+
+    number: int
+    process: Any
+    pipe: Connection
+    ready: bool = False
+    cell: Cell | None = None
+    since: float = 0.0
+    shape: tuple[Any, ...] | None = None
+
+
+@dataclass
+class Runner:
+    config: LabConfig
+    cells: list[Cell]
+    device: str
+    jobs: int
+    done: int = 0
+    failed: int = 0
+    known: int = 0  # finished by an earlier run
+    spent: float = 0.0  # seconds of workers on finished cells
+    expected: float = 0.0  # what those had been expected to take
+    deaths: int = 0
+    waiting: list[Cell] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+    making: dict[material.Material, Future[None]] = field(default_factory=dict)
+
+    def run(self) -> int:
+        self.directory = RunDirectory(self.config.output, self.config)
+        self.output, self.cache = self.directory.path, self.config.cache_directory
+        self.context = multiprocessing.get_context("spawn")
+        self.started = time.perf_counter()
+        done = tidy(self.output, self.cells, self.config.overwrite)
+        self.known = sum(cell.sha256 in done for cell in self.cells)
+        todo = [cell for cell in self.cells if cell.sha256 not in done]
+        self.waiting = sorted(todo, key=lambda cell: -matrix.seconds(cell, self.device))
+        if self.known:
+            say(f"{self.known} of {len(self.cells)} cells are done already")
+        if self.waiting:
+            self.work_off()
+        if self.done + self.known:
+            self.conclude()
+        minutes = (time.perf_counter() - self.started) / 60
+        self.directory.log(minutes=round(minutes, 2), cells=self.done, failed=self.failed, jobs=self.jobs)
+        say(f"{self.done + self.known} of {len(self.cells)} cells done, {self.failed} failed, {minutes:.1f} minutes")
+        print(self.directory.results)
+        return 1 if self.failed else 0
+
+    def work_off(self) -> None:
+        """Give out cells until none is left. On Ctrl-C the workers are stopped and what is done is kept."""
+        cores = os.cpu_count() or 1
+        aside = ProcessPoolExecutor(
+            max(1, min(cores, 16)),
+            mp_context=self.context,
+            initializer=settle,
+            initargs=(self.output / "workers" / "material.log", 1),
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(aside.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self.stop)
+            for item in material.needed(self.waiting):
+                if not item.path(self.cache).exists():
+                    self.making[item] = aside.submit(material.make, item, self.cache)
+            self.workers = [self.start(number) for number in range(min(self.jobs, len(self.waiting)))]
+            show = stack.enter_context(self.display())
+            while self.waiting or any(worker.cell for worker in self.workers):
+                for worker in self.workers:
+                    if worker.ready and worker.cell is None:
+                        self.give(worker)
+                self.listen()
+                show()
+
+    def start(self, number: int) -> Worker:
+        from benchmarks.lab.cells import Workplace
+
+        tokens = SHARED_BATCH_TOKENS if self.jobs > 1 else 2 * SHARED_BATCH_TOKENS
+        place: Workplace = Workplace(
+            output=self.output,
+            cache=self.cache,
+            device=self.device,
+            compile="none" if self.device == "cpu" and self.config.compile == "auto" else self.config.compile,
+            jobs=self.jobs,
+            keep_checkpoints=self.config.keep_checkpoints,
+            batch_tokens=tokens if self.device == "cuda" else tokens // 8,
+        )
+        here, there = self.context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.device == "cpu" else 1
+        log = str(self.output / "workers" / f"worker-{number}.log")
+        process = self.context.Process(target=work, args=(there, log, place, threads), name=f"lab-{number}")
+        process.start()
+        there.close()
+        return Worker(number, process, here)
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            with contextlib.suppress(OSError, ValueError):
+                worker.pipe.close()
+            if worker.cell is not None or not worker.ready:
+                worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+    # -- giving out
+
+    def give(self, worker: Worker) -> None:
+        """The next cell whose documents and samples are there, if there is one."""
+        cell = self.next_for(worker)
+        if cell is None:
+            return
+        self.waiting.remove(cell)
+        worker.cell, worker.shape, worker.since = cell, cell.shape, time.perf_counter()
+        try:
+            worker.pipe.send(cell)
+        except (BrokenPipeError, OSError):
+            self.lost(worker)
+
+    def next_for(self, worker: Worker) -> Cell | None:
+        """Of the worker's own shape if any is left, else of the shape with most work left for each worker on it."""
+        able = [cell for cell in self.waiting if self.prepared(cell)]
+        if not able:
+            return None
+        left: dict[tuple[Any, ...], float] = {}
+        for cell in able:
+            left[cell.shape] = left.get(cell.shape, 0.0) + matrix.seconds(cell, self.device)
+        if worker.shape in left:
+            shape = worker.shape
+        else:
+            busy = Counter(other.shape for other in self.workers if other.cell)
+            shape = max(left, key=lambda key: left[key] / (1 + busy[key]))
+        return next(cell for cell in able if cell.shape == shape)
+
+    def prepared(self, cell: Cell) -> bool:
+        """Whether the cell's documents and samples are there. Raises what went wrong in making them."""
+        for item in (*material.parts(cell), *material.samples(cell)):
+            future = self.making.get(item)
+            if future is not None:
+                if not future.done():
+                    return False
+                future.result()
+                del self.making[item]
+        return True
+
+    # -- taking in
+
+    def listen(self) -> None:
+        """Take in what the workers say until one has said something, or for a moment."""
+        pipes = {worker.pipe: worker for worker in self.workers}
+        for pipe in wait(list(pipes), timeout=TICK):
+            worker = pipes[pipe]  # type: ignore[index]
+            try:
+                answer: Answer = worker.pipe.recv()
+            except (EOFError, OSError):
+                self.lost(worker)
+                continue
+            if answer.ready:
+                worker.ready = True
+            else:
+                self.take(worker, answer)
+
+    def take(self, worker: Worker, answer: Answer) -> None:
+        cell = worker.cell
+        assert cell is not None
+        worker.cell = None
+        seconds = time.perf_counter() - worker.since
+        if answer.error is not None:
+            self.fail(cell, answer.error, answer.trace, worker.number)
+            return
+        append_rows(self.output / "scores.jsonl", answer.scores)
+        self.directory.add(answer.rows)  # last: with its rows a cell is done
+        self.done += 1
+        self.deaths = 0
+        self.spent += seconds
+        self.expected += matrix.seconds(cell, self.device)
+        self.directory.log(cell=cell.name, worker=worker.number, seconds=round(seconds, 2), phases=answer.seconds)
+        self.line(cell, answer.rows, seconds)
+
+    def lost(self, worker: Worker) -> None:
+        """A worker has ended: its cell failed, another takes its place."""
+        worker.process.join(10)
+        code = worker.process.exitcode
+        if worker.cell is not None:
+            reason = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            hint = " (out of memory?)" if code == -9 else ""
+            self.fail(worker.cell, f"the worker ended: {reason}{hint}", None, worker.number)
+        self.deaths += worker.cell is not None or not worker.ready
+        worker.pipe.close()
+        if not worker.ready or self.deaths > max(DEATHS, self.jobs):
+            log = self.output / "workers" / f"worker-{worker.number}.log"
+            raise ValueError(f"workers end before they finish a cell (exit code {code}): see {log}")
+        self.workers[self.workers.index(worker)] = self.start(worker.number)
+
+    def fail(self, cell: Cell, error: str, trace: str | None, worker: int) -> None:
+        self.failed += 1
+        columns = {"base": cell.base, "window": cell.window, "target": cell.target, "fold": cell.fold, "arm": cell.arm}
+        row = result_row(
+            suite="lab",
+            task="cell",
+            metric="failed",
+            value=1.0,
+            model=f"base {cell.base}",
+            method=cell.method,
+            seed=cell.seed,
+            error=error,
+            cell=cell.sha256,
+            questions=list(cell.questions),
+            **columns,
+        )
+        self.directory.add([row])
+        self.directory.log(cell=cell.name, worker=worker, error=error, traceback=trace)
+        self.tell(f"FAILED {cell.name}: {error}")
+
+    # -- telling
+
+    @contextlib.contextmanager
+    def display(self) -> Iterator[Any]:
+        """A live table on a terminal; elsewhere nothing, since each cell gets a line."""
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        self.live: Any = None
+        if not console.is_terminal:
+            yield lambda: None
+            return
+        with Live(self.table(), console=console, refresh_per_second=2, transient=True) as self.live:
+            yield lambda: self.live.update(self.table())
+
+    def table(self) -> Any:
+        from rich.table import Table
+
+        groups: dict[str, list[int]] = {}
+        waiting = {cell.sha256 for cell in self.waiting}
+        running = {worker.cell.sha256 for worker in self.workers if worker.cell}
+        for cell in self.cells:
+            counts = groups.setdefault(f"base {cell.base}, {cell.fold}-fold", [0, 0, 0])
+            state = 0 if cell.sha256 in waiting else 1 if cell.sha256 in running else 2
+            counts[state] += 1
+        made = Table(title=self.state(), title_justify="left")
+        for head in ("", "waiting", "running", "over"):
+            made.add_column(head, justify="left" if not head else "right")
+        for name, counts in groups.items():
+            made.add_row(name, *map(str, counts))
+        for worker in self.workers:
+            if worker.cell:
+                made.add_row(f"  {worker.cell.name}", "", f"{time.perf_counter() - worker.since:.0f} s", "")
+        if self.making:
+            made.add_row(f"  documents and samples to make: {len(self.making)}")
+        return made
+
+    def state(self) -> str:
+        from endprompt.progress import clock
+
+        over = self.known + self.done + self.failed
+        failed = f", {self.failed} failed" if self.failed else ""
+        left = self.seconds_left()
+        return f"{over}/{len(self.cells)} cells{failed}" + (f", {clock(left)} left" if left is not None else "")
+
+    def seconds_left(self) -> float | None:
+        """From what the finished cells took beside what they were expected to."""
+        if not self.done:
+            return None
+        ahead = sum(matrix.seconds(cell, self.device) for cell in self.waiting)
+        for worker in self.workers:
+            if worker.cell:
+                ahead += matrix.seconds(worker.cell, self.device) / 2
+        return ahead * self.spent / self.expected / max(1, len(self.workers))
+
+    def line(self, cell: Cell, rows: Sequence[dict[str, Any]], seconds: float) -> None:
+        means = []
+        for length in cell.lengths:
+            values = [row["value"] for row in rows if row["suite"] == "ruler" and row["length"] == length]
+            means.append(f"{length}: {sum(values) / len(values):.1f}")
+        self.tell(f"[{self.state()}] {cell.name}  {'  '.join(means)}  ({seconds:.1f} s)")
+
+    def tell(self, message: str) -> None:
+        if self.live is not None:
+            self.live.console.print(message, highlight=False, markup=False)
+        else:
+            say(message)
+
+    def conclude(self) -> None:
+        """Answer the questions as far as the rows go."""
+        from benchmarks import verdicts
+
+        if not any(cell.questions for cell in self.cells):
+            return
+        found = verdicts.write(self.output)
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(verdicts.table(found))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before it
+
+
+def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> str:
+    """The cells by arm, and what they are expected to take."""
+    from endprompt.progress import clock
+
+    arms: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        arms.setdefault((cell.base, cell.fold, cell.arm), []).append(cell)
+    width = max(len(key[2]) for key in arms)
+    heads = f"{'steps x rows x tokens':>22}  {'seeds':>5}  {'s each':>7}  questions"
+    lines = [f"{'base':<8}{'fold':>5}  {'arm':<{width}}  {heads}"]
+    for (base, fold, arm), members in arms.items():
+        first = members[0]
+        size = f"{first.steps} x {first.rows} x {first.row_tokens}" if first.trained else "untrained"
+        each = matrix.seconds(first, device)
+        asked = ",".join(map(str, first.questions))
+        lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>22}  {len(members):>5}  {each:>7.1f}  {asked}")
+    left = [cell for cell in cells if cell.sha256 not in done]
+    total = sum(matrix.seconds(cell, device) for cell in left)
+    longest = max((matrix.seconds(cell, device) for cell in left), default=0.0)
+    expected = matrix.RATES[device].start + max(total / jobs, longest) if left else 0.0
+    lines.append(
+        f"{len(cells)} cells, {len(cells) - len(left)} done; about {clock(expected)} with {jobs} workers on "
+        f"{'a GPU' if device == 'cuda' else 'the CPU'} (estimated)"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""A worker process: takes cells one by one and keeps what they share (compiled code, recorded graphs, samples)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+#: Linux's prctl option: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Answer:
+    """What a worker says of a cell: rows and scores, or the error with its traceback. ready: before the first cell."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    trace: str | None = None
+    ready: bool = False
+
+
+def settle(log: Path, threads: int) -> None:
+    """A quiet process that ends with its parent: output to a file, Ctrl-C left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
+    """Answer each cell that comes through the pipe, until it is closed.
+
+    After an error that no check foresaw the process ends, since a GPU may be left unusable: it is replaced by another.
+    """
+    settle(Path(log), threads)
+    import torch
+
+    from benchmarks.lab import cells
+
+    torch.set_num_threads(threads)
+    pipe.send(Answer(ready=True))
+    while True:
+        try:
+            cell = pipe.recv()
+        except EOFError:
+            return
+        if cell is None:
+            return
+        try:
+            made = cells.run(cell, place)
+        except (ValueError, OSError) as error:
+            pipe.send(failed(error))
+        except Exception as error:
+            pipe.send(failed(error))
+            return
+        else:
+            pipe.send(Answer(made.rows, made.scores, made.seconds))
+
+
+def failed(error: Exception) -> Answer:
+    first = (str(error).strip().splitlines() or [""])[0][:500]
+    return Answer(error=f"{type(error).__name__}: {first}", trace=traceback.format_exc())

@@ -1,0 +1,93 @@
+"""Question 4 of the lab: where the anchor is, and the score at the target length."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from paper_figures import lab, style
+from paper_figures.averages import average, interval_kind, scale_mark, scored
+from paper_figures.data import Frames, Inputs, NoData
+from paper_figures.names import short_length
+
+TITLE = "The lab: place of the anchor against the score at the target length"
+INPUTS = Inputs(rows={"ruler": lab.COLUMNS[:5]}, needs_rows=True, lab="only")
+PLACES = {
+    "contiguous": "no anchor",
+    "endprompt": "at the fixed end",
+    "endprompt-random": "at a random place",
+    "anchors": "at one of {} ends",
+    "endprompt-pose": "at the end, PoSE before it",
+    "pose": "PoSE, no anchor",
+}
+#: What the end prompt is -> marker, its face in the legend, name.
+MARKS = {
+    "": ("s", "#444444", "no end prompt"),
+    "EP_1": ("o", "white", "end prompt EP_1"),
+    "recall": ("D", "#444444", "end prompt recall"),
+}
+
+
+def draw(frames: Frames) -> Figure:
+    rows = lab.tidy(scored(frames, "ruler"))
+    rows = rows[rows["main"] & (rows["length"] == rows["target"]) & rows["scaling"].isin(("linear", "yarn"))]
+    rows = rows[~rows["kind"].str.startswith(("base", "full", "longlora"))]
+    if rows.empty:
+        raise NoData("needs arms with PI or YaRN, scored at their target length (columns scaling and target)")
+    places = [kind for kind in PLACES if any(lab.arm_of(k) == kind for k in rows["kind"])]
+    places += [kind for kind in dict.fromkeys(map(lab.arm_of, rows["kind"])) if kind not in places]
+    chosen = list(lab.groups(rows))
+    fig = style.figure(0.19 * len(places) + 1.3, 7.0)
+    axes = fig.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    colors = {"linear": style.ARMS["contiguous"][0], "yarn": style.ARMS["endprompt"][0]}
+    for ax, (_, _, _, part) in zip(axes, chosen):
+        means = average(part, ["method"], ["task"]).set_index("method")
+        arms = part.drop_duplicates("method").set_index("method")
+        for name in means.index:
+            arm = arms.loc[name]
+            marker, face, _ = MARKS.get(arm["cue"], ("v", "#444444", ""))
+            color = colors[arm["scaling"]]
+            shift = 0.13 if arm["scaling"] == "yarn" else -0.13
+            y = places.index(lab.arm_of(arm["kind"])) - shift + (0.06 if arm["cue"] == "EP_1" else -0.06)
+            face = face if face == "white" else color
+            ax.hlines(y, means.loc[name, "lo"], means.loc[name, "hi"], color=color, linewidth=0.8)
+            ax.plot(
+                means.loc[name, "value"],
+                y,
+                marker=marker,
+                color=color,
+                markerfacecolor=face,
+                markersize=3.8,
+                linestyle="none",
+                clip_on=False,
+                zorder=3,
+            )
+        ax.set_xlim(0, 100)
+        ax.set_xticks(range(0, 101, 25))
+        ax.grid(axis="x")
+        ax.set_title(f"window {arm['window']:.0f}, {arm['fold']:.0f}-fold", fontsize=7)
+        ax.set_xlabel(f"score at {short_length(arm['target'])}, percent")
+    names = [PLACES.get(kind, kind).format(_anchors(rows)) for kind in places]
+    axes[0].set_yticks(range(len(places)), names)
+    axes[0].set_ylim(len(places) - 0.5, -0.5)
+    dots = {
+        label: {"marker": marker, "color": "#444444", "linestyle": "none", "markerfacecolor": face}
+        for cue, (marker, face, label) in MARKS.items()
+        if cue in set(rows["cue"])
+    }
+    lines = {
+        lab.scaling_name(scaling): {"color": color, "linewidth": 2.5}
+        for scaling, color in colors.items()
+        if scaling in set(rows["scaling"])
+    }
+    if not set(rows["cue"]) <= set(MARKS):
+        dots["another prompt"] = {"marker": "v", "color": "#444444", "linestyle": "none"}
+    fig.legend(handles=lab.handles(dots | lines), loc="outside lower center", ncols=6)
+    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(means)}"
+    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    return fig
+
+
+def _anchors(rows: pd.DataFrame) -> str:
+    numbers = sorted({f"{n:.0f}" for n in rows["anchors"].dropna()})
+    return "/".join(numbers) or "several"
