@@ -142,7 +142,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
             if not line.strip():
                 continue
-            yield number, parse_object(line, f"{path}, line {number}")
+            yield number, parse_object(line.strip(), f"{path}, line {number}")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

@@ -44,9 +44,9 @@ MUTANTS = [
     (LOSS, "torch.logsumexp(logits, dim=-1)", "torch.logsumexp(logits, dim=-1) + 1e-3", "loss"),
     (LOSS, "keep = weights_N > 0", "keep = weights_N >= 1", "loss"),
     ("endprompt/train.py", "labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:]", "labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, :-1]", "train"),
-    (PROMPTS, "scored[len(self.cue) + self.given :] = True", "scored[self.given :] = True", "prompts"),
+    (PROMPTS, ">= len(self.cue) + self.given", ">= self.given", "prompts"),
     (PROMPTS, "context[start : start + self.span]", "context[: self.span]", "prompts data"),
-    (GUARD, "self.smoothed > self.best + self.limit", "self.smoothed > self.best + 2 * self.limit", "train"),
+    (GUARD, "self.smoothed > self.best + self.limit", "self.smoothed > self.best + 2 * self.limit", "guard"),
     # frequencies
     (ROPE, "return base_frequencies(base, head_dim) / factor, 1.0", "return base_frequencies(base, head_dim) * factor, 1.0", "rope"),
     (ROPE, "return base * factor ** (head_dim / (head_dim - 2))", "return base * factor", "rope"),
