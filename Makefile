@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint setup clean
+.PHONY: demo test test-slow test-gpu docs mutants coverage audit-packages lint setup clean
 
 demo: setup
 	@"$(BIN)/endprompt" demo
@@ -18,6 +18,23 @@ test-slow: setup
 test-gpu: setup
 	@"$(BIN)/python" -m pytest -m gpu
 
+# The pages and the API reference, into site/ (open site/index.html).
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict --quiet
+
+# Faults put into positions, loss, bounds and metrics on purpose: each must make a test fail.
+mutants: setup
+	@"$(BIN)/python" tests/mutants.py
+
+coverage: setup
+	@"$(BIN)/python" -m coverage run -m pytest -q
+	@"$(BIN)/python" -m coverage report
+
+# Known vulnerabilities of the installed packages; asks the advisory service of the package index.
+audit-packages: setup
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check pip-audit
+	@"$(BIN)/pip-audit" --skip-editable
+
 lint: setup
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
@@ -30,8 +47,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (once, a few minutes)"
 	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,exact]"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,exact]"
 	@touch "$(STAMP)"
 
 clean:
-	rm -rf "$(VENV)" runs
+	rm -rf "$(VENV)" runs site

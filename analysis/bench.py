@@ -10,21 +10,29 @@ import argparse
 import os
 import resource
 import time
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import tokenizers
 import torch
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from analysis import observability
+from analysis import observability, verify
 from analysis.certificates import certified_max
+from analysis.commands import VerifyConfig
 from analysis.spectra import rope_freqs
 from analysis.sweep import ORDERS, Sweep
+from endprompt.model import new_model
 from endprompt.rows import RunDirectory, result_row
 
 #: Llama-3-8B: 32 layers of 32 heads, head_dim 128, base 500000, window 8192, interpolated 8-fold.
 HEADS, HEAD_DIM, BASE, FACTOR, WINDOW = 1024, 128, 500000.0, 8, 8192
 LENGTHS = (65536, 131072)
 NAIVE_SPECTRA = 4
+#: Random Llamas to verify: vocabulary, hidden, layers, heads, key/value heads, intermediate; tokens and pairs read.
+VERIFIED = {"llama3-8b": (128256, 4096, 32, 32, 8, 14336, 1024, 256), "tiny": (512, 64, 2, 4, 2, 128, 256, 16)}
 
 
 def main() -> None:
@@ -34,9 +42,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=256, help="spectra for each of 1,024 heads")
     parser.add_argument("--spacing", type=float, default=FACTOR / 2, help="tokens between grid points")
     parser.add_argument("--repeats", type=int, default=2, help="timings of the sweep; the best is kept")
+    parser.add_argument("--verify", choices=VERIFIED, help="instead: verify a random model of this shape")
     options = parser.parse_args()
     run = RunDirectory(options.output, vars(options))
-    for measure in (sweeps, questions, configurations):
+    for measure in (verification,) if options.verify else (sweeps, questions, configurations):
         for row in measure(options):
             run.add([row])
             print(f"{row['task']:<24}{row['metric']:<34}{row['value']:>12.4g}  length {row['length']}", flush=True)
@@ -150,6 +159,54 @@ def configurations(options: Any):
     length = 32 * WINDOW
     yield row("observability", "seconds_200_configurations", time.perf_counter() - start, options, length, n=number)
     yield row("observability", "cpu_seconds_200_configurations", time.process_time() - cpu, options, length, n=number)
+
+
+def verification(options: Any):
+    """`endprompt verify`, whole, of a model with random bfloat16 weights, made on the device and never saved."""
+    vocabulary, hidden, layers, heads, groups, intermediate, tokens, pairs = VERIFIED[options.verify]
+    settings = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        intermediate_size=intermediate,
+        max_position_embeddings=FACTOR * WINDOW,
+        rope_parameters={"rope_type": "linear", "rope_theta": BASE, "factor": float(FACTOR)},
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    directory = Path(options.output) / "model"
+    settings.save_pretrained(directory)
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE({chr(32 + i): i for i in range(256)}, [], unk_token=" "))
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(directory)
+    start = time.perf_counter()
+    model = new_model(settings, seed=0, dtype="bfloat16", attention="sdpa", device=options.device).eval()
+    synchronise(options)
+    made, resident = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = VerifyConfig(
+        str(directory),
+        output=str(Path(options.output) / "verify"),
+        tokens=tokens,
+        pairs=pairs,
+        dtype="bfloat16",
+        device=options.device,
+        formats=("png",),
+    )
+    with mock.patch.object(verify, "load", lambda path, config: model):
+        report = verify.verify(config)
+    synchronise(options)
+    shared = {"n": layers * heads * pairs, "holds": report.holds, "what": f"{layers} layers, random weights, {tokens=}"}
+    length = FACTOR * WINDOW
+    yield row("verify", "seconds", time.perf_counter() - made, options, length, **shared)
+    yield row("verify", "seconds_to_make_the_model", made - start, options, length, **shared)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) / 2**20
+    yield row("verify", "more_resident_gib", more, options, length, **shared)
+    if options.device != "cpu":
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        yield row("verify", "model_gib", weights / 2**30, options, length, **shared)
+        beside = (torch.cuda.max_memory_allocated() - weights) / 2**30
+        yield row("verify", "peak_device_gib_beside_the_model", beside, options, length, **shared)
 
 
 def synchronise(options: Any) -> None:

@@ -185,7 +185,9 @@ def prepare(config: VerifyConfig) -> Scene:
     ids = np.asarray(models.load_tokenizer(config.checkpoint)(read_text(config.text))["input_ids"], dtype=np.int64)
     ids = ids[: min(config.tokens, window)]
     if ids.size and ids.max() >= settings.vocab_size:
-        raise ValueError(f"the tokenizer is of another vocabulary: token {ids.max()}, {settings.vocab_size=}")
+        raise ValueError(
+            f"{config.checkpoint}: the tokenizer is of another vocabulary: token {ids.max()}, {settings.vocab_size=}"
+        )
     pairs = choose_pairs(ids.size, config.pairs, config.seed)
     return Scene(
         config=config,

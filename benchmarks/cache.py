@@ -6,15 +6,24 @@ builds a file under a lock, the others wait for it. A file that was changed is a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import haystack, ruler
 from endprompt import rows
+
+LAYOUT = 2  # of the files
+# Cells that are missing are built by several processes if together they have more tokens than this: a second's work.
+PARALLEL_TOKENS = 8_000_000
+MOST_PROCESSES = 16
 
 
 def default_directory() -> Path:
@@ -35,6 +44,64 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return rows.sha256_of(json.dumps(about, sort_keys=True, default=str))
 
 
+def cells(
+    wanted: Sequence[tuple[str, int]],
+    tokenizer: Any,
+    n: int,
+    seed: int,
+    data_dir: str | Path | None = None,
+    options: ruler.Options = ruler.DEFAULTS,
+    directory: str | Path | None = None,
+) -> list[ruler.Cell]:
+    """The cells of (task, length) pairs, in order; the missing ones are built by several processes where it pays."""
+    common = (tokenizer, n, seed, data_dir, options, directory, tokenizer_sha256(tokenizer))
+    places = [place(task, length, *common) for task, length in wanted]
+    missing = [pair for pair, (_, path) in zip(wanted, places) if not path.is_file()]
+    workers = min(len(missing), processes())
+    if workers > 1 and n * sum(length for _, length in missing) > PARALLEL_TOKENS:
+        # The longest first, and question answering before the rest, so that no process is left alone with it.
+        missing.sort(key=lambda pair: (-pair[1], ruler.SPECS[pair[0]].family != "qa"))
+        with single_threaded_tokenizers():
+            pool = multiprocessing.get_context("fork").Pool(workers, keep, (common,))
+        with pool:
+            for _ in pool.imap_unordered(build_kept, missing):
+                pass
+    return [cell(task, length, *common) for task, length in wanted]
+
+
+def processes() -> int:
+    """Processes that may build: one a core, on Linux, in the first process of a run."""
+    if sys.platform != "linux" or int(os.environ.get("RANK", "0")) > 0:
+        return 1
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+@contextlib.contextmanager
+def single_threaded_tokenizers() -> Iterator[None]:
+    """What is forked inside keeps its tokenizers to one thread: threads do not survive a fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+_common: tuple[Any, ...] = ()  # in a building process: what all cells share
+
+
+def keep(common: tuple[Any, ...]) -> None:
+    global _common
+    _common = common
+
+
+def build_kept(pair: tuple[str, int]) -> None:
+    cell(*pair, *_common)
+
+
 def cell(
     task: str,
     length: int,
@@ -52,8 +119,34 @@ def cell(
     """
     from filelock import FileLock
 
+    key, path = place(task, length, tokenizer, n, seed, data_dir, options, directory, tokenizer_hash)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(path) + ".lock"):
+        if path.is_file():
+            recipe = rows.read_sealed(path, key)
+            recipe["options"]["haystack_text"] = options.haystack_text
+            return ruler.Cell(recipe, tokenizer, data_dir)
+        built = ruler.Cell.build(task, length, tokenizer, n, seed, data_dir, options)
+        built.describe()
+        rows.write_sealed(path, key, built.recipe)
+    return built
+
+
+def place(
+    task: str,
+    length: int,
+    tokenizer: Any,
+    n: int,
+    seed: int,
+    data_dir: str | Path | None,
+    options: ruler.Options,
+    directory: str | Path | None,
+    tokenizer_hash: str | None,
+) -> tuple[dict[str, Any], Path]:
+    """(key, file) of a cell. Raises ValueError for an unknown task and for missing data."""
     ruler.check_task(task)
     key = {
+        "layout": LAYOUT,
         "generator": ruler.GENERATOR,
         "task": task,
         "length": length,
@@ -66,16 +159,7 @@ def cell(
     }
     digest = rows.sha256_of(json.dumps(key, sort_keys=True))
     directory = Path(directory) if directory is not None else default_directory()
-    path = directory / f"{task}-{length}-{digest[:24]}.json"
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(path) + ".lock"):
-        if path.is_file():
-            recipe = rows.read_sealed(path, key)
-            recipe["options"]["haystack_text"] = options.haystack_text
-            return ruler.Cell(recipe, tokenizer, data_dir)
-        built = ruler.Cell.build(task, length, tokenizer, n, seed, data_dir, options)
-        rows.write_sealed(path, key, built.recipe)
-    return built
+    return key, directory / f"{task}-{length}-{digest[:24]}.json"
 
 
 def text_versions(task: str, length: int, data_dir: str | Path | None, options: ruler.Options) -> dict[str, str]:
@@ -83,7 +167,7 @@ def text_versions(task: str, length: int, data_dir: str | Path | None, options: 
     spec = ruler.SPECS[task]
     found: dict[str, str] = {"wording": rows.sha256_of(repr(haystack.wording(spec.family)))}
     if spec.family == "qa":
-        found[spec.dataset] = haystack.library(spec.dataset, data_dir, task).sha256
+        found[spec.dataset] = rows.remembered_sha256(haystack.data_file(spec.dataset, data_dir, task))
     if spec.haystack == "essay":
         found["essay"] = haystack.essay(options.haystack_text, data_dir, task).sha256
     if spec.family == "niah" or spec.family == "cwe":

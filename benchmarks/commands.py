@@ -49,6 +49,7 @@ class DemoConfig:
         steps: training steps of each arm.
         samples: samples of each task and length.
         overwrite: start again.
+        open: open the report in a browser at the end.
     """
 
     output: str = "runs/demo"
@@ -56,6 +57,7 @@ class DemoConfig:
     steps: int = 150
     samples: int = 32
     overwrite: bool = False
+    open: bool = False
 
 
 def demo(config: DemoConfig) -> int | None:
@@ -70,6 +72,34 @@ def lab(config: LabConfig) -> int | None:
     from benchmarks.lab import runner
 
     return runner.lab(config)
+
+
+@dataclass
+class ReportConfig:
+    """Settings of `endprompt report`.
+
+    Args:
+        runs: run directories (of extend, score, verify, demo, lab), or files of result rows.
+        output: the page; report.html in the first run if not given.
+        reference: method that the others are compared with; the first contiguous one if not given.
+        open: open the page in a browser.
+    """
+
+    runs: list[str]
+    output: str | None = None
+    reference: str | None = None
+    open: bool = False
+
+
+def report(config: ReportConfig) -> int | None:
+    """One page of HTML from finished runs: scores, losses, bounds, comparison, provenance; it loads nothing."""
+    from benchmarks import report as work
+
+    page = work.report(config)
+    print(page)
+    if config.open:
+        work.show(page)
+    return None
 
 
 @dataclass

@@ -12,7 +12,14 @@ from typing import Any
 from benchmarks import summary
 
 #: What every prediction on disk has, and of which kind.
-ENTRY: dict[str, type | tuple[type, ...]] = {"task": str, "index": int, "prompt_sha256": str, "prediction": str, "score": (int, float), "outputs": list}
+ENTRY: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "index": int,
+    "prompt_sha256": str,
+    "prediction": str,
+    "score": (int, float),
+    "outputs": list,
+}
 
 
 def complete_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from analysis.commands import VerifyConfig
 from analysis.verify import verify
-from benchmarks import documents, score
-from benchmarks.commands import DemoConfig
+from benchmarks import documents, report, score
+from benchmarks.commands import DemoConfig, ReportConfig
 from endprompt import train
 from endprompt.config import ExtendConfig
 from endprompt.model import load_tokenizer
@@ -85,10 +85,10 @@ def steps(config: DemoConfig) -> int:
     title(3, "verify", "smoothness bounds of every head, on real queries and keys")
     holds = True
     for name, path in checkpoints.items():
-        report = verify(verify_config(name, path, run, terminals.get(name, max(terminals.values()))))
-        worst = min(report.shares.values())
-        say(f"-- {name}: share of pairs within their bounds {worst:.4f}{'' if report.holds else '  VIOLATED'}")
-        holds &= report.holds
+        found = verify(verify_config(name, path, run, terminals.get(name, max(terminals.values()))))
+        worst = min(found.shares.values())
+        say(f"-- {name}: share of pairs within their bounds {worst:.4f}{'' if found.holds else '  VIOLATED'}")
+        holds &= found.holds
     if not holds:
         say("a certified bound is violated: see the rows in " + str(run / "verify"))
 
@@ -109,6 +109,10 @@ def steps(config: DemoConfig) -> int:
     directory.log(seconds=round(seconds, 1))
     table(rows)
     say(f"\n{seconds / 60:.1f} minutes; rows: {directory.results}; picture: {run / 'figures' / PICTURE}")
+    page = report.report(ReportConfig([str(run)]))
+    print(page)
+    if config.open:
+        report.show(page)
     return 0 if holds else 1
 
 

@@ -45,6 +45,7 @@ FWE_LETTERS = 6
 # A cell of at most this many prompt tokens is tokenized whole; a larger one relies on checked sums.
 EXACT_TOKENS = 1_000_000
 CHECKED_SAMPLES = 4
+CHECKED_DOCUMENTS = 512
 SEARCH_STEPS = 20
 # Words kept on each side of a needle when the inside of an essay is summed and not tokenized.
 RIM = 8
@@ -182,8 +183,14 @@ class Cell(Sequence[dict[str, Any]]):
     def __init__(self, recipe: dict[str, Any], tokenizer: Any, data_dir: str | Path | None):
         self.recipe = recipe
         self.options = Options(**recipe["options"])
-        self._source = source(recipe["task"], recipe["length"], tokenizer, recipe["seed"], data_dir, self.options)
+        self._tokenizer, self._data_dir = tokenizer, data_dir
         self._assemble = assembler(tokenizer, self.options.chat)
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        """Its data are read when the first sample is."""
+        recipe = self.recipe
+        return source(recipe["task"], recipe["length"], self._tokenizer, recipe["seed"], self._data_dir, self.options)
 
     @classmethod
     def build(
@@ -218,9 +225,21 @@ class Cell(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.recipe["samples"])
 
+    def describe(self) -> None:
+        """Adds to the recipe what takes all prompts to know: their characters and their hash."""
+        digest, characters = hashlib.sha256(), 0
+        for sample in self:
+            characters += len(sample["input"])
+            digest_sample(digest, sample)
+        self.recipe |= {"characters": characters, "samples_sha256": digest.hexdigest()}
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return self.sample(index, whole=True)
+
+    def sample(self, index: int, whole: bool) -> dict[str, Any]:
+        """A sample; without its `input`, which takes the most time to make, if it is not wanted whole."""
         state, tokens = self.recipe["samples"][index]
         recipe = self.recipe
         draft = self._source.draw(index % len(self))
@@ -229,7 +248,7 @@ class Cell(Sequence[dict[str, Any]]):
             "task": recipe["task"],
             "index": index % len(self),
             "seed": recipe["seed"],
-            "input": self._assemble(*draft.render(state)),
+            **({"input": self._assemble(*draft.render(state))} if whole else {}),
             "outputs": list(draft.outputs),
             "length": tokens,
             "max_new_tokens": kept,
@@ -248,10 +267,14 @@ def samples_sha256(samples: Sequence[dict[str, Any]]) -> str:
     """One hash over every prompt and its answers, in order."""
     digest = hashlib.sha256()
     for sample in samples:
-        for text in (sample["input"], *sample["outputs"]):
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little") + data)
+        digest_sample(digest, sample)
     return digest.hexdigest()
+
+
+def digest_sample(digest: Any, sample: dict[str, Any]) -> None:
+    for text in (sample["input"], *sample["outputs"]):
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
 
 
 # ---------------------------------------------------------------------------------------------------- token counting
@@ -308,6 +331,7 @@ class Costs:
 
     def __init__(self, tokenizer: Any):
         self.count = counter(tokenizer)
+        self._words: dict[str, int] = {}
 
     def of(self, pieces: Sequence[str], left: str, right: str) -> np.ndarray:
         """int64 [pieces]"""
@@ -315,6 +339,13 @@ class Costs:
             return np.zeros(0, dtype=np.int64)
         bare, *whole = self.count([left + right, *(left + piece + right for piece in pieces)])
         return np.array(whole, dtype=np.int64) - bare
+
+    def words(self, words: Sequence[str]) -> list[int]:
+        """Tokens of each word with the space in front of it, in running text; a word is measured once."""
+        known = self._words
+        new = [word for word in dict.fromkeys(words) if word not in known]
+        known.update(zip(new, self.of([" " + word for word in new], "a", " a").tolist()))
+        return [known[word] for word in words]
 
 
 def fit(length: int, made: Source, n: int, kept: int, count: Count, assemble: Assemble) -> list[tuple[Any, int]]:
@@ -662,17 +693,13 @@ class EssaySource(Source):
         return EssayDraft(self, Needles.draw(self.spec, rng), rng)
 
     _sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    _word_costs: dict[str, int] = field(default_factory=dict)
 
     def added(self, room: int) -> np.ndarray:
         """int64 [k]: tokens that the first k words add, up to more than `room`; copies of the text follow on."""
         while self._sums[-1] <= room:
             known, words = len(self._sums) - 1, self.essay.words
             further = [words[i % len(words)] for i in range(known, 2 * known + 256)]
-            new = [word for word in dict.fromkeys(further) if word not in self._word_costs]
-            measured = self.costs.of([" " + word for word in new], "a", " a")
-            self._word_costs.update(zip(new, np.maximum(measured, 0).tolist()))
-            sums = np.cumsum([self._word_costs[word] for word in further])
+            sums = np.cumsum(np.maximum(self.costs.words(further), 0))
             self._sums = np.concatenate(
                 [self._sums, self._sums[-1] + np.maximum(sums, np.arange(1, len(sums) + 1) // 64)]
             )
@@ -1121,29 +1148,77 @@ class DocumentSource(Source):
             )
         return DocumentDraft(self, self.library.questions[index], self.rng(index))
 
-    def block(self, number: int, document: str) -> str:
-        return texts.document_prompt().format(i=number, document=document)
-
-    def document_costs(self, wanted: Sequence[int]) -> list[int]:
-        """Tokens of each document as "Document 1"; measured when first asked for."""
-        known = known_costs(self.tokenizer, self.haystack_sha256 or "")
-        new = [i for i in dict.fromkeys(wanted) if i not in known]
-        blocks = [self.block(1, self.library.documents[i]) + "\n\n" for i in new]
-        known.update(zip(new, self.costs.of(blocks, "a\n\n", "Document").tolist()))
-        return [known[i] for i in wanted]
+    @functools.cached_property
+    def document_costs(self) -> DocumentCosts:
+        known = kept_costs(self.tokenizer, self.library.sha256)
+        if not known:
+            known.append(DocumentCosts(self.tokenizer, self.library.documents))
+        return known[0]
 
     @functools.cached_property
-    def number_costs(self) -> np.ndarray:
-        """int64 [k]: tokens that the numbers of k documents take more than as many 1s."""
-        heads = [self.block(i, "a") + "\n\n" for i in range(1, self.length // 8 + 16)]
+    def number_costs(self) -> list[int]:
+        """[k]: tokens that the numbers of k documents take more than as many 1s."""
+        heads = [document_block(i, "a") + "\n\n" for i in range(1, self.length // 8 + 16)]
         costs = self.costs.of(heads, "a\n\n", "Document")
-        return np.concatenate([[0], np.cumsum(costs - costs[0])])
+        return [0, *np.cumsum(costs - costs[0]).tolist()]
+
+
+def document_block(number: int, document: str) -> str:
+    return texts.document_prompt().format(i=number, document=document)
+
+
+class DocumentCosts:
+    """Tokens of a library's documents as "Document 1", measured when first asked for, the same at every length.
+
+    A document of single-spaced ASCII costs as much as its first and last word in their places, and the words between
+    them, if that is so for all of CHECKED_DOCUMENTS. Any other document is tokenized whole.
+    """
+
+    def __init__(self, tokenizer: Any, documents: Sequence[str]):
+        self.costs, self.documents = Costs(tokenizer), documents
+        self._known = np.full(len(documents), -1, dtype=np.int64)
+
+    def of(self, wanted: Sequence[int]) -> list[int]:
+        """Tokens of each of the documents."""
+        places = np.asarray(wanted, dtype=np.int64)
+        new = np.unique(places[self._known[places] < 0]).tolist()
+        split = {i: words for i in new if self.words_add_up and (words := plain_words(self.documents[i]))}
+        rest = [i for i in new if i not in split]
+        if split:
+            self._known[list(split)] = self.summed(list(split.values()))
+        if rest:
+            self._known[rest] = self.whole([self.documents[i] for i in rest])
+        return self._known[places].tolist()
+
+    def whole(self, documents: Sequence[str]) -> np.ndarray:
+        return self.costs.of([document_block(1, document) + "\n\n" for document in documents], "a\n\n", "Document")
+
+    def summed(self, split: Sequence[Sequence[str]]) -> np.ndarray:
+        """Tokens of documents given as words: of the outer two as a document, plus those of the words between."""
+        inner = iter(self.costs.words([word for words in split for word in words[1:-1]]))
+        sums = [sum(itertools.islice(inner, len(words) - 2)) for words in split]
+        return self.whole([f"{words[0]} {words[-1]}" for words in split]) + np.array(sums, dtype=np.int64)
+
+    @functools.cached_property
+    def words_add_up(self) -> bool:
+        if len(self.documents) <= CHECKED_DOCUMENTS:
+            return False
+        places = np.linspace(0, len(self.documents) - 1, CHECKED_DOCUMENTS).astype(int)
+        some = [document for i in places if plain_words(document := self.documents[i])]
+        split = [document.split(" ") for document in some]
+        return bool(some) and np.array_equal(self.whole(some), self.summed(split))
+
+
+def plain_words(document: str) -> list[str]:
+    """The words of a text of ASCII and single spaces, three at least; of another text none."""
+    words = document.split(" ") if document.isascii() and "  " not in document else []
+    return words if len(words) > 2 else []
 
 
 @functools.lru_cache(maxsize=4)
-def known_costs(tokenizer: Any, documents_sha256: str) -> dict[int, int]:
-    """Tokens of documents measured so far: the same at every length."""
-    return {}
+def kept_costs(tokenizer: Any, library_sha256: str) -> list[DocumentCosts]:
+    """Place of the costs of one library, for all lengths (the library itself would be slow to hash)."""
+    return []
 
 
 class DocumentDraft(Draft):
@@ -1165,31 +1240,31 @@ class DocumentDraft(Draft):
         yield from related
         total = len(self.made.library.documents)
         first = {*self.question.context, *related}
-        for i in frozen(rng).permutation(total).tolist():
-            if i not in first:
-                yield i
+        order = frozen(rng).permutation(total)
+        for start in range(0, total, 1024):  # few of them are asked for
+            yield from (i for i in order[start : start + 1024].tolist() if i not in first)
         while True:
             yield from frozen(rng).permutation(total).tolist()
 
     def fill(self, room: int) -> tuple[list[int], int]:
         chosen, total = list(self.empty), 0
         numbers = self.made.number_costs
-        base = int(numbers[len(chosen)])
+        base = numbers[len(chosen)]
         misses, waiting = 0, self.candidates()
         while misses < self.TRIES and len(chosen) + 64 < len(numbers):
-            batch = [next(waiting) for _ in range(max(16, room // 256))]
-            for i, cost in zip(batch, self.made.document_costs(batch)):
+            batch = list(itertools.islice(waiting, max(16, room // 256)))
+            for i, cost in zip(batch, self.made.document_costs.of(batch)):
                 more = total + cost
-                if more + int(numbers[len(chosen) + 1]) - base <= room:
+                if more + numbers[len(chosen) + 1] - base <= room:
                     chosen.append(i)
                     total = more
                 else:
                     misses += 1
-        return chosen, total + int(numbers[len(chosen)]) - base
+        return chosen, total + numbers[len(chosen)] - base
 
     def cut(self, state: Sequence[int]) -> tuple[None, int]:
         numbers, least = self.made.number_costs, len(self.empty)
-        return None, sum(self.made.document_costs(state[least:])) + int(numbers[len(state)] - numbers[least])
+        return None, sum(self.made.document_costs.of(state[least:])) + numbers[len(state)] - numbers[least]
 
     def shuffled(self, state: Sequence[int]) -> list[int]:
         """Order of the documents in the prompt: places in `state`."""
@@ -1199,7 +1274,7 @@ class DocumentDraft(Draft):
 
     def render(self, state: Sequence[int]) -> tuple[str, str]:
         documents = self.made.library.documents
-        blocks = [self.made.block(n, documents[state[i]]) for n, i in enumerate(self.shuffled(state), 1)]
+        blocks = [document_block(n, documents[state[i]]) for n, i in enumerate(self.shuffled(state), 1)]
         wording = texts.wording("qa")
         return wording.template.format(context="\n\n".join(blocks), query=self.question.text), wording.prefix
 

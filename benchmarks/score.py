@@ -232,24 +232,9 @@ def prepare(config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreT
         raise ValueError(
             f"lengths must be at most the checkpoint's window {window}: {over} (beyond_window allows longer ones)"
         )
-    key = cache.tokenizer_sha256(tokenizer)
-    return [
-        ruler_unit(
-            cache.cell(
-                task,
-                length,
-                tokenizer,
-                config.samples,
-                config.seed,
-                config.data_dir,
-                config.options,
-                config.cache_dir,
-                key,
-            )
-        )
-        for length in config.length_list
-        for task in names
-    ]
+    wanted = [(task, length) for length in config.length_list for task in names]
+    settings = (config.samples, config.seed, config.data_dir, config.options, config.cache_dir)
+    return [ruler_unit(cell) for cell in cache.cells(wanted, tokenizer, *settings)]
 
 
 def ruler_unit(cell: ruler.Cell) -> Unit:
@@ -269,7 +254,18 @@ def ruler_unit(cell: ruler.Cell) -> Unit:
         columns["shots"] = options.shots
     if ruler.SPECS[recipe["task"]].family == "vt":
         columns["hops"] = options.hops
-    return Unit(f"{recipe['task']}@{length}", recipe["task"], length, "ruler", metric, cell, found_share, columns)
+    return Unit(
+        f"{recipe['task']}@{length}",
+        recipe["task"],
+        length,
+        "ruler",
+        metric,
+        cell,
+        found_share,
+        columns,
+        recipe["samples_sha256"],
+        recipe["characters"],
+    )
 
 
 def found_share(sample: dict[str, Any], prediction: str) -> float:
@@ -300,8 +296,9 @@ def score_units(
         for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in RESULT_FILES)]:
             path.unlink(missing_ok=True)
     for unit in units:
-        unit.sha256 = ruler.samples_sha256(unit.samples)
-        unit.characters = sum(len(sample["input"]) for sample in unit.samples)
+        if not unit.sha256:
+            unit.sha256 = ruler.samples_sha256(unit.samples)
+            unit.characters = sum(len(sample["input"]) for sample in unit.samples)
     settings = run_sha256(config, model_config)
     out = rows.RunDirectory(directory, config) if rank == 0 else None
     done = finished(directory, units, settings)
@@ -361,8 +358,6 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
-    from safetensors import SafetensorError
-
     from benchmarks.backend import LongContextLM
     from endprompt.model import _quiet
 
@@ -382,7 +377,7 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
                 trust_remote_code=config.trust_remote_code,
                 **extra,
             )
-    except (OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file makes its code run into
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{config.checkpoint}: the checkpoint does not load: {first}") from error
 
@@ -526,7 +521,8 @@ def write_summary(config: ScoreConfig, out: rows.RunDirectory, made: list[dict[s
     }
     averages = [rows.result_row(**about, **entry) for entry in summary.ruler_summary(made)]
     write_lines(out.path / "summary.jsonl", averages)
-    scored = [entry for unit in units for entry in found_by_depth(config, unit)]
+    entries = read_predictions(config.directory)
+    scored = [entry for unit in units for entry in found_by_depth(entries, unit)]
     write_lines(out.path / "depth.jsonl", [{**about, **cell} for cell in summary.depth_table(scored)])
 
 
@@ -534,10 +530,9 @@ def write_longbench_summary(config: ScoreConfig, out: rows.RunDirectory, units: 
     """LongBench's averages by name."""
     from benchmarks import longbench_summary
 
+    entries = read_predictions(config.directory)
     scored = {
-        unit.task: [
-            {**sample, "score": 100 * unit.score(sample, text)} for sample, text in predicted(config.directory, unit)
-        ]
+        unit.task: [{**sample, "score": 100 * unit.score(sample, text)} for sample, text in predicted(entries, unit)]
         for unit in units
     }
     about = {"model": config.model_name, "method": method_of(config), "seed": config.seed}
@@ -548,7 +543,10 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     rows.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def found_by_depth(config: ScoreConfig, unit: Unit) -> list[dict[str, Any]]:
+Entries = dict[tuple[str, int], dict[str, Any]]
+
+
+def found_by_depth(entries: Entries, unit: Unit) -> list[dict[str, Any]]:
     """Per sample with needles: length, depth and whether each answer is in the prediction."""
     return [
         {
@@ -556,12 +554,15 @@ def found_by_depth(config: ScoreConfig, unit: Unit) -> list[dict[str, Any]]:
             "depth": sample["depth"],
             "found": [answer.lower() in ruler.clean(prediction).lower() for answer in sample["outputs"]],
         }
-        for sample, prediction in predicted(config.directory, unit)
+        for sample, prediction in predicted(entries, unit)
         if sample["depth"]
     ]
 
 
-def predicted(directory: Path, unit: Unit) -> list[tuple[dict[str, Any], str]]:
-    """(sample, prediction) of a unit's predictions on disk."""
-    by_index = {index: e["prediction"] for (task, index), e in read_predictions(directory).items() if task == unit.name}
-    return [(unit.samples[i], text) for i, text in sorted(by_index.items()) if i < len(unit.samples)]
+def predicted(entries: Entries, unit: Unit) -> list[tuple[dict[str, Any], str]]:
+    """(sample, prediction) of a unit's predictions on disk; RULER's samples without their prompt."""
+    by_index = {index: e["prediction"] for (task, index), e in entries.items() if task == unit.name}
+    kept = [(i, text) for i, text in sorted(by_index.items()) if i < len(unit.samples)]
+    if isinstance(unit.samples, ruler.Cell):
+        return [(unit.samples.sample(i, whole=False), text) for i, text in kept]
+    return [(unit.samples[i], text) for i, text in kept]

@@ -47,7 +47,8 @@ METHODS = {
     "longlora": "rows of the whole target window, shifted sparse attention, LoRA r 8 on q, k, v, o with trained "
     "embeddings and norms, activation checkpointing, this trainer's kernels",
     "reference": "rows of the whole target window through transformers as it is: stock SDPA, activation checkpointing, "
-    "its own loss over all logits, no compilation; at the target window this is LCEG's protocol",
+    "its own loss over all logits (at 65,536 tokens they do not fit: with whole_logits=false this trainer's loss), no "
+    "compilation; at the target window this is LCEG's protocol",
 }
 
 
@@ -74,9 +75,13 @@ class BenchConfig:
         joint: one product for q, k and v, and one for gate and up
         float8: none, exact or fast (accumulation of the backward products)
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
-        memory_budget: with selective, the share of the activations that a compiled layer may keep
+        memory_budget: with selective, the share of the activations that a compiled layer may keep; 0 for what extend
+            takes
+        whole_logits: the reference's own loss, over all logits at once; if not, this trainer's
         compile: torch.compile each decoder layer
         timed: micro-batches that are timed, after two that are not (one, if only one is timed)
+        warm_layers: the micro-batches that are not timed run only so many layers, and memory is mapped at once: long
+            rows start sooner; 0 for all layers
         whole_step: time one whole optimizer step instead
         profile: also say where the time of a micro-batch goes, by kind of kernel
         name: the task of the rows
@@ -100,9 +105,11 @@ class BenchConfig:
     joint: bool = True
     float8: str = "none"
     recompute: str = "selective"
-    memory_budget: float = 0.7
+    memory_budget: float = 0.0
+    whole_logits: bool = True
     compile: bool = True
     timed: int = 3
+    warm_layers: int = 0
     whole_step: bool = False
     profile: bool = False
     name: str = ""
@@ -125,8 +132,10 @@ def check(config: BenchConfig) -> None:
     for key in ("row_tokens", "target", "micro_rows", "rows", "timed"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} must be at least 1: {key}={getattr(config, key)}")
-    if not 0 < config.memory_budget <= 1:
-        raise ValueError(f"memory_budget must be in (0, 1]: memory_budget={config.memory_budget}")
+    if not 0 <= config.memory_budget <= 1:
+        raise ValueError(f"memory_budget must be in [0, 1]: memory_budget={config.memory_budget}")
+    if config.warm_layers < 0:
+        raise ValueError(f"warm_layers must not be negative: warm_layers={config.warm_layers}")
     if config.row_tokens > config.target:
         raise ValueError(f"a row must fit into the target: row_tokens={config.row_tokens} target={config.target}")
     if config.rows % config.micro_rows:
@@ -202,10 +211,14 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(config, device)
+    with run.few_layers():
+        for _ in range(min(2, config.timed)):
+            run.micro_batch()
     if device.type == "cuda":
+        if config.warm_layers:  # what few layers did not need is mapped now and not while the time runs
+            del run.loss
+            torch.empty(int(0.85 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=device)
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(min(2, config.timed)):
-        run.micro_batch()
     values: dict[str, float] = {}
     if config.whole_step:
         if run.optimizer is not None:  # its first step allocates and compiles
@@ -224,7 +237,8 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
     values["hours_per_1b_tokens"] = 1e9 / speed / 3600
     if device.type == "cuda":
         values["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        if not config.warm_layers:
+            values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         peak = next((value for name, value in PEAKS.items() if name in torch.cuda.get_device_name()), None)
         if peak is not None:
             values["mfu_percent"] = 100 * speed * flops_per_token(config.shape, config.row_tokens) / peak
@@ -269,6 +283,7 @@ class Run:
         from endprompt import linears
         from endprompt.model import extended_config, new_model, training_attention
         from endprompt.optim import LeanAdamW
+        from endprompt.recompute import memory_budget
 
         self.config, self.device = config, device
         self.optimizer: Any = None
@@ -313,7 +328,8 @@ class Run:
             import torch._functorch.config
 
             if config.recompute == "selective":
-                torch._functorch.config.activation_memory_budget = config.memory_budget
+                budget = config.memory_budget or memory_budget(config.float8)
+                torch._functorch.config.activation_memory_budget = budget
             for layer in self.decoder.layers:
                 layer.compile(dynamic=False)
         generator = torch.Generator(device).manual_seed(0)
@@ -321,6 +337,17 @@ class Run:
         self.ids_BT = torch.randint(SHAPES[config.shape][0], shape, device=device, generator=generator)
         self.positions_BT = torch.from_numpy(self.positions()).to(device).expand(shape).contiguous()
         self.weight = 1.0 / (config.rows * (config.row_tokens - 1))
+
+    @contextlib.contextmanager
+    def few_layers(self) -> Iterator[None]:
+        """Within it the decoder runs only the first `warm_layers`, if that is set."""
+        settings = self.decoder.config
+        layers = settings.num_hidden_layers
+        settings.num_hidden_layers = min(self.config.warm_layers or layers, layers)
+        try:
+            yield
+        finally:
+            settings.num_hidden_layers = layers
 
     def positions(self) -> Any:
         from endprompt.positions import position_ids
@@ -336,12 +363,13 @@ class Run:
         from endprompt.loss import linear_cross_entropy
         from endprompt.train import attention_backends
 
-        if self.config.method == "reference":
+        if self.config.method == "reference" and self.config.whole_logits:
             loss = self.model(input_ids=self.ids_BT, labels=self.ids_BT, use_cache=False).loss
             (loss * (self.config.micro_rows / self.config.rows)).backward()
             self.loss = loss.detach()
             return
-        with attention_backends(self.device):
+        stock = self.config.method == "reference"
+        with contextlib.nullcontext() if stock else attention_backends(self.device):
             hidden = self.decoder(input_ids=self.ids_BT, position_ids=self.positions_BT, use_cache=False)[0]
             labels = self.ids_BT[:, 1:].reshape(-1)
             head = self.model.get_output_embeddings().weight
@@ -450,7 +478,9 @@ def learning_rows(rows: int, tokens: int, vocabulary: int, seed: int) -> Any:
     return out
 
 
-def loss_curve(arm: str, steps: int, rows: int, lr: float, shape: str = "small") -> list[dict[str, Any]]:
+def loss_curve(
+    arm: str, steps: int, rows: int, lr: float, shape: str = "small", compile: bool = False
+) -> list[dict[str, Any]]:
     """Train a small model from scratch; one row a tenth step. The same weights and the same data for every arm."""
     import torch
 
@@ -470,6 +500,9 @@ def loss_curve(arm: str, steps: int, rows: int, lr: float, shape: str = "small")
     optimizer = make_optimizer("lean" if lean else "adamw", model, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     if lean:
         linears.convert(model, arm.rpartition("-")[2] if "float8" in arm else "none")
+    if compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
     tokens, warmup, curve = config.max_position_embeddings, 20, []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -500,7 +533,7 @@ def loss_curve(arm: str, steps: int, rows: int, lr: float, shape: str = "small")
             seed=0,
             step=step,
             what=ARMS[arm],
-            setting={"steps": steps, "rows": rows, "lr": lr},
+            setting={"steps": steps, "rows": rows, "lr": lr, "compile": compile},
             environment=about,
         )
         for step, value in curve
@@ -559,7 +592,7 @@ def sum_errors(micro_batches: int, shape: str = "small") -> list[dict[str, Any]]
 # Ceilings: what the device gives for the products of one layer
 
 
-def rate(flops: float, work: Callable[[], Any], seconds: float = 0.25) -> float:
+def rate(flops: float, work: Callable[[], Any], seconds: float = 0.15) -> float:
     """Sustained TFLOP/s of `work`, which takes `flops`."""
     import torch
 
@@ -574,6 +607,73 @@ def rate(flops: float, work: Callable[[], Any], seconds: float = 0.25) -> float:
         wait()
         count += 4
     return count * flops / (time.perf_counter() - started) / 1e12
+
+
+def backend_errors(shape: str, layers: int, tokens: int) -> list[dict[str, Any]]:
+    """Relative error, in percent, of logits and gradients at jumped positions against the eager attention's.
+
+    1 and 2 rows of `tokens`, the last 20 of them at the end of a window 8 times as long; the shape with fewer layers.
+    """
+    import torch
+
+    from endprompt.loss import linear_cross_entropy
+    from endprompt.model import new_model, training_attention
+    from endprompt.rows import environment, result_row
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = model_config(shape)
+    config.use_cache, config.num_hidden_layers = False, layers
+    names = backends(device)
+    positions = torch.cat([torch.arange(tokens - 20), torch.arange(8 * tokens - 20, 8 * tokens)]).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    errors: list[dict[str, Any]] = []
+    model = new_model(config, seed=0, dtype="bfloat16", attention=training_attention("eager"), device=str(device))
+    for batch in (1, 2):
+        ids = torch.randint(config.vocab_size, (batch, tokens), device=device, generator=generator)
+        labels = ids[:, 1:].reshape(-1)
+        each = torch.full(labels.shape, 1 / labels.numel(), device=device)
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name in ("eager", *names):
+            try:
+                model.set_attn_implementation(training_attention(name))
+                hidden = model.model(input_ids=ids, position_ids=positions.expand(batch, -1), use_cache=False)[0]
+                linear_cross_entropy(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, labels, each).backward()
+                gradient = model.model.layers[0].self_attn.q_proj.weight.grad
+                assert gradient is not None
+                with torch.no_grad():
+                    found[name] = {"logits": model.lm_head(hidden).float(), "gradient": gradient.float().clone()}
+            except Exception as error:  # a package's kernel may not run here: the others still count
+                say(f"attention {name}, {batch} rows: {error!r}")
+            model.zero_grad(set_to_none=True)
+        for name in found.keys() - {"eager"}:
+            for what, value in found[name].items():
+                expected = found["eager"][what]
+                errors.append(
+                    result_row(
+                        suite="attention-backends",
+                        task=what,
+                        length=tokens,
+                        metric="relative_error_percent",
+                        value=100 * float((value - expected).norm() / expected.norm()),
+                        n=batch,
+                        model=shape,
+                        method=name,
+                        seed=0,
+                        setting={"layers": layers, "rows": batch, "end_prompt": 20, "window": 8 * tokens},
+                        environment=environment(),
+                    )
+                )
+                say(f"{what}, {name}, {batch} rows: {errors[-1]['value']:.3f} % from eager")
+    return errors
+
+
+def backends(device: Any) -> list[str]:
+    """The causal-only attentions that can be tried here, beside eager."""
+    from endprompt.model import FLASH_PACKAGES
+
+    if device.type == "cpu":
+        return ["sdpa"]
+    return ["sdpa", "cudnn", "flex", *(name for name in FLASH_PACKAGES if installed(name))]
 
 
 def ceilings(shape: str, tokens: int) -> list[dict[str, Any]]:
@@ -610,23 +710,26 @@ def ceilings(shape: str, tokens: int) -> list[dict[str, Any]]:
     return rate_rows(rates, shape, tokens)
 
 
-def attention_rates(shape: str, tokens: int) -> list[dict[str, Any]]:
-    """TFLOP/s of the attention kernels that are there, on one causal row; the backward pass counts 2.5 times."""
+def attention_rates(shape: str, tokens: int, rows: int = 2) -> list[dict[str, Any]]:
+    """TFLOP/s of the attention kernels that are there, on causal rows; the backward pass counts 2.5 times."""
     import torch
 
-    from endprompt.model import ATTENTIONS, FLASH_PACKAGES
+    from endprompt.model import ATTENTIONS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, _, heads, groups, *_ = SHAPES[shape][1:]
-    new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
-    query, grad = (torch.randn(1, heads, tokens, hidden // heads, **new) for _ in range(2))
-    key, value = (torch.randn(1, groups, tokens, hidden // heads, **new) for _ in range(2))
-    causal = 2.0 * tokens * tokens * hidden
+
+    def random(count: int) -> torch.Tensor:
+        """[rows, count, tokens, head dim] in memory as projections give it: the heads of a token side by side."""
+        whole = torch.randn(rows, tokens, count, hidden // heads, device=device, dtype=torch.bfloat16)
+        return whole.transpose(1, 2).requires_grad_()
+
+    query, key, value, grad = (random(count) for count in (heads, groups, groups, heads))
+    causal = 2.0 * rows * tokens * tokens * hidden
     rates: dict[str, float] = {}
-    names = (
-        ["sdpa"] if device.type == "cpu" else ["sdpa", "cudnn", *(name for name in FLASH_PACKAGES if installed(name))]
-    )
-    for name in names:
+    for name in backends(device):
+        if name == "flex" and device.type == "cuda":
+            continue  # without torch.compile it makes all logits at once
 
         def forward(name: str = name) -> Any:
             return ATTENTIONS[name](torch.nn.Module(), query, key, value)[0]
@@ -637,7 +740,7 @@ def attention_rates(shape: str, tokens: int) -> list[dict[str, Any]]:
                 3.5 * causal, lambda: forward().backward(grad.detach().transpose(1, 2))
             )
         except Exception as error:  # a package's kernel may not run here: the others still count
-            say(f"attention {name}: {error}")
+            say(f"attention {name}: {error!r}")
     return rate_rows(rates, shape, tokens)
 
 
@@ -701,8 +804,8 @@ class Suite:
         self.config, self.output = config, output
         self.results = output / "results.jsonl"
         self.started = time.monotonic()
-        self.started_parts: list[str] = []
         self.failed: list[str] = []
+        self.speeds: dict[str, float] = {}
         self.can_fork: bool | None = None
 
     def left(self) -> float:
@@ -726,7 +829,6 @@ class Suite:
             say(f"[{self.clock()}] {name}: left out, {self.left():.0f} s left of {self.config.seconds:.0f}")
             self.failed.append(name)
             return []
-        self.started_parts.append(name)
         say(f"[{self.clock()}] {name} ...")
         began = time.monotonic()
         aside = self.output / "part.jsonl"
@@ -828,77 +930,78 @@ PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "sum_errors": sum_errors,
     "ceilings": ceilings,
     "attention_rates": attention_rates,
+    "backend_errors": backend_errors,
     "touch_device": touch_device,
 }
 
 
 def toy(config: BenchConfig) -> BenchConfig:
-    """The same measurement with sizes for a rehearsal."""
+    """The same measurement with sizes for a rehearsal; a kernel that needs a GPU is replaced."""
     shorter = max(32, config.row_tokens // 256)
     longer = max(128, config.target // 256)
-    return dataclasses.replace(config, shape="tiny", row_tokens=shorter, target=longer, rows=4, micro_rows=2, timed=1)
+    attention = "eager" if "flash" in config.attention else config.attention
+    sizes: dict[str, Any] = {"row_tokens": shorter, "target": longer, "rows": 4, "micro_rows": 2, "timed": 1}
+    return dataclasses.replace(config, shape="tiny", attention=attention, **sizes)
 
 
 def h200(suite: Suite) -> None:
     """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
 
-    Short rows with several settings and the whole step with the best of them; the reference; full length; float8; the
-    device's ceilings; does a lean step learn; the other methods at 32K and 64K.
+    float8 and bfloat16 by setting, the better attention kernel if there are two, whole steps with the best of them; the
+    reference; the methods of the paper's Figure 4 at 64K and 32K; does a lean step learn; the device's ceilings.
     """
     tiny = suite.config.tiny
-    keep = {"recompute": "selective", "memory_budget": 0.75}
-    settings: dict[str, dict[str, Any]] = {
-        "2 rows, float32 sums": {"micro_rows": 2, **keep},
-        "2 rows, float32 sums, joint": {"micro_rows": 2, "joint": True, **keep},
-        "3 rows, bfloat16 sums, joint": {"micro_rows": 3, "rows": 66, "sums": "bfloat16", "joint": True, **keep},
-        "1 row, float32 sums, unfused": {"micro_rows": 1, "fused_sums": False, "recompute": "none"},
-    }
-    tried: list[tuple[float, dict[str, Any]]] = []
-    for name, changes in settings.items():
-        setting = {"joint": False, "sums": "float32"} | changes
-        values = suite.measure(f"tune: {name}", 45, **setting)
-        if values and values.get("peak_gib", 0) < 130 and setting["sums"] == "float32":
-            tried.append((values["tokens_per_s"], setting))
-    plain: dict[str, Any] = {"micro_rows": 1, "joint": False, "fused_sums": False, "recompute": "full"}
-    best = max(tried, key=lambda item: item[0])[1] if tried else plain
-    if not any(name.startswith("tune") for name in suite.started_parts):  # the methods alone, by `parts`
-        best = {"sums": "float32"} | settings["2 rows, float32 sums, joint"]
-    made = {"joint": best["joint"], "fused_sums": best.get("fused_sums", True)}
-    suite.measure("endprompt, whole step", 80, whole_step=True, profile=True, **best)
-    reference = {"method": "reference", "optimizer": "none", "fused_sums": False, "micro_rows": 1}
-    suite.measure("reference, short rows", 25, target=8192, recompute="full", **reference)
-    full = {"method": "full", "recompute": "full", "micro_rows": 1, "timed": 1, **made}
-    suite.measure("full, 65,536", 60, row_tokens=65536, rows=8, **full)
-    # a smaller memory budget makes torch run attention, and perhaps products, again in the backward pass
-    float8 = {"float8": "fast", "micro_rows": 2, "joint": best["joint"], **keep, "memory_budget": 1.0}
-    fast = suite.measure("float8 fast", 60, profile=True, **float8)
-    if "float8 fast" in suite.failed or fast.get("peak_gib", 0) >= 130:
-        float8 |= {"sums": "bfloat16"}
-        suite.measure("float8 fast, bfloat16 sums", 40, **float8)
-    suite.measure("float8 exact", 35, **float8 | {"float8": "exact"})
-    learner = "tiny" if tiny else "small"
-    suite.part("gradient sums", 15, "sum_errors", {"micro_batches": 8 if tiny else 32, "shape": learner})
-    suite.part("ceilings", 25, "ceilings", {"shape": "tiny" if tiny else "llama3-8b", "tokens": 64 if tiny else 16384})
-    steps, rows = (20, 4) if tiny else (400, 64)
-    for arm in ARMS:
-        learn = {"arm": arm, "steps": steps, "rows": rows, "lr": 1e-3, "shape": learner}
-        # nothing is compiled here: with float8 layers 400 steps took more than 40 s on an H200
-        suite.part(f"loss, {arm}", 90 if "float8" in arm else 30, "loss_curve", learn)
-    half = {"row_tokens": 32768, "target": 32768, "rows": 16}
-    longlora = full | {"method": "longlora", "fused_sums": False, "joint": False}
-    suite.measure("longlora, 65,536", 60, row_tokens=65536, rows=8, **longlora)
-    suite.measure("LCEG, 65,536", 60, row_tokens=65536, rows=8, recompute="full", timed=1, **reference)
-    suite.measure("full, 32,768", 45, **half, **full)
-    suite.measure("longlora, 32,768", 40, **half, **longlora)
-    suite.measure("LCEG, 32,768", 35, **half, recompute="full", timed=1, **reference)
-    suite.measure("endprompt, target 32,768", 30, target=32768, **best)
-    suite.part(
-        "kernels", 40, "attention_rates", {"shape": "tiny" if tiny else "llama3-8b", "tokens": 64 if tiny else 8192}
+    flash = tiny or installed("flash_attention_4")
+    new = {"attention": "flash_attention_4"}
+    learner, layer = ("tiny", {"shape": "tiny"}) if tiny else ("small", {"shape": "llama3-8b"})
+
+    if flash:
+        suite.part("logits", 45, "backend_errors", {**layer, "layers": 2, "tokens": 64 if tiny else 1024})
+        suite.part("kernels", 45, "attention_rates", {**layer, "tokens": 64 if tiny else 8192})
+    float8 = fastest(
+        suite,
+        {
+            "float8": {"float8": "fast", "joint": False},
+            "float8, joint": {"float8": "fast", "joint": True},
+        },
+        {"float8": "fast", "joint": suite.config.joint},
     )
-    if tiny or installed("flash_attention_4"):
-        suite.measure(
-            "endprompt, flash_attention_4", 60, **best | {"attention": "eager" if tiny else "flash_attention_4"}
-        )
+    plain: dict[str, Any] = {"joint": False}
+    if flash:
+        float8 = fastest(suite, {"float8, flash_attention_4": float8 | new}, float8)
+        plain = fastest(suite, {"endprompt": plain, "endprompt, flash_attention_4": plain | new}, plain)
+    suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8)
+    suite.measure("endprompt, whole step", 75, whole_step=True, profile=True, **plain)
+    reference = {"method": "reference", "optimizer": "adamw", "fused_sums": False, "micro_rows": 1, "recompute": "full"}
+    suite.measure("reference, short rows, with its update", 25, target=8192, **reference)
+
+    long = {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
+    full = {"method": "full", "joint": False} | long
+    longlora = {"method": "longlora", "joint": False, "fused_sums": False} | long
+    lceg = reference | long | {"whole_logits": False}
+    for window, rows in ((65536, 8), (32768, 16)):
+        size = {"row_tokens": window, "target": window, "rows": rows}
+        named = f"{window:,}"
+        suite.measure(f"full, {named}", 45 if rows == 8 else 25, **size, **full)
+        suite.measure(f"longlora, {named}", 40 if rows == 8 else 25, **size, **longlora)
+        suite.measure(f"LCEG, {named}", 45 if rows == 8 else 25, **size, **lceg)
+        suite.measure(f"short rows, target {named}", 25, target=window, **plain)
+    for arm in ("lean", "lean-float8-fast", "lean-float8-exact", "exact", "nearest"):
+        learn = {"steps": 20 if tiny else 400, "rows": 4 if tiny else 64, "lr": 1e-3, "shape": learner, "compile": True}
+        suite.part(f"loss, {arm}", 30, "loss_curve", {"arm": arm, **learn})
+    suite.part("gradient sums", 15, "sum_errors", {"micro_batches": 8 if tiny else 32, "shape": learner})
+    suite.part("ceilings", 25, "ceilings", {**layer, "tokens": 64 if tiny else 16384})
+
+
+def fastest(suite: Suite, settings: dict[str, dict[str, Any]], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The setting with the most tokens/s below 130 GiB; `otherwise` also counts, with the speed it had in this run."""
+    measured = [(suite.speeds.get(repr(otherwise), 0.0), otherwise)]
+    for name, setting in settings.items():
+        values = suite.measure(name, 45, profile="float8" in name, **setting)
+        if values and values.get("peak_gib", 0) < 130:
+            suite.speeds[repr(setting)] = values["tokens_per_s"]
+            measured.append((values["tokens_per_s"], setting))
+    return max(measured, key=lambda item: item[0])[1]
 
 
 SUITES: dict[str, Callable[[Suite], None]] = {"h200": h200}

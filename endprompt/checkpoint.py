@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -53,12 +54,35 @@ def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
     """Load a state into the model and the optimizer. Raises ValueError if names or shapes are another model's."""
     _make_optimizer_state(optimizer)
+    check_index(state.path / ".metadata")
     try:
         with _one_process_is_meant():
             dcp.load(collect(model, optimizer), checkpoint_id=state.path)
     except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{state.path}: the state is of another model or optimizer: {reason}") from error
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index of torch.distributed.checkpoint, which is a pickle, and nothing else that a pickle can hold."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if "." not in name and module in sys.modules else None
+        own = isinstance(found, type) and found.__module__.startswith("torch.distributed.checkpoint.")
+        plain = module == "torch" and (found is torch.Size or isinstance(found, torch.dtype))
+        path = isinstance(found, type) and issubclass(found, PurePath)
+        if own or plain or path or (module, name) == ("torch.serialization", "_get_layout"):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_index(path: Path) -> None:
+    """Raises ValueError if a state's index holds anything but the places of tensors: a pickle can run code."""
+    try:
+        with open(path, "rb") as file:
+            _Index(file).load()
+    except Exception as error:  # a damaged pickle raises whatever its bytes run into
+        raise ValueError(f"{path}: the state's index is not one that this program wrote: {error}") from None
 
 
 def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

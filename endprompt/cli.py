@@ -22,6 +22,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 GROUP = "endprompt.commands"
+PACKAGES = ("endprompt", "analysis", "benchmarks", "paper_figures")
 LONGEST = 1000  # characters of a message: a damaged file may be quoted in it
 
 
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
+    stranger = foreign_package()
+    if stranger:
+        return fail(stranger, 1)
     recipes = recipe_files(entry_point)
     if "--list-recipes" in argv:
         print(recipe_list(recipes))
@@ -61,6 +65,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         argv = with_recipe(argv, recipes)
     types = typing.get_type_hints(config_type)
     argv = as_shells_write(with_underscores(argv, types), types, has_positionals(config_type))
+    argv = with_listed_words(argv, config_type)
     parser.add_class_arguments(config_type, as_positional=True)
     try:
         namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
@@ -78,6 +83,25 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def foreign_package() -> str | None:
+    """What is wrong if one of our packages would be imported from elsewhere than beside this one, else None.
+
+    Two of their names are common ones. A folder of that name in front of ours on the path would be imported instead.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = [*(spec.submodule_search_locations or [spec.origin or ""])] if spec else []
+        if not any(Path(place).resolve() == here / name for place in places[:1]):
+            found = places[0] if places else "nowhere"
+            return (
+                f"the package {name!r} must be the one in {here}, but Python finds {found}: another of that name "
+                f"stands before it on the path; run `endprompt` (not `python -m`) or `python -P -m endprompt.cli`, "
+                f"check PYTHONPATH={os.environ.get('PYTHONPATH', '')!r}, or install into an environment of its own"
+            )
+    return None
 
 
 def package_directory(entry_point: EntryPoint) -> Path | None:
@@ -137,6 +161,10 @@ def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: 
     while place < len(argv):
         argument = argv[place]
         place += 1
+        flag, equals, value = argument.partition("=")
+        own = types.get(flag[2:].replace("-", "_")) if equals and flag.startswith("--") else None
+        if own is not None and _is_list(own) and not value.startswith("["):
+            argument = f"{flag}={listed([value], own)}"
         out.append(argument)
         kind = types.get(argument[2:].replace("-", "_")) if argument.startswith("--") else None
         start = place
@@ -147,24 +175,51 @@ def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: 
             values = ["true", *values]
         elif kind is not None and _is_list(kind) and values and not values[0].startswith("["):
             count = 1 if positionals else len(values)
-            words = "int" not in str(kind) and "float" not in str(kind)
-            listed = ",".join(json.dumps(value) if words else value for value in values[:count])
-            values = [f"[{listed}]", *values[count:]]
+            values = [listed(values[:count], kind), *values[count:]]
         out += values
     return out
 
 
+def with_listed_words(argv: list[str], config_type: type) -> list[str]:
+    """The arguments as jsonargparse reads them where the positional argument is a list: its words as one list, last."""
+    fields = [f for f in dataclasses.fields(config_type) if _is_positional(f)]
+    if len(fields) != 1 or not _is_list(typing.get_type_hints(config_type)[fields[0].name]):
+        return argv
+    flags: list[str] = []
+    words: list[str] = []
+    place = 0
+    while place < len(argv):
+        argument = argv[place]
+        takes = argument.startswith("--") and "=" not in argument and argument not in ("--help", "--print_config")
+        (flags if argument.startswith("-") else words).append(argument)
+        if takes and place + 1 < len(argv):
+            place += 1
+            flags.append(argv[place])
+        place += 1
+    if len(words) == 1 and words[0].startswith("["):
+        return [*flags, *words]
+    return [*flags, json.dumps(words)] if words else flags
+
+
+def listed(values: list[str], kind: typing.Any) -> str:
+    """The values as jsonargparse reads a list of this kind."""
+    words = "int" not in str(kind) and "float" not in str(kind)
+    return f"[{','.join(json.dumps(value) if words else value for value in values)}]"
+
+
 def has_positionals(config_type: type) -> bool:
     """Whether a field has no default, which makes it a positional argument."""
-    missing = dataclasses.MISSING
-    fields = dataclasses.fields(config_type)
-    return any(field.default is missing and field.default_factory is missing for field in fields)
+    return any(map(_is_positional, dataclasses.fields(config_type)))
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _is_list(kind: typing.Any) -> bool:
-    """Whether a field is a list (or None), and cannot be a single word."""
+    """Whether a field is a list or a tuple (or None), and cannot be a single word."""
     parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
-    return all(part is type(None) or typing.get_origin(part) is list for part in parts)
+    return all(part is type(None) or typing.get_origin(part) in (list, tuple) for part in parts)
 
 
 def one_line(error: BaseException) -> str:

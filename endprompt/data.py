@@ -55,7 +55,7 @@ class Document:
     text: str = ""
     completion: str = ""
     input_ids: Sequence[int] | None = None
-    where: str = "a document"
+    where: str = field(default="a document", compare=False)
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:
@@ -91,7 +91,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, parse_object(line, f"{path}, line {number}")
+                    yield number, parse_object(line.strip(), f"{path}, line {number}")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from None
 

@@ -16,6 +16,7 @@ Legend: M tokens, K input features, N output features.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -160,8 +161,8 @@ class Float8Linear(nn.Linear):
 
     @torch.no_grad()
     def convert_weight(self) -> None:
-        weight8, scale = to_float8(self.weight, ACTIVATION)
-        for name, value in (("weight8_NK", weight8), ("weight8_KN", weight8.t().contiguous()), ("weight_scale", scale)):
+        converted = _both_layouts_function(self.weight.device)(self.weight)
+        for name, value in zip(("weight8_NK", "weight8_KN", "weight_scale"), converted):
             if name in self._buffers:
                 getattr(self, name).copy_(value)
             else:
@@ -230,6 +231,18 @@ def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     largest = torch.finfo(dtype).max
     scale = largest / x.abs().amax().float().clamp(min=1e-12)
     return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
+
+
+def _both_layouts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight in float8, its transpose in rows, the scale)."""
+    weight8, scale = to_float8(weight, ACTIVATION)
+    return weight8, weight8.t().contiguous(), scale
+
+
+@functools.cache
+def _both_layouts_function(device: torch.device) -> Any:
+    """On CUDA two fused kernels (the largest magnitude, then both copies); on the CPU as written."""
+    return torch.compile(_both_layouts, dynamic=True) if device.type == "cuda" else _both_layouts
 
 
 def scaled_product(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from endprompt import distributed, rope
+from endprompt import distributed, flash4, rope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -169,9 +169,10 @@ def _causal_only_flash(name: str) -> Callable[..., Any]:
         if dropout:
             raise ValueError(f"{name} is for training without dropout: {dropout=}")
         # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
-        parts_BTHD = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
-        out = _flash_kernel(name, *parts_BTHD, scaling)
-        return out.contiguous(), None
+        query, key, value = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
+        if name == "flash_attention_4":
+            return flash4.attend(query, key, value, scaling), None
+        return _flash_kernel(name, query, key, value, scaling).contiguous(), None
 
     return attention
 
@@ -306,6 +307,14 @@ INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5",
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     """What the config says. Raises ValueError for no RoPE, ALiBi, multimodal sections or per-layer frequencies."""
+    try:
+        return _rope_geometry(config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        where = f"{config.name_or_path}: " if config.name_or_path else ""
+        raise ValueError(f"{where}{error}") from error
+
+
+def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     kind = config.model_type
     if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
         raise ValueError(f"this model uses ALiBi, not RoPE: model_type={kind!r}")
@@ -440,13 +449,12 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     directory = checkpoint_path(path)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file makes its code run into
         raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
 
 
@@ -457,7 +465,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     directory = checkpoint_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # the tokenizers package raises Exception itself
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {error}") from error
     # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
     tokenizer.model_max_length = int(1e30)
@@ -478,7 +486,6 @@ def load_model(
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
     config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint_path(path)
@@ -497,7 +504,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # as in load_config
         raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
     model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random numbers
@@ -584,6 +591,6 @@ def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokeni
     """Raises ValueError if the tokenizer can emit ids that the model has no embedding for."""
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(
-            f"the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the model's vocab_size is "
-            f"{model_config.vocab_size}"
+            f"{tokenizer.name_or_path}: the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the "
+            f"model's vocab_size is {model_config.vocab_size}"
         )

@@ -234,6 +234,21 @@ def plans(config: PlanConfig) -> list[Plan]:
     return sorted(made, key=lambda plan: (not plan.fits, -plan.tokens_per_s, plan.total_gib))
 
 
+def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
+    """What to change in a run that was out of memory with `micro_rows`, by the estimate, for its message."""
+    shape = shape_of(config.model)
+    row_tokens = config.row_tokens or shape.window
+    smallest = 0.0
+    for recompute in ("none", "selective", "full"):
+        for micro in (m for m in (8, 4, 2, 1) if m <= micro_rows and config.rows % (m * config.gpus) == 0):
+            smallest = sum(memory(shape, config, row_tokens, micro, recompute).values()) / GIB
+            if smallest <= 0.9 * usable_gib:
+                return f"micro_rows={micro} checkpointing={recompute} fits ({smallest:.1f} of {usable_gib:.1f} GiB)"
+    return (
+        f"nothing fits ({smallest:.1f} GiB at least, of {usable_gib:.1f}): take shorter rows, more GPUs or a lean run"
+    )
+
+
 def report(config: PlanConfig, made: list[Plan]) -> str:
     """The settings as a table, and the memory of the best one by part."""
     lines = [

@@ -57,6 +57,11 @@ def device_peak(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU, None for any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 @contextlib.contextmanager
 def progress(first: int, last: int, here: World) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """`advance(step, values)`: a bar on a terminal, a plain line every few seconds elsewhere."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from endprompt.flash4 import flash4
+
 KEPT = (
     "mm",
     "addmm",
@@ -28,7 +30,8 @@ KEPT = (
 
 @functools.cache
 def _kept_operators() -> frozenset[Any]:
-    return frozenset(getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name))
+    aten = (getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name))
+    return frozenset((*aten, flash4._opoverload))
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -44,3 +47,14 @@ def checkpoint_layers(layers: Iterable[torch.nn.Module], kind: str) -> None:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, **options)
+
+
+def memory_budget(float8: str) -> float:
+    """The share of a compiled layer's activations that torch's partitioner may keep for `selective`.
+
+    Compiled layers need no checkpointing to run their element-wise work again: the partitioner plans it, in steps. A
+    budget just below 1 gives up norms and activation functions and no more, which in bfloat16 leaves 70% of what it
+    would keep at 1; only a budget below that share runs attention and products again. In float8 norms and activation
+    functions are given up already at 1, so every budget below it costs products.
+    """
+    return 1.0 if float8 != "none" else 0.99

@@ -142,7 +142,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
             if not line.strip():
                 continue
-            yield number, parse_object(line, f"{path}, line {number}")
+            yield number, parse_object(line.strip(), f"{path}, line {number}")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -211,6 +211,8 @@ def sha256_of(*parts: str | bytes) -> str:
 def git_revision() -> str | None:
     """Revision of the checkout this code runs from, with `-dirty` if tracked files differ; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, perhaps inside a repository that is not ours
+        return os.environ.get("ENDPROMPT_REVISION")
     try:
         head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         if head.returncode != 0:

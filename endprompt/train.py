@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config
 
 from endprompt import checkpoint, distributed, linears, longlora
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
@@ -42,10 +43,11 @@ from endprompt.model import (
     whole_weights,
 )
 from endprompt.optim import clip_gradients, make_optimizer
+from endprompt.plan import GIB, PlanConfig, fitting
 from endprompt.positions import BY_SENTENCE
-from endprompt.progress import check_reports, device_peak, flops_per_token, progress, reporters, say
+from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import READ, prompt_kind
-from endprompt.recompute import checkpoint_layers
+from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ def extend(config: ExtendConfig) -> Path:
     def make_model(device: str) -> PreTrainedModel:
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
-    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype)
+    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window)
 
 
 def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -152,8 +154,12 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     make_model: Callable[[str], PreTrainedModel],
     source_dtype: Any,
+    window: int | None = None,
 ) -> Path:
-    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole."""
+    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
+
+    window: of the checkpoint that is extended, None for a model from random weights.
+    """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
     with distributed.world(config.device) as here, distributed.only_run(output, here):
@@ -198,12 +204,31 @@ def run(
         try:
             trainer.fit(work / "states")
         except torch.OutOfMemoryError as error:
-            micro, reason = config.micro_rows or config.rows // here.size, str(error).partition(". ")[0]
-            raise ValueError(
-                f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing="
-                f"{config.checkpointing} (none, selective, full): {reason}"
-            ) from error
-        return finish(config, trainer, tokenizer, work, output, source_dtype)
+            raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
+        return finish(config, trainer, tokenizer, work, output, source_dtype, window)
+
+
+def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str) -> str:
+    """What to change, with the settings that fit by the estimate of `endprompt plan` where it knows the device."""
+    micro = config.micro_rows or config.rows // here.size
+    message = (
+        f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing={config.checkpointing} "
+        "(none, selective, full)"
+    )
+    total = device_memory(torch.device(here.device))
+    if total:
+        wanted = PlanConfig(
+            model=config.model,
+            method="longlora" if config.lora_rank else "full",
+            target=config.target,
+            row_tokens=spec.row_tokens,
+            gpus=here.size,
+            rows=config.rows,
+            optimizer="lean" if config.optimizer == "lean" else "adamw",
+            float8="none" if config.float8 == "none" else "fast",
+        )
+        message += f"; by the estimate {fitting(wanted, micro, total / GIB)}"
+    return f"{message}: {reason}"
 
 
 def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
@@ -263,7 +288,9 @@ def finish(
     work: Path,
     output: Path,
     source_dtype: Any,
+    window: int | None,
 ) -> Path:
+    spec = trainer.rows.spec
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
     weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
     if not trainer.here.main:
@@ -275,9 +302,12 @@ def finish(
     about = {
         "method": method_name(config),
         "model": Path(config.model).name,
+        "window": window,
         "target": config.target,
+        "row_tokens": spec.row_tokens,
+        "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,
-        "tokens": trainer.steps * config.rows * trainer.rows.spec.row_tokens,
+        "tokens": trainer.steps * config.rows * spec.row_tokens,
         "documents_dropped": trainer.rows.dropped,
         "tokens_dropped": trainer.rows.dropped_tokens,
         "tokens_truncated": trainer.rows.truncated_tokens,
@@ -407,7 +437,11 @@ class Trainer:
             longlora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
-        checkpoint_layers(decoder_layers(model), config.checkpointing)
+        compiled = config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda")
+        if compiled and config.checkpointing == "selective":
+            torch._functorch.config.activation_memory_budget = memory_budget(config.float8)
+        else:
+            checkpoint_layers(decoder_layers(model), config.checkpointing)
         self.graph: StepGraph | None = None
         if config.compile.startswith("graph"):
             self.graph = self.step_graph()
@@ -415,10 +449,8 @@ class Trainer:
         elif here.size == 1:
             self.optimizer = optimizer_of(config, model)
         if config.optimizer == "lean":
-            if self.device.type == "cuda":
-                linears.join(model)
             linears.convert(model, config.float8)
-        if config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda"):
+        if compiled:
             for layer in decoder_layers(model):
                 layer.compile()
         self.loss = Objective(model, autocast=config.autocast and here.size == 1)

@@ -27,7 +27,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(name, monkeyp
         training_attention(name)
 
 
-@pytest.mark.parametrize("name", FLASH_PACKAGES)
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])  # 4: test_flash4.py
 def test_the_kernel_gets_plain_causal_rows_and_no_positions(name, monkeypatch):
     """A stand-in kernel with flash-attn's own signature and layout: [B, T, H, D], fewer key heads than query heads."""
     seen = {}

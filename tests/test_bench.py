@@ -35,7 +35,8 @@ def test_the_shapes_are_the_models_parameter_counts():
         ({"shape": "llama9"}, "shape='llama9'"),
         ({"method": "magic"}, "method='magic'"),
         ({"micro_rows": 3}, "micro_rows=3 rows=64"),
-        ({"memory_budget": 0.0}, "memory_budget=0.0"),
+        ({"memory_budget": 1.5}, "memory_budget=1.5"),
+        ({"warm_layers": -1}, "warm_layers=-1"),
         ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
         ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
         ({"method": "reference"}, "fused_sums=false"),
@@ -123,3 +124,41 @@ def test_bfloat16_sums_lose_what_float32_sums_keep():
 )
 def test_kernels_by_kind(name, kind):
     assert kind_of_kernel(name) == kind
+
+
+def test_warm_layers_leave_the_model_as_it_was():
+    import torch
+
+    config = BenchConfig(
+        shape="tiny", row_tokens=32, target=128, rows=4, compile=False, warm_layers=1, optimizer="none"
+    )
+    config.fused_sums = False
+    run = module.Run(config, torch.device("cpu"))
+    with run.few_layers():
+        run.micro_batch()
+    used = [layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers]
+    run.micro_batch()
+    assert used == [True, False]
+    assert all(layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers)
+
+
+def test_the_backends_agree_at_jumped_positions():
+    rows = module.backend_errors("tiny", 2, 64)
+    assert {(row["task"], row["method"], row["n"]) for row in rows} == {
+        (what, "sdpa", batch) for what in ("logits", "gradient") for batch in (1, 2)
+    }
+    assert all(0 < row["value"] < 2 for row in rows)  # percent; bfloat16 rounds by 0.4
+
+
+def test_the_fastest_setting_that_fits_goes_on(tmp_path, monkeypatch):
+    measured = {"a": (5.0, 100), "b": (9.0, 131), "c": (7.0, 129), "d": (6.0, 90)}
+
+    def measure(name, seconds, **changes):
+        return dict(zip(("tokens_per_s", "peak_gib"), measured[name])) if name in measured else {}
+
+    suite = module.Suite(BenchConfig(), tmp_path)
+    monkeypatch.setattr(suite, "measure", measure)
+    first = module.fastest(suite, {"a": {"rows": 1}, "b": {"rows": 2}, "c": {"rows": 3}}, {"rows": 4})
+    assert first == {"rows": 3}
+    assert module.fastest(suite, {"d": {"rows": 5}}, first) == first
+    assert module.fastest(suite, {"left out": {"rows": 6}}, {"rows": 7}) == {"rows": 7}

@@ -175,3 +175,10 @@ def test_every_command_has_a_summary(capsys):
     assert cli.main(["--help"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert {"extend"} <= {words[0] for words in lines}
+
+
+def test_lists_may_be_written_with_an_equals_sign():
+    types = {"only": list[str], "lengths": list[int] | None, "formats": tuple[str, ...], "name": str}
+    assert cli.as_shells_write(["--only=a", "--name=a"], types) == ['--only=["a"]', "--name=a"]
+    assert cli.as_shells_write(["--lengths=5", '--only=["a"]'], types) == ["--lengths=[5]", '--only=["a"]']
+    assert cli.as_shells_write(["--formats", "png", "pdf"], types) == ["--formats", '["png","pdf"]']

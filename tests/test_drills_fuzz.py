@@ -18,10 +18,10 @@ import longbench_fixtures
 import pytest
 import ruler_helpers
 import yaml
-from conftest import make_tokenizer
+from conftest import make_checkpoint, make_tokenizer
 
 from benchmarks import compare, haystack, longbench_data, score
-from endprompt import cli, data, rows, train
+from endprompt import cli, data, model, rows, train
 from endprompt.config import ExtendConfig
 from paper_figures.data import read_results
 
@@ -91,6 +91,19 @@ def read_state(path: Path):
     from endprompt.checkpoint import newest_state
 
     newest_state(path.parent.parent)  # a damaged one is passed over, and said
+
+
+def read_config(path: Path):
+    model.rope_geometry(model.load_config(path.parent))
+
+
+def read_tokenizer(path: Path):
+    tokenizer = model.load_tokenizer(path.parent)
+    model.check_vocabulary(model.load_config(path.parent), tokenizer)
+
+
+def read_weights(path: Path):
+    model.load_model(path.parent)
 
 
 def essay_text(path: Path):
@@ -164,7 +177,7 @@ QUESTIONS = question_files()
 #: name of the file, what it holds when it is whole, and what reads it.
 FILES: dict[str, tuple[bytes, Callable[[Path], object]]] = {
     "documents.jsonl": (lines(*DOCUMENTS), read_documents),
-    "documents.jsonl.gz": (gzip.compress(lines(*DOCUMENTS)), read_documents),
+    "documents.jsonl.gz": (gzip.compress(lines(*DOCUMENTS), mtime=0), read_documents),
     "documents.parquet": (parquet(DOCUMENTS[:2]), read_documents),
     "documents.txt": ("the grass is green, die Wiese ist grün".encode(), read_documents),
     "shard/manifest.json": (json.dumps(MANIFEST, indent=1).encode(), read_shard),
@@ -227,6 +240,30 @@ def test_damaged_file_is_read_or_named_in_one_line(name, tmp_path, capsys):
             assert named and len(message) <= cli.LONGEST and "\n" not in message, (number, message, copy[:2000])
     capsys.readouterr()
     assert refused > ROUNDS // 10 or name.startswith(("states", "documents.txt", "story", "run/")), refused
+
+
+CHECKPOINT = {"config.json": read_config, "tokenizer.json": read_tokenizer, "model.safetensors": read_weights}
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+def test_damaged_checkpoint_is_read_or_named_in_one_line(name, tmp_path, capsys):
+    """As above; only the first bytes of the weights are damaged, their header: no hash protects the numbers."""
+    path = make_checkpoint(tmp_path / "checkpoint") / name
+    whole, draw, refused = path.read_bytes(), random.Random(name), 0
+    for number in range(ROUNDS // 4):
+        copy = damaged(whole[:2000], draw) + whole[2000:]
+        if path.suffix == ".json" and number % 2:
+            copy = json.dumps(another(json.loads(whole), draw)).encode()
+        path.write_bytes(copy)
+        try:
+            message = outcome(CHECKPOINT[name], path)
+        except Exception as error:
+            raise AssertionError(f"round {number}: {type(error).__name__}: {error} from {copy[:2000]!r}") from error
+        if message is not None:
+            refused += 1
+            assert "checkpoint" in message and len(message) <= cli.LONGEST, (number, message)
+    capsys.readouterr()
+    assert refused > ROUNDS // 40
 
 
 def test_damaged_recipes_are_bad_usage_and_run_nothing(tmp_path, capsys):

@@ -114,10 +114,13 @@ def test_a_second_drawing_has_the_same_bytes(name, runs, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path):
-    """Everything, from rows of a lab, with the hashes of strings drawn anew."""
-    run = write_run(tmp_path / "run", lab_rows(MANY))
+    """Everything, from single runs and a lab with its verdicts, with the hashes of strings drawn anew."""
+    from benchmarks import verdicts
+
+    run, lab = write_run(tmp_path / "run", lab_rows(MANY)), lab_run(tmp_path / "lab")
+    verdicts.write(lab)
     for seed in ("1", "2"):
-        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, "--output", tmp_path / seed]
+        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, lab, "--output", tmp_path / seed]
         started = time.monotonic()
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
         assert time.monotonic() - started < 60

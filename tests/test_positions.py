@@ -166,3 +166,11 @@ def test_observed_distances_and_gap_by_brute_force():
 def test_positions_refuse(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         positions.position_ids(*arguments)
+
+
+def test_intervals_that_touch_are_joined_and_others_stay_apart():
+    assert positions.merge([(5, 9), (0, 4)]) == [(0, 9)]
+    assert positions.merge([(0, 3), (5, 9)]) == [(0, 3), (5, 9)]
+    assert positions.merge([(0, 9), (2, 4), (9, 9)]) == [(0, 9)]
+    # a = 4, b = 2, L = 9: 0..3 and 4..8 touch, so every distance is seen
+    assert positions.observed_distances(4, 2, 9) == [(0, 8)] and positions.gap(4, 2, 9) is None

@@ -153,3 +153,18 @@ def test_without_a_text_of_the_users_the_haystack_is_the_unseen_half_of_the_samp
     unseen, seen = documents.sample_haystack_sentences(), documents.sample_training_sentences()
     assert any(sentence in context for sentence in unseen[:10])
     assert not any(sentence in context for sentence in seen if len(sentence) > 60)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "wordpiece", "glued"])
+def test_documents_cost_what_the_tokenizer_says(kind, monkeypatch):
+    monkeypatch.setattr(ruler, "CHECKED_DOCUMENTS", 8)
+    story = helpers.STORY.split()
+    documents = [f"Title {i}\n" + " ".join(story[i : i + 5 + i % 40]) for i in range(40)]
+    documents += ["Two  spaces in a text of words", "Café and naïve words, été", "one", "a b"]
+    tokenizer = helpers.tokenizer(kind)
+    costs = ruler.DocumentCosts(tokenizer, documents)
+    count = ruler.counter(tokenizer)
+    bare = count(["a\n\nDocument"])[0]
+    blocks = [f"a\n\nDocument 1:\n{document}\n\nDocument" for document in documents]
+    assert costs.of(range(len(documents))) == [tokens - bare for tokens in count(blocks)]
+    assert costs.words_add_up == (kind != "glued")

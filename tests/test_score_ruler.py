@@ -290,6 +290,27 @@ def test_processes_wait_for_the_one_that_builds(tmp_path, monkeypatch):
     assert len(builds) == 1
 
 
+def test_several_processes_build_the_bytes_that_one_does(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PARALLEL_TOKENS", 0)
+    monkeypatch.setattr(cache, "processes", lambda: 2)
+    wanted = [("vt", 512), ("qa_1", 900), ("niah_single_1", 512)]
+    common = (helpers.tokenizer(), 3, 0, place, ruler.Options(shots=0, max_new_tokens=12))
+    made = cache.cells(wanted, *common, tmp_path)
+    monkeypatch.setattr(ruler, "fit", lambda *args: pytest.fail("built again"))
+    again = cache.cells(wanted, *common, tmp_path)
+    monkeypatch.undo()
+    for (task, length), cell, same in zip(wanted, made, again, strict=True):
+        alone = ruler.Cell.build(task, length, *common)
+        assert list(cell) == list(same) == list(alone)
+        assert cell.recipe["samples_sha256"] == ruler.samples_sha256(list(alone))
+        assert cell.recipe["characters"] == sum(len(sample["input"]) for sample in alone)
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    monkeypatch.setattr(cache, "PARALLEL_TOKENS", 0)
+    monkeypatch.setattr(cache, "processes", lambda: 2)
+    with pytest.raises(ValueError, match="too short"):
+        cache.cells([("vt", 40), ("cwe", 41)], *common, tmp_path)
+
+
 def test_prepare_only_makes_the_cache_without_a_model(place, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
     settings = dict(cache_dir=str(tmp_path / "cache"), prepare_only=True, lengths="400,4000")
@@ -369,3 +390,30 @@ def test_the_command_line_scores_a_checkpoint(place, tmp_path):
     )
     assert re.search(r"^niah_single_1 +\d+\.\d$", done.stdout, re.M)
     assert len(rows.read_rows(tmp_path / "out" / "results.jsonl")) == 1
+
+
+def test_arguments_are_passed_through_to_vllm(place, tmp_path, monkeypatch):
+    from lm_eval.api import registry
+
+    given = {}
+    monkeypatch.setattr(registry, "get_model", lambda name: lambda **arguments: given.update(arguments, model=name))
+    settings = config(place, tmp_path, backend="vllm", backend_args="tensor_parallel_size=2,enforce_eager=True")
+    scoring.load(settings, 400, 512, helpers.tokenizer())
+    assert given == {
+        "model": "vllm",
+        "pretrained": str(place / "llama"),
+        "max_model_len": 512,
+        "dtype": "float32",
+        "batch_size": 8,
+        "trust_remote_code": False,
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+    }
+
+
+def test_a_batch_size_that_probes_the_model_is_refused(place, tmp_path, capsys):
+    from endprompt.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", str(place / "llama"), "--batch-size", "auto", "--output", str(tmp_path / "out")])
+    assert "batch" in capsys.readouterr().err and not (tmp_path / "out").exists()

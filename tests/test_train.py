@@ -196,6 +196,14 @@ def test_memory_that_is_too_small_says_what_to_change(extend_config):
         patch.setattr(train.Trainer, "train_step", out_of_memory)
         with pytest.raises(ValueError, match=r"lower micro_rows=4 or raise checkpointing=none .*: CUDA out of memory$"):
             train.extend(extend_config())
+        patch.setattr(train, "device_memory", lambda device: int(2.3 * 2**30))
+        with pytest.raises(
+            ValueError, match=r"by the estimate micro_rows=4 checkpointing=none fits \(2\.0 of 2\.3 GiB\)"
+        ):
+            train.extend(extend_config())
+        patch.setattr(train, "device_memory", lambda device: 2**30)
+        with pytest.raises(ValueError, match=r"nothing fits \(2\.0 GiB at least, of 1\.0\)"):
+            train.extend(extend_config())
 
 
 def test_training_learns_and_writes_what_it_did(extend_config, llama):
@@ -217,6 +225,18 @@ def test_layers_are_compiled_one_by_one(extend_config, tmp_path):
     trainer = trainer_of(extend_config, tmp_path, compile="layers")
     assert all(layer._compiled_call_impl is not None for layer in train.decoder_layers(trainer.model))
     assert trainer.model._compiled_call_impl is None and trainer.model.base_model._compiled_call_impl is None
+
+
+def test_compiled_layers_leave_selective_recomputation_to_the_compiler(extend_config, tmp_path):
+    """Wrapped in checkpoints as well, a layer would be planned twice."""
+    import torch._functorch.config as functorch_config
+
+    with functorch_config.patch(activation_memory_budget=1.0):
+        trainer = trainer_of(extend_config, tmp_path, compile="layers", checkpointing="selective")
+        assert functorch_config.activation_memory_budget == 0.99
+        assert all("forward" not in vars(layer) for layer in train.decoder_layers(trainer.model))
+    plain = trainer_of(extend_config, tmp_path, compile="none", checkpointing="selective")
+    assert all("forward" in vars(layer) for layer in train.decoder_layers(plain.model))
 
 
 def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsys):

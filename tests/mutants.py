@@ -1,0 +1,142 @@
+"""Faults put into the core functions on purpose: each must make a test fail.
+
+    python tests/mutants.py [WORD ...]        all of them, or those whose file, text or tests hold a word (make mutants)
+
+A mutant is a file, a piece of its text that stands there once, what it becomes, and the tests that must notice. The
+faults are put into a copy of the tree, so that the working tree is never touched. Exit code 1 if one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+POSITIONS, LOSS, ROPE = "endprompt/positions.py", "endprompt/loss.py", "endprompt/rope.py"
+PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/rows.py"
+BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
+SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
+#: (file, text, what it becomes, tests)
+MUTANTS = [
+    # positions
+    (POSITIONS, "prompt, target - prompt))\n\n\ndef endprompt_random", "prompt, target - prompt - 1))\n\n\ndef endprompt_random", "positions"),
+    (POSITIONS, "np.arange(start, start + prompt, dtype=np.int64)", "np.arange(start, start + prompt, dtype=np.int64)[::-1]", "positions"),
+    (POSITIONS, "integers(context, target - prompt, endpoint=True)", "integers(context, target - prompt)", "positions"),
+    (POSITIONS, "integers(context, target - prompt, endpoint=True)", "integers(context - 1, target - prompt, endpoint=True)", "positions"),
+    (POSITIONS, "for k in range(1, count + 1)]", "for k in range(count)]", "positions"),
+    (POSITIONS, "positions[first:] += skip", "positions[first + 1 :] += skip", "positions"),
+    (POSITIONS, "integers(1, (n + 1) // 2, endpoint=True)", "integers(1, n // 2, endpoint=True)", "positions"),
+    (POSITIONS, "integers(0, room, endpoint=True)", "integers(1, room, endpoint=True)", "positions"),
+    (POSITIONS, "intervals.append((target - context - prompt + 1, target - 1))", "intervals.append((target - context - prompt, target - 1))", "positions"),
+    (POSITIONS, "hi = target - context - prompt if prompt", "hi = target - context - prompt - 1 if prompt", "positions"),
+    (POSITIONS, "if out and lo <= out[-1][1] + 1:", "if out and lo <= out[-1][1]:", "positions"),
+    (POSITIONS, "SeedSequence([seed, index])", "SeedSequence([seed])", "positions data"),
+    # rows of training and their loss
+    (LOSS, "weights_N * (lse_N - logits.gather", "(lse_N - logits.gather", "loss"),
+    (LOSS, "(grad * weights_N[:, None])", "grad", "loss"),
+    (LOSS, "slice(int(rows[0]), int(rows[-1]) + 1)", "slice(int(rows[0]), int(rows[-1]))", "loss"),
+    (LOSS, "grad_hidden * grad_total.to(grad_hidden.dtype)", "grad_hidden", "loss"),
+    (LOSS, "torch.logsumexp(logits, dim=-1)", "torch.logsumexp(logits, dim=-1) + 1e-3", "loss"),
+    (LOSS, "keep = weights_N > 0", "keep = weights_N >= 1", "loss"),
+    ("endprompt/train.py", "labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:]", "labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, :-1]", "train"),
+    (PROMPTS, ">= len(self.cue) + self.given", ">= self.given", "prompts"),
+    (PROMPTS, "context[start : start + self.span]", "context[: self.span]", "prompts data"),
+    (GUARD, "self.smoothed > self.best + self.limit", "self.smoothed > self.best + 2 * self.limit", "guard"),
+    # frequencies
+    (ROPE, "return base_frequencies(base, head_dim) / factor, 1.0", "return base_frequencies(base, head_dim) * factor, 1.0", "rope"),
+    (ROPE, "return base * factor ** (head_dim / (head_dim - 2))", "return base * factor", "rope"),
+    (ROPE, "grown = factor * length / original_length - (factor - 1)", "grown = factor * length / original_length", "rope"),
+    (ROPE, "theta / factor * ramp + theta * (1 - ramp)", "theta * ramp + theta / factor * (1 - ramp)", "rope"),
+    (ROPE, "0.1 * math.log(factor) + 1.0", "0.1 * math.log2(factor) + 1.0", "rope"),
+    (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "rope"),
+    # bounds
+    (BOUNDS, "return np.abs(z) @ np.abs(omega) ** check_order(order)", "return np.abs(z) @ np.abs(omega) ** (check_order(order) + 1)", "analysis_bounds"),
+    (BOUNDS, "return np.abs(omega).max() ** check_order(order) * supremum", "return np.abs(omega).mean() ** check_order(order) * supremum", "analysis_bounds"),
+    (BOUNDS, "scale = attention_factor**2", "scale = attention_factor", "analysis_bounds analysis_verify"),
+    (BOUNDS, "return 2 / sigma if", "return 1 / sigma if", "analysis_bounds"),
+    (BOUNDS, "return 2 * eta, math.tanh(eta / 2)", "return eta, math.tanh(eta / 2)", "analysis_bounds"),
+    (BOUNDS, "math.tanh(eta / 2)\n", "math.tanh(eta / 4)\n", "analysis_bounds"),
+    (BOUNDS, "+ (np.abs(omega).max() * eval_score(z, omega, d, 0)) ** 2", "+ eval_score(z, omega, d, 0) ** 2", "analysis_bounds"),
+    (CERTIFICATES, "curvature = 1.01 * (np.abs(z) @ omega**2) / 8", "curvature = 1.01 * (np.abs(z) @ omega**2) / 80", "analysis_bounds"),
+    (CERTIFICATES, "lower, upper = largest - error, goal(largest) + error", "lower, upper = largest + error, goal(largest) + error", "analysis_bounds"),
+    (OBSERVED, "number = hi - lo + 1", "number = hi - lo", "analysis_observability"),
+    (OBSERVED, "cs = (sin_plus - sin_minus) / 2", "cs = (sin_plus + sin_minus) / 2", "analysis_observability"),
+    (OBSERVED, "information = (n_obs / sigma**2)", "information = (n_obs / sigma)", "analysis_observability"),
+    (OBSERVED, "starts, width = [context], target - prompt - context + 1", "starts, width = [context], target - prompt - context", "analysis_observability"),
+    # metrics
+    (SUMMARY, "if score >= threshold), default=0", "if score > threshold), default=0", "summary_rules"),
+    (SUMMARY, "sorted(scores, reverse=direction == \"dec\")", "sorted(scores, reverse=direction == \"inc\")", "summary_rules"),
+    (SUMMARY, "np.std(scores, ddof=1)", "np.std(scores)", "summary_rules score_ruler"),
+    (SUMMARY, "center = (share + z * z / (2 * n))", "center = (share + z * z / n)", "summary_rules"),
+    (SUMMARY, "np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)", "np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)", "summary_rules score_ruler"),
+    (SUMMARY, "max(2 * tail, 1 / RESAMPLES)", "max(tail, 1 / RESAMPLES)", "summary_rules score_ruler"),
+    (RULER, "float(any(found)) if SPECS[task].metric == \"any\"", "float(all(found)) if SPECS[task].metric == \"any\"", "ruler_upstream score_ruler"),
+    (RULER, "answer.lower() in clean(prediction).lower()", "answer in clean(prediction)", "ruler_upstream score_ruler"),
+    (LONGBENCH, "re.sub(r\"\\b(a|an|the)\\b\", \" \", bare)", "re.sub(r\"\\b(a|the)\\b\", \" \", bare)", "longbench_metrics"),
+    (LONGBENCH, "(Counter(prediction) & Counter(answer)).total()", "len(set(prediction) & set(answer))", "longbench_metrics"),
+    (LONGBENCH, "return 1 / len(named) if answer in named else 0.0", "return 1.0 if answer in named else 0.0", "longbench_metrics"),
+    (LONGBENCH, "numbers.count(str(answer)) / len(numbers)", "float(str(answer) in numbers)", "longbench_metrics"),
+    (LONGBENCH, "round(100 * difflib", "int(100 * difflib", "longbench_metrics"),
+    # rows of results
+    (ROWS, "if not lo - slack <= value <= hi + slack:", "if not lo - slack <= value:", "score_ruler figures_data rows"),
+    (ROWS, "if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):", "if value is None:", "rows"),
+]  # fmt: skip
+
+
+def run(tree: Path, tests: str) -> bool:
+    """Whether the tests of this tree pass."""
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1):  # 1: a test failed; a mutant that does not even import shows nothing
+        raise SystemExit(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    tree = folder / "tree"
+    for name in ("endprompt", "analysis", "benchmarks", "paper_figures", "tests", "docs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.cff"), *ROOT.glob("*.yml")]:
+        shutil.copy(path, tree)
+    return tree
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(word in " ".join(m) for word in words)]
+    survived = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_of_the_tree(Path(folder))
+        for tests in sorted({mutant[3] for mutant in chosen}):
+            if not run(tree, tests):
+                raise SystemExit(f"the tests must pass before anything is broken: {tests}")
+        for number, (name, text, fault, tests) in enumerate(chosen, 1):
+            path, began = tree / name, time.monotonic()
+            whole = path.read_text(encoding="utf-8")
+            if whole.count(text) != 1:
+                raise SystemExit(
+                    f"{name}: a mutant's text must stand there once, stands {whole.count(text)} times: {text}"
+                )
+            path.write_text(whole.replace(text, fault), encoding="utf-8")
+            lives = run(tree, tests)
+            path.write_text(whole, encoding="utf-8")
+            survived += [(name, text, fault)] if lives else []
+            verdict = "SURVIVED" if lives else "killed"
+            seconds = time.monotonic() - began
+            print(f"{number:>3}/{len(chosen)} {verdict:<9}{seconds:5.1f} s  {name}: {fault.strip()[:70]}", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutants killed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""Result rows on their way in and out, and the mutants' list."""
+
+import json
+import math
+
+import mutants
+import pytest
+
+from endprompt import rows
+
+GOOD = dict(suite="s", task="t", metric="m", value=50.0, model="m", method="base", seed=0)
+
+
+@pytest.mark.parametrize("ci95", [(60.0, 70.0), (10.0, 40.0), (math.nan, 60.0)])
+def test_value_outside_of_its_interval_is_no_result(ci95):
+    with pytest.raises(ValueError, match="a result must lie in its interval"):
+        rows.result_row(**GOOD, ci95=ci95)
+    assert rows.result_row(**GOOD, ci95=(50.0, 50.0))["ci95"] == [50.0, 50.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_value_that_is_not_finite_is_no_result(value):
+    with pytest.raises(ValueError, match="a result must be finite"):
+        rows.result_row(**(GOOD | {"value": value}))
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"50"', "true", "null", "[1]"])
+def test_row_whose_value_is_no_number_is_named(value, tmp_path):
+    path = tmp_path / "results.jsonl"
+    line = json.dumps(rows.result_row(**GOOD))
+    path.write_text(line + "\n" + line.replace("50.0", value) + "\n")
+    with pytest.raises(ValueError, match=rf"{path}, line 2: value must be a finite number"):
+        rows.read_rows(path)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "results.jsonl"
+    made = [rows.result_row(**(GOOD | {"model": "half\u2028line \u00fc", "seed": seed})) for seed in range(3)]
+    rows.append_rows(path, made[:1])
+    rows.append_rows(path, made[1:])
+    assert rows.read_rows(path) == made
+    path.write_bytes(path.read_bytes()[:-9])
+    rows.append_rows(path, made[:1])  # a line that was cut off is not glued to the next
+    assert path.read_bytes().count(b"\n") == 4
+
+
+def test_mutants_fit_the_sources():
+    """Each mutant's text stands in its file once, so `make mutants` tests what it says."""
+    for name, text, fault, tests in mutants.MUTANTS:
+        source = (mutants.ROOT / name).read_text(encoding="utf-8")
+        assert source.count(text) == 1 and text != fault, (name, text, source.count(text))
+        assert all((mutants.ROOT / "tests" / f"test_{test}.py").is_file() for test in tests.split())

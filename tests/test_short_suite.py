@@ -1,0 +1,76 @@
+"""The short-text suite around lm-eval's own tasks: settings, rows, errors; the evaluation itself is lm-eval's."""
+
+import os
+
+import lm_eval.evaluator
+import pytest
+import ruler_helpers
+
+from benchmarks import score as scoring
+from benchmarks import short
+from benchmarks.score import ScoreConfig
+from endprompt import rows
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return ruler_helpers.checkpoint(tmp_path_factory.mktemp("short") / "llama")
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Calls of lm-eval's evaluation, each answered with half of the points."""
+    calls = []
+
+    def simple_evaluate(**settings):
+        calls.append(settings)
+        (task,) = settings["tasks"]
+        metric = short.SETTINGS[task][1]
+        name, _, kind = metric.partition(",")
+        return {"results": {task: {metric: 0.5, f"{name}_stderr,{kind}": 0.02, "sample_len": 50}}}
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", simple_evaluate)
+    monkeypatch.setattr(scoring, "load", lambda *args: "the model")
+    return calls
+
+
+def test_settings_are_those_of_the_literature_and_rows_are_percent(llama, tmp_path, evaluated):
+    made = scoring.score(ScoreConfig(str(llama), suite="short", samples=50, output=str(tmp_path / "run"), seed=3))
+    assert [(c["tasks"], c["num_fewshot"]) for c in evaluated] == [(["mmlu"], 5), (["gsm8k"], 5), (["hellaswag"], 10)]
+    assert all(c["limit"] == 50 and c["fewshot_random_seed"] == 3 and c["model"] == "the model" for c in evaluated)
+    assert not any(c["confirm_run_unsafe_code"] for c in evaluated)
+    metrics = {"mmlu": "acc", "gsm8k": "exact_match", "hellaswag": "acc_norm"}
+    assert {row["task"]: row["metric"] for row in made} == metrics
+    assert all((row["value"], row["stderr"], row["n"]) == (50.0, 2.0, 50) for row in made)
+    assert rows.read_rows(tmp_path / "run" / "results.jsonl") == made
+
+
+def test_generated_code_runs_only_where_it_is_asked_for(llama, tmp_path, evaluated, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    scoring.score(ScoreConfig(str(llama), suite="short", output=str(tmp_path / "a")))
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "0" and all(c["limit"] is None for c in evaluated)
+    scoring.score(ScoreConfig(str(llama), suite="short", tasks="humaneval", output=str(tmp_path / "b")))
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1" and evaluated[-1]["confirm_run_unsafe_code"]
+
+
+def test_unknown_task_and_data_that_cannot_be_had(llama, tmp_path, evaluated, monkeypatch):
+    config = ScoreConfig(str(llama), suite="short", tasks="mmlu,arc", output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="unknown short-text task 'arc'; tasks: mmlu, gsm8k"):
+        scoring.score(config)
+    assert not evaluated
+
+    def offline(**_):
+        raise ConnectionError("the hub does not answer\nmore")
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", offline)
+    with pytest.raises(ValueError, match="the data of mmlu come from the hub and are not to be had: the hub does not"):
+        scoring.score(ScoreConfig(str(llama), suite="short", tasks="mmlu", output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_id_that_the_hub_does_not_give(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"checkpoint 'nobody/nothing' is no directory, and the hub gives no such model"
+    ):
+        scoring.score(ScoreConfig("nobody/nothing", suite="short", tasks="mmlu", output=str(tmp_path / "run")))
