@@ -184,6 +184,19 @@ def test_what_is_finished_is_not_done_again(run, capsys):
     assert "5 cells, 4 done" in capsys.readouterr().out
 
 
+def test_a_cell_that_lacks_a_row_is_not_finished(run, tmp_path):
+    cells = cells_of(lab_config(run))
+    lines = (run[0] / "run" / "results.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(lines))
+    whole = runner.finished(path, cells)
+    lost = next(i for i, line in enumerate(lines) if json.loads(line)["arm"] == "recall+yarn")
+    path.write_text("".join(lines[:lost] + lines[lost + 1 :]))
+    assert whole - runner.finished(path, cells) == {json.loads(lines[lost])["cell"]}
+    runner.tidy(tmp_path, cells, overwrite=False)
+    assert json.loads(lines[lost])["cell"] not in path.read_text()
+
+
 def test_other_settings_in_the_same_directory_are_refused(run):
     with pytest.raises(ValueError, match="made with other settings"):
         runner.tidy(run[0] / "run", cells_of(lab_config(run, samples=3)), overwrite=False)

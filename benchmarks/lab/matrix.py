@@ -286,9 +286,9 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
     """All cells of a matrix, in its order. Raises ValueError naming file, key and rule."""
     known = {"seeds", "train", "score", "arms", "blocks", "questions"}
     check_keys(content, known, source)
-    for key in ("arms", "blocks"):
-        if not content.get(key):
-            raise ValueError(f"{source}: a matrix must have {key}")
+    for needed in ("arms", "blocks"):
+        if not content.get(needed):
+            raise ValueError(f"{source}: a matrix must have {needed}")
     scoring = scoring_of(content.get("score", {}), source, config)
     made: dict[tuple[Any, ...], Cell] = {}
     names: dict[tuple[Any, ...], tuple[str, str]] = {}
@@ -329,7 +329,8 @@ def same_documents(made: list[Cell]) -> list[Cell]:
 
 def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scoring:
     check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
-    made = Scoring(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    made = Scoring(**values)
     return dataclasses.replace(made, samples=config.samples) if config.samples else made
 
 
