@@ -45,7 +45,9 @@ def draw(frames: Frames) -> Figure:
             least = rows[rows["least"]] if metric == "peak_gib" else rows.iloc[:0]
             grouped_bars(axes[1, column], means, colors, None, set(zip(least["method"], least["length"])))
             if len(least):
-                axes[1, column].set_xlabel("≥: taken before AdamW's moments stood beside activations", fontsize=6, color="#555555")
+                axes[1, column].set_xlabel(
+                    "≥: taken before AdamW's moments stood beside activations", fontsize=6, color="#555555"
+                )
             axes[1, column].set_title(f"measured here, {', '.join(rows['device'].unique())}")
             axes[1, column].set_ylabel(measured_label)
     for line in axes:
