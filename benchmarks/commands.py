@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.lab.matrix import LabConfig
@@ -36,6 +36,34 @@ def score(config: ScoreConfig) -> int | None:
     else:
         for row in made:
             print(f"{row['task']:<12} {row['value']:6.2f}")
+    return None
+
+
+@dataclass
+class CardConfig:
+    """Settings of `endprompt card`.
+
+    Args:
+        checkpoint: directory that `endprompt extend` wrote.
+        results: run directories of `endprompt score` on this checkpoint.
+        push_to_hub: upload the checkpoint to this repository, OWNER/NAME, after its name is typed once more.
+    """
+
+    checkpoint: str
+    results: list[str] = field(default_factory=list)
+    push_to_hub: str | None = None
+
+
+def card(config: CardConfig) -> int | None:
+    """Write the checkpoint's model card anew, with its scores, and upload the checkpoint if asked."""
+    from benchmarks import score as scoring
+    from endprompt import card as cards
+
+    cards.read_record(Path(config.checkpoint))
+    found = [row for run in config.results for row in scoring.rows_of(config.checkpoint, run)]
+    print(cards.write_card(config.checkpoint, found))
+    if config.push_to_hub is not None:
+        print(cards.push(config.checkpoint, config.push_to_hub))
     return None
 
 

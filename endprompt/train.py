@@ -22,6 +22,7 @@ import torch
 import torch._functorch.config
 
 from endprompt import checkpoint, distributed, linears, longlora
+from endprompt.card import RECORD, write_card
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
@@ -111,8 +112,6 @@ def learning_rate(config: ExtendConfig, step: int, steps: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Jobs
-
-RECORD = "endprompt.json"  # what a finished output says of its making
 
 
 def extend(config: ExtendConfig) -> Path:
@@ -317,6 +316,8 @@ def finish(
         "environment": environment(),
     }
     write_text(work / RECORD, json.dumps(about, indent=2) + "\n")
+    if window is not None:
+        write_card(work)
     checkpoint.sync_tree(work)
     if output.exists():
         shutil.rmtree(output)
