@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.lab.matrix import LabConfig
 from benchmarks.score import ScoreConfig
+
+
+@contextlib.contextmanager
+def going_on(flags: dict[str, bool]) -> Iterator[None]:
+    """Ctrl-C says with which flags, beside its own, the command goes on where it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(flags) from None
 
 
 def score(config: ScoreConfig) -> int | None:
@@ -25,7 +36,8 @@ def score(config: ScoreConfig) -> int | None:
         run = given if list(given.glob("predictions*.jsonl")) else config.directory
         print(compare.shown(compare.show(run, config.show, config.wrong)))
         return None
-    made = scoring.score(config)
+    with going_on({"overwrite": False} if config.overwrite else {}):
+        made = scoring.score(config)
     if made and config.suite == "ruler":
         print(summary.table(made))
     elif made and config.suite == "longbench":
@@ -92,14 +104,16 @@ def demo(config: DemoConfig) -> int | None:
     """Extend the small base model 8-fold on this CPU, verify it, score it, draw the figures, print one table."""
     from benchmarks import demo as work
 
-    return work.demo(config)
+    with going_on({}):
+        return work.demo(config)
 
 
 def lab(config: LabConfig) -> int | None:
     """Replicate: train and score a matrix of methods, scalings, steps and seeds, and answer the seven questions."""
     from benchmarks.lab import runner
 
-    return runner.lab(config)
+    with going_on({"overwrite": False} if config.overwrite else {}):
+        return runner.lab(config)
 
 
 @dataclass
