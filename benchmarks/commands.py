@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.lab.matrix import LabConfig
 from benchmarks.score import ScoreConfig
+
+
+def json_lines(found: list[dict[str, Any]]) -> str:
+    return "\n".join(json.dumps(entry, ensure_ascii=False) for entry in found)
 
 
 @contextlib.contextmanager
@@ -29,12 +35,14 @@ def score(config: ScoreConfig) -> int | None:
     from benchmarks import score as scoring
 
     if config.compare is not None:
-        print(compare.compared(compare.compare(config.compare, config.checkpoint, config.seed)))
+        found = compare.compare(config.compare, config.checkpoint, config.seed)
+        print(json_lines(found) if config.json else compare.compared(found))
         return None
     if config.show is not None:
         given = Path(config.checkpoint)
         run = given if list(given.glob("predictions*.jsonl")) else config.directory
-        print(compare.shown(compare.show(run, config.show, config.wrong)))
+        found = compare.show(run, config.show, config.wrong)
+        print(json_lines(found) if config.json else compare.shown(found))
         return None
     with going_on({"overwrite": False} if config.overwrite else {}):
         made = scoring.score(config)

@@ -67,6 +67,7 @@ class ScoreConfig:
         show: print the predictions of one task of a finished run (its directory, or the checkpoint it scored) and stop.
         wrong: with show, only those that score under 100.
         compare: compare this run with the one given in place of the checkpoint (run directories) and stop.
+        json: with compare or show, print one JSON object a line instead of a table.
         trust_remote_code: let a checkpoint bring its own code.
         quiet: no progress line.
     """
@@ -99,6 +100,7 @@ class ScoreConfig:
     show: str | None = None
     wrong: bool = False
     compare: str | None = None
+    json: bool = False
     trust_remote_code: bool = False
     quiet: bool = False
 
@@ -107,6 +109,8 @@ class ScoreConfig:
             raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1: {self.samples}")
+        if self.json and self.compare is None and self.show is None:
+            raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
 
     @property
     def model_name(self) -> str:

@@ -60,6 +60,7 @@ def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(l
     command, done = go_on(said, tmp_path)
     assert command[-1] == "--resume" and done.returncode == 0, done.stderr
     assert f"resumed from step {stopped} of 120" in done.stderr
+    assert "step 120/120  loss" in done.stderr and "\x1b" not in said + done.stdout + done.stderr  # through a pipe
     whole = tmp_path / "whole"
     assert cli.main([*map(str, usual), "--output", str(whole)]) == 0
     assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
