@@ -74,6 +74,7 @@ class PositionsConfig:
         factor: interpolation factor (default: target / (context + prompt)).
         noise: standard deviation of an observed score, in units of the score's own root mean square.
         plot: file to draw the coverage to (PNG or PDF by its name).
+        json: print one JSON object a scheme instead of a table.
     """
 
     scheme: str = "endprompt"
@@ -86,6 +87,7 @@ class PositionsConfig:
     factor: float | None = None
     noise: float = 0.1
     plot: str | None = None
+    json: bool = False
 
 
 def positions(config: PositionsConfig) -> None:

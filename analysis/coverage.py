@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -67,7 +68,12 @@ def survey(config: PositionsConfig) -> list[Coverage]:
 
 
 def report(config: PositionsConfig) -> str:
+    """The schemes as a table, or as a line of JSON each; drawn too if asked."""
     found = survey(config)
+    if config.json:
+        if config.plot:
+            plot(config, found, config.plot)
+        return "\n".join(json.dumps(values(c)) for c in found)
     lines = [
         f"target {config.target}, context {config.context}, end prompt {config.prompt}; predicted RMS error in the gap "
         f"(score = 1, noise {config.noise})",
@@ -81,6 +87,18 @@ def report(config: PositionsConfig) -> str:
     if config.plot:
         lines.append(f"drawn: {plot(config, found, config.plot)}")
     return "\n".join(lines)
+
+
+def values(c: Coverage) -> dict[str, Any]:
+    """What the table says of a scheme, for a program; intervals of distance in tokens, both ends included."""
+    return {
+        "scheme": c.scheme,
+        "coverage": c.share,
+        "observed": [[int(lo), int(hi)] for lo, hi in c.observed],
+        "gap": [[int(lo), int(hi)] for lo, hi in c.gap],
+        "gap_rms": float(c.gap_rms),
+        "gap_rms_by_pairs": float(c.gap_rms_by_pairs),
+    }
 
 
 def spell(segments: Intervals) -> str:

@@ -8,7 +8,6 @@ Values are in units of the logit (attention factor squared and 1/sqrt(D) include
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -240,7 +239,8 @@ def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None
     from rich.progress import Progress
 
     model = load(path, scene.config)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal or console.no_color) as progress:
         bar = progress.add_task(f"verify {Path(path).name}: layers", total=model.config.num_hidden_layers)
 
         def pass_on(layer: Any) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -251,7 +252,7 @@ class Progress:
         self.done = self.tokens = 0
         self.seconds = self._shown = 0.0
         self._began = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
     def skip(self, n: int) -> None:
         self.total -= n

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.lab.matrix import LabConfig
 from benchmarks.score import ScoreConfig
+
+
+def json_lines(found: list[dict[str, Any]]) -> str:
+    return "\n".join(json.dumps(entry, ensure_ascii=False) for entry in found)
+
+
+@contextlib.contextmanager
+def going_on(flags: dict[str, bool]) -> Iterator[None]:
+    """Ctrl-C says with which flags, beside its own, the command goes on where it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(flags) from None
 
 
 def score(config: ScoreConfig) -> int | None:
@@ -18,14 +35,17 @@ def score(config: ScoreConfig) -> int | None:
     from benchmarks import score as scoring
 
     if config.compare is not None:
-        print(compare.compared(compare.compare(config.compare, config.checkpoint, config.seed)))
+        found = compare.compare(config.compare, config.checkpoint, config.seed)
+        print(json_lines(found) if config.json else compare.compared(found))
         return None
     if config.show is not None:
         given = Path(config.checkpoint)
         run = given if list(given.glob("predictions*.jsonl")) else config.directory
-        print(compare.shown(compare.show(run, config.show, config.wrong)))
+        found = compare.show(run, config.show, config.wrong)
+        print(json_lines(found) if config.json else compare.shown(found))
         return None
-    made = scoring.score(config)
+    with going_on({"overwrite": False} if config.overwrite else {}):
+        made = scoring.score(config)
     if made and config.suite == "ruler":
         print(summary.table(made))
     elif made and config.suite == "longbench":
@@ -36,6 +56,34 @@ def score(config: ScoreConfig) -> int | None:
     else:
         for row in made:
             print(f"{row['task']:<12} {row['value']:6.2f}")
+    return None
+
+
+@dataclass
+class CardConfig:
+    """Settings of `endprompt card`.
+
+    Args:
+        checkpoint: directory that `endprompt extend` wrote.
+        results: run directories of `endprompt score` on this checkpoint.
+        push_to_hub: upload the checkpoint to this repository, OWNER/NAME, after its name is typed once more.
+    """
+
+    checkpoint: str
+    results: list[str] = field(default_factory=list)
+    push_to_hub: str | None = None
+
+
+def card(config: CardConfig) -> int | None:
+    """Write the checkpoint's model card anew, with its scores, and upload the checkpoint if asked."""
+    from benchmarks import score as scoring
+    from endprompt import card as cards
+
+    cards.read_record(Path(config.checkpoint))
+    found = [row for run in config.results for row in scoring.rows_of(config.checkpoint, run)]
+    print(cards.write_card(config.checkpoint, found))
+    if config.push_to_hub is not None:
+        print(cards.push(config.checkpoint, config.push_to_hub))
     return None
 
 
@@ -64,14 +112,16 @@ def demo(config: DemoConfig) -> int | None:
     """Extend the small base model 8-fold on this CPU, verify it, score it, draw the figures, print one table."""
     from benchmarks import demo as work
 
-    return work.demo(config)
+    with going_on({}):
+        return work.demo(config)
 
 
 def lab(config: LabConfig) -> int | None:
     """Replicate: train and score a matrix of methods, scalings, steps and seeds, and answer the seven questions."""
     from benchmarks.lab import runner
 
-    return runner.lab(config)
+    with going_on({"overwrite": False} if config.overwrite else {}):
+        return runner.lab(config)
 
 
 @dataclass

@@ -7,6 +7,7 @@ Each step leaves its files behind and is not done again by a second run of the s
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -209,7 +210,8 @@ def table(rows: list[dict[str, Any]]) -> None:
             if any(found):
                 shown = [f"{r['value']:.0f} [{r['ci95'][0]:.0f}, {r['ci95'][1]:.0f}]" if r else "" for r in found]
                 made.add_row(method, str(length), *shown, end_section=length == LENGTHS[-1])
-    Console(width=None if sys.stdout.isatty() else 100).print(made)
+    plain = False if os.environ.get("NO_COLOR") else None
+    Console(width=None if sys.stdout.isatty() else 100, force_terminal=plain).print(made)
 
 
 def title(number: int, name: str, what: str) -> None:

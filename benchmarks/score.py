@@ -10,6 +10,7 @@ already, made with the same checkpoint, samples and settings, is not run again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -66,6 +67,7 @@ class ScoreConfig:
         show: print the predictions of one task of a finished run (its directory, or the checkpoint it scored) and stop.
         wrong: with show, only those that score under 100.
         compare: compare this run with the one given in place of the checkpoint (run directories) and stop.
+        json: with compare or show, print one JSON object a line instead of a table.
         trust_remote_code: let a checkpoint bring its own code.
         quiet: no progress line.
     """
@@ -98,6 +100,7 @@ class ScoreConfig:
     show: str | None = None
     wrong: bool = False
     compare: str | None = None
+    json: bool = False
     trust_remote_code: bool = False
     quiet: bool = False
 
@@ -106,6 +109,8 @@ class ScoreConfig:
             raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1: {self.samples}")
+        if self.json and self.compare is None and self.show is None:
+            raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
 
     @property
     def model_name(self) -> str:
@@ -175,7 +180,8 @@ def score_short(config: ScoreConfig) -> list[dict[str, Any]]:
     model_config, tokenizer = read_checkpoint(config)
     window = window_of(model_config)
     lm = load(config, window, window, tokenizer)
-    made = short.score(config, lm)
+    settings = run_sha256(config, model_config)
+    made = [{**row, "run_sha256": settings} for row in short.score(config, lm)]
     if made:
         rows.RunDirectory(config.directory, config).add(made)
     return made
@@ -501,6 +507,40 @@ def finished(directory: Path, units: Sequence[Unit], settings: str) -> dict[str,
         if key in found:
             done[unit.name] = found[key]
     return done
+
+
+def rows_of(checkpoint: str | Path, run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a finished run that were scored on this very checkpoint, the latest of each task and length.
+
+    Raises ValueError if the run has none: the checkpoint's configuration and weights must be those of the rows.
+    """
+    import yaml
+
+    from endprompt import model
+
+    directory = Path(run)
+    about = directory / "config.yaml"
+    if not (about.is_file() and (directory / "results.jsonl").is_file()):
+        raise ValueError(f"{run} must be the output of `endprompt score`: it has no config.yaml and results.jsonl")
+    try:
+        known = yaml.safe_load(about.read_text(encoding="utf-8"))
+        config = ScoreConfig(**{**known, "checkpoint": str(checkpoint)})
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{about}: must be the configuration of `endprompt score`: {error}") from None
+    model_config = model.load_config(str(checkpoint))
+    digests: dict[tuple[str, str, str], str] = {}
+    found = {}
+    for row in rows.read_rows(directory / "results.jsonl"):
+        key = (row.get("backend", config.backend), row.get("attn") or config.attn, row.get("dtype", config.dtype))
+        if key not in digests:
+            backend, attn, dtype = key
+            own = dataclasses.replace(config, backend=backend, attn=attn, dtype=dtype)
+            digests[key] = run_sha256(own, model_config)
+        if row.get("run_sha256") == digests[key]:
+            found[(row["suite"], row["task"], row["length"])] = row
+    if not found:
+        raise ValueError(f"{directory / 'results.jsonl'}: none of its rows was scored on {checkpoint} as it is now")
+    return sorted(found.values(), key=lambda row: (row["suite"], row["task"], row["length"] or 0))
 
 
 def run_sha256(config: ScoreConfig, model_config: PretrainedConfig) -> str:

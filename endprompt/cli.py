@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import typing
 from importlib.metadata import EntryPoint, entry_points, version
@@ -43,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else f"; commands: {', '.join(sorted(commands))}"
         return fail(f"unknown command {name!r}{hint}", 2)
-    return run(commands[name], rest)
+    try:
+        return run(commands[name], rest)
+    except KeyboardInterrupt as interrupt:
+        return interrupted(argv, interrupt)
 
 
 def run(entry_point: EntryPoint, argv: list[str]) -> int:
@@ -76,13 +80,32 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         fields.pop(key, None)
     try:
         return command(config_type(**fields)) or 0
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
     except (ValueError, OSError, ImportError) as error:
         # The project raises these with a message for the user; a traceback is one environment variable away.
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def interrupted(argv: list[str], interrupt: KeyboardInterrupt) -> int:
+    """Say how to go on after Ctrl-C. A command that can go on raises it with the flags that this takes, as a dict."""
+    if os.environ.get("RANK", "0") != "0":  # once for all processes of torchrun
+        return 130
+    if not (interrupt.args and isinstance(interrupt.args[0], dict)):
+        return fail("interrupted", 130)
+    script = [*launcher(), *argv]
+    for key, value in interrupt.args[0].items():
+        script += [f"--{key}", *([] if value is True else [str(value).lower()])]
+    return fail(f"interrupted, what is done is kept; go on with: {shlex.join(script)}", 130)
+
+
+def launcher() -> list[str]:
+    """The words that started this script."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "endprompt.cli"]
+    if Path(sys.argv[0]).name == "endprompt":
+        return ["endprompt"]
+    return [sys.executable, "-m", "endprompt.cli"]
 
 
 def foreign_package() -> str | None:

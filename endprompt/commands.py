@@ -6,6 +6,7 @@ import os
 
 from endprompt.bench import BenchConfig
 from endprompt.config import ExtendConfig, PrepareConfig
+from endprompt.env import EnvConfig
 from endprompt.plan import PlanConfig
 
 
@@ -13,7 +14,10 @@ def extend(config: ExtendConfig) -> int:
     """Train: extend a checkpoint's window and write a standard checkpoint directory."""
     from endprompt import train
 
-    path = train.extend(config)
+    try:
+        path = train.extend(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(train.to_go_on(config)) from None
     if os.environ.get("RANK", "0") == "0":  # once for all processes of torchrun
         print(path)
     return 0
@@ -39,3 +43,10 @@ def plan(config: PlanConfig) -> int:
     from endprompt import plan as estimates
 
     return estimates.plan(config)
+
+
+def env(config: EnvConfig) -> None:
+    """Versions, device and optional packages, for a bug report: no secrets, no user names."""
+    from endprompt import env as surroundings
+
+    surroundings.env(config)

@@ -67,14 +67,14 @@ def device_memory(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def progress(first: int, last: int, here: World) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """`advance(step, values)`: a bar on a terminal, a plain line every few seconds elsewhere."""
+    """`advance(step, values)`: a bar on a terminal, a plain line every few seconds elsewhere, or with NO_COLOR set."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not here.main:
         yield lambda step, values: None
-    elif not console.is_terminal:
+    elif not console.is_terminal or console.no_color:
         started, shown = time.monotonic(), [0.0]
 
         def line(step: int, values: dict[str, float]) -> None:

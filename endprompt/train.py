@@ -13,6 +13,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 import torch._functorch.config
 
 from endprompt import checkpoint, distributed, linears, longlora
+from endprompt.card import RECORD, write_card
 from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
@@ -111,8 +114,6 @@ def learning_rate(config: ExtendConfig, step: int, steps: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Jobs
-
-RECORD = "endprompt.json"  # what a finished output says of its making
 
 
 def extend(config: ExtendConfig) -> Path:
@@ -205,7 +206,10 @@ def run(
             trainer.fit(work / "states")
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-        return finish(config, trainer, tokenizer, work, output, source_dtype, window)
+        path = finish(config, trainer, tokenizer, work, output, source_dtype, window)
+        if trainer.stopped:  # at its last step: what called this run is to stop
+            raise KeyboardInterrupt
+        return path
 
 
 def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str) -> str:
@@ -258,6 +262,38 @@ def check_claim(output: Path, work: Path, config: ExtendConfig) -> None:
         raise ValueError(f"there is no unfinished run to resume: {work} does not exist")
     if not (config.resume or config.overwrite) and work.exists() and checkpoint.states(work / "states"):
         raise ValueError(f"an unfinished run has states in {work}; set resume to go on, or overwrite to start again")
+
+
+def to_go_on(config: ExtendConfig) -> dict[str, bool]:
+    """The flags that an interrupted run goes on with, beside its own."""
+    output = Path(config.output)
+    kept = checkpoint.states(output.with_name(output.name + ".partial") / "states")
+    ended = (output / RECORD).is_file() and not config.overwrite  # a resumed run says so, a new one would refuse
+    return {"resume": True} if (kept or ended) and not config.resume else {}
+
+
+@contextlib.contextmanager
+def stop_asked(here: World) -> Iterator[Callable[[], bool]]:
+    """`asked()`: whether the user has pressed Ctrl-C, so that a run can end its step and save. A second one ends it.
+
+    A run that was at its last step is ended whole. Only where Ctrl-C would raise KeyboardInterrupt here, and in a
+    single process: several would not stop at one step.
+    """
+    pressed = threading.Event()
+    ours = threading.current_thread() is threading.main_thread() and here.size == 1
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed.is_set
+        return
+
+    def press(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pressed.set()
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> None:
@@ -317,6 +353,8 @@ def finish(
         "environment": environment(),
     }
     write_text(work / RECORD, json.dumps(about, indent=2) + "\n")
+    if window is not None:
+        write_card(work)
     checkpoint.sync_tree(work)
     if output.exists():
         shutil.rmtree(output)
@@ -429,6 +467,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.last_loss: float | None = None
+        self.stopped = False
         self.guard = Guard(config.divergence)
         self.evaluation: Evaluation | None = None
         model.train()
@@ -490,13 +529,19 @@ class Trainer:
         reports = self.reports()
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
-        with contextlib.closing(batches), progress(self.step, self.steps, self.here) as advance:
+        with (
+            contextlib.closing(batches),
+            progress(self.step, self.steps, self.here) as advance,
+            stop_asked(self.here) as stop,
+        ):
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
                 loss, norm = self.train_step(batch, rate)
                 self.step += 1
                 final = self.step == self.steps
-                save = bool(config.save_every) and not final and self.step % config.save_every == 0
+                self.stopped = stop()
+                stopped = self.stopped and not final
+                save = stopped or (bool(config.save_every) and not final and self.step % config.save_every == 0)
                 log = final or self.step == 1 or self.step % config.log_every == 0
                 if save or log:  # only here the host waits for the device
                     self.last_loss = float(loss)
@@ -518,6 +563,8 @@ class Trainer:
                     self.evaluate(reports)
                 if save:
                     self.save(states)
+                if stopped:
+                    raise KeyboardInterrupt
                 last += time.perf_counter() - paused  # tokens/s are those of the steps
         self.seconds = before + time.perf_counter() - started
 

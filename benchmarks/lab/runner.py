@@ -409,7 +409,7 @@ class Runner:
 
         console = Console(stderr=True)
         self.live: Any = None
-        if not console.is_terminal:
+        if not console.is_terminal or console.no_color:
             yield lambda: None
             return
         with Live(self.table(), console=console, refresh_per_second=2, transient=True) as self.live:
@@ -478,7 +478,7 @@ class Runner:
         if sys.stdout.isatty():
             from rich.console import Console
 
-            Console().print(verdicts.table(found))
+            Console(force_terminal=False if os.environ.get("NO_COLOR") else None).print(verdicts.table(found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
