@@ -38,6 +38,8 @@ SHARED_BATCH_TOKENS = 2**18
 DEATHS = 4
 #: Seconds between looks at the workers.
 TICK = 0.5
+#: Seconds that all workers together have to end.
+PATIENCE = 5.0
 
 
 def lab(config: LabConfig) -> int:
@@ -175,6 +177,14 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
 # The run
 
 
+def abandon(pool: ProcessPoolExecutor) -> None:
+    """End a pool without waiting for what it makes: files are whole or absent, and a run that goes on makes them."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:  # Python waits at its exit for those that still run
+        process.terminate()
+
+
 @dataclass
 class Worker:
     """A process, the pipe to it, and the cell that it has; shape is that of its last cell."""
@@ -235,7 +245,7 @@ class Runner:
             initargs=(self.output / "workers" / "material.log", 1),
         )
         with contextlib.ExitStack() as stack:
-            stack.callback(aside.shutdown, wait=False, cancel_futures=True)
+            stack.callback(abandon, aside)
             stack.callback(self.stop)
             for item in material.needed(self.waiting):
                 if not item.path(self.cache).exists():
@@ -271,13 +281,15 @@ class Runner:
         return Worker(number, process, here)
 
     def stop(self) -> None:
+        """End the workers: the idle ones by themselves, the busy ones now."""
         for worker in self.workers:
             with contextlib.suppress(OSError, ValueError):
                 worker.pipe.close()
             if worker.cell is not None or not worker.ready:
                 worker.process.terminate()
+        patience = time.monotonic() + PATIENCE
         for worker in self.workers:
-            worker.process.join(5)
+            worker.process.join(max(0.0, patience - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
 
