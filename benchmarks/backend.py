@@ -25,6 +25,7 @@ from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.huggingface import HFLM
 from torch.utils.data import ConcatDataset
+from transformers import AutoModelForCausalLM
 
 from benchmarks import generate, ruler
 from benchmarks.compare import complete_lines
@@ -34,11 +35,29 @@ from endprompt import rows
 BATCH_TOKENS = 131_072
 
 
+class Complete:
+    """Loads models of which every weight is in the checkpoint; transformers fills up with random numbers."""
+
+    @staticmethod
+    def from_pretrained(path: str, **options: Any) -> Any:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} of the model's weights, such as {missing[0]}")
+        return model
+
+
 class LongContextLM(HFLM):
     """HFLM that generates greedily from unpadded prompts, last-position logits only.
 
     Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
     """
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        found, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Complete
+        try:
+            super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = found
 
     def get_model_info(self) -> dict[str, Any]:
         """Without asking the hub for a revision, which HFLM does even for local paths."""

@@ -8,9 +8,12 @@ comes from local files; nothing is downloaded. This module imports neither lm_ev
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import gc
 import importlib.util
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -303,6 +306,18 @@ class Library:
     sha256: str
     documents: tuple[str, ...]
     questions: tuple[Question, ...]
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No search for reference cycles inside: hundreds of thousands of texts are made, and none refers to another."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def library(dataset: str, data_dir: str | Path | None, task: str) -> Library:

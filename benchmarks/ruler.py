@@ -206,9 +206,10 @@ class Cell(Sequence[dict[str, Any]]):
         check_task(task)
         if n < 1:
             raise ValueError(f"samples must be at least 1: {n}")
-        made = source(task, length, tokenizer, seed, data_dir, options)
         kept = reserve(task, options)
-        states = fit(length, made, n, kept, counter(tokenizer), assembler(tokenizer, options.chat))
+        with texts.no_collection():
+            made = source(task, length, tokenizer, seed, data_dir, options)
+            states = fit(length, made, n, kept, counter(tokenizer), assembler(tokenizer, options.chat))
         recipe = {
             "generator": GENERATOR,
             "task": task,
@@ -496,9 +497,16 @@ def stream(*key: Any) -> random.Random:
     return random.Random("/".join(str(part) for part in (GENERATOR, *key)))
 
 
+FROZEN = np.random.RandomState(0)
+
+
 def frozen(rng: random.Random) -> np.random.RandomState:
-    """NumPy's legacy generator, whose streams are the same in every version: for large permutations."""
-    return np.random.RandomState([rng.getrandbits(32) for _ in range(4)])
+    """NumPy's legacy generator, whose streams are the same in every version: for large permutations.
+
+    There is one, seeded anew by every call (to make one takes ten times as long): draw from it before the next call.
+    """
+    FROZEN.seed([rng.getrandbits(32) for _ in range(4)])
+    return FROZEN
 
 
 def draw_value(kind: str, rng: random.Random) -> str:

@@ -1,6 +1,6 @@
 """Speed of building RULER samples: ours and lm-eval's generators, on one tokenizer in one run.
 
-    python -m benchmarks.sample_speed CHECKPOINT --length 4096 --output runs/sample-speed
+    python -m benchmarks.sample_speed [CHECKPOINT] --length 4096 --output runs/sample-speed
 
 Ours are built, rendered, hashed and put into an empty cache, then opened again from it. lm-eval's time for 500 samples
 is extrapolated from two smaller numbers of samples, since sizing is done once and every sample costs the same; its
@@ -27,22 +27,26 @@ from benchmarks import cache, haystack, ruler
 from endprompt import rows
 
 FEW, MORE = 1, 3
+STAND_IN_TOKENS = 16384
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the speed of building RULER samples.")
-    parser.add_argument("checkpoint", type=Path, help="directory with a tokenizer")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="directory with a tokenizer (default: a stand-in)")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--haystack-text")
     parser.add_argument("--data-dir")
     parser.add_argument("--output", type=Path, default=Path("runs/sample-speed"))
     args = parser.parse_args(argv)
-    from endprompt.model import load_tokenizer
+    if args.checkpoint is None:
+        tokenizer, name = stand_in(), "stand-in"
+    else:
+        from endprompt.model import load_tokenizer
 
-    tokenizer = load_tokenizer(args.checkpoint)
+        tokenizer, name = load_tokenizer(args.checkpoint), args.checkpoint.name
     out = rows.RunDirectory(args.output, vars(args))
-    about: dict[str, Any] = {"suite": "speed", "length": args.length, "model": args.checkpoint.name, "seed": 0}
+    about: dict[str, Any] = {"suite": "speed", "length": args.length, "model": name, "seed": 0}
     wanted = [
         (task, args.length) for task in ruler.TASKS if ruler.SPECS[task].family != "qa" or args.data_dir is not None
     ]
@@ -77,6 +81,29 @@ def main(argv: list[str] | None = None) -> None:
     add("all", "cpu_seconds", theirs, "lm-eval", n=args.samples, extrapolated_from=[FEW, MORE])
     add("all", "times_faster", theirs / ours, "ours")
     out.add(made)
+
+
+def stand_in() -> Any:
+    """A byte-level BPE of about a published tokenizer's tokens per word: that of the smallest base has few words, and
+    its shortest prompts of common words are over 4,096 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=STAND_IN_TOKENS,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lists = [" ".join(haystack.word_list(kind)) for kind in ("noun", "adjective", "verb")]
+    text = [haystack.shipped_sample().read_text(encoding="utf-8"), *lists, *haystack.noise()]
+    made.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>")
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, float, Any]:

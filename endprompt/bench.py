@@ -4,9 +4,12 @@
     FLOPs of a token = 6 P + 6 A T         (forward 2, backward 4; recomputation is not counted)
         P  parameters that are multiplied: all but the embeddings
         A  query heads x head dim x layers; causal attention multiplies a query by T/2 keys and T/2 values on average
+      LongLoRA: 4 P + 6 A T 15/64          (no gradients of frozen matrices, shifted attention; LoRA's own products,
+                                            a thousandth, and the trained embeddings' look-up are not counted)
     MFU = tokens/s x FLOPs of a token / dense bfloat16 peak of the device (989.4e12 for H100 and H200, their datasheet),
         also where the products run in float8
-    peak memory: the most that torch's allocator held in tensors
+    peak memory: the most that torch's allocator held in tensors; held: what it held before the timed micro-batches,
+        weights, gradients and moments among it
 
 Speed does not depend on the values of the weights beyond the power they draw, so random ones serve. The measurements of
 a suite run in processes of their own: one that runs out of memory ends alone. `--suite h200` is the whole comparison on
@@ -199,10 +202,14 @@ def multiplied_parameters(shape: str) -> int:
     return layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden
 
 
-def flops_per_token(shape: str, row_tokens: int) -> float:
+def flops_per_token(shape: str, row_tokens: int, method: str = "full") -> float:
     """FLOPs of one token's forward and backward pass in a causal row, as the module's docstring counts them."""
     hidden, layers = SHAPES[shape][1:3]
-    return 6.0 * multiplied_parameters(shape) + 6.0 * hidden * layers * row_tokens
+    products, attention = 6.0 * multiplied_parameters(shape), 6.0 * hidden * layers * row_tokens
+    if method == "longlora":
+        # half of the heads see T/8 keys on average instead of T/2; those with moved borders 3/4 T/8 + 1/4 T/16
+        return products * 4 / 6 + attention * 15 / 64
+    return products + attention
 
 
 def measure(config: BenchConfig) -> list[dict[str, Any]]:
@@ -220,6 +227,7 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
             torch.empty(int(0.85 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=device)
         torch.cuda.reset_peak_memory_stats()
     values: dict[str, float] = {}
+    held = torch.cuda.memory_allocated() / GIB if device.type == "cuda" else 0.0
     if config.whole_step:
         if run.optimizer is not None:  # its first step allocates and compiles
             run.optimizer_step()
@@ -236,12 +244,13 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
     values["tokens_per_s"] = speed
     values["hours_per_1b_tokens"] = 1e9 / speed / 3600
     if device.type == "cuda":
+        values["held_gib"] = held
         values["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         if not config.warm_layers:
             values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         peak = next((value for name, value in PEAKS.items() if name in torch.cuda.get_device_name()), None)
         if peak is not None:
-            values["mfu_percent"] = 100 * speed * flops_per_token(config.shape, config.row_tokens) / peak
+            values["mfu_percent"] = 100 * speed * flops_per_token(config.shape, config.row_tokens, config.method) / peak
     if config.profile:
         values |= run.profile()
     return rows_of(config, values, loss=run.last_loss)
@@ -310,6 +319,9 @@ class Run:
                 self.optimizer.moments(parameter)
         elif config.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(trained, lr=2e-5, fused=device.type == "cuda")
+            for parameter in trained:  # so that gradients and moments are there from the start, as after any step
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
         self.decoder: Any = self.model.get_base_model().model if config.method == "longlora" else self.model.model
         if config.method == "reference" or config.recompute == "full":
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -385,7 +397,7 @@ class Run:
 
         clip_gradients(self.optimizer, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)  # an update without gradients would cost nothing
         after_step(self.model)
 
     def whole_step(self) -> None:

@@ -8,7 +8,8 @@ P multiplied parameters, L layers, hidden size h, key/value width k, intermediat
     the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
     activations       selective: 4 h + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
                       none: 2 h + i more; full: h a layer, and one layer whole;
-                      selective in float8: 3 h + i of one byte (what the products read) and h + 2 k of two
+                      none and selective in float8, where the compiler makes norms and SwiGLU's product again by
+                      itself: 3 h + i of one byte (what the products read) and h + 2 k + 2 i of two
 
 Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its rows, and 7% are taken off for what
 communication does not hide (an assumption until it is measured).
@@ -28,8 +29,8 @@ GIB = 2**30
 class Device:
     """bfloat16 matrix rate in FLOP/s as sustained in training, memory traffic in bytes/s, usable memory in GiB.
 
-    The float8 rate has in it the conversions to float8 and what compiled layers then recompute. Only the H200's rates
-    are measured (docs/speed.md).
+    The float8 rate has in it the conversions to float8. Only the H200's rates are measured (docs/speed.md); the float8
+    rate of an H100 is scaled from it.
     """
 
     matmul: float
@@ -39,8 +40,8 @@ class Device:
 
 
 DEVICES = {
-    "H200": Device(708e12, 905e12, 4.3e12, 137.0),
-    "H100": Device(680e12, 870e12, 3.0e12, 77.0),
+    "H200": Device(708e12, 1100e12, 4.3e12, 137.0),
+    "H100": Device(680e12, 1057e12, 3.0e12, 77.0),
     "A100": Device(240e12, 240e12, 1.7e12, 77.0),
 }
 METHODS = ("endprompt", "full", "longlora")
@@ -182,13 +183,14 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
     selective = 2.0 * (4 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
     whole = selective + 2.0 * (2 * shape.hidden + shape.intermediate)
     if config.float8 != "none":
-        selective = 3.0 * shape.hidden + shape.intermediate + 2.0 * (shape.hidden + 2 * shape.kv)
+        operands = 3.0 * shape.hidden + shape.intermediate
+        selective = whole = operands + 2.0 * (shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
     layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
     parts["activations"] = layer * shape.layers * tokens
-    if recompute == "full":
-        parts["one layer again"] = whole * tokens
-    chunk = min(tokens, 2**29 // shape.vocabulary)
-    parts["loss and work space"] = 2 * 2.0 * chunk * shape.vocabulary + 3 * 2.0 * shape.hidden * tokens + 2 * GIB
+    loss = 2 * 2.0 * min(tokens, 2**29 // shape.vocabulary) * shape.vocabulary
+    if recompute == "full":  # the loss has let go of its logits before a layer is made again
+        parts["one layer again"], loss = max(whole * tokens, loss), 0.0
+    parts["loss and work space"] = loss + 3 * 2.0 * shape.hidden * tokens + 2 * GIB
     return parts
 
 

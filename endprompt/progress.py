@@ -3,8 +3,9 @@
     FLOPs of a token = 4 P + 2 P' + 6 A T
 
 P: parameters that multiply (all matrices but the input embedding, which is looked up), P': those of them that train,
-A: layers x heads x head_dim, T: tokens of a row, of which causal attention sees half on average. Recomputation is not
-counted. MFU = tokens/s x FLOPs of a token / the device's dense bfloat16 peak by its datasheet.
+A: layers x heads x head_dim, T: tokens of a row, of which causal attention sees half on average and shifted sparse
+attention 15/128 (then 6 A T 15/64). Recomputation is not counted. MFU = tokens/s x FLOPs of a token / the device's
+dense bfloat16 peak by its datasheet.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def flops_per_token(model: PreTrainedModel, tokens: int) -> float:
     every, trained = (
         sum(p.numel() for p in matrices if kind(p)) for kind in (lambda p: True, lambda p: p.requires_grad)
     )
-    return 4 * every + 2 * trained + 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * tokens
+    seen = 15 / 64 if str(getattr(config, "_attn_implementation", "")).endswith("shifted") else 1
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * tokens * seen
+    return 4 * every + 2 * trained + attention
 
 
 def device_peak(device: torch.device) -> float | None:

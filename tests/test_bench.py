@@ -19,6 +19,35 @@ def test_llama_3_8b_s_parameters_and_flops_by_hand():
     assert flops_per_token("llama3-8b", 8192) / 1e9 == pytest.approx(51.47, abs=0.01)
 
 
+def test_longlora_s_flops_are_those_of_its_attention_and_of_unfrozen_gradients():
+    tokens = 64
+    allowed = np.zeros((2, tokens, tokens), bool)  # plain and moved borders, [query, key]
+    for kind, starts in enumerate(([0, 16, 32, 48], [0, 8, 24, 40, 56])):
+        for start, end in zip(starts, [*starts[1:], tokens]):
+            allowed[kind, start:end, start:end] = True
+    share = (np.tril(allowed - 0.5 * np.eye(tokens) * allowed)).sum() / (2 * tokens * tokens / 2)
+    dense = flops_per_token("llama3-8b", 8192) - 6 * 7_504_658_432
+    flops = flops_per_token("llama3-8b", 8192, "longlora")
+    assert flops == pytest.approx(4 * 7_504_658_432 + share * dense)
+
+
+def test_adamw_is_measured_with_gradients_and_moments():
+    import torch
+
+    config = BenchConfig(
+        shape="tiny", method="reference", row_tokens=32, target=64, rows=2, optimizer="adamw", fused_sums=False
+    )
+    run = module.Run(config, torch.device("cpu"))
+    parameters = list(run.model.parameters())
+    assert all("exp_avg" in run.optimizer.state[parameter] for parameter in parameters)
+    run.micro_batch()
+    run.optimizer_step()
+    before = [parameter.detach().clone() for parameter in parameters]
+    assert all(parameter.grad is not None for parameter in parameters)
+    run.optimizer_step()  # the moments move the weights though the gradients are zero
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters))
+
+
 def test_the_shapes_are_the_models_parameter_counts():
     import torch
     from transformers import AutoModelForCausalLM

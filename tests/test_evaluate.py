@@ -147,6 +147,12 @@ def test_flops_of_a_token_by_hand(llama):
     matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096
     assert progress.flops_per_token(model, 8192) == 6 * matrices + 6 * 32 * 4096 * 8192
     assert progress.flops_per_token(model, 8192) == pytest.approx(51.4e9, rel=3e-3)
+    model.set_attn_implementation(models.training_attention("shifted"))
+    for parameter in model.model.layers.parameters():
+        parameter.requires_grad_(False)
+    head = 128256 * 4096
+    expected = 4 * matrices + 2 * head + 6 * 32 * 4096 * 8192 * 15 / 64
+    assert progress.flops_per_token(model, 8192) == expected
 
 
 def test_clock_and_line():

@@ -360,6 +360,25 @@ def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):
     ]
 
 
+def test_figure_4_tells_measurements_of_one_task_apart_and_marks_peaks_that_are_bounds():
+    def timing(time, metric, value, method="full", optimizer="lean"):
+        made = row(method, f"{method}, 65,536", 65536, value, suite="training-speed")
+        about = {"device": {"gpu": "X"}, "time": time}
+        return {**made, "metric": metric, "environment": about, "setting": {"optimizer": optimizer}}
+
+    rows = [timing("1", "peak_gib", 30), timing("1", "hours_per_1b_tokens", 20)]
+    rows += [timing("2", "peak_gib", 40), timing("2", "hours_per_1b_tokens", 50)]  # later, and slower
+    for time, hours in (("1", 60), ("2", 70)):
+        rows += [timing(time, "peak_gib", 59, "reference", "adamw")]
+        rows += [timing(time, "hours_per_1b_tokens", hours, "reference", "adamw")]
+    columns = ["method", "peak_gib", "hours_per_1b_tokens", "least"]
+    chosen = figure_4.fastest(frame_of(rows))
+    assert chosen[columns].to_numpy().tolist() == [["full", 30, 20, False], ["reference", 59, 60, True]]
+    rows.append(timing("1", "held_gib", 58, "reference", "adamw"))
+    chosen = figure_4.fastest(frame_of(rows))
+    assert chosen[columns].to_numpy().tolist() == [["full", 30, 20, False], ["reference", 59, 60, False]]
+
+
 def test_bounds_of_parts_are_left_out_and_a_missing_metric_is_named(tmp_path):
     rows = [r for r in lab_rows({"base": (100, 0, 0, 0)}) if r["suite"] == "analysis"]
     frames = data.load(catalog.module("bound_against_measured").INPUTS, frame_of(rows))

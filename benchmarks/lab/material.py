@@ -36,7 +36,7 @@ SAMPLE_SEED = 1000
 
 @dataclass(frozen=True)
 class Part:
-    """One file of `count` training documents of `tokens` tokens each; all arms of a base, row length and seed share it."""
+    """One file of `count` training documents of `tokens` tokens each, for all arms of a base, row length and seed."""
 
     model: str
     count: int
@@ -107,7 +107,7 @@ class Samples:
             if path.exists():
                 return
             tokenizer = tokenizer_of(self.model)
-            options = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
+            options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
             made = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, **options)
             ids = quick.prompt_ids(tokenizer, made)
             about = {
@@ -163,7 +163,11 @@ def samples(cell: Cell) -> list[Samples]:
 
 def needed(cells: Sequence[Cell]) -> list[Material]:
     """All files of the cells, each once, in the order in which cells need them."""
-    return list(dict.fromkeys(item for cell in cells for item in (*parts(cell), *samples(cell))))
+    found: dict[Material, None] = {}
+    for cell in cells:
+        found |= dict.fromkeys(parts(cell))
+        found |= dict.fromkeys(samples(cell))
+    return list(found)
 
 
 def make(item: Material, folder: Path) -> None:

@@ -286,9 +286,9 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
     """All cells of a matrix, in its order. Raises ValueError naming file, key and rule."""
     known = {"seeds", "train", "score", "arms", "blocks", "questions"}
     check_keys(content, known, source)
-    for key in ("arms", "blocks"):
-        if not content.get(key):
-            raise ValueError(f"{source}: a matrix must have {key}")
+    for needed in ("arms", "blocks"):
+        if not content.get(needed):
+            raise ValueError(f"{source}: a matrix must have {needed}")
     scoring = scoring_of(content.get("score", {}), source, config)
     made: dict[tuple[Any, ...], Cell] = {}
     names: dict[tuple[Any, ...], tuple[str, str]] = {}
@@ -329,7 +329,8 @@ def same_documents(made: list[Cell]) -> list[Cell]:
 
 def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scoring:
     check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
-    made = Scoring(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    made = Scoring(**values)
     return dataclasses.replace(made, samples=config.samples) if config.samples else made
 
 
@@ -470,7 +471,7 @@ class Rate:
 
 
 #: Measured on two CPU cores and one H200, which several workers share (docs/lab.md).
-RATES = {"cpu": Rate(5.5e10, 0.0, 1.5, 8.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
+RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
 
 
 def train_flops(cell: Cell) -> float:

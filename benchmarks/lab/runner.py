@@ -312,7 +312,7 @@ class Runner:
 
     def prepared(self, cell: Cell) -> bool:
         """Whether the cell's documents and samples are there. Raises what went wrong in making them."""
-        for item in (*material.parts(cell), *material.samples(cell)):
+        for item in material.needed([cell]):
             future = self.making.get(item)
             if future is not None:
                 if not future.done():
@@ -380,7 +380,8 @@ class Runner:
 
     def fail(self, cell: Cell, error: str, trace: str | None, worker: int) -> None:
         self.failed += 1
-        columns = {"base": cell.base, "window": cell.window, "target": cell.target, "fold": cell.fold, "arm": cell.arm}
+        columns: dict[str, Any] = {"base": cell.base, "window": cell.window, "target": cell.target}
+        columns |= {"fold": cell.fold, "arm": cell.arm}
         row = result_row(
             suite="lab",
             task="cell",

@@ -1,0 +1,201 @@
+"""Lab: the matrix file and the cells that it stands for."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from benchmarks.lab import material, matrix
+from benchmarks.lab.matrix import LabConfig
+
+MATRIX = """
+seeds: [0, 1]
+train: {steps: 4, warmup: 1}
+score: {tasks: [niah_single_1], samples: 2}
+arms:
+  base: {train: false}
+  short: {scheme: contiguous}
+  cue: {scheme: endprompt, prompt: EP_1}
+  full: {scheme: contiguous, row_tokens: 2048, rows: 1, method: full}
+blocks:
+  - base: 256
+    target: 2048
+    lengths: [256, 2048]
+    train: {lr: 1.0e-3, rows: 8}
+    runs:
+      - {questions: [7], arms: [base], scaling: [none, yarn]}
+      - {questions: [1], arms: [short, cue], scaling: [linear, yarn]}
+      - {questions: [2], arms: [cue], scaling: linear, steps: [2, 4]}
+      - {questions: [6], arms: [full], scaling: linear}
+"""
+
+
+def made(text=MATRIX, **config):
+    return matrix.cells(yaml.safe_load(text), "matrix", LabConfig(**config))
+
+
+def test_crossed_runs_give_each_arm_once_and_collect_the_questions():
+    cells = made()
+    # 2 untrained + 2 x 2 short + one more number of steps + 1 full, two seeds each
+    assert len(cells) == 2 * (2 + 4 + 1 + 1)
+    asked = {cell.arm: cell.questions for cell in cells}
+    assert asked == {
+        "base+none": (7,),
+        "base+yarn": (7,),
+        "short+linear": (1,),
+        "short+yarn": (1,),
+        "cue+linear": (1, 2),
+        "cue+yarn": (1,),
+        "cue+linear@steps=2": (2,),
+        "full+linear": (6,),
+    }
+    methods = {cell.arm: cell.method for cell in cells}
+    assert methods["base+none"] == "base" and methods["base+yarn"] == "untrained+yarn"
+    assert methods["cue+linear"] == "endprompt+EP_1+linear" == methods["cue+linear@steps=2"]
+    assert methods["full+linear"] == "full+linear"
+
+
+def test_documents_are_shared_by_all_arms_of_a_row_length_and_seed():
+    cells = made()
+    files = {cell.arm: material.parts(cell) for cell in cells if cell.seed == 1}
+    assert files["short+linear"] == files["cue+yarn"] == files["cue+linear@steps=2"] != []
+    assert files["full+linear"] != files["short+linear"] and files["base+none"] == []
+    assert {cell.documents for cell in cells if cell.arm == "short+linear"} == {4 * 8}
+    other = next(cell for cell in cells if cell.arm == "short+linear" and cell.seed == 0)
+    assert material.parts(other) != files["short+linear"]
+
+
+def test_samples_are_shared_by_all_arms_of_a_seed():
+    cells = [cell for cell in made() if cell.seed == 1]
+    assert len({tuple(material.samples(cell)) for cell in cells}) == 1
+    assert {item.seed for item in material.samples(cells[0])} == {1001}
+
+
+def test_the_hash_follows_every_setting_and_not_the_questions():
+    cell = made()[4]
+    assert cell.sha256 == dataclasses.replace(cell, questions=(5,)).sha256
+    scoring = dataclasses.replace(cell.scoring, samples=3)
+    for change in (
+        {"seed": 9},
+        {"settings": {**cell.settings, "lr": 2e-3}},
+        {"scoring": scoring},
+        {"documents": 5},
+        {"lengths": (256, 1024, 2048)},
+    ):
+        assert dataclasses.replace(cell, **change).sha256 != cell.sha256
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        (["arm=cue*"], 6),
+        (["arm=cue*", "seed=1"], 3),
+        (["question=6,7"], 6),
+        (["base=256", "fold=8"], 16),
+    ],
+)
+def test_only_takes_the_cells_that_hold_all_conditions(only, count):
+    assert len(matrix.chosen(made(), only)) == count
+
+
+@pytest.mark.parametrize("only", [["arms=cue"], ["cue"], ["seed=7"]])
+def test_only_refuses_what_it_does_not_know_or_what_leaves_nothing(only):
+    with pytest.raises(ValueError, match="only"):
+        matrix.chosen(made(), only)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("scheme: contiguous}\n  cue", "scheme: contiguous, colour: 3}\n  cue", "unknown key 'colour'"),
+        ("arms: [short, cue]", "arms: [short, cut]", "no arm has this name: 'cut'"),
+        ("lr: 1.0e-3", "lr: -1.0", "lr must be"),
+        ("lengths: [256, 2048]", "lengths: [256, 1024]", "lengths must hold"),
+        ("base: 256\n", "base: 257\n", "base must be one of 256, 512"),
+        (", method: full}", "}", "same method in the rows"),
+        ("scaling: linear, steps", "scaling: linear, step", "unknown key 'step'"),
+        ("target: 2048\n", "target: 2000\n", "lengths must hold"),
+    ],
+)
+def test_a_wrong_matrix_is_refused_by_file_and_key(old, new, message):
+    assert old in MATRIX
+    with pytest.raises(ValueError, match=message) as error:
+        made(MATRIX.replace(old, new, 1))
+    assert "matrix" in str(error.value) or "base" in str(error.value)
+
+
+def test_settings_of_the_command_replace_the_matrix_s():
+    cells = made(seeds=[7], samples=5, steps=3)
+    assert {cell.seed for cell in cells} == {7}
+    assert {cell.scoring.samples for cell in cells} == {5}
+    assert {cell.steps for cell in cells if cell.trained} == {3}
+
+
+@pytest.mark.parametrize("name", [name for name in matrix.presets() if name != "paper-scale"])
+def test_the_presets_stand_for_cells_that_can_be_trained(name):
+    from benchmarks.lab.runner import check_rows
+
+    config = LabConfig(preset=name)
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), name, config)
+    check_rows(cells)
+    assert all(len({c.sha256 for c in cells if c.seed == seed}) for seed in {c.seed for c in cells})
+    assert len({cell.sha256 for cell in cells}) == len(cells) == len({cell.name for cell in cells})
+
+
+def test_full_length_arms_of_micro_have_the_tokens_of_the_short_ones():
+    config = LabConfig(preset="micro")
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), "micro", config)
+
+    def tokens(cell):
+        return cell.steps * cell.rows * cell.row_tokens
+
+    for cell in cells:
+        if cell.method.startswith(("full+", "longlora+")):
+            short = [c for c in cells if (c.base, c.fold, c.arm) == (cell.base, cell.fold, "contiguous+yarn")]
+            assert tokens(cell) == tokens(short[0])
+
+
+def test_micro_answers_every_question_with_five_seeds():
+    config = LabConfig(preset="micro")
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), "micro", config)
+    for question in range(1, 8):
+        asked = [cell for cell in cells if question in cell.questions]
+        assert {cell.seed for cell in asked} == set(range(5)), question
+
+
+def test_paper_scale_plans_every_recipe_and_says_what_is_missing(tmp_path, capsys):
+    from benchmarks.lab import runner
+
+    only = ["arm=endprompt-llama3-8b-64k,full-length-llama3-8b-64k"]
+    assert runner.lab(LabConfig(preset="paper-scale", output=str(tmp_path / "run"), only=only)) == 0
+    said = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if "-64k " in line}
+    # a fixed end prompt of 10 tokens or so shows the distances of both parts and those between them
+    assert lines["full-length-llama3-8b-64k"][-2:] == ["65,535", "65,536"]
+    assert lines["endprompt-llama3-8b-64k"][-2] == "65,535"
+    assert 16_300 < int(lines["endprompt-llama3-8b-64k"][-1].replace(",", "")) < 16_384
+    assert "2 trainings" in said and "--model DIRECTORY" in said and "--data FILE" in said
+    script = (tmp_path / "run" / "commands.sh").read_text()
+    assert script.count("torchrun") == 2 and "--recipe full-length-llama3-8b-64k --model MODEL" in script
+
+
+def test_distances_of_a_row_are_those_of_all_pairs():
+    import numpy as np
+
+    from benchmarks.lab.paper_scale import distances
+
+    positions = np.array([0, 1, 2, 9, 14])
+    expected = {abs(int(a) - int(b)) for a in positions for b in positions}
+    assert set(np.flatnonzero(distances(positions, 16)).tolist()) == expected
+
+
+def test_the_command_knows_the_settings_by_name(capsys):
+    from importlib.metadata import EntryPoint
+
+    from endprompt import cli
+
+    entry = EntryPoint("lab", "benchmarks.commands:lab", cli.GROUP)
+    assert cli.run(entry, ["--list-presets"]) == 0
+    assert "smoke" in capsys.readouterr().out
+    assert cli.run(entry, ["--preset", "smoke", "--dry-run", "--only", "arm=recall*", "seed=0", "--device", "cpu"]) == 0
+    assert "1 cells" in capsys.readouterr().out

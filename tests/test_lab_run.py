@@ -1,0 +1,262 @@
+"""Lab: a run that is killed, resumed, refused, repeated; on a base of two tiny layers."""
+
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import documents, ruler, verdicts
+from benchmarks.lab import material, matrix, runner
+from benchmarks.lab.matrix import LabConfig
+from endprompt.data import read_shard
+from endprompt.model import load_tokenizer
+from endprompt.rows import read_rows, sole_use
+
+ROOT = Path(__file__).parent.parent
+MATRIX = {
+    "seeds": [0, 1],
+    "train": {"steps": 2, "warmup": 1, "rows": 2, "lr": 1e-3},
+    "score": {"tasks": ["niah_single_1", "vt"], "samples": 2, "loss_rows": 1, "hops": 3, "shots": 0},
+    "arms": {
+        "base": {"train": False},
+        "recall": {"scheme": "endprompt", "prompt": "recall"},
+        "broken": {"scheme": "contiguous", "lr": 1e30, "steps": 3},
+    },
+    "blocks": [
+        {
+            "target": 512,
+            "lengths": [256, 512],
+            "runs": [
+                {"arms": ["base"], "scaling": "none", "questions": [7]},
+                {"arms": ["recall"], "scaling": "yarn", "questions": [3], "verify": True},
+                {"arms": ["broken"], "scaling": "linear", "seeds": [0]},
+            ],
+        }
+    ],
+}
+
+
+def make_base(path):
+    """The small base's tokenizer with a model of random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    own = matrix.BASES / "256"
+    about = json.loads((own / "config.json").read_text())
+    about |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    about |= {"num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**about)).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(own / name, path / name)
+
+
+def start(config):
+    code = f"import sys; from benchmarks.lab_run import main; sys.exit(main([{json.dumps(json.dumps(config))}]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__':\n    {code.replace('; ', chr(10) + '    ')}"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one worker, killed when its first cell was written, then started again to its end."""
+    folder = tmp_path_factory.mktemp("lab")
+    make_base(folder / "base")
+    content = json.loads(json.dumps(MATRIX))
+    content["blocks"][0]["base"] = str(folder / "base")
+    (folder / "matrix.yaml").write_text(yaml.safe_dump(content))
+    config = {"matrix": str(folder / "matrix.yaml"), "output": str(folder / "run"), "jobs": 1, "device": "cpu"}
+    results = folder / "run" / "results.jsonl"
+    first = start(config)
+    deadline = time.time() + 120
+    while not (results.is_file() and results.stat().st_size) and time.time() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = results.read_text()
+    with open(results, "a") as file:  # as if it had been killed in the middle of the next cell's rows
+        file.write(before.splitlines()[0].replace(json.loads(before.splitlines()[0])["cell"], "0" * 24)[:200])
+    second = start(config)
+    _, messages = second.communicate(timeout=200)
+    return folder, config, before, second.returncode, messages
+
+
+def lab_config(run, **changes):
+    return LabConfig(**{**run[1], **changes})
+
+
+def cells_of(config):
+    return matrix.cells(matrix.read_matrix(Path(config.matrix)), config.matrix, config)
+
+
+def test_a_killed_run_goes_on_and_a_failed_cell_leaves_the_others_alone(run):
+    folder, _, before, code, messages = run
+    rows = read_rows(folder / "run" / "results.jsonl")
+    assert code == 1, messages  # a cell failed
+    assert "5 cells done already" not in messages and "of 5 cells are done already" in messages
+    cells = cells_of(lab_config(run))
+    counts = collections.Counter(row["cell"] for row in rows if row["metric"] != "failed")
+    whole = {cell.sha256: 2 * 2 + 2 + cell.verified for cell in cells if "broken" not in cell.arm}
+    assert counts == whole
+    assert [line for line in before.splitlines()] == [json.dumps(row, ensure_ascii=False) for row in rows][
+        : len(before.splitlines())
+    ]
+    (broken,) = [row for row in rows if row["metric"] == "failed"]
+    assert broken["arm"] == "broken+linear" and "training diverged" in broken["error"]
+    log = (folder / "run" / "log.jsonl").read_text()
+    assert "Traceback" in log and not list((folder / "run" / "checkpoints").glob("*/model.safetensors"))
+
+
+def test_rows_carry_what_the_answers_need(run):
+    folder = run[0]
+    rows = [row for row in read_rows(folder / "run" / "results.jsonl") if row["arm"] == "recall+yarn"]
+    one = next(row for row in rows if row["suite"] == "ruler" and row["length"] == 512)
+    assert (one["base"], one["window"], one["target"], one["fold"]) == (str(folder / "base"), 256, 512, 2)
+    assert (one["method"], one["scheme"], one["prompt"], one["prompt_weight"]) == (
+        "endprompt+recall+yarn",
+        "endprompt",
+        "recall",
+        1.0,
+    )
+    assert one["train_tokens"] == 2 * 2 * 256 and one["gpu_seconds"] > 0 and one["text_whole"] is True
+    # YaRN keeps the highest frequency, 1 radian a token, and scales queries and keys by 0.1 ln 2 + 1
+    assert one["bernstein_constant"] == pytest.approx((0.1 * np.log(2) + 1) ** 2)
+    assert 0 < one["gap_rms"] < 1
+    (share,) = [row for row in rows if row["task"] == "verify"]
+    assert share["metric"] == "share_within_bounds" and share["value"] == 100.0 and share["seed"] == 0
+    losses = {row["length"]: row["value"] for row in rows if row["task"] == "loss" and row["seed"] == 0}
+    assert losses.keys() == {256, 512} and all(abs(value - np.log(4096)) < 0.5 for value in losses.values())
+    arms = verdicts.arms_of(
+        read_rows(folder / "run" / "results.jsonl"),
+        [json.loads(line) for line in (folder / "run" / "scores.jsonl").read_text().splitlines()],
+    )
+    recall = next(arm for arm in arms if arm.name == "recall+yarn")
+    assert set(recall.scores) == {256, 512} and set(recall.samples) == {(n, s) for n in (256, 512) for s in (0, 1)}
+
+
+def test_samples_are_ruler_s_own_and_the_same_for_all_arms(run):
+    folder = run[0]
+    rows = [row for row in read_rows(folder / "run" / "results.jsonl") if row["suite"] == "ruler"]
+    hashes = {(row["task"], row["length"], row["seed"], row["samples_sha256"]) for row in rows}
+    assert len(hashes) == 2 * 2 * 2
+    tokenizer = load_tokenizer(folder / "base")
+    expected = ruler.build_samples("vt", 512, tokenizer, 2, 1001, max_new_tokens=30, shots=0, hops=3)
+    assert ("vt", 512, 1, ruler.samples_sha256(expected)) in hashes
+
+
+def test_documents_are_of_one_row_each(run):
+    cell = next(cell for cell in cells_of(lab_config(run)) if cell.arm == "recall+yarn" and cell.seed == 1)
+    (part,) = material.parts(cell)
+    shard = read_shard(part.path(lab_config(run).cache_directory))
+    assert set(shard.lengths) == {256} and len(shard) == cell.documents == 6
+    tokenizer = load_tokenizer(run[0] / "base")
+    again = documents.write_documents(
+        run[0] / "again.jsonl", 6, tokenizer, 1001, 256, material.MIXTURE, longest=cell.longest
+    )
+    first = json.loads(again.read_text().splitlines()[0])
+    ids = tokenizer(first["text"] + first["completion"], add_special_tokens=False)["input_ids"]
+    assert shard.tokens[:256].tolist() == ids
+
+
+def test_what_is_finished_is_not_done_again(run, capsys):
+    folder = run[0]
+    before = (folder / "run" / "results.jsonl").read_bytes()
+    assert runner.lab(lab_config(run, only=["arm=base*,recall*"])) == 0
+    assert "4 of 4 cells are done already" in capsys.readouterr().err
+    after = (folder / "run" / "results.jsonl").read_bytes()
+    assert after == before
+    assert runner.lab(lab_config(run, dry_run=True)) == 0
+    assert "5 cells, 4 done" in capsys.readouterr().out
+
+
+def test_a_cell_that_lacks_a_row_is_not_finished(run, tmp_path):
+    cells = cells_of(lab_config(run))
+    lines = (run[0] / "run" / "results.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(lines))
+    whole = runner.finished(path, cells)
+    lost = next(i for i, line in enumerate(lines) if json.loads(line)["arm"] == "recall+yarn")
+    path.write_text("".join(lines[:lost] + lines[lost + 1 :]))
+    assert whole - runner.finished(path, cells) == {json.loads(lines[lost])["cell"]}
+    runner.tidy(tmp_path, cells, overwrite=False)
+    assert json.loads(lines[lost])["cell"] not in path.read_text()
+
+
+def test_other_settings_in_the_same_directory_are_refused(run):
+    with pytest.raises(ValueError, match="made with other settings"):
+        runner.tidy(run[0] / "run", cells_of(lab_config(run, samples=3)), overwrite=False)
+
+
+def test_overwrite_drops_the_rows_of_the_chosen_cells_only(run, tmp_path):
+    for name in ("results.jsonl", "scores.jsonl"):
+        shutil.copy(run[0] / "run" / name, tmp_path / name)
+    config = lab_config(run)
+    chosen = matrix.chosen(cells_of(config), ["arm=recall*", "seed=0"])
+    assert runner.tidy(tmp_path, chosen, overwrite=True) == set()
+    left = {(row["arm"], row["seed"]) for row in read_rows(tmp_path / "results.jsonl")}
+    assert left == {("base+none", 0), ("base+none", 1), ("recall+yarn", 1), ("broken+linear", 0)}
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert {(line["arm"], line["seed"]) for line in lines} == left - {("broken+linear", 0)}
+
+
+def test_a_second_run_on_one_output_is_refused(run):
+    with sole_use(run[0] / "run"), pytest.raises(ValueError, match="another"):
+        runner.lab(lab_config(run))
+
+
+def test_cells_of_one_shape_stay_with_their_worker_and_the_longest_come_first(tmp_path):
+    config = LabConfig(preset="micro", output=str(tmp_path))
+    able = matrix.chosen(cells_of_preset(config), ["seed=0", "fold=8", "arm=pose+yarn,pose+linear,full-2048+*"])
+    able = [cell for cell in able if cell.base == "256"]
+    lab = runner.Runner(config, able, "cuda", 2)
+    lab.waiting = sorted(able, key=lambda cell: -matrix.seconds(cell, "cuda"))
+    lab.workers = [runner.Worker(0, None, None), runner.Worker(1, None, None)]
+    shapes = {0: [], 1: []}
+    for _ in range(2):
+        for worker in lab.workers:
+            cell = lab.next_for(worker)
+            lab.waiting.remove(cell)
+            worker.cell, worker.shape = cell, cell.shape
+            shapes[worker.number].append(cell.row_tokens)
+    assert sorted(shapes.values()) == [[256, 256], [2048, 2048]] and not lab.waiting
+    third = matrix.chosen(cells_of_preset(config), ["seed=0", "arm=endprompt+linear*"])
+    lab.waiting = sorted(third, key=lambda cell: -matrix.seconds(cell, "cuda"))
+    short = next(worker for worker in lab.workers if worker.cell.row_tokens == 256)
+    assert lab.next_for(short).steps == 1000
+
+
+def cells_of_preset(config):
+    return matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), str(config.preset), config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "message"),
+    [
+        ("{", 2, "JSON"),
+        ('{"colour": 3}', 2, "colour"),
+        ('{"preset": "micor"}', 1, "preset must be one of"),
+        ('{"preset": "smoke", "only": ["arm=x"]}', 1, "only leaves no cell"),
+        ('{"preset": "smoke", "jobs": -1}', 1, "jobs must be at least 0"),
+    ],
+)
+def test_the_light_entry_names_what_is_wrong(argument, code, message, capsys):
+    from benchmarks.lab_run import main
+
+    assert main([argument]) == code
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
