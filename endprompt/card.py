@@ -162,7 +162,9 @@ def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: 
 def facts(record: Mapping[str, Any]) -> dict[str, str]:
     """What the card's first table says, in its order."""
     config, environment = record["config"], record["environment"]
-    scaling = config["scaling"] if config.get("factor") is None else f"{config['scaling']}, factor {config['factor']:g}"
+    scaling = str(config["scaling"])
+    if scaling != "none":
+        scaling += f", factor {config.get('factor') or record['target'] / record['window']:g}"
     if config.get("rope_options"):
         scaling += ", " + ", ".join(f"{key}={value}" for key, value in config["rope_options"].items())
     loss = record.get("final_loss")

@@ -205,7 +205,7 @@ def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: 
 
 def with_listed_words(argv: list[str], config_type: type) -> list[str]:
     """The arguments as jsonargparse reads them where the positional argument is a list: its words as one list, last."""
-    fields = [f for f in dataclasses.fields(config_type) if _is_positional(f)]
+    fields = [f for f in dataclasses.fields(config_type) if is_positional(f)]
     if len(fields) != 1 or not _is_list(typing.get_type_hints(config_type)[fields[0].name]):
         return argv
     flags: list[str] = []
@@ -232,10 +232,10 @@ def listed(values: list[str], kind: typing.Any) -> str:
 
 def has_positionals(config_type: type) -> bool:
     """Whether a field has no default, which makes it a positional argument."""
-    return any(map(_is_positional, dataclasses.fields(config_type)))
+    return any(map(is_positional, dataclasses.fields(config_type)))
 
 
-def _is_positional(field: dataclasses.Field) -> bool:
+def is_positional(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 

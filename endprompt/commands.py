@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from endprompt.bench import BenchConfig
+from endprompt.completion import CompletionConfig
 from endprompt.config import ExtendConfig, PrepareConfig
 from endprompt.env import EnvConfig
 from endprompt.plan import PlanConfig
@@ -50,3 +51,10 @@ def env(config: EnvConfig) -> None:
     from endprompt import env as surroundings
 
     surroundings.env(config)
+
+
+def completion(config: CompletionConfig) -> None:
+    """Print the script that completes commands and flags in bash or zsh."""
+    from endprompt import completion as scripts
+
+    print(scripts.script(config.shell), end="")

@@ -41,6 +41,7 @@ def test_extend_leaves_a_card_that_the_hub_reads(extended):
     assert (read.data.license, read.data.license_name) == ("other", "own")
     assert "from 32 to 128 tokens" in read.text and "`endprompt+EP_3+linear`" in read.text
     assert "| training data | `documents.jsonl` |" in read.text and "2 of 2 rows of 32 tokens" in read.text
+    assert "| RoPE scaling | linear, factor 4 |" in read.text
     assert "| training tokens | 128 |" in read.text and "max_length=128" in read.text
     assert str(json.loads((extended / "endprompt.json").read_text())["environment"]["revision"]) in read.text
     assert "somebody" not in read.content and "\n## Scores\n\nNone yet" in read.text
