@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
@@ -24,6 +26,7 @@ from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.huggingface import HFLM
 from torch.utils.data import ConcatDataset
+from transformers import AutoModelForCausalLM
 
 from benchmarks import generate, ruler
 from benchmarks.compare import complete_lines
@@ -33,11 +36,38 @@ from endprompt import rows
 BATCH_TOKENS = 131_072
 
 
+class Complete:
+    """Loads models of which every weight is in the checkpoint; transformers fills up with random numbers."""
+
+    @staticmethod
+    def from_pretrained(path: str, **options: Any) -> Any:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} of the model's weights, such as {missing[0]}")
+        return model
+
+
 class LongContextLM(HFLM):
     """HFLM that generates greedily from unpadded prompts, last-position logits only.
 
     Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        if kwargs.get("device") == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState(cpu=True)  # unless told so, Accelerate takes processes without a GPU for single ones
+        super().__init__(*args, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:
+            # HFLM shares the work only among processes that see several GPUs; others would each do all of it.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        found, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Complete
+        try:
+            super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = found
 
     def get_model_info(self) -> dict[str, Any]:
         """Without asking the hub for a revision, which HFLM does even for local paths."""

@@ -200,7 +200,34 @@ def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTo
                 f"checkpoint {config.checkpoint!r} is no directory, and the hub gives no such model: {first}"
             ) from None
     loaded = model.load_config(config.checkpoint, trust_remote_code=config.trust_remote_code)
+    if not config.prepare_only:
+        check_weights(Path(config.checkpoint))
     return loaded, model.load_tokenizer(config.checkpoint)
+
+
+def check_weights(directory: Path) -> None:
+    """Reads the heads of a checkpoint's weight files, which takes milliseconds where loading takes minutes.
+
+    Raises ValueError if there are none, or one is missing, cut short or no tensor file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        parts = rows.parse_object(index.read_bytes(), str(index)).get("weight_map")
+        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+            raise ValueError(f"{index}: must name a file for every weight: weight_map")
+        files = [directory / name for name in sorted(set(parts.values()))]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory}: the checkpoint does not load: it has no weights (*.safetensors)")
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as weights:
+                weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: the checkpoint does not load: {error}") from None
 
 
 def window_of(model_config: PretrainedConfig) -> int:

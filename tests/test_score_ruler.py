@@ -353,12 +353,82 @@ def test_corrupt_data_files_are_named_with_the_place(place, tmp_path, monkeypatc
         score(config(place, tmp_path, tasks="qa_2", data_dir=str(tmp_path)))
 
 
-def test_a_broken_checkpoint_is_a_plain_error(place, tmp_path):
-    broken = tmp_path / "broken"
-    helpers.checkpoint(broken)
-    (broken / "model.safetensors").write_bytes(b"not a tensor file")
+@pytest.mark.parametrize("damage", ["no tensor file", "cut short", "gone", "a part is gone"])
+def test_damaged_weights_are_an_error_before_samples_are_built(place, tmp_path, monkeypatch, damage):
+    broken = helpers.checkpoint(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    if damage == "no tensor file":
+        weights.write_bytes(b"not a tensor file")
+    elif damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
+    monkeypatch.setattr(scoring, "prepare", lambda *args: pytest.fail("samples were built"))
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"broken.*: the checkpoint does not load"):
+        score(config(place, tmp_path / "out", checkpoint=str(broken)))
+
+
+def test_samples_are_prepared_without_weights(place, tmp_path):
+    tokenizer_only = helpers.checkpoint(tmp_path / "m")
+    (tokenizer_only / "model.safetensors").unlink()
+    settings = {"checkpoint": str(tokenizer_only), "cache_dir": str(tmp_path / "cache"), "prepare_only": True}
+    assert score(config(place, tmp_path / "out", tasks="vt", **settings)) == []
+    assert len(list((tmp_path / "cache").glob("vt-*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(place, tmp_path):
+    """Of the smallest base, with a number of samples that two do not divide."""
+    base = Path(__file__).resolve().parent.parent / "benchmarks" / "base" / "256"
+    arguments = (
+        f"score {base} --tasks niah_single_1,vt --lengths 256 --samples 7 --shots 0 --max-new-tokens 16 --quiet "
+        f"--dtype float32 --device cpu --batch-size 4 --cache-dir {tmp_path / 'cache'} --output"
+    ).split()
+    launchers = {
+        "one": [sys.executable, "-m"],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+    }
+    made = {}
+    for name, launcher in launchers.items():
+        out = tmp_path / name
+        subprocess.run([*launcher, "endprompt.cli", *arguments, str(out)], check=True, capture_output=True, text=True)
+        predicted = {key: entry["prediction"] for key, entry in compare.read_predictions(out).items()}
+        made[name] = (rows.read_rows(out / "results.jsonl"), rows.read_rows(out / "summary.jsonl"), predicted)
+        assert len(list(out.glob("predictions*.jsonl"))) == (1 if name == "one" else 2)
+    assert made["one"] == made["two"]
+    assert len(made["one"][2]) == 14 and made["one"][0][0]["value"] > 50
+
+
+@pytest.mark.parametrize("change", [{}, {"intermediate_size": 40}])
+def test_weights_that_do_not_fit_the_model_are_a_plain_error(place, tmp_path, change):
+    """Nothing that is scored was filled up with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    broken = helpers.checkpoint(tmp_path / "broken")
+    config_file, weights = broken / "config.json", load_file(broken / "model.safetensors")
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | change))
+    if not change:
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="does not load"):
         score(config(place, tmp_path / "out", checkpoint=str(broken)))
+
+
+def test_a_key_of_metadata_and_of_dataset_kwargs_is_no_collision(place, tmp_path):
+    """lm-eval calls a task's `custom_dataset` with both: the metadata's value is ours, and dataset_kwargs are not."""
+    from lm_eval.api.task import ConfigurableTask
+
+    from benchmarks.backend import RulerTask
+
+    common = {"task": "endprompt_vt", "dataset_kwargs": {"samples": 7}}
+    metadata = {"samples": 2, "tokenizer": str(place / "llama"), "max_seq_lengths": [512], "max_new_tokens": 12}
+    metadata |= {"shots": 0, "cache_dir": str(tmp_path)}
+    with pytest.raises(TypeError, match="samples"):
+        ConfigurableTask(config={**common, "metadata": metadata, "custom_dataset": lambda **given: {}})
+    assert len(RulerTask({**common, "metadata": metadata}).samples) == 2
 
 
 def test_beyond_the_window_nothing_is_cut_off(place, tmp_path):

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import ruler_helpers as helpers
 import torch
 import yaml
 from conftest import make_checkpoint
@@ -92,6 +93,30 @@ def test_code_of_a_checkpoint_does_not_run(tmp_path):
     with pytest.raises(ValueError, match="transformers cannot read it"):
         load_model(directory)
     assert not mark.exists()
+
+
+def test_code_of_a_checkpoint_does_not_run_when_it_is_scored(tmp_path):
+    """Its config, tokenizer and model all name a module that leaves a mark; asked for, the same module does run."""
+    from benchmarks.score import ScoreConfig, score
+
+    directory, mark = helpers.checkpoint(tmp_path / "m"), tmp_path / "ran"
+    for name, change in (
+        (
+            "config.json",
+            {"model_type": "mine", "auto_map": {"AutoConfig": "mine.A", "AutoModelForCausalLM": "mine.B"}},
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["mine.Own", "mine.Own"]}}),
+    ):
+        path = directory / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (directory / "mine.py").write_text(f"open({str(mark)!r}, 'w').close()\nraise RuntimeError('ran')\n")
+    out = {"lengths": "400", "samples": 1, "output": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"config\.json: transformers cannot read it"):
+        score(ScoreConfig(str(directory), tasks="niah_single_1", **out))
+    assert not mark.exists() and not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="ran"):
+        score(ScoreConfig(str(directory), tasks="niah_single_1", trust_remote_code=True, **out))
+    assert mark.exists()
 
 
 class Bomb:
