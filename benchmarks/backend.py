@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
@@ -51,6 +52,15 @@ class LongContextLM(HFLM):
 
     Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        if kwargs.get("device") == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState(cpu=True)  # unless told so, Accelerate takes processes without a GPU for single ones
+        super().__init__(*args, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:
+            # HFLM shares the work only among processes that see several GPUs; others would each do all of it.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         found, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Complete

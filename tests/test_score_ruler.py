@@ -390,7 +390,6 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
     launchers = {
         "one": [sys.executable, "-m"],
         "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
-        "accelerated": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"],
     }
     made = {}
     for name, launcher in launchers.items():
@@ -399,7 +398,7 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
         predicted = {key: entry["prediction"] for key, entry in compare.read_predictions(out).items()}
         made[name] = (rows.read_rows(out / "results.jsonl"), rows.read_rows(out / "summary.jsonl"), predicted)
         assert len(list(out.glob("predictions*.jsonl"))) == (1 if name == "one" else 2)
-    assert made["one"] == made["two"] == made["accelerated"]
+    assert made["one"] == made["two"]
     assert len(made["one"][2]) == 14 and made["one"][0][0]["value"] > 50
 
 
