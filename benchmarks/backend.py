@@ -41,7 +41,8 @@ class Complete:
 
     @staticmethod
     def from_pretrained(path: str, **options: Any) -> Any:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} of the model's weights, such as {missing[0]}")
         return model
@@ -63,7 +64,8 @@ class LongContextLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        found, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Complete
+        found: Any = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = Complete
         try:
             super()._create_model(*args, **kwargs)
         finally:
