@@ -64,7 +64,7 @@ class LongContextLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        found: Any = self.AUTO_MODEL_CLASS
+        found: Any = self.AUTO_MODEL_CLASS  # type: ignore[has-type]
         self.AUTO_MODEL_CLASS = Complete
         try:
             super()._create_model(*args, **kwargs)
