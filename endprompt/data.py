@@ -452,6 +452,9 @@ class Rows:
         self.dropped_tokens = int(lengths[units == 0].sum())
         self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
+        # as arrays once, since every row looks for them
+        self._line_ends = np.array(sorted(spec.line_ends), dtype=np.int64)
+        self._all_ends = np.array(sorted(spec.line_ends | spec.sentence_ends), dtype=np.int64)
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
         self._permutations: dict[int, np.ndarray] = {}
@@ -511,12 +514,12 @@ class Rows:
             return 0
         most = self.spec.row_tokens // 2
         before = np.asarray(self.documents.tokens[max(hi - most, 0) : completion])
-        ends = np.flatnonzero(np.isin(before, list(self.spec.line_ends)))
+        ends = np.flatnonzero(np.isin(before, self._line_ends))
         return min(most, hi - completion + len(before) - (int(ends[-1]) + 1 if len(ends) else 0))
 
     def _sentence_starts(self, context: np.ndarray, last: int, rng: np.random.Generator) -> list[int]:
         """0 and some places behind ends of sentences and lines, up to `last`; all of them if there are few."""
-        ends = np.isin(context[:-1], list(self.spec.line_ends | self.spec.sentence_ends))
+        ends = np.isin(context[:-1], self._all_ends)
         places = np.flatnonzero(ends) + 1
         places = places[places <= last]
         return [0, *np.sort(rng.choice(places, min(self.spec.pieces - 1, len(places)), replace=False)).tolist()]

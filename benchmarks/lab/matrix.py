@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt.config import ExtendConfig, check_config, method_name
-from endprompt.rows import plain, sha256_of
+from endprompt.rows import file_sha256, plain, sha256_of
 
 FOLDER = Path(__file__).parent
 BASES = FOLDER.parent / "base"
@@ -273,8 +273,7 @@ def base_sha256(model: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*")):
         if path.name in ("config.json", "tokenizer.json") or path.suffix in (".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
 
 
