@@ -3,8 +3,9 @@
 config -> cells (task x length) -> samples -> lm-eval -> predictions as they come -> rows
 
 A run directory holds `predictions*.jsonl` (appended), `results.jsonl` (a row a cell), `summary.jsonl` (averages,
-effective length), `depth.jsonl` (heat map), `config.yaml`, `environment.json`, `log.jsonl`. A cell whose row is there
-already, made with the same checkpoint, samples and settings, is not run again.
+effective length), `depth.jsonl` (heat map), `results_DATE.json` (the rows as lm-eval writes them), `config.yaml`,
+`environment.json`, `log.jsonl`. A cell whose row is there already, made with the same checkpoint, samples and settings,
+is not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks import ruler, summary
+from benchmarks import lm_eval_results, ruler, summary
 from benchmarks.compare import read_predictions
 from endprompt import rows
 
@@ -184,6 +185,7 @@ def score_short(config: ScoreConfig) -> list[dict[str, Any]]:
     made = [{**row, "run_sha256": settings} for row in short.score(config, lm)]
     if made:
         rows.RunDirectory(config.directory, config).add(made)
+        lm_eval_results.write(config.directory, settings, config.checkpoint, config.backend)
     return made
 
 
@@ -347,6 +349,8 @@ def score_units(
         write_summary(config, out, made, units)
     elif out is not None:
         write_longbench_summary(config, out, units)
+    if out is not None:
+        lm_eval_results.write(directory, settings, config.checkpoint, config.backend)
     return made
 
 
