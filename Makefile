@@ -27,7 +27,9 @@ mutants: setup
 	@"$(BIN)/python" tests/mutants.py
 
 coverage: setup
-	@"$(BIN)/python" -m coverage run -m pytest -q
+	@"$(BIN)/python" -m coverage erase
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m coverage run -m pytest -q
+	@"$(BIN)/python" -m coverage combine --quiet
 	@"$(BIN)/python" -m coverage report
 
 # Known vulnerabilities of the installed packages; asks the advisory service of the package index.
