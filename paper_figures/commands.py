@@ -32,7 +32,7 @@ def figures(config: FiguresConfig) -> int | None:
         catalog.module(name)
     rows = read_results(config.results or sorted((DATA / "measured").glob("*.jsonl")))
     output = Path(config.output)
-    absent = {}
+    absent: dict[str, list[str]] = {}  # by what they lack
     for name in config.only or catalog.NAMES:
         try:
             for path in catalog.make(name, rows, output):
@@ -40,11 +40,11 @@ def figures(config: FiguresConfig) -> int | None:
         except NoData as error:
             if config.only:
                 raise ValueError(f"{name} {error}") from None
-            absent[name] = str(error)
+            absent.setdefault(str(error), []).append(name)
     if absent:
         print("without data, not drawn:", file=sys.stderr)
-        for name, reason in absent.items():
-            print(f"  {name} {reason}", file=sys.stderr)
+        for reason, names in absent.items():
+            print(f"  {', '.join(names)}: {reason}", file=sys.stderr)
     return None
 
 
