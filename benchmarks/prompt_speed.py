@@ -27,7 +27,7 @@ from endprompt import rows
 from endprompt.progress import say
 
 NEW_TOKENS = 30
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -35,7 +35,7 @@ SHAPE = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 128_256,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -146,7 +146,7 @@ def word_prompts(tokenizer: Any, samples: int, tokens: int) -> list[str]:
     return ["".join(" " + word for word in draw.choices(words, k=tokens)) for _ in range(samples)]
 
 
-def random_model(shape: dict[str, int], window: int, device: str) -> Any:
+def random_model(shape: dict[str, Any], window: int, device: str) -> Any:
     """A Llama that never ends its answer: all of the new tokens are generated."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
