@@ -196,8 +196,8 @@ def causal_only_shifted(
     """Shifted sparse attention of LongLoRA (Chen et al. 2023, arXiv:2309.12307), for training only.
 
     The row is cut into 4 groups and tokens attend within theirs; for the second half of the heads the borders are moved
-    by half a group, and nothing wraps around: the halves at both ends are groups of their own. Of an odd number of heads
-    the first half is the smaller one, as in the authors' code.
+    by half a group, and nothing wraps around: the halves at both ends are groups of their own. Of an odd number of
+    heads the first half is the smaller one, as in the authors' code.
     Raises ValueError if the row has no 8 equal parts or there is one head alone.
     """
     heads, groups, tokens = query_BHTD.shape[1], key_BGTD.shape[1], query_BHTD.shape[2]

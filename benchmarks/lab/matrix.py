@@ -295,7 +295,9 @@ def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> l
             key = (cell.base, cell.target, cell.arm, cell.seed)
             other = made.setdefault(key, cell)
             if other.sha256 != cell.sha256:
-                raise ValueError(f"{source}: {cell.name} has other settings than in {', '.join(matrices)}: run it apart")
+                raise ValueError(
+                    f"{source}: {cell.name} has other settings than in {', '.join(matrices)}: run it apart"
+                )
             made[key] = dataclasses.replace(other, questions=tuple(sorted({*other.questions, *cell.questions})))
     return list(made.values())
 

@@ -56,7 +56,9 @@ def lab(config: LabConfig) -> int:
             from benchmarks.lab import paper_scale
 
             if len(matrices) > 1:
-                raise ValueError(f"{source} only makes a plan, so it cannot be run with others: preset={config.preset!r}")
+                raise ValueError(
+                    f"{source} only makes a plan, so it cannot be run with others: preset={config.preset!r}"
+                )
             return paper_scale.run(content, config)
     cells = matrix.chosen(matrix.all_cells(matrices, config), config.only)
     device = device_of(config)
