@@ -265,7 +265,12 @@ def register_causal_only() -> None:
     from transformers import AttentionInterface
 
     for name, function in ATTENTIONS.items():
-        AttentionInterface.register(PREFIX + name, function)
+        AttentionInterface.register(registered_name(name), function)
+
+
+def registered_name(name: str) -> str:
+    """transformers' name of a causal-only attention: it takes any with "flash" in it for one of its own packages."""
+    return PREFIX + name.replace("flash_attention_", "fa")
 
 
 def training_attention(name: str) -> str:
@@ -278,7 +283,7 @@ def training_attention(name: str) -> str:
     if name in FLASH_PACKAGES:
         _flash_function(name)
     register_causal_only()
-    return PREFIX + name
+    return registered_name(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
