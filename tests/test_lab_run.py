@@ -2,7 +2,9 @@
 
 import collections
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,9 +19,10 @@ import yaml
 from benchmarks import documents, ruler, verdicts
 from benchmarks.lab import material, matrix, runner
 from benchmarks.lab.matrix import LabConfig
+from benchmarks.lab.worker import Answer
 from endprompt.data import read_shard
 from endprompt.model import load_tokenizer
-from endprompt.rows import read_rows, sole_use
+from endprompt.rows import RunDirectory, read_rows, sole_use
 
 ROOT = Path(__file__).parent.parent
 MATRIX = {
@@ -217,6 +220,87 @@ def test_overwrite_drops_the_rows_of_the_chosen_cells_only(run, tmp_path):
 def test_a_second_run_on_one_output_is_refused(run):
     with sole_use(run[0] / "run"), pytest.raises(ValueError, match="another"):
         runner.lab(lab_config(run))
+
+
+@pytest.fixture
+def without_one(run, tmp_path):
+    """(output, cell, its rows, its scores): a copy of the run that lacks one of its cells."""
+    output = tmp_path / "again"
+    output.mkdir()
+    cell = next(cell for cell in cells_of(lab_config(run)) if cell.arm == "recall+yarn" and cell.seed == 1)
+    taken = {}
+    for name in ("results.jsonl", "scores.jsonl"):
+        lines = (run[0] / "run" / name).read_text().splitlines(keepends=True)
+        taken[name] = [json.loads(line) for line in lines if json.loads(line)["cell"] == cell.sha256]
+        (output / name).write_text("".join(line for line in lines if json.loads(line)["cell"] != cell.sha256))
+    return output, cell, taken["results.jsonl"], taken["scores.jsonl"]
+
+
+def begun(run, output, cell):
+    """A runner that has given the cell to a worker."""
+    lab = runner.Runner(lab_config(run, output=str(output)), cells_of(lab_config(run)), "cpu", 1)
+    lab.directory = RunDirectory(output)
+    lab.output, lab.live = output, None
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    lab.workers = [runner.Worker(0, None, here, ready=True, cell=cell)]
+    return lab, there
+
+
+@pytest.mark.parametrize("room", [0, 300])
+def test_a_full_disk_loses_no_cell_that_was_written(room, run, without_one):
+    """No file can grow by more than `room` bytes when a cell's rows are to be written."""
+    output, cell, rows, scores = without_one
+    lab, _ = begun(run, output, cell)
+    files = [output / name for name in ("results.jsonl", "scores.jsonl")]
+    before = [path.read_bytes() for path in files]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before)) + room, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            lab.take(lab.workers[0], Answer(rows, scores, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    cells = cells_of(lab_config(run))
+    done = runner.tidy(output, cells, overwrite=False)
+    assert done == {other.sha256 for other in cells if "broken" not in other.arm} - {cell.sha256}
+    for path, whole in zip(files, before):  # the row of the cell that failed is gone, since it is done again
+        assert path.read_bytes() == b"".join(line for line in whole.splitlines(True) if b'"failed"' not in line)
+
+
+def test_a_worker_that_is_killed_costs_its_cell_alone(run, without_one, monkeypatch, capsys):
+    output, cell, *_ = without_one
+    lab, there = begun(run, output, cell)
+    process = multiprocessing.get_context("spawn").Process(target=there.recv)
+    process.start()
+    there.close()
+    lab.workers[0].process = process
+    monkeypatch.setattr(lab, "start", lambda number: runner.Worker(number, None, None))
+    monkeypatch.setattr(runner, "TICK", 30)
+    os.kill(process.pid, signal.SIGKILL)
+    lab.listen()
+    (row,) = [row for row in read_rows(output / "results.jsonl") if row["cell"] == cell.sha256]
+    assert (row["metric"], row["error"]) == ("failed", "the worker ended: killed by signal 9 (out of memory?)")
+    assert f"FAILED {cell.name}: the worker ended" in capsys.readouterr().err
+    assert lab.failed == 1 and lab.workers[0].cell is None and lab.workers[0].process is None  # another one
+    lab.workers[0] = runner.Worker(0, process, *multiprocessing.Pipe()[:1])
+    with pytest.raises(ValueError, match=r"a worker did not start \(exit code -9\): see .*worker-0.log"):
+        lab.lost(lab.workers[0])
+    lab.deaths, lab.workers[0].ready = runner.DEATHS, True
+    with pytest.raises(ValueError, match="workers end one after the other"):
+        lab.lost(lab.workers[0])
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "scores.jsonl"])
+def test_a_damaged_line_is_named_and_nothing_is_overwritten(name, run, without_one):
+    output = without_one[0]
+    path = output / name
+    path.write_bytes(path.read_bytes().replace(b'"cell": ', b'"cell": ]', 1))
+    before = [(output / other).read_bytes() for other in ("results.jsonl", "scores.jsonl")]
+    with pytest.raises(ValueError, match=f"{name}, line 1: not valid JSON"):
+        runner.tidy(output, cells_of(lab_config(run)), overwrite=False)
+    assert [(output / other).read_bytes() for other in ("results.jsonl", "scores.jsonl")] == before
 
 
 def test_cells_of_one_shape_stay_with_their_worker_and_the_longest_come_first(tmp_path):

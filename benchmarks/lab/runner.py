@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.lab import material, matrix
 from benchmarks.lab.matrix import Cell, LabConfig
 from benchmarks.lab.worker import Answer, settle, work
-from endprompt.rows import RunDirectory, append_rows, read_rows, result_row, sole_use, write_text
+from endprompt.rows import RunDirectory, append_rows, parse_object, read_rows, result_row, sole_use, write_text
 
 if TYPE_CHECKING:
     from benchmarks.lab.cells import Workplace
@@ -69,7 +69,6 @@ def lab(config: LabConfig) -> int:
         print(plan_text(cells, done, device, jobs))
         return 0
     check_rows(cells)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_use(config.output))
         if device == "cuda" and jobs > 1 and config.mps:
@@ -169,11 +168,13 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
                 f"{results}: has {row.get('arm')!r} of base {row.get('base')}, seed {row['seed']}, made with other "
                 "settings; choose another output, or set overwrite to do it again"
             )
+    alive = {row.get("cell") for row in kept}
+    whole = []
+    if scores.is_file():  # a last line that a crash cut off is left out
+        lines = enumerate(scores.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1)
+        whole = [line for n, line in lines if parse_object(line, f"{scores}, line {n}").get("cell") in alive]
     write_text(results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    if scores.is_file():
-        alive = {row.get("cell") for row in kept}
-        lines = [line for line in scores.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        write_text(scores, "".join(line + "\n" for line in lines if json.loads(line)["cell"] in alive))
+    write_text(scores, "".join(line + "\n" for line in whole))
     return done
 
 
