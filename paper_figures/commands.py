@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +71,12 @@ def audit(config: AuditConfig) -> int | None:
 
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return None
+    width = min(120, shutil.get_terminal_size().columns)
     for verdict in reversed(VERDICTS):
         chosen = [finding for finding in found if finding["verdict"] == verdict]
         print(f"{verdict} ({len(chosen)})")
         for f in chosen:
             printed = "not printed" if f["printed"] is None else f"printed {f['printed']}"
-            print(f"  {f['table']}, {f['row']}: {f['rule']}: {printed}, recomputed {f['recomputed']}")
+            line = f"  {f['table']}, {f['row']}: {f['rule']}: {printed}, recomputed {f['recomputed']}"
+            print(textwrap.fill(line, width, subsequent_indent="    ") if sys.stdout.isatty() else line)
     return None

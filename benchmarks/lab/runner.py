@@ -510,14 +510,14 @@ def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> 
     for cell in cells:
         arms.setdefault((cell.base, cell.fold, cell.arm), []).append(cell)
     width = max(len(key[2]) for key in arms)
-    heads = f"{'steps x rows x tokens':>22}  {'seeds':>5}  {'s each':>7}  questions"
+    heads = f"{'steps x rows x tokens':>21}  {'seeds':>5}  {'s each':>7}  questions"
     lines = [f"{'base':<8}{'fold':>5}  {'arm':<{width}}  {heads}"]
     for (base, fold, arm), members in arms.items():
         first = members[0]
         size = f"{first.steps} x {first.rows} x {first.row_tokens}" if first.trained else "untrained"
         each = matrix.seconds(first, device)
         asked = ",".join(map(str, first.questions))
-        lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>22}  {len(members):>5}  {each:>7.1f}  {asked}")
+        lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>21}  {len(members):>5}  {each:>7.1f}  {asked}")
     left = [cell for cell in cells if cell.sha256 not in done]
     total = sum(matrix.seconds(cell, device) for cell in left)
     longest = max((matrix.seconds(cell, device) for cell in left), default=0.0)
