@@ -526,13 +526,13 @@ class Trainer:
     def fit(self, states: Path) -> None:
         config = self.config
         batches = prefetch(self.batch, range(self.step, self.steps))
-        reports = self.reports()
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
         with (
             contextlib.closing(batches),
             progress(self.step, self.steps, self.here) as advance,
             stop_asked(self.here) as stop,
+            self.reports() as reports,
         ):
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
@@ -568,13 +568,15 @@ class Trainer:
                 last += time.perf_counter() - paused  # tokens/s are those of the steps
         self.seconds = before + time.perf_counter() - started
 
-    def reports(self) -> list[Callable[[int, dict[str, float]], None]]:
+    @contextlib.contextmanager
+    def reports(self) -> Iterator[list[Callable[[int, dict[str, float]], None]]]:
         """Where values go: log.jsonl always, trackers as asked; nowhere but on the main process."""
         if not self.log:
-            return []
+            yield []
+            return
         log = self.log
-        asked = reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)))
-        return [lambda step, values: log.log(step=step, **values), *asked]
+        with reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)), self.step) as asked:
+            yield [lambda step, values: log.log(step=step, **values), *asked]
 
     def values(self, rate: float, loss: float, norm: float, steps: int, seconds: float) -> dict[str, float]:
         """What a line of the log says about the last `steps` steps, which took `seconds`."""
