@@ -396,13 +396,13 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
             **extra,
         )
     from benchmarks.backend import LongContextLM
-    from endprompt.model import _quiet
+    from endprompt.model import quiet
 
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with _quiet():
+        with quiet():
             return LongContextLM(
                 pretrained=config.checkpoint,
                 tokenizer=tokenizer,

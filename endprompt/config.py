@@ -220,6 +220,22 @@ def check_config(config: ExtendConfig) -> None:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
 
 
+def check_processes(config: ExtendConfig, processes: int) -> None:
+    """Raises ValueError if so many processes cannot share the run."""
+    if config.rows % processes:
+        raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {processes}")
+    if processes > 1 and config.optimizer == "lean":
+        raise ValueError(
+            f"the lean optimizer, and float8 with it, needs a single process; several take adamw or masters: "
+            f"optimizer='lean' float8={config.float8!r}, {processes} processes"
+        )
+    if processes > 1 and config.compile.startswith("graph"):
+        raise ValueError(
+            f"a recorded step needs a single process; several take compile=layers: compile={config.compile!r}, "
+            f"{processes} processes"
+        )
+
+
 def check_recordable(config: ExtendConfig) -> None:
     """Raises ValueError if no CUDA graph can hold a step of this configuration."""
     rules = {

@@ -111,17 +111,15 @@ def gathered(value: Any) -> list[Any]:
 def shard(root: torch.nn.Module, layers: Iterable[torch.nn.Module], here: World, bfloat16: bool) -> None:
     """FSDP2: each layer a unit of its own, the rest with the root.
 
-    bfloat16: weights stay float32 masters in their shares, are gathered and multiplied in bfloat16, and gradients are
-    reduced in float32.
+    Gradients are reduced in float32. bfloat16: float32 weights are gathered and multiplied in bfloat16, so that the
+    shares are masters.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(here.device.partition(":")[0], (here.size,))
     # inputs stay as they are: loss weights must not be rounded
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if bfloat16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)

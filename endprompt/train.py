@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._functorch.config
 
-from endprompt import checkpoint, distributed, linears, longlora
+from endprompt import checkpoint, distributed, linears, longlora, shares
 from endprompt.card import RECORD, write_card
-from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
+from endprompt.config import ExtendConfig, check_config, check_output, check_processes, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
@@ -131,6 +131,8 @@ def extend(config: ExtendConfig) -> Path:
     spec = row_spec(config, window, tokenizer)
 
     def make_model(device: str) -> PreTrainedModel:
+        if device == "meta":
+            return shares.model_to_fill(config.model, dtype=config.dtype, attention=attention, config=new_config)
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
     return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window)
@@ -144,6 +146,7 @@ def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: Pr
     spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
 
     def make_model(device: str) -> PreTrainedModel:
+        device = "cpu" if device == "meta" else device  # every process makes the same random weights, whole
         return new_model(model_config, seed=config.seed, dtype=config.dtype, attention=attention, device=device)
 
     return run(config, spec, tokenizer, make_model, source_dtype=torch_dtype(config.dtype))
@@ -159,17 +162,13 @@ def run(
 ) -> Path:
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
 
-    window: of the checkpoint that is extended, None for a model from random weights.
+    make_model: the model on a device; on meta, where several processes will each read their share, it need not have
+    its weights yet. window: of the checkpoint that is extended, None for a model from random weights.
     """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
     with distributed.world(config.device) as here, distributed.only_run(output, here):
-        if config.rows % here.size:
-            raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {here.size}")
-        if here.size > 1 and config.dtype != "float32":
-            raise ValueError(
-                f"several processes train float32 weights (autocast multiplies in bfloat16): dtype={config.dtype!r}"
-            )
+        check_processes(config, here.size)
         if finished_before(output, config):
             say(f"this run is finished already: {output}", here)
             return output
@@ -198,7 +197,7 @@ def run(
             "tokens",
             here,
         )
-        trainer = Trainer(config, make_model("cpu" if here.size > 1 else here.device), rows, steps, log, here)
+        trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
         trainer.evaluation = evaluation
         if state is not None:
             trainer.resume(state)
@@ -495,6 +494,7 @@ class Trainer:
         self.loss = Objective(model, autocast=config.autocast and here.size == 1)
         if here.size > 1:  # the optimizer is over the shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
+            shares.read_shares(model, config.model, here.device)
             self.optimizer = optimizer_of(config, model)
 
     def resume(self, state: checkpoint.TrainingState) -> None:
@@ -526,13 +526,13 @@ class Trainer:
     def fit(self, states: Path) -> None:
         config = self.config
         batches = prefetch(self.batch, range(self.step, self.steps))
-        reports = self.reports()
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
         with (
             contextlib.closing(batches),
             progress(self.step, self.steps, self.here) as advance,
             stop_asked(self.here) as stop,
+            self.reports() as reports,
         ):
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
@@ -568,13 +568,15 @@ class Trainer:
                 last += time.perf_counter() - paused  # tokens/s are those of the steps
         self.seconds = before + time.perf_counter() - started
 
-    def reports(self) -> list[Callable[[int, dict[str, float]], None]]:
+    @contextlib.contextmanager
+    def reports(self) -> Iterator[list[Callable[[int, dict[str, float]], None]]]:
         """Where values go: log.jsonl always, trackers as asked; nowhere but on the main process."""
         if not self.log:
-            return []
+            yield []
+            return
         log = self.log
-        asked = reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)))
-        return [lambda step, values: log.log(step=step, **values), *asked]
+        with reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)), self.step) as asked:
+            yield [lambda step, values: log.log(step=step, **values), *asked]
 
     def values(self, rate: float, loss: float, norm: float, steps: int, seconds: float) -> dict[str, float]:
         """What a line of the log says about the last `steps` steps, which took `seconds`."""
