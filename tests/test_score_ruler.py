@@ -379,6 +379,9 @@ def test_samples_are_prepared_without_weights(place, tmp_path):
     assert len(list((tmp_path / "cache").glob("vt-*.json"))) == 2
 
 
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(place, tmp_path):
     """Of the smallest base, with a number of samples that two do not divide."""
@@ -390,15 +393,17 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
     launchers = {
         "one": [sys.executable, "-m"],
         "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+        # With --cpu instead, Accelerate starts one process whatever the number asked for.
+        "two by Accelerate": [*ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "-m"],
     }
     made = {}
     for name, launcher in launchers.items():
-        out = tmp_path / name
+        out = tmp_path / name.replace(" ", "-")
         subprocess.run([*launcher, "endprompt.cli", *arguments, str(out)], check=True, capture_output=True, text=True)
         predicted = {key: entry["prediction"] for key, entry in compare.read_predictions(out).items()}
         made[name] = (rows.read_rows(out / "results.jsonl"), rows.read_rows(out / "summary.jsonl"), predicted)
         assert len(list(out.glob("predictions*.jsonl"))) == (1 if name == "one" else 2)
-    assert made["one"] == made["two"]
+    assert made["one"] == made["two"] == made["two by Accelerate"]
     assert len(made["one"][2]) == 14 and made["one"][0][0]["value"] > 50
 
 
