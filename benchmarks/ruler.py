@@ -997,7 +997,9 @@ class CommonWordDraft(Draft):
             self.answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
             self.example = f"{self.question(listed)}{texts.wording('cwe').prefix} {self.answer}\n"
             self.example_entries = [(shown[:CWE_COMMON], common), (shown[CWE_COMMON:], other)]
-        self.order = numpy_rng.permutation(len(made.words))
+        # As many as can be listed at two tokens an entry: the longer word list times all samples would be a gigabyte.
+        most = CWE_COMMON + made.length // (2 * made.repeats[1])
+        self.order = numpy_rng.permutation(len(made.words))[:most].copy()
         self._key = rng.getrandbits(64)
         self.outputs = [made.words[i] for i in self.order[:CWE_COMMON]]
 

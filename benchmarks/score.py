@@ -387,7 +387,11 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
     if config.backend == "vllm":
         from lm_eval.api.registry import get_model
 
-        return get_model("vllm")(
+        try:
+            vllm = get_model("vllm")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"backend='vllm' needs the package {error.name}: pip install vllm") from None
+        return vllm(
             pretrained=config.checkpoint,
             max_model_len=max_length,
             dtype=config.dtype,

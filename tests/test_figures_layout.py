@@ -12,14 +12,27 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from figures_rows import DEMO, demo_rows, lab_rows, row, write_run
+from figures_rows import DEMO, demo_rows, lab_rows, longbench_rows, row, write_run
 from lab_rows import lab_run
 from matplotlib.text import Text
 
 from paper_figures import catalog, style
 from paper_figures.data import NoData, load, read_results
+from paper_figures.names import LONGBENCH, LONGBENCH_ZH
 
 LABS = ("plan", "small")
+ENGLISH = [name for names in LONGBENCH.values() for name in names]
+CHINESE = [name for names in LONGBENCH_ZH.values() for name in names]
+#: Checkpoints and sets of a LongBench run.
+LONGBENCH_RUNS = {
+    "four checkpoints": (
+        ("base", "contiguous+linear", "endprompt+EP_1+yarn", "endprompt+recall+yarn"),
+        ENGLISH + CHINESE,
+    ),
+    "English sets": (("base", "pose+linear", "pose+yarn"), ENGLISH),
+    "one checkpoint": (("base",), ENGLISH + CHINESE),
+    "two sets": (("base", "endprompt+EP_1+yarn"), ["gov_report", "lcc"]),
+}
 MANY = {
     "base": (100, 0, 0, 0),
     "base+yarn": (70, 60, 50, 40),
@@ -51,7 +64,7 @@ def runs(tmp_path_factory):
         "one": read_results([root / "one"]),
         "plan": read_results([lab_run(root / "plan")]),
         "small": read_results([lab_run(root / "small", bases=((256, 8),), seeds=(0, 1))]),
-    }
+    } | {name: read_results([write_run(root / name, longbench_rows(*of))]) for name, of in LONGBENCH_RUNS.items()}
 
 
 def texts_of(fig):
@@ -73,6 +86,7 @@ CASES = [
     for name in catalog.FIGURES
     for which in (("none", "demo", "lab", "one") if catalog.module(name).INPUTS.rows else ("none",))
 ] + [(name, which) for name in catalog.FIGURES if "ruler" in catalog.module(name).INPUTS.rows for which in LABS]
+CASES += [("longbench_bars", which) for which in LONGBENCH_RUNS]
 
 
 @pytest.mark.parametrize(("name", "which"), CASES)
@@ -118,9 +132,11 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     from benchmarks import verdicts
 
     run, lab = write_run(tmp_path / "run", lab_rows(MANY)), lab_run(tmp_path / "lab")
+    read = write_run(tmp_path / "read", longbench_rows(("base", "pose+yarn"), ENGLISH))
     verdicts.write(lab)
     for seed in ("1", "2"):
-        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, lab, "--output", tmp_path / seed]
+        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, lab, read]
+        command += ["--output", tmp_path / seed]
         started = time.monotonic()
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
         assert time.monotonic() - started < 60

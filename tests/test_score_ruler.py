@@ -379,6 +379,9 @@ def test_samples_are_prepared_without_weights(place, tmp_path):
     assert len(list((tmp_path / "cache").glob("vt-*.json"))) == 2
 
 
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(place, tmp_path):
     """Of the smallest base, with a number of samples that two do not divide."""
@@ -390,15 +393,17 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
     launchers = {
         "one": [sys.executable, "-m"],
         "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+        # With --cpu instead, Accelerate starts one process whatever the number asked for.
+        "two by Accelerate": [*ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "-m"],
     }
     made = {}
     for name, launcher in launchers.items():
-        out = tmp_path / name
+        out = tmp_path / name.replace(" ", "-")
         subprocess.run([*launcher, "endprompt.cli", *arguments, str(out)], check=True, capture_output=True, text=True)
         predicted = {key: entry["prediction"] for key, entry in compare.read_predictions(out).items()}
         made[name] = (rows.read_rows(out / "results.jsonl"), rows.read_rows(out / "summary.jsonl"), predicted)
         assert len(list(out.glob("predictions*.jsonl"))) == (1 if name == "one" else 2)
-    assert made["one"] == made["two"]
+    assert made["one"] == made["two"] == made["two by Accelerate"]
     assert len(made["one"][2]) == 14 and made["one"][0][0]["value"] > 50
 
 
@@ -462,23 +467,53 @@ def test_the_command_line_scores_a_checkpoint(place, tmp_path):
     assert len(rows.read_rows(tmp_path / "out" / "results.jsonl")) == 1
 
 
-def test_arguments_are_passed_through_to_vllm(place, tmp_path, monkeypatch):
-    from lm_eval.api import registry
+def test_vllm_is_lm_eval_s_own_with_our_arguments(place, tmp_path, monkeypatch):
+    """A stand-in under its name that takes what lm-eval's class takes; the run goes the whole way."""
+    import ast
 
+    import lm_eval.models
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import model_registry
+
+    source = Path(lm_eval.models.__file__).with_name("vllm_causallms.py").read_text()  # its import needs vLLM
+    classes = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
+    made_by = next(node for node in classes["VLLM"].body if getattr(node, "name", "") == "__init__")
+    known = {argument.arg for argument in made_by.args.args}
     given = {}
-    monkeypatch.setattr(registry, "get_model", lambda name: lambda **arguments: given.update(arguments, model=name))
-    settings = config(place, tmp_path, backend="vllm", backend_args="tensor_parallel_size=2,enforce_eager=True")
-    scoring.load(settings, 400, 512, helpers.tokenizer())
+
+    class StandIn(LM):
+        def __init__(self, **arguments):
+            super().__init__()
+            given.update(arguments)
+
+        def generate_until(self, requests):
+            assert all(request.args[1]["max_gen_toks"] == 12 for request in requests)
+            return [" ".join(request.doc["outputs"]) for request in requests]
+
+        def loglikelihood(self, requests):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    monkeypatch.setitem(model_registry._objs, "vllm", StandIn)
+    extra = "tensor_parallel_size=2,enforce_eager=True"
+    made = score(config(place, tmp_path, tasks="vt", backend="vllm", backend_args=extra, trust_remote_code=True))
     assert given == {
-        "model": "vllm",
         "pretrained": str(place / "llama"),
         "max_model_len": 512,
         "dtype": "float32",
         "batch_size": 8,
-        "trust_remote_code": False,
+        "trust_remote_code": True,
         "tensor_parallel_size": 2,
         "enforce_eager": True,
     }
+    assert given.keys() - known == {"enforce_eager"}  # not lm-eval's own argument: it hands it on to vLLM's engine
+    assert [(row["value"], row["backend"], row["attn"]) for row in made] == [(100.0, "vllm", None)] * 2
+
+
+def test_a_missing_vllm_is_named(place, tmp_path):
+    with pytest.raises(ValueError, match="pip install vllm"):
+        score(config(place, tmp_path, tasks="vt", backend="vllm"))
 
 
 def test_a_batch_size_that_probes_the_model_is_refused(place, tmp_path, capsys):
