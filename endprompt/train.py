@@ -29,6 +29,7 @@ from endprompt.config import ExtendConfig, check_config, check_output, check_pro
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
+from endprompt.float8 import Float8Matrix
 from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
@@ -370,10 +371,18 @@ def finish(
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
-    def __init__(self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True):
-        """every_token, fuse: as in `linear_cross_entropy`."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast: bool,
+        every_token: bool = False,
+        fuse: bool = True,
+        float8: str = "none",
+    ):
+        """every_token, fuse: as in `linear_cross_entropy`. float8: of the head's products, while training."""
         super().__init__()
-        self.model, self.autocast, self.every_token, self.fuse = model, autocast, every_token, fuse
+        self.model, self.autocast, self.float8 = model, autocast, float8
+        self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
 
     def forward(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
@@ -392,7 +401,10 @@ class Objective(torch.nn.Module):
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
             hidden_ND = hidden[:, :-1].flatten(0, 1)
-            return linear_cross_entropy(hidden_ND, head, labels, weights, every_token=self.every_token, fuse=self.fuse)
+            head8 = None
+            if self.float8 != "none" and self.model.training:
+                head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
+            return linear_cross_entropy(hidden_ND, head, labels, weights, head8=head8, **self.options)
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
         hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
@@ -491,7 +503,8 @@ class Trainer:
         if compiled:
             for layer in decoder_layers(model):
                 layer.compile()
-        self.loss = Objective(model, autocast=config.autocast and here.size == 1)
+        float8 = config.float8 if config.float8_head else "none"
+        self.loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
         if here.size > 1:  # the optimizer is over the shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
             shares.read_shares(model, config.model, here.device)
