@@ -97,6 +97,17 @@ def test_texts_cost_what_the_tokenizer_counts_or_are_counted(kind):
         len(tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]) for text in texts
     ]
     assert (by_words == count) == (kind == "glued")
+    assert [text for text in texts if not ruler.spaced(text)] == [texts[2], texts[4], texts[6], texts[7]]
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_the_smallest_prompts_are_summed_to_what_they_are(task, folder):
+    tokenizer = helpers.tokenizer()
+    made = ruler.source(task, 6000, tokenizer, 0, folder, ruler.Options(haystack_text=str(folder / "story.txt")))
+    drafts = [made.draw(i) for i in range(3)]
+    cores = [draft.core() for draft in drafts]
+    summed = [len(tokenizer("".join(prompt))["input_ids"]) + left for prompt, left in cores]
+    assert summed == [len(tokenizer("".join(draft.render(draft.empty)))["input_ids"]) for draft in drafts]
 
 
 def test_documents_come_from_the_article_then_from_all_others_once_then_again(folder):
