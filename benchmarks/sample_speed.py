@@ -1,6 +1,9 @@
 """Speed of building RULER samples: ours and lm-eval's generators, on one tokenizer in one run.
 
     python -m benchmarks.sample_speed [CHECKPOINT] --length 4096 --output runs/sample-speed
+    python -m benchmarks.sample_speed --page docs/scoring.md --rows paper_figures/data/measured/cpu_samples.jsonl
+
+The second line measures nothing: it writes the table of a page from rows, between two marks.
 
 Ours are built, rendered, hashed and put into an empty cache, then opened again from it: all 500 are timed. lm-eval's
 generators size the haystack once and then make one sample after another in a loop under a progress bar. A clock in the
@@ -16,11 +19,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +37,7 @@ from benchmarks import cache, haystack, ruler
 from endprompt import rows
 
 STAND_IN_TOKENS = 16384
+BEGIN, END = "<!-- sample speed -->", "<!-- end of sample speed -->"
 # Where lm-eval makes the samples of a task family.
 MODULES = {
     "niah": "prepare_niah",
@@ -54,7 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--haystack-text")
     parser.add_argument("--data-dir")
     parser.add_argument("--output", type=Path, default=Path("runs/sample-speed"))
+    parser.add_argument("--page", type=Path, help="write the table of --rows into this page, and measure nothing")
+    parser.add_argument("--rows", type=Path, help="rows of one run or more, for --page")
     args = parser.parse_args(argv)
+    if args.page is not None:
+        text = with_table(args.page.read_text(encoding="utf-8"), list(rows.read_rows(args.rows)))
+        rows.write_text(args.page, text)
+        return
     if args.checkpoint is None:
         tokenizer, name = stand_in(), "stand-in"
     else:
@@ -62,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 
         tokenizer, name = load_tokenizer(args.checkpoint), args.checkpoint.name
     out = rows.RunDirectory(args.output, vars(args))
-    about: dict[str, Any] = {"suite": "speed", "length": args.length, "model": name, "seed": 0}
+    about: dict[str, Any] = {"suite": "sample-speed", "length": args.length, "model": name, "seed": 0}
+    about |= {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
     wanted = [
         (task, args.length) for task in ruler.TASKS if ruler.SPECS[task].family != "qa" or args.data_dir is not None
     ]
@@ -100,6 +112,50 @@ def main(argv: list[str] | None = None) -> None:
     add("all", "cpu_seconds", theirs, "lm-eval", stderr=variance**0.5, n=args.samples, timed=timed)
     add("all", "times_faster", theirs / ours, "ours", stderr=variance**0.5 / ours)
     out.add(made)
+
+
+def with_table(page: str, measured_rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with `table(measured_rows)` between its marks."""
+    head, _, rest = page.partition(BEGIN)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise ValueError(f"the page must have the marks {BEGIN} and {END}, in this order")
+    return f"{head}{BEGIN}\n\n{table(measured_rows)}\n{END}{tail}"
+
+
+def table(measured_rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a column a length."""
+    lengths = sorted({row["length"] for row in measured_rows})
+
+    def values(length: int, metric: str, method: str, families: Sequence[str] = ()) -> list[float]:
+        tasks = {task for task, spec in ruler.SPECS.items() if spec.family in families} or {"all"}
+        wanted = (length, metric, method)
+        found = [r for r in measured_rows if (r["length"], r["metric"], r["method"]) == wanted and r["task"] in tasks]
+        return [row["value"] for row in found]
+
+    def line(name: str, text: Callable[[int], str]) -> str:
+        return f"| {name} | {' | '.join(map(text, lengths))} |"
+
+    exact, loose = ("niah", "vt", "cwe"), ("fwe", "qa")
+    return "\n".join(
+        [
+            line("", lambda n: f"{n:,} tokens"),
+            f"|---|{'---|' * len(lengths)}",
+            line("CPU seconds", lambda n: f"{values(n, 'cpu_seconds', 'ours')[0]:.1f}"),
+            line("wall seconds", lambda n: f"{values(n, 'wall_seconds', 'ours')[0]:.1f}"),
+            line("wall seconds from the cache", lambda n: f"{values(n, 'wall_seconds', 'ours, cached')[0]:.2f}"),
+            line("peak of a process, GiB", lambda n: f"{values(n, 'peak_gib', 'ours')[0]:.2f}"),
+            line("mean fill at least, NIAH, VT, CWE, %", lambda n: f"{min(values(n, 'fill', 'ours', exact)):.2f}"),
+            line("mean fill at least, FWE, QA, %", lambda n: f"{min(values(n, 'fill', 'ours', loose)):.2f}"),
+            line(
+                "largest fill of a sample, %",
+                lambda n: f"{max(values(n, 'largest_fill', 'ours', (*exact, *loose))):.2f}",
+            ),
+            line("lm-eval's generators, CPU seconds", lambda n: f"{values(n, 'cpu_seconds', 'lm-eval')[0]:,.0f}"),
+            line("times as fast", lambda n: f"{values(n, 'times_faster', 'ours')[0]:.1f}"),
+            "",
+        ]
+    )
 
 
 def stand_in() -> Any:

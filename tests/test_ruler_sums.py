@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import ruler_helpers as helpers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import ruler, sample_speed
+from benchmarks import ruler
 
 KINDS = ["bytes", "metaspace", "wordpiece", "glued"]
 
@@ -120,21 +118,3 @@ def test_documents_come_from_the_article_then_from_all_others_once_then_again(fo
     assert sorted([*drawn[:once], *draft.question.context]) == list(range(total))
     assert sorted(drawn[once : once + total]) == list(range(total))
     assert draft.candidates(7).tolist() == made.draw(5).candidates(7).tolist() == drawn[:7]
-
-
-def test_the_clock_tells_sizing_from_samples():
-    from lm_eval.tasks.ruler import cwe_utils
-
-    def spin(seconds):
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
-
-    def generator():
-        spin(0.2)
-        for _ in cwe_utils.tqdm(range(3), desc="samples"):
-            spin(0.05)
-
-    sizing, samples = sample_speed.sample_seconds(generator, "cwe_utils")
-    assert sizing == pytest.approx(0.2, abs=0.04)
-    assert samples == pytest.approx([0.05] * 3, abs=0.03)
