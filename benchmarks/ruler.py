@@ -344,7 +344,7 @@ class Costs:
 
     def __init__(self, tokenizer: Any):
         self.count = counter(tokenizer)
-        self._words = measured_words(tokenizer)
+        self._words = measured_words(tokenizer, len(tokenizer))
 
     def of(self, pieces: Sequence[str], left: str, right: str) -> np.ndarray:
         """int64 [pieces]"""
@@ -377,8 +377,8 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=4)
-def measured_words(tokenizer: Any) -> dict[str, int]:
-    """Place of the tokens of words, shared by all cells of a tokenizer."""
+def measured_words(tokenizer: Any, entries: int) -> dict[str, int]:
+    """Place of the tokens of words, shared by all cells of a tokenizer; one that has grown starts anew."""
     return {}
 
 
@@ -1269,7 +1269,7 @@ class DocumentSource(Source):
 
     @functools.cached_property
     def document_costs(self) -> DocumentCosts:
-        known = kept_costs(self.tokenizer, self.library.sha256)
+        known = kept_costs(self.tokenizer, len(self.tokenizer), self.library.sha256)
         if not known:
             known.append(DocumentCosts(self.tokenizer, self.library.documents))
         return known[0]
@@ -1359,7 +1359,7 @@ class DocumentCosts:
 
 
 @functools.lru_cache(maxsize=4)
-def kept_costs(tokenizer: Any, library_sha256: str) -> list[DocumentCosts]:
+def kept_costs(tokenizer: Any, entries: int, library_sha256: str) -> list[DocumentCosts]:
     """Place of the costs of one library, for all lengths (the library itself would be slow to hash)."""
     return []
 

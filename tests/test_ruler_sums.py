@@ -118,3 +118,11 @@ def test_documents_come_from_the_article_then_from_all_others_once_then_again(fo
     assert sorted([*drawn[:once], *draft.question.context]) == list(range(total))
     assert sorted(drawn[once : once + total]) == list(range(total))
     assert draft.candidates(7).tolist() == made.draw(5).candidates(7).tolist() == drawn[:7]
+
+
+def test_a_token_that_was_added_is_counted():
+    tokenizer = letters()
+    text = "the grey harbour lay there"
+    assert ruler.Costs(tokenizer).texts([text]) == [len(text)]
+    tokenizer.add_tokens(["harbour"])
+    assert ruler.Costs(tokenizer).texts([text]) == [len(text) - len("harbour") + 1]
