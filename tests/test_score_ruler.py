@@ -162,6 +162,17 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(place, tmp_path, f
     assert len(asked) == count + 30
 
 
+def test_progress_counts_the_whole_run_whatever_the_calls_of_lm_eval(place, tmp_path, fake, monkeypatch, capsys):
+    fake(lambda request: "")
+    monkeypatch.setattr(scoring, "CALL_CHARACTERS", 1)  # a call a cell
+    score(config(place, tmp_path, quiet=False))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"vt@512: 30/30 samples, [\d,]+ tokens/s, 0:00 left", last)
+    calls = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [len(call["cells"]) for call in calls] == [1] * 6
+    assert all(5 * 300 < call["prompt_tokens"] <= 5 * 512 for call in calls)
+
+
 def test_another_checkpoint_or_seed_is_not_served_old_predictions(place, tmp_path):
     first = score(config(place, tmp_path))
     other = score(config(place, tmp_path, checkpoint=str(place / "mistral")))
