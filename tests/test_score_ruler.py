@@ -355,7 +355,17 @@ def test_errors_come_before_the_model_is_loaded(place, tmp_path, monkeypatch, ch
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_a_tampered_cache_is_an_error_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+    score(config(place, tmp_path, cache_dir=str(tmp_path / "cache"), prepare_only=True))
+    path = next((tmp_path / "cache").glob("vt-512-*.json"))
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=rf"{re.escape(path.name)}.*changed after it was written"):
+        score(config(place, tmp_path, cache_dir=str(tmp_path / "cache")))
+
+
 def test_corrupt_data_files_are_named_with_the_place(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
     (tmp_path / "squad.json").write_text('{"data": [\n {"title": }]}')
     with pytest.raises(ValueError, match=r"squad\.json, line 2, column"):
         score(config(place, tmp_path, tasks="qa_1", data_dir=str(tmp_path)))
