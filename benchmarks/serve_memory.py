@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = len(ruler.TASKS) if args.tasks == "all" else len(args.tasks.split(","))
     about: dict[str, Any] = {"suite": "speed", "model": "stand-in", "method": "ours", "seed": 0, "n": args.samples}
     about |= {"tasks": tasks, "lengths": [int(length) for length in args.lengths.split(",")]}
+    about["environment"] = rows.environment()
     about["texts"] = "random words" if args.data_dir is None else str(args.data_dir.name)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder, "model"), max(about["lengths"]))
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             given = sys.argv[1:] if argv is None else argv
             line = [sys.executable, "-m", "benchmarks.serve_memory", *given, "--part", part, folder]
             for metric, value in watched(line).items():
-                row = rows.result_row(task=part, metric=metric, value=value, **about, environment=rows.environment())
+                row = rows.result_row(task=part, metric=metric, value=value, **about)
                 out.add([row])
                 print(f"{part:<8} {metric:<24} {value:10.3f}", flush=True)
 
