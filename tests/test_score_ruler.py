@@ -225,6 +225,34 @@ def test_comparison_pairs_the_same_samples(place, tmp_path, fake):
     score(config(place, tmp_path / "c", tasks="vt", seed=4))
     with pytest.raises(ValueError, match="same samples"):
         compare.compare(tmp_path / "a", tmp_path / "c")
+    # one length of the two on other samples, beside one that agrees: nothing is compared in part
+    score(config(place, tmp_path / "d", tasks="vt", lengths="400"))
+    score(config(place, tmp_path / "d", tasks="vt", lengths="512", samples=4))
+    with pytest.raises(ValueError, match="vt@512 differs between"):
+        compare.compare(tmp_path / "a", tmp_path / "d")
+
+
+def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, capsys):
+    from endprompt.cli import main
+
+    runs = {"weak": "", "strong": "right"}
+    for name, kind in runs.items():
+        fake(lambda request, kind=kind: " ".join(request.doc["outputs"]) if kind or request.doc["index"] < 2 else "no")
+        score(config(place, tmp_path / name, tasks="vt", lengths="400"))
+    weak, strong = (str(tmp_path / name) for name in runs)
+    capsys.readouterr()
+    assert (
+        main(["score", strong, "--compare", weak, "--json"]) == 0
+    )  # the run in place of the checkpoint, less the other
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (found["first"], found["second"], found["difference"]) == (40, 100, 60)
+    assert main(["score", weak, "--show", "vt", "--wrong", "--json"]) == 0
+    assert [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()] == [2, 3, 4]
+    assert main(["score", weak, "--show", "vt"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("predicted") == 5 and printed.count("'no'") == 3
+    assert main(["score", weak, "--show", "cwe"]) == 1
+    assert "task 'cwe' was not run" in capsys.readouterr().err
 
 
 def test_predictions_can_be_read(place, tmp_path, fake):
