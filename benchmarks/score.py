@@ -30,6 +30,8 @@ from endprompt import rows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from benchmarks.backend import Progress
+
 # Prompt text held by one call of simple_evaluate, in characters: bounds the memory whatever the number of cells.
 CALL_CHARACTERS = 150_000_000
 SAMPLES = 500  # RULER's own number
@@ -340,10 +342,12 @@ def score_units(
     waiting = [unit for unit in units if unit.name not in done]
     if waiting:
         lm = load(config, max(needed(unit) for unit in units), window_of(model_config), tokenizer)
-        total = sum(len(unit.samples) for unit in waiting)
+        from benchmarks.backend import Progress
+
+        own = sum(-(-len(unit.samples) // lm.world_size) for unit in waiting)  # the first process takes the remainder
+        progress = Progress(own, quiet=config.quiet or lm.rank != 0)
         for group in groups(waiting):
-            done |= evaluate(config, group, lm, settings, total, out)
-            total -= sum(len(unit.samples) for unit in group)
+            done |= evaluate(config, group, lm, settings, progress, out)
     made = [done[unit.name] for unit in units if unit.name in done]
     if out is not None and config.suite == "ruler":
         write_summary(config, out, made, units)
@@ -424,7 +428,12 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
 
 
 def evaluate(
-    config: ScoreConfig, units: Sequence[Unit], lm: Any, settings: str, remaining: int, out: rows.RunDirectory | None
+    config: ScoreConfig,
+    units: Sequence[Unit],
+    lm: Any,
+    settings: str,
+    progress: Progress,
+    out: rows.RunDirectory | None,
 ) -> dict[str, dict[str, Any]]:
     """Rows of one group of units, appended to the results; on processes other than the first there are none."""
     from lm_eval.evaluator import simple_evaluate
@@ -432,9 +441,8 @@ def evaluate(
 
     from benchmarks import backend
 
-    began = time.perf_counter()
+    began, before = time.perf_counter(), progress.tokens
     predictions = backend.Predictions(config.directory, settings, lm.rank)
-    progress = backend.Progress(remaining, quiet=config.quiet or lm.rank != 0)
     chunk = config.batch_size if config.backend == "hf" else 256
     by_name = {unit.name: unit for unit in units}
 
@@ -459,7 +467,7 @@ def evaluate(
         return {}
     made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
     out.add(made.values())
-    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens)
+    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)
     return made
 
 

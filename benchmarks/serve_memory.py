@@ -13,12 +13,13 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = len(ruler.TASKS) if args.tasks == "all" else len(args.tasks.split(","))
     about: dict[str, Any] = {"suite": "speed", "model": "stand-in", "method": "ours", "seed": 0, "n": args.samples}
     about |= {"tasks": tasks, "lengths": [int(length) for length in args.lengths.split(",")]}
+    about["environment"] = rows.environment()
     about["texts"] = "random words" if args.data_dir is None else str(args.data_dir.name)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder, "model"), max(about["lengths"]))
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             given = sys.argv[1:] if argv is None else argv
             line = [sys.executable, "-m", "benchmarks.serve_memory", *given, "--part", part, folder]
             for metric, value in watched(line).items():
-                row = rows.result_row(task=part, metric=metric, value=value, **about, environment=rows.environment())
+                row = rows.result_row(task=part, metric=metric, value=value, **about)
                 out.add([row])
                 print(f"{part:<8} {metric:<24} {value:10.3f}", flush=True)
 
@@ -70,20 +72,31 @@ def watched(line: Sequence[str]) -> dict[str, float]:
 
     Pages that processes share count once (the proportional set size, Linux).
     """
-    import psutil
-
     together = 0
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as running:
         while running.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                parent = psutil.Process(running.pid)
-                family = [parent, *parent.children(recursive=True)]
-                together = max(together, sum(process.memory_full_info().pss for process in family))
+            together = max(together, sum(map(proportional_kib, family(running.pid))))
             time.sleep(EVERY)
         printed = running.stdout.read() if running.stdout else ""
     if running.returncode:
         raise SystemExit(running.returncode)
-    return {**json.loads(printed.splitlines()[-1]), "peak_gib_together": together / 2**30}
+    return {**json.loads(printed.splitlines()[-1]), "peak_gib_together": together / 2**20}
+
+
+def family(process: int) -> Iterator[int]:
+    """The process and all that descend from it."""
+    yield process
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            yield from family(int(child))
+
+
+def proportional_kib(process: int) -> int:
+    """Memory of a process in KiB, pages shared with others by their share; 0 of one that has ended."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
 
 
 def measure(args: argparse.Namespace, part: str, folder: Path) -> dict[str, float]:

@@ -162,6 +162,17 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(place, tmp_path, f
     assert len(asked) == count + 30
 
 
+def test_progress_counts_the_whole_run_whatever_the_calls_of_lm_eval(place, tmp_path, fake, monkeypatch, capsys):
+    fake(lambda request: "")
+    monkeypatch.setattr(scoring, "CALL_CHARACTERS", 1)  # a call a cell
+    score(config(place, tmp_path, quiet=False))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"vt@512: 30/30 samples, [\d,]+ tokens/s, 0:00 left", last)
+    calls = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [len(call["cells"]) for call in calls] == [1] * 6
+    assert all(5 * 300 < call["prompt_tokens"] <= 5 * 512 for call in calls)
+
+
 def test_another_checkpoint_or_seed_is_not_served_old_predictions(place, tmp_path):
     first = score(config(place, tmp_path))
     other = score(config(place, tmp_path, checkpoint=str(place / "mistral")))
@@ -214,6 +225,34 @@ def test_comparison_pairs_the_same_samples(place, tmp_path, fake):
     score(config(place, tmp_path / "c", tasks="vt", seed=4))
     with pytest.raises(ValueError, match="same samples"):
         compare.compare(tmp_path / "a", tmp_path / "c")
+    # one length of the two on other samples, beside one that agrees: nothing is compared in part
+    score(config(place, tmp_path / "d", tasks="vt", lengths="400"))
+    score(config(place, tmp_path / "d", tasks="vt", lengths="512", samples=4))
+    with pytest.raises(ValueError, match="vt@512 differs between"):
+        compare.compare(tmp_path / "a", tmp_path / "d")
+
+
+def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, capsys):
+    from endprompt.cli import main
+
+    runs = {"weak": "", "strong": "right"}
+    for name, kind in runs.items():
+        fake(lambda request, kind=kind: " ".join(request.doc["outputs"]) if kind or request.doc["index"] < 2 else "no")
+        score(config(place, tmp_path / name, tasks="vt", lengths="400"))
+    weak, strong = (str(tmp_path / name) for name in runs)
+    capsys.readouterr()
+    assert (
+        main(["score", strong, "--compare", weak, "--json"]) == 0
+    )  # the run in place of the checkpoint, less the other
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (found["first"], found["second"], found["difference"]) == (40, 100, 60)
+    assert main(["score", weak, "--show", "vt", "--wrong", "--json"]) == 0
+    assert [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()] == [2, 3, 4]
+    assert main(["score", weak, "--show", "vt"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("predicted") == 5 and printed.count("'no'") == 3
+    assert main(["score", weak, "--show", "cwe"]) == 1
+    assert "task 'cwe' was not run" in capsys.readouterr().err
 
 
 def test_predictions_can_be_read(place, tmp_path, fake):
@@ -344,7 +383,17 @@ def test_errors_come_before_the_model_is_loaded(place, tmp_path, monkeypatch, ch
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_a_tampered_cache_is_an_error_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+    score(config(place, tmp_path, cache_dir=str(tmp_path / "cache"), prepare_only=True))
+    path = next((tmp_path / "cache").glob("vt-512-*.json"))
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=rf"{re.escape(path.name)}.*changed after it was written"):
+        score(config(place, tmp_path, cache_dir=str(tmp_path / "cache")))
+
+
 def test_corrupt_data_files_are_named_with_the_place(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
     (tmp_path / "squad.json").write_text('{"data": [\n {"title": }]}')
     with pytest.raises(ValueError, match=r"squad\.json, line 2, column"):
         score(config(place, tmp_path, tasks="qa_1", data_dir=str(tmp_path)))
