@@ -216,6 +216,24 @@ def test_training_learns_and_writes_what_it_did(extend_config, llama):
     assert {"config.yaml", "environment.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}
 
 
+def test_what_is_dropped_and_truncated_is_printed_and_recorded(extend_config, documents, tokenizer, capsys):
+    texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # with the end of the text
+    needed = 96
+    short = [length for length in lengths if length < needed]
+    long = [length - needed for length in lengths if length >= needed]
+    options = {"scheme": "contiguous", "prompt": None, "row_tokens": needed, "steps": 1, "rows": 2}
+    output = train.extend(extend_config(long_documents="truncate", **options))
+    assert short and sum(long)
+    assert (
+        f"{len(long)} rows of 96 tokens a pass, 2 to train on; dropped {len(short)} shorter documents ({sum(short):,} "
+        f"tokens), truncated {sum(long):,} tokens"
+    ) in capsys.readouterr().err
+    about = json.loads((output / "endprompt.json").read_text())
+    assert about["documents_dropped"] == len(short) and about["tokens_dropped"] == sum(short)
+    assert about["tokens_truncated"] == sum(long)
+
+
 def test_tokens_decide_the_steps(extend_config):
     assert train.total_steps(extend_config(steps=None, tokens=1_000_000_000, rows=64), 8192) == 1907
 
