@@ -188,6 +188,22 @@ def test_guard_stops_at_a_loss_that_is_not_finite_and_keeps_the_state_before(ext
     assert not (tmp_path / "out").exists()
 
 
+def test_guard_stops_a_run_that_diverges_and_keeps_the_state_before(extend_config, tmp_path):
+    config = extend_config(steps=8, save_every=2, divergence=1.0)
+    original = train.Trainer.train_step
+
+    def rising(self, batch, rate):
+        loss, norm = original(self, batch, rate)
+        return (loss + 20 if self.step >= 4 else loss), norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", rising)
+        with pytest.raises(ValueError, match=r"diverged at step 5: .* over divergence=1\.0 .*step-00000004"):
+            train.extend(config)
+    assert [path.name for path in checkpoint.states(tmp_path / "out.partial/states")][-1] == "step-00000004"
+    assert not (tmp_path / "out").exists()
+
+
 def test_memory_that_is_too_small_says_what_to_change(extend_config):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
