@@ -973,8 +973,8 @@ def h200(suite: Suite) -> None:
     """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
 
     The attention kernels; whole steps with the faster one, in bfloat16 and float8; full length with it, and both with
-    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of Figure 4;
-    the device's ceilings.
+    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of the
+    paper's Figure 4; the device's ceilings.
     """
     tiny = suite.config.tiny
     learner, layer = ("tiny", {"shape": "tiny"}) if tiny else ("small", {"shape": "llama3-8b"})

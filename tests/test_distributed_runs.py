@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from endprompt import train
+from endprompt import bench_many, train
 from endprompt.rows import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 KILLED_IN_SAVE = """
 import json, os, signal, sys
 import torch.distributed.checkpoint as dcp
-from endprompt import train
+from endprompt import bench_many, train
 
 save, saves = dcp.save, []
 def saved(*args, **kwargs):
@@ -39,7 +40,7 @@ RUNS = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from endprompt import train
+from endprompt import bench_many, train
 
 jobs = json.load(open(sys.argv[1]))
 if os.environ["WORLD_SIZE"] != "1":
@@ -146,3 +147,25 @@ def test_two_gpus_train_as_one(extend_config, tmp_path):
     for name in two:
         exact = name in ("plain", "compiled")
         assert two[name] == pytest.approx(one[name], rel=1e-4 if exact else 1e-2), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"), [({"shape": "llama9"}, "shape='llama9'"), ({"steps": 1}, "at least 2: steps=1")]
+)
+def test_impossible_measurements_name_key_and_value(changes, rule, tmp_path):
+    with pytest.raises(ValueError, match=rule):
+        bench_many.measure(bench_many.ManyConfig(work=str(tmp_path), **changes))
+
+
+@pytest.mark.slow
+def test_measurement_of_several_processes_is_a_real_run(tmp_path):
+    config = bench_many.ManyConfig(
+        work=str(tmp_path), shape="tiny", device="cpu", row_tokens=32, target=128, rows=4, compile="none"
+    )
+    rows = {row["metric"]: row for row in bench_many.measure(config)}
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows["tokens_per_s"]["value"] == pytest.approx((log[1]["tokens_per_s"] + log[2]["tokens_per_s"]) / 2)
+    assert rows["tokens_per_s_a_process"]["value"] == rows["tokens_per_s"]["value"] / 2
+    assert 0.1 < rows["host_gib_least"]["value"] <= rows["host_gib"]["value"] < 4
+    assert rows["tokens_per_s"]["loss"] == pytest.approx(math.log(256), abs=0.3)  # random weights know nothing
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_position_embeddings"] == 128
