@@ -15,7 +15,7 @@ from paper_figures.names import SCALINGS, SCHEMES
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
 OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms")
-OPTIONAL += ("recall_span", "pieces")
+OPTIONAL += ("recall_span", "pieces", "seeds")
 CUE_WEIGHT = 0.1
 #: Tokens of a quotation and pieces of a context that a label does not tell, because most arms have them.
 SPAN, PIECES = 40, 3
@@ -72,7 +72,8 @@ def _cue(prompt: Any, span: float | None) -> str:
 
 def _has_seeds(rows: pd.DataFrame) -> pd.Series:
     """Rows of arms with at least half of the seeds that most arms of the same base and fold have."""
-    seeds = rows["seeds"] if "seeds" in rows else rows.groupby(["base", "fold", "arm"])["seed"].transform("nunique")
+    counted = rows.groupby(["base", "fold", "arm"])["seed"].transform("nunique")
+    seeds = rows["seeds"].fillna(counted)  # rows of several seeds together say how many
     usual = seeds.groupby([rows["base"], rows["fold"]]).transform(lambda counts: counts.value_counts().index[0])
     return seeds >= usual / 2
 

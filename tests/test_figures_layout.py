@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from lab_rows import lab_run
 from matplotlib.text import Text
 
 from paper_figures import catalog, style
-from paper_figures.data import NoData, load, read_results
 from paper_figures.names import LONGBENCH, LONGBENCH_ZH
 
 LABS = ("plan", "small")
@@ -33,6 +33,11 @@ LONGBENCH_RUNS = {
     "one checkpoint": (("base",), ENGLISH + CHINESE),
     "two sets": (("base", "endprompt+EP_1+yarn"), ["gov_report", "lcc"]),
 }
+from paper_figures.data import DATA, NoData, load, read_results
+
+LABS = ("plan", "small")
+#: The rows that the project ships.
+MEASURED = sorted((DATA / "measured").glob("*.jsonl"))
 MANY = {
     "base": (100, 0, 0, 0),
     "base+yarn": (70, 60, 50, 40),
@@ -63,6 +68,7 @@ def runs(tmp_path_factory):
         "lab": read_results([root / "lab"]),
         "one": read_results([root / "one"]),
         "plan": read_results([lab_run(root / "plan")]),
+        "measured": read_results(MEASURED),
         "small": read_results([lab_run(root / "small", bases=((256, 8),), seeds=(0, 1))]),
     } | {name: read_results([write_run(root / name, longbench_rows(*of))]) for name, of in LONGBENCH_RUNS.items()}
 
@@ -87,6 +93,7 @@ CASES = [
     for which in (("none", "demo", "lab", "one") if catalog.module(name).INPUTS.rows else ("none",))
 ] + [(name, which) for name in catalog.FIGURES if "ruler" in catalog.module(name).INPUTS.rows for which in LABS]
 CASES += [("longbench_bars", which) for which in LONGBENCH_RUNS]
+CASES += [pytest.param(name, "measured", marks=pytest.mark.slow) for name in catalog.FIGURES]
 
 
 @pytest.mark.parametrize(("name", "which"), CASES)
@@ -206,3 +213,21 @@ def test_demo_methods_are_all_named_in_the_picture(runs):
 def test_style_is_one_file():
     root = Path(style.__file__).parent
     assert [path.name for path in root.rglob("*.mplstyle")] == ["journal.mplstyle"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex with booktabs and longtable")
+def test_latex_sets_every_table_without_complaint(tmp_path):
+    """Those of the shipped rows, in one document of one column: no error, no line wider than the page."""
+    rows = read_results(MEASURED)
+    for name in catalog.TABLES:
+        catalog.make(name, rows, tmp_path)
+    lines = ["\\documentclass{article}", "\\usepackage[a4paper,margin=2cm]{geometry}"]
+    lines += ["\\usepackage{booktabs,graphicx,longtable}", "\\begin{document}"]
+    lines += [f"\\input{{{name}.tex}}\\clearpage" for name in catalog.TABLES]
+    (tmp_path / "all.tex").write_text("\n".join([*lines, "\\end{document}"]))
+    for _ in range(3):  # longtable needs a second and a third run to align its pages
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+        assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout and "undefined" not in done.stdout
