@@ -90,9 +90,17 @@ def test_command_on_a_page_is_one_that_the_script_takes(page, arguments):
 
 CHEAP = ("audit", "plan", "positions", "tasks-path", "figures", "env", "completion")
 #: Commands of the README that are run one after the other, in this order, with fewer of everything.
-WALK = ("extend --model", "prepare --data a.", "verify extended", "score extended --tasks niah", "score extended --show",
-        "score runs/", "score extended --suite longbench --tasks qasper,hotpotqa_e", "figures --results runs/score",
-        "card extended")  # fmt: skip
+WALK = (
+    "extend --model",
+    "prepare --data a.",
+    "verify extended",
+    "score extended --tasks niah",
+    "score extended --show",
+    "score runs/",
+    "score extended --suite longbench --tasks qasper,hotpotqa_e",
+    "figures --results runs/score",
+    "card extended",
+)
 #: Commands that are not run as they stand, why, and the tests that run what they are made of.
 ELSEWHERE = {
     "extend --recipe": ("needs a checkpoint of 8B", "test_recipes.py", "test_train.py"),
