@@ -97,6 +97,12 @@ def test_a_violated_bound_is_said_and_is_the_exit_code(played, capsys):
     ]
 
 
+def test_the_page_is_named_as_a_terminal_opens_it(played, capsys):
+    _, notes, run = played()
+    assert f"open in a browser: {(run / 'report.html').resolve().as_uri()}\n" in capsys.readouterr().err
+    assert notes["opened"] == []
+
+
 def test_figures_that_cannot_be_drawn_are_an_error(played):
     with pytest.raises(ValueError, match="the figures could not be drawn: endprompt: no font"):
         played(drawn=1)
