@@ -18,6 +18,7 @@ from lab_rows import lab_run
 from matplotlib.text import Text
 
 from paper_figures import catalog, style
+from paper_figures.data import DATA, NoData, load, read_results
 from paper_figures.names import LONGBENCH, LONGBENCH_ZH
 
 LABS = ("plan", "small")
@@ -33,9 +34,6 @@ LONGBENCH_RUNS = {
     "one checkpoint": (("base",), ENGLISH + CHINESE),
     "two sets": (("base", "endprompt+EP_1+yarn"), ["gov_report", "lcc"]),
 }
-from paper_figures.data import DATA, NoData, load, read_results
-
-LABS = ("plan", "small")
 #: The rows that the project ships.
 MEASURED = sorted((DATA / "measured").glob("*.jsonl"))
 MANY = {
