@@ -737,6 +737,7 @@ def attention_rates(shape: str, tokens: int, rows: int = 2) -> list[dict[str, An
         return whole.transpose(1, 2).requires_grad_()
 
     query, key, value, grad = (random(count) for count in (heads, groups, groups, heads))
+    parts = (query, key, value)
     causal = 2.0 * rows * tokens * tokens * hidden
     rates: dict[str, float] = {}
     for name in backends(device):
@@ -749,7 +750,7 @@ def attention_rates(shape: str, tokens: int, rows: int = 2) -> list[dict[str, An
         try:
             rates[f"attention {name}: forward"] = rate(causal, forward)
             rates[f"attention {name}: forward and backward"] = rate(
-                3.5 * causal, lambda: forward().backward(grad.detach().transpose(1, 2))
+                3.5 * causal, lambda: torch.autograd.grad(forward(), parts, grad.detach().transpose(1, 2))
             )
         except Exception as error:  # a package's kernel may not run here: the others still count
             say(f"attention {name}: {error!r}")
@@ -763,9 +764,10 @@ def installed(attention: str) -> bool:
     from endprompt.model import FLASH_PACKAGES
 
     try:
-        return importlib.util.find_spec(FLASH_PACKAGES[attention][0]) is not None
+        spec = importlib.util.find_spec(FLASH_PACKAGES[attention][0])
     except ModuleNotFoundError:
         return False
+    return spec is not None and spec.origin is not None  # flash-attn-4 alone leaves `flash_attn` an empty namespace
 
 
 def rate_rows(rates: dict[str, float], shape: str, tokens: int) -> list[dict[str, Any]]:
@@ -817,7 +819,6 @@ class Suite:
         self.results = output / "results.jsonl"
         self.started = time.monotonic()
         self.failed: list[str] = []
-        self.speeds: dict[str, float] = {}
         self.can_fork: bool | None = None
 
     def left(self) -> float:
@@ -959,61 +960,57 @@ def toy(config: BenchConfig) -> BenchConfig:
 def h200(suite: Suite) -> None:
     """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
 
-    float8 and bfloat16 by setting, the better attention kernel if there are two, whole steps with the best of them; the
-    reference; the methods of the paper's Figure 4 at 64K and 32K; does a lean step learn; the device's ceilings.
+    The attention kernels; whole steps with the faster one, in bfloat16 and float8; full length with it, and both with
+    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of the paper's
+    Figure 4; the device's ceilings.
     """
     tiny = suite.config.tiny
-    flash = tiny or installed("flash_attention_4")
-    new = {"attention": "flash_attention_4"}
     learner, layer = ("tiny", {"shape": "tiny"}) if tiny else ("small", {"shape": "llama3-8b"})
+    rates = suite.part("kernels", 40, "attention_rates", {**layer, "tokens": 64 if tiny else 8192})
+    suite.part("logits", 40, "backend_errors", {**layer, "layers": 2, "tokens": 64 if tiny else 1024})
 
-    if flash:
-        suite.part("logits", 45, "backend_errors", {**layer, "layers": 2, "tokens": 64 if tiny else 1024})
-        suite.part("kernels", 45, "attention_rates", {**layer, "tokens": 64 if tiny else 8192})
-    float8 = fastest(
-        suite,
-        {
-            "float8": {"float8": "fast", "joint": False},
-            "float8, joint": {"float8": "fast", "joint": True},
-        },
-        {"float8": "fast", "joint": suite.config.joint},
-    )
+    best = {"attention": faster_attention(rates, suite.config.attention)}
+    sdpa = {"attention": "sdpa"}
     plain: dict[str, Any] = {"joint": False}
-    if flash:
-        float8 = fastest(suite, {"float8, flash_attention_4": float8 | new}, float8)
-        plain = fastest(suite, {"endprompt": plain, "endprompt, flash_attention_4": plain | new}, plain)
-    suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8)
-    suite.measure("endprompt, whole step", 75, whole_step=True, profile=True, **plain)
+    float8 = plain | {"float8": "fast"}
+    long = plain | {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
     reference = {"method": "reference", "optimizer": "adamw", "fused_sums": False, "micro_rows": 1, "recompute": "full"}
-    suite.measure("reference, short rows, with its update", 25, target=8192, **reference)
+    longlora = long | {"method": "longlora", "fused_sums": False}
+    lceg = long | reference | {"whole_logits": False}
+    at_64k = {"row_tokens": 65536, "target": 65536, "rows": 8}
+    at_32k = {"row_tokens": 32768, "target": 32768, "rows": 16}
 
-    long = {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
-    full = {"method": "full", "joint": False} | long
-    longlora = {"method": "longlora", "joint": False, "fused_sums": False} | long
-    lceg = reference | long | {"whole_logits": False}
-    for window, rows in ((65536, 8), (32768, 16)):
-        size = {"row_tokens": window, "target": window, "rows": rows}
-        named = f"{window:,}"
-        suite.measure(f"full, {named}", 45 if rows == 8 else 25, **size, **full)
-        suite.measure(f"longlora, {named}", 40 if rows == 8 else 25, **size, **longlora)
-        suite.measure(f"LCEG, {named}", 45 if rows == 8 else 25, **size, **lceg)
-        suite.measure(f"short rows, target {named}", 25, target=window, **plain)
-    for arm in ("lean", "lean-float8-fast", "lean-float8-exact", "exact", "nearest"):
+    suite.measure("endprompt, whole step", 65, whole_step=True, profile=True, **plain, **best)
+    suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8, **best)
+    suite.measure("endprompt, sdpa", 35, profile=True, **plain, **sdpa)
+    suite.measure("full, 65,536", 40, method="full", **at_64k, **long, **best)
+    if best != sdpa:
+        suite.measure("full, 65,536, sdpa", 35, method="full", **at_64k, **long, **sdpa)
+    suite.measure("LCEG, 65,536", 35, **at_64k, **lceg)
+    suite.measure("reference, short rows, with its update", 20, target=8192, **reference)
+    suite.measure("full, 65,536, float8", 40, method="full", **at_64k, **(long | float8), **best)
+    for arm in ("lean", "lean-float8-exact", "lean-float8-fast", "exact", "nearest"):
         learn = {"steps": 20 if tiny else 400, "rows": 4 if tiny else 64, "lr": 1e-3, "shape": learner, "compile": True}
-        suite.part(f"loss, {arm}", 30, "loss_curve", {"arm": arm, **learn})
+        suite.part(f"loss, {arm}", 40, "loss_curve", {"arm": arm, **learn})
+    suite.measure("longlora, 65,536", 40, **at_64k, **longlora)
+    suite.measure("full, 32,768", 25, method="full", **at_32k, **long, **best)
+    suite.measure("longlora, 32,768", 25, **at_32k, **longlora)
+    suite.measure("LCEG, 32,768", 25, **at_32k, **lceg)
+    suite.measure("short rows, target 32,768", 35, target=32768, **plain, **best)
     suite.part("gradient sums", 15, "sum_errors", {"micro_batches": 8 if tiny else 32, "shape": learner})
     suite.part("ceilings", 25, "ceilings", {**layer, "tokens": 64 if tiny else 16384})
 
 
-def fastest(suite: Suite, settings: dict[str, dict[str, Any]], otherwise: dict[str, Any]) -> dict[str, Any]:
-    """The setting with the most tokens/s below 130 GiB; `otherwise` also counts, with the speed it had in this run."""
-    measured = [(suite.speeds.get(repr(otherwise), 0.0), otherwise)]
-    for name, setting in settings.items():
-        values = suite.measure(name, 45, profile="float8" in name, **setting)
-        if values and values.get("peak_gib", 0) < 130:
-            suite.speeds[repr(setting)] = values["tokens_per_s"]
-            measured.append((values["tokens_per_s"], setting))
-    return max(measured, key=lambda item: item[0])[1]
+def faster_attention(rates: list[dict[str, Any]], otherwise: str) -> str:
+    """The attention with the highest rate forward and backward: a flash one by its name, sdpa for cuDNN's.
+
+    rates: rows of `attention_rates`; without them, `otherwise`.
+    """
+    whole = {row["task"]: row["value"] for row in rates if row["task"].endswith(": forward and backward")}
+    if not whole:
+        return otherwise
+    name = max(whole, key=lambda task: whole[task]).removeprefix("attention ").partition(":")[0]
+    return name if name.startswith("flash") else "sdpa"
 
 
 SUITES: dict[str, Callable[[Suite], None]] = {"h200": h200}

@@ -196,19 +196,23 @@ def causal_only_shifted(
     """Shifted sparse attention of LongLoRA (Chen et al. 2023, arXiv:2309.12307), for training only.
 
     The row is cut into 4 groups and tokens attend within theirs; for the second half of the heads the borders are moved
-    by half a group, and nothing wraps around: the halves at both ends are groups of their own.
-    Raises ValueError if the row has no 8 equal parts or the heads no two halves.
+    by half a group, and nothing wraps around: the halves at both ends are groups of their own. Of an odd number of
+    heads the first half is the smaller one, as in the authors' code.
+    Raises ValueError if the row has no 8 equal parts or there is one head alone.
     """
     heads, groups, tokens = query_BHTD.shape[1], key_BGTD.shape[1], query_BHTD.shape[2]
-    if tokens % 8 or groups % 2:
-        raise ValueError(f"shifted attention needs tokens in 8 equal parts and key heads in 2: {tokens=} {groups=}")
+    if tokens % 8 or heads < 2:
+        raise ValueError(f"shifted attention needs tokens in 8 equal parts and two heads or more: {tokens=} {heads=}")
+    if groups % 2 and groups != heads:  # the border of the halves may cut through the query heads of one key head
+        key_BGTD, value_BGTD = (x.repeat_interleave(heads // groups, dim=1) for x in (key_BGTD, value_BGTD))
+        groups = heads
     half = tokens // 8
     plain_borders = [(0, 2 * half), (2 * half, 4 * half), (4 * half, 6 * half), (6 * half, 8 * half)]
     moved_borders = [(0, half), (half, 3 * half), (3 * half, 5 * half), (5 * half, 7 * half), (7 * half, 8 * half)]
     parts = []
-    for first, borders in ((0, plain_borders), (1, moved_borders)):
-        of_heads = slice(first * heads // 2, (first + 1) * heads // 2)
-        of_groups = slice(first * groups // 2, (first + 1) * groups // 2)
+    plain = slice(heads // 2), slice(groups // 2)
+    moved = slice(heads // 2, heads), slice(groups // 2, groups)
+    for (of_heads, of_groups), borders in ((plain, plain_borders), (moved, moved_borders)):
         outs = [
             causal_only_sdpa(
                 module,
@@ -261,7 +265,12 @@ def register_causal_only() -> None:
     from transformers import AttentionInterface
 
     for name, function in ATTENTIONS.items():
-        AttentionInterface.register(PREFIX + name, function)
+        AttentionInterface.register(registered_name(name), function)
+
+
+def registered_name(name: str) -> str:
+    """transformers' name of a causal-only attention: it takes any with "flash" in it for one of its own packages."""
+    return PREFIX + name.replace("flash_attention_", "fa")
 
 
 def training_attention(name: str) -> str:
@@ -274,7 +283,7 @@ def training_attention(name: str) -> str:
     if name in FLASH_PACKAGES:
         _flash_function(name)
     register_causal_only()
-    return PREFIX + name
+    return registered_name(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,24 +55,31 @@ def test_cudnn_by_name_is_for_cuda_alone():
         causal_only_cudnn(torch.nn.Module(), x, x, x)
 
 
-def test_shifted_attention_sees_its_groups_and_nothing_else():
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "plain_heads"), [(4, 2, 2), (4, 4, 2), (3, 3, 1), (5, 5, 2), (6, 3, 3), (3, 1, 1), (2, 1, 1)]
+)
+def test_shifted_attention_sees_its_groups_and_nothing_else(heads, key_heads, plain_heads):
     """Against a softmax with masks typed out for 16 tokens: groups of 4, the second half of the heads moved by 2."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
+    q, k, v = torch.randn(2, heads, 16, 8), torch.randn(2, key_heads, 16, 8), torch.randn(2, key_heads, 16, 8)
     plain = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
     moved = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4]
     out, _ = causal_only_shifted(torch.nn.Module(), q, k, v, scaling=8**-0.5)
-    for head in range(4):
-        group = torch.tensor(plain if head < 2 else moved)
+    for head in range(heads):
+        group = torch.tensor(plain if head < plain_heads else moved)
         allowed = (group[:, None] == group[None, :]) & torch.ones(16, 16).tril().bool()
-        logits = (q[:, head] @ k[:, head // 2].transpose(1, 2) * 8**-0.5).masked_fill(~allowed, -math.inf)
-        torch.testing.assert_close(out[:, :, head], logits.softmax(-1) @ v[:, head // 2], rtol=1e-5, atol=1e-6)
+        own_k, own_v = k[:, head * key_heads // heads], v[:, head * key_heads // heads]
+        logits = (q[:, head] @ own_k.transpose(1, 2) * 8**-0.5).masked_fill(~allowed, -math.inf)
+        torch.testing.assert_close(out[:, :, head], logits.softmax(-1) @ own_v, rtol=1e-5, atol=1e-6)
 
 
 def test_shifted_attention_refuses_rows_that_do_not_divide():
     x = torch.randn(1, 2, 12, 8)
     with pytest.raises(ValueError, match="tokens=12"):
         causal_only_shifted(torch.nn.Module(), x, x, x)
+    alone = torch.randn(1, 1, 16, 8)
+    with pytest.raises(ValueError, match="heads=1"):
+        causal_only_shifted(torch.nn.Module(), alone, alone, alone)
 
 
 def available(name):

@@ -136,7 +136,7 @@ def test_the_presets_stand_for_cells_that_can_be_trained(name):
     from benchmarks.lab.runner import check_rows
 
     config = LabConfig(preset=name)
-    cells = matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), name, config)
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), name, config)
     check_rows(cells)
     assert all(len({c.sha256 for c in cells if c.seed == seed}) for seed in {c.seed for c in cells})
     assert len({cell.sha256 for cell in cells}) == len(cells) == len({cell.name for cell in cells})
@@ -144,7 +144,7 @@ def test_the_presets_stand_for_cells_that_can_be_trained(name):
 
 def test_full_length_arms_of_micro_have_the_tokens_of_the_short_ones():
     config = LabConfig(preset="micro")
-    cells = matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), "micro", config)
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
 
     def tokens(cell):
         return cell.steps * cell.rows * cell.row_tokens
@@ -157,7 +157,7 @@ def test_full_length_arms_of_micro_have_the_tokens_of_the_short_ones():
 
 def test_micro_answers_every_question_with_five_seeds():
     config = LabConfig(preset="micro")
-    cells = matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), "micro", config)
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
     for question in range(1, 8):
         asked = [cell for cell in cells if question in cell.questions]
         assert {cell.seed for cell in asked} == set(range(5)), question

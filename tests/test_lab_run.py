@@ -241,7 +241,7 @@ def test_cells_of_one_shape_stay_with_their_worker_and_the_longest_come_first(tm
 
 
 def cells_of_preset(config):
-    return matrix.cells(matrix.read_matrix(matrix.matrix_file(config)), str(config.preset), config)
+    return matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), str(config.preset), config)
 
 
 @pytest.mark.parametrize(

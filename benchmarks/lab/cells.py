@@ -157,7 +157,9 @@ def scored(
     )
     keys = {"cell": cell.sha256, "base": cell.base, "fold": cell.fold, "arm": cell.arm, "method": cell.method}
     where = {"seed": cell.seed, "task": item.task, "length": item.length}
-    made.scores.append({**keys, **where, "scores": [round(value, 2) for value in percent]})
+    depths = [one["depth"][0] if len(one["depth"]) == 1 else None for one in samples]
+    line = {**keys, **where, "scores": [round(value, 2) for value in percent]}
+    made.scores.append(line | ({"depths": depths} if None not in depths else {}))
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,8 +208,12 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
         "prompt_weight": spec.prompt_weight if spec.prompt else None,
         "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "anchors": config.anchors if config.scheme == "anchors" else None,
+        "recall_span": config.recall_span if set(prompt_names(config)) & {"recall", "recall-2", "question"} else None,
+        "pieces": config.pieces if "sentences" in config.scheme else None,
+        "lr": config.lr,
         "attention": config.attention,
         "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha if config.lora_rank else None,
         "row_tokens": cell.row_tokens,
         "rows": cell.rows,
         "train_tokens": about["tokens"],

@@ -13,6 +13,7 @@ A matrix is a YAML file:
         target: 2048
         lengths: [256, 1024, 2048]
         train: {lr: 1.0e-3, rows: 16}
+        documents: {256: 16000}       at least so many training documents of a row's length: for the same as another's
         runs:
           - {questions: [1], arms: [recall], scaling: [linear, yarn], steps: [100, 300]}
 
@@ -53,7 +54,8 @@ class LabConfig:
     """Settings of `endprompt lab`.
 
     Args:
-        preset: a matrix that the package ships: smoke, micro, search, paper-scale and others of --list-presets.
+        preset: a matrix that the package ships: smoke, micro, search, paper-scale and others of --list-presets; several
+            with commas between them are run as one.
         matrix: a matrix file of your own, instead of a preset.
         output: run directory; a second run of the same one does only what is missing.
         jobs: worker processes; 0 takes one a core on a CPU, and eight on a GPU, which they share.
@@ -218,17 +220,18 @@ def preset_list() -> str:
     return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
 
 
-def matrix_file(config: LabConfig) -> Path:
-    """The matrix asked for. Raises ValueError if there is none."""
+def matrix_files(config: LabConfig) -> list[Path]:
+    """The matrices asked for. Raises ValueError if there is none."""
     if config.matrix:
         path = Path(config.matrix)
         if not path.is_file():
             raise ValueError(f"matrix must be a file: matrix={config.matrix!r}")
-        return path
+        return [path]
     known = presets()
-    if config.preset not in known:
+    names = list(dict.fromkeys(name.strip() for name in (config.preset or "").split(",")))
+    if not set(names) <= known.keys():
         raise ValueError(f"preset must be one of {', '.join(known)} (or give matrix): preset={config.preset!r}")
-    return known[config.preset]
+    return [known[name] for name in names]
 
 
 def read_matrix(path: Path) -> dict[str, Any]:
@@ -279,6 +282,24 @@ def base_sha256(model: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
+
+
+def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> list[Cell]:
+    """The cells of several matrices (source -> content), each once.
+
+    Raises ValueError if two matrices mean different cells by one base, target, arm and seed.
+    """
+    made: dict[tuple[Any, ...], Cell] = {}
+    for source, content in matrices.items():
+        for cell in cells(content, source, config):
+            key = (cell.base, cell.target, cell.arm, cell.seed)
+            other = made.setdefault(key, cell)
+            if other.sha256 != cell.sha256:
+                raise ValueError(
+                    f"{source}: {cell.name} has other settings than in {', '.join(matrices)}: run it apart"
+                )
+            made[key] = dataclasses.replace(other, questions=tuple(sorted({*other.questions, *cell.questions})))
+    return list(made.values())
 
 
 def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Cell]:
@@ -333,7 +354,7 @@ def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scor
     return dataclasses.replace(made, samples=config.samples) if config.samples else made
 
 
-BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "seeds"}
+BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "documents", "seeds"}
 RUN = {"arms", "questions", "verify", "seeds"}
 
 
@@ -353,6 +374,7 @@ def block_cells(
     if target <= window or target % window:
         raise ValueError(f"{where}: the target must be a multiple of the window {window}: target={target}")
     common = {**content.get("train", {}), **block.get("train", {})}
+    fewest = {int(tokens): int(count) for tokens, count in block.get("documents", {}).items()}
     for run in block["runs"]:
         check_keys(run, RUN | SETTINGS, f"{where}, run")
         for name in run["arms"]:
@@ -394,7 +416,7 @@ def block_cells(
                 whole = dataclasses.replace(
                     cell,
                     method=method_of(cell, arm, told),
-                    documents=min(max(cell.steps * cell.rows, cell.rows), limit),
+                    documents=max(min(max(cell.steps * cell.rows, cell.rows), limit), fewest.get(cell.row_tokens, 0)),
                     longest=room,
                 )
                 for seed in config.seeds or run.get("seeds") or block.get("seeds") or content.get("seeds", [0]):
@@ -469,6 +491,8 @@ class Rate:
     start: float
 
 
+#: Steps that are not recorded as a graph take so much longer on a shared GPU (LongLoRA's: 53 s where 18 were expected).
+PLAIN_STEPS = 3.0
 #: On two CPU cores by measurement. On a GPU that 8 workers share it says 5 minutes for preset micro; one H200 took 6.
 RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
 
@@ -493,4 +517,7 @@ def score_flops(cell: Cell) -> float:
 def seconds(cell: Cell, device: str) -> float:
     """What a worker is expected to need for a cell."""
     rate = RATES[device]
-    return rate.cell + max(train_flops(cell) / rate.flops, cell.steps * rate.step) + score_flops(cell) / rate.flops
+    training = max(train_flops(cell) / rate.flops, cell.steps * rate.step)
+    if device == "cuda" and cell.settings.get("lora_rank"):
+        training *= PLAIN_STEPS
+    return rate.cell + training + score_flops(cell) / rate.flops

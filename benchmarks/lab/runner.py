@@ -50,13 +50,17 @@ def lab(config: LabConfig) -> int:
     if config.list_presets:
         print(matrix.preset_list())
         return 0
-    path = matrix.matrix_file(config)
-    content = matrix.read_matrix(path)
-    if content.get("kind") == "paper-scale":
-        from benchmarks.lab import paper_scale
+    matrices = {str(path): matrix.read_matrix(path) for path in matrix.matrix_files(config)}
+    for source, content in matrices.items():
+        if content.get("kind") == "paper-scale":
+            from benchmarks.lab import paper_scale
 
-        return paper_scale.run(content, config)
-    cells = matrix.chosen(matrix.cells(content, str(path), config), config.only)
+            if len(matrices) > 1:
+                raise ValueError(
+                    f"{source} only makes a plan, so it cannot be run with others: preset={config.preset!r}"
+                )
+            return paper_scale.run(content, config)
+    cells = matrix.chosen(matrix.all_cells(matrices, config), config.only)
     device = device_of(config)
     jobs = jobs_of(config, device, len(cells))
     if config.dry_run:
