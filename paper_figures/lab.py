@@ -14,8 +14,18 @@ from paper_figures.names import SCALINGS, SCHEMES
 
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
-OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms")
-OPTIONAL += ("recall_span", "pieces", "seeds")
+OPTIONAL = (
+    "prompt",
+    "prompt_weight",
+    "anchors",
+    "train_tokens",
+    "gpu_seconds",
+    "bernstein_constant",
+    "gap_rms",
+    "recall_span",
+    "pieces",
+    "seeds",
+)
 CUE_WEIGHT = 0.1
 #: Tokens of a quotation and pieces of a context that a label does not tell, because most arms have them.
 SPAN, PIECES = 40, 3
