@@ -9,6 +9,7 @@ Without torchrun there is one process and nothing here does anything.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
@@ -35,30 +36,30 @@ class World:
         return self.rank == 0
 
 
-@contextlib.contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str) -> World:
     """The processes that torchrun started, or this one alone. device: cpu, cuda or auto.
 
-    Raises ValueError if the device is not there.
+    The process group stays for the runs that follow, to the end of the process. Raises ValueError if the device is not
+    there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World(device=device)
-        return
+        return World(device=device)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    started = not dist.is_initialized()
-    if started:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        if started:
-            dist.destroy_process_group()
+        atexit.register(_leave)  # not sooner: a later run of these processes would wait for a second group for ever
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:

@@ -168,7 +168,8 @@ def run(
     """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
-    with distributed.world(config.device) as here, distributed.only_run(output, here):
+    here = distributed.world(config.device)
+    with distributed.only_run(output, here):
         check_processes(config, here.size)
         if finished_before(output, config):
             say(f"this run is finished already: {output}", here)

@@ -35,23 +35,12 @@ dcp.save = saved
 train.extend(train.ExtendConfig(**json.load(open(sys.argv[1]))))
 """
 
-#: Runs what it is given, one after the other, in one process group: torchrun's store does not take a second one.
+#: Runs what it is given, one after the other.
 RUNS = """
-import json, os, sys
-import torch
-import torch.distributed as dist
-from endprompt import bench_many, train
-
-jobs = json.load(open(sys.argv[1]))
-if os.environ["WORLD_SIZE"] != "1":
-    gpu = jobs[0]["device"] == "cuda"
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo")
-for job in jobs:
+import json, sys
+from endprompt import train
+for job in json.load(open(sys.argv[1])):
     train.extend(train.ExtendConfig(**job))
-if dist.is_initialized():
-    dist.destroy_process_group()
 """
 
 
