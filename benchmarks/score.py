@@ -57,7 +57,7 @@ class ScoreConfig:
         beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
-        batch_size: prompts that run together at most.
+        batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs).
         attn: attention implementation of transformers.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
         device: cpu, cuda, cuda:1, or auto.
@@ -399,7 +399,7 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
             pretrained=config.checkpoint,
             max_model_len=max_length,
             dtype=config.dtype,
-            batch_size=config.batch_size,
+            batch_size="auto",  # its engine gets all prompts of a chunk and schedules them; nothing is probed
             trust_remote_code=config.trust_remote_code,
             **extra,
         )

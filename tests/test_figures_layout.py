@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -131,6 +130,12 @@ def test_a_second_drawing_has_the_same_bytes(name, runs, tmp_path):
         assert one.read_bytes() == two.read_bytes(), one.name
 
 
+def children_seconds():
+    """CPU seconds of ended child processes: the machine may be busy with others."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path):
     """Everything, from single runs and a lab with its verdicts, with the hashes of strings drawn anew."""
@@ -142,9 +147,9 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     for seed in ("1", "2"):
         command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, lab, read]
         command += ["--output", tmp_path / seed]
-        started = time.monotonic()
+        started = children_seconds()
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
-        assert time.monotonic() - started < 60
+        assert children_seconds() - started < 60
     first = {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()}
     second = {path.name: path.read_bytes() for path in (tmp_path / "2").iterdir()}
     assert sum(name.endswith(".pdf") for name in first) == len(catalog.FIGURES)

@@ -134,3 +134,20 @@ def test_a_model_given_as_an_object_takes_every_sample_in_every_process(llama, m
     assert (theirs.rank, theirs.world_size) == (0, 1)
     ours = LongContextLM(pretrained=llama, device="cpu")
     assert (ours.rank, ours.world_size) == (1, 2)
+
+
+def test_an_automatic_batch_size_probes_with_the_logits_of_every_position(llama):
+    """lm-eval runs the whole window first, with a logit for each token of it; ours computes those of the last."""
+    from lm_eval.models.huggingface import HFLM
+
+    def largest(lm, prompt):
+        shapes = []
+        hook = lm.model.register_forward_hook(lambda module, given, out: shapes.append(tuple(out.logits.shape)))
+        request = Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 4}), 0)
+        lm.generate_until([request], disable_tqdm=True)
+        hook.remove()
+        return max(rows * positions for rows, positions, _ in shapes)
+
+    common = {"pretrained": llama, "max_length": 256, "device": "cpu"}
+    assert largest(HFLM(**common, batch_size="auto", max_batch_size=2), "a short prompt") == 2 * 256
+    assert largest(LongContextLM(**common, batch_size=2), "word " * 60) == 1

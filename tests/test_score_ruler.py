@@ -536,6 +536,7 @@ def test_vllm_is_lm_eval_s_own_with_our_arguments(place, tmp_path, monkeypatch):
             given.update(arguments)
 
         def generate_until(self, requests):
+            assert len(requests) == 5  # all samples of a cell at once
             assert all(request.args[1]["max_gen_toks"] == 12 for request in requests)
             return [" ".join(request.doc["outputs"]) for request in requests]
 
@@ -551,7 +552,7 @@ def test_vllm_is_lm_eval_s_own_with_our_arguments(place, tmp_path, monkeypatch):
         "pretrained": str(place / "llama"),
         "max_model_len": 512,
         "dtype": "float32",
-        "batch_size": 8,
+        "batch_size": "auto",
         "trust_remote_code": True,
         "tensor_parallel_size": 2,
         "enforce_eager": True,
