@@ -2,6 +2,7 @@
 
 import collections
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from benchmarks.lab import material, matrix, runner
 from benchmarks.lab.matrix import LabConfig
 from endprompt.data import read_shard
 from endprompt.model import load_tokenizer
-from endprompt.rows import read_rows, sole_use
+from endprompt.rows import RunDirectory, read_rows, sole_use
 
 ROOT = Path(__file__).parent.parent
 MATRIX = {
@@ -239,6 +240,25 @@ def test_overwrite_drops_the_rows_of_the_chosen_cells_only(run, tmp_path):
 def test_a_second_run_on_one_output_is_refused(run):
     with sole_use(run[0] / "run"), pytest.raises(ValueError, match="another"):
         runner.lab(lab_config(run))
+
+
+def test_a_worker_that_is_killed_is_a_failed_cell_and_is_replaced(tmp_path, monkeypatch):
+    config = LabConfig(preset="smoke", output=str(tmp_path / "run"))
+    (cell,) = matrix.chosen(cells_of_preset(config), ["arm=recall*", "seed=0"])
+    lab = runner.Runner(config, [cell], "cpu", 1)
+    lab.directory, lab.output, lab.live = RunDirectory(config.output, config), Path(config.output), None
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    here, there = multiprocessing.Pipe()
+    there.close()
+    lab.workers = [runner.Worker(0, process, here, ready=True, cell=cell)]
+    monkeypatch.setattr(runner.Runner, "start", lambda self, number: runner.Worker(number, "another", None))
+    process.kill()
+    lab.listen()
+    (row,) = read_rows(tmp_path / "run" / "results.jsonl")
+    assert (row["metric"], row["cell"]) == ("failed", cell.sha256)
+    assert row["error"] == "the worker ended: killed by signal 9 (out of memory?)"
+    assert [worker.process for worker in lab.workers] == ["another"] and lab.failed == 1
 
 
 def test_cells_of_one_shape_stay_with_their_worker_and_the_longest_come_first(tmp_path):
