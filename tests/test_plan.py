@@ -46,6 +46,17 @@ MEASURED = {
     ("h200_methods", "float8"): (PlanConfig(float8="fast"), 2, "selective"),
     ("h200_methods", "float8, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
     ("h200_methods", "float8, joint"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "endprompt, whole step"): (PlanConfig(), 2, "selective"),
+    ("h200_attention", "endprompt, sdpa"): (PlanConfig(), 2, "selective"),
+    ("h200_attention", "float8, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "float8 with the head, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_attention", "full, 65,536, sdpa"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_attention", "full, 65,536, float8"): (PlanConfig(method="full", rows=8, float8="fast"), 1, "full"),
+    ("h200_attention", "full, 32,768"): (PlanConfig(method="full", rows=16, target=32768), 1, "full"),
+    ("h200_attention", "longlora, 65,536"): (PlanConfig(method="longlora", rows=8), 1, "full"),
+    ("h200_attention", "longlora, 32,768"): (PlanConfig(method="longlora", rows=16, target=32768), 1, "full"),
+    ("h200_attention", "short rows, target 32,768"): (PlanConfig(target=32768), 2, "selective"),
 }
 
 

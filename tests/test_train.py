@@ -302,6 +302,7 @@ def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsy
         ({"row_tokens": 0}, "row_tokens must be at least 2: row_tokens=0"),
         ({"rows": 0}, "rows must be at least 1: rows=0"),
         ({"micro_rows": 0}, "micro_rows must be"),
+        ({"float8_head": True}, "float8_head needs float8"),
         ({"keep": 0}, "keep must be"),
         ({"factor": 0.5}, "factor must be at least 1"),
         ({"schedule": "stairs"}, "schedule must be one of"),
@@ -338,3 +339,18 @@ def test_finished_output_is_not_overwritten_unasked(extend_config, tmp_path):
     (output / "endprompt.json").unlink()  # now it could be any directory of the user's
     with pytest.raises(ValueError, match="overwrite replaces an earlier run only"):
         train.extend(extend_config(steps=2, overwrite=True))
+
+
+def test_float8_s_loss_stays_with_bfloat16_s_with_the_head_in_it_too(extend_config):
+    first = {}
+    for name, changes in {
+        "bfloat16": {},
+        "float8": {"float8": "fast"},
+        "head": {"float8": "fast", "float8_head": True},
+    }.items():
+        options = {"optimizer": "lean", "dtype": "bfloat16", "steps": 1, "overwrite": True} | changes
+        output = train.extend(extend_config(**options))
+        first[name] = json.loads((output / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert len(set(first.values())) == 3  # each is computed in another way
+    assert first["float8"] == pytest.approx(first["bfloat16"], rel=0.01)
+    assert first["head"] == pytest.approx(first["bfloat16"], rel=0.01)
