@@ -103,7 +103,7 @@ def grouped_bars(ax: Axes, groups: Mapping[str, pd.DataFrame], looks: Mapping[st
                     line = ax.vlines(place, max(lo, 0.0), top, color="#222222", linewidth=0.7, zorder=3)
                     line.set_path_effects([withStroke(linewidth=1.3, foreground="white")])  # seen on a dark bar too
                 if len(groups) * len(looks) <= NUMBERED:
-                    above = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
+                    above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
                     ax.annotate(f"{value:.0f}", (place, top), (0, 1.5), **above)
     ax.set_xticks(range(len(groups)), list(groups))
     ax.set_xlim(-0.5, len(groups) - 0.5)
@@ -134,7 +134,11 @@ def name_categories(ax: Axes, sets: Mapping[str, Sequence[str]], inches: float =
         label = CATEGORIES[category] if room > 0.7 else CATEGORIES[category].replace(" ", "\n")
         if max(map(len, label.split("\n"))) * LETTER <= room:
             middle = start + (len(names) - 1) / 2
-            above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "bottom"}
+            above: dict[str, Any] = {
+                "xycoords": ("data", "axes fraction"),
+                "textcoords": "offset points",
+                "va": "bottom",
+            }
             ax.annotate(label, (middle, 1.0), (0, 2), **above, ha="center", fontsize=6, color="#555555")
         start += len(names)
         if names and start < total:
