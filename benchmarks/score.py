@@ -220,24 +220,11 @@ def check_weights(directory: Path) -> None:
 
     Raises ValueError if there are none, or one is missing, cut short or no tensor file.
     """
-    from safetensors import SafetensorError, safe_open
+    from endprompt import shares
 
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        parts = rows.parse_object(index.read_bytes(), str(index)).get("weight_map")
-        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
-            raise ValueError(f"{index}: must name a file for every weight: weight_map")
-        files = [directory / name for name in sorted(set(parts.values()))]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not any(directory.glob("*.safetensors*")):
         raise ValueError(f"{directory}: the checkpoint does not load: it has no weights (*.safetensors)")
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as weights:
-                weights.keys()
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: the checkpoint does not load: {error}") from None
+    shares.stored_shapes(directory)
 
 
 def window_of(model_config: PretrainedConfig) -> int:

@@ -112,14 +112,20 @@ def names_of_weights(model: torch.nn.Module) -> dict[int, list[str]]:
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor of a safetensors checkpoint, of one file or several with an index."""
+    """The file of each tensor of a safetensors checkpoint, of one file or several with an index.
+
+    Raises ValueError where a file is missing or is no tensor file, or the index names none, or one of another folder.
+    """
     index = directory / INDEX
     if (directory / WHOLE).is_file() or not index.is_file():
         with _open(directory / WHOLE) as file:
             return dict.fromkeys(file.keys(), directory / WHOLE)
     places = parse_object(index.read_bytes(), str(index)).get("weight_map")
-    if not isinstance(places, dict):
-        raise ValueError(f"{index}: must hold the file of each weight, an object `weight_map`")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: must name a file for every weight: weight_map")
+    for name, place in places.items():
+        if not isinstance(place, str) or Path(place).name != place:
+            raise ValueError(f"{index}: weight_map[{name!r}] must be a file of the same folder: {place!r}")
     return {name: directory / place for name, place in places.items()}
 
 

@@ -402,7 +402,7 @@ def test_corrupt_data_files_are_named_with_the_place(place, tmp_path, monkeypatc
         score(config(place, tmp_path, tasks="qa_2", data_dir=str(tmp_path)))
 
 
-@pytest.mark.parametrize("damage", ["no tensor file", "cut short", "gone", "a part is gone"])
+@pytest.mark.parametrize("damage", ["no tensor file", "cut short", "gone", "a part is gone", "elsewhere"])
 def test_damaged_weights_are_an_error_before_samples_are_built(place, tmp_path, monkeypatch, damage):
     broken = helpers.checkpoint(tmp_path / "broken")
     weights = broken / "model.safetensors"
@@ -413,10 +413,13 @@ def test_damaged_weights_are_an_error_before_samples_are_built(place, tmp_path, 
     elif damage == "gone":
         weights.unlink()
     else:
-        (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
+        part = "part-2.safetensors" if damage == "a part is gone" else "../other/model.safetensors"
+        weights.unlink()
+        (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
     monkeypatch.setattr(scoring, "prepare", lambda *args: pytest.fail("samples were built"))
     monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match=r"broken.*: the checkpoint does not load"):
+    wanted = "must be a file of the same folder" if damage == "elsewhere" else "the checkpoint does not load"
+    with pytest.raises(ValueError, match=rf"broken.*: .*{wanted}"):
         score(config(place, tmp_path / "out", checkpoint=str(broken)))
 
 
