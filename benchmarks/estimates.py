@@ -52,6 +52,24 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, error, p, array.size)
 
 
+def over_settings(parts: Sequence[Estimate]) -> Estimate:
+    """The mean of estimates from different seeds, which are taken as independent (Welch and Satterthwaite's t).
+
+    n: the fewest seeds of a part. Without an interval if a part has none.
+    """
+    value, n = float(np.mean([part.value for part in parts])), min(part.n for part in parts)
+    errors = [part.stderr for part in parts]
+    if None in errors:
+        return Estimate(value, None, None, None, None, n)
+    squares = np.array([(error or 0.0) ** 2 for error in errors])
+    error = float(math.sqrt(squares.sum()) / len(parts))
+    if error == 0:
+        return Estimate(value, value, value, 0.0, 1.0 if value == 0 else 0.0, n)
+    freedom = float(squares.sum() ** 2 / sum(s**2 / (part.n - 1) for s, part in zip(squares, parts)))
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    return Estimate(value, value - half, value + half, error, float(2 * stats.t.sf(abs(value) / error, freedom)), n)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Statist. 6, 65)."""
     order = np.argsort(p_values, kind="stable")

@@ -21,8 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import sample_speed
+from benchmarks.backend import LongContextLM
+from benchmarks.score import ScoreConfig
 from endprompt import rows
 from endprompt.progress import say
 
@@ -148,8 +153,6 @@ def word_prompts(tokenizer: Any, samples: int, tokens: int) -> list[str]:
 
 def random_model(shape: dict[str, Any], window: int, device: str) -> Any:
     """A Llama that never ends its answer: all of the new tokens are generated."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     config = LlamaConfig(
         **shape,
         max_position_embeddings=window,
@@ -165,23 +168,18 @@ def random_model(shape: dict[str, Any], window: int, device: str) -> Any:
     return model.eval()
 
 
-def language_models(model: Any, tokenizer: Any, window: int, device: str, their_batch_size: int) -> tuple[Any, Any]:
+def language_models(
+    model: Any, tokenizer: Any, window: int, device: str, their_batch_size: int
+) -> tuple[LongContextLM, HFLM]:
     """(ours, lm-eval's) around one model."""
-    from lm_eval.models.huggingface import HFLM
-
-    from benchmarks.backend import LongContextLM
-    from benchmarks.score import ScoreConfig
-
     batch_size = ScoreConfig("random").batch_size
     ours = LongContextLM(model, tokenizer=tokenizer, max_length=window, batch_size=batch_size, device=device)
     theirs = {"batch_size": their_batch_size} if their_batch_size != 1 else {}
     return ours, HFLM(model, tokenizer=tokenizer, **theirs)
 
 
-def requests(prompts: list[str], new_tokens: int) -> list[Any]:
+def requests(prompts: list[str], new_tokens: int) -> list[Instance]:
     """What lm-eval asks of a model for prompts whose answers no string ends."""
-    from lm_eval.api.instance import Instance
-
     settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": new_tokens}
     return [Instance("generate_until", {}, (prompt, dict(settings)), i) for i, prompt in enumerate(prompts)]
 

@@ -30,6 +30,8 @@ from endprompt import rows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from benchmarks.backend import Progress
+
 # Prompt text held by one call of simple_evaluate, in characters: bounds the memory whatever the number of cells.
 CALL_CHARACTERS = 150_000_000
 SAMPLES = 500  # RULER's own number
@@ -55,7 +57,7 @@ class ScoreConfig:
         beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
-        batch_size: prompts that run together at most.
+        batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs).
         attn: attention implementation of transformers.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
         device: cpu, cuda, cuda:1, or auto.
@@ -340,10 +342,12 @@ def score_units(
     waiting = [unit for unit in units if unit.name not in done]
     if waiting:
         lm = load(config, max(needed(unit) for unit in units), window_of(model_config), tokenizer)
-        total = sum(len(unit.samples) for unit in waiting)
+        from benchmarks.backend import Progress
+
+        own = sum(-(-len(unit.samples) // lm.world_size) for unit in waiting)  # the first process takes the remainder
+        progress = Progress(own, quiet=config.quiet or lm.rank != 0)
         for group in groups(waiting):
-            done |= evaluate(config, group, lm, settings, total, out)
-            total -= sum(len(unit.samples) for unit in group)
+            done |= evaluate(config, group, lm, settings, progress, out)
     made = [done[unit.name] for unit in units if unit.name in done]
     if out is not None and config.suite == "ruler":
         write_summary(config, out, made, units)
@@ -387,22 +391,26 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
     if config.backend == "vllm":
         from lm_eval.api.registry import get_model
 
-        return get_model("vllm")(
+        try:
+            vllm = get_model("vllm")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"backend='vllm' needs the package {error.name}: pip install vllm") from None
+        return vllm(
             pretrained=config.checkpoint,
             max_model_len=max_length,
             dtype=config.dtype,
-            batch_size=config.batch_size,
+            batch_size="auto",  # its engine gets all prompts of a chunk and schedules them; nothing is probed
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
     from benchmarks.backend import LongContextLM
-    from endprompt.model import _quiet
+    from endprompt.model import quiet
 
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with _quiet():
+        with quiet():
             return LongContextLM(
                 pretrained=config.checkpoint,
                 tokenizer=tokenizer,
@@ -420,7 +428,12 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
 
 
 def evaluate(
-    config: ScoreConfig, units: Sequence[Unit], lm: Any, settings: str, remaining: int, out: rows.RunDirectory | None
+    config: ScoreConfig,
+    units: Sequence[Unit],
+    lm: Any,
+    settings: str,
+    progress: Progress,
+    out: rows.RunDirectory | None,
 ) -> dict[str, dict[str, Any]]:
     """Rows of one group of units, appended to the results; on processes other than the first there are none."""
     from lm_eval.evaluator import simple_evaluate
@@ -428,9 +441,8 @@ def evaluate(
 
     from benchmarks import backend
 
-    began = time.perf_counter()
+    began, before = time.perf_counter(), progress.tokens
     predictions = backend.Predictions(config.directory, settings, lm.rank)
-    progress = backend.Progress(remaining, quiet=config.quiet or lm.rank != 0)
     chunk = config.batch_size if config.backend == "hf" else 256
     by_name = {unit.name: unit for unit in units}
 
@@ -455,7 +467,7 @@ def evaluate(
         return {}
     made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
     out.add(made.values())
-    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens)
+    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)
     return made
 
 

@@ -58,6 +58,8 @@ SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", 
 #: What a rank correlation says of its predictor, and an estimate of a claim.
 PREDICTS, CONTRADICTS, UNRELATED = "predicts", "contradicts", "no correlation"
 AGREES, DISAGREES = "agrees", "does not agree"
+#: Pieces of a context and tokens of a quotation that an arm's label does not tell, because most arms have them.
+PIECES, SPAN = 3, 40
 #: The place of an average over settings.
 ALL_SETTINGS = {"base": "all", "fold": None, "scaling": "all", "length": None, "window": None, "target": None}
 
@@ -105,7 +107,7 @@ class Arm:
             return "base" if self.scaling == "none" else "untrained"
         first = {"contiguous": "contiguous, short", "full": "full length", "longlora": "LongLoRA"}
         parts = [" ".join(part for part in (first.get(self.kind, self.kind), self.prompt) if part)]
-        if self.weight not in (None, 1.0 if self.prompt == "recall" else claims.CUE_WEIGHT):
+        if self.weight not in (None, claims.CUE_WEIGHT if self.prompt.startswith(("EP_", "text:")) else 1.0):
             parts.append(f"weight {self.weight:g}")
         if not self.usual:
             parts.append(f"{self.steps} steps")
@@ -209,9 +211,13 @@ def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float 
         kind = "full"
     elif scheme == "anchors":
         kind = f"anchors{row.get('anchors') or ''}"
+    elif "sentences" in scheme and row.get("pieces") not in (None, PIECES):
+        kind = f"{scheme}-{row['pieces']}"
     weight = row.get("prompt_weight")
     if prompt and weight is None:
         weight = 1.0 if prompt == "recall" else claims.CUE_WEIGHT
+    if prompt in ("recall", "question") and row.get("recall_span") not in (None, SPAN):
+        prompt += f"-{row['recall_span']}"
     return {
         "name": key[2],
         "base": key[0],
@@ -237,17 +243,27 @@ def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two arms of one base and fold; `family` names what they differ in."""
+    """Two arms of one base and fold; `family` names what they differ in.
+
+    left_out: seeds that do not count, since the first arm was chosen on them. chosen_on: where it was, in words.
+    """
 
     question: int
     family: str
     first: Arm
     second: Arm
+    left_out: frozenset[int] = frozenset()
+    chosen_on: str | None = None
 
     def differences(self, length: int) -> dict[int, float]:
         """Score of the first less that of the second, for each seed that both have."""
         a, b = self.first.scores.get(length, {}), self.second.scores.get(length, {})
-        return {seed: a[seed] - b[seed] for seed in a if seed in b}
+        return {seed: a[seed] - b[seed] for seed in a if seed in b and seed not in self.left_out}
+
+    def means(self, length: int) -> list[float]:
+        """Mean score of each arm, over all of its seeds that count."""
+        both = (self.first.scores[length], self.second.scores[length])
+        return [float(np.mean([score for seed, score in s.items() if seed not in self.left_out])) for s in both]
 
     def bootstrap(self, length: int) -> list[float] | None:
         """Over seeds and samples; None unless both arms kept the scores of the same samples."""
@@ -303,10 +319,6 @@ def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
             if is_published(reference) or is_recall(reference):
                 found += _pairs(4, claims.FIXED, [*same, *pose], [reference])
         found += _pairs(4, claims.POSE, filter(is_main, placed), pose)
-        whole = [a for a in filter(is_main, [*fixed, *placed]) if a.whole and a.scores.get(a.target)]
-        if pose and whole:
-            best = max(whole, key=lambda arm: arm.mean(arm.target))
-            found += _pairs(4, claims.BEST, [best], pose)
         for arm in filter(is_main, short):
             for other in (a for a in members if a.kind in ("full", "longlora")):
                 if not (arm.tokens and other.tokens):
@@ -316,10 +328,42 @@ def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
                     found.append(Contrast(6, f"against {name}, equal tokens", arm, other))
                 elif other.steps == arm.steps:
                     found.append(Contrast(6, f"against {name}, equal steps", arm, other))
+    found += best_contrasts(arms)
     for arm in arms:  # yarn against linear, everything else the same
         if arm.scaling == "yarn" and arm.usual and arm.kind not in ("base", "longlora"):
             same = [a for a in arms if a.scaling == "linear" and _but_scaling(a) == _but_scaling(arm)]
             found += _pairs(5, "YaRN against PI", [arm], same)
+    return found
+
+
+def best_contrasts(arms: Sequence[Arm]) -> list[Contrast]:
+    """The best scheme that keeps the text whole against PoSE, tested on other rows than it was chosen on.
+
+    For each fold and scaling it is chosen by the mean score at the target on the smallest base, on the lower half of
+    the seeds that PoSE has there; it is tested on the other seeds, and on the other bases.
+    """
+    groups: dict[tuple[int, str], list[Arm]] = {}
+    for arm in arms:
+        if is_short(arm) and arm.usual and is_main(arm) and arm.scores.get(arm.target):
+            groups.setdefault((arm.fold, arm.scaling), []).append(arm)
+    found = []
+    for members in groups.values():
+        references = sorted((arm for arm in members if arm.kind == "pose"), key=lambda arm: arm.window)
+        if not references:
+            continue
+        pose = references[0]
+        seeds = sorted(pose.scores[pose.target])
+        half = frozenset(seeds[: (len(seeds) + 1) // 2])
+        own = [arm for arm in members if arm.base == pose.base and arm.whole and arm.prompt]
+        able = [arm for arm in own if half <= arm.scores[arm.target].keys()]
+        if not able:
+            continue
+        best = max(able, key=lambda arm: float(np.mean([arm.scores[arm.target][seed] for seed in half])))
+        chosen_on = f"base {pose.base}, seeds {', '.join(map(str, sorted(half)))}"
+        for reference in references:
+            same = [arm for arm in members if (arm.base, arm.name) == (reference.base, best.name)]
+            left_out = half if reference is pose else frozenset()
+            found += [Contrast(4, claims.BEST, arm, reference, left_out, chosen_on) for arm in same]
     return found
 
 
@@ -398,8 +442,10 @@ def score_rows(contrast: Contrast) -> list[Row]:
     for length in sorted(contrast.first.scores.keys() & contrast.second.scores.keys()):
         differences = contrast.differences(length)
         if differences:
-            scores = [contrast.first.mean(length), contrast.second.mean(length)]
+            scores = contrast.means(length)
             row = estimate_row(contrast, "score_difference", length, differences, scores=scores)
+            if contrast.chosen_on:
+                row["chosen_on"] = contrast.chosen_on
             row["both_fail"] = max(scores) < FLOOR
             if row["primary"] and (interval := contrast.bootstrap(length)):
                 row["ci95_bootstrap"] = interval
@@ -486,6 +532,7 @@ def correlation_rows(arms: Sequence[Arm]) -> list[Row]:
         whole = arm.target in arm.scores and None not in (arm.bernstein, arm.gap_rms)
         if is_short(arm) and arm.usual and whole and is_main(arm):
             groups.setdefault((arm.base, arm.fold), []).append(arm)
+    groups = {key: with_most_seeds(members) for key, members in groups.items()}
     groups = {key: members for key, members in groups.items() if len(members) >= 4}
     rows = []
     for members in [
@@ -520,6 +567,13 @@ def correlation_rows(arms: Sequence[Arm]) -> list[Row]:
     return rows
 
 
+def with_most_seeds(members: Sequence[Arm]) -> list[Arm]:
+    """Those that have as many seeds at the target as most of them: what is taken over all arms needs common seeds."""
+    counts = Counter(len(arm.scores[arm.target]) for arm in members)
+    usual = max(counts, key=lambda count: (counts[count], count))
+    return [arm for arm in members if len(arm.scores[arm.target]) >= usual]
+
+
 def cost_rows(arms: Sequence[Arm]) -> list[Row]:
     """Question 6: every arm's score at the target with its cost, and how surely it belongs to the Pareto set."""
     groups: dict[tuple[str, int], list[Arm]] = {}
@@ -527,7 +581,7 @@ def cost_rows(arms: Sequence[Arm]) -> list[Row]:
         if arm.kind != "base" and arm.scores.get(arm.target) and arm.tokens and arm.seconds:
             groups.setdefault((arm.base, arm.fold), []).append(arm)
     rows = []
-    for members in groups.values():
+    for members in map(with_most_seeds, groups.values()):
         scores = [arm.scores[arm.target] for arm in members]
         costs = {"tokens": [arm.tokens or 0.0 for arm in members], "seconds": [arm.seconds or 0.0 for arm in members]}
         if not set.intersection(*(set(line) for line in scores)):
@@ -683,7 +737,7 @@ def claim_rows(rows: Sequence[Row]) -> list[Row]:
 
 def claim_row(claim: claims.Claim, chosen: Sequence[Row]) -> Row:
     live = [row for row in chosen if not row.get("both_fail")]
-    shown = ("base", "fold", "scaling", "length", "labels", "value", "ci95", "n", "verdict")
+    shown = ("base", "fold", "scaling", "length", "labels", "value", "ci95", "n", "verdict", "chosen_on")
     row = {
         **chosen[0],
         "metric": "claim",
@@ -691,13 +745,18 @@ def claim_row(claim: claims.Claim, chosen: Sequence[Row]) -> Row:
         "source": claim.source,
         "claim": claim.says,
         "expected": claim.expected,
-        "parts": [{key: part[key] for key in shown} for part in chosen],
+        "parts": [{key: part[key] for key in shown if key in part} for part in chosen],
         "both_fail": not live,
     }
-    if len(live) > 1 and _shared(live):
+    if len(live) > 1 and len({frozenset(part["per_seed"]) for part in live}) == 1:
         values = {seed: float(np.mean([part["per_seed"][seed] for part in live])) for seed in _shared(live)}
         row |= {**_estimated(values), **ALL_SETTINGS, "per_seed": values}
         row["p"] = estimates.over_seeds([*values.values()]).p
+    elif len(live) > 1:
+        found = estimates.over_settings([estimates.over_seeds([*part["per_seed"].values()]) for part in live])
+        interval = None if found.lo is None else [found.lo, found.hi]
+        row |= {"value": found.value, "stderr": found.stderr, "ci95": interval, "n": found.n, "p": found.p}
+        row |= {**ALL_SETTINGS, "per_seed": {}, "interval": "t over settings of different seeds (Welch)"}
     elif live:
         row |= {key: live[0][key] for key in ("value", "stderr", "ci95", "n", "p", "per_seed", *ALL_SETTINGS)}
     for key in ("ci95_bootstrap", "scores"):  # of one setting, not of the average
@@ -731,7 +790,11 @@ def claim_sentence(row: Row) -> str:
     if row["outcome"] == BOTH_FAIL:
         found = "both arms fail in every setting"
     else:
-        found = f"{estimate_text(row)}, {row['n']} seed{'s' if row['n'] != 1 else ''}: {row['verdict']}"
+        sizes = sorted({part["n"] for part in row["parts"]})
+        seeds = f"{sizes[0]} to {sizes[-1]} seeds" if len(sizes) > 1 else f"{row['n']} seed{'s' * (row['n'] != 1)}"
+        found = f"{estimate_text(row)}, {seeds}: {row['verdict']}"
+    if row.get("chosen_on"):
+        what += f" (chosen on {row['chosen_on']}, tested on others)"
     verdict = {AGREES: "agrees with", DISAGREES: "goes against", OPEN: "does not decide"}[row["agrees"]]
     return f"{what}: {found}{several}; this {verdict} {source}: {row['claim']}."
 

@@ -77,6 +77,7 @@ class BenchConfig:
         fused_sums: add weight gradients to the sums inside the matrix products
         joint: one product for q, k and v, and one for gate and up
         float8: none, exact or fast (accumulation of the backward products)
+        float8_head: with float8, also the logits and the gradient that goes down from them
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
         memory_budget: with selective, the share of the activations that a compiled layer may keep; 0 for what extend
             takes
@@ -107,6 +108,7 @@ class BenchConfig:
     fused_sums: bool = True
     joint: bool = True
     float8: str = "none"
+    float8_head: bool = False
     recompute: str = "selective"
     memory_budget: float = 0.0
     whole_logits: bool = True
@@ -145,6 +147,8 @@ def check(config: BenchConfig) -> None:
         raise ValueError(f"micro_rows must divide rows: micro_rows={config.micro_rows} rows={config.rows}")
     if config.method == "reference" and config.optimizer == "lean" and config.fused_sums:
         raise ValueError("the reference is transformers as it is: set fused_sums=false or optimizer=none")
+    if config.float8_head and config.float8 == "none":
+        raise ValueError(f"float8_head needs float8: float8_head={config.float8_head} float8={config.float8!r}")
     if config.float8 != "none" and config.optimizer != "lean":
         raise ValueError(f"float8 needs the lean optimizer: optimizer={config.optimizer!r}")
 
@@ -372,6 +376,7 @@ class Run:
 
     def micro_batch(self) -> None:
         """Forward and backward of `micro_rows` rows."""
+        from endprompt.float8 import Float8Matrix
         from endprompt.loss import linear_cross_entropy
         from endprompt.train import attention_backends
 
@@ -387,7 +392,9 @@ class Run:
             head = self.model.get_output_embeddings().weight
             total = getattr(head, "main_grad", None) if self.config.fused_sums and head.requires_grad else None
             weights = hidden.new_full(labels.shape, self.weight, dtype=hidden.float().dtype)
-            loss = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights, head_sum_VD=total)
+            rows = hidden[:, :-1].flatten(0, 1)
+            head8 = Float8Matrix(head.detach(), self.config.float8 == "fast") if self.config.float8_head else None
+            loss = linear_cross_entropy(rows, head, labels, weights, head_sum_VD=total, head8=head8)
             loss.backward()
         self.loss = loss.detach() * (self.config.rows / self.config.micro_rows)
 
@@ -471,6 +478,7 @@ ARMS = {
     "lean": "bfloat16 weights, stochastic rounding, one-byte moments, float32 gradient sums",
     "lean-float8-exact": "the same with float8 layers, backward products accumulated in float32",
     "lean-float8-fast": "the same with float8 layers, fast accumulation everywhere",
+    "lean-float8-fast-head": "the same, logits and their gradient to the layers in float8 too",
     "nearest": "bfloat16 weights and AdamW of torch: what stochastic rounding is for",
 }
 
@@ -497,6 +505,7 @@ def loss_curve(
     import torch
 
     from endprompt import linears
+    from endprompt.float8 import Float8Matrix
     from endprompt.loss import linear_cross_entropy
     from endprompt.model import new_model, training_attention
     from endprompt.optim import clip_gradients, make_optimizer
@@ -510,8 +519,9 @@ def loss_curve(
     if not exact:
         model.to(torch.bfloat16)
     optimizer = make_optimizer("lean" if lean else "adamw", model, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    float8 = arm.split("-")[2] if "float8" in arm else "none"
     if lean:
-        linears.convert(model, arm.rpartition("-")[2] if "float8" in arm else "none")
+        linears.convert(model, float8)
     if compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -523,8 +533,10 @@ def loss_curve(
         labels = ids[:, 1:].reshape(-1)
         weights = torch.full(labels.shape, 1 / labels.numel(), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=exact):
-            hidden = model.model(input_ids=ids, use_cache=False)[0]
-            loss = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, labels, weights)
+            hidden = model.model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
+            head = model.lm_head.weight
+            head8 = Float8Matrix(head.detach(), float8 == "fast") if arm.endswith("head") else None
+            loss = linear_cross_entropy(hidden, head, labels, weights, head8=head8)
         loss.backward()
         clip_gradients(optimizer, 1.0)
         optimizer.step()
@@ -791,7 +803,7 @@ def rate_rows(rates: dict[str, float], shape: str, tokens: int) -> list[dict[str
 
 
 def float8_rates(name: str, x: Any, w: Any, g: Any, flops: float) -> dict[str, float]:
-    from endprompt.linears import ACTIVATION, GRADIENT, scaled_product, to_float8
+    from endprompt.float8 import ACTIVATION, GRADIENT, scaled_product, to_float8
 
     (x8, sx), (w8, sw), (g8, sg) = to_float8(x, ACTIVATION), to_float8(w, ACTIVATION), to_float8(g, GRADIENT)
     w8t, g8t, x8t = w8.t().contiguous(), g8.t().contiguous(), x8.t().contiguous()
@@ -961,8 +973,8 @@ def h200(suite: Suite) -> None:
     """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
 
     The attention kernels; whole steps with the faster one, in bfloat16 and float8; full length with it, and both with
-    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of the paper's
-    Figure 4; the device's ceilings.
+    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of the
+    paper's Figure 4; the device's ceilings.
     """
     tiny = suite.config.tiny
     learner, layer = ("tiny", {"shape": "tiny"}) if tiny else ("small", {"shape": "llama3-8b"})
@@ -982,6 +994,9 @@ def h200(suite: Suite) -> None:
 
     suite.measure("endprompt, whole step", 65, whole_step=True, profile=True, **plain, **best)
     suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8, **best)
+    suite.measure(
+        "float8 with the head, whole step", 60, whole_step=True, profile=True, float8_head=True, **float8, **best
+    )
     suite.measure("endprompt, sdpa", 35, profile=True, **plain, **sdpa)
     suite.measure("full, 65,536", 40, method="full", **at_64k, **long, **best)
     if best != sdpa:
@@ -989,7 +1004,7 @@ def h200(suite: Suite) -> None:
     suite.measure("LCEG, 65,536", 35, **at_64k, **lceg)
     suite.measure("reference, short rows, with its update", 20, target=8192, **reference)
     suite.measure("full, 65,536, float8", 40, method="full", **at_64k, **(long | float8), **best)
-    for arm in ("lean", "lean-float8-exact", "lean-float8-fast", "exact", "nearest"):
+    for arm in ("lean", "lean-float8-exact", "lean-float8-fast", "lean-float8-fast-head", "exact", "nearest"):
         learn = {"steps": 20 if tiny else 400, "rows": 4 if tiny else 64, "lr": 1e-3, "shape": learner, "compile": True}
         suite.part(f"loss, {arm}", 40, "loss_curve", {"arm": arm, **learn})
     suite.measure("longlora, 65,536", 40, **at_64k, **longlora)

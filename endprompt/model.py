@@ -503,7 +503,7 @@ def load_model(
     if attention.startswith(PREFIX):
         register_causal_only()
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -527,7 +527,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar for the milliseconds of a load or a save, and the setting as it was afterwards."""
     from transformers.utils import logging
 
@@ -580,7 +580,7 @@ def export(
     """
     model.config._attn_implementation = "sdpa"
     model.config.use_cache = True
-    with _quiet():
+    with quiet():
         model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
     config = copy.deepcopy(model.config)
     config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one

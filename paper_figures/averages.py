@@ -26,7 +26,8 @@ def average(rows: pd.DataFrame, by: Sequence[str], over: Sequence[str] = ("task"
     lo and hi are NaN where the rows carry no interval. All groups are held to the same cells: those that any group
     with the same `by` (without `method`) has.
     """
-    rows = rows.drop_duplicates([*dict.fromkeys([*by, *over, "seed"])])
+    cells = list(dict.fromkeys([*by, *over, "seed"]))
+    rows = rows.drop_duplicates(cells)[[*cells, "value", "lo", "hi", "origin"]]
     peers = [column for column in by if column != "method"]
     complete = _number_of_cells(rows, peers, over)
     out = []
@@ -56,7 +57,7 @@ def _over_seeds(seeds: list[pd.DataFrame]) -> tuple[float, float, float]:
     if len(seeds) > 1:
         half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
         return means.mean(), means.mean() - half, means.mean() + half
-    cells = seeds[0].astype({"value": float, "lo": float, "hi": float})
+    cells = seeds[0][["value", "lo", "hi"]].astype(float)
     below = np.sqrt(((cells["value"] - cells["lo"]) ** 2).sum(skipna=False)) / len(cells)
     above = np.sqrt(((cells["hi"] - cells["value"]) ** 2).sum(skipna=False)) / len(cells)
     return means[0], means[0] - below, means[0] + above

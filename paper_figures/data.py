@@ -38,6 +38,8 @@ REQUIRED = (
 )
 #: What the columns that every figure reads must hold.
 KINDS = {"suite": str, "task": str, "metric": str, "value": float, "model": str, "method": str}
+#: How the name of a file of scores by depth ends; it is the name in a run directory.
+DEPTHS = "depth.jsonl"
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 #: A cell that is scored once: two rows that agree in these must agree in their value.
 CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
@@ -152,7 +154,7 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
         path = source / "results.jsonl" if source.is_dir() else source
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a results directory must have results.jsonl")
-        rows.extend(_read_rows(path))
+        rows.extend(_read_depths(path) if path.name.endswith(DEPTHS) else _read_rows(path))
         if source.is_dir() and (source / "depth.jsonl").is_file():
             rows.extend(_read_depths(source / "depth.jsonl"))
         if source.is_dir() and (source / "questions.jsonl").is_file():
@@ -190,8 +192,12 @@ def _read_depths(path: Path) -> list[dict[str, Any]]:
         "metric": "share_found",
         "n_truncated": 0,
     }
+
+    def middle(row: dict[str, Any]) -> float:
+        return (row["depth_from"] + row["depth_to"]) / 2
+
     return [
-        {**blank, **{c: row[c] for c in columns}, "depth": (row["depth_from"] + row["depth_to"]) / 2, "origin": origin}
+        {**row, **blank, **{c: row[c] for c in columns}, "depth": middle(row), "origin": origin}
         for origin, row in _json_lines(path, columns)
     ]
 

@@ -14,29 +14,44 @@ from paper_figures.names import SCALINGS, SCHEMES
 
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
-OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms")
+OPTIONAL = (
+    "prompt",
+    "prompt_weight",
+    "anchors",
+    "train_tokens",
+    "gpu_seconds",
+    "bernstein_constant",
+    "gap_rms",
+    "recall_span",
+    "pieces",
+    "seeds",
+)
 CUE_WEIGHT = 0.1
+#: Tokens of a quotation and pieces of a context that a label does not tell, because most arms have them.
+SPAN, PIECES = 40, 3
 
 
 def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with what the figures call an arm: `kind`, `cue`, `usual`, `main`, `label`; method is the arm's name.
 
     kind: scheme, or full or longlora, or base (not trained). usual: trained for the number of steps that most arms of
-    this base and fold are. main: usual, and not one of the other wordings or weights of an end prompt.
+    this base and fold are. main: usual, not one of the other wordings or weights of an end prompt, and with at least
+    half of the seeds that most arms of this base and fold have.
     """
     rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS, *OPTIONAL])).copy()
     rows["base"] = rows["base"].astype(str)
     rows["method"] = rows["arm"]
     rows["steps"] = rows["steps"].fillna(0).astype(int)
-    rows["kind"] = [_kind(row) for row in rows[["arm", "scheme", "anchors", "steps", "target"]].to_dict("records")]
-    rows["cue"] = ["" if prompt in (None, "none") or prompt != prompt else str(prompt) for prompt in rows["prompt"]]
+    columns = ["arm", "scheme", "anchors", "pieces", "steps", "target"]
+    rows["kind"] = [_kind(row) for row in rows[columns].to_dict("records")]
+    rows["cue"] = [_cue(prompt, span) for prompt, span in zip(rows["prompt"], rows["recall_span"])]
     weight = rows["prompt_weight"].astype(float).fillna(CUE_WEIGHT)
     wordings = rows["cue"].str.startswith("EP_") & ~((rows["cue"] == "EP_1") & (weight == CUE_WEIGHT))
     trained = rows[rows["kind"] != "base"].drop_duplicates(["base", "fold", "arm"])
     most = trained.groupby(["base", "fold"])["steps"].agg(lambda steps: steps.value_counts().index[0])
     keys = zip(rows["base"], rows["fold"], rows["steps"])
     rows["usual"] = [most.get((base, fold)) == steps for base, fold, steps in keys]
-    rows["main"] = (rows["usual"] | (rows["kind"] == "base")) & ~wordings
+    rows["main"] = (rows["usual"] | (rows["kind"] == "base")) & ~wordings & _has_seeds(rows)
     rows["label"] = [
         " ".join(part for part in (_named(kind, arm), cue) if part)
         for kind, arm, cue in zip(rows["kind"], rows["arm"], rows["cue"])
@@ -52,7 +67,25 @@ def _kind(row: dict[str, Any]) -> str:
             return str(row["arm"]).split("+")[0].split("@")[0]
     if row["scheme"] == "anchors" and row["anchors"] == row["anchors"]:
         return f"anchors{row['anchors']:.0f}"
+    if "sentences" in str(row["scheme"]) and row["pieces"] not in (None, PIECES) and row["pieces"] == row["pieces"]:
+        return f"{row['scheme']}-{row['pieces']:.0f}"
     return str(row["scheme"])
+
+
+def _cue(prompt: Any, span: float | None) -> str:
+    """What the end prompt is; empty for none."""
+    if prompt in (None, "none") or prompt != prompt:
+        return ""
+    told = prompt in ("recall", "question") and span == span and span not in (None, SPAN)
+    return f"{prompt}-{span:.0f}" if told else str(prompt)
+
+
+def _has_seeds(rows: pd.DataFrame) -> pd.Series:
+    """Rows of arms with at least half of the seeds that most arms of the same base and fold have."""
+    counted = rows.groupby(["base", "fold", "arm"])["seed"].transform("nunique")
+    seeds = rows["seeds"].fillna(counted)  # rows of several seeds together say how many
+    usual = seeds.groupby([rows["base"], rows["fold"]]).transform(lambda counts: counts.value_counts().index[0])
+    return seeds >= usual / 2
 
 
 def _named(kind: str, arm: str) -> str:

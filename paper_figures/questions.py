@@ -45,6 +45,10 @@ RULE = (
     "and p (Holm, over the comparisons of one kind) is below 0.05. No difference: the interval lies within 5 points of "
     "0 on both sides. Not decided: anything else. Both fail: both score below 5 percent."
 )
+COSTS = (
+    "In the sections of the best, first is million training tokens, second GPU-seconds, estimate the score, and p the "
+    "share of resamples of seeds in which the arm is in the Pareto set."
+)
 METRICS = {
     "score_difference": "",
     "interaction_fold": "how much larger than at",
@@ -68,7 +72,7 @@ def build(frames: Frames, number: int) -> Table:
         first="arm, or two arms compared" if number == 6 else "arms compared",
         columns=["first", "second", "estimate", "low", "high", "p (Holm)", "seeds", "verdict"],
         sections=sections,
-        note=" ".join([RULE, *claims(frames, number)["sentence"]]),
+        note=" ".join([RULE, *[COSTS] * (number == 6), *claims(frames, number)["sentence"]]),
         digits=1,
     )
 
@@ -124,10 +128,7 @@ def cost_sections(rows: pd.DataFrame) -> list[Section]:
             if row["pareto_share"] >= PARETO_SHOWN:
                 lines.append(Row(name, [*cost, *values, share, f"{row['n']:.0f}", row["verdict"]], origin(row)))
         by = metric.removeprefix("score_by_")
-        heading = (
-            f"best by {'training tokens' if by == 'tokens' else 'GPU-seconds'}: base {base}, {fold:.0f}-fold (first: "
-            "million training tokens, second: GPU-seconds, estimate: score, p: share of resamples in the Pareto set)"
-        )
+        heading = f"best by {'training tokens' if by == 'tokens' else 'GPU-seconds'}: base {base}, {fold:.0f}-fold"
         sections.append(Section(heading, lines, best=False))
     return sections
 

@@ -58,26 +58,32 @@ ONE_PAGE = 45
 def latex(table: Table) -> str:
     """A complete `table*` environment that needs the packages booktabs and graphicx only.
 
-    A table too long for one page is a `longtable` (package longtable) in small print instead.
+    A table too long for one page is a `longtable` (package longtable, in one column of text) in small print instead.
     """
     width = len(table.columns) + 1
     heads = " & ".join(_escape(head) for head in (table.first, *table.columns)) + " \\\\"
-    caption = f"\\caption{{{_escape(' '.join((table.caption, table.note)).strip())}}}"
+    caption = f"\\caption{{{_escape(table.caption)}}}"
     label = f"\\label{{tab:{table.name}}}"
-    body = []
+    note = f"\\par\\smallskip\\raggedright {_escape(table.note)}\\par" if table.note else ""
+    long = sum(1 + len(section.rows) for section in table.sections) > ONE_PAGE
+    between, column = ("\\addlinespace", "p{.96\\linewidth}") if long else ("\\midrule", "l")
+    body: list[str] = []
     for section in table.sections:
-        body.append("\\midrule")
-        if section.heading:
-            body.append(f"\\multicolumn{{{width}}}{{l}}{{\\emph{{{_escape(section.heading)}}}}} \\\\")
+        body.append(between if body else "\\midrule")
+        if section.heading:  # the star keeps it with its first line
+            heading = f"\\emph{{{_escape(section.heading)}}}"
+            body.append(f"\\multicolumn{{{width}}}{{{column}}}{{{heading}}} \\\\{'*' * long}")
         for row, bold in zip(section.rows, _bold(section)):
             cells = [_text(value, table.digits, "--") for value in row.values]
             cells = [f"\\textbf{{{_escape(c)}}}" if b else _escape(c) for c, b in zip(cells, bold)]
-            body.append(" & ".join([_escape(row.name), *cells]) + " \\\\")
-    columns = f"{{l{'r' * len(table.columns)}}}"
-    if len(body) > ONE_PAGE:
+            name = "\\raggedright " * long + _escape(row.name)
+            body.append(" & ".join([name, *cells]) + " \\\\")
+    names = "p{.4\\linewidth}" if long else "l"  # long names break over lines
+    columns = f"{{{names}{'r' * len(table.columns)}}}"
+    if long:
         lines = [
             "% needs \\usepackage{booktabs,longtable}",
-            "{\\scriptsize\\setlength{\\tabcolsep}{3pt}",
+            "{\\scriptsize\\setlength{\\tabcolsep}{3pt}\\setlength{\\LTcapwidth}{\\linewidth}",
             f"\\begin{{longtable}}{columns}",
             f"{caption}{label} \\\\",
             "\\toprule",
@@ -85,10 +91,12 @@ def latex(table: Table) -> str:
             "\\endfirsthead",
             "\\toprule",
             heads,
+            "\\midrule",
             "\\endhead",
             *body,
             "\\bottomrule",
-            "\\end{longtable}}",
+            "\\end{longtable}",
+            f"{note}}}",
         ]
     else:
         lines = [
@@ -105,6 +113,7 @@ def latex(table: Table) -> str:
             *body,
             "\\bottomrule",
             "\\end{tabular}}",
+            *([note] if note else []),
             "\\end{table*}",
         ]
     return "\n".join([*lines, ""])
@@ -158,5 +167,13 @@ def _pipes(cells: Sequence[str]) -> str:
 
 def _escape(text: str) -> str:
     special = {c: "\\" + c for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    special |= {"\\": "\\textbackslash{}", "±": "$\\pm$", "–": "--", "×": "$\\times$", "<": "$<$", ">": "$>$"}
+    special |= {
+        "\\": "\\textbackslash{}",
+        "±": "$\\pm$",
+        "–": "--",
+        "×": "$\\times$",
+        "<": "$<$",
+        ">": "$>$",
+        "|": "$|$",
+    }
     return "".join(special.get(character, character) for character in text)

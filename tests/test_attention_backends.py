@@ -1,12 +1,11 @@
 """Causal-only attention by every backend: the same logits as an explicit triangle, whatever the positions say."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 
-from endprompt.bench import model_config
+from endprompt.bench import installed, model_config
 from endprompt.model import (
     ATTENTIONS,
     FLASH_PACKAGES,
@@ -83,12 +82,7 @@ def test_shifted_attention_refuses_rows_that_do_not_divide():
 
 
 def available(name):
-    if name not in FLASH_PACKAGES:
-        return True
-    try:
-        return importlib.util.find_spec(FLASH_PACKAGES[name][0]) is not None
-    except ModuleNotFoundError:
-        return False
+    return name not in FLASH_PACKAGES or installed(name)
 
 
 @pytest.mark.gpu

@@ -68,6 +68,7 @@ def test_the_shapes_are_the_models_parameter_counts():
         ({"warm_layers": -1}, "warm_layers=-1"),
         ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
         ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
+        ({"float8_head": True}, "float8_head=True float8='none'"),
         ({"method": "reference"}, "fused_sums=false"),
         ({"suite": "h999"}, "suite='h999'"),
     ],

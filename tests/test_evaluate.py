@@ -121,12 +121,16 @@ def test_log_forgets_what_came_after_the_resumed_step(tmp_path):
 
 
 def test_reports_go_to_the_trackers_asked_for(extend_config, monkeypatch):
-    calls = []
+    calls, ended = [], []
     fake = types.ModuleType("wandb")
-    fake.init = lambda **options: types.SimpleNamespace(log=lambda values, step: calls.append((step, values)))
+    fake.init = lambda **options: types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda exit_code: ended.append(exit_code)
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train.extend(extend_config(steps=2, report=["wandb"]))
-    assert [step for step, _ in calls] == [1, 2] and {"loss", "lr", "tokens_per_s"} <= calls[0][1].keys()
+    assert (
+        ended == [0] and [step for step, _ in calls] == [1, 2] and {"loss", "lr", "tokens_per_s"} <= calls[0][1].keys()
+    )
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"report=wandb needs a package \(.*\): pip install wandb"):
         train.extend(extend_config(steps=2, report=["wandb"], overwrite=True))

@@ -156,6 +156,28 @@ def test_rows_carry_what_the_answers_need(run):
     assert set(recall.scores) == {256, 512} and set(recall.samples) == {(n, s) for n in (256, 512) for s in (0, 1)}
 
 
+def test_scores_by_depth_are_those_of_the_samples_at_that_depth(run):
+    """Each needle of the samples, made anew, counted by hand into the tenth of the context where it stands."""
+    folder = run[0]
+    rows = [json.loads(line) for line in (folder / "run" / "depth.jsonl").read_text().splitlines()]
+    mine = [row for row in rows if row["arm"] == "recall+yarn" and row["length"] == 512]
+    tokenizer = load_tokenizer(folder / "base")
+    options = {"max_new_tokens": 30, "shots": 0, "hops": 3}
+    depths = [
+        sample["depth"][0]
+        for seed in (1000, 1001)
+        for sample in ruler.build_samples("niah_single_1", 512, tokenizer, 2, seed, **options)
+    ]
+    assert {(row["depth_from"], row["n"]) for row in mine} == set(
+        collections.Counter(float(depth // 10 * 10) for depth in depths).items()
+    )
+    lines = [json.loads(line) for line in (folder / "run" / "scores.jsonl").read_text().splitlines()]
+    scores = [line["scores"] for line in lines if (line["task"], line["length"]) == ("niah_single_1", 512)]
+    assert len(scores) == 4 and all(row["seeds"] == 2 and row["seed"] is None for row in mine)
+    found = sum(row["value"] * row["n"] for row in rows if row["length"] == 512)
+    assert found == pytest.approx(sum(map(sum, scores)))
+
+
 def test_samples_are_ruler_s_own_and_the_same_for_all_arms(run):
     folder = run[0]
     rows = [row for row in read_rows(folder / "run" / "results.jsonl") if row["suite"] == "ruler"]

@@ -56,6 +56,17 @@ def test_seeds_that_all_agree_and_a_single_seed():
         estimates.over_seeds([])
 
 
+def test_an_average_over_settings_of_different_seeds_is_welch_s_test():
+    """The mean of two is half the difference of the first and the second with its sign turned."""
+    one, two = [3.0, 5.0, 4.5, 6.0], [1.0, -2.0, 4.0]
+    found = estimates.over_settings([estimates.over_seeds(one), estimates.over_seeds(two)])
+    welch = stats.ttest_ind(one, [-value for value in two], equal_var=False)
+    interval = welch.confidence_interval(0.95)
+    assert (found.value, found.p) == pytest.approx(((np.mean(one) + np.mean(two)) / 2, welch.pvalue))
+    assert (found.lo, found.hi) == pytest.approx((interval.low / 2, interval.high / 2)) and found.n == 3
+    assert estimates.over_settings([estimates.over_seeds(one), estimates.over_seeds([2.0])]).lo is None
+
+
 def test_holm_by_hand():
     """Sorted: .001 x 4, .01 x 3, .03 x 2 = .06, .04 x 1 but never below the one before."""
     assert estimates.holm([0.04, 0.001, 0.03, 0.01]) == pytest.approx([0.06, 0.004, 0.06, 0.03])
@@ -215,10 +226,10 @@ def test_question_3_recall_wording_and_weight():
 def test_question_4_places_and_interactions():
     arms = [recall(75.0, "yarn"), Made("endprompt-random", "yarn", (95, 80, 76), prompt="recall", weight=1.0)]
     arms += [Made("pose", "yarn", (95, 80, 77), whole=False)]
-    near, _ = made_rows(arms, noise=1.0)
+    near, _ = made_rows(arms, noise=1.0, seeds=range(10))
     far = [recall(40.0, "yarn"), Made("endprompt-random", "yarn", (95, 80, 75), prompt="recall", weight=1.0)]
     far += [Made("pose", "yarn", (95, 80, 82), whole=False)]
-    rows = verdicts.rows_of(verdicts.arms_of(near + made_rows(far, fold=32, noise=1.0)[0]))
+    rows = verdicts.rows_of(verdicts.arms_of(near + made_rows(far, fold=32, noise=1.0, seeds=range(10))[0]))
     random = {"task": "q4", "family": claims.FIXED, "method": "endprompt-random-recall+yarn - endprompt-recall+yarn"}
     assert pick(rows, **random, metric="score_difference", length=2048, fold=8)["verdict"] == SAME
     assert pick(rows, **random, metric="score_difference", length=8192)["verdict"] == HELPS
@@ -227,6 +238,41 @@ def test_question_4_places_and_interactions():
     best = pick(rows, task="q4", family=claims.BEST, metric="score_difference", length=8192)
     assert best["comparison"] == ["endprompt-random-recall+yarn", "pose+yarn"] and best["verdict"] == HURTS
     assert pick(rows, source="aim")["agrees"] == "does not agree"
+
+
+def test_the_best_with_whole_text_is_tested_where_it_was_not_chosen():
+    """Lucky is far above PoSE on seeds 0 to 4 and far below on 5 to 9, as it is on the larger base."""
+    lucky = Made("endprompt-random", "yarn", (95, 80, 60), prompt="recall", weight=1.0)
+    arms = [Made("pose", "yarn", (95, 80, 70), whole=False), recall(69.0, "yarn"), lucky]
+    rows, _ = made_rows(arms, fold=32, noise=0.5, seeds=range(10))
+    for row in rows:
+        if row["arm"] == lucky.name and row["suite"] == "ruler" and row["seed"] < 5:
+            row["value"] += 30
+    rows += made_rows(arms, base=512, fold=32, noise=0.5, seeds=range(3))[0]
+    rows += made_rows(arms, base=1024, fold=8, noise=0.5, seeds=range(3))[0]  # another fold: a choice of its own
+    found = verdicts.rows_of(verdicts.arms_of(rows))
+    tested = [r for r in found if r["family"] == claims.BEST and r["fold"] == 32 and r["metric"] == "score_difference"]
+    assert {(r["base"], r["n"]) for r in tested if r["primary"]} == {("256", 5), ("512", 3)}
+    assert {tuple(r["comparison"]) for r in tested} == {(lucky.name, "pose+yarn")}
+    assert {r["chosen_on"] for r in tested} == {"base 256, seeds 0, 1, 2, 3, 4"}
+    own = pick(tested, base="256", length=8192)
+    assert own["value"] == pytest.approx(-10, abs=1) and own["scores"] == pytest.approx([60, 70], abs=2)
+    assert set(own["per_seed"]) == {"5", "6", "7", "8", "9"}
+    claim = pick(found, source="aim")
+    assert claim["agrees"] == "does not agree" and "5" not in claim["per_seed"]
+    assert claim["value"] == pytest.approx(np.mean([r["value"] for r in tested if r["primary"]]))
+    assert "chosen on base 256" in claim["sentence"] and "3 to 5 seeds" in claim["sentence"]
+
+
+def test_arms_with_few_seeds_do_not_take_seeds_from_the_others():
+    arms = [CONTROL, fixed(45), recall(60), Made("pose", "linear", (95, 80, 70), whole=False)]
+    few = Made("sentences", "linear", (95, 80, 10), whole=False)
+    rows = made_rows(arms, seeds=range(5))[0] + made_rows([few], seeds=range(2))[0]
+    found = verdicts.rows_of(verdicts.arms_of(rows))
+    for row in found:
+        if row["metric"] == "rank_correlation" or row["family"].startswith("Pareto"):
+            assert row["n"] == 5 and few.name not in row["comparison"]
+    assert {row["n"] for row in found if row["family"] == claims.POSE} == {2}
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1, "contradicts"), (-1, "predicts")])

@@ -46,6 +46,17 @@ MEASURED = {
     ("h200_methods", "float8"): (PlanConfig(float8="fast"), 2, "selective"),
     ("h200_methods", "float8, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
     ("h200_methods", "float8, joint"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "endprompt, whole step"): (PlanConfig(), 2, "selective"),
+    ("h200_attention", "endprompt, sdpa"): (PlanConfig(), 2, "selective"),
+    ("h200_attention", "float8, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "float8 with the head, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_attention", "full, 65,536, sdpa"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_attention", "full, 65,536, float8"): (PlanConfig(method="full", rows=8, float8="fast"), 1, "full"),
+    ("h200_attention", "full, 32,768"): (PlanConfig(method="full", rows=16, target=32768), 1, "full"),
+    ("h200_attention", "longlora, 65,536"): (PlanConfig(method="longlora", rows=8), 1, "full"),
+    ("h200_attention", "longlora, 32,768"): (PlanConfig(method="longlora", rows=16, target=32768), 1, "full"),
+    ("h200_attention", "short rows, target 32,768"): (PlanConfig(target=32768), 2, "selective"),
 }
 
 
@@ -72,6 +83,15 @@ def test_the_lean_optimizer_s_bytes_by_hand():
     assert parts["weights"] == 2 * 8030261248
     assert parts["gradients"] == 4 * 8030261248
     assert parts["moments"] == pytest.approx(8030261248 * (2 + 2 * 4 / 256))  # a byte each and a scale a block of 256
+
+
+def test_the_bytes_of_several_gpus_by_hand():
+    """Float32 weights, gradients and moments in shares; two layers, one's gradients and both embeddings gathered."""
+    parts = memory(shape_of("llama3-8b"), PlanConfig(gpus=8, optimizer="adamw"), 8192, 1, "full")
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 8030261248 / 8
+    assert parts["gathered layers"] == 2 * 2 * layer + (2 + 4) * layer
+    assert parts["gathered embeddings"] == (2 + 2 + 4) * 2 * 128256 * 4096
 
 
 def test_the_best_setting_comes_first_and_short_rows_beat_full_length():

@@ -1,9 +1,10 @@
 """Runs a matrix: what is missing is prepared, given to workers, and written down cell by cell.
 
 The run directory holds `results.jsonl` (all rows of a cell appended at once), `scores.jsonl` (the score of every
-sample), `questions.jsonl` (what follows from them), `log.jsonl` (seconds of each cell, tracebacks of failed ones),
-`config.yaml`, `environment.json` and `workers/` (what the workers printed). A cell is finished if all of its rows are
-there and carry the hash of its settings; anything less is done again. One process writes; a lock keeps others away.
+sample), `depth.jsonl` and `questions.jsonl` (what follows from them), `log.jsonl` (seconds of each cell, tracebacks of
+failed ones), `config.yaml`, `environment.json` and `workers/` (what the workers printed). A cell is finished if all of
+its rows are there and carry the hash of its settings; anything less is done again. One process writes; a lock keeps
+others away.
 """
 
 from __future__ import annotations
@@ -486,9 +487,11 @@ class Runner:
             say(message)
 
     def conclude(self) -> None:
-        """Answer the questions as far as the rows go."""
+        """Scores by depth, and the answers to the questions as far as the rows go."""
         from benchmarks import verdicts
+        from benchmarks.lab import depth
 
+        depth.write(self.output)
         if not any(cell.questions for cell in self.cells):
             return
         found = verdicts.write(self.output)
