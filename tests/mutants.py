@@ -21,6 +21,7 @@ POSITIONS, LOSS, ROPE = "endprompt/positions.py", "endprompt/loss.py", "endpromp
 PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/rows.py"
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
+BENCH = "endprompt/bench.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
     # positions
@@ -82,6 +83,16 @@ MUTANTS = [
     (LONGBENCH, "return 1 / len(named) if answer in named else 0.0", "return 1.0 if answer in named else 0.0", "longbench_metrics"),
     (LONGBENCH, "numbers.count(str(answer)) / len(numbers)", "float(str(answer) in numbers)", "longbench_metrics"),
     (LONGBENCH, "round(100 * difflib", "int(100 * difflib", "longbench_metrics"),
+    (SUMMARY, "first : first + fitting]", "first : first + fitting - 1]", "summary_rules"),
+    ("benchmarks/lm_eval_results.py", "own[f\"{metric},{kind}\"] = row[\"value\"] / 100", "own[f\"{metric},{kind}\"] = row[\"value\"]", "lm_eval_results"),
+    # measurements and tables
+    (BENCH, "6.0 * hidden * layers * row_tokens", "12.0 * hidden * layers * row_tokens", "measurements"),
+    (BENCH, "count * flops / (time.perf_counter() - started)", "(count + 2) * flops / (time.perf_counter() - started)", "measurements"),
+    (BENCH, "3.5 * causal", "3.0 * causal", "measurements"),
+    ("analysis/bench.py", "/ NAIVE_SPECTRA * count", "* count", "measurements"),
+    ("paper_figures/tables/measured.py", "rows[rows[\"length\"].isin(published[\"length\"])]", "rows", "paper_tables"),
+    ("paper_figures/table.py", "max(numbers) if section.best", "min(numbers) if section.best", "paper_tables"),
+    ("benchmarks/base.py", "size <= left[kind]", "size <= left[kind] + 1", "base_build"),
     # rows of results
     (ROWS, "if not lo - slack <= value <= hi + slack:", "if not lo - slack <= value:", "score_ruler figures_data rows"),
     (ROWS, "if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):", "if value is None:", "rows"),

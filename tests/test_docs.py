@@ -109,6 +109,7 @@ ELSEWHERE = {
     "score extended --backend vllm": ("needs vLLM and a GPU", "test_score_ruler.py"),
     "score extended --tasks all": ("needs RULER's own data", "test_score_ruler.py", "test_ruler_upstream.py"),
     "score extended --suite longbench --tasks e": ("needs LongBench's own data", "test_longbench_task.py"),
+    "score benchmarks/base/512": ("takes minutes", "test_score_ruler.py"),
     "base --window": ("takes a GPU minutes, two cores days", "test_base_build.py"),
     "demo": ("takes minutes", "test_demo.py", "test_packaging.py"),
     "lab --": ("takes minutes or a GPU", "test_lab_run.py", "test_lab_matrix.py"),

@@ -138,34 +138,6 @@ def test_reports_go_to_the_trackers_asked_for(extend_config, monkeypatch):
         train.extend(extend_config(steps=2, report=["paper"], overwrite=True))
 
 
-def test_tensorboard_gets_what_the_log_has(extend_config, monkeypatch):
-    made = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            self.folder, self.scalars, self.flushed = folder, [], 0
-            made.append(self)
-
-        def add_scalar(self, key, value, step):
-            self.scalars.append((step, key, value))
-
-        def flush(self):
-            self.flushed += 1
-
-    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    path = train.extend(extend_config(steps=2, report=["tensorboard"]))
-    (writer,) = made
-    assert writer.folder.endswith("tensorboard") and writer.flushed == 2
-    logged = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    shown = {(step, key): value for step, key, value in writer.scalars}
-    for line in logged:
-        assert shown[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-4)
-        assert shown[line["step"], "lr"] == pytest.approx(line["lr"], rel=1e-4)
-
-
 def test_flops_of_a_token_by_hand(llama):
     """Llama-3-8B: 7.50e9 multiplied parameters (no input embedding) and attention over 8,192 tokens give 51.5 GFLOP."""
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -515,7 +515,7 @@ def test_the_command_line_scores_a_checkpoint(place, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "endprompt.cli", *arguments], capture_output=True, text=True, check=True
     )
-    assert re.search(r"^niah_single_1 +\d+\.\d$", done.stdout, re.M)
+    assert re.search(r"^niah_single_1 +\d+\.\d \[\d+, \d+\]$", done.stdout, re.M)
     assert len(rows.read_rows(tmp_path / "out" / "results.jsonl")) == 1
 
 
