@@ -27,13 +27,15 @@ mutants: setup
 	@"$(BIN)/python" tests/mutants.py
 
 coverage: setup
-	@"$(BIN)/python" -m coverage run -m pytest -q
+	@"$(BIN)/python" -m coverage erase
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m coverage run -m pytest -q
+	@"$(BIN)/python" -m coverage combine --quiet
 	@"$(BIN)/python" -m coverage report
 
-# Known vulnerabilities of the installed packages; asks the advisory service of the package index.
+# Known vulnerabilities of the installed packages; asks the advisory service of PyPI, and fails if it knows none of them.
 audit-packages: setup
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check pip-audit
-	@"$(BIN)/pip-audit" --skip-editable
+	@"$(BIN)/python" .ci/audit_packages.py "$(BIN)/pip-audit"
 
 lint: setup
 	@"$(BIN)/ruff" check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 
@@ -22,7 +23,8 @@ class VerifyConfig:
         pairs: query-key pairs for each head.
         noise: standard deviation of an observed score, in units of the score's own root mean square.
         output: run directory.
-        method: the name this checkpoint has in the rows (default: base, or its RoPE scaling).
+        method: the name this checkpoint has in the rows (default: that of its endprompt.json, else base, or its RoPE
+            scaling).
         seed: of the choice of pairs.
         dtype: of the weights: float32, bfloat16.
         device: cpu or cuda.
@@ -56,6 +58,8 @@ def verify(config: VerifyConfig) -> int:
 
     report = work.verify(config)
     print(report.table())
+    print("all bounds hold" if report.holds else "A CERTIFIED BOUND IS VIOLATED: see the rows")
+    print(f"rows and pictures: {config.output}", file=sys.stderr)
     return 0 if report.holds else 1
 
 

@@ -25,7 +25,7 @@ from analysis.rank import true_sup
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt.positions import Intervals
-from endprompt.rows import RunDirectory, read_rows, result_row, sha256_of, sole_use, write_text
+from endprompt.rows import RunDirectory, parse_object, read_rows, result_row, sha256_of, sole_use, write_text
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
 CURVE_POINTS = 2048
@@ -448,7 +448,9 @@ class Findings:
 
     def method(self) -> str:
         scaling = self.scene.geometry.parameters.get("rope_type", "default")
-        return self.scene.config.method or ("base" if scaling == "default" else scaling)
+        note = Path(self.scene.config.checkpoint) / "endprompt.json"
+        noted = parse_object(note.read_bytes(), str(note)).get("method") if note.is_file() else None
+        return self.scene.config.method or str(noted or ("base" if scaling == "default" else scaling))
 
     def rows(
         self,

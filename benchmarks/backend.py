@@ -263,7 +263,6 @@ class Progress:
         self.total, self.quiet, self.every = total, quiet, every
         self.done = self.tokens = 0
         self.seconds = self._shown = 0.0
-        self._began = time.perf_counter()
         self.terminal = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
     def skip(self, n: int) -> None:
@@ -277,7 +276,7 @@ class Progress:
         if self.quiet or not (last or self.terminal or now - self._shown >= self.every):
             return
         self._shown = now
-        left = (self.total - self.done) * (now - self._began) / self.done
+        left = (self.total - self.done) * self.seconds / self.done
         line = (
             f"{task}: {self.done}/{self.total} samples, {self.tokens / self.seconds:,.0f} tokens/s, {clock(left)} left"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,7 @@ def score(config: ScoreConfig) -> int | None:
     with going_on({"overwrite": False} if config.overwrite else {}):
         made = scoring.score(config)
     if made and config.suite == "ruler":
-        print(summary.table(made))
+        print(summary.table(made, shutil.get_terminal_size().columns))
     elif made and config.suite == "longbench":
         from benchmarks import longbench_summary
         from endprompt import rows
@@ -56,6 +58,8 @@ def score(config: ScoreConfig) -> int | None:
     else:
         for row in made:
             print(f"{row['task']:<12} {row['value']:6.2f}")
+    if made:
+        print(f"rows: {config.directory / 'results.jsonl'}", file=sys.stderr)
     return None
 
 

@@ -111,6 +111,8 @@ def steps(config: DemoConfig) -> int:
     table(rows)
     say(f"\n{seconds / 60:.1f} minutes; rows: {directory.results}; picture: {run / 'figures' / PICTURE}")
     page = report.report(ReportConfig([str(run)]))
+    if not config.open:
+        say(f"open in a browser: {page.resolve().as_uri()}")
     print(page)
     if config.open:
         report.show(page)

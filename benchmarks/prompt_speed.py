@@ -1,131 +1,211 @@
-"""Speed of scoring long prompts on one GPU: the ceiling, our loop, and lm-eval's HFLM way, side by side in one run.
+"""Speed of scoring long prompts on one GPU: `endprompt score`'s model and lm-eval's own, side by side in one run.
 
     python -m benchmarks.prompt_speed --output runs/prompt-speed
+    python -m benchmarks.prompt_speed --tiny                        a rehearsal on a CPU, its numbers mean nothing
 
-An 8B Llama shape with random weights serves, since speed does not depend on them. lm-eval's way is the call that its
-HFLM makes with default settings: transformers' `generate`, one prompt at a time, with an attention mask.
+An 8B Llama shape with random weights serves both, since speed does not depend on them. The prompts are random words of
+a byte-level BPE that is made here, of exactly the window less the generation. Both models are lm-eval's: ours is
+`benchmarks.backend.LongContextLM` with the settings of `endprompt score`, theirs is `HFLM` with its defaults (sdpa
+attention, one prompt at a time); each `generate_until` takes the same requests, tokenizing included, in turns of a few
+samples. Every row is written as soon as it is known; --seconds ends the turns early, and the rows say how many samples
+were run.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import generate
+from benchmarks import sample_speed
+from benchmarks.backend import LongContextLM
+from benchmarks.score import ScoreConfig
 from endprompt import rows
+from endprompt.progress import say
 
-VOCABULARY, THETA = 128_256, 500_000.0
+NEW_TOKENS = 30
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the speed of scoring long prompts on one GPU.")
     parser.add_argument("--output", type=Path, default=Path("runs/prompt-speed"))
-    parser.add_argument("--length", type=int, default=65536)
+    parser.add_argument("--length", type=int, default=65536, help="of prompt and generation together")
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--turn", type=int, default=8, help="samples that each runs in its turn")
+    parser.add_argument("--seconds", type=float, default=400.0, help="begin no turn that would end after this time")
+    parser.add_argument("--their-batch-size", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="a very small model and window on the CPU")
     args = parser.parse_args(argv)
+    began = time.perf_counter()
+    device = "cpu" if args.tiny else "cuda"
+    if args.tiny:
+        args.length, args.samples, args.turn = min(args.length, 512), min(args.samples, 4), min(args.turn, 2)
     out = rows.RunDirectory(args.output, vars(args))
-    model = random_model(args.length)
-    kept = args.new_tokens
-    numbers = torch.Generator().manual_seed(0)
-    prompts = torch.randint(10, VOCABULARY, (args.samples, args.length - kept), generator=numbers).tolist()
-    warm = [prompts[0][:2048]]
-    generate.greedy(model, warm, 2)
-    hflm_generate(model, warm[0], 2)
 
-    ceiling = matrix_ceiling()
-    flops = prompt_flops(model, args.length - kept)
-    batches = [prompts[i : i + args.batch_size] for i in range(0, args.samples, args.batch_size)]
+    def note(text: str) -> None:
+        say(f"{time.perf_counter() - began:6.1f} s  {text}")
 
-    def first_tokens() -> None:
-        for batch in batches:
-            ids = torch.tensor(batch, device="cuda")
-            generate.prefill(model, ids, torch.full((len(batch),), ids.shape[1], device="cuda"))
+    tokenizer = sample_speed.stand_in()
+    prompts = word_prompts(tokenizer, args.samples, args.length - NEW_TOKENS)
+    note(f"{len(prompts)} prompts of {args.length - NEW_TOKENS:,} tokens")
+    model = random_model(TINY if args.tiny else SHAPE, args.length, device)
+    note(f"a model of {model.num_parameters() / 1e9:.2f}B parameters on {device}")
+    ours, theirs = language_models(model, tokenizer, args.length, device, args.their_batch_size)
+    note("lm-eval's models around it")
 
-    def whole_answers() -> None:
-        for batch in batches:
-            generate.greedy(model, batch, kept)
-
-    def theirs(new_tokens: int) -> None:
-        for prompt in prompts:
-            hflm_generate(model, prompt, new_tokens)
-
-    measured = {
-        "prompts, ours": timed(first_tokens),
-        "prompts, transformers generate": timed(lambda: theirs(1)),
-        "scoring, ours": timed(whole_answers),
-        "scoring, transformers generate": timed(lambda: theirs(kept)),
+    about: dict[str, Any] = {"suite": "speed", "length": args.length, "seed": 0}
+    about |= {"model": "llama 8B shape, random" if not args.tiny else "tiny, random", "environment": rows.environment()}
+    settings = {
+        "ours": {"method": "ours", "batch_size": ours.batch_size},
+        "lm-eval": {"method": "lm-eval", "batch_size": theirs.batch_size},
     }
-    about: dict[str, Any] = {"suite": "speed", "length": args.length, "method": "speed", "seed": 0, "n": args.samples}
-    about |= {"model": "llama 8B shape, random", "batch_size": args.batch_size, "max_new_tokens": kept}
-    about |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    made = [rows.result_row(task="matrix ceiling", metric="TFLOP/s", value=ceiling / 1e12, **about)]
-    for task, seconds in measured.items():
-        made.append(rows.result_row(task=task, metric="seconds", value=seconds, **about))
-        if task.startswith("prompts"):
-            share = 100 * flops * args.samples / seconds / ceiling
-            made.append(rows.result_row(task=task, metric="percent of ceiling", value=share, **about))
-    for kind in ("prompts", "scoring"):
-        ratio = measured[f"{kind}, transformers generate"] / measured[f"{kind}, ours"]
-        made.append(rows.result_row(task=kind, metric="times faster", value=ratio, **about))
-    out.add(made)
-    for row in made:
-        print(f"{row['task']:<32} {row['value']:10.2f} {row['metric']}")
+
+    def add(task: str, metric: str, value: float, **more: Any) -> None:
+        out.add([rows.result_row(task=task, metric=metric, value=value, **about, **{"method": "speed", **more})])
+        note(f"{task:<16} {more.get('method', ''):<8} {metric:<20} {value:12.3f}")
+
+    def run(lm: Any, some: list[str], new_tokens: int) -> tuple[float, list[str]]:
+        jobs = requests(some, new_tokens)
+        return timed(device, lambda: lm.generate_until(jobs, disable_tqdm=True))
+
+    # The first call at a shape makes the kernels' plans: one batch of each model, whose time counts for nothing.
+    for name, lm, some in (("ours", ours, prompts[:2]), ("lm-eval", theirs, prompts[: args.their_batch_size])):
+        seconds, _ = run(lm, some, 2)
+        note(f"warm-up of {name}: {seconds:.1f} s")
+
+    ceiling = matrix_ceiling(device, size=256 if args.tiny else 8192)
+    first = prompts[: args.turn]
+    alone, _ = timed(device, lambda: [ours.tok_encode(prompt) for prompt in first])
+    seconds, _ = run(ours, first, 1)
+    ceiling = max(ceiling, matrix_ceiling(device, size=256 if args.tiny else 8192))
+    add("matrix ceiling", "TFLOP/s", ceiling / 1e12)
+    mine = {**settings["ours"], "n": len(first), "max_new_tokens": 1}
+    add("prompts", "seconds", seconds, **mine)
+    add("prompts", "tokenizing_seconds", alone, **mine)
+    flops = prompt_flops(model, args.length - NEW_TOKENS) * len(first)
+    add("prompts", "percent_of_ceiling", 100 * flops / seconds / ceiling, **mine)
+
+    total = {"ours": 0.0, "lm-eval": 0.0}
+    same = done = 0
+    longest = 0.0
+    while done < len(prompts):
+        turn = prompts[done : done + args.turn]
+        if time.perf_counter() - began + longest > args.seconds:
+            note(f"{done} of {len(prompts)} samples: another turn of {longest:.0f} s would end after {args.seconds} s")
+            break
+        entered = time.perf_counter()
+        answers = []
+        for name, lm in (("ours", ours), ("lm-eval", theirs)):
+            seconds, made = run(lm, turn, NEW_TOKENS)
+            total[name] += seconds
+            answers.append(made)
+            add("scoring, a turn", "seconds", seconds, **settings[name], n=len(turn), max_new_tokens=NEW_TOKENS)
+        same += sum(a == b for a, b in zip(*answers))
+        done += len(turn)
+        longest = max(longest, time.perf_counter() - entered)
+    if not done:
+        return
+    for name, seconds in total.items():
+        add("scoring", "seconds", seconds, **settings[name], n=done, max_new_tokens=NEW_TOKENS)
+    pair = {"n": done, "max_new_tokens": NEW_TOKENS, "method": "ours"}
+    add("scoring", "times_faster", total["lm-eval"] / total["ours"], **pair)
+    add("scoring", "same_answers_percent", 100 * same / done, **pair)
+    if device == "cuda":
+        add("scoring", "peak_gib", torch.cuda.max_memory_allocated() / 2**30, **pair)
 
 
-def random_model(length: int) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def word_prompts(tokenizer: Any, samples: int, tokens: int) -> list[str]:
+    """Texts of random words, each of them one token: of exactly so many tokens."""
+    vocabulary = tokenizer.get_vocab()
+    words = [
+        piece[1:] for piece in sorted(vocabulary) if piece[:1] == "Ġ" and piece[1:].isascii() and piece[1:].isalpha()
+    ]
+    words = [
+        word for word in words if tokenizer.encode(" " + word, add_special_tokens=False) == [vocabulary["Ġ" + word]]
+    ]
+    draw = random.Random(0)
+    return ["".join(" " + word for word in draw.choices(words, k=tokens)) for _ in range(samples)]
 
+
+def random_model(shape: dict[str, Any], window: int, device: str) -> Any:
+    """A Llama that never ends its answer: all of the new tokens are generated."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=length,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        **shape,
+        max_position_embeddings=window,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        bos_token_id=None,
+        eos_token_id=None,
     )
-    with torch.device("cuda"):
+    torch.manual_seed(0)
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model.generation_config.eos_token_id = None  # all of the new tokens are generated
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0.0  # the end of text's logit is never the largest
     return model.eval()
 
 
-def hflm_generate(model: Any, prompt: list[int], new_tokens: int) -> None:
-    ids = torch.tensor([prompt], device="cuda")
-    with torch.no_grad():
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_length=ids.shape[1] + new_tokens,
-            pad_token_id=0,
-            use_cache=True,
-            do_sample=False,
-        )
+def language_models(
+    model: Any, tokenizer: Any, window: int, device: str, their_batch_size: int
+) -> tuple[LongContextLM, HFLM]:
+    """(ours, lm-eval's) around one model."""
+    batch_size = ScoreConfig("random").batch_size
+    ours = LongContextLM(model, tokenizer=tokenizer, max_length=window, batch_size=batch_size, device=device)
+    theirs = {"batch_size": their_batch_size} if their_batch_size != 1 else {}
+    return ours, HFLM(model, tokenizer=tokenizer, **theirs)
 
 
-def timed(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+def requests(prompts: list[str], new_tokens: int) -> list[Instance]:
+    """What lm-eval asks of a model for prompts whose answers no string ends."""
+    settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": new_tokens}
+    return [Instance("generate_until", {}, (prompt, dict(settings)), i) for i, prompt in enumerate(prompts)]
+
+
+def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result)"""
+    if device == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
 
 
-def matrix_ceiling(size: int = 8192, repeats: int = 40) -> float:
+def matrix_ceiling(device: str, size: int, repeats: int = 40) -> float:
     """FLOP/s of a bfloat16 matrix product, after a warm-up."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(10):
         a @ b
-    seconds = timed(lambda: [a @ b for _ in range(repeats)])
-    return 2 * size**3 * repeats / seconds
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            a @ b
+
+    return 2 * size**3 * repeats / timed(device, multiply)[0]
 
 
 def prompt_flops(model: Any, tokens: int) -> float:

@@ -119,7 +119,7 @@ def about_run(run: Run) -> dict[str, Any]:
     first = next((part for part in run.parts if part.environment), run.parts[0])
     environment, device = first.environment, first.environment.get("device") or {}
     kinds = [part.kind or ("rows" if part.rows else "training") for part in run.parts]
-    seconds = sum(line["seconds"] for line in run.parts[0].log if number(line.get("seconds")))
+    seconds = sum(line["seconds"] for line in (*run.parts[0].log, run.parts[0].about) if number(line.get("seconds")))
     return {
         "name": run.name,
         "kind": run.parts[0].kind or kinds[0],

@@ -85,9 +85,6 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         path = Path(given)
         if not path.exists():
             raise ValueError(f"there is no such run: {given}")
-        name = path.resolve().name.removesuffix(".jsonl")
-        taken = {run.name for run in runs}
-        unique = next(n for n in (name, *(f"{name} ({k})" for k in range(2, len(paths) + 2))) if n not in taken)
         parts = [read_part(path)] if path.is_file() else [read_part(folder) for folder in folders(path)]
         parts = [part for part in parts if part.rows or part.losses() or part.about]
         if not parts:
@@ -95,7 +92,10 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
                 f"a run is a directory that endprompt wrote, or a file of rows: {given} has no results.jsonl, "
                 "log.jsonl or endprompt.json"
             )
-        runs.append(Run(unique, path, parts))
+        name = path.resolve().name.removesuffix(".jsonl")
+        taken = {run.name for run in runs}
+        others = (f"{name} ({what})" for what in (parts[0].kind, *range(2, len(paths) + 2)) if what)
+        runs.append(Run(next(n for n in (name, *others) if n not in taken), path, parts))
     return runs
 
 

@@ -2,9 +2,9 @@
 
 Hsieh et al. 2024, arXiv:2404.06654. A sample is drawn (keys, values, order) without regard to the tokenizer, then its
 haystack is grown to the largest size at which prompt + generation fits the budget. Sizes follow from token counts of
-the haystack's units, measured once in their surroundings; whether counts add up is checked on whole prompts, and where
-they do not (or where prompts are few and short) every prompt is tokenized and the size searched for. A prompt never
-exceeds its budget.
+the haystack's units, and the tokens around it from those of words, all measured once in their surroundings. Whether
+counts add up is checked on whole prompts; where they do not, every prompt is tokenized and the size searched for. Where
+prompts are few and short, the result is tokenized for every one. A prompt never exceeds its budget.
 
     budget (length) = BOS + chat template + prompt + answer prefix + tokens kept for generation
 
@@ -20,6 +20,7 @@ import functools
 import hashlib
 import itertools
 import math
+import operator
 import random
 import string
 import uuid
@@ -42,10 +43,14 @@ VT_EXAMPLE_TOKENS = 500  # RULER's size of the worked example of variable tracki
 CWE_COMMON = 10
 FWE_ALPHA = 2.0
 FWE_LETTERS = 6
-# A cell of at most this many prompt tokens is tokenized whole; a larger one relies on checked sums.
+# Every prompt of a cell of at most this many tokens is tokenized whole; a larger one relies on sums that were checked
+# on this many whole prompts, on more prompts with the smallest haystack, and on documents of a library.
 EXACT_TOKENS = 1_000_000
 CHECKED_SAMPLES = 4
+CHECKED_PROMPTS = 64
 CHECKED_DOCUMENTS = 512
+# Texts that are split at once: their words are as many objects.
+TEXTS_AT_ONCE = 256
 SEARCH_STEPS = 20
 # Words kept on each side of a needle when the inside of an essay is summed and not tokenized.
 RIM = 8
@@ -185,6 +190,7 @@ class Cell(Sequence[dict[str, Any]]):
         self.options = Options(**recipe["options"])
         self._tokenizer, self._data_dir = tokenizer, data_dir
         self._assemble = assembler(tokenizer, self.options.chat)
+        self._drafts: list[Draft] = []  # of a cell that was just built
 
     @functools.cached_property
     def _source(self) -> Source:
@@ -209,7 +215,8 @@ class Cell(Sequence[dict[str, Any]]):
         kept = reserve(task, options)
         with texts.no_collection():
             made = source(task, length, tokenizer, seed, data_dir, options)
-            states = fit(length, made, n, kept, counter(tokenizer), assembler(tokenizer, options.chat))
+            drafts = [made.draw(i) for i in range(n)]
+            states = fit(length, made, drafts, kept, counter(tokenizer), assembler(tokenizer, options.chat))
         recipe = {
             "generator": GENERATOR,
             "task": task,
@@ -221,7 +228,9 @@ class Cell(Sequence[dict[str, Any]]):
             "haystack_sha256": made.haystack_sha256,
             "samples": states,
         }
-        return cls(recipe, tokenizer, data_dir)
+        built = cls(recipe, tokenizer, data_dir)
+        built._drafts = drafts
+        return built
 
     def __len__(self) -> int:
         return len(self.recipe["samples"])
@@ -229,9 +238,11 @@ class Cell(Sequence[dict[str, Any]]):
     def describe(self) -> None:
         """Adds to the recipe what takes all prompts to know: their characters and their hash."""
         digest, characters = hashlib.sha256(), 0
-        for sample in self:
-            characters += len(sample["input"])
-            digest_sample(digest, sample)
+        with texts.no_collection():
+            for sample in self:
+                characters += len(sample["input"])
+                digest_sample(digest, sample)
+        self._drafts = []  # a cell that is kept stays small
         self.recipe |= {"characters": characters, "samples_sha256": digest.hexdigest()}
 
     def __getitem__(self, index):
@@ -243,11 +254,12 @@ class Cell(Sequence[dict[str, Any]]):
         """A sample; without its `input`, which takes the most time to make, if it is not wanted whole."""
         state, tokens = self.recipe["samples"][index]
         recipe = self.recipe
-        draft = self._source.draw(index % len(self))
+        index %= len(self)
+        draft = self._drafts[index] if self._drafts else self._source.draw(index)
         kept, length = recipe["max_new_tokens"], recipe["length"]
         return {
             "task": recipe["task"],
-            "index": index % len(self),
+            "index": index,
             "seed": recipe["seed"],
             **({"input": self._assemble(*draft.render(state))} if whole else {}),
             "outputs": list(draft.outputs),
@@ -332,7 +344,7 @@ class Costs:
 
     def __init__(self, tokenizer: Any):
         self.count = counter(tokenizer)
-        self._words: dict[str, int] = {}
+        self._words = measured_words(tokenizer, len(tokenizer))
 
     def of(self, pieces: Sequence[str], left: str, right: str) -> np.ndarray:
         """int64 [pieces]"""
@@ -344,12 +356,47 @@ class Costs:
     def words(self, words: Sequence[str]) -> list[int]:
         """Tokens of each word with the space in front of it, in running text; a word is measured once."""
         known = self._words
-        new = [word for word in dict.fromkeys(words) if word not in known]
+        new = list(set(words).difference(known))
         known.update(zip(new, self.of([" " + word for word in new], "a", " a").tolist()))
-        return [known[word] for word in words]
+        return list(map(known.__getitem__, words))
+
+    def texts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of texts as a model receives them, as sums over their words where they fall into words."""
+        parts = [self._texts(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+        return list(itertools.chain.from_iterable(parts))
+
+    def _texts(self, texts: Sequence[str]) -> list[int]:
+        split = [spaced(text) for text in texts]
+        inner = iter(self.words(list(itertools.chain.from_iterable(words[1:-1] for words in split))))
+        sums = [sum(itertools.islice(inner, len(words) - 2)) if words else 0 for words in split]
+        # What is left of a text is its first and last word, and for most texts of a task they are the same.
+        ends = [f"{words[0]} {words[-1]}" if words else text for words, text in zip(split, texts)]
+        distinct = list(dict.fromkeys(ends))
+        tokens = dict(zip(distinct, self.count(distinct)))
+        return [total + tokens[end] for total, end in zip(sums, ends)]
 
 
-def fit(length: int, made: Source, n: int, kept: int, count: Count, assemble: Assemble) -> list[tuple[Any, int]]:
+@functools.lru_cache(maxsize=4)
+def measured_words(tokenizer: Any, entries: int) -> dict[str, int]:
+    """Place of the tokens of words, shared by all cells of a tokenizer; one that has grown starts anew."""
+    return {}
+
+
+def spaced(text: str) -> list[str]:
+    """The words of a text between its spaces, three at least; none if white space stands in front of a space."""
+    words = text.split(" ") if "  " not in text and "\n " not in text else []
+    return words if len(words) > 2 else []
+
+
+def word_counter(costs: Costs, count: Count, prompts: Sequence[str]) -> Count:
+    """Counts by words if that is right for CHECKED_PROMPTS of the prompts, spread evenly; else `count`."""
+    some = prompts[:: max(1, len(prompts) // CHECKED_PROMPTS)]
+    return costs.texts if costs.texts(some) == count(some) else count
+
+
+def fit(
+    length: int, made: Source, drafts: Sequence[Draft], kept: int, count: Count, assemble: Assemble
+) -> list[tuple[Any, int]]:
     """(state, prompt tokens) of the fullest haystack of each sample within length - kept tokens.
 
     Raises ValueError naming the shortest possible length if the smallest haystack does not fit.
@@ -358,27 +405,29 @@ def fit(length: int, made: Source, n: int, kept: int, count: Count, assemble: As
     def measure(drafts: Sequence[Draft], states: Sequence[Any]) -> list[int]:
         return count([assemble(*draft.render(state)) for draft, state in zip(drafts, states)])
 
-    room = length - kept
-    drafts = [made.draw(i) for i in range(n)]
+    room, n = length - kept, len(drafts)
     exact = n * length <= EXACT_TOKENS
+    if room > 0:
+        made.prepare(drafts, room)
     first = drafts if exact else drafts[:CHECKED_SAMPLES]
     smallest = measure(first, [draft.empty for draft in first])
     if max(smallest) > room:
         raise too_short(made, n, kept, max(smallest) + kept, measure)
+    cores = [draft.core() for draft in drafts]
+    prompts = [assemble(*prompt) for prompt, _ in cores]
+    by_words = word_counter(made.costs, count, prompts)
+    bare = [tokens + left for tokens, (_, left) in zip(by_words(prompts), cores)]
+    sums = functools.partial(summed, count=by_words, assemble=assemble)
+    checked, errors = foretold(first, smallest, bare[: len(first)], room, measure, sums)
     if exact:
-        return search(drafts, smallest, room, measure)
-    checked = search(first, smallest, room, measure)
-    bare = emptied(drafts, count, assemble)
-    states = [state for state, _ in checked]
-    sums = summed(first, bare, states, count, assemble)
-    errors = {tokens - total for (_, tokens), total in zip(checked, sums)}
+        return checked
     if len(errors) > 1:
         smallest = measure(drafts, [draft.empty for draft in drafts])
         if max(smallest) > room:
             raise too_short(made, n, kept, max(smallest) + kept, measure)
         return search(drafts, smallest, room, measure)
     # On every checked prompt the sums are right, or off by the same constant: trust them.
-    fitted = arithmetic(drafts[CHECKED_SAMPLES:], bare[CHECKED_SAMPLES:], room, errors.pop(), count, assemble)
+    fitted = arithmetic(drafts[CHECKED_SAMPLES:], bare[CHECKED_SAMPLES:], room, errors.pop(), sums)
     if (most := max((tokens for _, tokens in fitted), default=0)) > room:
         raise too_short(made, n, kept, most + kept, measure)
     return checked + fitted
@@ -389,12 +438,6 @@ def too_short(made: Source, n: int, kept: int, candidate: int, measure: Callable
         f"length is too short for task {made.task}: {made.length}; the shortest possible is "
         f"{shortest(made, n, kept, candidate, measure)} with this tokenizer and {kept} tokens kept for generation"
     )
-
-
-def emptied(drafts: Sequence[Draft], count: Count, assemble: Assemble) -> list[int]:
-    """Tokens of each draft's smallest prompt: summed where it is long itself, else counted."""
-    cores = [draft.core() for draft in drafts]
-    return [tokens + left for tokens, (_, left) in zip(count([assemble(*prompt) for prompt, _ in cores]), cores)]
 
 
 def shortest(made: Source, n: int, kept: int, candidate: int, measure: Callable[..., list[int]]) -> int:
@@ -408,17 +451,57 @@ def shortest(made: Source, n: int, kept: int, candidate: int, measure: Callable[
         candidate = needed
 
 
+Sums = Callable[[Sequence["Draft"], Sequence[int], Sequence[Any]], list[int]]
+
+
 def summed(
     drafts: Sequence[Draft], bare: Sequence[int], states: Sequence[Any], count: Count, assemble: Assemble
 ) -> list[int]:
-    """Prompt tokens by arithmetic: of the prompt with the inner parts of its haystack cut out, plus theirs."""
+    """Prompt tokens by arithmetic: of the prompt with the inner parts of its haystack cut out, plus theirs.
+
+    `bare` are the tokens of each draft's smallest prompt.
+    """
     cut = [draft.cut(state) for draft, state in zip(drafts, states)]
     measured = iter(count([assemble(*prompt) for prompt, _ in cut if prompt is not None]))
     return [removed + (empty if prompt is None else next(measured)) for (prompt, removed), empty in zip(cut, bare)]
 
 
+def foretold(
+    drafts: Sequence[Draft],
+    smallest: Sequence[int],
+    bare: Sequence[int],
+    room: int,
+    measure: Callable[..., list[int]],
+    sums: Sums,
+) -> tuple[list[tuple[Any, int]], set[int]]:
+    """What `search` finds, and by how much the sums are below the truth there.
+
+    The search goes by sums, and only its results are tokenized. If all sums were off by the same number, it is repeated
+    with that added; else with the tokenizer at every step. `smallest` are the tokens of the smallest prompts, `bare`
+    their sums.
+    """
+    bare_of, shift = {id(draft): tokens for draft, tokens in zip(drafts, bare)}, 0
+
+    def told(some: Sequence[Draft], states: Sequence[Any]) -> list[int]:
+        return [tokens + shift for tokens in sums(some, [bare_of[id(draft)] for draft in some], states)]
+
+    for _ in range(2):
+        found = search(drafts, smallest, room, told)
+        states = [state for state, _ in found]
+        true = measure(drafts, states)
+        errors = {tokens - guess for tokens, guess in zip(true, told(drafts, states))}
+        if errors == {0}:
+            return list(zip(states, true)), {shift}
+        if len(errors) > 1:
+            break
+        shift += errors.pop()
+    found = search(drafts, smallest, room, measure)
+    total = sums(drafts, bare, [state for state, _ in found])
+    return found, {tokens - guess for (_, tokens), guess in zip(found, total)}
+
+
 def arithmetic(
-    drafts: Sequence[Draft], bare: Sequence[int], room: int, shift: int, count: Count, assemble: Assemble
+    drafts: Sequence[Draft], bare: Sequence[int], room: int, shift: int, sums: Sums
 ) -> list[tuple[Any, int]]:
     """(state, tokens) of each draft with sums that were found to be `shift` below the truth."""
     targets = [room - tokens - shift for tokens in bare]
@@ -426,9 +509,8 @@ def arithmetic(
     open_ = list(range(len(drafts)))
     while open_:
         states = [drafts[i].fill(max(0, targets[i]))[0] for i in open_]
-        sums = summed([drafts[i] for i in open_], [bare[i] for i in open_], states, count, assemble)
         late = []
-        for i, state, tokens in zip(open_, states, sums):
+        for i, state, tokens in zip(open_, states, sums([drafts[i] for i in open_], [bare[i] for i in open_], states)):
             if tokens + shift <= room or targets[i] <= 0:
                 fitted[i] = (state, tokens + shift)
             else:
@@ -556,6 +638,9 @@ class Source:
 
     def draw(self, index: int) -> Draft:
         raise NotImplementedError
+
+    def prepare(self, drafts: Sequence[Draft], room: int) -> None:
+        """Measures together what the drafts will ask for one by one, where that saves time."""
 
 
 def source(task: str, length: int, tokenizer: Any, seed: int, data_dir: str | Path | None, options: Options) -> Source:
@@ -790,8 +875,8 @@ class NeedleSource(Source):
 
     @functools.cached_property
     def pool_costs(self) -> np.ndarray:
-        line = "\n" + self.pool[0]
-        return self.costs.of(["\n" + sentence for sentence in self.pool], line, line)
+        end, start = self.pool[0][-1], self.pool[0].split(" ")[0]
+        return self.costs.of(["\n" + sentence for sentence in self.pool], end, "\n" + start)
 
 
 class NeedleDraft(Draft):
@@ -815,15 +900,15 @@ class NeedleDraft(Draft):
         count = int(np.searchsorted(sums, room, side="right"))
         total = int(sums[count - 1]) if count else 0
         state = [count]
-        inside = list(np.argsort(costs[:count], kind="stable")) if count else []
+        inside = np.argsort(costs[:count], kind="stable")[:16].tolist()
         outside = count + np.argsort(costs[count:], kind="stable")
-        for out in inside[:16]:
+        for out in inside:
             limit = costs[out] + room - total
             pick = int(np.searchsorted(costs[outside], limit, side="right")) - 1
             if pick < 0 or costs[outside[pick]] <= costs[out]:
                 break
             total += int(costs[outside[pick]] - costs[out])
-            state += [int(out), int(outside[pick])]
+            state += [out, int(outside[pick])]
             outside = np.delete(outside, pick)
         return state, total
 
@@ -840,7 +925,7 @@ class NeedleDraft(Draft):
         return int(self.made.pool_costs[self.chosen(state)].sum())
 
     def lines(self, state: Sequence[int]) -> list[str]:
-        return [self.made.pool[i] for i in self.chosen(state)]
+        return list(map(self.made.pool.__getitem__, self.chosen(state)))
 
     def places(self, state: Sequence[int]) -> list[int]:
         return places(state[0] if state else 0, len(self.needles.sentences), random.Random(self._key ^ 1))
@@ -952,6 +1037,7 @@ class CommonWordSource(Source):
     """Common words: ten words many times, others seldom, in one numbered list, after one worked example."""
 
     data_dir: str | Path | None = None
+    _number_sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     @property
     def repeats(self) -> tuple[int, int]:
@@ -975,11 +1061,19 @@ class CommonWordSource(Source):
     def word_costs(self) -> np.ndarray:
         return self.costs.of([" " + word for word in self.words], "a 1.", " 2.")
 
-    @functools.cached_property
-    def number_sums(self) -> np.ndarray:
-        """int64 [k]: tokens of the first k numbers with their dots."""
-        numbers = [f" {i}." for i in range(1, self.length // 2 + 2)]
-        return np.concatenate([[0], np.cumsum(self.costs.of(numbers, " a", " a"))])
+    def number_sums(self, entries: int) -> np.ndarray:
+        """int64 [k]: tokens of the first k numbers with their dots; k to `entries` at least."""
+        while len(self._number_sums) <= entries:
+            known = len(self._number_sums) - 1
+            numbers = [f" {i}." for i in range(known + 1, 2 * known + 1025)]
+            sums = np.cumsum(self.costs.of(numbers, " a", " a"))
+            self._number_sums = np.append(self._number_sums, self._number_sums[-1] + sums)
+        return self._number_sums
+
+    @property
+    def most_entries(self) -> int:
+        """An entry takes at least two tokens."""
+        return self.length // 2 + 1
 
 
 class CommonWordDraft(Draft):
@@ -997,35 +1091,42 @@ class CommonWordDraft(Draft):
             self.answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
             self.example = f"{self.question(listed)}{texts.wording('cwe').prefix} {self.answer}\n"
             self.example_entries = [(shown[:CWE_COMMON], common), (shown[CWE_COMMON:], other)]
-        self.order = numpy_rng.permutation(len(made.words))
+        # As many as can be listed at two tokens an entry: the longer word list times all samples would be a gigabyte.
+        most = CWE_COMMON + made.length // (2 * made.repeats[1])
+        self.order = numpy_rng.permutation(len(made.words))[:most].copy()
         self._key = rng.getrandbits(64)
         self.outputs = [made.words[i] for i in self.order[:CWE_COMMON]]
 
     def listed(self, chosen: np.ndarray, common: int, other: int, rng: np.random.RandomState) -> str:
         entries = np.concatenate([np.tile(chosen[:CWE_COMMON], common), np.tile(chosen[CWE_COMMON:], other)])
         words = self.made.words
-        return numbered([words[i] for i in rng.permutation(entries).tolist()])
+        return numbered(list(map(words.__getitem__, rng.permutation(entries).tolist())))
 
     @staticmethod
     def question(listed: str) -> str:
         return texts.wording("cwe").template.format(context=listed)
 
-    @functools.cached_property
-    def sums(self) -> np.ndarray:
-        """int64 [k]: tokens that the first k words besides the common ones add."""
+    def sums(self, room: int) -> np.ndarray:
+        """int64 [k]: tokens that the first k words besides the common ones add, up to more than `room` if it can be."""
         common, other = self.made.repeats
-        least = CWE_COMMON * common
+        least, numbers = CWE_COMMON * common, self.made.number_sums(CWE_COMMON * common)
+        while numbers[-1] - numbers[least] <= room and len(numbers) <= self.made.most_entries:
+            numbers = self.made.number_sums(len(numbers))
         costs = self.made.word_costs[self.order[CWE_COMMON:]]
-        entries = np.arange(0, (len(self.made.number_sums) - 1 - least) // other + 1)[: len(costs) + 1]
-        sums = np.concatenate([[0], np.cumsum(costs)])[: len(entries)] * other
-        return sums + self.made.number_sums[least + entries * other] - self.made.number_sums[least]
+        entries = np.arange(least, min(len(numbers), self.made.most_entries + 1), other)[: len(costs) + 1]
+        return np.append(0, np.cumsum(costs[: len(entries) - 1]) * other) + numbers[entries] - numbers[least]
 
     def fill(self, room: int) -> tuple[int, int]:
-        count = int(np.searchsorted(self.sums, room, side="right")) - 1
-        return CWE_COMMON + count, int(self.sums[count])
+        sums = self.sums(room)
+        count = int(np.searchsorted(sums, room, side="right")) - 1
+        return CWE_COMMON + count, int(sums[count])
 
     def cut(self, count: int) -> tuple[None, int]:
-        return None, int(self.sums[count - CWE_COMMON])
+        common, other = self.made.repeats
+        least, more = CWE_COMMON * common, count - CWE_COMMON
+        numbers = self.made.number_sums(least + more * other)
+        words = int(self.made.word_costs[self.order[CWE_COMMON:count]].sum())
+        return None, words * other + int(numbers[least + more * other] - numbers[least])
 
     def core(self) -> tuple[tuple[str, str], int]:
         made, first = self.made, self.made.words[self.order[0]]
@@ -1044,7 +1145,8 @@ class CommonWordDraft(Draft):
         """Tokens of a numbered list less its first entry, which stands for the sample's first word."""
         costs = self.made.word_costs
         total = sum(int(costs[chosen].sum()) * times for chosen, times in words)
-        return total + int(self.made.number_sums[entries] - self.made.number_sums[1] - costs[self.order[0]])
+        numbers = self.made.number_sums(entries)
+        return total + int(numbers[entries] - numbers[1] - costs[self.order[0]])
 
     def render(self, count: int) -> tuple[str, str]:
         rng = frozen(random.Random(self._key))
@@ -1055,8 +1157,12 @@ class CommonWordDraft(Draft):
         return []
 
 
+NUMBERS: list[str] = []  # " 1. ", " 2. " and so on, as many as were asked for
+
+
 def numbered(words: Sequence[str]) -> str:
-    return " ".join([f"{i}. {word}" for i, word in enumerate(words, 1)])
+    NUMBERS.extend(f" {i}. " for i in range(len(NUMBERS) + 1, len(words) + 1))
+    return "".join(map(operator.add, NUMBERS, words))[1:]
 
 
 @dataclass
@@ -1082,6 +1188,11 @@ class FrequentWordSource(Source):
     @functools.cached_property
     def pool_costs(self) -> np.ndarray:
         return self.costs.of([" " + word for word in self.pool], " a", " a")
+
+    @functools.cached_property
+    def pool_bytes(self) -> np.ndarray:
+        """The pool's words with a space in front, as bytes of one size."""
+        return np.array([f" {word}" for word in self.pool], dtype=np.bytes_)
 
     @functools.cached_property
     def dots_cost(self) -> int:
@@ -1132,10 +1243,11 @@ class FrequentWordDraft(Draft):
 
     def render(self, total: int) -> tuple[str, str]:
         entries = np.repeat(np.arange(self.made.vocabulary), self.made.counts(total))
-        words = ["...", *(self.made.pool[i] for i in self.chosen[1:])]
-        shuffled = frozen(random.Random(self._key)).permutation(entries).tolist()
+        words = self.made.pool_bytes[self.chosen]
+        words[0] = b" ..."
+        context = words[frozen(random.Random(self._key)).permutation(entries)].tobytes().translate(None, b"\0")
         wording = texts.wording("fwe")
-        return wording.template.format(context=" ".join([words[i] for i in shuffled])), wording.prefix
+        return wording.template.format(context=context[1:].decode()), wording.prefix
 
     def depth(self, total: int) -> list[float]:
         return []
@@ -1147,6 +1259,7 @@ class FrequentWordDraft(Draft):
 @dataclass
 class DocumentSource(Source):
     library: texts.Library = None  # type: ignore[assignment]
+    _number_sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     def draw(self, index: int) -> Draft:
         if index >= len(self.library.questions):
@@ -1158,73 +1271,97 @@ class DocumentSource(Source):
 
     @functools.cached_property
     def document_costs(self) -> DocumentCosts:
-        known = kept_costs(self.tokenizer, self.library.sha256)
+        known = kept_costs(self.tokenizer, len(self.tokenizer), self.library.sha256)
         if not known:
             known.append(DocumentCosts(self.tokenizer, self.library.documents))
         return known[0]
 
-    @functools.cached_property
-    def number_costs(self) -> list[int]:
-        """[k]: tokens that the numbers of k documents take more than as many 1s."""
-        heads = [document_block(i, "a") + "\n\n" for i in range(1, self.length // 8 + 16)]
-        costs = self.costs.of(heads, "a\n\n", "Document")
-        return [0, *np.cumsum(costs - costs[0]).tolist()]
+    @property
+    def most_documents(self) -> int:
+        """A document takes 8 tokens at least."""
+        return self.length // 8 + 15
+
+    def number_sums(self, documents: int) -> np.ndarray:
+        """int64 [k]: tokens that the numbers of k documents take more than as many 1s; k to `documents` at least."""
+        while len(self._number_sums) <= documents:
+            known = len(self._number_sums) - 1
+            heads = [document_block(i, "a") + "\n\n" for i in (1, *range(known + 1, 2 * known + 65))]
+            costs = self.costs.of(heads, "a\n\n", "Document")
+            self._number_sums = np.append(self._number_sums, self._number_sums[-1] + np.cumsum(costs[1:] - costs[0]))
+        return self._number_sums
+
+    def prepare(self, drafts: Sequence[Draft], room: int) -> None:
+        known, own = self.document_costs, [draft for draft in drafts if isinstance(draft, DocumentDraft)]
+        needed = known.of(np.concatenate([draft.empty for draft in own]))
+        left, size = max(0, room - int(needed.sum()) // len(own)), batch_size(room)
+        # About as many as a sample tries, in whole batches.
+        count = size * math.ceil((left / needed.mean() + DocumentDraft.TRIES) / size)
+        known.of(np.concatenate([draft.candidates(count) for draft in own]))
+
+
+def batch_size(room: int) -> int:
+    """Documents that are tried together."""
+    return max(16, room // 256)
 
 
 def document_block(number: int, document: str) -> str:
-    return texts.document_prompt().format(i=number, document=document)
+    head, middle, tail = document_frame()
+    return f"{head}{number}{middle}{document}{tail}"
+
+
+@functools.cache
+def document_frame() -> tuple[str, str, str]:
+    """What stands in front of a document's number, between number and text, and after the text."""
+    head, rest = texts.document_prompt().split("{i}")
+    middle, tail = rest.split("{document}")
+    return head, middle, tail
 
 
 class DocumentCosts:
     """Tokens of a library's documents as "Document 1", measured when first asked for, the same at every length.
 
-    A document of single-spaced ASCII costs as much as its first and last word in their places, and the words between
-    them, if that is so for all of CHECKED_DOCUMENTS. Any other document is tokenized whole.
+    A document costs as much as its words, if that is so for all of CHECKED_DOCUMENTS; one with other white space than
+    single spaces is tokenized whole.
     """
 
     def __init__(self, tokenizer: Any, documents: Sequence[str]):
         self.costs, self.documents = Costs(tokenizer), documents
         self._known = np.full(len(documents), -1, dtype=np.int64)
 
-    def of(self, wanted: Sequence[int]) -> list[int]:
-        """Tokens of each of the documents."""
+    def of(self, wanted: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 [documents]: tokens of each of the documents."""
         places = np.asarray(wanted, dtype=np.int64)
         new = np.unique(places[self._known[places] < 0]).tolist()
-        split = {i: words for i in new if self.words_add_up and (words := plain_words(self.documents[i]))}
-        rest = [i for i in new if i not in split]
-        if split:
-            self._known[list(split)] = self.summed(list(split.values()))
-        if rest:
-            self._known[rest] = self.whole([self.documents[i] for i in rest])
-        return self._known[places].tolist()
+        if new:
+            blocks = [self.block(self.documents[i]) for i in new]
+            self._known[new] = (self.costs.texts if self.words_add_up else self.costs.count)(blocks)
+            self._known[new] -= self.bare
+        return self._known[places]
 
-    def whole(self, documents: Sequence[str]) -> np.ndarray:
-        return self.costs.of([document_block(1, document) + "\n\n" for document in documents], "a\n\n", "Document")
+    @staticmethod
+    def block(document: str) -> str:
+        return f"a\n\n{document_block(1, document)}\n\nDocument 1"
 
-    def summed(self, split: Sequence[Sequence[str]]) -> np.ndarray:
-        """Tokens of documents given as words: of the outer two as a document, plus those of the words between."""
-        inner = iter(self.costs.words([word for words in split for word in words[1:-1]]))
-        sums = [sum(itertools.islice(inner, len(words) - 2)) for words in split]
-        return self.whole([f"{words[0]} {words[-1]}" for words in split]) + np.array(sums, dtype=np.int64)
+    @functools.cached_property
+    def bare(self) -> int:
+        return self.costs.count(["a\n\nDocument 1"])[0]
+
+    @functools.cached_property
+    def shortest(self) -> int:
+        """Tokens of a document of one letter."""
+        return self.costs.count([self.block("a")])[0] - self.bare
 
     @functools.cached_property
     def words_add_up(self) -> bool:
         if len(self.documents) <= CHECKED_DOCUMENTS:
             return False
         places = np.linspace(0, len(self.documents) - 1, CHECKED_DOCUMENTS).astype(int)
-        some = [document for i in places if plain_words(document := self.documents[i])]
-        split = [document.split(" ") for document in some]
-        return bool(some) and np.array_equal(self.whole(some), self.summed(split))
-
-
-def plain_words(document: str) -> list[str]:
-    """The words of a text of ASCII and single spaces, three at least; of another text none."""
-    words = document.split(" ") if document.isascii() and "  " not in document else []
-    return words if len(words) > 2 else []
+        some = [self.block(self.documents[i]) for i in places]
+        return self.costs.texts(some) == self.costs.count(some)
 
 
 @functools.lru_cache(maxsize=4)
-def kept_costs(tokenizer: Any, library_sha256: str) -> list[DocumentCosts]:
+def kept_costs(tokenizer: Any, entries: int, library_sha256: str) -> list[DocumentCosts]:
     """Place of the costs of one library, for all lengths (the library itself would be slow to hash)."""
     return []
 
@@ -1239,40 +1376,58 @@ class DocumentDraft(Draft):
         self.outputs = list(question.answers)
         self.empty = list(question.context)
         self._key = rng.getrandbits(64)
+        self._candidates = np.zeros(0, dtype=np.int64)
 
-    def candidates(self) -> Iterator[int]:
-        """Documents of the same article, then others, then all again: in random order."""
+    def candidates(self, count: int) -> np.ndarray:
+        """int64 [count]: documents of the same article, then others, then all again: in random order."""
+        if len(self._candidates) < count:
+            self._candidates = self.drawn(count)
+        return self._candidates[:count]
+
+    def drawn(self, count: int) -> np.ndarray:
         rng = random.Random(self._key)
         related = list(self.question.related)
         rng.shuffle(related)
-        yield from related
         total = len(self.made.library.documents)
-        first = {*self.question.context, *related}
-        order = frozen(rng).permutation(total)
-        for start in range(0, total, 1024):  # few of them are asked for
-            yield from (i for i in order[start : start + 1024].tolist() if i not in first)
-        while True:
-            yield from frozen(rng).permutation(total).tolist()
+        first = np.array([*self.question.context, *related], dtype=np.int64)
+        others = frozen(rng).permutation(total)[: count + len(first)]
+        blocks = [first[len(self.question.context) :], others[~np.isin(others, first)]]
+        while sum(map(len, blocks)) < count:
+            blocks.append(frozen(rng).permutation(total))
+        return np.concatenate(blocks)[:count]
 
     def fill(self, room: int) -> tuple[list[int], int]:
         chosen, total = list(self.empty), 0
-        numbers = self.made.number_costs
-        base = numbers[len(chosen)]
-        misses, waiting = 0, self.candidates()
-        while misses < self.TRIES and len(chosen) + 64 < len(numbers):
-            batch = list(itertools.islice(waiting, max(16, room // 256)))
-            for i, cost in zip(batch, self.made.document_costs.of(batch)):
-                more = total + cost
-                if more + numbers[len(chosen) + 1] - base <= room:
+        size, seen, misses = batch_size(room), 0, 0
+        base = self.made.number_sums(len(chosen))[len(chosen)]
+        while misses < self.TRIES and len(chosen) + 64 <= self.made.most_documents:
+            seen += size
+            if seen > len(self._candidates):
+                self.candidates(2 * seen)
+            batch = self.candidates(seen)[-size:]
+            numbers = self.made.number_sums(len(chosen) + size)
+            costs = self.made.document_costs.of(batch)
+            sums = total + np.cumsum(costs) + numbers[len(chosen) + 1 : len(chosen) + size + 1]
+            fitting = int(np.searchsorted(sums, room + base, side="right"))
+            chosen += batch[:fitting].tolist()
+            total += int(costs[:fitting].sum())
+            for i, cost in zip(batch[fitting:].tolist(), costs[fitting:].tolist()):
+                if total + cost + numbers[len(chosen) + 1] - base <= room:
                     chosen.append(i)
-                    total = more
+                    total += cost
                 else:
                     misses += 1
-        return chosen, total + numbers[len(chosen)] - base
+        return chosen, total + int(self.made.number_sums(len(chosen))[len(chosen)] - base)
+
+    def core(self) -> tuple[tuple[str, str], int]:
+        """With one document, which stands for all: their tokens are known."""
+        numbers, costs = self.made.number_sums(len(self.empty)), self.made.document_costs
+        left = int(costs.of(self.empty).sum() + numbers[len(self.empty)]) - costs.shortest
+        return self.prompt([document_block(1, "a")]), left
 
     def cut(self, state: Sequence[int]) -> tuple[None, int]:
-        numbers, least = self.made.number_costs, len(self.empty)
-        return None, sum(self.made.document_costs.of(state[least:])) + numbers[len(state)] - numbers[least]
+        numbers, least = self.made.number_sums(len(state)), len(self.empty)
+        return None, int(self.made.document_costs.of(state[least:]).sum() + numbers[len(state)] - numbers[least])
 
     def shuffled(self, state: Sequence[int]) -> list[int]:
         """Order of the documents in the prompt: places in `state`."""
@@ -1281,8 +1436,11 @@ class DocumentDraft(Draft):
         return order
 
     def render(self, state: Sequence[int]) -> tuple[str, str]:
-        documents = self.made.library.documents
-        blocks = [document_block(n, documents[state[i]]) for n, i in enumerate(self.shuffled(state), 1)]
+        documents, (head, middle, tail) = self.made.library.documents, document_frame()
+        ordered = enumerate([documents[state[i]] for i in self.shuffled(state)], 1)
+        return self.prompt([f"{head}{n}{middle}{document}{tail}" for n, document in ordered])
+
+    def prompt(self, blocks: Sequence[str]) -> tuple[str, str]:
         wording = texts.wording("qa")
         return wording.template.format(context="\n\n".join(blocks), query=self.question.text), wording.prefix
 

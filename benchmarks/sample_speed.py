@@ -1,11 +1,17 @@
 """Speed of building RULER samples: ours and lm-eval's generators, on one tokenizer in one run.
 
     python -m benchmarks.sample_speed [CHECKPOINT] --length 4096 --output runs/sample-speed
+    python -m benchmarks.sample_speed --page docs/scoring.md --rows paper_figures/data/measured/cpu_samples.jsonl
 
-Ours are built, rendered, hashed and put into an empty cache, then opened again from it. lm-eval's time for 500 samples
-is extrapolated from two smaller numbers of samples, since sizing is done once and every sample costs the same; its
-essays are the haystack text of the run. Both are compared by CPU seconds, those of building processes included; wall
-seconds stand in rows of their own. QA needs --data-dir and is left out without.
+The second line measures nothing: it writes the table of a page from rows, between two marks.
+
+Ours are built, rendered, hashed and put into an empty cache, then opened again from it: all 500 are timed. lm-eval's
+generators size the haystack once and then make one sample after another in a loop under a progress bar. A clock in the
+place of that bar times each part of one call for fewer samples, and the time for 500 is that of sizing plus 500 times
+the mean sample's; the standard error is that of this mean. (Two calls for different numbers of samples do not tell the
+parts apart: sizing draws at random and takes another time in each.) lm-eval's essays are the haystack text of the run.
+Both are compared by CPU seconds, those of building processes included; wall seconds stand in rows of their own. QA
+needs --data-dir and is left out without.
 """
 
 from __future__ import annotations
@@ -13,21 +19,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
+import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from benchmarks import cache, haystack, ruler
 from endprompt import rows
 
-FEW, MORE = 1, 3
 STAND_IN_TOKENS = 16384
+BEGIN, END = "<!-- sample speed -->", "<!-- end of sample speed -->"
+# Where lm-eval makes the samples of a task family.
+MODULES = {
+    "niah": "prepare_niah",
+    "vt": "vt_utils",
+    "cwe": "cwe_utils",
+    "fwe": "fwe_utils",
+    "qa": "qa_utils",
+}
+# lm-eval's samples that are timed: at least this many, and more where they are short.
+TIMED_SAMPLES = 16
+TIMED_TOKENS = 262_144
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--haystack-text")
     parser.add_argument("--data-dir")
     parser.add_argument("--output", type=Path, default=Path("runs/sample-speed"))
+    parser.add_argument("--page", type=Path, help="write the table of --rows into this page, and measure nothing")
+    parser.add_argument("--rows", type=Path, help="rows of one run or more, for --page")
     args = parser.parse_args(argv)
+    if args.page is not None:
+        text = with_table(args.page.read_text(encoding="utf-8"), list(rows.read_rows(args.rows)))
+        rows.write_text(args.page, text)
+        return
     if args.checkpoint is None:
         tokenizer, name = stand_in(), "stand-in"
     else:
@@ -46,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 
         tokenizer, name = load_tokenizer(args.checkpoint), args.checkpoint.name
     out = rows.RunDirectory(args.output, vars(args))
-    about: dict[str, Any] = {"suite": "speed", "length": args.length, "model": name, "seed": 0}
+    about: dict[str, Any] = {"suite": "sample-speed", "length": args.length, "model": name, "seed": 0}
+    about |= {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
     wanted = [
         (task, args.length) for task in ruler.TASKS if ruler.SPECS[task].family != "qa" or args.data_dir is not None
     ]
@@ -71,16 +99,63 @@ def main(argv: list[str] | None = None) -> None:
         share = 100 / args.length
         add(cell.recipe["task"], "fill", share * sum(used) / len(used), "ours", n=args.samples)
         add(cell.recipe["task"], "largest_fill", share * max(used), "ours", n=args.samples)
-    theirs = 0.0
-    generators = dict(upstream(tokenizer, args))
+    theirs, variance = 0.0, 0.0
+    timed = min(args.samples, max(TIMED_SAMPLES, TIMED_TOKENS // args.length))
+    with quiet():
+        generators = dict(upstream(tokenizer, args))
     for task, _ in wanted:
-        few, more = (measured(partial(generators[task], n))[0] for n in (FEW, MORE))
-        seconds = few + (args.samples - FEW) * max(0.0, more - few) / (MORE - FEW)
-        theirs += seconds
-        add(task, "cpu_seconds", seconds, "lm-eval", n=args.samples, extrapolated_from=[FEW, MORE])
-    add("all", "cpu_seconds", theirs, "lm-eval", n=args.samples, extrapolated_from=[FEW, MORE])
-    add("all", "times_faster", theirs / ours, "ours")
+        sizing, samples = sample_seconds(partial(generators[task], timed), MODULES[ruler.SPECS[task].family])
+        seconds = sizing + args.samples * float(np.mean(samples))
+        error = args.samples * float(np.std(samples, ddof=1)) / len(samples) ** 0.5
+        theirs, variance = theirs + seconds, variance + error**2
+        add(task, "cpu_seconds", seconds, "lm-eval", stderr=error, n=args.samples, timed=timed, sizing_seconds=sizing)
+    add("all", "cpu_seconds", theirs, "lm-eval", stderr=variance**0.5, n=args.samples, timed=timed)
+    add("all", "times_faster", theirs / ours, "ours", stderr=variance**0.5 / ours)
     out.add(made)
+
+
+def with_table(page: str, measured_rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with `table(measured_rows)` between its marks."""
+    head, _, rest = page.partition(BEGIN)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise ValueError(f"the page must have the marks {BEGIN} and {END}, in this order")
+    return f"{head}{BEGIN}\n\n{table(measured_rows)}\n{END}{tail}"
+
+
+def table(measured_rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a column a length."""
+    lengths = sorted({row["length"] for row in measured_rows})
+
+    def values(length: int, metric: str, method: str, families: Sequence[str] = ()) -> list[float]:
+        tasks = {task for task, spec in ruler.SPECS.items() if spec.family in families} or {"all"}
+        wanted = (length, metric, method)
+        found = [r for r in measured_rows if (r["length"], r["metric"], r["method"]) == wanted and r["task"] in tasks]
+        return [row["value"] for row in found]
+
+    def line(name: str, text: Callable[[int], str]) -> str:
+        return f"| {name} | {' | '.join(map(text, lengths))} |"
+
+    exact, loose = ("niah", "vt", "cwe"), ("fwe", "qa")
+    return "\n".join(
+        [
+            line("", lambda n: f"{n:,} tokens"),
+            f"|---|{'---|' * len(lengths)}",
+            line("CPU seconds", lambda n: f"{values(n, 'cpu_seconds', 'ours')[0]:.1f}"),
+            line("wall seconds", lambda n: f"{values(n, 'wall_seconds', 'ours')[0]:.1f}"),
+            line("wall seconds from the cache", lambda n: f"{values(n, 'wall_seconds', 'ours, cached')[0]:.2f}"),
+            line("peak of a process, GiB", lambda n: f"{values(n, 'peak_gib', 'ours')[0]:.2f}"),
+            line("mean fill at least, NIAH, VT, CWE, %", lambda n: f"{min(values(n, 'fill', 'ours', exact)):.2f}"),
+            line("mean fill at least, FWE, QA, %", lambda n: f"{min(values(n, 'fill', 'ours', loose)):.2f}"),
+            line(
+                "largest fill of a sample, %",
+                lambda n: f"{max(values(n, 'largest_fill', 'ours', (*exact, *loose))):.2f}",
+            ),
+            line("lm-eval's generators, CPU seconds", lambda n: f"{values(n, 'cpu_seconds', 'lm-eval')[0]:,.0f}"),
+            line("times as fast", lambda n: f"{values(n, 'times_faster', 'ours')[0]:.1f}"),
+            "",
+        ]
+    )
 
 
 def stand_in() -> Any:
@@ -109,9 +184,34 @@ def stand_in() -> Any:
 def measured(work: Callable[[], Any]) -> tuple[float, float, Any]:
     """(CPU seconds with those of child processes, wall seconds, result) of a quiet call."""
     cpu, wall = cpu_seconds(), time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with quiet():
         result = work()
     return cpu_seconds() - cpu, time.perf_counter() - wall, result
+
+
+def sample_seconds(work: Callable[[], Any], module: str) -> tuple[float, list[float]]:
+    """CPU seconds of a generator of lm-eval's module: before its loop over samples, and of each round of the loop."""
+    clock: list[float] = []
+
+    def rounds(indices: Iterable[int], **_: Any) -> Iterator[int]:
+        for index in indices:
+            clock.append(cpu_seconds())
+            yield index
+        clock.append(cpu_seconds())
+
+    random.seed(0)
+    np.random.seed(0)
+    with quiet(), mock.patch(f"lm_eval.tasks.ruler.{module}.tqdm", rounds):
+        clock.append(cpu_seconds())
+        work()
+    sizing, *samples = [after - before for before, after in pairwise(clock)]
+    return sizing, samples
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def cpu_seconds() -> float:

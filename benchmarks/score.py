@@ -3,8 +3,9 @@
 config -> cells (task x length) -> samples -> lm-eval -> predictions as they come -> rows
 
 A run directory holds `predictions*.jsonl` (appended), `results.jsonl` (a row a cell), `summary.jsonl` (averages,
-effective length), `depth.jsonl` (heat map), `config.yaml`, `environment.json`, `log.jsonl`. A cell whose row is there
-already, made with the same checkpoint, samples and settings, is not run again.
+effective length), `depth.jsonl` (heat map), `results_DATE.json` (the rows as lm-eval writes them), `config.yaml`,
+`environment.json`, `log.jsonl`. A cell whose row is there already, made with the same checkpoint, samples and settings,
+is not run again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks import ruler, summary
+from benchmarks import lm_eval_results, ruler, summary
 from benchmarks.compare import read_predictions
 from endprompt import rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from benchmarks.backend import Progress
 
 # Prompt text held by one call of simple_evaluate, in characters: bounds the memory whatever the number of cells.
 CALL_CHARACTERS = 150_000_000
@@ -54,7 +57,7 @@ class ScoreConfig:
         beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
-        batch_size: prompts that run together at most.
+        batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs).
         attn: attention implementation of transformers.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
         device: cpu, cuda, cuda:1, or auto.
@@ -184,6 +187,7 @@ def score_short(config: ScoreConfig) -> list[dict[str, Any]]:
     made = [{**row, "run_sha256": settings} for row in short.score(config, lm)]
     if made:
         rows.RunDirectory(config.directory, config).add(made)
+        lm_eval_results.write(config.directory, settings, config.checkpoint, config.backend)
     return made
 
 
@@ -338,15 +342,19 @@ def score_units(
     waiting = [unit for unit in units if unit.name not in done]
     if waiting:
         lm = load(config, max(needed(unit) for unit in units), window_of(model_config), tokenizer)
-        total = sum(len(unit.samples) for unit in waiting)
+        from benchmarks.backend import Progress
+
+        own = sum(-(-len(unit.samples) // lm.world_size) for unit in waiting)  # the first process takes the remainder
+        progress = Progress(own, quiet=config.quiet or lm.rank != 0)
         for group in groups(waiting):
-            done |= evaluate(config, group, lm, settings, total, out)
-            total -= sum(len(unit.samples) for unit in group)
+            done |= evaluate(config, group, lm, settings, progress, out)
     made = [done[unit.name] for unit in units if unit.name in done]
     if out is not None and config.suite == "ruler":
         write_summary(config, out, made, units)
     elif out is not None:
         write_longbench_summary(config, out, units)
+    if out is not None:
+        lm_eval_results.write(directory, settings, config.checkpoint, config.backend)
     return made
 
 
@@ -383,22 +391,26 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
     if config.backend == "vllm":
         from lm_eval.api.registry import get_model
 
-        return get_model("vllm")(
+        try:
+            vllm = get_model("vllm")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"backend='vllm' needs the package {error.name}: pip install vllm") from None
+        return vllm(
             pretrained=config.checkpoint,
             max_model_len=max_length,
             dtype=config.dtype,
-            batch_size=config.batch_size,
+            batch_size="auto",  # its engine gets all prompts of a chunk and schedules them; nothing is probed
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
     from benchmarks.backend import LongContextLM
-    from endprompt.model import _quiet
+    from endprompt.model import quiet
 
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with _quiet():
+        with quiet():
             return LongContextLM(
                 pretrained=config.checkpoint,
                 tokenizer=tokenizer,
@@ -416,7 +428,12 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
 
 
 def evaluate(
-    config: ScoreConfig, units: Sequence[Unit], lm: Any, settings: str, remaining: int, out: rows.RunDirectory | None
+    config: ScoreConfig,
+    units: Sequence[Unit],
+    lm: Any,
+    settings: str,
+    progress: Progress,
+    out: rows.RunDirectory | None,
 ) -> dict[str, dict[str, Any]]:
     """Rows of one group of units, appended to the results; on processes other than the first there are none."""
     from lm_eval.evaluator import simple_evaluate
@@ -424,9 +441,8 @@ def evaluate(
 
     from benchmarks import backend
 
-    began = time.perf_counter()
+    began, before = time.perf_counter(), progress.tokens
     predictions = backend.Predictions(config.directory, settings, lm.rank)
-    progress = backend.Progress(remaining, quiet=config.quiet or lm.rank != 0)
     chunk = config.batch_size if config.backend == "hf" else 256
     by_name = {unit.name: unit for unit in units}
 
@@ -451,7 +467,7 @@ def evaluate(
         return {}
     made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
     out.add(made.values())
-    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens)
+    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)
     return made
 
 

@@ -156,18 +156,35 @@ def depth_table(scored: Sequence[Mapping[str, Any]], bins: int = 10) -> list[dic
     ]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tasks by lengths, as text; the last lines are the averages, where more than one task was run."""
-    scores = by_length(rows)
-    lengths = list(scores)
-    tasks = list(dict.fromkeys(row["task"] for row in rows if row["suite"] == "ruler" and row["length"] is not None))
-    width = max([len(task) for task in tasks] + [len("average")])
-    lines = [" ".join([" " * width, *(f"{length:>8}" for length in lengths)])]
-    for task in tasks:
-        own = [f"{scores[length][task]:8.1f}" if task in scores[length] else " " * 8 for length in lengths]
-        lines.append(" ".join([f"{task:<{width}}", *own]))
+CELL = 18  # columns of a table's cell: `100.0 [99, 100]`
+
+
+def table(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """Tasks by lengths, percent [95% interval], as text no wider than `width`: lengths that do not fit stand below.
+
+    The last line of a block has the averages, where more than one task was run.
+    """
+    cells = {(row["task"], row["length"]): row for row in rows if row["suite"] == "ruler" and row["length"] is not None}
     averages = length_averages(rows)
-    if len(tasks) > 1:
-        own = [f"{averages[length]:8.1f}" if length in averages else " " * 8 for length in lengths]
-        lines.append(" ".join([f"{'average':<{width}}", *own]))
-    return "\n".join(line.rstrip() for line in lines)
+    tasks = list(dict.fromkeys(task for task, _ in cells))
+    head = max(map(len, [*tasks, "average"]))
+    lengths = sorted({length for _, length in cells})
+    blocks = []
+    for first in range(0, len(lengths), fitting := max(1, (width - head) // CELL)):
+        own = lengths[first : first + fitting]
+        lines = [" " * head + "".join(f"{length:>{CELL}}" for length in own)]
+        for task in tasks:
+            shown = (scored(cells.get((task, length))) for length in own)
+            lines.append(f"{task:<{head}}" + "".join(f"{text:>{CELL}}" for text in shown))
+        if len(tasks) > 1:
+            means = (f"{averages[length]:.1f}" if length in averages else "" for length in own)
+            lines.append(f"{'average':<{head}}" + "".join(f"{text:>{CELL}}" for text in means))
+        blocks.append("\n".join(line.rstrip() for line in lines))
+    return "\n\n".join(blocks)
+
+
+def scored(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    interval = row.get("ci95")
+    return f"{row['value']:.1f}" + (f" [{interval[0]:.0f}, {interval[1]:.0f}]" if interval else "")

@@ -790,8 +790,8 @@ def claim_sentence(row: Row) -> str:
     if row["outcome"] == BOTH_FAIL:
         found = "both arms fail in every setting"
     else:
-        counts = sorted({part["n"] for part in row["parts"]})
-        seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{row['n']} seed{'s' * (row['n'] != 1)}"
+        sizes = sorted({part["n"] for part in row["parts"]})
+        seeds = f"{sizes[0]} to {sizes[-1]} seeds" if len(sizes) > 1 else f"{row['n']} seed{'s' * (row['n'] != 1)}"
         found = f"{estimate_text(row)}, {seeds}: {row['verdict']}"
     if row.get("chosen_on"):
         what += f" (chosen on {row['chosen_on']}, tested on others)"

@@ -77,6 +77,7 @@ class BenchConfig:
         fused_sums: add weight gradients to the sums inside the matrix products
         joint: one product for q, k and v, and one for gate and up
         float8: none, exact or fast (accumulation of the backward products)
+        float8_head: with float8, also the logits and the gradient that goes down from them
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
         memory_budget: with selective, the share of the activations that a compiled layer may keep; 0 for what extend
             takes
@@ -107,6 +108,7 @@ class BenchConfig:
     fused_sums: bool = True
     joint: bool = True
     float8: str = "none"
+    float8_head: bool = False
     recompute: str = "selective"
     memory_budget: float = 0.0
     whole_logits: bool = True
@@ -145,6 +147,8 @@ def check(config: BenchConfig) -> None:
         raise ValueError(f"micro_rows must divide rows: micro_rows={config.micro_rows} rows={config.rows}")
     if config.method == "reference" and config.optimizer == "lean" and config.fused_sums:
         raise ValueError("the reference is transformers as it is: set fused_sums=false or optimizer=none")
+    if config.float8_head and config.float8 == "none":
+        raise ValueError(f"float8_head needs float8: float8_head={config.float8_head} float8={config.float8!r}")
     if config.float8 != "none" and config.optimizer != "lean":
         raise ValueError(f"float8 needs the lean optimizer: optimizer={config.optimizer!r}")
 
@@ -372,6 +376,7 @@ class Run:
 
     def micro_batch(self) -> None:
         """Forward and backward of `micro_rows` rows."""
+        from endprompt.float8 import Float8Matrix
         from endprompt.loss import linear_cross_entropy
         from endprompt.train import attention_backends
 
@@ -387,7 +392,9 @@ class Run:
             head = self.model.get_output_embeddings().weight
             total = getattr(head, "main_grad", None) if self.config.fused_sums and head.requires_grad else None
             weights = hidden.new_full(labels.shape, self.weight, dtype=hidden.float().dtype)
-            loss = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head, labels, weights, head_sum_VD=total)
+            rows = hidden[:, :-1].flatten(0, 1)
+            head8 = Float8Matrix(head.detach(), self.config.float8 == "fast") if self.config.float8_head else None
+            loss = linear_cross_entropy(rows, head, labels, weights, head_sum_VD=total, head8=head8)
             loss.backward()
         self.loss = loss.detach() * (self.config.rows / self.config.micro_rows)
 
@@ -471,6 +478,7 @@ ARMS = {
     "lean": "bfloat16 weights, stochastic rounding, one-byte moments, float32 gradient sums",
     "lean-float8-exact": "the same with float8 layers, backward products accumulated in float32",
     "lean-float8-fast": "the same with float8 layers, fast accumulation everywhere",
+    "lean-float8-fast-head": "the same, logits and their gradient to the layers in float8 too",
     "nearest": "bfloat16 weights and AdamW of torch: what stochastic rounding is for",
 }
 
@@ -497,6 +505,7 @@ def loss_curve(
     import torch
 
     from endprompt import linears
+    from endprompt.float8 import Float8Matrix
     from endprompt.loss import linear_cross_entropy
     from endprompt.model import new_model, training_attention
     from endprompt.optim import clip_gradients, make_optimizer
@@ -510,8 +519,9 @@ def loss_curve(
     if not exact:
         model.to(torch.bfloat16)
     optimizer = make_optimizer("lean" if lean else "adamw", model, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    float8 = arm.split("-")[2] if "float8" in arm else "none"
     if lean:
-        linears.convert(model, arm.rpartition("-")[2] if "float8" in arm else "none")
+        linears.convert(model, float8)
     if compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -523,8 +533,10 @@ def loss_curve(
         labels = ids[:, 1:].reshape(-1)
         weights = torch.full(labels.shape, 1 / labels.numel(), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=exact):
-            hidden = model.model(input_ids=ids, use_cache=False)[0]
-            loss = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, labels, weights)
+            hidden = model.model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
+            head = model.lm_head.weight
+            head8 = Float8Matrix(head.detach(), float8 == "fast") if arm.endswith("head") else None
+            loss = linear_cross_entropy(hidden, head, labels, weights, head8=head8)
         loss.backward()
         clip_gradients(optimizer, 1.0)
         optimizer.step()
@@ -737,6 +749,7 @@ def attention_rates(shape: str, tokens: int, rows: int = 2) -> list[dict[str, An
         return whole.transpose(1, 2).requires_grad_()
 
     query, key, value, grad = (random(count) for count in (heads, groups, groups, heads))
+    parts = (query, key, value)
     causal = 2.0 * rows * tokens * tokens * hidden
     rates: dict[str, float] = {}
     for name in backends(device):
@@ -749,7 +762,7 @@ def attention_rates(shape: str, tokens: int, rows: int = 2) -> list[dict[str, An
         try:
             rates[f"attention {name}: forward"] = rate(causal, forward)
             rates[f"attention {name}: forward and backward"] = rate(
-                3.5 * causal, lambda: forward().backward(grad.detach().transpose(1, 2))
+                3.5 * causal, lambda: torch.autograd.grad(forward(), parts, grad.detach().transpose(1, 2))
             )
         except Exception as error:  # a package's kernel may not run here: the others still count
             say(f"attention {name}: {error!r}")
@@ -763,9 +776,10 @@ def installed(attention: str) -> bool:
     from endprompt.model import FLASH_PACKAGES
 
     try:
-        return importlib.util.find_spec(FLASH_PACKAGES[attention][0]) is not None
+        spec = importlib.util.find_spec(FLASH_PACKAGES[attention][0])
     except ModuleNotFoundError:
         return False
+    return spec is not None and spec.origin is not None  # flash-attn-4 alone leaves `flash_attn` an empty namespace
 
 
 def rate_rows(rates: dict[str, float], shape: str, tokens: int) -> list[dict[str, Any]]:
@@ -789,7 +803,7 @@ def rate_rows(rates: dict[str, float], shape: str, tokens: int) -> list[dict[str
 
 
 def float8_rates(name: str, x: Any, w: Any, g: Any, flops: float) -> dict[str, float]:
-    from endprompt.linears import ACTIVATION, GRADIENT, scaled_product, to_float8
+    from endprompt.float8 import ACTIVATION, GRADIENT, scaled_product, to_float8
 
     (x8, sx), (w8, sw), (g8, sg) = to_float8(x, ACTIVATION), to_float8(w, ACTIVATION), to_float8(g, GRADIENT)
     w8t, g8t, x8t = w8.t().contiguous(), g8.t().contiguous(), x8.t().contiguous()
@@ -817,7 +831,6 @@ class Suite:
         self.results = output / "results.jsonl"
         self.started = time.monotonic()
         self.failed: list[str] = []
-        self.speeds: dict[str, float] = {}
         self.can_fork: bool | None = None
 
     def left(self) -> float:
@@ -959,61 +972,60 @@ def toy(config: BenchConfig) -> BenchConfig:
 def h200(suite: Suite) -> None:
     """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
 
-    float8 and bfloat16 by setting, the better attention kernel if there are two, whole steps with the best of them; the
-    reference; the methods of the paper's Figure 4 at 64K and 32K; does a lean step learn; the device's ceilings.
+    The attention kernels; whole steps with the faster one, in bfloat16 and float8; full length with it, and both with
+    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of the
+    paper's Figure 4; the device's ceilings.
     """
     tiny = suite.config.tiny
-    flash = tiny or installed("flash_attention_4")
-    new = {"attention": "flash_attention_4"}
     learner, layer = ("tiny", {"shape": "tiny"}) if tiny else ("small", {"shape": "llama3-8b"})
+    rates = suite.part("kernels", 40, "attention_rates", {**layer, "tokens": 64 if tiny else 8192})
+    suite.part("logits", 40, "backend_errors", {**layer, "layers": 2, "tokens": 64 if tiny else 1024})
 
-    if flash:
-        suite.part("logits", 45, "backend_errors", {**layer, "layers": 2, "tokens": 64 if tiny else 1024})
-        suite.part("kernels", 45, "attention_rates", {**layer, "tokens": 64 if tiny else 8192})
-    float8 = fastest(
-        suite,
-        {
-            "float8": {"float8": "fast", "joint": False},
-            "float8, joint": {"float8": "fast", "joint": True},
-        },
-        {"float8": "fast", "joint": suite.config.joint},
-    )
+    best = {"attention": faster_attention(rates, suite.config.attention)}
+    sdpa = {"attention": "sdpa"}
     plain: dict[str, Any] = {"joint": False}
-    if flash:
-        float8 = fastest(suite, {"float8, flash_attention_4": float8 | new}, float8)
-        plain = fastest(suite, {"endprompt": plain, "endprompt, flash_attention_4": plain | new}, plain)
-    suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8)
-    suite.measure("endprompt, whole step", 75, whole_step=True, profile=True, **plain)
+    float8 = plain | {"float8": "fast"}
+    long = plain | {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
     reference = {"method": "reference", "optimizer": "adamw", "fused_sums": False, "micro_rows": 1, "recompute": "full"}
-    suite.measure("reference, short rows, with its update", 25, target=8192, **reference)
+    longlora = long | {"method": "longlora", "fused_sums": False}
+    lceg = long | reference | {"whole_logits": False}
+    at_64k = {"row_tokens": 65536, "target": 65536, "rows": 8}
+    at_32k = {"row_tokens": 32768, "target": 32768, "rows": 16}
 
-    long = {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
-    full = {"method": "full", "joint": False} | long
-    longlora = {"method": "longlora", "joint": False, "fused_sums": False} | long
-    lceg = reference | long | {"whole_logits": False}
-    for window, rows in ((65536, 8), (32768, 16)):
-        size = {"row_tokens": window, "target": window, "rows": rows}
-        named = f"{window:,}"
-        suite.measure(f"full, {named}", 45 if rows == 8 else 25, **size, **full)
-        suite.measure(f"longlora, {named}", 40 if rows == 8 else 25, **size, **longlora)
-        suite.measure(f"LCEG, {named}", 45 if rows == 8 else 25, **size, **lceg)
-        suite.measure(f"short rows, target {named}", 25, target=window, **plain)
-    for arm in ("lean", "lean-float8-fast", "lean-float8-exact", "exact", "nearest"):
+    suite.measure("endprompt, whole step", 65, whole_step=True, profile=True, **plain, **best)
+    suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8, **best)
+    suite.measure(
+        "float8 with the head, whole step", 60, whole_step=True, profile=True, float8_head=True, **float8, **best
+    )
+    suite.measure("endprompt, sdpa", 35, profile=True, **plain, **sdpa)
+    suite.measure("full, 65,536", 40, method="full", **at_64k, **long, **best)
+    if best != sdpa:
+        suite.measure("full, 65,536, sdpa", 35, method="full", **at_64k, **long, **sdpa)
+    suite.measure("LCEG, 65,536", 35, **at_64k, **lceg)
+    suite.measure("reference, short rows, with its update", 20, target=8192, **reference)
+    suite.measure("full, 65,536, float8", 40, method="full", **at_64k, **(long | float8), **best)
+    for arm in ("lean", "lean-float8-exact", "lean-float8-fast", "lean-float8-fast-head", "exact", "nearest"):
         learn = {"steps": 20 if tiny else 400, "rows": 4 if tiny else 64, "lr": 1e-3, "shape": learner, "compile": True}
-        suite.part(f"loss, {arm}", 30, "loss_curve", {"arm": arm, **learn})
+        suite.part(f"loss, {arm}", 40, "loss_curve", {"arm": arm, **learn})
+    suite.measure("longlora, 65,536", 40, **at_64k, **longlora)
+    suite.measure("full, 32,768", 25, method="full", **at_32k, **long, **best)
+    suite.measure("longlora, 32,768", 25, **at_32k, **longlora)
+    suite.measure("LCEG, 32,768", 25, **at_32k, **lceg)
+    suite.measure("short rows, target 32,768", 35, target=32768, **plain, **best)
     suite.part("gradient sums", 15, "sum_errors", {"micro_batches": 8 if tiny else 32, "shape": learner})
     suite.part("ceilings", 25, "ceilings", {**layer, "tokens": 64 if tiny else 16384})
 
 
-def fastest(suite: Suite, settings: dict[str, dict[str, Any]], otherwise: dict[str, Any]) -> dict[str, Any]:
-    """The setting with the most tokens/s below 130 GiB; `otherwise` also counts, with the speed it had in this run."""
-    measured = [(suite.speeds.get(repr(otherwise), 0.0), otherwise)]
-    for name, setting in settings.items():
-        values = suite.measure(name, 45, profile="float8" in name, **setting)
-        if values and values.get("peak_gib", 0) < 130:
-            suite.speeds[repr(setting)] = values["tokens_per_s"]
-            measured.append((values["tokens_per_s"], setting))
-    return max(measured, key=lambda item: item[0])[1]
+def faster_attention(rates: list[dict[str, Any]], otherwise: str) -> str:
+    """The attention with the highest rate forward and backward: a flash one by its name, sdpa for cuDNN's.
+
+    rates: rows of `attention_rates`; without them, `otherwise`.
+    """
+    whole = {row["task"]: row["value"] for row in rates if row["task"].endswith(": forward and backward")}
+    if not whole:
+        return otherwise
+    name = max(whole, key=lambda task: whole[task]).removeprefix("attention ").partition(":")[0]
+    return name if name.startswith("flash") else "sdpa"
 
 
 SUITES: dict[str, Callable[[Suite], None]] = {"h200": h200}

@@ -11,19 +11,34 @@ called.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shlex
+import shutil
 import sys
+import textwrap
 import typing
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from typing import Any, NoReturn
 
 GROUP = "endprompt.commands"
 PACKAGES = ("endprompt", "analysis", "benchmarks", "paper_figures")
+# How the parser refuses a value (key, kinds, value), and what the kinds are called here.
+REFUSALS = (
+    r'Parser key "(\w+)": Expected a (.+)\. Got value: (.*)',
+    r'Parser key "(\w+)": .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)',
+)
+KINDS = {
+    "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
+    "list[int]": "whole numbers", "list[float]": "numbers", "list[str]": "words",
+    "dict[str, typing.Any]": "a mapping",
+}  # fmt: skip
 LONGEST = 1000  # characters of a message: a damaged file may be quoted in it
 
 
@@ -60,9 +75,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         return 0
     command = entry_point.load()
     config_type = typing.get_type_hints(command)["config"]
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"endprompt {entry_point.name}", description=(command.__doc__ or "").strip())
+    parser = command_parser(entry_point.name, (command.__doc__ or "").strip(), config_type)
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
     if recipes:
         parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
@@ -85,6 +98,79 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if os.environ.get("ENDPROMPT_TRACEBACK"):
             raise
         return fail(one_line(error), 1)
+
+
+def command_parser(name: str, description: str, config_type: type) -> Any:
+    """The parser of a command: its help shows flags as they are written, its errors are one line. Exits with 2."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter):
+        def start_section(self, heading: str | None) -> None:
+            super().start_section(heading and textwrap.fill(heading, self._width - 1))
+
+        def _format_action_invocation(self, action: argparse.Action) -> str:
+            if not action.option_strings:
+                return super()._format_action_invocation(action)
+            names = [written(name) for name in action.option_strings if not name.endswith("+")]
+            return ", ".join(names) + values(action)
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            if action.dest == "print_config":
+                return "print the configuration that these arguments make, and stop"
+            default = action.default
+            unset = default is None or default is False or default in ("", [], argparse.SUPPRESS)
+            return (action.help or "") + ("" if unset else f" (default: {plainly(default)})")
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            said = bad_usage(message, [written(flag) for action in self._actions for flag in action.option_strings])
+            print(f"endprompt {name}: {said} (see endprompt {name} --help)", file=sys.stderr)
+            sys.exit(2)
+
+    positionals = "".join(f" {f.name.upper()}" for f in dataclasses.fields(config_type) if is_positional(f))
+    usage = f"endprompt {name}{positionals} [options]"
+    return Parser(prog=f"endprompt {name}", usage=usage, description=description, formatter_class=Help)
+
+
+def written(flag: str) -> str:
+    return flag if flag == "--print_config" else flag.replace("_", "-")
+
+
+def values(action: argparse.Action) -> str:
+    """What stands behind a flag in the help: nothing for a switch, else the flag's name in capitals."""
+    kind = getattr(action, "_typehint", None)
+    if action.nargs == 0 or action.dest == "print_config" or (kind is bool and not action.default):
+        return ""
+    if kind is bool:
+        return " true|false"
+    name = action.dest.upper()
+    return f" {name} ..." if kind is not None and _is_list(kind) else f" {name}"
+
+
+def plainly(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+
+
+def bad_usage(message: str, flags: list[str]) -> str:
+    """What the parser says, in one line: with key, value and rule, or with the flag that may have been meant."""
+    import difflib
+
+    line = one_line(ValueError(message))
+    found = [match.groups() for match in (re.fullmatch(form, line) for form in REFUSALS) if match]
+    key, rule, value = found[0] if found else ("", "", "")
+    if choices := re.match(r"typing\.Literal\[(.+)\]", rule):
+        rule = f"one of {choices[1]}".replace("'", "")
+    elif rule:
+        kinds = [kind.removeprefix("<class '").removesuffix("'>") for kind in re.split(r", (?![^\[]*\])", rule)]
+        rule = " or ".join(KINDS.get(kind, kind) for kind in kinds if kind != "NoneType")
+    if rule:
+        return f"{key} must be {rule}: {key}={value}"
+    if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", line):
+        near = difflib.get_close_matches(unknown[1], flags, n=1)
+        line += f"; did you mean {near[0]}?" if near else ""
+    return re.sub(r"argument (--[\w-]+)/\S+:", r"\1:", line)
 
 
 def interrupted(argv: list[str], interrupt: KeyboardInterrupt) -> int:
@@ -156,14 +242,18 @@ def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
         if argument == "--recipe" or argument.startswith("--recipe="):
             name = argument.partition("=")[2] or next(rest, "")
             if name not in recipes:
-                sys.exit(fail(f"recipe must be one of {', '.join(recipes)}: recipe={name!r}", 2))
+                import difflib
+
+                near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.3)
+                hint = f"; did you mean {', '.join(near)}?" if near else ""
+                sys.exit(fail(f"recipe must be one of --list-recipes: recipe={name!r}{hint}", 2))
             out += ["--config", str(recipes[name])]
         else:
             out.append(argument)
     return out
 
 
-def with_underscores(argv: list[str], types: dict[str, typing.Any]) -> list[str]:
+def with_underscores(argv: list[str], types: dict[str, Any]) -> list[str]:
     """The arguments with `--save-every` in terms of `--save_every`, the field's name."""
     out: list[str] = []
     for argument in argv:
@@ -173,7 +263,7 @@ def with_underscores(argv: list[str], types: dict[str, typing.Any]) -> list[str]
     return out
 
 
-def as_shells_write(argv: list[str], types: dict[str, typing.Any], positionals: bool = False) -> list[str]:
+def as_shells_write(argv: list[str], types: dict[str, Any], positionals: bool = False) -> list[str]:
     """The arguments as jsonargparse reads them.
 
     `--key a b` becomes `--key ["a","b"]` if the key is a list, a bare `--key` becomes `--key true` if it is a switch.
@@ -224,7 +314,7 @@ def with_listed_words(argv: list[str], config_type: type) -> list[str]:
     return [*flags, json.dumps(words)] if words else flags
 
 
-def listed(values: list[str], kind: typing.Any) -> str:
+def listed(values: list[str], kind: Any) -> str:
     """The values as jsonargparse reads a list of this kind."""
     words = "int" not in str(kind) and "float" not in str(kind)
     return f"[{','.join(json.dumps(value) if words else value for value in values)}]"
@@ -239,7 +329,7 @@ def is_positional(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _is_list(kind: typing.Any) -> bool:
+def _is_list(kind: Any) -> bool:
     """Whether a field is a list or a tuple (or None), and cannot be a single word."""
     parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
     return all(part is type(None) or typing.get_origin(part) in (list, tuple) for part in parts)
@@ -259,7 +349,13 @@ def fail(message: str, code: int) -> int:
 
 def overview(commands: dict[str, EntryPoint]) -> str:
     width = max((len(name) for name in commands), default=0)
-    lines = [f"  {name:<{width}}  {summary(ep)}".rstrip() for name, ep in sorted(commands.items())]
+    wide = min(120, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 1000
+    lines = [
+        textwrap.fill(
+            f"{name:<{width}}  {summary(ep)}", wide, initial_indent="  ", subsequent_indent=" " * (width + 4)
+        ).rstrip()
+        for name, ep in sorted(commands.items())
+    ]
     return "\n".join(
         [
             "usage: endprompt COMMAND [options]      (endprompt COMMAND --help explains one)",

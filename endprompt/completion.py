@@ -50,7 +50,7 @@ def script(shell: str) -> str:
 
 
 def command_flags(entry_point: typing.Any) -> list[str]:
-    """The flags of a command, as its help has them but with hyphens."""
+    """The flags of a command, as its help has them."""
     config = typing.get_type_hints(entry_point.load())["config"]
     own = [field.name for field in dataclasses.fields(config) if not cli.is_positional(field)]
     recipes = ["recipe", "list-recipes"] if cli.recipe_files(entry_point) else []

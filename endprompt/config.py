@@ -59,6 +59,7 @@ class ExtendConfig:
         optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
             rounding and one-byte moments: 8B on one GPU), or auto: masters for bfloat16, else adamw
         float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
+        float8_head: with float8, also the logits and the gradient that goes down from them
         dtype: of the weights that are trained: float32 or bfloat16
         autocast: multiply in bfloat16 while the weights stay as they are
         export_dtype: of the exported weights; default the checkpoint's own
@@ -120,6 +121,7 @@ class ExtendConfig:
     seed: int = 0
     optimizer: str = "auto"
     float8: str = "none"
+    float8_head: bool = False
     dtype: str = "float32"
     autocast: bool = False
     export_dtype: str | None = None
@@ -206,6 +208,8 @@ def check_config(config: ExtendConfig) -> None:
             raise ValueError(f"{key} must be {rule}: {key}={value!r}")
     if config.float8 != "none" and config.optimizer != "lean":
         raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
+    if config.float8_head and config.float8 == "none":
+        raise ValueError(f"float8_head needs float8: float8_head={config.float8_head} float8={config.float8!r}")
     if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
@@ -218,6 +222,22 @@ def check_config(config: ExtendConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
+
+
+def check_processes(config: ExtendConfig, processes: int) -> None:
+    """Raises ValueError if so many processes cannot share the run."""
+    if config.rows % processes:
+        raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {processes}")
+    if processes > 1 and config.optimizer == "lean":
+        raise ValueError(
+            f"the lean optimizer, and float8 with it, needs a single process; several take adamw or masters: "
+            f"optimizer='lean' float8={config.float8!r}, {processes} processes"
+        )
+    if processes > 1 and config.compile.startswith("graph"):
+        raise ValueError(
+            f"a recorded step needs a single process; several take compile=layers: compile={config.compile!r}, "
+            f"{processes} processes"
+        )
 
 
 def check_recordable(config: ExtendConfig) -> None:

@@ -132,16 +132,16 @@ def document_of(record: Any, where: str) -> Document:
 class Documents:
     """Tokenised documents.
 
-    tokens: integer (total,), all documents one after the other; may be memory-mapped.
+    tokens: integer (total,), all documents one after the other; may be memory-mapped, several of them joined.
     offsets: int64 (documents + 1,), where each one starts.
     completions: int64 (documents,), where its completion starts (its end if it has none).
     weights: uint8 (total,), a loss weight for each token as a target, or None where all are alike.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Joined
     offsets: np.ndarray
     completions: np.ndarray
-    weights: np.ndarray | None = None
+    weights: np.ndarray | Joined | None = None
 
     def target_weights(self, places: np.ndarray, ends: np.ndarray, completion_weight: float) -> np.ndarray:
         """float32 loss weights of the tokens at `places`; a completion starts at `ends` (which broadcasts)."""
@@ -232,10 +232,11 @@ def write_shard(documents: Documents, directory: str | Path, tokenizer_hash: str
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    small = not len(documents.tokens) or int(documents.tokens.max()) < 2**16
-    np.ascontiguousarray(documents.tokens, dtype=np.uint16 if small else np.uint32).tofile(directory / "tokens.bin")
+    tokens = documents.tokens[:]
+    small = not len(tokens) or int(tokens.max()) < 2**16
+    np.ascontiguousarray(tokens, dtype=np.uint16 if small else np.uint32).tofile(directory / "tokens.bin")
     if documents.weights is not None:
-        np.ascontiguousarray(documents.weights, dtype=np.uint8).tofile(directory / "weights.bin")
+        np.ascontiguousarray(documents.weights[:], dtype=np.uint8).tofile(directory / "weights.bin")
     seal_shard(
         directory, documents.offsets, documents.completions, "uint16" if small else "uint32", tokenizer_hash, **about
     )
@@ -324,15 +325,34 @@ def load_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, 
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     weights = None
     if any(part.weights is not None for part in parts):
-        weights = np.concatenate(
-            [np.ones(len(part.tokens), np.uint8) if part.weights is None else part.weights for part in parts]
-        )
+        alike = [np.broadcast_to(np.uint8(1), len(part.tokens)) for part in parts]
+        weights = Joined([one if part.weights is None else part.weights for part, one in zip(parts, alike)])
     return Documents(
-        np.concatenate([part.tokens for part in parts]),
+        Joined([part.tokens for part in parts]),
         np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts))]).astype(np.int64),
         np.concatenate([part.completions + start for part, start in zip(parts, starts)]),
         weights,
     )
+
+
+class Joined:
+    """Arrays end to end that are read as one, by a slice or an array of places; maps of several shards stay maps."""
+
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, wanted: slice | np.ndarray) -> np.ndarray:
+        places = np.arange(*wanted.indices(len(self))) if isinstance(wanted, slice) else np.asarray(wanted)
+        owner = np.searchsorted(self.starts, places, side="right") - 1
+        found = np.empty(places.shape, dtype=np.result_type(*self.parts))
+        for number in np.unique(owner):
+            own = owner == number
+            found[own] = self.parts[number][places[own] - self.starts[number]]
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Without torchrun there is one process and nothing here does anything.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
@@ -35,30 +36,30 @@ class World:
         return self.rank == 0
 
 
-@contextlib.contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str) -> World:
     """The processes that torchrun started, or this one alone. device: cpu, cuda or auto.
 
-    Raises ValueError if the device is not there.
+    The process group stays for the runs that follow, to the end of the process. Raises ValueError if the device is not
+    there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World(device=device)
-        return
+        return World(device=device)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    started = not dist.is_initialized()
-    if started:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        if started:
-            dist.destroy_process_group()
+        atexit.register(_leave)  # not sooner: a later run of these processes would wait for a second group for ever
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -111,17 +112,15 @@ def gathered(value: Any) -> list[Any]:
 def shard(root: torch.nn.Module, layers: Iterable[torch.nn.Module], here: World, bfloat16: bool) -> None:
     """FSDP2: each layer a unit of its own, the rest with the root.
 
-    bfloat16: weights stay float32 masters in their shares, are gathered and multiplied in bfloat16, and gradients are
-    reduced in float32.
+    Gradients are reduced in float32. bfloat16: float32 weights are gathered and multiplied in bfloat16, so that the
+    shares are masters.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(here.device.partition(":")[0], (here.size,))
     # inputs stay as they are: loss weights must not be rounded
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if bfloat16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)

@@ -8,24 +8,22 @@ it is never written as a tensor of its own. This saves its memory and one pass o
 float8: the three products of a layer (output, input gradient, weight gradient) run on float8 tensor cores with one
 scale a tensor, as torchao's "tensorwise" recipe does: e4m3 for activations and weights, e5m2 for gradients, the largest
 magnitude mapped to the format's largest number. Weights are converted once a step, not once a micro-batch. The
-embeddings, the head and attention stay in bfloat16. `exact` accumulation promotes partial sums to float32 in the two
-backward products; `fast` leaves them in the tensor cores' shorter accumulators everywhere.
+embeddings and attention stay in bfloat16, and so does the head (`float8.Float8Matrix` is for two of its products).
+`exact` accumulation promotes partial sums to float32 in the two backward products; `fast` leaves them in the tensor
+cores' shorter accumulators everywhere.
 
 Legend: M tokens, K input features, N output features.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 
+from endprompt.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fused, scaled_product, to_float8
 from endprompt.loss import add_product
-
-ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-FLOAT8 = ("none", "exact", "fast")
 
 
 def convert(model: nn.Module, float8: str = "none") -> int:
@@ -161,7 +159,7 @@ class Float8Linear(nn.Linear):
 
     @torch.no_grad()
     def convert_weight(self) -> None:
-        converted = _both_layouts_function(self.weight.device)(self.weight)
+        converted = fused(both_layouts, self.weight.device)(self.weight)
         for name, value in zip(("weight8_NK", "weight8_KN", "weight_scale"), converted):
             if name in self._buffers:
                 getattr(self, name).copy_(value)
@@ -224,31 +222,3 @@ class _Float8(torch.autograd.Function):
         grad8_NM, x8_KM = grad8_MN.t().contiguous(), x8_MK.t().contiguous()
         total_NK.add_(scaled_product(grad8_NM, x8_KM.t(), grad_scale, x_scale, grad.dtype, ctx.fast))
         return grad_x.reshape(ctx.shape), None, None, None, None, None, None
-
-
-def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in float8, the float32 scalar that it must be multiplied by to give x)."""
-    largest = torch.finfo(dtype).max
-    scale = largest / x.abs().amax().float().clamp(min=1e-12)
-    return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
-
-
-def _both_layouts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight in float8, its transpose in rows, the scale)."""
-    weight8, scale = to_float8(weight, ACTIVATION)
-    return weight8, weight8.t().contiguous(), scale
-
-
-@functools.cache
-def _both_layouts_function(device: torch.device) -> Any:
-    """On CUDA two fused kernels (the largest magnitude, then both copies); on the CPU as written."""
-    return torch.compile(_both_layouts, dynamic=True) if device.type == "cuda" else _both_layouts
-
-
-def scaled_product(
-    a_MK: torch.Tensor, b_KN: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype, fast: bool
-) -> torch.Tensor:
-    """a @ b of float8 matrices; a in rows, b in columns (the transpose of a contiguous matrix)."""
-    if a_MK.device.type != "cuda":
-        return ((a_MK.float() @ b_KN.float()) * (a_scale * b_scale)).to(dtype)
-    return torch._scaled_mm(a_MK, b_KN, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)

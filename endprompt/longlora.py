@@ -6,8 +6,9 @@ half, shifted sparse attention, is the attention `shifted`. An export has the up
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,14 +26,31 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, also: Sequence[str],
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = [name for name in PROJECTIONS if name in leaves]
+    layers: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        layers.setdefault(name.rpartition(".")[2], []).append(module)
+    targets = [name for name in PROJECTIONS if name in layers]
     if not targets:
         raise ValueError(f"lora_rank={rank}: {type(model).__name__} has none of the projections {PROJECTIONS}")
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
+    with _real([layer for name in targets for layer in layers[name]]):
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or any(word in name for word in also))
+
+
+@contextlib.contextmanager
+def _real(layers: Sequence[Any]) -> Iterator[None]:
+    """Weights on meta are one repeated number on the CPU meanwhile: peft makes its own where those of the layer are.
+
+    On meta the first values of the updates would be lost, and no checkpoint has them.
+    """
+    unread = {layer: layer.weight for layer in layers if layer.weight.is_meta}
+    for layer, weight in unread.items():
+        layer.weight = torch.nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))
+    yield
+    for layer, weight in unread.items():
+        layer.weight = weight
 
 
 def merge(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:

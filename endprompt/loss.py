@@ -28,6 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         head_sum_VD: torch.Tensor | None,
         fuse: bool,
+        head8: Any,
     ) -> torch.Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -43,10 +44,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 hidden = hidden_ND[part].to(dtype)
                 chunk_of = _chunk if fuse else _chunk_eager
-                loss, grad_logits = chunk_of(hidden @ head.T, labels_N[part], weights_N[part])
+                logits = hidden @ head.T if head8 is None else head8.output(hidden)
+                loss, grad_logits = chunk_of(logits, labels_N[part], weights_N[part])
                 total += loss
                 if grad_hidden is not None:
-                    grad_hidden[part] = (grad_logits @ head).to(grad_hidden.dtype)
+                    product = grad_logits @ head if head8 is None else head8.input_gradient(grad_logits)
+                    grad_hidden[part] = product.to(grad_hidden.dtype)
                 if grad_head is not None:
                     add_product(grad_head, grad_logits, hidden)
         ctx.save_for_backward(grad_hidden, grad_head if head_sum_VD is None else None)
@@ -59,11 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
             None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -124,6 +123,7 @@ def linear_cross_entropy(
     head_sum_VD: torch.Tensor | None = None,
     every_token: bool = False,
     fuse: bool = True,
+    head8: Any = None,
 ) -> torch.Tensor:
     """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
 
@@ -133,6 +133,7 @@ def linear_cross_entropy(
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
     every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: torch.compile
     the elementwise part on CUDA.
+    head8: a `float8.Float8Matrix` of the head, which gives the logits and the gradient of `hidden` instead of the head.
     """
     if chunk is None:
         chunk = max(1, (2**29 if hidden_ND.device.type == "cuda" else 2**23) // head_VD.shape[0])
@@ -142,7 +143,7 @@ def linear_cross_entropy(
             hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
     if not len(labels_N):
         return (hidden_ND.sum() + head_VD.sum()).float() * 0.0  # both keep a gradient, of zeros
-    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD, fuse)
+    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD, fuse, head8)
 
 
 def logits_cross_entropy(logits_ND: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,12 @@ def register_causal_only() -> None:
     from transformers import AttentionInterface
 
     for name, function in ATTENTIONS.items():
-        AttentionInterface.register(PREFIX + name, function)
+        AttentionInterface.register(registered_name(name), function)
+
+
+def registered_name(name: str) -> str:
+    """transformers' name of a causal-only attention: it takes any with "flash" in it for one of its own packages."""
+    return PREFIX + name.replace("flash_attention_", "fa")
 
 
 def training_attention(name: str) -> str:
@@ -278,7 +283,7 @@ def training_attention(name: str) -> str:
     if name in FLASH_PACKAGES:
         _flash_function(name)
     register_causal_only()
-    return PREFIX + name
+    return registered_name(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,7 +503,7 @@ def load_model(
     if attention.startswith(PREFIX):
         register_causal_only()
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -522,7 +527,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar for the milliseconds of a load or a save, and the setting as it was afterwards."""
     from transformers.utils import logging
 
@@ -575,7 +580,7 @@ def export(
     """
     model.config._attn_implementation = "sdpa"
     model.config.use_cache = True
-    with _quiet():
+    with quiet():
         model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
     config = copy.deepcopy(model.config)
     config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one

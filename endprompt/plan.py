@@ -11,8 +11,8 @@ P multiplied parameters, L layers, hidden size h, key/value width k, intermediat
                       none and selective in float8, where the compiler makes norms and SwiGLU's product again by
                       itself: 3 h + i of one byte (what the products read) and h + 2 k + 2 i of two
 
-Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its rows, and 7% are taken off for what
-communication does not hide (an assumption until it is measured).
+Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its rows and the layers that are gathered at
+once, and 7% are taken off for what communication does not hide (assumptions until they are measured).
 """
 
 from __future__ import annotations
@@ -178,7 +178,10 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
     if config.float8 != "none":
         parts["float8 weights"] = 2.0 * decoder / config.gpus
     if config.gpus > 1:
-        parts["gathered layers"] = 2 * 2.0 * shape.layer_parameters
+        # two layers' weights and one's gradients in bfloat16, and those in float32 while they are summed over the GPUs
+        parts["gathered layers"] = (2 * 2.0 + 2.0 + 4.0) * shape.layer_parameters
+        # embeddings and head belong to the root, which stays gathered
+        parts["gathered embeddings"] = (2.0 + 2.0 + 4.0) * shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     tokens = micro_rows * row_tokens
     selective = 2.0 * (4 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
     whole = selective + 2.0 * (2 * shape.hidden + shape.intermediate)

@@ -125,26 +125,42 @@ def check_reports(names: Sequence[str]) -> None:
             raise ValueError(f"report={name} needs a package ({error}): pip install {name}") from error
 
 
-def reporters(names: Sequence[str], directory: Path, config: dict[str, Any]) -> list[Callable[[int, dict], None]]:
-    """`report(step, values)` of each tracker."""
-    return [_tensorboard(directory) if name == "tensorboard" else _wandb(directory, config) for name in names]
+@contextlib.contextmanager
+def reporters(
+    names: Sequence[str], directory: Path, config: dict[str, Any], step: int = 0
+) -> Iterator[list[Callable[[int, dict], None]]]:
+    """`report(step, values)` of each tracker, in a folder of its own below the directory; they are closed at the end.
+
+    step: where a resumed run goes on, whatever it had reported beyond that.
+    """
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
+    with contextlib.ExitStack() as trackers:
+        yield [trackers.enter_context(makers[name](directory, config, step)) for name in names]
 
 
-def _tensorboard(directory: Path) -> Callable[[int, dict], None]:
+@contextlib.contextmanager
+def _tensorboard(directory: Path, config: dict[str, Any], step: int) -> Iterator[Callable[[int, dict], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(directory / "tensorboard"))
+    with SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None) as writer:
 
-    def report(step: int, values: dict) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
+        def report(step: int, values: dict) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-    return report
+        yield report
 
 
-def _wandb(directory: Path, config: dict[str, Any]) -> Callable[[int, dict], None]:
+@contextlib.contextmanager
+def _wandb(directory: Path, config: dict[str, Any], step: int) -> Iterator[Callable[[int, dict], None]]:
     import wandb
 
-    run = wandb.init(project="endprompt", dir=str(directory), config=config)
-    return lambda step, values: run.log(values, step=step)
+    # `auto`: a run that was cut off is taken up under its own name
+    run = wandb.init(project="endprompt", dir=str(directory), config=config, resume="auto" if step else None)
+    ended = 1
+    try:
+        yield lambda step, values: run.log(values, step=step)
+        ended = 0
+    finally:
+        run.finish(exit_code=ended)  # before the folder that it writes to gets its final name

@@ -40,7 +40,10 @@ REQUIRED = (
     "seed",
     "samples_sha256",
 )
-PACKAGES = ("torch", "transformers", "lm_eval", "numpy", "scipy", "tokenizers", "safetensors", "triton", "datasets")
+PACKAGES = (
+    *("torch", "transformers", "lm_eval", "numpy", "scipy", "tokenizers", "safetensors", "triton", "datasets"),
+    *("flash-attn", "flash-attn-4"),
+)
 
 
 def result_row(

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._functorch.config
 
-from endprompt import checkpoint, distributed, linears, longlora
+from endprompt import checkpoint, distributed, linears, longlora, shares
 from endprompt.card import RECORD, write_card
-from endprompt.config import ExtendConfig, check_config, check_output, method_name, prompt_names
+from endprompt.config import ExtendConfig, check_config, check_output, check_processes, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
+from endprompt.float8 import Float8Matrix
 from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
@@ -131,6 +132,8 @@ def extend(config: ExtendConfig) -> Path:
     spec = row_spec(config, window, tokenizer)
 
     def make_model(device: str) -> PreTrainedModel:
+        if device == "meta":
+            return shares.model_to_fill(config.model, dtype=config.dtype, attention=attention, config=new_config)
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
     return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window)
@@ -144,6 +147,7 @@ def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: Pr
     spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
 
     def make_model(device: str) -> PreTrainedModel:
+        device = "cpu" if device == "meta" else device  # every process makes the same random weights, whole
         return new_model(model_config, seed=config.seed, dtype=config.dtype, attention=attention, device=device)
 
     return run(config, spec, tokenizer, make_model, source_dtype=torch_dtype(config.dtype))
@@ -159,17 +163,14 @@ def run(
 ) -> Path:
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
 
-    window: of the checkpoint that is extended, None for a model from random weights.
+    make_model: the model on a device; on meta, where several processes will each read their share, it need not have
+    its weights yet. window: of the checkpoint that is extended, None for a model from random weights.
     """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
-    with distributed.world(config.device) as here, distributed.only_run(output, here):
-        if config.rows % here.size:
-            raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {here.size}")
-        if here.size > 1 and config.dtype != "float32":
-            raise ValueError(
-                f"several processes train float32 weights (autocast multiplies in bfloat16): dtype={config.dtype!r}"
-            )
+    here = distributed.world(config.device)
+    with distributed.only_run(output, here):
+        check_processes(config, here.size)
         if finished_before(output, config):
             say(f"this run is finished already: {output}", here)
             return output
@@ -198,7 +199,7 @@ def run(
             "tokens",
             here,
         )
-        trainer = Trainer(config, make_model("cpu" if here.size > 1 else here.device), rows, steps, log, here)
+        trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
         trainer.evaluation = evaluation
         if state is not None:
             trainer.resume(state)
@@ -371,10 +372,18 @@ def finish(
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
-    def __init__(self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True):
-        """every_token, fuse: as in `linear_cross_entropy`."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast: bool,
+        every_token: bool = False,
+        fuse: bool = True,
+        float8: str = "none",
+    ):
+        """every_token, fuse: as in `linear_cross_entropy`. float8: of the head's products, while training."""
         super().__init__()
-        self.model, self.autocast, self.every_token, self.fuse = model, autocast, every_token, fuse
+        self.model, self.autocast, self.float8 = model, autocast, float8
+        self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
 
     def forward(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
@@ -393,7 +402,10 @@ class Objective(torch.nn.Module):
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
             hidden_ND = hidden[:, :-1].flatten(0, 1)
-            return linear_cross_entropy(hidden_ND, head, labels, weights, every_token=self.every_token, fuse=self.fuse)
+            head8 = None
+            if self.float8 != "none" and self.model.training:
+                head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
+            return linear_cross_entropy(hidden_ND, head, labels, weights, head8=head8, **self.options)
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
         hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
@@ -492,9 +504,11 @@ class Trainer:
         if compiled:
             for layer in decoder_layers(model):
                 layer.compile()
-        self.loss = Objective(model, autocast=config.autocast and here.size == 1)
+        float8 = config.float8 if config.float8_head else "none"
+        self.loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
         if here.size > 1:  # the optimizer is over the shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
+            shares.read_shares(model, config.model, here.device)
             self.optimizer = optimizer_of(config, model)
 
     def resume(self, state: checkpoint.TrainingState) -> None:
@@ -526,13 +540,13 @@ class Trainer:
     def fit(self, states: Path) -> None:
         config = self.config
         batches = prefetch(self.batch, range(self.step, self.steps))
-        reports = self.reports()
         started = last = time.perf_counter()
         before, since = self.seconds, self.step
         with (
             contextlib.closing(batches),
             progress(self.step, self.steps, self.here) as advance,
             stop_asked(self.here) as stop,
+            self.reports() as reports,
         ):
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
@@ -568,13 +582,15 @@ class Trainer:
                 last += time.perf_counter() - paused  # tokens/s are those of the steps
         self.seconds = before + time.perf_counter() - started
 
-    def reports(self) -> list[Callable[[int, dict[str, float]], None]]:
+    @contextlib.contextmanager
+    def reports(self) -> Iterator[list[Callable[[int, dict[str, float]], None]]]:
         """Where values go: log.jsonl always, trackers as asked; nowhere but on the main process."""
         if not self.log:
-            return []
+            yield []
+            return
         log = self.log
-        asked = reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)))
-        return [lambda step, values: log.log(step=step, **values), *asked]
+        with reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)), self.step) as asked:
+            yield [lambda step, values: log.log(step=step, **values), *asked]
 
     def values(self, rate: float, loss: float, norm: float, steps: int, seconds: float) -> dict[str, float]:
         """What a line of the log says about the last `steps` steps, which took `seconds`."""

@@ -20,6 +20,7 @@ FIGURES = (
     "figure_4",
     "score_against_length",
     "depth_by_length",
+    "longbench_bars",
     "cost",
     "smoothness_against_score",
     "lab_scores",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def figures(config: FiguresConfig) -> int | None:
         catalog.module(name)
     rows = read_results(config.results or sorted((DATA / "measured").glob("*.jsonl")))
     output = Path(config.output)
-    absent = {}
+    absent: dict[str, list[str]] = {}  # by what they lack
     for name in config.only or catalog.NAMES:
         try:
             for path in catalog.make(name, rows, output):
@@ -40,11 +42,11 @@ def figures(config: FiguresConfig) -> int | None:
         except NoData as error:
             if config.only:
                 raise ValueError(f"{name} {error}") from None
-            absent[name] = str(error)
+            absent.setdefault(str(error), []).append(name)
     if absent:
         print("without data, not drawn:", file=sys.stderr)
-        for name, reason in absent.items():
-            print(f"  {name} {reason}", file=sys.stderr)
+        for reason, names in absent.items():
+            print(f"  {', '.join(names)}: {reason}", file=sys.stderr)
     return None
 
 
@@ -69,10 +71,12 @@ def audit(config: AuditConfig) -> int | None:
 
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return None
+    width = min(120, shutil.get_terminal_size().columns)
     for verdict in reversed(VERDICTS):
         chosen = [finding for finding in found if finding["verdict"] == verdict]
         print(f"{verdict} ({len(chosen)})")
         for f in chosen:
             printed = "not printed" if f["printed"] is None else f"printed {f['printed']}"
-            print(f"  {f['table']}, {f['row']}: {f['rule']}: {printed}, recomputed {f['recomputed']}")
+            line = f"  {f['table']}, {f['row']}: {f['rule']}: {printed}, recomputed {f['recomputed']}"
+            print(textwrap.fill(line, width, subsequent_indent="    ") if sys.stdout.isatty() else line)
     return None

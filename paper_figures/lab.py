@@ -14,8 +14,18 @@ from paper_figures.names import SCALINGS, SCHEMES
 
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
-OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms")
-OPTIONAL += ("recall_span", "pieces", "seeds")
+OPTIONAL = (
+    "prompt",
+    "prompt_weight",
+    "anchors",
+    "train_tokens",
+    "gpu_seconds",
+    "bernstein_constant",
+    "gap_rms",
+    "recall_span",
+    "pieces",
+    "seeds",
+)
 CUE_WEIGHT = 0.1
 #: Tokens of a quotation and pieces of a context that a label does not tell, because most arms have them.
 SPAN, PIECES = 40, 3
@@ -25,8 +35,8 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with what the figures call an arm: `kind`, `cue`, `usual`, `main`, `label`; method is the arm's name.
 
     kind: scheme, or full or longlora, or base (not trained). usual: trained for the number of steps that most arms of
-    this base and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other wordings or weights of an end prompt, and with at least
-    half of the seeds that most arms of this base and fold have.
+    this base and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other
+    wordings or weights of an end prompt, and with at least half of the seeds that most arms of this base and fold have.
     """
     rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS, *OPTIONAL])).copy()
     rows["base"] = rows["base"].astype(str)

@@ -45,6 +45,14 @@ LONGBENCH = {
     "synthetic": ("passage_count", "passage_retrieval_en"),
     "code": ("lcc", "repobench-p"),
 }
+#: Its Chinese sets; there are none of code.
+LONGBENCH_ZH = {
+    "single_doc_qa": ("multifieldqa_zh",),
+    "multi_doc_qa": ("dureader",),
+    "summarization": ("vcsum",),
+    "few_shot": ("lsht",),
+    "synthetic": ("passage_retrieval_zh",),
+}
 #: Columns of Table 3 and the RULER tasks that each averages.
 TASK_GROUPS = {
     "niah_single": ("niah_single_1", "niah_single_2", "niah_single_3"),

@@ -67,7 +67,7 @@ def latex(table: Table) -> str:
     note = f"\\par\\smallskip\\raggedright {_escape(table.note)}\\par" if table.note else ""
     long = sum(1 + len(section.rows) for section in table.sections) > ONE_PAGE
     between, column = ("\\addlinespace", "p{.96\\linewidth}") if long else ("\\midrule", "l")
-    body = []
+    body: list[str] = []
     for section in table.sections:
         body.append(between if body else "\\midrule")
         if section.heading:  # the star keeps it with its first line

@@ -46,6 +46,15 @@ def demo_rows(methods=None, tasks=DEMO_TASKS, lengths=(256, 512, 1024, 2048), se
     ]
 
 
+def longbench_rows(methods, sets, n=200):
+    """Rows of a LongBench run: no length, a metric a set; method k scores 90 - 10 k less a point a set."""
+    return [
+        row(method, name, None, max(0, 90 - 10 * k - i), suite="longbench", n=n, half=5.0, metric=f"metric of {name}")
+        for k, method in enumerate(methods)
+        for i, name in enumerate(sets)
+    ]
+
+
 def write_run(path, rows):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from email.message import Message
 import numpy as np
 import pytest
 
-from benchmarks import base
+from benchmarks import base, rebuild
 from benchmarks.documents import NIAH, NOISE, SAMPLE_PATH, VT, Prose, Words
 
 
@@ -111,3 +111,116 @@ def test_rows_repeat_whatever_the_number_of_processes(prepared, tmp_path, monkey
 def test_a_folder_without_prepared_text_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sources\.json is missing"):
         base.build(tmp_path / "out", 192, 10, 0, data=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- collect, prepare, rebuild
+
+MANUAL = "\n\n".join(
+    f"The keeper of lighthouse number {'abcdefghij'[n]} writes about the weather, the ships and the birds that he sees."
+    for n in range(10)
+)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two packages, one of whose files is no Python, in place of the installed ones; returns their folder."""
+    folder = tmp_path / "packages"
+    (folder / "one").mkdir(parents=True)
+    (folder / "one" / "manual.md").write_text(MANUAL)
+    (folder / "one" / "broken.py").write_text("def f(:\n" + "# a remark that is long enough to be taken\n" * 9)
+    (folder / "two.py").write_text(SOURCE + "\n".join(f"number_{n} = {n} + len('{n}')" for n in range(40)))
+    sources = [
+        base.Source("one", "1.0", "MIT", (folder / "one" / "broken.py", folder / "one" / "manual.md"), "Too short."),
+        base.Source("two", "2.5", "BSD", (folder / "two.py",)),
+    ]
+    monkeypatch.setattr(base, "installed_sources", lambda: sources)
+    return folder
+
+
+def test_collected_text_is_that_of_the_packages_and_is_counted(packages):
+    prose, code, record = base.collect(10_000, 10_000, processes=1)
+    comment, docstring = base.prose_of(SOURCE)
+    assert sorted(prose) == sorted([MANUAL, f"{comment}\n\n{docstring}"])
+    (program,) = code
+    assert program.startswith("import os\n\ndef f(x):\n    return x  # short") and program.endswith("len('39')")
+    assert record == [
+        {"name": "one", "version": "1.0", "licence": "MIT", "prose_bytes": len(MANUAL), "code_bytes": 0},
+        {"name": "two", "version": "2.5", "licence": "BSD", "prose_bytes": len(comment + docstring) + 2,
+         "code_bytes": len(program)},
+    ]  # fmt: skip
+    prose, code, record = base.collect(len(MANUAL) - 1, 0, processes=1)  # the manual is one byte too long
+    assert prose == [f"{comment}\n\n{docstring}"] and code == [] and [entry["name"] for entry in record] == ["two"]
+
+
+def test_prepared_text_comes_back_from_its_tokens(packages, tmp_path, monkeypatch):
+    text = SAMPLE_PATH.read_text(encoding="utf-8")[:30_000].rpartition("\n\n")[0]
+    monkeypatch.setattr(base, "collect", lambda *_: ([MANUAL, text], ["import os\n"], [{"name": "one"}]))
+    prepared = base.load_prepared(str(base.prepare(tmp_path / "data", processes=1)))
+    ids = prepared.text.tolist()
+    ends = [place for place, token in enumerate(ids) if token == prepared.tokenizer.eos_token_id]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    documents = {prepared.tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends)}
+    assert documents == {MANUAL, text, "import os\n"} and ends[-1] == len(ids) - 1
+    summary = json.loads((tmp_path / "data" / "sources.json").read_text())
+    assert summary["text_tokens"] == len(ids) and summary["packages"] == [{"name": "one"}]
+    assert summary["text_bytes"] == len((MANUAL + text).encode()) + len("import os\n")
+    kept = [p for whole in (MANUAL, text) for p in base.readable(whole)]
+    assert summary["haystack_sentences"] == sum(len(base.sentences(p)) for p in kept) == len(prepared.prose.offsets) - 1
+    assert len(prepared.tokenizer("4096")["input_ids"]) == 4  # a digit is a token
+
+
+def test_a_base_is_rebuilt_with_the_shape_and_the_steps_of_its_recipe(prepared, tmp_path, monkeypatch):
+    small = rebuild.BaseRecipe(192, 2, 128, 2, steps=3, rows=4, distinct=12, lr=1e-3, export_dtype="bfloat16", seed=5)
+    monkeypatch.setitem(rebuild.RECIPES, 192, small)
+    path = rebuild.rebuild(192, str(tmp_path / "made"), data=str(prepared))
+    config = json.loads((path / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["head_dim"], config["intermediate_size"]) == (2, 64, 3 * 128)
+    assert config["max_position_embeddings"] == 192 and config["dtype"] == "bfloat16"
+    vocabulary = config["vocab_size"]
+    count, kinds = stored(path)
+    # embeddings once; a layer has four products of attention, three of the MLP and two norms; one norm at the end
+    assert count == vocabulary * 128 + 2 * (4 * 128**2 + 3 * 128 * 384 + 2 * 128) + 128 and kinds == {"BF16"}
+    record = json.loads((path / "endprompt.json").read_text())
+    assert (
+        record["method"] == "base" and record["tokens"] == 3 * 4 * 192 and record["final_loss"] < np.log(vocabulary) + 1
+    )
+    assert record["base"]["recipe"] == vars(small) and record["base"]["rows"]["rows"] == 12
+    assert (path / "sources.json").read_text() == (prepared / "sources.json").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made"]  # the rows are gone
+    with pytest.raises(ValueError, match="window must be one of 256, 512, 192: window=100"):
+        rebuild.rebuild(100, str(tmp_path / "other"), data=str(prepared))
+
+
+def stored(path):
+    """Numbers in a checkpoint's weights, and their types, read from the file's head."""
+    whole = (path / "model.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    head = json.loads(whole[8 : 8 + size])
+    head.pop("__metadata__", None)
+    return sum(int(np.prod(tensor["shape"])) for tensor in head.values()), {t["dtype"] for t in head.values()}
+
+
+@pytest.mark.parametrize("window", [256, 512])
+def test_the_card_of_the_bases_says_what_their_files_say(window):
+    card = " ".join((rebuild.FOLDER / "README.md").read_text(encoding="utf-8").split())
+    folder, recipe = rebuild.FOLDER / str(window), rebuild.RECIPES[window]
+    config, record = (json.loads((folder / name).read_text()) for name in ("config.json", "endprompt.json"))
+    sources = json.loads((folder / "sources.json").read_text())
+    count, kinds = stored(folder)
+    dtype = {"F32": "float32", "BF16": "bfloat16"}[kinds.pop()]
+    assert f"{count / 1e6:.1f} million, {dtype}" in card and dtype == recipe.export_dtype
+    shape = f"{config['num_hidden_layers']} layers × {config['hidden_size']}, {config['num_attention_heads']} heads of"
+    assert f"Llama, {shape} {config['head_dim']}" in card
+    steps = f"{record['steps']:,} steps × {record['config']['rows']} rows × {window} tokens"
+    assert f"{steps} ({record['tokens'] / 1e6:.0f}M tokens), seed {recipe.seed}" in card
+    assert record["tokens"] == recipe.steps * recipe.rows * window
+    assert f"{record['seconds']:.0f} s, and {record['base']['seconds_for_rows']:.0f} s for the rows" in card
+    revision = json.loads((folder / "environment.json").read_text())["revision"]
+    assert f"`{revision[:8]}`" in card
+    assert f"{sources['text_tokens'] / 1e6:.1f}M tokens ({sources['text_bytes'] / 1e6:.0f} MB)" in card
+    others = [entry for entry in sources["packages"] if entry["name"] != "python"]
+    assert f"Python interpreter and of {len(others)} installed packages" in card
+    assert all(base.PERMISSIVE.search(entry["licence"]) for entry in sources["packages"])
+    assert sum(e["prose_bytes"] + e["code_bytes"] for e in sources["packages"]) == sources["text_bytes"]
+    counts = record["base"]["rows"]["counts"]
+    assert counts["text"] == recipe.distinct / 2 == sum(n for kind, n in counts.items() if kind != "text")

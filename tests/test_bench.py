@@ -179,15 +179,27 @@ def test_the_backends_agree_at_jumped_positions():
     assert all(0 < row["value"] < 2 for row in rows)  # percent; bfloat16 rounds by 0.4
 
 
-def test_the_fastest_setting_that_fits_goes_on(tmp_path, monkeypatch):
-    measured = {"a": (5.0, 100), "b": (9.0, 131), "c": (7.0, 129), "d": (6.0, 90)}
+@pytest.mark.parametrize(
+    ("fastest", "goes_on"), [("flash_attention_4", "flash_attention_4"), ("cudnn", "sdpa"), ("sdpa", "sdpa")]
+)
+def test_the_faster_attention_of_both_passes_goes_on(fastest, goes_on):
+    rates = {name: 5.0 for name in ("sdpa", "cudnn", "flash_attention_4")} | {fastest: 6.0}
+    rows = [{"task": f"attention {name}: forward and backward", "value": rate} for name, rate in rates.items()]
+    rows += [{"task": "attention flash_attention_2: forward", "value": 9.0}]
+    assert module.faster_attention(rows, "eager") == goes_on
+    assert module.faster_attention([], "eager") == "eager"
 
-    def measure(name, seconds, **changes):
-        return dict(zip(("tokens_per_s", "peak_gib"), measured[name])) if name in measured else {}
 
-    suite = module.Suite(BenchConfig(), tmp_path)
-    monkeypatch.setattr(suite, "measure", measure)
-    first = module.fastest(suite, {"a": {"rows": 1}, "b": {"rows": 2}, "c": {"rows": 3}}, {"rows": 4})
-    assert first == {"rows": 3}
-    assert module.fastest(suite, {"d": {"rows": 5}}, first) == first
-    assert module.fastest(suite, {"left out": {"rows": 6}}, {"rows": 7}) == {"rows": 7}
+def test_rates_of_the_attentions_that_are_there():
+    rows = module.attention_rates("tiny", 64)
+    assert [row["task"] for row in rows] == ["attention sdpa: forward", "attention sdpa: forward and backward"]
+    assert all(row["value"] > 0 for row in rows)
+
+
+def test_an_empty_namespace_is_no_flash_attention_2(tmp_path, monkeypatch):
+    """flash-attn-4 puts its modules below `flash_attn`, of which the older package is the whole."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module.installed("flash_attention_4")
+    assert not module.installed("flash_attention_2") and not module.installed("flash_attention_3")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -39,18 +40,71 @@ def test_help_imports_no_torch():
     assert "extend" in done.stdout and "Train: extend a checkpoint's window" in done.stdout
 
 
-def test_usage_errors_exit_with_2(capsys):
+def test_unknown_command_is_bad_usage(capsys):
     assert cli.main([]) == 2
     assert cli.main(["extnd"]) == 2
     assert "did you mean extend" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("extend --targt 4", "unrecognized arguments: --targt 4; did you mean --target?"),
+        ("extend --micro-row 4", "unrecognized arguments: --micro-row 4; did you mean --micro-rows?"),
+        ("extend --target far", "target must be a whole number: target=far"),
+        ("extend --lr fast", "lr must be a number: lr=fast"),
+        ("extend --factor x", "factor must be a number: factor=x"),
+        ("extend --eval-lengths a b", "eval_lengths must be whole numbers: eval_lengths=['a', 'b']"),
+        ("extend --rope-options 3", "rope_options must be a mapping: rope_options=3"),
+        ("extend --data", "--data: expected one argument"),
+        ("score x --suite foo", "suite must be one of ruler, longbench, short: suite=foo"),
+        ("score", "the following arguments are required: checkpoint"),
+        ("completion fish", "shell must be one of bash, zsh: shell=fish"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_with_2(arguments, said, capsys):
+    name = arguments.split()[0]
     with pytest.raises(SystemExit) as raised:
-        cli.main(["extend", "--targt", "4"])
+        cli.main(arguments.split())
     assert raised.value.code == 2
-    assert "targt" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", f"endprompt {name}: {said} (see endprompt {name} --help)\n")
+
+
+def test_unknown_recipe_names_near_ones(capsys):
     with pytest.raises(SystemExit) as raised:
-        cli.main(["extend", "--target", "far"])
+        cli.main(["extend", "--recipe", "pose-llama3"])
     assert raised.value.code == 2
-    assert "target" in capsys.readouterr().err
+    assert "recipe='pose-llama3'; did you mean pose-llama3-8b-64k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(ep.name for ep in cli.entry_points(group=cli.GROUP)))
+def test_help_fits_80_columns_and_shows_flags_as_they_are_written(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    (entry_point,) = [ep for ep in cli.entry_points(group=cli.GROUP) if ep.name == name]
+    config = typing.get_type_hints(entry_point.load())["config"]
+    for field in dataclasses.fields(config):
+        flag = f"--{field.name.replace('_', '-')}"
+        where = field.name.upper() if cli.is_positional(field) else rf"^  {flag}\b"
+        assert re.search(where, shown, re.MULTILINE), flag
+        if field.default is False:  # a switch: nothing stands behind it
+            assert re.search(rf"^  {flag}(  .*)?$", shown, re.MULTILINE), flag
+        elif isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            assert f"default: {field.default}" in " ".join(shown.split()), flag
+
+
+def test_commands_are_wrapped_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = lines[lines.index("") + 3 :]
+    assert max(map(len, listed)) <= 60
+    assert any(line.startswith(" " * 14) for line in listed)  # words go on below words
 
 
 def test_extend_runs_through_the_script(llama, documents, tmp_path):

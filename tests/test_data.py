@@ -43,6 +43,11 @@ def test_all_formats_give_the_same_documents(tmp_path):
     expected = [Document("grün", " ja"), Document("sky", "")]
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
         assert list(read_documents(tmp_path / name)) == expected
+    ids = [{"input_ids": [5, 6, 7]}, {"input_ids": [8]}]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ids))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ids), tmp_path / "ids.parquet")
+    for name in ("ids.jsonl", "ids.parquet"):
+        assert list(read_documents(tmp_path / name)) == [Document(input_ids=[5, 6, 7]), Document(input_ids=[8])]
     (tmp_path / "a.txt").write_text("one\ntwo", encoding="utf-8")
     assert list(read_documents(tmp_path / "a.txt")) == [Document("one\ntwo")]
 
@@ -111,6 +116,30 @@ def test_shard_comes_back_as_written_and_notices_changes(tmp_path, tokenizer):
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="must have a manifest"):
         data.read_shard(tmp_path, own)
+
+
+def test_several_shards_and_files_are_read_as_one_without_a_copy(tmp_path, tokenizer):
+    texts = [Document("the sky is blue " * 9), Document("go there " * 9, " now"), Document("the sun " * 20)]
+    for number in (0, 1):
+        made = data.tokenize(texts[number : number + 1], tokenizer)
+        weights = np.arange(len(made.tokens), dtype=np.uint8) if number else None
+        weighted = Documents(made.tokens, made.offsets, made.completions, weights)
+        data.write_shard(weighted, tmp_path / str(number), data.tokenizer_sha256(tokenizer))
+    (tmp_path / "2.jsonl").write_text(json.dumps({"text": texts[2].text}))
+    joined = data.load_documents([str(tmp_path / name) for name in ("0", "1", "2.jsonl")], tokenizer)
+    whole = data.tokenize(texts, tokenizer)
+    assert (joined.offsets == whole.offsets).all() and (joined.completions == whole.completions).all()
+    assert joined.fingerprint() == whole.fingerprint()
+    assert [isinstance(part, np.memmap) for part in joined.tokens.parts] == [True, True, False]
+    ends = whole.offsets
+    weights = np.concatenate([np.ones(ends[1]), np.arange(ends[2] - ends[1]), np.ones(ends[3] - ends[2])])
+    with_weights = Documents(whole.tokens, whole.offsets, whole.completions, weights.astype(np.uint8))
+    for short in ("drop", "pack"):
+        for made in (spec(short=short, row_tokens=16), spec(short=short, scheme="pose", row_tokens=24)):
+            one, other = Rows(joined, made), Rows(with_weights, made)
+            assert len(one) == len(other) > 0
+            for left, right in zip(one.batch(0, 20).__dict__.values(), other.batch(0, 20).__dict__.values()):
+                assert (left == right).all()
 
 
 def test_empty_shard_is_refused(tmp_path):

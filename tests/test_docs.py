@@ -12,6 +12,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import longbench_fixtures
 import pytest
 import ruler_helpers
 import yaml
@@ -87,14 +88,54 @@ def test_command_on_a_page_is_one_that_the_script_takes(page, arguments):
     assert isinstance(yaml.safe_load(out.getvalue()), dict)
 
 
-CHEAP = ("audit", "plan", "positions", "tasks-path", "figures")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [a for _, a in ALL if (a[0] in CHEAP and "runs" not in " ".join(a)) or "--list-recipes" in a],
-    ids=" ".join,
+CHEAP = ("audit", "plan", "positions", "tasks-path", "figures", "env", "completion")
+#: Commands of the README that are run one after the other, in this order, with fewer of everything.
+WALK = (
+    "extend --model",
+    "prepare --data a.",
+    "verify extended",
+    "score extended --tasks niah",
+    "score extended --show",
+    "score runs/",
+    "score extended --suite longbench --tasks qasper,hotpotqa_e",
+    "figures --results runs/score",
+    "card extended",
 )
+#: Commands that are not run as they stand, why, and the tests that run what they are made of.
+ELSEWHERE = {
+    "extend --recipe": ("needs a checkpoint of 8B", "test_recipes.py", "test_train.py"),
+    "prepare --data hub:": ("needs the network", "test_prepare.py"),
+    "score extended --suite short": ("needs the network", "test_short_suite.py"),
+    "score extended --backend vllm": ("needs vLLM and a GPU", "test_score_ruler.py"),
+    "score extended --tasks all": ("needs RULER's own data", "test_score_ruler.py", "test_ruler_upstream.py"),
+    "score extended --suite longbench --tasks e": ("needs LongBench's own data", "test_longbench_task.py"),
+    "base --window": ("takes a GPU minutes, two cores days", "test_base_build.py"),
+    "demo": ("takes minutes", "test_demo.py", "test_packaging.py"),
+    "lab --": ("takes minutes or a GPU", "test_lab_run.py", "test_lab_matrix.py"),
+    "report runs/": ("needs finished runs", "test_report_page.py"),
+    "verify CHECKPOINT --against BASE": ("the README's in other words", "test_analysis_verify.py"),
+    "figures --results runs/demo": ("needs finished runs", "test_figures_layout.py"),
+}
+
+
+def runs_as_it_stands(arguments: list[str]) -> bool:
+    return (arguments[0] in CHEAP and "runs" not in " ".join(arguments)) or "--list-recipes" in arguments
+
+
+def test_every_command_on_a_page_is_run_by_a_test_or_named_with_its_reason():
+    used = set()
+    for page, arguments in ALL:
+        line = " ".join(arguments)
+        if len(arguments) == 1 or runs_as_it_stands(arguments) or line.startswith(WALK):
+            continue  # a name alone is no command that a reader would copy
+        keys = [key for key in ELSEWHERE if line.startswith(key)]
+        assert keys, f"{page}: {line}"
+        used |= set(keys)
+    assert used == set(ELSEWHERE)
+    assert all((ROOT / "tests" / name).is_file() for _, *names in ELSEWHERE.values() for name in names)
+
+
+@pytest.mark.parametrize("arguments", [a for _, a in ALL if runs_as_it_stands(a)], ids=" ".join)
 def test_cheap_command_runs_as_it_stands(arguments, tmp_path, monkeypatch, capsys):
     if arguments[0] == "figures" and "--only" not in arguments:
         arguments = [*arguments, "--only", "table_1"]  # the rest is drawn by the figures' own tests
@@ -117,29 +158,23 @@ def test_the_readme_from_extend_to_figures(tmp_path, monkeypatch, capsys):
                   "--cache-dir", "cache", "--max-new-tokens", "8", "--shots", "0"],
         "figures": ["--only", "score_against_length"],
     }  # fmt: skip
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    ran = []
-    for arguments in commands(page):
-        name, line = arguments[0], " ".join(arguments)
-        if name not in small or "longbench" in line or "--recipe" in line or "--list" in line or "--only" in line:
-            continue
-        if "--compare" in line:
-            again = [
-                "score",
-                "extended",
-                "--tasks",
-                "niah_single_2,vt",
-                "--output",
-                "runs/score/other",
-                *small["score"],
-            ]
-            assert cli.main(again) == 0
-        if name == "figures" and "--results" not in line:
-            continue
-        capsys.readouterr()
-        assert cli.main([*arguments, *small[name]]) == 0, capsys.readouterr().err
-        ran.append(name)
-    assert ran == ["extend", "prepare", "verify", "score", "score", "score", "figures"]
+    page = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    longbench_fixtures.write_data(tmp_path / "longbench", tasks=("qasper", "hotpotqa_e"), n=1, words=60)
+    other = ["score", "extended", "--tasks", "niah_single_2,vt", "--output", "runs/score/other", *small["score"]]
+    for start in WALK:
+        for arguments in (found for found in page if " ".join(found).startswith(start)):
+            name = arguments[0]
+            more = small.get(name, [])
+            if "--compare" in arguments:
+                assert cli.main(other) == 0
+            if "longbench" in arguments:
+                more = ["--device", "cpu", "--quiet", "--output", "runs/longbench"]
+            capsys.readouterr()
+            assert cli.main([*arguments, *more]) == 0, capsys.readouterr().err
+            assert capsys.readouterr().out, arguments
+    scored = yaml.safe_load((tmp_path / "extended" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    (model,) = scored["model-index"]
+    assert {result["dataset"]["name"] for result in model["results"]} and len(model["results"]) == 2
     assert (tmp_path / "figures" / "score_against_length.png").is_file()
 
 

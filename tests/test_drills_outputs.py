@@ -101,6 +101,7 @@ def test_second_run_on_an_output_refuses_and_changes_nothing(extend_config, plac
         "prepare": ["prepare", "--data", *config.data, f"--tokenizer={config.model}", f"--output={output}"],
         "demo": ["demo", f"--output={output}"],
         "verify": ["verify", str(place / "llama"), "--target=1024", f"--output={output}", "--pairs=8", "--tokens=64"],
+        "lab": ["lab", "--preset=smoke", f"--output={output}", "--device=cpu"],
     }
     for name, arguments in commands.items():
         message = failed(arguments, capsys)
@@ -174,6 +175,7 @@ def test_read_only_output_is_named(extend_config, place, read_only, capsys):
         ["demo", f"--output={output}"],
         ["verify", str(place / "llama"), "--target=1024", f"--output={output}", "--pairs=8", "--tokens=64"],
         ["figures", f"--output={output}", "--only=table_1"],
+        ["lab", "--preset=smoke", f"--output={output}", "--device=cpu"],
     ]
     for arguments in commands:
         message = failed(arguments, capsys)

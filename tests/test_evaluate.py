@@ -121,17 +121,49 @@ def test_log_forgets_what_came_after_the_resumed_step(tmp_path):
 
 
 def test_reports_go_to_the_trackers_asked_for(extend_config, monkeypatch):
-    calls = []
+    calls, ended = [], []
     fake = types.ModuleType("wandb")
-    fake.init = lambda **options: types.SimpleNamespace(log=lambda values, step: calls.append((step, values)))
+    fake.init = lambda **options: types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda exit_code: ended.append(exit_code)
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train.extend(extend_config(steps=2, report=["wandb"]))
-    assert [step for step, _ in calls] == [1, 2] and {"loss", "lr", "tokens_per_s"} <= calls[0][1].keys()
+    assert (
+        ended == [0] and [step for step, _ in calls] == [1, 2] and {"loss", "lr", "tokens_per_s"} <= calls[0][1].keys()
+    )
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"report=wandb needs a package \(.*\): pip install wandb"):
         train.extend(extend_config(steps=2, report=["wandb"], overwrite=True))
     with pytest.raises(ValueError, match="report must be one of tensorboard, wandb"):
         train.extend(extend_config(steps=2, report=["paper"], overwrite=True))
+
+
+def test_tensorboard_gets_what_the_log_has(extend_config, monkeypatch):
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder, self.scalars, self.flushed = folder, [], 0
+            made.append(self)
+
+        def add_scalar(self, key, value, step):
+            self.scalars.append((step, key, value))
+
+        def flush(self):
+            self.flushed += 1
+
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    path = train.extend(extend_config(steps=2, report=["tensorboard"]))
+    (writer,) = made
+    assert writer.folder.endswith("tensorboard") and writer.flushed == 2
+    logged = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    shown = {(step, key): value for step, key, value in writer.scalars}
+    for line in logged:
+        assert shown[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-4)
+        assert shown[line["step"], "lr"] == pytest.approx(line["lr"], rel=1e-4)
 
 
 def test_flops_of_a_token_by_hand(llama):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from figures_rows import demo_rows, lab_rows, row, write_run
+from figures_rows import demo_rows, lab_rows, longbench_rows, row, write_run
 
 from endprompt import rows as written
 from endprompt.cli import as_shells_write, main
@@ -132,7 +132,8 @@ def test_without_only_what_has_no_data_is_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(catalog, "NAMES", ("cost", "depth_by_length", "table_5"))
     assert figures("--results", tmp_path / "empty", "--output", tmp_path / "out") == 0
     output = capsys.readouterr()
-    assert "cost needs rows" in output.err and "depth_by_length needs rows" in output.err
+    lines = [line.split(":")[0].strip() for line in output.err.splitlines()[1:]]
+    assert lines == ["cost", "depth_by_length"] and output.err.count("needs rows of suite") == 2
     assert [Path(line).name for line in output.out.splitlines()] == ["table_5.tex", "table_5.md", "table_5.csv"]
 
 
@@ -377,6 +378,31 @@ def test_figure_4_tells_measurements_of_one_task_apart_and_marks_peaks_that_are_
     rows.append(timing("1", "held_gib", 58, "reference", "adamw"))
     chosen = figure_4.fastest(frame_of(rows))
     assert chosen[columns].to_numpy().tolist() == [["full", 30, 20, False], ["reference", 59, 60, False]]
+
+
+def test_longbench_bars_show_the_averages_of_the_scoring_run(tmp_path):
+    """Category means and both English averages as the suite's own summary has them; an incomplete one is not drawn."""
+    from benchmarks.longbench_data import TASKS
+    from benchmarks.longbench_summary import averages
+
+    module = catalog.module("longbench_bars")
+    rows = longbench_rows(("base", "pose+yarn"), TASKS)
+    shown = module.categories(data.load(module.INPUTS, data.read_results([write_run(tmp_path, rows)]))["longbench"])
+    for k, method in enumerate(("base", "pose+yarn")):
+        expected = averages({name: max(0, 90 - 10 * k - i) for i, name in enumerate(TASKS)})
+        means = {label: frame.set_index("method").loc[method, "value"] for label, frame in shown.items()}
+        assert means["mean of\n6 categories"] == pytest.approx(expected["english_category_mean"])
+        assert means["mean of\n16 sets"] == pytest.approx(expected["english_16_mean"])
+        for category, label in module.CATEGORIES.items():
+            assert means[label] == pytest.approx(expected[f"english:{category}"])
+    half = (shown["mean of\n6 categories"]["hi"] - shown["mean of\n6 categories"]["value"])[0]
+    # half-widths of 5 a set: a category of k sets has 5 / sqrt(k), their mean the root of the squares' sum over 6
+    assert half == pytest.approx((4 * 25 / 3 + 2 * 25 / 2) ** 0.5 / 6)
+    fewer = [row for row in rows if row["task"] != "lcc"]
+    shown = module.categories(
+        data.load(module.INPUTS, data.read_results([write_run(tmp_path / "fewer", fewer)]))["longbench"]
+    )
+    assert list(shown) == [label for category, label in module.CATEGORIES.items() if category != "code"]
 
 
 def test_bounds_of_parts_are_left_out_and_a_missing_metric_is_named(tmp_path):

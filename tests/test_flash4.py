@@ -1,5 +1,6 @@
 """flash-attn-4's operators around a stand-in for its kernels, against torch's own attention."""
 
+import importlib.machinery
 import sys
 import types
 
@@ -9,7 +10,8 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 
 from endprompt import flash4
-from endprompt.model import ATTENTIONS, _flash_function
+from endprompt.bench import model_config
+from endprompt.model import ATTENTIONS, _flash_function, new_model, training_attention
 
 
 def reference(query, key, value, scaling):
@@ -46,8 +48,9 @@ def kernels(monkeypatch):
         return dq, dk.unflatten(2, (-1, group)).sum(3), dv.unflatten(2, (-1, group)).sum(3)
 
     module.flash_attn_func, module._flash_attn_bwd = flash_attn_func, _flash_attn_bwd
-    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    package = types.ModuleType("flash_attn.cute")
+    parent, package = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
+    parent.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)  # transformers looks for it
+    monkeypatch.setitem(sys.modules, "flash_attn", parent)
     package.flash_attn_func, package.interface = flash_attn_func, module
     monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
     monkeypatch.setitem(sys.modules, flash4.MODULE, module)
@@ -79,6 +82,20 @@ def test_output_and_gradients_are_torchs(kernels):
     torch.testing.assert_close(gradients(attention, parts), gradients(torchs, parts), rtol=1e-4, atol=1e-5)
     assert kernels == {"forward": 1, "backward": 1}
     assert callable(_flash_function("flash_attention_4"))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_of_transformers_runs_on_them_at_jumped_positions(kernels, rows):
+    ids = torch.randint(0, 256, (rows, 32), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(24), torch.arange(504, 512)]).expand(rows, -1)
+    logits = {}
+    for name in ("eager", "flash_attention_4"):
+        model = new_model(
+            model_config("tiny"), seed=0, dtype="float32", attention=training_attention(name), device="cpu"
+        )
+        logits[name] = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits["flash_attention_4"], logits["eager"], rtol=1e-4, atol=1e-5)
+    assert kernels["forward"] == 2  # layers
 
 
 def test_compiled_in_one_piece_and_not_run_twice_at_a_small_memory_budget(kernels):

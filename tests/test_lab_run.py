@@ -4,6 +4,7 @@ import collections
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import yaml
 from benchmarks import documents, ruler, verdicts
 from benchmarks.lab import material, matrix, runner
 from benchmarks.lab.matrix import LabConfig
+from benchmarks.lab.worker import Answer
 from endprompt.data import read_shard
 from endprompt.model import load_tokenizer
 from endprompt.rows import RunDirectory, read_rows, sole_use
@@ -73,6 +75,11 @@ def start(config):
     )
 
 
+def written(results, words):
+    """Whether a cell that did not fail is there."""
+    return results.is_file() and words in results.read_text()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of one worker, killed when its first cell was written, then started again to its end."""
@@ -85,7 +92,7 @@ def run(tmp_path_factory):
     results = folder / "run" / "results.jsonl"
     first = start(config)
     deadline = time.time() + 120
-    while not (results.is_file() and results.stat().st_size) and time.time() < deadline and first.poll() is None:
+    while not written(results, '"task": "loss"') and time.time() < deadline and first.poll() is None:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -114,9 +121,8 @@ def test_a_killed_run_goes_on_and_a_failed_cell_leaves_the_others_alone(run):
     counts = collections.Counter(row["cell"] for row in rows if row["metric"] != "failed")
     whole = {cell.sha256: 2 * 2 + 2 + cell.verified for cell in cells if "broken" not in cell.arm}
     assert counts == whole
-    assert [line for line in before.splitlines()] == [json.dumps(row, ensure_ascii=False) for row in rows][
-        : len(before.splitlines())
-    ]
+    kept = [line for line in before.splitlines() if '"failed"' not in line]  # a failed cell is tried again
+    assert kept == [json.dumps(row, ensure_ascii=False) for row in rows][: len(kept)]
     (broken,) = [row for row in rows if row["metric"] == "failed"]
     assert broken["arm"] == "broken+linear" and "training diverged" in broken["error"]
     log = (folder / "run" / "log.jsonl").read_text()
@@ -196,6 +202,25 @@ def test_documents_are_of_one_row_each(run):
     assert shard.tokens[:256].tolist() == ids
 
 
+def test_documents_and_samples_are_the_same_whoever_makes_them(run, tmp_path):
+    """Those of the run's own processes, made again in this one."""
+    config = lab_config(run)
+    items = [item for item in material.needed(cells_of(config)) if item.seed in (1, 1001)]
+    assert {type(item).__name__ for item in items} == {"Part", "Samples"}
+    for item in items:
+        material.make(item, tmp_path)
+        ours, theirs = item.path(tmp_path), item.path(config.cache_directory)
+        if ours.is_dir():
+            names = ("tokens.bin", "offsets.npy", "completions.npy")  # the manifest names a folder of its own
+            assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+        else:
+            with np.load(ours) as made, np.load(theirs) as found:
+                assert made.files == found.files and all(np.array_equal(made[key], found[key]) for key in made.files)
+        stamp = ours.stat().st_mtime_ns
+        material.make(item, tmp_path)
+        assert ours.stat().st_mtime_ns == stamp  # what is there is left alone
+
+
 def test_what_is_finished_is_not_done_again(run, capsys):
     folder = run[0]
     before = (folder / "run" / "results.jsonl").read_bytes()
@@ -242,23 +267,85 @@ def test_a_second_run_on_one_output_is_refused(run):
         runner.lab(lab_config(run))
 
 
-def test_a_worker_that_is_killed_is_a_failed_cell_and_is_replaced(tmp_path, monkeypatch):
-    config = LabConfig(preset="smoke", output=str(tmp_path / "run"))
-    (cell,) = matrix.chosen(cells_of_preset(config), ["arm=recall*", "seed=0"])
-    lab = runner.Runner(config, [cell], "cpu", 1)
-    lab.directory, lab.output, lab.live = RunDirectory(config.output, config), Path(config.output), None
-    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+@pytest.fixture
+def without_one(run, tmp_path):
+    """(output, cell, its rows, its scores): a copy of the run that lacks one of its cells."""
+    output = tmp_path / "again"
+    output.mkdir()
+    cell = next(cell for cell in cells_of(lab_config(run)) if cell.arm == "recall+yarn" and cell.seed == 1)
+    taken = {}
+    for name in ("results.jsonl", "scores.jsonl"):
+        lines = (run[0] / "run" / name).read_text().splitlines(keepends=True)
+        taken[name] = [json.loads(line) for line in lines if json.loads(line)["cell"] == cell.sha256]
+        (output / name).write_text("".join(line for line in lines if json.loads(line)["cell"] != cell.sha256))
+    return output, cell, taken["results.jsonl"], taken["scores.jsonl"]
+
+
+def begun(run, output, cell):
+    """A runner that has given the cell to a worker."""
+    lab = runner.Runner(lab_config(run, output=str(output)), cells_of(lab_config(run)), "cpu", 1)
+    lab.directory = RunDirectory(output)
+    lab.output, lab.live = output, None
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    lab.workers = [runner.Worker(0, None, here, ready=True, cell=cell)]
+    return lab, there
+
+
+@pytest.mark.parametrize("room", [0, 300])
+def test_a_full_disk_loses_no_cell_that_was_written(room, run, without_one):
+    """No file can grow by more than `room` bytes when a cell's rows are to be written."""
+    output, cell, rows, scores = without_one
+    lab, _ = begun(run, output, cell)
+    files = [output / name for name in ("results.jsonl", "scores.jsonl")]
+    before = [path.read_bytes() for path in files]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before)) + room, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            lab.take(lab.workers[0], Answer(rows, scores, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    cells = cells_of(lab_config(run))
+    done = runner.tidy(output, cells, overwrite=False)
+    assert done == {other.sha256 for other in cells if "broken" not in other.arm} - {cell.sha256}
+    for path, whole in zip(files, before):  # the row of the cell that failed is gone, since it is done again
+        assert path.read_bytes() == b"".join(line for line in whole.splitlines(True) if b'"failed"' not in line)
+
+
+def test_a_worker_that_is_killed_costs_its_cell_alone(run, without_one, monkeypatch, capsys):
+    output, cell, *_ = without_one
+    lab, there = begun(run, output, cell)
+    process = multiprocessing.get_context("spawn").Process(target=there.recv)
     process.start()
-    here, there = multiprocessing.Pipe()
     there.close()
-    lab.workers = [runner.Worker(0, process, here, ready=True, cell=cell)]
-    monkeypatch.setattr(runner.Runner, "start", lambda self, number: runner.Worker(number, "another", None))
-    process.kill()
+    lab.workers[0].process = process
+    monkeypatch.setattr(lab, "start", lambda number: runner.Worker(number, None, None))
+    monkeypatch.setattr(runner, "TICK", 30)
+    os.kill(process.pid, signal.SIGKILL)
     lab.listen()
-    (row,) = read_rows(tmp_path / "run" / "results.jsonl")
-    assert (row["metric"], row["cell"]) == ("failed", cell.sha256)
-    assert row["error"] == "the worker ended: killed by signal 9 (out of memory?)"
-    assert [worker.process for worker in lab.workers] == ["another"] and lab.failed == 1
+    (row,) = [row for row in read_rows(output / "results.jsonl") if row["cell"] == cell.sha256]
+    assert (row["metric"], row["error"]) == ("failed", "the worker ended: killed by signal 9 (out of memory?)")
+    assert f"FAILED {cell.name}: the worker ended" in capsys.readouterr().err
+    assert lab.failed == 1 and lab.workers[0].cell is None and lab.workers[0].process is None  # another one
+    lab.workers[0] = runner.Worker(0, process, *multiprocessing.Pipe()[:1])
+    with pytest.raises(ValueError, match=r"a worker did not start \(exit code -9\): see .*worker-0.log"):
+        lab.lost(lab.workers[0])
+    lab.deaths, lab.workers[0].ready = runner.DEATHS, True
+    with pytest.raises(ValueError, match="workers end one after the other"):
+        lab.lost(lab.workers[0])
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "scores.jsonl"])
+def test_a_damaged_line_is_named_and_nothing_is_overwritten(name, run, without_one):
+    output = without_one[0]
+    path = output / name
+    path.write_bytes(path.read_bytes().replace(b'"cell": ', b'"cell": ]', 1))
+    before = [(output / other).read_bytes() for other in ("results.jsonl", "scores.jsonl")]
+    with pytest.raises(ValueError, match=f"{name}, line 1: not valid JSON"):
+        runner.tidy(output, cells_of(lab_config(run)), overwrite=False)
+    assert [(output / other).read_bytes() for other in ("results.jsonl", "scores.jsonl")] == before
 
 
 def test_cells_of_one_shape_stay_with_their_worker_and_the_longest_come_first(tmp_path):

@@ -192,6 +192,28 @@ def test_code_similarity_takes_the_first_line_that_is_code():
     assert metrics.code_similarity("# return x", answer) == 0  # no line is left
 
 
+def published_code_similarity(prediction: str, answer: str) -> float:
+    """As the benchmark's evaluation goes through the lines, with the matching blocks of `ratcliff`."""
+    chosen = ""
+    for line in prediction.lstrip("\n").split("\n"):
+        if ("`" not in line) and ("#" not in line) and ("//" not in line):
+            chosen = line
+            break
+    if not chosen or not answer:
+        return float(chosen == answer)
+    return round(200 * ratcliff(chosen, answer) / (len(chosen) + len(answer))) / 100
+
+
+def test_code_similarity_agrees_with_the_published_definition():
+    pieces = ["return", " x", "(y)", "\n", "# note", "```", "//", "    ", " = ", "self.", "zs", "\n\n"]
+    values = []
+    for prediction, other in phrases(500, pieces, 12, joined="", seed=8):
+        answer = other.replace("\n", "")
+        values.append(metrics.code_similarity(prediction, answer))
+        assert values[-1] == published_code_similarity(prediction, answer)
+    assert len(set(values)) > 40
+
+
 @pytest.mark.parametrize("task", longbench.TASKS)
 def test_score_takes_the_best_answer_in_percent(task):
     rules = longbench.dataset_of(task)

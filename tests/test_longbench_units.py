@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import types
 
 import pytest
@@ -66,6 +68,46 @@ def test_faults_come_before_any_model(data, bpe, tmp_path):
         units(data, types.SimpleNamespace(chat_template=None), ["qasper"], chat=True)
     with pytest.raises(ValueError, match=r"qasper: the window must be at least 130, .*: 129"):
         units(data, bpe, ["qasper"], window=129)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unknown task", "unknown LongBench task 'hotpotq'; did you mean hotpotqa"),
+        ("missing file", r"LongBench's qasper is missing .*https://.*--data-dir"),
+        ("corrupt line", r"qasper\.jsonl, line 2"),
+        ("small window", "qasper: the window must be at least"),
+        ("changed cache", "this file of the cache was changed"),
+        ("no weights", "the checkpoint does not load"),
+    ],
+)
+def test_every_fault_is_named_before_the_model_is_loaded(data, checkpoints, tmp_path, monkeypatch, fault, message):
+    from benchmarks import score as scoring
+
+    monkeypatch.setattr(scoring, "load", lambda *given: pytest.fail("a model was loaded"))
+    folder, model = tmp_path / "data", tmp_path / "model"
+    folder.mkdir()
+    shutil.copytree(checkpoints(), model)
+    if fault != "missing file":
+        shutil.copy(data / "qasper.jsonl", folder)
+    path = folder / "qasper.jsonl"
+    if fault == "corrupt line":
+        path.write_text(path.read_text().split("\n", 1)[0] + '\n{"context": \n')
+    if fault in ("small window", "changed cache"):
+        window = 100 if fault == "small window" else 600
+        about = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(about | {"max_position_embeddings": window}))
+    settings = {"suite": "longbench", "tasks": "hotpotq" if fault == "unknown task" else "qasper", "device": "cpu"}
+    settings |= {"data_dir": str(folder), "cache_dir": str(tmp_path / "cache"), "output": str(tmp_path / "out")}
+    if fault == "changed cache":
+        scoring.score(scoring.ScoreConfig(str(model), prepare_only=True, **settings))
+        for kept in (tmp_path / "cache").rglob("*.json"):
+            kept.write_text(kept.read_text() + " ")
+    if fault == "no weights":
+        (model / "model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError), match=message):
+        scoring.score(scoring.ScoreConfig(str(model), **settings))
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_predictions_become_rows_and_a_table(data, bpe):

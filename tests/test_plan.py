@@ -74,6 +74,15 @@ def test_the_lean_optimizer_s_bytes_by_hand():
     assert parts["moments"] == pytest.approx(8030261248 * (2 + 2 * 4 / 256))  # a byte each and a scale a block of 256
 
 
+def test_the_bytes_of_several_gpus_by_hand():
+    """Float32 weights, gradients and moments in shares; two layers, one's gradients and both embeddings gathered."""
+    parts = memory(shape_of("llama3-8b"), PlanConfig(gpus=8, optimizer="adamw"), 8192, 1, "full")
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 8030261248 / 8
+    assert parts["gathered layers"] == 2 * 2 * layer + (2 + 4) * layer
+    assert parts["gathered embeddings"] == (2 + 2 + 4) * 2 * 128256 * 4096
+
+
 def test_the_best_setting_comes_first_and_short_rows_beat_full_length():
     short, full = plans(PlanConfig()), plans(PlanConfig(method="full"))
     fitting = [one for one in short if one.fits]

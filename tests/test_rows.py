@@ -1,7 +1,11 @@
 """Result rows on their way in and out, and the mutants' list."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import subprocess
 
 import mutants
 import pytest
@@ -50,3 +54,40 @@ def test_mutants_fit_the_sources():
         source = (mutants.ROOT / name).read_text(encoding="utf-8")
         assert source.count(text) == 1 and text != fault, (name, text, source.count(text))
         assert all((mutants.ROOT / "tests" / f"test_{test}.py").is_file() for test in tests.split())
+
+
+@pytest.mark.parametrize(("number", "held"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_used_and_any_other_fault_is_said(number, held, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if held:
+        with rows.sole_use(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)), rows.sole_use(tmp_path / "out"):
+            raise AssertionError("the output is not held")
+    assert (tmp_path / "out").exists() == held
+
+
+def test_revision_is_that_of_git_or_the_one_given(monkeypatch, tmp_path):
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", str(tmp_path), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    monkeypatch.setenv("ENDPROMPT_REVISION", "given")
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "endprompt" / "rows.py"))
+    assert rows.git_revision() == "given"  # no checkout
+    git("init", "-q")
+    assert rows.git_revision() == "given"  # nothing is committed
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "m")
+    assert rows.git_revision() == git("rev-parse", "HEAD")
+    (tmp_path / "other").write_text("not tracked")
+    assert rows.git_revision() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("b")
+    assert rows.git_revision() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert rows.git_revision() == "given"  # no git

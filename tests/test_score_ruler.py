@@ -162,6 +162,17 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(place, tmp_path, f
     assert len(asked) == count + 30
 
 
+def test_progress_counts_the_whole_run_whatever_the_calls_of_lm_eval(place, tmp_path, fake, monkeypatch, capsys):
+    fake(lambda request: "")
+    monkeypatch.setattr(scoring, "CALL_CHARACTERS", 1)  # a call a cell
+    score(config(place, tmp_path, quiet=False))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"vt@512: 30/30 samples, [\d,]+ tokens/s, 0:00 left", last)
+    calls = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [len(call["cells"]) for call in calls] == [1] * 6
+    assert all(5 * 300 < call["prompt_tokens"] <= 5 * 512 for call in calls)
+
+
 def test_another_checkpoint_or_seed_is_not_served_old_predictions(place, tmp_path):
     first = score(config(place, tmp_path))
     other = score(config(place, tmp_path, checkpoint=str(place / "mistral")))
@@ -214,6 +225,34 @@ def test_comparison_pairs_the_same_samples(place, tmp_path, fake):
     score(config(place, tmp_path / "c", tasks="vt", seed=4))
     with pytest.raises(ValueError, match="same samples"):
         compare.compare(tmp_path / "a", tmp_path / "c")
+    # one length of the two on other samples, beside one that agrees: nothing is compared in part
+    score(config(place, tmp_path / "d", tasks="vt", lengths="400"))
+    score(config(place, tmp_path / "d", tasks="vt", lengths="512", samples=4))
+    with pytest.raises(ValueError, match="vt@512 differs between"):
+        compare.compare(tmp_path / "a", tmp_path / "d")
+
+
+def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, capsys):
+    from endprompt.cli import main
+
+    runs = {"weak": "", "strong": "right"}
+    for name, kind in runs.items():
+        fake(lambda request, kind=kind: " ".join(request.doc["outputs"]) if kind or request.doc["index"] < 2 else "no")
+        score(config(place, tmp_path / name, tasks="vt", lengths="400"))
+    weak, strong = (str(tmp_path / name) for name in runs)
+    capsys.readouterr()
+    assert (
+        main(["score", strong, "--compare", weak, "--json"]) == 0
+    )  # the run in place of the checkpoint, less the other
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (found["first"], found["second"], found["difference"]) == (40, 100, 60)
+    assert main(["score", weak, "--show", "vt", "--wrong", "--json"]) == 0
+    assert [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()] == [2, 3, 4]
+    assert main(["score", weak, "--show", "vt"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("predicted") == 5 and printed.count("'no'") == 3
+    assert main(["score", weak, "--show", "cwe"]) == 1
+    assert "task 'cwe' was not run" in capsys.readouterr().err
 
 
 def test_predictions_can_be_read(place, tmp_path, fake):
@@ -344,7 +383,17 @@ def test_errors_come_before_the_model_is_loaded(place, tmp_path, monkeypatch, ch
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_a_tampered_cache_is_an_error_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+    score(config(place, tmp_path, cache_dir=str(tmp_path / "cache"), prepare_only=True))
+    path = next((tmp_path / "cache").glob("vt-512-*.json"))
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=rf"{re.escape(path.name)}.*changed after it was written"):
+        score(config(place, tmp_path, cache_dir=str(tmp_path / "cache")))
+
+
 def test_corrupt_data_files_are_named_with_the_place(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
     (tmp_path / "squad.json").write_text('{"data": [\n {"title": }]}')
     with pytest.raises(ValueError, match=r"squad\.json, line 2, column"):
         score(config(place, tmp_path, tasks="qa_1", data_dir=str(tmp_path)))
@@ -379,6 +428,9 @@ def test_samples_are_prepared_without_weights(place, tmp_path):
     assert len(list((tmp_path / "cache").glob("vt-*.json"))) == 2
 
 
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(place, tmp_path):
     """Of the smallest base, with a number of samples that two do not divide."""
@@ -390,15 +442,17 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
     launchers = {
         "one": [sys.executable, "-m"],
         "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+        # With --cpu instead, Accelerate starts one process whatever the number asked for.
+        "two by Accelerate": [*ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "-m"],
     }
     made = {}
     for name, launcher in launchers.items():
-        out = tmp_path / name
+        out = tmp_path / name.replace(" ", "-")
         subprocess.run([*launcher, "endprompt.cli", *arguments, str(out)], check=True, capture_output=True, text=True)
         predicted = {key: entry["prediction"] for key, entry in compare.read_predictions(out).items()}
         made[name] = (rows.read_rows(out / "results.jsonl"), rows.read_rows(out / "summary.jsonl"), predicted)
         assert len(list(out.glob("predictions*.jsonl"))) == (1 if name == "one" else 2)
-    assert made["one"] == made["two"]
+    assert made["one"] == made["two"] == made["two by Accelerate"]
     assert len(made["one"][2]) == 14 and made["one"][0][0]["value"] > 50
 
 
@@ -462,23 +516,54 @@ def test_the_command_line_scores_a_checkpoint(place, tmp_path):
     assert len(rows.read_rows(tmp_path / "out" / "results.jsonl")) == 1
 
 
-def test_arguments_are_passed_through_to_vllm(place, tmp_path, monkeypatch):
-    from lm_eval.api import registry
+def test_vllm_is_lm_eval_s_own_with_our_arguments(place, tmp_path, monkeypatch):
+    """A stand-in under its name that takes what lm-eval's class takes; the run goes the whole way."""
+    import ast
 
+    import lm_eval.models
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import model_registry
+
+    source = Path(lm_eval.models.__file__).with_name("vllm_causallms.py").read_text()  # its import needs vLLM
+    classes = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
+    made_by = next(node for node in classes["VLLM"].body if getattr(node, "name", "") == "__init__")
+    known = {argument.arg for argument in made_by.args.args}
     given = {}
-    monkeypatch.setattr(registry, "get_model", lambda name: lambda **arguments: given.update(arguments, model=name))
-    settings = config(place, tmp_path, backend="vllm", backend_args="tensor_parallel_size=2,enforce_eager=True")
-    scoring.load(settings, 400, 512, helpers.tokenizer())
+
+    class StandIn(LM):
+        def __init__(self, **arguments):
+            super().__init__()
+            given.update(arguments)
+
+        def generate_until(self, requests):
+            assert len(requests) == 5  # all samples of a cell at once
+            assert all(request.args[1]["max_gen_toks"] == 12 for request in requests)
+            return [" ".join(request.doc["outputs"]) for request in requests]
+
+        def loglikelihood(self, requests):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    monkeypatch.setitem(model_registry._objs, "vllm", StandIn)
+    extra = "tensor_parallel_size=2,enforce_eager=True"
+    made = score(config(place, tmp_path, tasks="vt", backend="vllm", backend_args=extra, trust_remote_code=True))
     assert given == {
-        "model": "vllm",
         "pretrained": str(place / "llama"),
         "max_model_len": 512,
         "dtype": "float32",
-        "batch_size": 8,
-        "trust_remote_code": False,
+        "batch_size": "auto",
+        "trust_remote_code": True,
         "tensor_parallel_size": 2,
         "enforce_eager": True,
     }
+    assert given.keys() - known == {"enforce_eager"}  # not lm-eval's own argument: it hands it on to vLLM's engine
+    assert [(row["value"], row["backend"], row["attn"]) for row in made] == [(100.0, "vllm", None)] * 2
+
+
+def test_a_missing_vllm_is_named(place, tmp_path):
+    with pytest.raises(ValueError, match="pip install vllm"):
+        score(config(place, tmp_path, tasks="vt", backend="vllm"))
 
 
 def test_a_batch_size_that_probes_the_model_is_refused(place, tmp_path, capsys):

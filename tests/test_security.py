@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import pickle
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -222,3 +224,37 @@ def test_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(longbench_data, "LARGEST", 50_000)
     with pytest.raises(ValueError, match=r"data\.zip, data/qasper\.jsonl: cannot be read \(it unpacks to 100000 bytes"):
         longbench_data.load_documents("qasper", tmp_path)
+
+
+def audited(tmp_path, output, code=0, said=""):
+    """The audit of packages with a stand-in for pip-audit; (exit code, stdout, stderr)."""
+    program = tmp_path / "pip-audit"
+    (tmp_path / "answer").write_text(output)
+    program.write_text(f"#!/bin/sh\ncat '{tmp_path / 'answer'}'\n[ -z '{said}' ] || echo '{said}' >&2\nexit {code}\n")
+    program.chmod(0o755)
+    command = [sys.executable, str(ROOT / ".ci" / "audit_packages.py"), str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_audit_that_could_check_nothing_is_no_success(tmp_path):
+    clean = {"name": "numpy", "version": "2.4.6", "vulns": []}
+    fault = {"id": "PYSEC-1", "fix_versions": ["5.1"], "aliases": [], "description": "-"}
+    bad = {"name": "pyyaml", "version": "5.0", "vulns": [fault]}
+    unknown = {
+        "name": "torch",
+        "skip_reason": "not found on PyPI and could not be audited",
+    }
+
+    def of(*packages, **settings):
+        return audited(tmp_path, json.dumps({"dependencies": packages, "fixes": []}), **settings)
+
+    assert of(clean, unknown) == (
+        0, "1 packages checked, 0 known vulnerabilities\n", "not checked, the service does not know them: torch\n"
+    )  # fmt: skip
+    code, out, _ = of(clean, bad, code=1)
+    assert code == 1 and out.startswith("pyyaml 5.0: PYSEC-1, mended in 5.1\n2 packages checked, 1 known")
+    code, out, err = of(unknown)
+    assert code == 2 and out == "" and "torch" in err and "no package could be checked" in err
+    code, out, err = audited(tmp_path, "", 1, "Connection refused")
+    assert (code, out) == (2, "") and "gave no answer: Connection refused" in err

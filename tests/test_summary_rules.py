@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -88,3 +90,35 @@ def test_heat_map_puts_each_answer_at_its_depth():
     ]
     cells = {(c["length"], c["depth_from"]): (c["value"], c["n"]) for c in summary.depth_table(scored)}
     assert cells == {(512, 0.0): (100.0, 1), (512, 90.0): (50.0, 2), (1024, 40.0): (0.0, 1)}
+
+
+def test_table_shows_intervals_and_stays_within_the_width():
+    """Read back from the text: every cell under its length, the averages, and no line that is too wide."""
+    rows, expected = [], {}
+    for place, length in enumerate((4096, 8192, 16384, 32768, 65536)):
+        for task, value in (("niah_single_1", 100.0 - place), ("vt", 7.25 * place)):
+            if (task, length) != ("vt", 65536):
+                rows.append({**row(task, length, value), "ci95": (value - 3, value + 2) if place else None})
+                expected[task, length] = (value, (value - 3, value + 2) if place else None)
+    for width, blocks in ((200, 1), (80, 2), (20, 5)):
+        found, means = {}, {}
+        text = summary.table(rows, width)
+        assert len(text.split("\n\n")) == blocks and max(map(len, text.splitlines())) <= max(width, 31)
+        for block in text.split("\n\n"):
+            head, *lines = block.splitlines()
+            ends = {int(m[0]): m.end() for m in re.finditer(r"\d+", head)}
+            for line in lines:
+                task = line.split()[0]
+                for length, end in ends.items():
+                    cell = re.fullmatch(r"\s*([\d.]+)(?: \[(-?\d+), (\d+)\])?", line[end - summary.CELL : end].ljust(1))
+                    if cell is None:
+                        continue
+                    (means if task == "average" else found)[task, length] = (
+                        float(cell[1]), (int(cell[2]), int(cell[3])) if cell[2] else None
+                    )  # fmt: skip
+        assert found == {
+            key: (round(value, 1), tuple(round(end) for end in ci) if ci else None)
+            for key, (value, ci) in expected.items()
+        }
+        assert means == {("average", n): (round(summary.length_averages(rows)[n], 1), None) for n in
+                         (4096, 8192, 16384, 32768)}  # fmt: skip

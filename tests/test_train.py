@@ -188,6 +188,22 @@ def test_guard_stops_at_a_loss_that_is_not_finite_and_keeps_the_state_before(ext
     assert not (tmp_path / "out").exists()
 
 
+def test_guard_stops_a_run_that_diverges_and_keeps_the_state_before(extend_config, tmp_path):
+    config = extend_config(steps=8, save_every=2, divergence=1.0)
+    original = train.Trainer.train_step
+
+    def rising(self, batch, rate):
+        loss, norm = original(self, batch, rate)
+        return (loss + 20 if self.step >= 4 else loss), norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", rising)
+        with pytest.raises(ValueError, match=r"diverged at step 5: .* over divergence=1\.0 .*step-00000004"):
+            train.extend(config)
+    assert [path.name for path in checkpoint.states(tmp_path / "out.partial/states")][-1] == "step-00000004"
+    assert not (tmp_path / "out").exists()
+
+
 def test_memory_that_is_too_small_says_what_to_change(extend_config):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
@@ -214,6 +230,24 @@ def test_training_learns_and_writes_what_it_did(extend_config, llama):
     assert about["method"] == "endprompt+EP_3+yarn" and about["target"] == TARGET and about["steps"] == 30
     assert about["tokens"] == 30 * 4 * 32
     assert {"config.yaml", "environment.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+
+
+def test_what_is_dropped_and_truncated_is_printed_and_recorded(extend_config, documents, tokenizer, capsys):
+    texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # with the end of the text
+    needed = 96
+    short = [length for length in lengths if length < needed]
+    long = [length - needed for length in lengths if length >= needed]
+    options = {"scheme": "contiguous", "prompt": None, "row_tokens": needed, "steps": 1, "rows": 2}
+    output = train.extend(extend_config(long_documents="truncate", **options))
+    assert short and sum(long)
+    assert (
+        f"{len(long)} rows of 96 tokens a pass, 2 to train on; dropped {len(short)} shorter documents ({sum(short):,} "
+        f"tokens), truncated {sum(long):,} tokens"
+    ) in capsys.readouterr().err
+    about = json.loads((output / "endprompt.json").read_text())
+    assert about["documents_dropped"] == len(short) and about["tokens_dropped"] == sum(short)
+    assert about["tokens_truncated"] == sum(long)
 
 
 def test_tokens_decide_the_steps(extend_config):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.lab import material, matrix
 from benchmarks.lab.matrix import Cell, LabConfig
 from benchmarks.lab.worker import Answer, settle, work
-from endprompt.rows import RunDirectory, append_rows, read_rows, result_row, sole_use, write_text
+from endprompt.rows import RunDirectory, append_rows, parse_object, read_rows, result_row, sole_use, write_text
 
 if TYPE_CHECKING:
     from benchmarks.lab.cells import Workplace
@@ -70,7 +70,6 @@ def lab(config: LabConfig) -> int:
         print(plan_text(cells, done, device, jobs))
         return 0
     check_rows(cells)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_use(config.output))
         if device == "cuda" and jobs > 1 and config.mps:
@@ -170,11 +169,13 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
                 f"{results}: has {row.get('arm')!r} of base {row.get('base')}, seed {row['seed']}, made with other "
                 "settings; choose another output, or set overwrite to do it again"
             )
+    alive = {row.get("cell") for row in kept}
+    whole = []
+    if scores.is_file():  # a last line that a crash cut off is left out
+        lines = enumerate(scores.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1)
+        whole = [line for n, line in lines if parse_object(line, f"{scores}, line {n}").get("cell") in alive]
     write_text(results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    if scores.is_file():
-        alive = {row.get("cell") for row in kept}
-        lines = [line for line in scores.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        write_text(scores, "".join(line + "\n" for line in lines if json.loads(line)["cell"] in alive))
+    write_text(scores, "".join(line + "\n" for line in whole))
     return done
 
 
@@ -512,14 +513,14 @@ def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> 
     for cell in cells:
         arms.setdefault((cell.base, cell.fold, cell.arm), []).append(cell)
     width = max(len(key[2]) for key in arms)
-    heads = f"{'steps x rows x tokens':>22}  {'seeds':>5}  {'s each':>7}  questions"
+    heads = f"{'steps x rows x tokens':>21}  {'seeds':>5}  {'s each':>7}  questions"
     lines = [f"{'base':<8}{'fold':>5}  {'arm':<{width}}  {heads}"]
     for (base, fold, arm), members in arms.items():
         first = members[0]
         size = f"{first.steps} x {first.rows} x {first.row_tokens}" if first.trained else "untrained"
         each = matrix.seconds(first, device)
         asked = ",".join(map(str, first.questions))
-        lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>22}  {len(members):>5}  {each:>7.1f}  {asked}")
+        lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>21}  {len(members):>5}  {each:>7.1f}  {asked}")
     left = [cell for cell in cells if cell.sha256 not in done]
     total = sum(matrix.seconds(cell, device) for cell in left)
     longest = max((matrix.seconds(cell, device) for cell in left), default=0.0)

@@ -1,0 +1,66 @@
+"""Matrix products on float8 tensor cores with one scale a tensor: e4m3 for activations and weights, e5m2 for gradients.
+
+Legend: M rows, K inside of a product, N columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+FLOAT8 = ("none", "exact", "fast")
+
+
+def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x in float8, the float32 scalar that it must be multiplied by to give x)."""
+    largest = torch.finfo(dtype).max
+    scale = largest / x.abs().amax().float().clamp(min=1e-12)
+    return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
+
+
+def both_layouts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight in float8, its transpose in rows, the scale)."""
+    weight8, scale = to_float8(weight, ACTIVATION)
+    return weight8, weight8.t().contiguous(), scale
+
+
+def scaled_product(
+    a_MK: torch.Tensor, b_KN: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype, fast: bool
+) -> torch.Tensor:
+    """a @ b of float8 matrices; a in rows, b in columns (the transpose of a contiguous matrix)."""
+    if a_MK.device.type != "cuda":
+        return ((a_MK.float() @ b_KN.float()) * (a_scale * b_scale)).to(dtype)
+    return torch._scaled_mm(a_MK, b_KN, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
+
+
+class Float8Matrix:
+    """x @ w.T and g @ w of one weight in float8, for products outside of the decoder layers.
+
+    fast: leave partial sums of g @ w in the tensor cores' short accumulators. Raises ValueError for sizes that are not
+    multiples of 16.
+    """
+
+    def __init__(self, weight_NK: torch.Tensor, fast: bool):
+        if any(size % 16 for size in weight_NK.shape):
+            raise ValueError(f"float8 needs sizes that are multiples of 16: a weight is {tuple(weight_NK.shape)}")
+        self.convert = fused(to_float8, weight_NK.device)
+        self.weight8_NK, self.weight8_KN, self.scale = fused(both_layouts, weight_NK.device)(weight_NK)
+        self.fast = fast
+
+    def output(self, x_MK: torch.Tensor) -> torch.Tensor:
+        x8_MK, scale = self.convert(x_MK, ACTIVATION)
+        return scaled_product(x8_MK, self.weight8_NK.t(), scale, self.scale, x_MK.dtype, True)
+
+    def input_gradient(self, grad_MN: torch.Tensor) -> torch.Tensor:
+        grad8_MN, scale = self.convert(grad_MN, GRADIENT)
+        return scaled_product(grad8_MN, self.weight8_KN.t(), scale, self.scale, grad_MN.dtype, self.fast)
+
+
+@functools.cache
+def fused(convert: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """On CUDA two fused kernels (the largest magnitude, then the copies); on the CPU as written."""
+    return torch.compile(convert, dynamic=True) if device.type == "cuda" else convert

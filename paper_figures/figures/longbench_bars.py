@@ -1,0 +1,151 @@
+"""LongBench: every checkpoint's bars by category, with both averages, and by set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from paper_figures import style
+from paper_figures.averages import average, interval_kind
+from paper_figures.data import Frames, Inputs
+from paper_figures.figures.score_against_length import ordered_methods
+from paper_figures.names import LONGBENCH, LONGBENCH_ZH, Method
+
+TITLE = "LongBench by category and by set, all methods, 95% intervals"
+INPUTS = Inputs(rows={"longbench": ()}, needs_rows=True)
+CATEGORIES = {
+    "single_doc_qa": "single-doc QA",
+    "multi_doc_qa": "multi-doc QA",
+    "summarization": "summarization",
+    "few_shot": "few-shot",
+    "synthetic": "synthetic",
+    "code": "code",
+}
+#: More bars than this in a panel have no room for their numbers.
+NUMBERED = 36
+#: Width of a letter of 6 pt, inches.
+LETTER = 0.05
+
+
+def draw(frames: Frames) -> Figure:
+    rows = frames["longbench"].astype({"value": float, "lo": float, "hi": float})
+    sets = {c: [n for n in (*LONGBENCH[c], *LONGBENCH_ZH.get(c, ())) if n in set(rows["task"])] for c in LONGBENCH}
+    rows = rows[rows["task"].isin([name for names in sets.values() for name in names])]
+    methods = ordered_methods(rows)
+    looks = looks_of(methods)
+    by_category = categories(rows)
+    by_set = {name: average(rows[rows["task"] == name], ["method"]) for names in sets.values() for name in names}
+    fig = style.figure(5.2 if by_category else 3.2)
+    axes = list(fig.subplots(2 if by_category else 1, 1, squeeze=False)[:, 0])
+    if by_category:
+        grouped_bars(axes[0], by_category, looks)
+        axes[0].set_title("by category, English sets")
+    ax = axes[-1]
+    grouped_bars(ax, by_set, looks)
+    ax.set_xticks(ax.get_xticks(), list(by_set), rotation=90)
+    ax.set_title("by set", pad=14)
+    name_categories(ax, sets)
+    keys = [Patch(**looks[name], label=method.label) for name, method in methods.items()]
+    fig.legend(handles=keys, loc="outside upper center", ncols=min(4, len(keys)))
+    n = sorted({int(v) for v in rows["n"].dropna()})
+    samples = f"{n[0]} documents a set; " if len(n) == 1 else f"{n[0]} to {n[-1]} documents a set; " if n else ""
+    fig.supxlabel(
+        f"measured here; {samples}{interval_kind(next(iter(by_set.values())))}", fontsize=6.5, color="#555555"
+    )
+    return fig
+
+
+def categories(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Averages by method of each category all of whose English sets were run, then the two published averages."""
+    run = set(rows["task"])
+    found = {
+        label: average(rows[rows["task"].isin(LONGBENCH[category])], ["method"])
+        for category, label in CATEGORIES.items()
+        if set(LONGBENCH[category]) <= run
+    }
+    if len(found) == len(LONGBENCH):
+        english = rows[rows["task"].isin([name for names in LONGBENCH.values() for name in names])]
+        found |= {"mean of\n6 categories": mean_of(found), "mean of\n16 sets": average(english, ["method"])}
+    return found
+
+
+def mean_of(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The mean of averages, their intervals combined by squares, of the methods that have all of them."""
+    cells = pd.concat(parts.values())
+    out = []
+    for method, group in cells.groupby("method", sort=False):
+        if len(group) == len(parts):
+            value, k = group["value"].mean(), len(group)
+            below = np.sqrt(((group["value"] - group["lo"]) ** 2).sum(skipna=False)) / k
+            above = np.sqrt(((group["hi"] - group["value"]) ** 2).sum(skipna=False)) / k
+            out.append((method, value, value - below, value + above))
+    return pd.DataFrame(out, columns=["method", "value", "lo", "hi"])
+
+
+def grouped_bars(ax: Axes, groups: Mapping[str, pd.DataFrame], looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """A group of bars for each entry, a bar a method, with its interval."""
+    width = 0.8 / len(looks)
+    for i, (name, look) in enumerate(looks.items()):
+        for x, means in enumerate(groups.values()):
+            place = x + width * (i - (len(looks) - 1) / 2)
+            for value, lo, hi in means.loc[means["method"] == name, ["value", "lo", "hi"]].to_numpy(float):
+                ax.bar(place, value, width=0.92 * width, zorder=2, **look)
+                top = value
+                if lo == lo:
+                    top = min(hi, 100.0)
+                    line = ax.vlines(place, max(lo, 0.0), top, color="#222222", linewidth=0.7, zorder=3)
+                    line.set_path_effects([withStroke(linewidth=1.3, foreground="white")])  # seen on a dark bar too
+                if len(groups) * len(looks) <= NUMBERED:
+                    ax.annotate(
+                        f"{value:.0f}", (place, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6
+                    )
+    ax.set_xticks(range(len(groups)), list(groups))
+    ax.set_xlim(-0.5, len(groups) - 0.5)
+    ax.tick_params(axis="x", length=0)
+    style.percent_axis(ax)
+    ax.set_ylim(0, 110)  # room for the number above a bar of 100
+
+
+def looks_of(methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
+    """Colour of each method's arm; a second scaling of an arm is hatched."""
+    arms = list(dict.fromkeys(method.arm for method in methods.values()))
+    looks: dict[str, dict[str, Any]] = {}
+    for name, method in methods.items():
+        color = style.arm_style(method, arms)["color"]
+        again = any(look["facecolor"] == color for look in looks.values())
+        looks[name] = {"facecolor": color, "hatch": style.MEASURED_HATCH if again else None}
+    return looks
+
+
+def name_categories(ax: Axes, sets: Mapping[str, Sequence[str]], inches: float = 6.3) -> None:
+    """Category names above their sets where there is room, and a thin line between categories.
+
+    inches: width of the axes.
+    """
+    total, start = sum(map(len, sets.values())), 0
+    for category, names in sets.items():
+        room = inches * len(names) / total
+        label = CATEGORIES[category] if room > 0.7 else CATEGORIES[category].replace(" ", "\n")
+        if max(map(len, label.split("\n"))) * LETTER <= room:
+            middle = start + (len(names) - 1) / 2
+            ax.annotate(
+                label,
+                (middle, 1.0),
+                (0, 2),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="bottom",
+                ha="center",
+                fontsize=6,
+                color="#555555",
+            )
+        start += len(names)
+        if names and start < total:
+            ax.axvline(start - 0.5, color="#DDDDDD", linewidth=0.6, zorder=0)
