@@ -35,8 +35,8 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with what the figures call an arm: `kind`, `cue`, `usual`, `main`, `label`; method is the arm's name.
 
     kind: scheme, or full or longlora, or base (not trained). usual: trained for the number of steps that most arms of
-    this base and fold are. main: usual, not one of the other wordings or weights of an end prompt, and with at least
-    half of the seeds that most arms of this base and fold have.
+    this base and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other
+    wordings or weights of an end prompt, and with at least half of the seeds that most arms of this base and fold have.
     """
     rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS, *OPTIONAL])).copy()
     rows["base"] = rows["base"].astype(str)
@@ -51,6 +51,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     most = trained.groupby(["base", "fold"])["steps"].agg(lambda steps: steps.value_counts().index[0])
     keys = zip(rows["base"], rows["fold"], rows["steps"])
     rows["usual"] = [most.get((base, fold)) == steps for base, fold, steps in keys]
+    rows["usual"] |= rows["kind"].str.startswith(("full", "longlora"))
     rows["main"] = (rows["usual"] | (rows["kind"] == "base")) & ~wordings & _has_seeds(rows)
     rows["label"] = [
         " ".join(part for part in (_named(kind, arm), cue) if part)

@@ -216,7 +216,10 @@ def lab_page(frames: Frames) -> str:
         ),
         "",
         _paragraph(
-            questions.RULE + " An average over settings (base, fold, scaling) leaves out those where both fail."
+            questions.RULE
+            + " An average over settings (base, fold, scaling) leaves out those where both fail; settings of different "
+            "seeds count as independent (Welch). The best scheme that keeps the text whole is chosen, for each fold "
+            "and scaling, on the lower half of the seeds of the smallest base, and tested on the other seeds and bases."
         ),
         "",
         *_table(
