@@ -65,8 +65,10 @@ def _over_seeds(seeds: list[pd.DataFrame]) -> tuple[float, float, float]:
 
 def interval_kind(averages: pd.DataFrame) -> str:
     """How the intervals of these averages were made, for a caption."""
-    most = int(averages["seeds"].max())
-    return "95% intervals over samples, one seed" if most == 1 else f"95% intervals over {most} seeds"
+    least, most = int(averages["seeds"].min()), int(averages["seeds"].max())
+    if most == 1:
+        return "95% intervals over samples, one seed"
+    return f"95% intervals over {most} seeds" if least == most else f"95% intervals over {least} to {most} seeds"
 
 
 def scored(frames: Frames, suite: str) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from endprompt.positions import observed_distances, position_ids, sample_rng
 from endprompt.rope import inverse_frequencies
 
 COMPUTED = Path(__file__).resolve().parents[1] / "paper_figures" / "data" / "computed"
-SCHEMES = ("contiguous", "endprompt", "endprompt-random", "anchors", "pose", "endprompt-pose")
+SCHEMES = ("contiguous", "endprompt", "endprompt-random", "anchors", "pose", "endprompt-pose", "sliding")
 
 
 def figure_1() -> pd.DataFrame:

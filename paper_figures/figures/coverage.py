@@ -20,7 +20,7 @@ def draw(frames: Frames) -> Figure:
     target = int(table["target"].iloc[0])
     pairs = table.pivot(index="scheme", columns="distance_lo", values="pairs").loc[schemes]
     edges = [*pairs.columns, target]
-    fig = style.figure(2.3)
+    fig = style.figure(2.6)
     ax = fig.subplots()
     values = np.ma.masked_equal(pairs.to_numpy(), 0)
     norm = LogNorm(vmin=10 ** np.floor(np.log10(values.min())), vmax=values.max())

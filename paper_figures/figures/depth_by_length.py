@@ -78,6 +78,7 @@ def lab_maps(frames: Frames) -> Figure:
         axes[0].set_ylabel(heading, fontsize=6.5)
     for ax, label in zip(grid[0], columns):
         ax.set_title("\n".join(textwrap.wrap(label, 11)), fontsize=6.5, fontweight="normal")
+    fig.align_ylabels(grid[:, 0])
     fig.supxlabel("length, tokens", fontsize=7)
     fig.supylabel("depth of the needle, percent", fontsize=7)
     fig.colorbar(image, ax=fig.axes, label="needles found, percent", aspect=30, shrink=0.6).outline.set_visible(False)

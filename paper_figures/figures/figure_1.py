@@ -22,7 +22,7 @@ def draw(frames: Frames) -> Figure:
     table = frames["computed/figure_1"]
     schemes = list(table["scheme"].unique())
     target = int(table["target"].iloc[0])
-    fig = style.figure(2.8)
+    fig = style.figure(3.1)
     left, right = fig.subplots(1, 2, sharey=True)
     for y, scheme in enumerate(schemes):
         rows = table[table["scheme"] == scheme]

@@ -16,6 +16,7 @@ TITLE = "The lab: RULER score against length, all schemes, by base, fold and sca
 INPUTS = Inputs(rows={"ruler": lab.COLUMNS[:5]}, needs_rows=True, lab="only")
 #: The columns of the figure; the other scalings stand in `smoothness_against_score`.
 SCALINGS = ("linear", "yarn")
+FRAME, LABEL = 0.65, 0.12
 
 
 def draw(frames: Frames) -> Figure:
@@ -23,10 +24,12 @@ def draw(frames: Frames) -> Figure:
     rows = rows[rows["main"] & (rows["scaling"].isin(SCALINGS) | (rows["label"] == "base"))]
     looks = lab.looks(rows)
     groups = list(lab.groups(rows))
-    fig = style.figure(2.25 * len(groups) + 0.25)
-    grid = fig.subplots(len(groups), len(SCALINGS), squeeze=False)
-    kinds = []
-    for axes, (heading, _, _, part) in zip(grid, groups):
+    # what stands above and below a panel, and the labels beside it, in inches
+    heights = [FRAME + max(1.6, LABEL * part.groupby("scaling")["label"].nunique().max()) for *_, part in groups]
+    fig = style.figure(sum(heights) + 0.25)
+    grid = fig.subplots(len(groups), len(SCALINGS), squeeze=False, height_ratios=heights)
+    shown = []
+    for axes, (heading, _, _, part), height in zip(grid, groups, heights):
         for ax, scaling in zip(axes, SCALINGS):
             mine = part[(part["scaling"] == scaling) | (part["label"] == "base")]
             if (mine["label"] == "base").all():
@@ -34,17 +37,18 @@ def draw(frames: Frames) -> Figure:
                 continue
             means = average(mine, ["method", "length"], ["task"])
             labels = mine.drop_duplicates("method").set_index("method")["label"].to_dict()
-            panel(ax, means, labels, looks)
+            panel(ax, means, labels, looks, gap=100 * LABEL / (height - FRAME))
             mark_window(ax, mine)
             ax.set_title(f"{heading}, {lab.scaling_name(scaling)}", fontsize=7)
-            kinds.append(interval_kind(means))
-    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {max(kinds)}; "
+            shown.append(means)
+    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(shown))}; "
     note += "hollow, dashed: an end prompt of fixed words"
     fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
     return fig
 
 
-def panel(ax: Axes, means: pd.DataFrame, labels: dict[str, str], looks: dict[str, dict]) -> None:
+def panel(ax: Axes, means: pd.DataFrame, labels: dict[str, str], looks: dict[str, dict], gap: float) -> None:
+    """gap: between labels at the lines' ends, in percent of the axis."""
     last = []
     names = sorted(means["method"].unique(), key=lambda name: list(looks).index(labels[name]))
     for i, name in enumerate(names):
@@ -60,4 +64,4 @@ def panel(ax: Axes, means: pd.DataFrame, labels: dict[str, str], looks: dict[str
     ax.minorticks_off()
     style.percent_axis(ax)
     ax.set_xlabel("length, tokens")
-    end_labels(ax, last, gap=7.6)
+    end_labels(ax, last, gap=gap)
