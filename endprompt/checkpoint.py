@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import EnumMeta
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -63,10 +64,19 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Tra
         raise ValueError(f"{state.path}: the state is of another model or optimizer: {reason}") from error
 
 
+def _member(enum: Any, name: str) -> Any:
+    """What `getattr` stands for in an index: Python before 3.11.4 pickles the members of an enum by it."""
+    if isinstance(enum, EnumMeta) and name in enum.__members__:
+        return enum[name]
+    raise pickle.UnpicklingError(f"it takes {name!r} of {enum!r}")
+
+
 class _Index(pickle.Unpickler):
     """Reads the index of torch.distributed.checkpoint, which is a pickle, and nothing else that a pickle can hold."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         found = super().find_class(module, name) if "." not in name and module in sys.modules else None
         own = isinstance(found, type) and found.__module__.startswith("torch.distributed.checkpoint.")
         plain = module == "torch" and (found is torch.Size or isinstance(found, torch.dtype))

@@ -15,6 +15,7 @@ import ruler_helpers as helpers
 import torch
 import yaml
 from conftest import make_checkpoint
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
 from endprompt import checkpoint, cli, train
 from endprompt.model import load_model
@@ -200,6 +201,30 @@ def test_secrets_of_the_environment_are_never_written(extend_config, tmp_path, m
     texts = [said.encode(), *(path.read_bytes() for path in files)]
     assert not [secret for secret in SECRETS.values() for text in texts if secret.encode() in text]
     assert not [path for path in files if b"sEcReT" in path.read_bytes()]
+
+
+class Attribute:
+    """Pickled as an attribute that is fetched by `getattr`: so Python 3.11.0 to 3.11.3 pickle the members of enums."""
+
+    def __init__(self, of, name):
+        self.found = of, name
+
+    def __reduce__(self):
+        return getattr, self.found
+
+
+def test_an_index_may_fetch_members_of_its_own_enums_alone(tmp_path):
+    index = tmp_path / ".metadata"
+    index.write_bytes(pickle.dumps({"format": Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")}))
+    checkpoint.check_index(index)
+    for of, name in (
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (TensorProperties, "create_from_tensor"),
+        (torch.Size, "numel"),
+    ):
+        index.write_bytes(pickle.dumps(Attribute(of, name)))
+        with pytest.raises(ValueError, match=f"not one that this program wrote: it takes '{name}' of"):
+            checkpoint.check_index(index)
 
 
 def test_yaml_with_a_python_object_is_refused(tmp_path, capsys):
