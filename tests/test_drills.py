@@ -105,14 +105,14 @@ def test_full_disk_stops_the_run_with_the_earlier_state_intact(extend_config, tm
 
 @pytest.mark.slow
 def test_killed_at_random_moments_until_it_ends(extend_config, tmp_path):
-    config = extend_config(output=str(tmp_path / "killed"), steps=150, save_every=3)
+    config = extend_config(output=str(tmp_path / "killed"), steps=400, save_every=3)
     command = [sys.executable, "-m", "endprompt.cli", "extend", "--config", str(tmp_path / "config.yaml")]
     train.RunDirectory(tmp_path, config)  # writes config.yaml
     draw, kills = random.Random(3), 0
     for attempt in range(40):
         resume = ["--resume", "true"] if list(tmp_path.glob("killed*")) else []
         process = subprocess.Popen([*command, *resume], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + draw.uniform(3, 12) + attempt
+        deadline = time.monotonic() + draw.uniform(3, 7) + attempt
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if process.poll() is None:

@@ -438,10 +438,11 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 def test_two_processes_give_the_scores_of_one(place, tmp_path):
     """Of the smallest base, with a number of samples that two do not divide."""
     base = Path(__file__).resolve().parent.parent / "benchmarks" / "base" / "256"
-    arguments = (
-        f"score {base} --tasks niah_single_1,vt --lengths 256 --samples 7 --shots 0 --max-new-tokens 16 --quiet "
-        f"--dtype float32 --device cpu --batch-size 4 --cache-dir {tmp_path / 'cache'} --output"
-    ).split()
+    flags = (
+        "--tasks niah_single_1,vt --lengths 256 --samples 7 --shots 0 --max-new-tokens 16 --quiet "
+        "--dtype float32 --device cpu --batch-size 4"
+    )
+    arguments = ["score", str(base), *flags.split(), f"--cache-dir={tmp_path / 'cache'}", "--output"]
     launchers = {
         "one": [sys.executable, "-m"],
         "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
