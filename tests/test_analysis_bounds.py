@@ -47,6 +47,16 @@ def spectra(draw):
     return z, omega
 
 
+def test_enclosure_of_one_distance_contains_its_value():
+    """No search is left: both ends are the value, widened by the rounding of float64."""
+    rng = np.random.default_rng(11)
+    omega = 10_000.0 ** -(np.arange(16) / 16)
+    for d in rng.uniform(0, 60_000, size=20).tolist():
+        z = rng.normal(size=16) + 1j * rng.normal(size=16)
+        lower, upper, _ = analysis.certified_max(z, omega, d, d, 0, 1e-12)
+        assert lower <= abs(exact_score(z, omega, d, 0)) <= upper
+
+
 @settings(max_examples=40, deadline=None)
 @given(spectra(), st.integers(0, 3), st.integers(0, 2**31))
 def test_enclosure_contains_exact_values(spectrum, order, seed):

@@ -122,3 +122,18 @@ def test_table_shows_intervals_and_stays_within_the_width():
         }
         assert means == {("average", n): (round(summary.length_averages(rows)[n], 1), None) for n in
                          (4096, 8192, 16384, 32768)}  # fmt: skip
+
+
+def test_standard_error_is_that_of_the_sample_standard_deviation():
+    scores = [0.0, 100.0, 50.0, 50.0, 0.0]
+    assert summary.standard_error(scores) == pytest.approx(stats.sem(scores), rel=1e-12)
+    assert summary.standard_error([40.0]) is None
+
+
+def test_a_paired_p_counts_both_sides_and_is_never_smaller_than_a_resample():
+    """Two-sided, against the same resamples taken one by one; 20 equal differences have no resample beyond 0."""
+    first, second = np.zeros(12), np.array([4.0, -3, 5, 1, -2, 6, -4, 3, 2, -1, 4, -2])
+    found = summary.paired_difference(first, second)
+    draws = np.random.default_rng(5).choice(second, (40_000, 12)).mean(1)
+    assert found["p"] == pytest.approx(2 * (draws <= 0).mean(), abs=0.02)
+    assert summary.paired_difference(np.zeros(20), np.ones(20))["p"] == 1 / summary.RESAMPLES
