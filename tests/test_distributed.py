@@ -146,7 +146,9 @@ def two_processes(llama, checkpoints, documents, tmp_path_factory):
     stop_before_the_end(jobs["begun"])
     (tmp / "jobs.json").write_text(json.dumps({name: dataclasses.asdict(job) for name, job in jobs.items()}))
     (tmp / "worker.py").write_text(WORKER)
+    # Each process prints into files of its own: in one pipe, their lines may run into each other.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--redirects", "3", "--log-dir", str(tmp / "printed")]
     done = subprocess.run(
         [*command, str(tmp / "worker.py"), str(tmp / "jobs.json")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -154,8 +156,10 @@ def two_processes(llama, checkpoints, documents, tmp_path_factory):
         text=True,
         timeout=250,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return tmp, jobs, done.stdout + done.stderr
+    printed = [path.read_text() for path in sorted((tmp / "printed").rglob("std*.log"))]
+    assert done.returncode == 0, "\n".join([done.stderr, *printed])[-3000:]
+    assert len(printed) == 4  # both streams of both processes
+    return tmp, jobs, "\n".join(printed)
 
 
 def odd_checkpoint(directory):
