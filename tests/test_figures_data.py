@@ -351,7 +351,8 @@ def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):
     rows = [timing("slow", "peak_gib", 30), timing("slow", "hours_per_1b_tokens", 50)]
     rows += [timing("fast", "peak_gib", 40), timing("fast", "hours_per_1b_tokens", 20)]
     rows += [timing("short", "peak_gib", 1, length=8192), timing("half", "hours_per_1b_tokens", 1)]
-    for task, setting in (("fp8", {"float8": "fast"}), ("sums", {"float8": "none", "sums": "bfloat16"})):
+    others = {"fp8": {"float8": "fast"}, "sums": {"float8": "none", "sums": "bfloat16"}, "two": {"processes": 2}}
+    for task, setting in others.items():
         rows += [
             {**timing(task, metric, 1), "setting": setting} for metric in ("peak_gib", "hours_per_1b_tokens")
         ]  # faster, and not comparable

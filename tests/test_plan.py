@@ -32,8 +32,8 @@ def test_speed_is_within_ten_percent_of_what_was_measured(row_tokens, recompute,
     assert speed == pytest.approx(measured, rel=0.1)
 
 
-#: Micro-batches of one H200 as the files of data/measured have them -> the plan's settings for them. Not `float8 fast`
-#: of the older file: its layers could keep less than `selective` lets them keep now.
+#: Measurements on one H200, and one on two, as the files of data/measured have them -> the plan's settings for them.
+#: Not `float8 fast` of the older file: its layers could keep less than `selective` lets them keep now.
 MEASURED = {
     ("h200_training", "tune: 2 rows, float32 sums"): (PlanConfig(), 2, "selective"),
     ("h200_training", "tune: 1 row, float32 sums, unfused"): (PlanConfig(), 1, "none"),
@@ -57,6 +57,8 @@ MEASURED = {
     ("h200_attention", "longlora, 65,536"): (PlanConfig(method="longlora", rows=8), 1, "full"),
     ("h200_attention", "longlora, 32,768"): (PlanConfig(method="longlora", rows=16, target=32768), 1, "full"),
     ("h200_attention", "short rows, target 32,768"): (PlanConfig(target=32768), 2, "selective"),
+    # the plan's figures stood before this was run
+    ("h200_two_gpus", "extend, 2 processes"): (PlanConfig(gpus=2, optimizer="adamw", rows=32), 2, "selective"),
 }
 
 

@@ -58,11 +58,12 @@ def draw(frames: Frames) -> Figure:
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
     """The fastest measurement of each method at each published length: method, length, device and both metrics.
 
-    Methods are compared at one precision: rows with float8 products or short gradient sums are left out.
+    Methods are compared at one precision and on one GPU: rows with float8 products, short gradient sums or several
+    processes are left out.
     """
     lengths = (32768, 65536)
     if "setting" in rows:
-        rows = rows[rows["setting"].map(in_common_precision).astype(bool)]
+        rows = rows[rows["setting"].map(comparable).astype(bool)]
     rows = rows[rows["method"].isin(METHODS) & rows["length"].isin(lengths)]
     metrics = [metric for *_, metric in PANELS.values()]
     if not set(metrics) <= set(rows["metric"]):
@@ -79,10 +80,14 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
     return wide.sort_values("hours_per_1b_tokens").drop_duplicates(["method", "length"])
 
 
-def in_common_precision(setting: Any) -> bool:
-    """Whether a row's products are in bfloat16 and its gradients summed in float32; so they are if it does not say."""
+def comparable(setting: Any) -> bool:
+    """Whether a row is of one GPU, its products in bfloat16 and its gradients summed in float32.
+
+    So it is where it does not say otherwise.
+    """
     setting = setting if isinstance(setting, dict) else {}
-    return setting.get("float8", "none") == "none" and setting.get("sums", "float32") == "float32"
+    usual = {"float8": "none", "sums": "float32", "processes": 1}
+    return all(setting.get(key, value) == value for key, value in usual.items())
 
 
 def peak_is_a_bound(rows: pd.DataFrame) -> pd.Series:
