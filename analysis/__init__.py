@@ -6,6 +6,7 @@ Importing the package loads nothing; a name loads its module on first use.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 _HOME = {
     "rope_freqs": "spectra",
@@ -34,7 +35,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

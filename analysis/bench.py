@@ -10,6 +10,7 @@ import argparse
 import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -70,7 +71,7 @@ def row(task: str, metric: str, value: float, options: Any, length: int, **extra
     )
 
 
-def sweeps(options: Any):
+def sweeps(options: Any) -> Iterator[dict[str, Any]]:
     """All heads x pairs x distances x orders 0..2, reduced; certified over real distances by the grid's spacing."""
     omega, _ = rope_freqs(BASE, HEAD_DIM, "linear", FACTOR, WINDOW)
     count = HEADS * options.pairs
@@ -124,7 +125,7 @@ def naive(omega: np.ndarray, z: torch.Tensor, length: int, found: Any, count: in
     return (time.perf_counter() - start) / NAIVE_SPECTRA * count
 
 
-def questions(options: Any):
+def questions(options: Any) -> Iterator[dict[str, Any]]:
     """Both regularised questions of one configuration, Gram matrices included; and one certificate."""
     length, prompt = LENGTHS[1], 20
     omega, _ = rope_freqs(BASE, HEAD_DIM, "linear", length / WINDOW, WINDOW)
@@ -146,7 +147,7 @@ def answer(omega: np.ndarray, length: int, context: int, prompt: int, noise: flo
     return average, observability.worst_gap(G_obs, G_gap, eps)[0]
 
 
-def configurations(options: Any):
+def configurations(options: Any) -> Iterator[dict[str, Any]]:
     """200 configurations: targets, contexts, prompts, noises."""
     start, cpu, number = time.perf_counter(), time.process_time(), 0
     for factor in (2, 4, 8, 16, 32):
@@ -161,7 +162,7 @@ def configurations(options: Any):
     yield row("observability", "cpu_seconds_200_configurations", time.process_time() - cpu, options, length, n=number)
 
 
-def verification(options: Any):
+def verification(options: Any) -> Iterator[dict[str, Any]]:
     """`endprompt verify`, whole, of a model with random bfloat16 weights, made on the device and never saved."""
     vocabulary, hidden, layers, heads, groups, intermediate, tokens, pairs = VERIFIED[options.verify]
     settings = LlamaConfig(

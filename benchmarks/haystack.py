@@ -120,7 +120,7 @@ def document_prompt() -> str:
     return _constant("qa_utils.py", "DOCUMENT_PROMPT")
 
 
-def _constant(file: str, name: str):
+def _constant(file: str, name: str) -> Any:
     return _constants(file, name)[0]
 
 
@@ -377,7 +377,7 @@ def _hotpotqa(entries: list[Any]) -> tuple[list[str], list[Question]]:
     return documents, questions
 
 
-def read_json(path: Path, kind: type):
+def read_json(path: Path, kind: type) -> Any:
     """A JSON file of the given top-level type. Raises ValueError naming file, line and column."""
     value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, kind):

@@ -245,7 +245,7 @@ class Cell(Sequence[dict[str, Any]]):
         self._drafts = []  # a cell that is kept stays small
         self.recipe |= {"characters": characters, "samples_sha256": digest.hexdigest()}
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.sample(index, whole=True)
