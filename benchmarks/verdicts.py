@@ -72,8 +72,9 @@ class Arm:
     """One way to extend one base by one factor, with its scores by length and training seed (percent).
 
     kind: the scheme, except `full` (contiguous rows of the target's length), `longlora` (the same with shifted
-    attention) and `base` (untrained). weight: loss weight of the end prompt. losses: nats per token on held-out text.
-    samples: the scores of single samples, by (length, seed) and task, where the run kept them.
+    attention) and `base` (untrained). weight: loss weight of the end prompt. rate: the learning rate, where the rows
+    say it. losses: nats per token on held-out text. samples: the scores of single samples, by (length, seed) and task,
+    where the run kept them.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Arm:
     gap_rms: float | None
     whole: bool | None
     usual: bool = True
+    rate: float | None = None
     scores: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     losses: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     samples: Mapping[tuple[int, int], Mapping[str, np.ndarray]] = field(default_factory=dict)
@@ -111,6 +113,8 @@ class Arm:
             parts.append(f"weight {self.weight:g}")
         if not self.usual:
             parts.append(f"{self.steps} steps")
+        if self.kind == "longlora" and self.rate:  # tuned apart from the other arms
+            parts.append(f"rate {self.rate:g}")
         if self.kind in ("full", "longlora") and self.tokens:
             parts.append(f"{self.tokens / 1e6:.1f}M tokens")
         return ", ".join(parts)
@@ -137,6 +141,7 @@ def arms_of(rows: Iterable[Row], samples: Iterable[Row] = ()) -> list[Arm]:
         key = _key(row)
         first.setdefault(key, row)
         cells.setdefault(key, {}).setdefault(row["length"], {}).setdefault(row["seed"], {})[row["task"]] = row["value"]
+    rates = {_key(row): row["lr"] for row in scores if row.get("lr") is not None}  # older rows do not say it
     found_losses: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}
     seconds: dict[tuple[str, int, str], list[float]] = {}
     for row in scores:
@@ -162,7 +167,7 @@ def arms_of(rows: Iterable[Row], samples: Iterable[Row] = ()) -> list[Arm]:
         complete = {length: by_seed for length, by_seed in complete.items() if by_seed}
         # The seeds share one cost: the median, since the first cell of a worker may compile.
         cost = float(np.median(seconds[key])) if key in seconds else None
-        arm = _arm(key, row, usual.get(key[:2]), cost)
+        arm = _arm(key, row, usual.get(key[:2]), cost) | {"rate": rates.get(key)}
         arms.append(Arm(**arm, scores=complete, losses=found_losses.get(key, {}), samples=single.get(key, {})))
     return arms
 

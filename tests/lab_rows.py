@@ -25,6 +25,8 @@ class Made:
     weight: float | None = None
     steps: int = 300
     full: bool = False
+    longlora: bool = False
+    lr: float | None = None
     seconds: float = 4.0
     tokens: float = 1.2288e6
     gap_rms: float | None = None
@@ -36,6 +38,7 @@ class Made:
     @property
     def name(self) -> str:
         first = "full" if self.full else "base" if self.scheme == "base" else self.scheme
+        first = "longlora" if self.longlora else first
         prompt = "" if self.prompt == "none" else f"-{self.prompt}"
         steps = "" if self.steps in (300, 0) else f"@steps={self.steps}"
         weight = "" if self.weight is None or self.prompt == "recall" else f"@prompt_weight={self.weight:g}"
@@ -46,7 +49,15 @@ class Made:
         if self.scheme == "base":
             return "base" if self.scaling == "none" else f"untrained+{self.scaling}"
         first = (
-            f"full{self.tag}" if self.full else f"anchors{self.anchors}" if self.scheme == "anchors" else self.scheme
+            "longlora"
+            if self.longlora
+            else (
+                f"full{self.tag}"
+                if self.full
+                else f"anchors{self.anchors}"
+                if self.scheme == "anchors"
+                else self.scheme
+            )
         )
         return "+".join(part for part in (first, "" if self.prompt == "none" else self.prompt, self.scaling) if part)
 
@@ -134,6 +145,8 @@ def _row(arm, base, fold, window, target, task, length, seed, value):
         "text_whole": arm.whole,
         "bernstein_constant": SIGMA[arm.scaling],
         "gap_rms": gap_rms,
+        "attention": "shifted" if arm.longlora else "sdpa",
+        "lr": arm.lr,
     }
 
 
@@ -167,6 +180,8 @@ def matrix(fold=8):
         add("endprompt", scaling, (95.5, 82 + lift / 2, 44 + lift), prompt="EP_1")
         add("endprompt", scaling, (96.0, 90.0, 75 + lift), prompt="recall", weight=1.0)
         add("contiguous", scaling, (92.0, 92.0, 90.0), full=True, seconds=14.0)
+        lora = {"longlora": True, "tag": "-2048", "seconds": 16.0, "lr": 2e-3}
+        add("contiguous", scaling, (80.0, 60.0, 1.0 if scaling == "linear" else 78.0), **lora)
         for place, score in zip(places[1:], (70.0, 65.0, 89.0)):
             for prompt, more in (("EP_1", -10.0), ("recall", 3.0)):
                 weight = 1.0 if prompt == "recall" else None

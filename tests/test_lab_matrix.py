@@ -1,10 +1,13 @@
 """Lab: the matrix file and the cells that it stands for."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import yaml
 
+from benchmarks.estimates import MARGIN
 from benchmarks.lab import material, matrix
 from benchmarks.lab.matrix import LabConfig
 
@@ -155,12 +158,45 @@ def test_full_length_arms_of_micro_have_the_tokens_of_the_short_ones():
             assert tokens(cell) == tokens(short[0])
 
 
-def test_micro_answers_every_question_with_five_seeds():
+def test_micro_answers_every_question_with_ten_seeds():
     config = LabConfig(preset="micro")
     cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
     for question in range(1, 8):
         asked = [cell for cell in cells if question in cell.questions]
-        assert {cell.seed for cell in asked} == set(range(5)), question
+        assert {cell.seed for cell in asked} == set(range(10)), question
+
+
+def test_the_cells_of_the_committed_rows_are_still_those_of_the_presets():
+    """A changed arm would be another cell, and its published rows would belong to none."""
+    path = Path(__file__).parent.parent / "paper_figures" / "data" / "measured" / "lab_results.jsonl"
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    published = {row["cell"]: (row["base"], row["fold"], row["arm"], row["seed"]) for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    made = {}
+    for name in ("micro", "micro-512-32", "search"):
+        config = LabConfig(preset=name, seeds=seeds)
+        for cell in matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), name, config):
+            made[cell.sha256] = (cell.base, cell.fold, cell.arm, cell.seed)
+    assert published == {cell: made.get(cell) for cell in published}
+
+
+def test_micro_has_longlora_where_it_learns_at_the_rate_that_was_found():
+    """On seed 0 no setting of preset longlora is better at the target by the margin of a difference."""
+    rows = [json.loads(line) for line in (Path(__file__).parent.parent / "docs" / "lab_longlora.jsonl").open()]
+    scores = {}
+    for row in rows:
+        if row["suite"] == "ruler" and row["length"] == row["target"] and row["seed"] == 0 and row["fold"] == 8:
+            scores.setdefault((row["base"], row["scaling"], row["lora_rank"], row["lr"]), []).append(row["value"])
+    config = LabConfig(preset="micro")
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
+    for base in ("256", "512"):
+        tried = {key[1:]: sum(values) / len(values) for key, values in scores.items() if key[0] == base}
+        assert all(score < 15 for key, score in tried.items() if key[0] == "linear")
+        mine = [c for c in cells if c.base == base and c.fold == 8 and c.method == "longlora+yarn"]
+        assert len(mine) == 10 and {c.questions for c in mine} == {(6, 7)}
+        ((*setting,),) = {(c.settings["scaling"], c.settings["lora_rank"], c.settings["lr"]) for c in mine}
+        assert tried[tuple(setting)] > max(70, max(tried.values()) - MARGIN)
 
 
 def test_paper_scale_plans_every_recipe_and_says_what_is_missing(tmp_path, capsys):

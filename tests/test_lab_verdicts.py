@@ -319,6 +319,45 @@ def test_question_6_costs():
     assert {row["metric"] for row in rows if row["task"] == "q6"} >= {"score_by_tokens", "score_by_seconds", "claim"}
 
 
+@pytest.mark.parametrize(
+    ("score", "paper", "ours"),
+    [(55.0, "agrees", "agrees"), (69.8, "does not agree", "agrees"), (88.0, "does not agree", "does not agree")],
+)
+def test_question_6_longlora_is_judged_where_it_learns(score, paper, ours):
+    """With PI it scores 1 and everything beats it by 69 or more: no claim may lean on that."""
+
+    def longlora(scaling, top, **extra):
+        return Made("contiguous", scaling, (90, 70, top), longlora=True, tag="-2048", seconds=16.0, **extra)
+
+    arms = [fixed(70.0), Made("pose", "linear", (95, 80, 80.0), whole=False), longlora("linear", 1.0)]
+    arms += [fixed(70.0, "yarn"), Made("pose", "yarn", (95, 80, 80.0), whole=False), recall(75.0, "yarn")]
+    rows = judged([*arms, longlora("yarn", score, lr=2e-3)], noise=1.0)
+    told = {row["source"]: row for row in rows if row["metric"] == "claim" and row["family"] == claims.LONGLORA}
+    assert {source: row["agrees"] for source, row in told.items()} == {"paper": paper, "prototypes": ours}
+    assert told["paper"]["value"] == pytest.approx(70 - score, abs=1e-5)
+    assert told["prototypes"]["value"] == pytest.approx(80 - score, abs=1e-5)
+    assert {part["scaling"] for row in told.values() for part in row["parts"]} == {"yarn"}
+    compared = [r for r in rows if r["family"] == claims.LONGLORA and r["primary"] and r["metric"] != "claim"]
+    assert {(row["kinds"][0], row["prompts"][0]) for row in compared if row["scaling"] == "yarn"} == {
+        ("endprompt", "EP_1"), ("endprompt", "recall"), ("pose", ""),
+    }  # fmt: skip
+    assert {row["labels"][1] for row in compared} == {"LongLoRA, 1.2M tokens", "LongLoRA, rate 0.002, 1.2M tokens"}
+    kept = [row["labels"][0] for row in rows if row["task"] == "q7" and row["metric"] == "score_difference"]
+    assert not kept, "the base was not scored"
+    costs = [row for row in rows if row["metric"] == "score_by_seconds"]
+    assert {row["method"] for row in costs} >= {"longlora-2048+yarn", "longlora-2048+linear"}
+
+
+def test_a_rate_that_only_later_rows_say_is_the_arm_s():
+    arm = Made("contiguous", "yarn", (90, 70, 60), longlora=True, tag="-2048", lr=2e-3)
+    rows, _ = made_rows([arm])
+    for row in rows:
+        if row["seed"] < 3:
+            del row["lr"]
+    (found,) = verdicts.arms_of(rows)
+    assert found.label == "LongLoRA, rate 0.002, 1.2M tokens"
+
+
 @pytest.mark.parametrize(("after", "verdict", "agrees"), [(98.5, "kept", "agrees"), (80.0, "lost", "does not agree")])
 def test_question_7(after, verdict, agrees):
     arms = [BASE, Made("endprompt", "linear", (after, 80, 40), prompt="EP_1", loss=3.0 if after > 90 else 3.4)]
