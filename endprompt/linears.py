@@ -86,9 +86,10 @@ _joint_classes: dict[Any, type] = {}
 
 def _with_forward(base: Any, forward: Any) -> type:
     """A subclass with another forward, one for all layers: a forward bound to each would be compiled for each."""
-    if base not in _joint_classes:
-        _joint_classes[base] = type(f"Joint{base.__name__}", (base,), {"forward": forward})
-    return _joint_classes[base]
+    key = base, forward
+    if key not in _joint_classes:
+        _joint_classes[key] = type(f"Joint{base.__name__}", (base,), {"forward": forward})
+    return _joint_classes[key]
 
 
 def _joint(parts: list[nn.Linear]) -> nn.Linear:

@@ -242,3 +242,19 @@ def test_on_the_gpu_converted_layers_sum_the_cpu_s_gradients(float8):
     limit = 0.03 if float8 == "none" else 0.25
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters()):
         assert float((ours.main_grad.cpu() - theirs.grad).norm() / theirs.grad.norm()) < limit, name
+
+
+def test_a_second_forward_for_one_class_gets_a_class_of_its_own():
+    """Classes with another forward are made once each; the second must not be given the first one's."""
+
+    class Layer(torch.nn.Module):
+        pass
+
+    def one(module):
+        return 1
+
+    def two(module):
+        return 2
+
+    made = [linears._with_forward(Layer, forward) for forward in (one, two, one)]
+    assert [kind().forward() for kind in made] == [1, 2, 1] and made[0] is made[2]
