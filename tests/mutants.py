@@ -21,9 +21,15 @@ POSITIONS, LOSS, ROPE = "endprompt/positions.py", "endprompt/loss.py", "endpromp
 PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/rows.py"
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
-BENCH = "endprompt/bench.py"
+BENCH, VLLM = "endprompt/bench.py", "benchmarks/vllm_backend.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
+    # what is given to vLLM
+    (VLLM, 'kind in ("default", "linear", "llama3")', 'kind in ("default", "linear", "llama3", "dynamic")', "vllm_backend"),
+    (VLLM, 'int(parameters["original_max_position_embeddings"] * (parameters.get("factor") or 1))', "window", "vllm_backend"),
+    (VLLM, "if shortest <= original < needed", "if shortest < original < needed", "vllm_backend"),
+    (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "vllm_backend"),
+    (VLLM, "if length + new > self.max_length", "if length > self.max_length", "vllm_backend"),
     # positions
     (POSITIONS, "prompt, target - prompt))\n\n\ndef endprompt_random", "prompt, target - prompt - 1))\n\n\ndef endprompt_random", "positions"),
     (POSITIONS, "np.arange(start, start + prompt, dtype=np.int64)", "np.arange(start, start + prompt, dtype=np.int64)[::-1]", "positions"),

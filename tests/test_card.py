@@ -47,6 +47,14 @@ def test_extend_leaves_a_card_that_the_hub_reads(extended):
     assert "somebody" not in read.content and "\n## Scores\n\nNone yet" in read.text
 
 
+def test_no_vllm_is_offered_for_a_scaling_that_it_has_no_angles_of(extended):
+    record = json.loads((extended / "endprompt.json").read_text())
+    assert "\nvllm serve PATH --max-model-len 128\n" in card.text(record, [], "m")
+    record["config"]["scaling"] = "dynamic"
+    text = card.text(record, [], "m")
+    assert "vllm serve" not in text and "vLLM has no angles of dynamic scaling beyond 32 tokens." in text
+
+
 @pytest.mark.parametrize(
     "text", [None, "# no metadata", "---\nlicense: [a\n---\n", "---\nlicense: 3\n---\n", "---\n- a\n---\n", b"\xff\xfe"]
 )

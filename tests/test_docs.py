@@ -106,7 +106,7 @@ ELSEWHERE = {
     "extend --recipe": ("needs a checkpoint of 8B", "test_recipes.py", "test_train.py"),
     "prepare --data hub:": ("needs the network", "test_prepare.py"),
     "score extended --suite short": ("needs the network", "test_short_suite.py"),
-    "score extended --backend vllm": ("needs vLLM and a GPU", "test_score_ruler.py"),
+    "score extended --backend vllm": ("needs vLLM", "test_vllm_backend.py", "test_vllm.py"),
     "score extended --tasks all": ("needs RULER's own data", "test_score_ruler.py", "test_ruler_upstream.py"),
     "score extended --suite longbench --tasks e": ("needs LongBench's own data", "test_longbench_task.py"),
     "score benchmarks/base/512": ("takes minutes", "test_score_ruler.py"),

@@ -520,56 +520,6 @@ def test_the_command_line_scores_a_checkpoint(place, tmp_path):
     assert len(rows.read_rows(tmp_path / "out" / "results.jsonl")) == 1
 
 
-def test_vllm_is_lm_eval_s_own_with_our_arguments(place, tmp_path, monkeypatch):
-    """A stand-in under its name that takes what lm-eval's class takes; the run goes the whole way."""
-    import ast
-
-    import lm_eval.models
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import model_registry
-
-    source = Path(lm_eval.models.__file__).with_name("vllm_causallms.py").read_text()  # its import needs vLLM
-    classes = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
-    made_by = next(node for node in classes["VLLM"].body if getattr(node, "name", "") == "__init__")
-    known = {argument.arg for argument in made_by.args.args}
-    given = {}
-
-    class StandIn(LM):
-        def __init__(self, **arguments):
-            super().__init__()
-            given.update(arguments)
-
-        def generate_until(self, requests):
-            assert len(requests) == 5  # all samples of a cell at once
-            assert all(request.args[1]["max_gen_toks"] == 12 for request in requests)
-            return [" ".join(request.doc["outputs"]) for request in requests]
-
-        def loglikelihood(self, requests):
-            raise NotImplementedError
-
-        loglikelihood_rolling = loglikelihood
-
-    monkeypatch.setitem(model_registry._objs, "vllm", StandIn)
-    extra = "tensor_parallel_size=2,enforce_eager=True"
-    made = score(config(place, tmp_path, tasks="vt", backend="vllm", backend_args=extra, trust_remote_code=True))
-    assert given == {
-        "pretrained": str(place / "llama"),
-        "max_model_len": 512,
-        "dtype": "float32",
-        "batch_size": "auto",
-        "trust_remote_code": True,
-        "tensor_parallel_size": 2,
-        "enforce_eager": True,
-    }
-    assert given.keys() - known == {"enforce_eager"}  # not lm-eval's own argument: it hands it on to vLLM's engine
-    assert [(row["value"], row["backend"], row["attn"]) for row in made] == [(100.0, "vllm", None)] * 2
-
-
-def test_a_missing_vllm_is_named(place, tmp_path):
-    with pytest.raises(ValueError, match="pip install vllm"):
-        score(config(place, tmp_path, tasks="vt", backend="vllm"))
-
-
 def test_a_batch_size_that_probes_the_model_is_refused(place, tmp_path, capsys):
     from endprompt.cli import main
 
