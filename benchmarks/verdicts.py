@@ -828,16 +828,23 @@ def compare(first: str | Path, second: str | Path) -> list[Row]:
     """Verdicts of two runs side by side, for every estimate that either has.
 
     A line each: task, metric, method, base, fold, scaling, length, source, claim, `first` and `second` (the verdicts,
-    None where a run lacks it), `same`. Raises OSError if a run has no questions.jsonl.
+    None where a run lacks it; for a claim whether it holds: agrees, does not agree, not decided), `same`. A claim is
+    one and the same whatever settings and arms a run answers it from. Raises OSError if a run has no questions.jsonl.
     """
     keys = ("task", "metric", "family", "method", "base", "fold", "scaling", "length", "against", "source", "claim")
-    sides = [
-        {tuple(r.get(k) for k in keys): r for r in read_rows(Path(run) / "questions.jsonl")} for run in (first, second)
-    ]
+
+    def key(row: Row) -> tuple[Any, ...]:
+        kept = ("task", "metric", "source", "claim") if row["metric"] == "claim" else keys
+        return tuple(row.get(k) if k in kept else None for k in keys)
+
+    sides = [{key(row): row for row in read_rows(Path(run) / "questions.jsonl")} for run in (first, second)]
     out = []
-    for key in dict.fromkeys([*sides[0], *sides[1]]):
-        a, b = (side.get(key, {}).get("verdict") for side in sides)
-        out.append({**dict(zip(keys, key)), "first": a, "second": b, "same": a == b})
+    for found in dict.fromkeys([*sides[0], *sides[1]]):
+        a, b = (
+            row and (agreement(row) if row["metric"] == "claim" else row["verdict"])
+            for row in (side.get(found) for side in sides)
+        )
+        out.append({**dict(zip(keys, found)), "first": a, "second": b, "same": a == b})
     return out
 
 

@@ -28,11 +28,11 @@ class FiguresConfig:
 def figures(config: FiguresConfig) -> int | None:
     """Draw figures and tables from files, the published numbers beside the measured ones."""
     from paper_figures import catalog
-    from paper_figures.data import DATA, NoData, read_results
+    from paper_figures.data import NoData, measured_files, read_results
 
     for name in config.only:
         catalog.module(name)
-    rows = read_results(config.results or sorted((DATA / "measured").glob("*.jsonl")))
+    rows = read_results(config.results or measured_files())
     output = Path(config.output)
     absent: dict[str, list[str]] = {}  # by what they lack
     for name in config.only or catalog.NAMES:

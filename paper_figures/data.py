@@ -6,9 +6,11 @@ row. Nothing here imports the rest of the project, so that a figure can be drawn
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,8 +145,13 @@ def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
     return frame
 
 
+def measured_files() -> list[Path]:
+    """The files of rows that the project ships."""
+    return sorted((DATA / "measured").glob("*.jsonl*"))
+
+
 def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
-    """Rows of run directories (their results.jsonl) or of JSON Lines files, one frame.
+    """Rows of run directories (their results.jsonl) or of JSON Lines files, also of packed ones (.jsonl.gz), one frame.
 
     `ci95` is split into `lo` and `hi`. Raises ValueError naming file, line and column of the first row that cannot be
     used, OSError for a file that does not exist.
@@ -204,7 +211,7 @@ def _read_depths(path: Path) -> list[dict[str, Any]]:
 
 def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, object) of each line. Raises ValueError naming both and the column that is missing."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # text may hold other separators of lines
+    for number, line in enumerate(_read(path).split(b"\n"), 1):  # text may hold other separators of lines
         if not line.strip():
             continue
         origin = f"{path}, line {number}"
@@ -229,6 +236,17 @@ def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
         if HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
             raise ValueError(f"{origin}: a row's text must be Unicode, this one holds half of a surrogate pair")
         yield origin, row
+
+
+def _read(path: Path) -> bytes:
+    """The file's bytes, unpacked if its name ends in .gz."""
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not whole gzip data ({error})") from None
 
 
 def _revision(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import subprocess
@@ -341,6 +342,19 @@ def test_depths_of_a_scoring_run_are_read(tmp_path):
     (run / "depth.jsonl").write_text(json.dumps(cell) + "\n")
     with pytest.raises(ValueError, match=r"depth.jsonl, line 1: a row must have the column 'depth_from'"):
         data.read_results([run])
+
+
+def test_packed_rows_are_read_as_plain_ones_and_a_damaged_file_is_named(tmp_path):
+    plain = write_run(tmp_path / "run", demo_rows()) / "results.jsonl"
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+    one, other = (data.read_results([path]) for path in (plain, packed))
+    pd.testing.assert_frame_equal(one.drop(columns=["origin", "revision"]), other.drop(columns=["origin", "revision"]))
+    assert other["origin"].iloc[2] == f"{packed}, line 3"
+    for content in (packed.read_bytes()[:-20], packed.read_bytes()[:40] + b"?" + packed.read_bytes()[41:], b"{}"):
+        packed.write_bytes(content)
+        with pytest.raises(ValueError, match=r"rows.jsonl.gz: not whole gzip data"):
+            data.read_results([packed])
 
 
 def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):

@@ -440,6 +440,26 @@ def test_the_whole_plan_is_answered_twice_alike(tmp_path):
     )
 
 
+def test_a_claim_is_the_same_whatever_settings_two_runs_answer_it_from(tmp_path):
+    """Its first setting, whose arms a row of it names, may differ; whether it holds is what is compared."""
+    runs = []
+    for name, row in (
+        ("a", {"method": "x - y", "scaling": "yarn", "outcome": HELPS, "verdict": "helps"}),
+        ("b", {"method": "x - y+linear", "scaling": "linear", "outcome": HELPS, "verdict": "larger"}),
+        ("c", {"method": "x - y", "scaling": "yarn", "outcome": OPEN, "verdict": "not decided"}),
+    ):
+        blank = dict.fromkeys(("length", "stderr", "ci95", "n", "model", "seed", "samples_sha256"))
+        whole = {"schema": 1, "suite": "lab-question", "task": "q1", "value": 9.0, "n_truncated": 0, **blank}
+        whole |= {"metric": "claim", "source": "paper", "claim": "it helps", "expected": "better", "margin": 5.0}
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "questions.jsonl", [whole | row])
+        runs.append(tmp_path / name)
+    (same,) = verdicts.compare(runs[0], runs[1])
+    assert (same["first"], same["second"], same["same"]) == ("agrees", "agrees", True)
+    (other,) = verdicts.compare(runs[0], runs[2])
+    assert (other["second"], other["same"]) == ("not decided", False)
+
+
 def test_the_table_names_every_claim(tmp_path):
     from rich.console import Console
 
