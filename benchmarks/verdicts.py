@@ -324,9 +324,10 @@ def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
             if is_published(reference) or is_recall(reference):
                 found += _pairs(4, claims.FIXED, [*same, *pose], [reference])
         found += _pairs(4, claims.POSE, filter(is_main, placed), pose)
-        for arm in filter(is_main, short):
-            for other in (a for a in members if a.kind in ("full", "longlora")):
-                if not (arm.tokens and other.tokens):
+        long = [arm for arm in members if arm.kind in ("full", "longlora")]
+        for arm in [*filter(is_main, short), *(arm for arm in long if arm.kind == "full")]:
+            for other in long:
+                if not (arm.tokens and other.tokens) or (arm.kind == "full" and other.kind != "longlora"):
                     continue
                 name = {"full": "full length", "longlora": "LongLoRA"}[other.kind]
                 if abs(other.tokens / arm.tokens - 1) <= 0.1:
@@ -841,7 +842,7 @@ def compare(first: str | Path, second: str | Path) -> list[Row]:
     out = []
     for found in dict.fromkeys([*sides[0], *sides[1]]):
         a, b = (
-            row and (agreement(row) if row["metric"] == "claim" else row["verdict"])
+            row and row["agrees" if row["metric"] == "claim" else "verdict"]
             for row in (side.get(found) for side in sides)
         )
         out.append({**dict(zip(keys, found)), "first": a, "second": b, "same": a == b})
