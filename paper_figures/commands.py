@@ -14,8 +14,8 @@ class FiguresConfig:
     """What `figures` draws.
 
     Args:
-        results: Run directories (with results.jsonl) or JSON Lines files whose rows stand beside the published
-            numbers; without any, the rows that come with the project.
+        results: Run directories (with results.jsonl) or JSON Lines files (.jsonl, .jsonl.gz) whose rows stand beside
+            the published numbers; without any, the rows that come with the project.
         output: Directory for the files: PDF and PNG for a figure; LaTeX, Markdown and CSV for a table.
         only: Names of the figures and tables to draw, for example figure_2 table_1; without any, all that have data.
     """
@@ -28,11 +28,11 @@ class FiguresConfig:
 def figures(config: FiguresConfig) -> int | None:
     """Draw figures and tables from files, the published numbers beside the measured ones."""
     from paper_figures import catalog
-    from paper_figures.data import DATA, NoData, read_results
+    from paper_figures.data import NoData, measured, read_results
 
     for name in config.only:
         catalog.module(name)
-    rows = read_results(config.results or sorted((DATA / "measured").glob("*.jsonl")))
+    rows = read_results(config.results or measured())
     output = Path(config.output)
     absent: dict[str, list[str]] = {}  # by what they lack
     for name in config.only or catalog.NAMES:

@@ -6,9 +6,11 @@ row. Nothing here imports the rest of the project, so that a figure can be drawn
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +52,11 @@ NOT_SCORES = ("training-speed", "analysis", "lab", "lab-question")
 CONDITIONS = ("window", "target", "steps", "prompt_weight")
 
 
+def measured() -> list[Path]:
+    """The files of rows that the project ships: JSON Lines, as they are or compressed (`.jsonl.gz`)."""
+    return sorted((DATA / "measured").glob("*.jsonl")) + sorted((DATA / "measured").glob("*.jsonl.gz"))
+
+
 class NoData(ValueError):
     """A figure was asked for, and the rows that it draws do not exist."""
 
@@ -89,7 +96,7 @@ def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         columns = ", ".join((*SHOWN, *extras))
         if inputs.needs_rows and frame.empty:
             raise NoData(
-                f"needs rows of suite {suite!r} in results.jsonl (--results DIR) or data/measured/*.jsonl, "
+                f"needs rows of suite {suite!r} in results.jsonl (--results DIR) or data/measured/, "
                 f"with the columns {columns}; found none"
             )
         complete = frame.reindex(columns=[*extras]).notna().all(axis=1)
@@ -144,7 +151,7 @@ def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
-    """Rows of run directories (their results.jsonl) or of JSON Lines files, one frame.
+    """Rows of run directories (their results.jsonl) or of JSON Lines files (also `.jsonl.gz`), one frame.
 
     `ci95` is split into `lo` and `hi`. Raises ValueError naming file, line and column of the first row that cannot be
     used, OSError for a file that does not exist.
@@ -154,7 +161,7 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
         path = source / "results.jsonl" if source.is_dir() else source
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a results directory must have results.jsonl")
-        rows.extend(_read_depths(path) if path.name.endswith(DEPTHS) else _read_rows(path))
+        rows.extend(_read_depths(path) if path.name.removesuffix(".gz").endswith(DEPTHS) else _read_rows(path))
         if source.is_dir() and (source / "depth.jsonl").is_file():
             rows.extend(_read_depths(source / "depth.jsonl"))
         if source.is_dir() and (source / "questions.jsonl").is_file():
@@ -204,7 +211,7 @@ def _read_depths(path: Path) -> list[dict[str, Any]]:
 
 def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, object) of each line. Raises ValueError naming both and the column that is missing."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # text may hold other separators of lines
+    for number, line in enumerate(_content(path).split(b"\n"), 1):  # text may hold other separators of lines
         if not line.strip():
             continue
         origin = f"{path}, line {number}"
@@ -229,6 +236,16 @@ def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
         if HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
             raise ValueError(f"{origin}: a row's text must be Unicode, this one holds half of a surrogate pair")
         yield origin, row
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file, uncompressed where its name ends in `.gz`."""
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
 
 
 def _revision(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import subprocess
@@ -99,6 +100,20 @@ def test_two_values_for_one_cell_are_refused(tmp_path, capsys):
     one, two = write_run(tmp_path / "one", rows), write_run(tmp_path / "two", [{**rows[3], "value": 1.5}])
     message = refused(capsys, "--results", one, two, "--only", "table_1")
     assert "two/results.jsonl, line 1" in message and "one/results.jsonl, line 4" in message
+
+
+def test_a_compressed_file_is_read_as_a_plain_one(tmp_path, capsys):
+    plain = write_run(tmp_path, demo_rows()) / "results.jsonl"
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    one, two = data.read_results([plain]), data.read_results([packed])
+    assert two.drop(columns="origin").equals(one.drop(columns="origin"))
+    assert two["origin"].iloc[-1] == f"{packed}, line {len(two)}"
+    packed.write_bytes(gzip.compress(plain.read_bytes() + b"{\n"))
+    assert f"{packed}, line {len(two) + 1}" in refused(capsys, "--results", packed)
+    for broken in (packed.read_bytes()[:-9], packed.read_bytes()[:99] + b"0" * 99, b"plain"):
+        packed.write_bytes(broken)
+        assert f"{packed}: not a whole gzip file" in refused(capsys, "--results", packed)
 
 
 @pytest.mark.parametrize("broken", ["{", "[1]", '"a"'])

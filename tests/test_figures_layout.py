@@ -17,7 +17,7 @@ from lab_rows import lab_run
 from matplotlib.text import Text
 
 from paper_figures import catalog, style
-from paper_figures.data import DATA, NoData, load, read_results
+from paper_figures.data import NoData, load, measured, read_results
 from paper_figures.names import LONGBENCH, LONGBENCH_ZH
 
 LABS = ("plan", "small")
@@ -34,7 +34,7 @@ LONGBENCH_RUNS = {
     "two sets": (("base", "endprompt+EP_1+yarn"), ["gov_report", "lcc"]),
 }
 #: The rows that the project ships.
-MEASURED = sorted((DATA / "measured").glob("*.jsonl"))
+MEASURED = measured()
 MANY = {
     "base": (100, 0, 0, 0),
     "base+yarn": (70, 60, 50, 40),
