@@ -324,9 +324,10 @@ def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
             if is_published(reference) or is_recall(reference):
                 found += _pairs(4, claims.FIXED, [*same, *pose], [reference])
         found += _pairs(4, claims.POSE, filter(is_main, placed), pose)
-        for arm in filter(is_main, short):
-            for other in (a for a in members if a.kind in ("full", "longlora")):
-                if not (arm.tokens and other.tokens):
+        long = [arm for arm in members if arm.kind in ("full", "longlora")]
+        for arm in [*filter(is_main, short), *(arm for arm in long if arm.kind == "full")]:
+            for other in long:
+                if not (arm.tokens and other.tokens) or (arm.kind == "full" and other.kind != "longlora"):
                     continue
                 name = {"full": "full length", "longlora": "LongLoRA"}[other.kind]
                 if abs(other.tokens / arm.tokens - 1) <= 0.1:
@@ -825,20 +826,28 @@ def write(run: str | Path) -> list[Row]:
 
 
 def compare(first: str | Path, second: str | Path) -> list[Row]:
-    """Verdicts of two runs side by side, for every estimate that either has.
+    """Verdicts of two runs side by side, for every estimate and every claim that either has.
 
-    A line each: task, metric, method, base, fold, scaling, length, source, claim, `first` and `second` (the verdicts,
-    None where a run lacks it), `same`. Raises OSError if a run has no questions.jsonl.
+    A line each: task, metric, method, base, fold, scaling, length, source, claim, `first` and `second` (the verdicts;
+    for a claim whether the run agrees with it; None where a run lacks it), `same`. A claim is known by its words alone:
+    what it is averaged over may differ between the runs. Raises OSError if a run has no questions.jsonl.
     """
     keys = ("task", "metric", "family", "method", "base", "fold", "scaling", "length", "against", "source", "claim")
-    sides = [
-        {tuple(r.get(k) for k in keys): r for r in read_rows(Path(run) / "questions.jsonl")} for run in (first, second)
+    of_claim = ("task", "metric", "source", "claim")
+
+    def verdicts_of(run: str | Path) -> dict[tuple, str]:
+        found = {}
+        for row in read_rows(Path(run) / "questions.jsonl"):
+            claim = row["metric"] == "claim"
+            key = tuple(row.get(k) if not claim or k in of_claim else None for k in keys)
+            found[key] = row["agrees"] if claim else row["verdict"]
+        return found
+
+    one, two = verdicts_of(first), verdicts_of(second)
+    return [
+        {**dict(zip(keys, key)), "first": one.get(key), "second": two.get(key), "same": one.get(key) == two.get(key)}
+        for key in dict.fromkeys([*one, *two])
     ]
-    out = []
-    for key in dict.fromkeys([*sides[0], *sides[1]]):
-        a, b = (side.get(key, {}).get("verdict") for side in sides)
-        out.append({**dict(zip(keys, key)), "first": a, "second": b, "same": a == b})
-    return out
 
 
 def table(rows: Sequence[Row]) -> Table:

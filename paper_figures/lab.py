@@ -36,7 +36,8 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
 
     kind: scheme, or full or longlora, or base (not trained). usual: trained for the number of steps that most arms of
     this base and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other
-    wordings or weights of an end prompt, and with at least half of the seeds that most arms of this base and fold have.
+    wordings or weights of an end prompt, and with at least a quarter of the seeds that most arms of this base and fold
+    have.
     """
     rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS, *OPTIONAL])).copy()
     rows["base"] = rows["base"].astype(str)
@@ -82,11 +83,11 @@ def _cue(prompt: Any, span: float | None) -> str:
 
 
 def _has_seeds(rows: pd.DataFrame) -> pd.Series:
-    """Rows of arms with at least half of the seeds that most arms of the same base and fold have."""
+    """Rows of arms with at least a quarter of the seeds that most arms of the same base and fold have."""
     counted = rows.groupby(["base", "fold", "arm"])["seed"].transform("nunique")
     seeds = rows["seeds"].fillna(counted)  # rows of several seeds together say how many
     usual = seeds.groupby([rows["base"], rows["fold"]]).transform(lambda counts: counts.value_counts().index[0])
-    return seeds >= usual / 2
+    return seeds >= usual / 4
 
 
 def _named(kind: str, arm: str) -> str:

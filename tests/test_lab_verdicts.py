@@ -331,7 +331,8 @@ def test_question_6_longlora_is_judged_where_it_learns(score, paper, ours):
 
     arms = [fixed(70.0), Made("pose", "linear", (95, 80, 80.0), whole=False), longlora("linear", 1.0)]
     arms += [fixed(70.0, "yarn"), Made("pose", "yarn", (95, 80, 80.0), whole=False), recall(75.0, "yarn")]
-    rows = judged([*arms, longlora("yarn", score, lr=2e-3)], noise=1.0)
+    full = Made("contiguous", "yarn", (90, 70, 75.0), full=True, tag="-2048", seconds=14.0)
+    rows = judged([*arms, full, longlora("yarn", score, lr=2e-3)], noise=1.0)
     told = {row["source"]: row for row in rows if row["metric"] == "claim" and row["family"] == claims.LONGLORA}
     assert {source: row["agrees"] for source, row in told.items()} == {"paper": paper, "prototypes": ours}
     assert told["paper"]["value"] == pytest.approx(70 - score, abs=1e-5)
@@ -339,7 +340,7 @@ def test_question_6_longlora_is_judged_where_it_learns(score, paper, ours):
     assert {part["scaling"] for row in told.values() for part in row["parts"]} == {"yarn"}
     compared = [r for r in rows if r["family"] == claims.LONGLORA and r["primary"] and r["metric"] != "claim"]
     assert {(row["kinds"][0], row["prompts"][0]) for row in compared if row["scaling"] == "yarn"} == {
-        ("endprompt", "EP_1"), ("endprompt", "recall"), ("pose", ""),
+        ("endprompt", "EP_1"), ("endprompt", "recall"), ("pose", ""), ("full", ""),
     }  # fmt: skip
     assert {row["labels"][1] for row in compared} == {"LongLoRA, 1.2M tokens", "LongLoRA, rate 0.002, 1.2M tokens"}
     kept = [row["labels"][0] for row in rows if row["task"] == "q7" and row["metric"] == "score_difference"]
@@ -432,6 +433,13 @@ def test_the_whole_plan_is_answered_twice_alike(tmp_path):
     again = lab_run(tmp_path / "second", bases=((256, 8), (256, 32)), samples=16)
     verdicts.write(again)
     assert all(line["same"] for line in verdicts.compare(run, again))
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    lines = (run / "results.jsonl").read_text().splitlines(keepends=True)
+    (turned / "results.jsonl").write_text("".join(reversed(lines)))
+    verdicts.write(turned)
+    told = [line for line in verdicts.compare(run, turned) if line["metric"] == "claim"]
+    assert len(told) > 15 and all(line["first"] and line["second"] for line in told), "known by its words"
     changed = lab_run(tmp_path / "third", bases=((256, 8),), seeds=[0])
     verdicts.write(changed)
     told = verdicts.compare(run, changed)
