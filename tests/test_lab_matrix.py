@@ -216,6 +216,20 @@ def test_paper_scale_plans_every_recipe_and_says_what_is_missing(tmp_path, capsy
     assert script.count("torchrun") == 2 and "--recipe full-length-llama3-8b-64k --model MODEL" in script
 
 
+def test_paper_scale_has_the_recommended_scheme_beside_pose():
+    """In the questions of place, cost and window; its recipe is the lab's arm `sliding-long`."""
+    import endprompt
+
+    path = Path(endprompt.__file__).parent / "recipes" / "extend" / "sliding-llama3-8b-64k.yaml"
+    content = matrix.read_matrix(matrix.matrix_files(LabConfig(preset="paper-scale"))[0])
+    for question in (4, 6, 7):
+        assert {"sliding-llama3-8b-64k", "pose-llama3-8b-64k"} <= set(content["questions"][question])
+    arm = matrix.read_matrix(matrix.matrix_files(LabConfig(preset="search"))[0])["arms"]["sliding-long"]
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    shared = ("scheme", "prompt", "recall_span")
+    assert {key: recipe[key] for key in shared} == {key: arm[key] for key in shared}
+
+
 def test_distances_of_a_row_are_those_of_all_pairs():
     import numpy as np
 

@@ -1,0 +1,152 @@
+"""What the pages say of the lab, against the committed rows: every score, every difference with its interval."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import estimates, verdicts
+from benchmarks.lab import matrix
+from benchmarks.lab.matrix import LabConfig
+from endprompt.rows import read_rows
+
+ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "paper_figures" / "data" / "measured"
+INTERVAL = re.compile(r"([+-]\d+\.\d+)(?: points)? \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
+SETTINGS = (("256", "yarn"), ("256", "linear"), ("512", "yarn"), ("512", "linear"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    with gzip.open(MEASURED / "lab_results.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def arms(rows):
+    return {(arm.base, arm.fold, arm.name): arm for arm in verdicts.arms_of(rows)}
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return read_rows(MEASURED / "lab_questions.jsonl")
+
+
+def part(path, first, last=None):
+    """A page from one heading or phrase to another."""
+    text = (ROOT / path).read_text(encoding="utf-8").split(first, 1)[1]
+    return text.split(last, 1)[0] if last else text
+
+
+def lines_of(text):
+    """The lines of all tables, cell by cell."""
+    found = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [cells for cells in found if not set("".join(cells)) <= {"-"}]
+
+
+def shown(value, low, high):
+    return tuple(f"{v:+.1f}" for v in (value, low, high))
+
+
+def against(first, second, seeds=None):
+    """First less second at the target, over the seeds that both have."""
+    a, b = (arm.scores[arm.target] for arm in (first, second))
+    return estimates.over_seeds([a[s] - b[s] for s in a if s in b and (seeds is None or s in seeds)])
+
+
+def test_the_table_of_schemes_has_the_scores_of_the_rows(arms):
+    table = lines_of(part("docs/schemes.md", "## What was measured", "`sliding` has"))[1:]
+    assert len(table) > 20
+    for name, _, *cells in table:
+        for (base, scaling), cell in zip(SETTINGS, cells, strict=True):
+            full = {"256": "full-8192", "512": "full-16384"}[base]
+            arm = arms.get((base, 32, f"{full if name == 'full length, equal tokens' else name}+{scaling}"))
+            scores = list(arm.scores[arm.target].values()) if arm else []
+            said = f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} ({len(scores)})" if arm else ""
+            assert cell == said, (name, base, scaling)
+
+
+def test_the_schemes_against_pose_and_each_other(arms):
+    text = part("docs/schemes.md", "Against PoSE, seed by seed:")
+    for name, *cells in lines_of(text)[1:]:
+        for (base, scaling), cell in zip(SETTINGS, cells, strict=True):
+            found = against(arms[base, 32, f"{name}+{scaling}"], arms[base, 32, f"pose+{scaling}"])
+            assert INTERVAL.findall(cell) == [shown(found.value, found.lo, found.hi)], (name, base, scaling)
+    longer = against(arms["256", 32, "sliding-long+linear"], arms["256", 32, "sliding+linear"])
+    assert shown(longer.value, longer.lo, longer.hi) in INTERVAL.findall(text)
+    for name, scaling in (("sliding-long", "linear"), ("sliding", "yarn")):  # chosen on seeds 0 to 4 of base 256
+        tested = [
+            against(arms[base, 32, f"{name}+{scaling}"], arms[base, 32, f"pose+{scaling}"], seeds)
+            for base, seeds in (("256", range(5, 20)), ("512", None))
+        ]
+        found = estimates.over_settings(tested)
+        assert shown(found.value, found.lo, found.hi) in INTERVAL.findall(text), name
+
+
+def test_every_other_estimate_on_the_pages_is_one_of_the_questions(questions):
+    known = {
+        tuple(f"{v:+.{digits}f}" for v in (row["value"], *row["ci95"]))
+        for row in questions
+        if row["primary"] and row["ci95"]
+        for digits in (1, 2)
+    }
+    texts = {
+        "README.md": part("README.md", "- **The lab, small scale**", "## Shell completion"),
+        "docs/lab.md": part("docs/lab.md", "## LongLoRA", "## A matrix"),
+        "docs/schemes.md": part("docs/schemes.md", "Which scheme is the best cannot", "Before seeds 10 to 19"),
+    }
+    for path, text in texts.items():
+        found = INTERVAL.findall(" ".join(text.split()))
+        assert len(found) >= 2 and set(found) <= known, (path, set(found) - known)
+
+
+def test_longlora_against_the_others_is_said_for_each_base(arms):
+    names = {"pose": "pose", "endprompt recall": "recall", "endprompt EP_1": "endprompt"}
+    names |= {"contiguous, short": "contiguous"}
+    table = lines_of(part("docs/lab.md", "Others less LongLoRA", "So the paper's claim"))[1:]
+    assert len(table) == 5
+    for name, *cells in table:
+        for (base, length), cell in zip((("256", 2048), ("512", 4096)), cells, strict=True):
+            arm = arms[base, 8, f"{names.get(name, f'full-{length}')}+yarn"]
+            found = against(arm, arms[base, 8, f"longlora-{length}+yarn"])
+            assert INTERVAL.findall(cell) == [shown(found.value, found.lo, found.hi)], (name, base)
+
+
+def test_two_runs_with_other_seeds_end_as_the_page_says(rows, tmp_path):
+    """The cells of preset micro alone, ten seeds each, every choice as that run alone makes it."""
+    text = " ".join(part("docs/lab.md", "## Run again with other seeds", "## LongLoRA").split())
+    config = LabConfig(preset="micro", seeds=list(range(20)))
+    made = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
+    micro = {cell.sha256 for cell in made}
+    claims = []
+    for name, seeds in (("first", range(10)), ("second", range(10, 20))):
+        chosen = [row for row in rows if row["cell"] in micro and row["seed"] in seeds]
+        assert len({row["cell"] for row in chosen}) == len(micro) / 2 == 830
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        told = verdicts.write(tmp_path / name)
+        claims.append({(row["source"], row["claim"]): row for row in told if row["metric"] == "claim"})
+    lines = verdicts.compare(tmp_path / "first", tmp_path / "second")
+    judged = [line for line in lines if line["metric"] == "claim"]
+    others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
+    same = sum(line["same"] for line in judged)
+    assert f"answers {len(judged)} claims of `LAB.md`: {same} end alike" in text
+    assert f"Of the {len(others)} estimates" in text and f"{sum(x['same'] for x in others)} have the same" in text
+    assert not [x for x in judged if {x["first"], x["second"]} == {verdicts.AGREES, verdicts.DISAGREES}]
+    turned = [{"helps", "hurts"}, {"rises", "falls"}, {"larger", "smaller"}, {"predicts", "contradicts"}]
+    assert not [x for x in others if {x["first"], x["second"]} in turned]
+    words = {verdicts.AGREES: "holds", verdicts.DISAGREES: "does not hold", verdicts.OPEN: "not decided"}
+    table = {claim: cells for claim, *cells in lines_of(part("docs/lab.md", "| claim | seeds 0", "In each"))}
+    assert len(table) == len(judged) - same
+    for line in judged:
+        key = line["source"], line["claim"]
+        if not line["same"]:
+            found = [claims[run][key] for run in (0, 1)]
+            said = [f"{words[x['agrees']]}: {verdicts.estimate_text(x).replace(' points', '')}" for x in found]
+            short = line["claim"].replace("recall with YaRN keeps it", "recall with YaRN keeps the short window")
+            assert table[short] == said
