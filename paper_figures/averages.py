@@ -34,13 +34,21 @@ def average(rows: pd.DataFrame, by: Sequence[str], over: Sequence[str] = ("task"
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
         key = key if isinstance(key, tuple) else (key,)
         needed = complete[tuple(k for column, k in zip(by, key) if column != "method")]
-        seeds = [seed for _, seed in group.groupby("seed", dropna=False) if len(seed) == needed]
+        seeds = _by_seed(group, needed)
         if not seeds:
             continue
-        value, lo, hi = _over_seeds(seeds)
-        origin = "; ".join(seed["origin"].iloc[0] + (" ff." if len(seed) > 1 else "") for seed in seeds)
+        value, lo, hi = _over_seeds([cells for cells, _ in seeds])
+        origin = "; ".join(first + (" ff." if len(cells) > 1 else "") for cells, first in seeds)
         out.append([*key, value, lo, hi, len(seeds), needed, origin])
     return pd.DataFrame(out, columns=[*by, "value", "lo", "hi", "seeds", "cells", "origin"])
+
+
+def _by_seed(group: pd.DataFrame, needed: int) -> list[tuple[np.ndarray, str]]:
+    """(value, lo and hi of each cell; origin of the first) of each seed, in order, that has all the cells."""
+    numbers, names = pd.factorize(group["seed"], sort=True, use_na_sentinel=False)
+    cells, origins = group[["value", "lo", "hi"]].to_numpy(float), group["origin"].to_numpy()
+    places = [np.flatnonzero(numbers == number) for number in range(len(names))]
+    return [(cells[place], origins[place[0]]) for place in places if len(place) == needed]
 
 
 def _number_of_cells(rows: pd.DataFrame, peers: list[str], over: Sequence[str]) -> dict[tuple, int]:
@@ -52,14 +60,14 @@ def _number_of_cells(rows: pd.DataFrame, peers: list[str], over: Sequence[str]) 
     }
 
 
-def _over_seeds(seeds: list[pd.DataFrame]) -> tuple[float, float, float]:
-    means = np.array([seed["value"].mean() for seed in seeds])
+def _over_seeds(seeds: list[np.ndarray]) -> tuple[float, float, float]:
+    means = np.array([seed[:, 0].mean() for seed in seeds])
     if len(seeds) > 1:
         half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
         return means.mean(), means.mean() - half, means.mean() + half
-    cells = seeds[0][["value", "lo", "hi"]].astype(float)
-    below = np.sqrt(((cells["value"] - cells["lo"]) ** 2).sum(skipna=False)) / len(cells)
-    above = np.sqrt(((cells["hi"] - cells["value"]) ** 2).sum(skipna=False)) / len(cells)
+    value, low, high = seeds[0].T
+    below = np.sqrt(((value - low) ** 2).sum()) / len(value)
+    above = np.sqrt(((high - value) ** 2).sum()) / len(value)
     return means[0], means[0] - below, means[0] + above
 
 

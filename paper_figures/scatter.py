@@ -135,6 +135,6 @@ def side_by_side(values: pd.Series, width: float = 0.08) -> list[float]:
 
 def lab_note(frames: Frames, points: list[tuple[str, pd.DataFrame]]) -> str:
     rows = scored(frames, "ruler")
-    kind = interval_kind(pd.concat([means for _, means in points]))
+    kind = interval_kind(pd.concat([means[means["main"]] for _, means in points]))  # the others have none drawn
     first = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks at the target length; {kind}"
     return f"{first}\nhollow: PI; arms of equal place on the x axis stand side by side"

@@ -279,6 +279,24 @@ def test_an_interval_at_the_border_stays_one_sided():
     assert (mean["lo"], mean["hi"]) == pytest.approx((95, 100))
 
 
+@pytest.mark.parametrize(
+    "name", ["anchor_place", "cost", "lab_scores", "score_against_steps", "smoothness_against_score"]
+)
+@pytest.mark.parametrize("fewer", [8, 32])
+def test_captions_of_the_lab_tell_the_least_and_the_most_seeds(name, fewer, tmp_path):
+    """Whichever base and fold is drawn last, or, where one alone has several lengths of training, which scaling."""
+    from lab_rows import lab_run
+
+    rows = data.read_results([lab_run(tmp_path, bases=((256, 8), (256, 32)), seeds=(0, 1, 2))])
+    scaling = {8: "linear", 32: "yarn"}[fewer]
+    chosen = rows["scaling"] == scaling if name == "score_against_steps" else rows["fold"] == fewer
+    rows = rows[~chosen | (rows["seed"] != 2)]
+    module = catalog.module(name)
+    with style.journal():
+        note = module.draw(data.load(module.INPUTS, rows)).get_suptitle()
+    assert "95% intervals over 2 to 3 seeds" in note
+
+
 def test_seeds_give_students_interval():
     rows = [row("base", "vt", 256, value, seed) for seed, value in enumerate((10, 12, 14))]
     mean = averages.average(frame_of(rows), ["method"]).iloc[0]

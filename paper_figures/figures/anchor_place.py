@@ -40,8 +40,10 @@ def draw(frames: Frames) -> Figure:
     fig = style.figure(0.19 * len(places) + 1.3, 7.0)
     axes = fig.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     colors = {"linear": style.ARMS["contiguous"][0], "yarn": style.ARMS["endprompt"][0]}
+    shown = []
     for ax, (_, _, _, part) in zip(axes, chosen):
         means = average(part, ["method"], ["task"]).set_index("method")
+        shown.append(means)
         arms = part.drop_duplicates("method").set_index("method")
         for name in means.index:
             arm = arms.loc[name]
@@ -83,7 +85,7 @@ def draw(frames: Frames) -> Figure:
     if not set(rows["cue"]) <= set(MARKS):
         dots["another prompt"] = {"marker": "v", "color": "#444444", "linestyle": "none"}
     fig.legend(handles=lab.handles(dots | lines), loc="outside lower center", ncols=6)
-    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(means)}"
+    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(shown))}"
     fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
     return fig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from paper_figures import lab, style
@@ -28,12 +29,14 @@ def draw(frames: Frames) -> Figure:
     fig = style.figure(2.2 * len(chosen) + 0.45)
     grid = fig.subplots(len(chosen), 3, sharey=True, squeeze=False)
     used: dict[str, dict] = {}
+    drawn = []
     for axes, (heading, _, _, part) in zip(grid, chosen):
         lengths = sorted(part["length"].unique())
         shown = lengths if len(lengths) <= 3 else [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
         for ax, length in zip(axes, shown):
             for (name, label), lines in part[part["length"] == length].groupby(["line", "label"], sort=False):
                 means = average(lines.assign(method="arm"), ["method", "steps"], ["task"]).sort_values("steps")
+                drawn.append(means)
                 hollow = {"markerfacecolor": "white", "linestyle": (0, (3, 1.2))}
                 look = looks[label] | (hollow if lines["scaling"].iloc[0] == "linear" else {})
                 used[name] = look
@@ -48,7 +51,8 @@ def draw(frames: Frames) -> Figure:
             ax.set_xlabel("training steps")
             at = f"at {short_length(length)}"
             ax.set_title(f"{heading}; {at}" if ax is axes[0] else at, fontsize=7)
-    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(means)}; hollow, dashed: PI"
+    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(drawn))}; "
+    note += "hollow, dashed: PI"
     fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
     fig.legend(handles=lab.handles(used), loc="outside lower center", ncols=min(4, len(used)))
     return fig
