@@ -70,6 +70,8 @@ class ExtendConfig:
         compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU); graph records a whole
             step as one CUDA graph, graph+layers one of compiled layers: for models whose steps are bound by launches
         device: cpu, cuda or auto
+        deterministic: repeat bit for bit on a GPU too, where the same device, versions and settings are given; some
+            percent slower. On a CPU runs repeat anyway
         save_every: steps between training states; 0 for none
         keep: how many training states are kept
         log_every: steps between lines of the log
@@ -129,6 +131,7 @@ class ExtendConfig:
     checkpointing: str = "none"
     compile: str = "auto"
     device: str = "auto"
+    deterministic: bool = False
     save_every: int = 0
     keep: int = 2
     log_every: int = 10
@@ -147,6 +150,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("auto", "adamw", "masters", "lean")
 FLOAT8 = ("none", "exact", "fast")
 DTYPES = ("float32", "bfloat16")
+#: Attentions whose gradients can be summed in a fixed order.
+REPEATABLE = ("sdpa", "eager", "shifted")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "layers", "none", "graph", "graph+layers")
 CHECKPOINTING = ("none", "selective", "full")
@@ -213,6 +218,11 @@ def check_config(config: ExtendConfig) -> None:
     if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
+        )
+    if config.deterministic and config.attention not in REPEATABLE:
+        raise ValueError(
+            f"deterministic needs attention to be one of {', '.join(REPEATABLE)}, whose gradients can be summed in a "
+            f"fixed order: deterministic={config.deterministic} attention={config.attention!r}"
         )
     if config.compile.startswith("graph"):
         check_recordable(config)

@@ -179,6 +179,7 @@ def recorded_values(config: ExtendConfig, model: PreTrainedModel, shape: tuple[i
         shape,
         tuple(tensors),
         torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

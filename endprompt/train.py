@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._functorch.config
 
-from endprompt import checkpoint, distributed, linears, longlora, shares
+from endprompt import checkpoint, determinism, distributed, linears, longlora, shares
 from endprompt.card import RECORD, write_card
 from endprompt.config import ExtendConfig, check_config, check_output, check_processes, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
@@ -199,14 +199,15 @@ def run(
             "tokens",
             here,
         )
-        trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
-        trainer.evaluation = evaluation
-        if state is not None:
-            trainer.resume(state)
-        try:
-            trainer.fit(work / "states")
-        except torch.OutOfMemoryError as error:
-            raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
+        with determinism.repeatable(config.deterministic):
+            trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
+            trainer.evaluation = evaluation
+            if state is not None:
+                trainer.resume(state)
+            try:
+                trainer.fit(work / "states")
+            except torch.OutOfMemoryError as error:
+                raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
         path = finish(config, trainer, tokenizer, work, output, source_dtype, window)
         if trainer.stopped:  # at its last step: what called this run is to stop
             raise KeyboardInterrupt
@@ -314,7 +315,8 @@ def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> N
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "divergence", "checkpointing"} | {key for key in vars(config) if key.startswith("eval_")}
+    free |= {"report", "divergence", "checkpointing", "deterministic"}
+    free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
 
 
@@ -689,12 +691,17 @@ def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 @contextlib.contextmanager
 def attention_backends(device: torch.device) -> Iterator[None]:
-    """On CUDA, cuDNN's attention first: it is about twice as fast as torch's own flash kernel on Hopper GPUs."""
+    """On CUDA, cuDNN's attention first: it is about twice as fast as torch's own flash kernel on Hopper GPUs.
+
+    Its gradients are summed in no fixed order, so where runs must repeat torch's own flash kernel comes first.
+    """
     if device.type != "cuda":
         yield
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if torch.are_deterministic_algorithms_enabled():
+        order = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         yield

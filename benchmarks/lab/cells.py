@@ -41,6 +41,7 @@ class Workplace:
     cache: Path
     device: str
     compile: str = "none"
+    deterministic: bool = True
     jobs: int = 1
     keep_checkpoints: bool = False
     batch_tokens: int = quick.BATCH_TOKENS
@@ -81,7 +82,8 @@ def run(cell: Cell, place: Workplace) -> Outcome:
             shutil.rmtree(checkpoint, ignore_errors=True)
             shutil.rmtree(checkpoint.with_name(checkpoint.name + ".partial"), ignore_errors=True)
             data = [str(part.path(place.cache)) for part in material.parts(cell)]
-            config = cell.config(data, str(checkpoint), place.device, place.compile_of(cell))
+            compiled = place.compile_of(cell)
+            config = cell.config(data, str(checkpoint), place.device, compiled, place.deterministic)
             train.extend(config)
             about = json.loads((checkpoint / train.RECORD).read_text(encoding="utf-8"))
     with made.phase("load"):
@@ -195,6 +197,7 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
         "device": torch.cuda.get_device_name() if place.device == "cuda" else "cpu",
         "dtype": dtype,
         "jobs": place.jobs,
+        "deterministic": place.deterministic,
         "cell": cell.sha256,
     }
     if not cell.trained:

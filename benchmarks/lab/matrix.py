@@ -42,7 +42,8 @@ BASES = FOLDER.parent / "base"
 VERSION = 1
 #: Settings that the lab gives the trainer itself.
 OWN = frozenset(
-    {"model", "data", "output", "target", "seed", "device", "compile", "resume", "overwrite", "save_every", "keep"}
+    {"model", "data", "output", "target", "seed", "device", "compile", "deterministic", "resume", "overwrite"}
+    | {"save_every", "keep"}
 )
 SETTINGS = frozenset(field.name for field in dataclasses.fields(ExtendConfig)) - OWN
 #: What `--only KEY=VALUE` may name.
@@ -69,6 +70,7 @@ class LabConfig:
         cache: folder of the documents and samples; OUTPUT/cache if not given. Several runs may share it.
         device: cpu, cuda or auto.
         compile: the trainer's own setting of this name; auto is what is fastest for such small models.
+        deterministic: the trainer's own setting of this name: cells repeat bit for bit on the same GPU and versions.
         mps: try NVIDIA's multi-process service, so that workers run on a GPU at the same time.
         model: checkpoint of preset paper-scale.
         data: its training data.
@@ -89,6 +91,7 @@ class LabConfig:
     cache: str | None = None
     device: str = "auto"
     compile: str = "auto"
+    deterministic: bool = True
     mps: bool = True
     model: str | None = None
     data: list[str] = field(default_factory=list)
@@ -190,7 +193,14 @@ class Cell:
         about |= {"model": base_sha256(self.model), "version": VERSION}
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
-    def config(self, data: Sequence[str], output: str, device: str = "auto", compile: str = "auto") -> ExtendConfig:
+    def config(
+        self,
+        data: Sequence[str],
+        output: str,
+        device: str = "auto",
+        compile: str = "auto",
+        deterministic: bool = False,
+    ) -> ExtendConfig:
         """The trainer's configuration."""
         return ExtendConfig(
             **self.settings,
@@ -201,6 +211,7 @@ class Cell:
             seed=self.seed,
             device=device,
             compile=compile,
+            deterministic=deterministic,
             overwrite=True,
         )
 

@@ -69,7 +69,7 @@ def lab(config: LabConfig) -> int:
         done = finished(output / "results.jsonl", cells) if (output / "results.jsonl").is_file() else set()
         print(plan_text(cells, done, device, jobs))
         return 0
-    check_rows(cells)
+    check_rows(cells, config.deterministic)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_use(config.output))
         if device == "cuda" and jobs > 1 and config.mps:
@@ -103,8 +103,9 @@ def jobs_of(config: LabConfig, device: str, cells: int) -> int:
     return min(config.jobs or (min(GPU_JOBS, cores) if device == "cuda" else cores), cells)
 
 
-def check_rows(cells: Sequence[Cell]) -> None:
-    """Raises ValueError for an arm whose rows or scaling cannot be, before any is trained."""
+def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
+    """Raises ValueError for an arm whose settings, rows or scaling cannot be, before any is trained."""
+    from endprompt.config import check_config
     from endprompt.model import extended_config, load_config
     from endprompt.train import row_spec
 
@@ -114,8 +115,10 @@ def check_rows(cells: Sequence[Cell]) -> None:
         if key in seen:
             continue
         seen.add(key)
-        config = cell.config(["documents"], "output")
+        config = cell.config(["documents"], "output", deterministic=deterministic)
         try:
+            if cell.trained:
+                check_config(config)
             source = load_config(cell.model)
             extended_config(source, config.scaling, cell.target, config.factor, **(config.rope_options or {}))
             if cell.trained:
@@ -274,6 +277,7 @@ class Runner:
             cache=self.cache,
             device=self.device,
             compile="none" if self.device == "cpu" and self.config.compile == "auto" else self.config.compile,
+            deterministic=self.config.deterministic,
             jobs=self.jobs,
             keep_checkpoints=self.config.keep_checkpoints,
             batch_tokens=tokens if self.device == "cuda" else tokens // 8,

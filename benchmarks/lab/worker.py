@@ -55,8 +55,11 @@ def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
     import torch
 
     from benchmarks.lab import cells
+    from endprompt import determinism
 
     torch.set_num_threads(threads)
+    if place.deterministic:
+        determinism.prepare()
     pipe.send(Answer(ready=True))
     while True:
         try:

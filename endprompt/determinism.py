@@ -1,0 +1,56 @@
+"""Training that repeats bit for bit on a GPU: the same device model, versions and settings give the same weights.
+
+Left alone, a GPU adds some gradients up in the order in which its blocks happen to end (attention's backward pass by
+cuDNN does), and torch.compile takes whichever variant of a kernel was fastest when it looked. Each changes last digits,
+which grow over the steps. On a CPU runs repeat anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+#: Sizes of its buffers with which cuBLAS repeats (NVIDIA's cuBLAS documentation, results reproducibility).
+WORKSPACES = (":4096:8", ":16:8")
+
+
+def prepare() -> None:
+    """Set what cuBLAS reads once, when a process first multiplies on a GPU.
+
+    Raises ValueError if the variable is set to something with which it does not repeat.
+    """
+    given = os.environ.setdefault(WORKSPACE, WORKSPACES[0])
+    if given not in WORKSPACES:
+        raise ValueError(f"deterministic needs {WORKSPACE} to be one of {', '.join(WORKSPACES)}: {given!r}")
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool = True) -> Iterator[None]:
+    """Within it torch takes deterministic algorithms, or raises RuntimeError where an operation has none.
+
+    As it was afterwards. Operations of torch.compile choose their variants by rule and not by a race.
+    """
+    if not wanted:
+        yield
+        return
+    import torch._inductor.config as inductor
+
+    prepare()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # releases before 2.10 have no such switch, and keep to one variant while deterministic algorithms are on
+    rule = inductor.patch(deterministic=True) if hasattr(inductor, "deterministic") else contextlib.nullcontext()
+    try:
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # nothing here reads what was not written
+        with rule:
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
