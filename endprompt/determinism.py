@@ -33,24 +33,26 @@ def prepare() -> None:
 def repeatable(wanted: bool = True) -> Iterator[None]:
     """Within it torch takes deterministic algorithms, or raises RuntimeError where an operation has none.
 
-    As it was afterwards. Operations of torch.compile choose their variants by rule and not by a race.
+    As it was afterwards.
     """
     if not wanted:
         yield
         return
-    import torch._inductor.config as inductor
+    import torch._inductor.config as compiler
 
     prepare()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # releases before 2.10 have no such switch, and keep to one variant while deterministic algorithms are on
-    rule = inductor.patch(deterministic=True) if hasattr(inductor, "deterministic") else contextlib.nullcontext()
+    by_rule = getattr(compiler, "deterministic", None)  # releases before 2.10 do not have it
     try:
         torch.use_deterministic_algorithms(True)
         memory.fill_uninitialized_memory = False  # nothing here reads what was not written
-        with rule:
-            yield
+        if by_rule is not None:
+            compiler.deterministic = True  # kernels chosen by rule and not by a race
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled
+        if by_rule is not None:
+            compiler.deterministic = by_rule
