@@ -105,9 +105,12 @@ _compiled = None
 
 
 def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """On CUDA the elementwise work over [N, V] is fused by torch.compile; on the CPU it runs as written."""
+    """On CUDA the elementwise work over [N, V] is fused by torch.compile; on the CPU it runs as written.
+
+    So it does where runs must repeat: the order of its sums would follow from the shape that a process met first.
+    """
     global _compiled
-    if logits.device.type != "cuda":
+    if logits.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return _chunk_eager(logits, labels, weights)
     if _compiled is None:
         _compiled = torch.compile(_chunk_eager, dynamic=True)
