@@ -117,36 +117,111 @@ def test_longlora_against_the_others_is_said_for_each_base(arms):
             assert INTERVAL.findall(cell) == [shown(found.value, found.lo, found.hi)], (name, base)
 
 
-def test_two_runs_with_other_seeds_end_as_the_page_says(rows, tmp_path):
-    """The cells of preset micro alone, ten seeds each, every choice as that run alone makes it."""
-    text = " ".join(part("docs/lab.md", "## Run again with other seeds", "## LongLoRA").split())
-    config = LabConfig(preset="micro", seeds=list(range(20)))
+def micro_cells(seeds):
+    config = LabConfig(preset="micro", seeds=list(seeds))
     made = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
-    micro = {cell.sha256 for cell in made}
-    claims = []
-    for name, seeds in (("first", range(10)), ("second", range(10, 20))):
-        chosen = [row for row in rows if row["cell"] in micro and row["seed"] in seeds]
+    return {cell.sha256 for cell in made}
+
+
+@pytest.fixture(scope="module")
+def again():
+    with gzip.open(ROOT / "docs" / "lab_again.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def runs(rows, again, tmp_path_factory):
+    """Directories of preset micro alone, ten seeds each, with every choice as that run alone makes it."""
+    folder, micro = tmp_path_factory.mktemp("runs"), micro_cells(range(20))
+    made = {
+        "0-9": [row for row in rows if row["cell"] in micro and row["seed"] < 10],
+        "10-19": [row for row in rows if row["cell"] in micro and row["seed"] >= 10],
+        "again": again,
+    }
+    for name, chosen in made.items():
         assert len({row["cell"] for row in chosen}) == len(micro) / 2 == 830
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-        told = verdicts.write(tmp_path / name)
-        claims.append({(row["source"], row["claim"]): row for row in told if row["metric"] == "claim"})
-    lines = verdicts.compare(tmp_path / "first", tmp_path / "second")
+        (folder / name).mkdir()
+        (folder / name / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        verdicts.write(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("second", "section", "end"),
+    [("10-19", "### Other seeds", "## LongLoRA"), ("again", "### The same seeds", "### Other seeds")],
+)
+def test_two_runs_end_as_the_page_says(runs, second, section, end):
+    """How many claims and estimates end alike, that none is reversed, and each that differs with its interval."""
+    page = part("docs/lab.md", section, end)
+    text = " ".join(page.split())
+    lines = verdicts.compare(runs / "0-9", runs / second)
     judged = [line for line in lines if line["metric"] == "claim"]
     others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
     same = sum(line["same"] for line in judged)
-    assert f"answers {len(judged)} claims of `LAB.md`: {same} end alike" in text
-    assert f"Of the {len(others)} estimates" in text and f"{sum(x['same'] for x in others)} have the same" in text
+    assert re.search(rf"\b{len(judged)} claims (of `LAB.md`: )?{same} end alike", text)
+    assert f"the {len(others)} estimates" in text and f"{sum(x['same'] for x in others)} have the same" in text
     assert not [x for x in judged if {x["first"], x["second"]} == {verdicts.AGREES, verdicts.DISAGREES}]
     turned = [{"helps", "hurts"}, {"rises", "falls"}, {"larger", "smaller"}, {"predicts", "contradicts"}]
     assert not [x for x in others if {x["first"], x["second"]} in turned]
+    assert sum({x["first"], x["second"]} == {"lost", "kept"} for x in others) == 1
+    told = [read_rows(runs / run / "questions.jsonl") for run in ("0-9", second)]
+    claims = [{(row["source"], row["claim"]): row for row in run if row["metric"] == "claim"} for run in told]
     words = {verdicts.AGREES: "holds", verdicts.DISAGREES: "does not hold", verdicts.OPEN: "not decided"}
-    table = {claim: cells for claim, *cells in lines_of(part("docs/lab.md", "| claim | seeds 0", "In each"))}
+    table = {claim: cells for claim, *cells in lines_of(page)[1:]}
     assert len(table) == len(judged) - same
     for line in judged:
         key = line["source"], line["claim"]
         if not line["same"]:
-            found = [claims[run][key] for run in (0, 1)]
-            said = [f"{words[x['agrees']]}: {verdicts.estimate_text(x).replace(' points', '')}" for x in found]
+            said = [
+                f"{words[x[key]['agrees']]}: {verdicts.estimate_text(x[key]).replace(' points', '')}" for x in claims
+            ]
             short = line["claim"].replace("recall with YaRN keeps it", "recall with YaRN keeps the short window")
             assert table[short] == said
+
+
+def average(rows, fold=None):
+    """{(arm, base, fold, seed): mean score at the target} of trained arms."""
+    found = {}
+    for row in rows:
+        if row["suite"] == "ruler" and row["length"] == row["target"] and not row["arm"].startswith("untrained"):
+            found.setdefault((row["arm"], row["base"], row["fold"], row["seed"]), []).append(row["value"])
+    return {key: np.mean(values) for key, values in found.items() if fold in (None, key[2])}
+
+
+def test_the_same_seeds_differ_by_as_much_as_the_page_says(rows, again):
+    text = " ".join(part("docs/lab.md", "### The same seeds", "### Other seeds").split())
+    micro = micro_cells(range(10))
+    first = [row for row in rows if row["cell"] in micro]
+    samples = [
+        {(row["cell"], row["task"], row["length"]): row["samples_sha256"] for row in run if row["suite"] == "ruler"}
+        for run in (first, again)
+    ]
+    assert samples[0] == samples[1] and {key[0] for key in samples[0]} == micro
+    apart = {}
+    for fold in (8, 32):
+        a, b = average(first, fold), average(again, fold)
+        assert a.keys() == b.keys()
+        apart[fold] = np.sqrt(np.mean([(a[key] - b[key]) ** 2 for key in a]))
+    assert f"differs by {apart[8]:.1f} points at 8-fold and {apart[32]:.1f} at 32-fold" in text
+    a, b = average(first), average(again)
+    arms = {key[:3] for key in a}
+    spreads = np.array([[np.std([run[(*arm, seed)] for seed in range(10)]) for arm in arms] for run in (a, b)])
+    spreads = spreads[:, (spreads > 0).all(axis=0)]
+    assert f"({np.exp(np.log(spreads[1] / spreads[0]).mean()):.2f} times, geometric mean)" in text
+    assert f"({np.mean(list(a.values())) - np.mean(list(b.values())):.1f} points less)" in text
+
+
+def test_cells_that_were_done_twice_are_the_same(again):
+    """In processes of their own, with another number of workers and in another order."""
+    with gzip.open(ROOT / "docs" / "lab_twice.jsonl.gz", "rt", encoding="utf-8") as file:
+        twice = [json.loads(line) for line in file]
+
+    def values(rows):
+        keys = ("cell", "suite", "task", "length", "metric")
+        return {tuple(row[key] for key in keys): (row["value"], row.get("final_loss"), row["jobs"]) for row in rows}
+
+    second, first = values(twice), values(again)
+    assert f"all {len(second)} rows have the same values" in " ".join(part("docs/lab.md", "### The same seeds").split())
+    assert len({row["cell"] for row in twice}) == 8 and all(row["deterministic"] for row in twice + again)
+    assert {key: value[:2] for key, value in second.items()} == {key: first[key][:2] for key in second}
+    assert {value[2] for value in second.values()} == {3} and {first[key][2] for key in second} == {8}

@@ -504,9 +504,9 @@ class Rate:
 
 #: Steps that are not recorded as a graph take so much longer on a shared GPU (LongLoRA's: 53 s where 18 were expected).
 PLAIN_STEPS = 3.0
-#: On two CPU cores by measurement. On a GPU that 8 workers share it says 5 minutes for five seeds of preset micro as it
-#: was without YaRN for LongLoRA; one H200 took 6.
-RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.5e13, 0.008, 1.5, 15.0)}
+#: By measurement: on two CPU cores, and on an H200 that 8 workers share, with deterministic training. There it says
+#: 14.2 minutes for ten seeds of preset micro, which took 15.8.
+RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.0e13, 0.010, 1.5, 15.0)}
 
 
 def train_flops(cell: Cell) -> float:
