@@ -76,6 +76,8 @@ class BenchConfig:
         sums: dtype of the lean optimizer's gradient sums, float32 or bfloat16
         fused_sums: add weight gradients to the sums inside the matrix products
         joint: one product for q, k and v, and one for gate and up
+        fused: with the lean optimizer's converted layers, norms and SwiGLU in kernels of their own with the products
+            around them (see endprompt/fused.py); joint and float8 layers have none
         float8: none, exact or fast (accumulation of the backward products)
         float8_head: with float8, also the logits and the gradient that goes down from them
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
@@ -107,6 +109,7 @@ class BenchConfig:
     sums: str = "float32"
     fused_sums: bool = True
     joint: bool = True
+    fused: bool = False
     float8: str = "none"
     float8_head: bool = False
     recompute: str = "selective"
@@ -294,6 +297,7 @@ class Run:
         import torch
 
         from endprompt import linears
+        from endprompt.fused import fuse
         from endprompt.model import extended_config, new_model, training_attention
         from endprompt.optim import LeanAdamW
         from endprompt.recompute import memory_budget
@@ -327,6 +331,7 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
         self.decoder: Any = self.model.get_base_model().model if config.method == "longlora" else self.model.model
+        fused = 0
         if config.method == "reference" or config.recompute == "full":
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if config.method == "longlora":
@@ -339,12 +344,16 @@ class Run:
             if config.joint:
                 linears.join(self.model)
             linears.convert(self.model, config.float8)
+            if config.fused:
+                fused = fuse(self.model, keep=config.recompute == "none")
+                if not fused:
+                    say(f"fused: no layer can be, as it is: joint={config.joint} float8={config.float8!r}")
         if config.compile and config.method != "reference":
             import torch._dynamo
             import torch._functorch.config
 
             if config.recompute == "selective":
-                budget = config.memory_budget or memory_budget(config.float8)
+                budget = config.memory_budget or memory_budget(config.float8, bool(fused))
                 torch._functorch.config.activation_memory_budget = budget
             for layer in self.decoder.layers:
                 layer.compile(dynamic=False)

@@ -58,6 +58,8 @@ class ExtendConfig:
         seed: of positions, prompts and the order of documents
         optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
             rounding and one-byte moments: 8B on one GPU), or auto: masters for bfloat16, else adamw
+        fused: with the lean optimizer, norms and SwiGLU of the decoder layers in kernels of their own, on a GPU with
+            triton; layers in float8, and those of families other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
         float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
         float8_head: with float8, also the logits and the gradient that goes down from them
         dtype: of the weights that are trained: float32 or bfloat16
@@ -122,6 +124,7 @@ class ExtendConfig:
     clip: float = 1.0
     seed: int = 0
     optimizer: str = "auto"
+    fused: bool = False
     float8: str = "none"
     float8_head: bool = False
     dtype: str = "float32"

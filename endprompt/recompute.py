@@ -49,12 +49,13 @@ def checkpoint_layers(layers: Iterable[torch.nn.Module], kind: str) -> None:
         layer.forward = functools.partial(checkpoint, layer.forward, **options)
 
 
-def memory_budget(float8: str) -> float:
+def memory_budget(float8: str, fused: bool = False) -> float:
     """The share of a compiled layer's activations that torch's partitioner may keep for `selective`.
 
     Compiled layers need no checkpointing to run their element-wise work again: the partitioner plans it, in steps. A
     budget just below 1 gives up norms and activation functions and no more, which in bfloat16 leaves 70% of what it
     would keep at 1; only a budget below that share runs attention and products again. In float8 norms and activation
-    functions are given up already at 1, so every budget below it costs products.
+    functions are given up already at 1, so every budget below it costs products. Fused layers make their norms and
+    activation functions again themselves: at 1 they keep as much as others at 0.99, and below it attention runs again.
     """
-    return 1.0 if float8 != "none" else 0.99
+    return 1.0 if fused or float8 != "none" else 0.99

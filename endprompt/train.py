@@ -30,6 +30,7 @@ from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefet
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
 from endprompt.float8 import Float8Matrix
+from endprompt.fused import fuse
 from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy
@@ -315,7 +316,7 @@ def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> N
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "divergence", "checkpointing", "deterministic"}
+    free |= {"report", "divergence", "checkpointing", "deterministic", "fused"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
 
@@ -491,10 +492,6 @@ class Trainer:
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
         compiled = config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda")
-        if compiled and config.checkpointing == "selective":
-            torch._functorch.config.activation_memory_budget = memory_budget(config.float8)
-        else:
-            checkpoint_layers(decoder_layers(model), config.checkpointing)
         self.graph: StepGraph | None = None
         if config.compile.startswith("graph"):
             self.graph = self.step_graph()
@@ -503,6 +500,11 @@ class Trainer:
             self.optimizer = optimizer_of(config, model)
         if config.optimizer == "lean":
             linears.convert(model, config.float8)
+        fused = self.fuse()
+        if compiled and config.checkpointing == "selective":
+            torch._functorch.config.activation_memory_budget = memory_budget(config.float8, bool(fused))
+        else:
+            checkpoint_layers(decoder_layers(model), config.checkpointing)
         if compiled:
             for layer in decoder_layers(model):
                 layer.compile()
@@ -512,6 +514,16 @@ class Trainer:
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
             shares.read_shares(model, config.model, here.device)
             self.optimizer = optimizer_of(config, model)
+
+    def fuse(self) -> int:
+        """Fuse what layers can be, if that is asked for and the lean optimizer trains them; how many were."""
+        config = self.config
+        if config.optimizer != "lean" or not config.fused:
+            return 0
+        fused = fuse(self.model, keep=config.checkpointing == "none")
+        if not fused:
+            say(f"fused: no layer of this model can be, as it is: float8={config.float8!r}", self.here)
+        return fused
 
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)

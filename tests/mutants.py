@@ -21,7 +21,7 @@ POSITIONS, LOSS, ROPE = "endprompt/positions.py", "endprompt/loss.py", "endpromp
 PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/rows.py"
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
-BENCH, VLLM = "endprompt/bench.py", "benchmarks/vllm_backend.py"
+BENCH, VLLM, FUSED = "endprompt/bench.py", "benchmarks/vllm_backend.py", "endprompt/fused.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
     # what is given to vLLM
@@ -30,6 +30,15 @@ MUTANTS = [
     (VLLM, "if shortest <= original < needed", "if shortest < original < needed", "vllm_backend"),
     (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "vllm_backend"),
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "vllm_backend"),
+    # fused layers
+    (FUSED, "return grad_x, grad_x if ctx.adds else None", "return grad_x, None", "fused"),
+    (FUSED, ".mean(-1, keepdim=True)) + grad_sum_MD.float()", ".mean(-1, keepdim=True))", "fused"),
+    (FUSED, "exact * (grad * exact).mean(-1, keepdim=True)", "exact * grad.mean(-1, keepdim=True)", "fused"),
+    (FUSED, "for one in grads_MD[1:]:\n        grad = ", "for one in grads_MD[2:]:\n        grad = ", "fused"),
+    (FUSED, "logistic + silu * (1 - logistic)", "logistic + silu", "fused"),
+    (FUSED, "h_MF = kept_MF if ctx.keep else again_MF", "h_MF = gate_MF", "fused"),
+    (FUSED, "if not module.training or past_key_values", "if past_key_values", "fused"),
+    (FUSED, "return residual + swiglu_linear(gate", "return hidden_states + swiglu_linear(gate", "fused"),
     # positions
     (POSITIONS, "prompt, target - prompt))\n\n\ndef endprompt_random", "prompt, target - prompt - 1))\n\n\ndef endprompt_random", "positions"),
     (POSITIONS, "np.arange(start, start + prompt, dtype=np.int64)", "np.arange(start, start + prompt, dtype=np.int64)[::-1]", "positions"),

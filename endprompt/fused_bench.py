@@ -1,0 +1,183 @@
+"""Speed of the kernels of fused layers alone: `python -m endprompt.fused_bench --output bench`.
+
+Each kernel at the shapes of a micro-batch of Llama-3-8B, in several launches, beside what torch.compile makes of the
+same work and beside a copy. Time is a kernel's own (the mean of several in a row); bytes are those that must be read
+and written once, so a kernel that moves some twice has a lower rate. The error is that of the first 256 tokens against
+the same work in torch. Rows (suite kernel-speed) go to results.jsonl; launches in use are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt import fused
+from endprompt.rows import append_rows, environment, result_row
+
+EPS = 1e-5
+#: Launches: block and warps of SwiGLU's kernels; warps of the norm's; warps, programs and stages of its backward one.
+SWIGLU = ((2048, 4), (4096, 8), (8192, 8), (2048, 8), (4096, 4))
+NORM = (4, 8, 16)
+NORM_BACKWARD = ((8, 2, 1), (8, 2, 2), (8, 1, 3), (16, 2, 1), (16, 1, 2), (4, 2, 1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="bench", help="directory that gets results.jsonl")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size")
+    parser.add_argument("--intermediate", type=int, default=14336, help="intermediate size")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each measurement")
+    options = parser.parse_args(argv)
+    torch._dynamo.config.recompile_limit = 64
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    about = environment()
+    print(f"{'kernel':<34}{'by':<44}{'ms':>9}{'GB/s':>9}{'error %':>9}")
+    for task, method, launch, size, work, error in measurements(options):
+        try:
+            seconds = duration(work, options.seconds)
+            wrong = error()
+        except Exception as failed:  # a launch may not fit this device: the others still count
+            print(f"{task:<34}{method:<44}{failed!r:.100}", flush=True)
+            continue
+        print(f"{task:<34}{method:<44}{1e3 * seconds:>9.4f}{size / seconds / 1e9:>9.0f}{wrong:>9.4f}", flush=True)
+        about_it: dict[str, Any] = {
+            "suite": "kernel-speed",
+            "task": task,
+            "model": f"{options.tokens}x{options.hidden}x{options.intermediate}",
+            "method": method,
+            "seed": 0,
+            "setting": launch,
+            "environment": about,
+        }
+        values = {"milliseconds": 1e3 * seconds, "gb_per_s": size / seconds / 1e9, "relative_error_percent": wrong}
+        append_rows(
+            output / "results.jsonl",
+            [result_row(metric=metric, value=value, **about_it) for metric, value in values.items()],
+        )
+
+
+Measurement = tuple[str, str, dict[str, int], int, Callable[[], Any], Callable[[], float]]
+
+
+def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
+    """(kernel, by what, its launch, bytes moved, the work, its error against torch in percent)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def moved(count: float, tensor: torch.Tensor) -> int:
+        return int(count * tensor.numel() * tensor.element_size())
+
+    kernels: Any = fused._kernels(torch.empty(0, device=device))
+
+    def each(
+        task: str, size: int, plain: Callable[..., Any], ours: Any, launches: list[Any], arguments: tuple[Any, ...]
+    ) -> Iterator[Measurement]:
+        """What torch.compile makes of `plain`, then `ours` in each launch; it also takes `launch`."""
+        compiled = torch.compile(plain, dynamic=False)
+        expected = plain(*head(arguments))
+        yield task, "torch.compile", {}, size, partial(compiled, *arguments), partial(error, compiled, expected)
+        for launch in launches:
+            setting = {key: value for key, value in dataclasses.asdict(launch).items() if value}
+            used = " (used)" if launch == ours.__defaults__[-1] else ""
+            name = " ".join(f"{key} {value}" for key, value in setting.items()) + used
+            work = partial(ours, launch=launch)
+            yield task, name, setting, size, partial(work, *arguments), partial(error, work, expected, arguments)
+
+    def head(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The first 256 tokens: enough for an error, and little memory in float32."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, list):
+                return [cut(one) for one in value]
+            wide = isinstance(value, torch.Tensor) and value.shape[0] == options.tokens
+            return value[:256].contiguous() if wide else value
+
+        return tuple(cut(value) for value in arguments)
+
+    def error(work: Any, expected: Any, arguments: tuple[Any, ...] = ()) -> float:
+        if not arguments:
+            return 0.0
+        pairs = zip(*(flat(result) for result in (work(*head(arguments)), expected)))
+        errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs if b.numel() == a.numel()]
+        return 100 * max(errors)
+
+    def flat(result: Any) -> tuple[torch.Tensor, ...]:
+        parts = result if isinstance(result, tuple) else (result,)
+        return tuple(part for part in parts if part.numel())
+
+    x, y = random(options.tokens, options.intermediate), random(options.tokens, options.intermediate)
+    yield "copy", "torch", {}, moved(2, x), partial(y.copy_, x), lambda: 0.0
+    grad = random(options.tokens, options.intermediate)
+    launch = kernels.Launch if kernels else None
+    wide = [launch(block=block, warps=warps) for block, warps in SWIGLU] if launch else []
+    yield from each("swiglu", moved(3, x), fused.torch_swiglu, kernels and kernels.swiglu, wide, (x, y))
+    for again in (True, False):
+        name = "swiglu backward" + ("" if again else ", h kept")
+        ours, arguments = kernels and kernels.swiglu_backward, (grad, x, y, again)
+        yield from each(name, moved(5 + again, x), fused.torch_swiglu_backward, ours, wide, arguments)
+    del x, y, grad
+    x, added, weight = (
+        random(options.tokens, options.hidden),
+        random(options.tokens, options.hidden),
+        random(options.hidden),
+    )
+    rows = [launch(warps=warps) for warps in NORM] if launch else []
+    for name, second, count in (("norm", None, 2), ("add and norm", added, 4)):
+        ours, one = kernels and kernels.rms_norm, (x, second, weight, EPS)
+        yield from each(name, moved(count, x), partial_norm(second is None), ours, rows, one)
+    scale = fused.torch_norm(x, None, weight, EPS)[2]
+    grads = [random(options.tokens, options.hidden) for _ in range(3)]
+    loops = [launch(warps=w, programs=p, stages=s) for w, p, s in NORM_BACKWARD] if launch else []
+    for count in (1, 2, 3):
+        ours, each_one = kernels and kernels.rms_norm_backward, (x, scale, weight, added, grads[:count])
+        size = moved(4 + count, x)
+        yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one)
+
+
+def partial_norm(alone: bool) -> Callable[..., Any]:
+    """The norm in torch; alone, without the sum that is only its input."""
+
+    def norm(x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+        return fused.torch_norm(x, added, weight, eps)[1 if alone else 0 :]
+
+    return norm
+
+
+def duration(work: Callable[[], Any], seconds: float) -> float:
+    """Mean seconds of `work` in a row, after it has run a few times."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    for _ in range(3):
+        work()
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    count = max(1, min(200, int(seconds / max(1e-6, time.perf_counter() - started))))
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - started) / count
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(count):
+        work()
+    last.record()
+    wait()
+    return first.elapsed_time(last) / count / 1e3
+
+
+if __name__ == "__main__":
+    main()
