@@ -1,6 +1,7 @@
 """Fused layers against plain ones in float64, their kernels against torch, and what they keep for the backward pass."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from endprompt.model import new_model, training_attention
 from endprompt.optim import LeanAdamW
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import read_rows
+from endprompt.train import extend
 
 SIZES = {
     "vocab_size": 64,
@@ -390,6 +392,26 @@ def test_the_bench_of_the_kernels_writes_rows(tmp_path, monkeypatch, capsys):
     assert {"copy", "swiglu backward", "add and norm", "norm backward, 3"} <= tasks
     assert {row["metric"] for row in rows} == {"milliseconds", "gb_per_s", "relative_error_percent"}
     assert "norm backward, 2" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the trainer
+
+
+def test_extend_fuses_if_asked_and_says_where_it_cannot(extend_config, tmp_path, capsys):
+    lean = {"optimizer": "lean", "dtype": "bfloat16", "checkpointing": "selective"}
+    losses = {}
+    for name, changes in {"plain": {}, "fused": {"fused": True}, "float8": {"fused": True, "float8": "exact"}}.items():
+        output = tmp_path / name
+        extend(extend_config(**lean, **changes, output=str(output)))
+        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+        said = "no layer of this model can be" in capsys.readouterr().err
+        assert said == (name == "float8")
+        model = transformers.AutoModelForCausalLM.from_pretrained(output)
+        assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
+    assert len(losses["plain"]) == 4 and losses["fused"] != losses["plain"]
+    assert losses["fused"] == pytest.approx(losses["plain"], rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
