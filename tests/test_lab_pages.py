@@ -211,6 +211,17 @@ def test_the_same_seeds_differ_by_as_much_as_the_page_says(rows, again):
     assert f"({np.mean(list(a.values())) - np.mean(list(b.values())):.1f} points less)" in text
 
 
+def test_what_determinism_costs_is_that_of_the_rows(rows, again):
+    micro = micro_cells(range(10))
+    spent = []
+    for run in (again, [row for row in rows if row["cell"] in micro]):
+        seconds = {row["cell"]: row["gpu_seconds"] for row in run if row.get("gpu_seconds")}
+        assert len(seconds) == 720
+        spent.append(sum(seconds.values()))
+    text = " ".join(part("docs/training.md", "## The same again", "## Watching").split())
+    assert f"{spent[0] / spent[1]:.2f} times as long" in text and f"{spent[0]:,.0f} against {spent[1]:,.0f}" in text
+
+
 def test_cells_that_were_done_twice_are_the_same(again):
     """In processes of their own, with another number of workers and in another order."""
     with gzip.open(ROOT / "docs" / "lab_twice.jsonl.gz", "rt", encoding="utf-8") as file:
