@@ -232,6 +232,22 @@ def test_what_is_finished_is_not_done_again(run, capsys):
     assert "5 cells, 4 done" in capsys.readouterr().out
 
 
+def test_cells_of_another_determinism_are_counted(run, tmp_path):
+    cells = cells_of(lab_config(run))
+    path = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in (run[0] / "run" / "results.jsonl").read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = runner.finished(path, cells)
+    trained = {row["cell"] for row in rows if row.get("train_tokens")}
+    assert runner.made_otherwise(path, done, True) == 0 < len(trained) < len(done)
+    assert runner.made_otherwise(path, done, False) == len(trained)
+    assert runner.made_otherwise(path, done - {min(trained)}, False) == len(trained) - 1
+    for row in rows:  # as a run from before there was a choice
+        row.pop("deterministic", None)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runner.made_otherwise(path, done, True) == len(trained)
+
+
 def test_a_cell_that_lacks_a_row_is_not_finished(run, tmp_path):
     cells = cells_of(lab_config(run))
     lines = (run[0] / "run" / "results.jsonl").read_text().splitlines(keepends=True)

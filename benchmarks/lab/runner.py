@@ -143,6 +143,16 @@ def finished(results: Path, cells: Sequence[Cell]) -> set[str]:
     return {key for key, count in counts.items() if count == whole[key]}
 
 
+def made_otherwise(results: Path, done: set[str], deterministic: bool) -> int:
+    """How many of the finished cells, given by their hashes, were trained with another setting of `deterministic`.
+
+    Rows from before there was one were made without.
+    """
+    trained = [row for row in rows_of(results) if row.get("cell") in done and row.get("train_tokens")]
+    told = {row["cell"]: bool(row.get("deterministic")) for row in trained}
+    return sum(value != deterministic for value in told.values())
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of a file whose last line a crash may have cut off. Raises ValueError for any other broken line."""
     text = path.read_bytes()
@@ -234,6 +244,10 @@ class Runner:
         self.waiting = sorted(todo, key=lambda cell: -matrix.seconds(cell, self.device))
         if self.known:
             say(f"{self.known} of {len(self.cells)} cells are done already")
+            other = made_otherwise(self.directory.results, done, self.config.deterministic)
+            if other and self.device == "cuda":
+                setting = f"deterministic={self.config.deterministic}"
+                say(f"{other} of them were not trained with {setting}, as the others will be")
         if self.waiting:
             self.work_off()
         if self.done + self.known:
