@@ -287,6 +287,9 @@ def rows_of(config: BenchConfig, values: dict[str, float], **extra: Any) -> list
     ]
 
 
+#: Micro-batches that a profile looks at.
+PROFILED = 2
+
 NOT_A_SETTING = frozenset({"output", "suite", "parts", "seconds", "tiny", "name"})
 
 
@@ -435,25 +438,60 @@ class Run:
         return seconds
 
     def profile(self) -> dict[str, float]:
-        """Milliseconds of one micro-batch by kind of kernel, and of the ten longest kernels on stderr."""
-        import torch
-        from torch.profiler import ProfilerActivity
+        """Milliseconds of a micro-batch by kind of kernel and without any, and of an update; the longest on stderr.
 
+        Two micro-batches in a row are looked at, so that what lies between them counts.
+        """
         if self.device.type != "cuda":
             return {}
+        kernels, gaps = self.time_line(self.micro_batch, PROFILED)
+        times = {"matmul_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0, "idle_ms": gaps}
+        for name, milliseconds in kernels.items():
+            times[f"{kind_of_kernel(name)}_ms"] += milliseconds
+        if self.optimizer is not None:
+            kernels, gaps = self.time_line(self.optimizer_step, 1)
+            times |= {"update_ms": sum(kernels.values()), "update_idle_ms": gaps}
+        return times
+
+    def time_line(self, work: Callable[[], None], times: int) -> tuple[dict[str, float], float]:
+        """(milliseconds by kernel, milliseconds between kernels) of one time in so many; both told on stderr."""
+        import torch
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity
+
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            self.micro_batch()
+            for _ in range(times):
+                work()
             torch.cuda.synchronize()
-        kernels = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-        kernels.sort(key=lambda event: -event.self_device_time_total)
-        for event in kernels[:24]:
-            print(
-                f"  {event.self_device_time_total / 1000:9.2f} ms {event.count:5d} x {event.key[:110]}", file=sys.stderr
-            )
-        times = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
-        for event in kernels:
-            times[kind_of_kernel(event.key)] += event.self_device_time_total / 1000
-        return {f"{kind}_ms": value for kind, value in times.items()}
+        found = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+        found.sort(key=lambda event: -event.self_device_time_total)
+        kernels = {event.key: event.self_device_time_total / times / 1000 for event in found}
+        for event in found[:24]:
+            print(f"  {kernels[event.key]:9.2f} ms {event.count // times:5d} x {event.key[:110]}", file=sys.stderr)
+        gaps = gaps_between(
+            [
+                (event.time_range.start / 1000, event.time_range.end / 1000, event.name)
+                for event in profiler.events()
+                if event.device_type == DeviceType.CUDA
+            ]
+        )
+        for length, before, after in gaps[:8]:
+            print(f"  {length:9.3f} ms without a kernel, {before[:50]} | {after[:50]}", file=sys.stderr)
+        return kernels, sum(length for length, *_ in gaps) / times
+
+
+def gaps_between(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """The gaps of a device's time line, longest first: (length, what ended before it, what began after it).
+
+    spans: (start, end, name) of what ran, in any order, overlapping or not.
+    """
+    gaps, end, last = [], None, ""
+    for start, stop, name in sorted(spans):
+        if end is not None and start > end:
+            gaps.append((start - end, last, name))
+        if end is None or stop > end:
+            end, last = stop, name
+    return sorted(gaps, reverse=True)
 
 
 def kind_of_kernel(name: str) -> str:
@@ -1056,6 +1094,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "matmul_ms": "matmul ms",
         "attention_ms": "attn ms",
         "other_ms": "other ms",
+        "idle_ms": "idle ms",
+        "update_ms": "update ms",
         "tflop_per_s": "TFLOP/s",
     }
     used = [key for key in columns if any(key in values for values in by_task.values())]

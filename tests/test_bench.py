@@ -204,3 +204,13 @@ def test_an_empty_namespace_is_no_flash_attention_2(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert module.installed("flash_attention_4")
     assert not module.installed("flash_attention_2") and not module.installed("flash_attention_3")
+
+
+def test_gaps_of_a_time_line_are_what_no_kernel_covers():
+    spans = [(5.0, 6.0, "d"), (0.0, 2.0, "a"), (1.0, 1.5, "b"), (1.9, 3.0, "c"), (6.0, 7.0, "e"), (7.25, 8.0, "f")]
+    assert module.gaps_between(spans) == [(2.0, "c", "d"), (0.25, "e", "f")]
+    assert module.gaps_between([]) == module.gaps_between(spans[:1]) == []
+    covered = np.zeros(800, bool)  # by counting hundredths
+    for start, end, _ in spans:
+        covered[round(100 * start) : round(100 * end)] = True
+    assert sum(gap[0] for gap in module.gaps_between(spans)) == pytest.approx((~covered).sum() / 100)
