@@ -214,3 +214,54 @@ def test_gaps_of_a_time_line_are_what_no_kernel_covers():
     for start, end, _ in spans:
         covered[round(100 * start) : round(100 * end)] = True
     assert sum(gap[0] for gap in module.gaps_between(spans)) == pytest.approx((~covered).sum() / 100)
+
+
+def test_a_profile_is_of_one_micro_batch_and_one_update(monkeypatch, capsys):
+    """With torch's profiler stood in for: two micro-batches of a product and a norm with a gap, then an update."""
+    from types import SimpleNamespace
+
+    from torch.autograd import DeviceType
+
+    class Profiler:
+        def __init__(self, **settings):
+            self.made = []
+
+        def __enter__(self):
+            done.clear()
+            return self
+
+        def __exit__(self, *_):
+            at = 1000.0
+            for name, length, wait in done:
+                self.made.append((name, at + wait, at + wait + length))
+                at += wait + length
+
+        def events(self):
+            def event(kind, name, start, end):
+                return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+            return [event(DeviceType.CPU, "launch", 0, 9e9), *(event(DeviceType.CUDA, *one) for one in self.made)]
+
+        def key_averages(self):
+            spent = {"launch": [0]}
+            for name, start, end in self.made:
+                spent.setdefault(name, []).append(end - start)
+            return [
+                SimpleNamespace(key=name, count=len(each), self_device_time_total=sum(each))
+                for name, each in spent.items()
+            ]
+
+    done = []
+    monkeypatch.setattr("torch.profiler.profile", Profiler)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    run = object.__new__(module.Run)
+    run.device, run.optimizer = SimpleNamespace(type="cuda"), object()
+    run.micro_batch = lambda: done.extend([("nvjet_product", 3000.0, 500.0), ("triton_red_norm", 1000.0, 0.0)])
+    run.optimizer_step = lambda: done.extend([("triton_update", 7000.0, 0.0), ("triton_update", 7000.0, 250.0)])
+    found = run.profile()
+    of_a_batch = {"matmul_ms": 3.0, "attention_ms": 0.0, "other_ms": 1.0, "idle_ms": 0.25}
+    assert found == of_a_batch | {"update_ms": 14.0, "update_idle_ms": 0.25}
+    said = capsys.readouterr().err
+    assert "3.00 ms     1 x nvjet_product" in said and "0.500 ms without a kernel, triton_red_norm | nvjet" in said
+    run.optimizer = None
+    assert "update_ms" not in run.profile()
