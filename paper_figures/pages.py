@@ -225,7 +225,9 @@ def lab_page(frames: Frames) -> str:
             questions.RULE
             + " An average over settings (base, fold, scaling) leaves out those where both fail; settings of different "
             "seeds count as independent (Welch). The best scheme that keeps the text whole is chosen, for each fold "
-            "and scaling, on the lower half of the seeds of the smallest base, and tested on the other seeds and bases."
+            "and scaling, on the lower half of the seeds of the smallest base, and tested on the other seeds and "
+            "bases. These rows were trained before training repeated bit for bit, so an interval holds the chance of a "
+            "run, too; how far two runs of the same seeds, or of other seeds, come apart: `docs/lab.md`."
         ),
         "",
         *_table(
