@@ -30,6 +30,13 @@ MUTANTS = [
     (VLLM, "if shortest <= original < needed", "if shortest < original < needed", "vllm_backend"),
     (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "vllm_backend"),
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "vllm_backend"),
+    # runs that repeat
+    ("endprompt/determinism.py", "compiler.deterministic = True", "compiler.deterministic = False", "determinism"),
+    ("endprompt/determinism.py", "compiler.deterministic = by_rule", "pass", "determinism"),
+    ("endprompt/train.py", "order = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]", "pass", "determinism"),
+    ("endprompt/config.py", 'REPEATABLE = ("sdpa",', 'REPEATABLE = ("flex", "sdpa",', "determinism"),
+    ("benchmarks/lab/runner.py", "sum(value != deterministic for", "sum(value == deterministic for", "lab_run"),
+    (BENCH, "if end is None or stop > end:", "if True:", "bench"),
     # fused layers
     (FUSED, "return grad_x, grad_x if ctx.adds else None", "return grad_x, None", "fused"),
     (FUSED, ".mean(-1, keepdim=True)) + grad_sum_MD.float()", ".mean(-1, keepdim=True))", "fused"),
