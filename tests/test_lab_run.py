@@ -1,6 +1,7 @@
 """Lab: a run that is killed, resumed, refused, repeated; on a base of two tiny layers."""
 
 import collections
+import io
 import json
 import multiprocessing
 import os
@@ -405,3 +406,21 @@ def test_the_light_entry_names_what_is_wrong(argument, code, message, capsys):
     assert main([argument]) == code
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("width", [100, 60, 40])
+def test_the_live_table_stays_where_it_is_while_cells_come_and_go(run, width):
+    from rich.console import Console
+
+    cells = cells_of(lab_config(run))
+    shown = []
+    for cell in sorted(cells, key=lambda cell: len(cell.name)):
+        live = runner.Runner(lab_config(run), cells, "cpu", 1, waiting=cells[2:], width=width)
+        live.workers = [runner.Worker(0, None, None, cell=cell, since=time.perf_counter())]
+        live.started = time.perf_counter()
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(live.table())
+        shown.append(console.export_text().splitlines())
+    borders = {lines[1] for lines in shown}
+    assert len({cell.name for cell in cells}) > 2 and len(borders) == 1
+    assert borders.pop().endswith("\N{BOX DRAWINGS HEAVY DOWN AND LEFT}") and len(shown[0][1]) <= width

@@ -229,6 +229,7 @@ class Runner:
     spent: float = 0.0  # seconds of workers on finished cells
     expected: float = 0.0  # what those had been expected to take
     deaths: int = 0
+    width: int = 80  # of the terminal
     waiting: list[Cell] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
     making: dict[material.Material, Future[None]] = field(default_factory=dict)
@@ -448,6 +449,7 @@ class Runner:
         if not console.is_terminal or console.no_color:
             yield lambda: None
             return
+        self.width = console.width
         with Live(self.table(), console=console, refresh_per_second=2, transient=True) as self.live:
             yield lambda: self.live.update(self.table())
 
@@ -462,8 +464,12 @@ class Runner:
             state = 0 if cell.sha256 in waiting else 1 if cell.sha256 in running else 2
             counts[state] += 1
         made = Table(title=self.state(), title_justify="left")
-        for head in ("", "waiting", "running", "over"):
-            made.add_column(head, justify="left" if not head else "right")
+        widest = max(len(cell.name) for cell in self.cells)
+        room = self.width - sum(len(head) + 3 for head in ("waiting", "running", "waiting")) - 4
+        # names come and go: the columns stay where they are
+        made.add_column("", min_width=max(1, min(2 + widest, room)))
+        for head in ("waiting", "running", "over"):
+            made.add_column(head, justify="right", min_width=len("waiting") if room >= 20 else None)
         for name, counts in groups.items():
             made.add_row(name, *map(str, counts))
         for worker in self.workers:
