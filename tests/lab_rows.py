@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ import numpy as np
 TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
 SIGMA = {"none": 1.0, "linear": 0.125, "ntk": 1.0, "yarn": 1.46, "llama3": 1.0}
 WAVES = {"contiguous": 0.6, "endprompt": 0.45, "anchors": 0.3, "endprompt-random": 0.2, "pose": 0.1}
+
+
+def packed_rows(path):
+    """Rows of a .jsonl.gz file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 @dataclass(frozen=True)

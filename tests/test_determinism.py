@@ -58,7 +58,7 @@ def test_attentions_that_add_in_no_fixed_order_are_refused():
         check_config(ExtendConfig(**settings, attention=attention))
 
 
-def test_cudnn_s_attention_is_left_out_where_runs_must_repeat(monkeypatch):
+def test_cudnn_s_attention_is_left_out_where_runs_must_repeat():
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
     def backends():
@@ -71,7 +71,7 @@ def test_cudnn_s_attention_is_left_out_where_runs_must_repeat(monkeypatch):
 
 
 TRAIN = """
-import hashlib, sys
+import hashlib
 import torch
 from transformers import LlamaConfig
 from endprompt import determinism
@@ -83,7 +83,6 @@ config = LlamaConfig(
     vocab_size=1024, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=512, max_position_embeddings=4096,
 )
-determinism.prepare()
 with determinism.repeatable():
     model = new_model(config, seed=0, dtype="float32", attention=training_attention("sdpa"), device="cuda")
     for layer in model.model.layers:

@@ -382,7 +382,6 @@ def test_on_the_gpu_compiled_fused_layers_sum_the_cpu_s_gradients(keep):
 def test_the_bench_of_the_kernels_writes_rows(tmp_path, monkeypatch, capsys):
     """On a CPU a rehearsal: torch's own and the copy, no kernels."""
     from endprompt import fused_bench
-    from endprompt.rows import read_rows
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     sizes = ["--tokens", "8", "--hidden", "16", "--intermediate", "24", "--seconds", "0.001"]

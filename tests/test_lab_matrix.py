@@ -1,12 +1,12 @@
 """Lab: the matrix file and the cells that it stands for."""
 
 import dataclasses
-import gzip
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from lab_rows import packed_rows
 
 from benchmarks.estimates import MARGIN
 from benchmarks.lab import material, matrix
@@ -170,8 +170,7 @@ def test_micro_answers_every_question_with_ten_seeds():
 def test_the_cells_of_the_committed_rows_are_still_those_of_the_presets():
     """A changed arm would be another cell, and its published rows would belong to none."""
     path = Path(__file__).parent.parent / "paper_figures" / "data" / "measured" / "lab_results.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = packed_rows(path)
     published = {row["cell"]: (row["base"], row["fold"], row["arm"], row["seed"]) for row in rows}
     seeds = sorted({row["seed"] for row in rows})
     made = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lab_rows import packed_rows
 
 from benchmarks import estimates, verdicts
 from benchmarks.lab import matrix
@@ -23,8 +23,7 @@ SETTINGS = (("256", "yarn"), ("256", "linear"), ("512", "yarn"), ("512", "linear
 
 @pytest.fixture(scope="module")
 def rows():
-    with gzip.open(MEASURED / "lab_results.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return packed_rows(MEASURED / "lab_results.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +124,7 @@ def micro_cells(seeds):
 
 @pytest.fixture(scope="module")
 def again():
-    with gzip.open(ROOT / "docs" / "lab_again.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return packed_rows(ROOT / "docs" / "lab_again.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +222,7 @@ def test_what_determinism_costs_is_that_of_the_rows(rows, again):
 
 def test_cells_that_were_done_twice_are_the_same(again):
     """In processes of their own, with another number of workers and in another order."""
-    with gzip.open(ROOT / "docs" / "lab_twice.jsonl.gz", "rt", encoding="utf-8") as file:
-        twice = [json.loads(line) for line in file]
+    twice = packed_rows(ROOT / "docs" / "lab_twice.jsonl.gz")
 
     def values(rows):
         keys = ("cell", "suite", "task", "length", "metric")

@@ -415,11 +415,11 @@ def test_the_live_table_stays_where_it_is_while_cells_come_and_go(run, width):
     cells = cells_of(lab_config(run))
     shown = []
     for cell in sorted(cells, key=lambda cell: len(cell.name)):
-        live = runner.Runner(lab_config(run), cells, "cpu", 1, waiting=cells[2:], width=width)
+        live = runner.Runner(lab_config(run), cells, "cpu", 1, waiting=cells[2:])
         live.workers = [runner.Worker(0, None, None, cell=cell, since=time.perf_counter())]
         live.started = time.perf_counter()
         console = Console(width=width, record=True, file=io.StringIO())
-        console.print(live.table())
+        console.print(live.table(width))
         shown.append(console.export_text().splitlines())
     borders = {lines[1] for lines in shown}
     assert len({cell.name for cell in cells}) > 2 and len(borders) == 1

@@ -229,7 +229,6 @@ class Runner:
     spent: float = 0.0  # seconds of workers on finished cells
     expected: float = 0.0  # what those had been expected to take
     deaths: int = 0
-    width: int = 80  # of the terminal
     waiting: list[Cell] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
     making: dict[material.Material, Future[None]] = field(default_factory=dict)
@@ -245,10 +244,11 @@ class Runner:
         self.waiting = sorted(todo, key=lambda cell: -matrix.seconds(cell, self.device))
         if self.known:
             say(f"{self.known} of {len(self.cells)} cells are done already")
-            other = made_otherwise(self.directory.results, done, self.config.deterministic)
-            if other and self.device == "cuda":
+            if self.device == "cuda":  # on a CPU training repeats anyway
+                other = made_otherwise(self.directory.results, done, self.config.deterministic)
                 setting = f"deterministic={self.config.deterministic}"
-                say(f"{other} of them were not trained with {setting}, as the others will be")
+                if other:
+                    say(f"{other} of them were not trained with {setting}, as the others will be")
         if self.waiting:
             self.work_off()
         if self.done + self.known:
@@ -449,11 +449,11 @@ class Runner:
         if not console.is_terminal or console.no_color:
             yield lambda: None
             return
-        self.width = console.width
-        with Live(self.table(), console=console, refresh_per_second=2, transient=True) as self.live:
-            yield lambda: self.live.update(self.table())
+        with Live(self.table(console.width), console=console, refresh_per_second=2, transient=True) as self.live:
+            yield lambda: self.live.update(self.table(console.width))
 
-    def table(self) -> Any:
+    def table(self, width: int) -> Any:
+        """Cells by base and fold, and those that run, for a terminal of so many columns."""
         from rich.table import Table
 
         groups: dict[str, list[int]] = {}
@@ -465,7 +465,7 @@ class Runner:
             counts[state] += 1
         made = Table(title=self.state(), title_justify="left")
         widest = max(len(cell.name) for cell in self.cells)
-        room = self.width - sum(len(head) + 3 for head in ("waiting", "running", "waiting")) - 4
+        room = width - sum(len(head) + 3 for head in ("waiting", "running", "waiting")) - 4
         # names come and go: the columns stay where they are
         made.add_column("", min_width=max(1, min(2 + widest, room)))
         for head in ("waiting", "running", "over"):
