@@ -220,6 +220,28 @@ def test_what_determinism_costs_is_that_of_the_rows(rows, again):
     assert f"{spent[0] / spent[1]:.2f} times as long" in text and f"{spent[0]:,.0f} against {spent[1]:,.0f}" in text
 
 
+def test_the_whole_preset_was_run_twice_with_the_same_rows_and_verdicts(again, runs, tmp_path):
+    """Every column of every row, but how long it took; the estimates that differ are those of seconds."""
+    more = packed_rows(ROOT / "docs" / "lab_once_more.jsonl.gz")
+    first, second = (
+        {(row["cell"], row["task"], row["length"], row["metric"]): row for row in run} for run in (again, more)
+    )
+    assert len(again) == len(first) == len(more) and first.keys() == second.keys()
+    for key, row in first.items():
+        assert {**row, "gpu_seconds": 0} == {**second[key], "gpu_seconds": 0}
+    assert [row.get("gpu_seconds") for row in again] != [row.get("gpu_seconds") for row in more]  # not a copy
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    verdicts.write(tmp_path)
+    lines = verdicts.compare(runs / "again", tmp_path)
+    claims = [line for line in lines if line["metric"] == "claim"]
+    others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
+    changed = [line for line in others if not line["same"]]
+    assert all(line["same"] for line in claims) and {line["metric"] for line in changed} == {"score_by_seconds"}
+    text = " ".join(part("docs/lab.md", "### The same seeds").split())
+    assert f"All {len(again):,} rows" in text and f"all {len(claims)} claims" in text
+    assert f"of {len(others)} estimates all but {('no', 'one', 'two', 'three', 'four', 'five', 'six')[len(changed)]}" in text
+
+
 def test_cells_that_were_done_twice_are_the_same(again):
     """In processes of their own, with another number of workers and in another order."""
     twice = packed_rows(ROOT / "docs" / "lab_twice.jsonl.gz")
