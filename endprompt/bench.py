@@ -78,6 +78,7 @@ class BenchConfig:
         joint: one product for q, k and v, and one for gate and up
         fused: with the lean optimizer's converted layers, norms and SwiGLU in kernels of their own with the products
             around them (see endprompt/fused.py); joint and float8 layers have none
+        products: torch, or measured: the algorithms that measure fastest here (endprompt/products.py)
         float8: none, exact or fast (accumulation of the backward products)
         float8_head: with float8, also the logits and the gradient that goes down from them
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
@@ -110,6 +111,7 @@ class BenchConfig:
     fused_sums: bool = True
     joint: bool = True
     fused: bool = False
+    products: str = "torch"
     float8: str = "none"
     float8_head: bool = False
     recompute: str = "selective"
@@ -130,6 +132,7 @@ def check(config: BenchConfig) -> None:
         "shape": tuple(SHAPES),
         "method": tuple(METHODS),
         "optimizer": ("lean", "adamw", "none"),
+        "products": ("torch", "measured"),
         "sums": ("float32", "bfloat16"),
         "float8": ("none", "exact", "fast"),
         "recompute": ("none", "selective", "full"),
@@ -221,6 +224,13 @@ def flops_per_token(shape: str, row_tokens: int, method: str = "full") -> float:
 
 def measure(config: BenchConfig) -> list[dict[str, Any]]:
     """Result rows of one measurement, in this process. Raises torch.OutOfMemoryError if it does not fit."""
+    from endprompt.products import CHOICES, choose_products
+
+    with choose_products(config.products == "measured", CHOICES):
+        return _measure(config)
+
+
+def _measure(config: BenchConfig) -> list[dict[str, Any]]:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -388,8 +398,10 @@ class Run:
 
     def micro_batch(self) -> None:
         """Forward and backward of `micro_rows` rows."""
+        import torch
+
         from endprompt.float8 import Float8Matrix
-        from endprompt.loss import linear_cross_entropy
+        from endprompt.loss import linear_cross_entropy, next_tokens
         from endprompt.train import attention_backends
 
         if self.config.method == "reference" and self.config.whole_logits:
@@ -400,13 +412,14 @@ class Run:
         stock = self.config.method == "reference"
         with contextlib.nullcontext() if stock else attention_backends(self.device):
             hidden = self.decoder(input_ids=self.ids_BT, position_ids=self.positions_BT, use_cache=False)[0]
-            labels = self.ids_BT[:, 1:].reshape(-1)
+            labels, weights = next_tokens(
+                self.ids_BT, hidden.new_full(self.ids_BT.shape, self.weight, dtype=torch.float32)
+            )
             head = self.model.get_output_embeddings().weight
             total = getattr(head, "main_grad", None) if self.config.fused_sums and head.requires_grad else None
-            weights = hidden.new_full(labels.shape, self.weight, dtype=hidden.float().dtype)
-            rows = hidden[:, :-1].flatten(0, 1)
+            rows = hidden.flatten(0, 1)
             head8 = Float8Matrix(head.detach(), self.config.float8 == "fast") if self.config.float8_head else None
-            loss = linear_cross_entropy(rows, head, labels, weights, head_sum_VD=total, head8=head8)
+            loss = linear_cross_entropy(rows, head, labels, weights, head_sum_VD=total, head8=head8, every_token=True)
             loss.backward()
         self.loss = loss.detach() * (self.config.rows / self.config.micro_rows)
 

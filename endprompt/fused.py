@@ -20,9 +20,6 @@ Legend: B batch, T tokens, D hidden size, F intermediate size, M = B T, N output
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +27,8 @@ import torch
 from torch import nn
 
 from endprompt.linears import SummingLinear, add_weight_gradient
+from endprompt.products import product_into, times
+from endprompt.triton_kernels import kernels_module, triton_kernels
 
 #: Classes of a family are these with Attention, MLP, RMSNorm and DecoderLayer behind.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -37,21 +36,6 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 WIDEST = 16384
 #: The products that make the gradients of one norm add to each other, so that its kernel reads one instead of 2 or 3.
 SUM_IN_PRODUCTS = False
-
-
-@functools.cache
-def _triton_kernels() -> Any:
-    try:
-        return importlib.import_module("endprompt.kernels")
-    except ImportError:
-        return None
-
-
-def _kernels(x: torch.Tensor) -> Any:
-    """The module of Triton kernels if they can work on this tensor, else None."""
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    return _triton_kernels()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,15 +93,20 @@ def torch_norm_backward(
 
 @torch.library.custom_op("endprompt::swiglu", mutates_args=())
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, of any shape; made in float32 and rounded once."""
-    gate, up = gate.contiguous(), up.contiguous()
-    kernels = _kernels(gate)
-    return kernels.swiglu(gate, up) if kernels else torch_swiglu(gate, up)
+    """silu(gate) * up of two [M, F]; made in float32 and rounded once."""
+    gate, up = _rows(gate), _rows(up)
+    kernels = triton_kernels(gate)
+    return kernels.swiglu(gate, up) if kernels else torch_swiglu(gate, up).contiguous()
 
 
 @swiglu.register_fake
 def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate.new_empty(gate.shape)
+
+
+def _rows(x_MF: torch.Tensor) -> torch.Tensor:
+    """The same matrix with its rows in one piece each, at any distance."""
+    return x_MF if x_MF.stride(1) == 1 else x_MF.contiguous()
 
 
 @torch.library.custom_op("endprompt::swiglu_backward", mutates_args=())
@@ -126,8 +115,28 @@ def swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of gate, gradient of up, silu(gate) * up); without `again` the last is empty."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    kernels = _kernels(gate)
+    kernels = triton_kernels(gate)
     return (kernels.swiglu_backward if kernels else torch_swiglu_backward)(grad, gate, up, again)
+
+
+@torch.library.custom_op("endprompt::joined_swiglu_backward", mutates_args=())
+def joined_swiglu_backward(
+    grad_MF: torch.Tensor, both_M2F: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`swiglu_backward` of gate and up side by side in one matrix; so are their gradients."""
+    grad_MF, both_M2F = grad_MF.contiguous(), both_M2F.contiguous()
+    (gate, up), kernels = both_M2F.chunk(2, dim=1), triton_kernels(grad_MF)
+    if kernels is None:
+        *grads, out = torch_swiglu_backward(grad_MF, gate, up, again)
+        return torch.cat(grads, dim=1), out.contiguous()
+    grad_both = torch.empty_like(both_M2F)
+    out = kernels.swiglu_backward(grad_MF, gate, up, again, into=tuple(grad_both.chunk(2, dim=1)))[2]
+    return grad_both, out
+
+
+@joined_swiglu_backward.register_fake
+def _(grad: torch.Tensor, both: torch.Tensor, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return both.new_empty(both.shape), grad.new_empty(grad.shape if again else 0)
 
 
 @swiglu_backward.register_fake
@@ -166,7 +175,7 @@ def _(
 def _norm(
     x_MD: torch.Tensor, added_MD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kernels = _kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
+    kernels = triton_kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
     return (kernels.rms_norm if kernels else torch_norm)(x_MD, added_MD, weight_D, eps)
 
 
@@ -184,7 +193,7 @@ def rms_norm_backward(
     gradient. scale_M: what the forward pass gave.
     """
     x_MD, grad_sum_MD, grads_MD = x_MD.contiguous(), grad_sum_MD.contiguous(), [one.contiguous() for one in grads_MD]
-    kernels = _kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
+    kernels = triton_kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
     work = kernels.rms_norm_backward if kernels else torch_norm_backward
     return work(x_MD, scale_M, weight_D, grad_sum_MD, grads_MD)
 
@@ -199,7 +208,7 @@ def _(
 @torch.library.custom_op("endprompt::add_input_gradient", mutates_args=("total_MK",))
 def add_input_gradient(total_MK: torch.Tensor, grad_MN: torch.Tensor, weight_NK: torch.Tensor) -> None:
     """total += grad @ weight, in the product itself."""
-    total_MK.addmm_(grad_MN, weight_NK)
+    product_into(total_MK, grad_MN, weight_NK, adds=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,19 +241,19 @@ class _NormLinears(torch.autograd.Function):
             sum_MD, norm_MD, scale_M = add_rms_norm(x_MD, added_MD, norm_weight_D, eps)
             ctx.save_for_backward(sum_MD, scale_M, norm_weight_D, *weights_and_sums)
         ctx.adds = added_MD is not None
-        return sum_MD, *(norm_MD @ weight.t() for weight in weights)
+        return sum_MD, *(times(norm_MD, weight.t()) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, grad_sum_MD: torch.Tensor, *grads_MN: torch.Tensor) -> tuple[Any, ...]:
         x_MD, scale_M, norm_weight_D, *weights_and_sums = ctx.saved_tensors
         count = len(grads_MN)
         weights, sums = weights_and_sums[:count], weights_and_sums[count:]
-        grads_MD = [grads_MN[0] @ weights[0]]
+        grads_MD = [times(grads_MN[0], weights[0])]
         for grad_MN, weight in zip(grads_MN[1:], weights[1:]):
             if SUM_IN_PRODUCTS:
                 add_input_gradient(grads_MD[0], grad_MN, weight)
             else:
-                grads_MD.append(grad_MN @ weight)
+                grads_MD.append(times(grad_MN, weight))
         grad_x, norm_MD, grad_norm_weight = rms_norm_backward(x_MD, scale_M, norm_weight_D, grad_sum_MD, grads_MD)
         grad_weights = [
             _weight_gradient(total, grad_MN, norm_MD, needed)
@@ -269,14 +278,34 @@ class _SwigluLinear(torch.autograd.Function):
         h_MF = swiglu(gate_MF, up_MF)
         ctx.keep = keep
         ctx.save_for_backward(gate_MF, up_MF, weight_NF, total_NF, h_MF if keep else None)
-        return h_MF @ weight_NF.t()
+        return times(h_MF, weight_NF.t())
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
         gate_MF, up_MF, weight_NF, total_NF, kept_MF = ctx.saved_tensors
-        grad_gate, grad_up, again_MF = swiglu_backward(grad_MN @ weight_NF, gate_MF, up_MF, not ctx.keep)
+        grad_gate, grad_up, again_MF = swiglu_backward(times(grad_MN, weight_NF), gate_MF, up_MF, not ctx.keep)
         h_MF = kept_MF if ctx.keep else again_MF
         return grad_gate, grad_up, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[2]), None, None
+
+
+class _JoinedSwigluLinear(torch.autograd.Function):
+    """`_SwigluLinear` of gate and up side by side in one matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, both_M2F: torch.Tensor, weight_NF: torch.Tensor, total_NF: torch.Tensor | None, keep: bool
+    ) -> torch.Tensor:
+        h_MF = swiglu(*both_M2F.chunk(2, dim=1))
+        ctx.keep = keep
+        ctx.save_for_backward(both_M2F, weight_NF, total_NF, h_MF if keep else None)
+        return times(h_MF, weight_NF.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
+        both_M2F, weight_NF, total_NF, kept_MF = ctx.saved_tensors
+        grad_both, again_MF = joined_swiglu_backward(times(grad_MN, weight_NF), both_M2F, not ctx.keep)
+        h_MF = kept_MF if ctx.keep else again_MF
+        return grad_both, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1]), None, None
 
 
 def _weight_gradient(
@@ -313,6 +342,13 @@ def swiglu_linear(gate_BTF: torch.Tensor, up_BTF: torch.Tensor, linear: nn.Linea
     return out_MN.view(*gate_BTF.shape[:-1], out_MN.shape[-1])
 
 
+def joined_swiglu_linear(both_BT2F: torch.Tensor, linear: nn.Linear, keep: bool = False) -> torch.Tensor:
+    """`swiglu_linear` of gate and up side by side."""
+    both_M2F = both_BT2F.reshape(-1, both_BT2F.shape[-1])
+    out_MN = _JoinedSwigluLinear.apply(both_M2F, linear.weight, _sum_of(linear), keep)
+    return out_MN.view(*both_BT2F.shape[:-1], out_MN.shape[-1])
+
+
 def _sum_of(linear: nn.Linear) -> torch.Tensor | None:
     return linear.weight_sum if isinstance(linear, SummingLinear) else None
 
@@ -326,8 +362,8 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
 
     A layer of FAMILIES can if its MLP is SwiGLU of plain linear layers without biases, converted by `linears.convert`
     or not. Its first half, up to attention, is fused if q, k and v are plain and without biases, too, else it stays as
-    it is. Other layers, and those in float8 or joined, are left alone, and so is a GPU without triton. Call it after
-    `convert`.
+    it is. Other layers, and those in float8, are left alone, and so is a GPU without triton. Call it after
+    `convert`, and after `linears.join` if it is called at all: joined layers are fused as such.
     keep: keep SwiGLU's output for the backward pass instead of making it again there: 2 bytes a token and intermediate
     feature in each layer, and one tensor less that the backward kernel writes.
     """
@@ -338,9 +374,9 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
         if family is None or not _fusable(layer, family):
             continue
         attention = layer.self_attn
-        projections = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        projections = _projections(attention)
         layer.fused_attention = (
-            type(attention).__name__ == f"{family}Attention"
+            type(attention).__name__.removeprefix("Joint") == f"{family}Attention"
             and all(_plain(linear) for linear in projections)
             and type(layer.input_layernorm).__name__ == f"{family}RMSNorm"
         )
@@ -352,12 +388,27 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
 
 def _fusable(layer: Any, family: str) -> bool:
     mlp = layer.mlp
-    if type(mlp).__name__ != f"{family}MLP" or type(layer.post_attention_layernorm).__name__ != f"{family}RMSNorm":
+    if (
+        type(mlp).__name__.removeprefix("Joint") != f"{family}MLP"
+        or type(layer.post_attention_layernorm).__name__ != f"{family}RMSNorm"
+    ):
         return False
-    parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    parts = (*_expansions(mlp), mlp.down_proj)
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not all(_plain(part) for part in parts):
         return False
-    return mlp.down_proj.weight.device.type != "cuda" or _triton_kernels() is not None
+    return mlp.down_proj.weight.device.type != "cuda" or kernels_module() is not None
+
+
+def _projections(attention: Any) -> list[Any]:
+    """What makes queries, keys and values: three linear layers, or the one that `linears.join` made of them."""
+    if hasattr(attention, "joint"):
+        return [attention.joint]
+    return [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+
+
+def _expansions(mlp: Any) -> list[Any]:
+    """What makes gate and up: two linear layers or a joined one."""
+    return [mlp.joint] if hasattr(mlp, "joint") else [mlp.gate_proj, mlp.up_proj]
 
 
 def _plain(linear: Any) -> bool:
@@ -397,8 +448,10 @@ def _layer(
     else:
         residual = hidden_states
         attended, _ = module.self_attn(module.input_layernorm(hidden_states), past_key_values=None, **kwargs)
-    residual, gate, up = norm_linears(residual, attended, norm, (mlp.gate_proj, mlp.up_proj))
-    return residual + swiglu_linear(gate, up, mlp.down_proj, module.keep_swiglu)
+    residual, *expanded = norm_linears(residual, attended, norm, _expansions(mlp))
+    if len(expanded) == 1:
+        return residual + joined_swiglu_linear(expanded[0], mlp.down_proj, module.keep_swiglu)
+    return residual + swiglu_linear(expanded[0], expanded[1], mlp.down_proj, module.keep_swiglu)
 
 
 def _attention(
@@ -409,8 +462,10 @@ def _attention(
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
     module = layer.self_attn
-    parts = (module.q_proj, module.k_proj, module.v_proj)
-    residual, query, key, value = norm_linears(hidden_states, None, layer.input_layernorm, parts)
+    residual, *made = norm_linears(hidden_states, None, layer.input_layernorm, _projections(module))
+    if len(made) == 1:
+        made = made[0].split([part.out_features for part in (module.q_proj, module.k_proj, module.v_proj)], dim=-1)
+    query, key, value = made
     heads = (*hidden_states.shape[:-1], -1, module.head_dim)
     query, key, value = query.view(heads), key.view(heads), value.view(heads)
     if hasattr(module, "q_norm"):  # Qwen3

@@ -20,6 +20,7 @@ import torch
 
 from endprompt import fused
 from endprompt.rows import append_rows, environment, result_row
+from endprompt.triton_kernels import triton_kernels
 
 EPS = 1e-5
 #: Launches: block and warps of SwiGLU's kernels; warps of the norm's; warps, programs and stages of its backward one.
@@ -79,7 +80,7 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     def moved(count: float, tensor: torch.Tensor) -> int:
         return int(count * tensor.numel() * tensor.element_size())
 
-    kernels: Any = fused._kernels(torch.empty(0, device=device))
+    kernels: Any = triton_kernels(torch.empty(0, device=device))
 
     def each(
         task: str, size: int, plain: Callable[..., Any], ours: Any, launches: list[Any], arguments: tuple[Any, ...]

@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels for RMSNorm and SwiGLU of a decoder layer; `endprompt.fused` decides when they run.
+"""Triton kernels for RMSNorm and SwiGLU of a decoder layer, and for the lean optimizer's update.
+
+`endprompt.fused` and `endprompt.optim` decide when they run, and have the same work in torch.
 
 They move memory and do little else, so what matters is that each number is read and written once, 16 bytes at a time,
 with enough of them on the way. All arithmetic is in float32, whatever the tensors hold. The launches are for an H200:
@@ -10,8 +12,11 @@ RMSNorm (Zhang & Sennrich 2019), as Llama rounds it:  r = (mean(x^2) + eps)^-1/2
 SwiGLU (Shazeer 2020):  h = gate * s(gate) * up,  s the logistic function
     dgate = dh * up * s (1 + gate (1 - s)),  dup = dh * gate * s
 
+Of the update, `optim._update` is the definition. Its logarithms and powers are the GPU's fast ones: a code or a weight
+on the edge between two roundings can fall to the other side.
+
 Imports triton, so it is imported only where that is there.
-Legend: M tokens, D hidden size, S entries of a whole tensor.
+Legend: M tokens, D hidden size, F intermediate size.
 """
 
 from __future__ import annotations
@@ -44,6 +49,8 @@ SWIGLU_BACKWARD = Launch(block=2048, warps=8)
 #: Of rows of 4,096 numbers; wider ones take more warps, narrower ones fewer.
 NORM = Launch(warps=4)
 NORM_BACKWARD = Launch(warps=8, programs=2)
+#: block: here blocks of the optimizer's moments.
+LEAN_UPDATE = Launch(block=8, warps=4)
 
 
 def warps_for(width: int, launch: Launch) -> int:
@@ -51,32 +58,44 @@ def warps_for(width: int, launch: Launch) -> int:
     return max(1, min(16, launch.warps * width // 4096))
 
 
-def swiglu(gate_S: torch.Tensor, up_S: torch.Tensor, launch: Launch = SWIGLU) -> torch.Tensor:
-    out_S = torch.empty_like(gate_S)
-    size = gate_S.numel()
-    with _on(gate_S):
-        _swiglu[(triton.cdiv(size, launch.block),)](
-            gate_S, up_S, out_S, size, BLOCK=launch.block, EVEN=size % launch.block == 0, num_warps=launch.warps
+def swiglu(gate_MF: torch.Tensor, up_MF: torch.Tensor, launch: Launch = SWIGLU) -> torch.Tensor:
+    """Both may be parts of wider rows."""
+    out_MF = torch.empty(gate_MF.shape, dtype=gate_MF.dtype, device=gate_MF.device)
+    rows, size = gate_MF.shape
+    with _on(gate_MF):
+        _swiglu[(rows * triton.cdiv(size, launch.block),)](
+            *(gate_MF, up_MF, out_MF, gate_MF.stride(0), up_MF.stride(0)),
+            F=size,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
         )
-    return out_S
+    return out_MF
 
 
 def swiglu_backward(
-    grad_S: torch.Tensor, gate_S: torch.Tensor, up_S: torch.Tensor, again: bool, launch: Launch = SWIGLU_BACKWARD
+    grad_MF: torch.Tensor,
+    gate_MF: torch.Tensor,
+    up_MF: torch.Tensor,
+    again: bool,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    launch: Launch = SWIGLU_BACKWARD,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor)."""
-    grad_gate_S, grad_up_S = torch.empty_like(gate_S), torch.empty_like(up_S)
-    out_S = torch.empty_like(gate_S) if again else gate_S.new_empty(0)
-    size = gate_S.numel()
-    with _on(gate_S):
-        _swiglu_backward[(triton.cdiv(size, launch.block),)](
-            *(grad_S, gate_S, up_S, grad_gate_S, grad_up_S, out_S, size),
+    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor).
+
+    gate and up may be parts of wider rows of one width, and so may `into`, which the gradients are written to.
+    """
+    rows, size = gate_MF.shape
+    grad_gate_MF, grad_up_MF = into or (torch.empty_like(grad_MF), torch.empty_like(grad_MF))
+    out_MF = grad_MF.new_empty((rows, size) if again else 0)
+    with _on(gate_MF):
+        _swiglu_backward[(rows * triton.cdiv(size, launch.block),)](
+            *(grad_MF, gate_MF, up_MF, grad_gate_MF, grad_up_MF, out_MF, gate_MF.stride(0), grad_gate_MF.stride(0)),
             AGAIN=again,
+            F=size,
             BLOCK=launch.block,
-            EVEN=size % launch.block == 0,
             num_warps=launch.warps,
         )
-    return grad_gate_S, grad_up_S, out_S
+    return grad_gate_MF, grad_up_MF, out_MF
 
 
 def rms_norm(
@@ -129,6 +148,37 @@ def rms_norm_backward(
     return grad_x_MD, out_MD, parts_PD.sum(0)
 
 
+def lean_update(
+    weight_S: torch.Tensor,
+    grad_S: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    number: torch.Tensor,
+    scale: torch.Tensor,
+    seed: torch.Tensor,
+    levels: tuple[int, int],
+    octaves: tuple[float, float],
+    launch: Launch = LEAN_UPDATE,
+) -> None:
+    """One step of the lean optimizer on a whole parameter of S entries, in place.
+
+    moments: codes of the first one and their scales, codes of the root of the second and theirs, in blocks; the last
+    block may be longer than the parameter. levels, octaves: of the two codes.
+    """
+    size, block = weight_S.numel(), moments[0].shape[1]
+    with _on(weight_S):
+        _lean_update[(triton.cdiv(triton.cdiv(size, block), launch.block),)](
+            *(weight_S, grad_S, *moments, number, scale, seed, size),
+            STOCHASTIC=weight_S.dtype == torch.bfloat16,
+            LEVELS_FIRST=levels[0],
+            LEVELS_ROOT=levels[1],
+            OCTAVES_FIRST=octaves[0],
+            OCTAVES_ROOT=octaves[1],
+            BLOCK=block,
+            BLOCKS=launch.block,
+            num_warps=launch.warps,
+        )
+
+
 def _on(x: torch.Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
@@ -139,41 +189,44 @@ def _multiprocessors(x: torch.Tensor) -> int:
 
 
 @triton.jit
-def _swiglu(gate_S, up_S, out_S, size, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = tl.arange(0, BLOCK)
-    inside = None if EVEN else at < size - start
-    gate = tl.load(gate_S + start + at, mask=inside).to(tl.float32)
-    up = tl.load(up_S + start + at, mask=inside).to(tl.float32)
-    tl.store(out_S + start + at, (gate * tl.sigmoid(gate) * up).to(out_S.dtype.element_ty), mask=inside)
+def _swiglu(gate_MF, up_MF, out_MF, gate_row, up_row, F: tl.constexpr, BLOCK: tl.constexpr):
+    blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = None if F % BLOCK == 0 else at < F
+    gate = tl.load(gate_MF + row * gate_row + at, mask=inside).to(tl.float32)
+    up = tl.load(up_MF + row * up_row + at, mask=inside).to(tl.float32)
+    tl.store(out_MF + row * F + at, (gate * tl.sigmoid(gate) * up).to(out_MF.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _swiglu_backward(
-    grad_S,
-    gate_S,
-    up_S,
-    grad_gate_S,
-    grad_up_S,
-    out_S,
-    size,
+    grad_MF,
+    gate_MF,
+    up_MF,
+    grad_gate_MF,
+    grad_up_MF,
+    out_MF,
+    row_in,
+    row_out,
     AGAIN: tl.constexpr,
+    F: tl.constexpr,
     BLOCK: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = tl.arange(0, BLOCK)
-    inside = None if EVEN else at < size - start
-    grad = tl.load(grad_S + start + at, mask=inside).to(tl.float32)
-    gate = tl.load(gate_S + start + at, mask=inside).to(tl.float32)
-    up = tl.load(up_S + start + at, mask=inside).to(tl.float32)
+    blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = None if F % BLOCK == 0 else at < F
+    grad = tl.load(grad_MF + row * F + at, mask=inside).to(tl.float32)
+    gate = tl.load(gate_MF + row * row_in + at, mask=inside).to(tl.float32)
+    up = tl.load(up_MF + row * row_in + at, mask=inside).to(tl.float32)
     logistic = tl.sigmoid(gate)
     silu = gate * logistic
     grad_gate = grad * up * (logistic + silu * (1.0 - logistic))
-    tl.store(grad_gate_S + start + at, grad_gate.to(grad_gate_S.dtype.element_ty), mask=inside)
-    tl.store(grad_up_S + start + at, (grad * silu).to(grad_up_S.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_MF + row * row_out + at, grad_gate.to(grad_gate_MF.dtype.element_ty), mask=inside)
+    tl.store(grad_up_MF + row * row_out + at, (grad * silu).to(grad_up_MF.dtype.element_ty), mask=inside)
     if AGAIN:
-        tl.store(out_S + start + at, (silu * up).to(out_S.dtype.element_ty), mask=inside)
+        tl.store(out_MF + row * F + at, (silu * up).to(out_MF.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -241,3 +294,101 @@ def _rms_norm_backward(
         grad_x = scale * (grad - exact * along) + grad_sum
         tl.store(grad_x_MD + at + column, grad_x.to(grad_x_MD.dtype.element_ty), mask=inside)
     tl.store(parts_PD + program * D + column, part, mask=inside)
+
+
+@triton.jit
+def _random_bits(index, seed):
+    x = (index * -0x61C88647) ^ seed
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def _unit(bits):
+    return (bits & 0xFFFF).to(tl.float32) * (1.0 / 65536.0)
+
+
+@triton.jit
+def _decode(code, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+    value = tl.exp2((code.to(tl.float32) - 1.0) * (OCTAVES / (LEVELS - 1)) - OCTAVES)
+    return tl.where(code > 0, value, 0.0)
+
+
+@triton.jit
+def _encode(value, uniform, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+    place = 1.0 + (tl.log2(tl.maximum(value, 1e-30)) + OCTAVES) * ((LEVELS - 1) / OCTAVES)
+    below = tl.minimum(tl.maximum(tl.floor(place), 0.0), LEVELS - 1.0)
+    high = tl.exp2(below * (OCTAVES / (LEVELS - 1)) - OCTAVES)
+    low = tl.where(below > 0, tl.exp2((below - 1.0) * (OCTAVES / (LEVELS - 1)) - OCTAVES), 0.0)
+    return below.to(tl.int32) + (uniform * (high - low) < value - low).to(tl.int32)
+
+
+@triton.jit
+def _lean_update(
+    weight_S,
+    grad_S,
+    first_NB,
+    first_scale_N,
+    root_NB,
+    root_scale_N,
+    number,
+    scale,
+    seed,
+    size,
+    STOCHASTIC: tl.constexpr,
+    LEVELS_FIRST: tl.constexpr,
+    LEVELS_ROOT: tl.constexpr,
+    OCTAVES_FIRST: tl.constexpr,
+    OCTAVES_ROOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    lr = tl.load(number)
+    decay = tl.load(number + 1)
+    beta1 = tl.load(number + 2)
+    beta2 = tl.load(number + 3)
+    eps = tl.load(number + 4)
+    inverse1 = 1.0 / tl.load(number + 5)
+    inverse2 = 1.0 / tl.sqrt(tl.load(number + 6))
+    chance = tl.load(seed)
+
+    block_N = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at_NB = block_N[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = at_NB < size
+    there = block_N < (size + BLOCK - 1) // BLOCK
+    there_NB = there[:, None] & (tl.arange(0, BLOCK)[None, :] >= 0)
+    bits = _random_bits(at_NB.to(tl.int32), chance)
+    more = _random_bits(at_NB.to(tl.int32), chance ^ 0x5BD1E995)
+
+    grad = tl.load(grad_S + at_NB, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    code = tl.load(first_NB + at_NB, mask=there_NB, other=0).to(tl.int32)
+    top = tl.load(first_scale_N + block_N, mask=there, other=0.0)
+    first = _decode(tl.abs(code), LEVELS_FIRST, OCTAVES_FIRST) * top[:, None]
+    first = tl.where(code < 0, -first, first)
+    code = tl.load(root_NB + at_NB, mask=there_NB, other=0).to(tl.int32)
+    top = tl.load(root_scale_N + block_N, mask=there, other=0.0)
+    root = _decode(code, LEVELS_ROOT, OCTAVES_ROOT) * top[:, None]
+
+    first = beta1 * first + (1.0 - beta1) * grad
+    root = tl.sqrt(beta2 * root * root + (1.0 - beta2) * grad * grad)
+    step = first * inverse1 / (root * inverse2 + eps)
+    weight = tl.load(weight_S + at_NB, mask=inside, other=0.0).to(tl.float32) * (1.0 - lr * decay) - lr * step
+    if STOCHASTIC:
+        rounded = (weight.to(tl.int32, bitcast=True) + (bits & 0xFFFF)) & -0x10000
+        weight = rounded.to(tl.float32, bitcast=True)
+    tl.store(weight_S + at_NB, weight.to(weight_S.dtype.element_ty), mask=inside)
+
+    # 2e-38 and not less: a constant below float32's normal numbers would make all of it float64
+    size_first = tl.abs(first)
+    top = tl.max(size_first, axis=1)
+    level = _encode(size_first * (1.0 / tl.maximum(top, 2e-38))[:, None], _unit(more), LEVELS_FIRST, OCTAVES_FIRST)
+    level = tl.where(first < 0, -level, tl.where(first > 0, level, 0))
+    tl.store(first_NB + at_NB, level.to(tl.int8), mask=there_NB)
+    tl.store(first_scale_N + block_N, top, mask=there)
+    top = tl.max(root, axis=1)
+    level = _encode(root * (1.0 / tl.maximum(top, 2e-38))[:, None], _unit(more >> 16), LEVELS_ROOT, OCTAVES_ROOT)
+    tl.store(root_NB + at_NB, tl.maximum(level, 1).to(tl.uint8), mask=there_NB)
+    tl.store(root_scale_N + block_N, top, mask=there)

@@ -2,6 +2,8 @@
 
 `convert` changes the decoder layers' nn.Linear in place; names, weights and the exported state stay as they are.
 
+The embedding's gradient goes to the sum's rows of the tokens that were read, instead of through a matrix of zeros.
+
 bfloat16: the weight gradient is added to the float32 sum `weight.main_grad` by the matrix product itself (beta = 1), so
 it is never written as a tensor of its own. This saves its memory and one pass over all gradients a micro-batch.
 
@@ -24,6 +26,7 @@ from torch import nn
 
 from endprompt.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fused, scaled_product, to_float8
 from endprompt.loss import add_product
+from endprompt.products import times
 
 
 def convert(model: nn.Module, float8: str = "none") -> int:
@@ -55,6 +58,14 @@ def convert(model: nn.Module, float8: str = "none") -> int:
             module.fast_backward = float8 == "fast"
             module.convert_weight()
         changed += 1
+    for module in model.modules():
+        # a subclass may scale what it gives, and the options count or thin out gradients: those stay as they are
+        if type(module) is not nn.Embedding or getattr(module.weight, "main_grad", None) is None:
+            continue
+        if module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
+            total: Any = module.weight.main_grad  # type: ignore[attr-defined]
+            module.register_buffer("weight_sum", total, persistent=False)
+            module.__class__ = SummingEmbedding
     if not changed:
         raise ValueError("no linear layer to convert: the lean optimizer must be made first (optimizer=lean)")
     return changed
@@ -179,6 +190,33 @@ class Float8Linear(nn.Linear):
         )
 
 
+class SummingEmbedding(nn.Embedding):
+    """nn.Embedding whose backward adds to the rows of `weight_sum` that were read, and to no others."""
+
+    weight_sum: torch.Tensor
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return _Lookup.apply(ids, self.weight, self.weight_sum, self.padding_idx)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ids: torch.Tensor, weight_NK: torch.Tensor, total_NK: torch.Tensor, padding: int | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.total_NK, ctx.padding = total_NK, padding  # not saved: a tied head adds to the sum before this does
+        return torch.nn.functional.embedding(ids, weight_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
+        (ids,), total_NK = ctx.saved_tensors, ctx.total_NK
+        if ctx.padding is not None:  # it does not train
+            grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)
+        total_NK.index_add_(0, ids.flatten(), grad.reshape(-1, grad.shape[-1]).to(total_NK.dtype))
+        return (None,) * 4
+
+
 @torch.library.custom_op("endprompt::add_weight_gradient", mutates_args=("total_NK",))
 def add_weight_gradient(total_NK: torch.Tensor, grad_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
     add_product(total_NK, grad_MN, x_MK)
@@ -188,13 +226,14 @@ class _Summing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_NK: torch.Tensor, total_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight_NK, total_NK)
-        return x @ weight_NK.t()
+        return times(x.reshape(-1, x.shape[-1]), weight_NK.t()).view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight_NK, total_NK = ctx.saved_tensors
-        add_weight_gradient(total_NK, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return grad @ weight_NK, None, None
+        grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        add_weight_gradient(total_NK, grad_MN, x_MK)
+        return times(grad_MN, weight_NK).view(x.shape), None, None
 
 
 class _Float8(torch.autograd.Function):

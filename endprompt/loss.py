@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from endprompt.products import product_into, times
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of weighted cross-entropies; gradients are made chunk by chunk in the forward pass and kept."""
@@ -44,11 +46,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 hidden = hidden_ND[part].to(dtype)
                 chunk_of = _chunk if fuse else _chunk_eager
-                logits = hidden @ head.T if head8 is None else head8.output(hidden)
+                logits = times(hidden, head.T) if head8 is None else head8.output(hidden)
                 loss, grad_logits = chunk_of(logits, labels_N[part], weights_N[part])
                 total += loss
                 if grad_hidden is not None:
-                    product = grad_logits @ head if head8 is None else head8.input_gradient(grad_logits)
+                    product = times(grad_logits, head) if head8 is None else head8.input_gradient(grad_logits)
                     grad_hidden[part] = product.to(grad_hidden.dtype)
                 if grad_head is not None:
                     add_product(grad_head, grad_logits, hidden)
@@ -84,7 +86,7 @@ def add_product(total_NK: torch.Tensor, a_MN: torch.Tensor, b_MK: torch.Tensor) 
         if not _adds_in_float32():
             total_NK += a_MN.t() @ b_MK
             return
-        torch.addmm(total_NK, a_MN.t(), b_MK, out_dtype=total_NK.dtype, out=total_NK)
+        product_into(total_NK, a_MN.t(), b_MK, adds=True)
     else:
         total_NK.addmm_(a_MN.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))
 
@@ -117,6 +119,17 @@ def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) ->
     return _compiled(logits, labels, weights)
 
 
+def tokens_at_a_time(vocabulary: int, device: str = "cuda") -> int:
+    """Tokens whose logits are there at once: at most 2**30 logits on a GPU, 2**23 on a CPU.
+
+    On a GPU a multiple of 256: cuBLAS makes products in tiles of so many rows, and what a last tile lacks is lost.
+    """
+    if device != "cuda":
+        return max(1, 2**23 // vocabulary)
+    tokens = max(1, 2**30 // vocabulary)
+    return tokens - tokens % 256 or tokens
+
+
 def linear_cross_entropy(
     hidden_ND: torch.Tensor,
     head_VD: torch.Tensor,
@@ -132,14 +145,14 @@ def linear_cross_entropy(
 
     hidden_ND: float; head_VD: float; labels_N: int64 in [0, V); weights_N: float32, >= 0. Tokens of weight 0 are left
     out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
-    chunk: tokens at a time; default as many as give 2**29 logits on a GPU, 2**23 on a CPU.
+    chunk: tokens at a time; default `tokens_at_a_time`.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
     every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: torch.compile
     the elementwise part on CUDA.
     head8: a `float8.Float8Matrix` of the head, which gives the logits and the gradient of `hidden` instead of the head.
     """
     if chunk is None:
-        chunk = max(1, (2**29 if hidden_ND.device.type == "cuda" else 2**23) // head_VD.shape[0])
+        chunk = tokens_at_a_time(head_VD.shape[0], hidden_ND.device.type)
     if not every_token:
         keep = weights_N > 0
         if not bool(keep.all()):
@@ -147,6 +160,16 @@ def linear_cross_entropy(
     if not len(labels_N):
         return (hidden_ND.sum() + head_VD.sum()).float() * 0.0  # both keep a gradient, of zeros
     return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD, fuse, head8)
+
+
+def next_tokens(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, weights), int64 and float32 [B T]: each token's next one; a row's last token has weight 0.
+
+    For `every_token`: B T tokens are whole tiles of a matrix product where B (T - 1) are not. weights_BT[:, t] is the
+    weight of predicting token t.
+    """
+    last = torch.zeros_like(weights_BT[:, :1])
+    return ids_BT.roll(-1, dims=1).flatten(), torch.cat([weights_BT[:, 1:], last], dim=1).flatten()
 
 
 def logits_cross_entropy(logits_ND: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

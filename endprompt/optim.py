@@ -24,11 +24,13 @@ from typing import Any
 import torch
 
 from endprompt.masters import MasterAdamW
+from endprompt.triton_kernels import triton_kernels
 
 BLOCK = 256
-CHUNK = 1 << 24  # elements that go through the update at once
+CHUNK = 1 << 24  # elements that go through the update at once, where torch makes it
 OCTAVES_FIRST, LEVELS_FIRST = 14.0, 127  # signed: 8% from code to code
 OCTAVES_ROOT, LEVELS_ROOT = 16.0, 255  # 4.5% from code to code
+MOMENTS = ("first", "first_scale", "root", "root_scale")
 OPTIMIZERS = ("adamw", "masters", "lean")
 
 
@@ -119,10 +121,28 @@ class LeanAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        work, numbers = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._step(parameter, group)
+                state = self.moments(parameter)
+                state["step"] += 1
+                work.append((parameter, state))
+                numbers.append(self._numbers(group, int(state["step"])))
+        seeds = [_mix(self.seed, int(state["step"]), index) for index, (_, state) in enumerate(work)]
+        # what the host knows goes over in one piece: a copy for each parameter would hold it up
+        for device in {parameter.device for parameter, _ in work}:
+            ours = [index for index, (parameter, _) in enumerate(work) if parameter.device == device]
+            number = torch.tensor([numbers[i] for i in ours], dtype=torch.float32).to(device, non_blocking=True)
+            seed = torch.tensor([seeds[i] for i in ours], dtype=torch.int32).to(device, non_blocking=True)
+            for place, index in enumerate(ours):
+                self._step(*work[index], number[place], seed[place])
         self.clipped = None
+
+    @staticmethod
+    def _numbers(group: dict[str, Any], step: int) -> list[float]:
+        """What `_update` reads as `number`."""
+        beta1, beta2 = group["betas"]
+        return [group["lr"], group["weight_decay"], beta1, beta2, group["eps"], 1 - beta1**step, 1 - beta2**step]
 
     def moments(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
         """The state of one parameter, zeros before its first step."""
@@ -136,44 +156,33 @@ class LeanAdamW(torch.optim.Optimizer):
             state["root_scale"] = torch.zeros(blocks, 1, dtype=torch.float32, device=device)
         return state
 
-    def _step(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.moments(parameter)
-        state["step"] += 1
-        step = int(state["step"])
-        beta1, beta2 = group["betas"]
-        numbers = [
-            group["lr"],
-            group["weight_decay"],
-            beta1,
-            beta2,
-            group["eps"],
-            1 - beta1**step,
-            1 - beta2**step,
-        ]
-        number = torch.tensor(numbers, dtype=torch.float32).to(parameter.device, non_blocking=True)
+    def _step(
+        self, parameter: torch.nn.Parameter, state: dict[str, Any], number: torch.Tensor, seed: torch.Tensor
+    ) -> None:
         scale = self.clipped if self.clipped is not None else torch.ones((), device=parameter.device)
-        update = _update_function(parameter.device)
+        moments = tuple(state[key] for key in MOMENTS)
         weights, sums = parameter.view(-1), parameter.main_grad.view(-1)  # type: ignore[attr-defined]
+        kernels = triton_kernels(parameter)
+        if kernels:
+            levels, octaves = (LEVELS_FIRST, LEVELS_ROOT), (OCTAVES_FIRST, OCTAVES_ROOT)
+            kernels.lean_update(weights, sums, moments, number, scale, seed, levels, octaves)
+            return
         for start in range(0, parameter.numel(), CHUNK):
             end = min(start + CHUNK, parameter.numel())
             blocks = slice(start // BLOCK, -(-end // BLOCK))
-            moments = [state[key][blocks] for key in ("first", "first_scale", "root", "root_scale")]
-            seed = _mix(self.seed, step, self._index(parameter), start // CHUNK)
-            bits = torch.tensor(seed, dtype=torch.int32).to(parameter.device, non_blocking=True)
+            parts = [moment[blocks] for moment in moments]
+            # the first index in wrapping int32: chunks of any size draw the same bits
+            rest: Any = {"number": number, "scale": scale, "seed": seed, "first_index": (start + 2**31) % 2**32 - 2**31}
             weight, total = weights[start:end], sums[start:end]
             if (end - start) % BLOCK:
                 # the last block is padded on copies; its padding has no gradient and stays 0
                 padding = (0, BLOCK - (end - start) % BLOCK)
                 padded = torch.nn.functional.pad(weight, padding).view(-1, BLOCK)
-                update(padded, torch.nn.functional.pad(total, padding).view(-1, BLOCK), *moments, number, scale, bits)
+                gradient = torch.nn.functional.pad(total, padding).view(-1, BLOCK)
+                _update(padded, gradient, *parts, **rest)
                 weight.copy_(padded.view(-1)[: end - start])
             else:
-                update(weight.view(-1, BLOCK), total.view(-1, BLOCK), *moments, number, scale, bits)
-
-    def _index(self, parameter: torch.nn.Parameter) -> int:
-        if not hasattr(self, "_indices"):
-            self._indices = {id(p): i for i, p in enumerate(self.parameters())}
-        return self._indices[id(parameter)]
+                _update(weight.view(-1, BLOCK), total.view(-1, BLOCK), *parts, **rest)
 
 
 def _add_to_sum(parameter: torch.Tensor) -> None:
@@ -192,10 +201,15 @@ def _update(
     number: torch.Tensor,
     scale: torch.Tensor,
     seed: torch.Tensor,
+    first_index: int,
 ) -> None:
-    """One AdamW step of N blocks, in place; number holds lr, weight decay, betas, eps, bias corrections."""
+    """One AdamW step of N blocks, in place; number holds lr, weight decay, betas, eps, bias corrections.
+
+    seed, first_index: of the random bits, the index that of the first element.
+    """
     lr, decay, beta1, beta2, eps, correction1, correction2 = number.unbind()
     index_NB = torch.arange(weight_NB.numel(), dtype=torch.int32, device=weight_NB.device).view(weight_NB.shape)
+    index_NB = index_NB + first_index
     bits_NB = random_bits(index_NB, seed)
     more_NB = random_bits(index_NB, seed ^ 0x5BD1E995)
     grad = grad_NB.float() * scale
@@ -265,15 +279,3 @@ def _mix(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         state ^= state >> 31
     return (state & 0xFFFFFFFF) - 2**31
-
-
-_compiled: dict[str, Any] = {}
-
-
-def _update_function(device: torch.device) -> Any:
-    """On CUDA one fused kernel over a chunk; on the CPU as written."""
-    if device.type != "cuda":
-        return _update
-    if "update" not in _compiled:
-        _compiled["update"] = torch.compile(_update, dynamic=True)
-    return _compiled["update"]

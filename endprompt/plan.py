@@ -190,7 +190,9 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
         selective = whole = operands + 2.0 * (shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
     layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
     parts["activations"] = layer * shape.layers * tokens
-    loss = 2 * 2.0 * min(tokens, 2**29 // shape.vocabulary) * shape.vocabulary
+    from endprompt.loss import tokens_at_a_time
+
+    loss = 2 * 2.0 * min(tokens, tokens_at_a_time(shape.vocabulary)) * shape.vocabulary
     if recompute == "full":  # the loss has let go of its logits before a layer is made again
         parts["one layer again"], loss = max(whole * tokens, loss), 0.0
     parts["loss and work space"] = loss + 3 * 2.0 * shape.hidden * tokens + 2 * GIB

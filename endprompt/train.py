@@ -33,7 +33,7 @@ from endprompt.float8 import Float8Matrix
 from endprompt.fused import fuse
 from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
-from endprompt.loss import linear_cross_entropy, logits_cross_entropy
+from endprompt.loss import linear_cross_entropy, logits_cross_entropy, next_tokens
 from endprompt.model import (
     check_vocabulary,
     export,
@@ -372,6 +372,10 @@ def finish(
 # Loop
 
 
+#: Share of a batch's tokens with a weight above which the loss of all is taken.
+DENSE = 0.97
+
+
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
@@ -387,6 +391,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.autocast, self.float8 = model, autocast, float8
         self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
+        self.dense = False  # nearly all tokens count: those that do not are not worth looking for
 
     def forward(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
@@ -404,11 +409,26 @@ class Objective(torch.nn.Module):
                 return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
-            hidden_ND = hidden[:, :-1].flatten(0, 1)
+            options, hidden_ND = self.options, hidden[:, :-1].flatten(0, 1)
+            if self.dense:
+                labels, weights = next_tokens(ids_BT, weights_BT)
+                options, hidden_ND = options | {"every_token": True}, hidden.flatten(0, 1)
             head8 = None
             if self.float8 != "none" and self.model.training:
                 head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
-            return linear_cross_entropy(hidden_ND, head, labels, weights, head8=head8, **self.options)
+            return linear_cross_entropy(
+                hidden_ND, head, labels, weights, head_sum_VD=self.head_sum(), head8=head8, **options
+            )
+
+    def head_sum(self) -> torch.Tensor | None:
+        """The lean optimizer's sum, to which the head's gradient is added at once; None where it is passed back.
+
+        Added at once it is that of the loss as it is given: nothing may scale the loss afterwards.
+        """
+        if not (self.model.training and torch.is_grad_enabled() and plain_head(self.model)):
+            return None
+        head = self.model.get_output_embeddings().weight
+        return getattr(head, "main_grad", None) if head.requires_grad else None
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
         hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
@@ -455,7 +475,10 @@ def optimizer_step(
     with attention_backends(ids_BT.device):
         for start in range(0, len(ids_BT), micro):
             part = slice(start, start + micro)
-            part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
+            if objective.head_sum() is None:
+                part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
+            else:
+                part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part] / total)
             (part_loss * processes).backward()  # FSDP takes the mean over the processes, we want the sum
             loss += part_loss.detach()
     norm = distributed.whole(clip_gradients(optimizer, clip))
@@ -657,6 +680,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         micro = config.micro_rows or len(ids)
+        # on a GPU looking for the tokens that count waits for all that went before
+        self.loss.dense = config.optimizer == "lean" and float((batch.weights[:, 1:] > 0).mean()) > DENSE
         loss, norm = optimizer_step(
             self.loss, self.optimizer, micro, config.clip, self.here.size, ids, positions, weights
         )

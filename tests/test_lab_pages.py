@@ -239,7 +239,10 @@ def test_the_whole_preset_was_run_twice_with_the_same_rows_and_verdicts(again, r
     assert all(line["same"] for line in claims) and {line["metric"] for line in changed} == {"score_by_seconds"}
     text = " ".join(part("docs/lab.md", "### The same seeds").split())
     assert f"All {len(again):,} rows" in text and f"all {len(claims)} claims" in text
-    assert f"of {len(others)} estimates all but {('no', 'one', 'two', 'three', 'four', 'five', 'six')[len(changed)]}" in text
+    assert (
+        f"of {len(others)} estimates all but {('no', 'one', 'two', 'three', 'four', 'five', 'six')[len(changed)]}"
+        in text
+    )
 
 
 def test_cells_that_were_done_twice_are_the_same(again):

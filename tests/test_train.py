@@ -77,6 +77,47 @@ def test_micro_batches_equal_one(extend_config, tmp_path, micro):
         torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lean_optimizer_s_sums_are_the_gradients(extend_config, tmp_path, tied):
+    """Head, embedding and layers each have a way of their own into the sums; the loss is as it was."""
+    model = make_checkpoint(tmp_path / "model", "Llama", tie_word_embeddings=tied)
+    found = []
+    for optimizer, kind, dtype in (("adamw", "grad", "float32"), ("lean", "main_grad", "bfloat16")):
+        options = {"model": str(model), "optimizer": optimizer, "dtype": dtype, "micro_rows": 2, "clip": 0.0}
+        trainer = trainer_of(extend_config, tmp_path, **options)
+        batch, kept = trainer.rows.batch(0, 4), {}
+        trainer.optimizer.step = lambda kept=kept, t=trainer, kind=kind: kept.update(
+            {name: getattr(p, kind).clone() for name, p in t.model.named_parameters()}
+        )
+        uneven = batch.weights.copy()
+        uneven[0, :20] = 0
+        loss, _ = trainer.train_step(Batch(batch.input_ids, batch.position_ids, uneven), 0.0)
+        found.append((float(loss), kept))
+    (loss, expected), (lean_loss, sums) = found
+    assert lean_loss == pytest.approx(loss, rel=1e-3)
+    assert sums.keys() == expected.keys() and len(sums) > 10
+    for (
+        name,
+        gradient,
+    ) in expected.items():  # to bfloat16's accuracy: what is left out or added twice is off by far more
+        assert float((sums[name] - gradient).norm() / gradient.norm()) < 0.03, name
+
+
+def test_evaluation_leaves_the_sums_alone(extend_config, tmp_path):
+    trainer = trainer_of(extend_config, tmp_path, optimizer="lean", dtype="bfloat16")
+    batch = trainer.rows.batch(0, 4)
+    parts = [torch.from_numpy(x.copy()) for x in (batch.input_ids, batch.position_ids, batch.weights)]
+    with torch.no_grad():
+        trainer.loss(*parts)
+    trainer.model.eval()
+    trainer.loss(*parts).backward()
+    head = trainer.model.get_output_embeddings().weight
+    before = head.main_grad.clone()  # the last pass was one of gradients, through the hook
+    with torch.no_grad():
+        trainer.loss(*parts)
+    assert torch.equal(head.main_grad, before) and float(before.abs().max()) > 0
+
+
 def test_resumed_run_equals_the_uninterrupted_one_bitwise(extend_config, tmp_path):
     options = {"steps": 7, "save_every": 2, "scheme": "endprompt-pose", "weight_decay": 0.1, "dtype": "float32"}
     whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
