@@ -76,8 +76,8 @@ class BenchConfig:
         sums: dtype of the lean optimizer's gradient sums, float32 or bfloat16
         fused_sums: add weight gradients to the sums inside the matrix products
         joint: one product for q, k and v, and one for gate and up
-        fused: with the lean optimizer's converted layers, norms and SwiGLU in kernels of their own with the products
-            around them (see endprompt/fused.py); joint and float8 layers have none
+        fused: with the lean optimizer's converted layers, norms, SwiGLU and rotations in kernels of their own with the
+            products around them (see endprompt/fused.py); float8 layers have none
         products: torch, or measured: the algorithms that measure fastest here (endprompt/products.py)
         float8: none, exact or fast (accumulation of the backward products)
         float8_head: with float8, also the logits and the gradient that goes down from them
@@ -110,7 +110,7 @@ class BenchConfig:
     sums: str = "float32"
     fused_sums: bool = True
     joint: bool = True
-    fused: bool = False
+    fused: bool = True
     products: str = "torch"
     float8: str = "none"
     float8_head: bool = False
@@ -357,10 +357,10 @@ class Run:
             if config.joint:
                 linears.join(self.model)
             linears.convert(self.model, config.float8)
-            if config.fused:
+            if config.fused and config.float8 == "none":
                 fused = fuse(self.model, keep=config.recompute == "none")
                 if not fused:
-                    say(f"fused: no layer can be, as it is: joint={config.joint} float8={config.float8!r}")
+                    say("fused: no layer can be, they stay as they are")
         if config.compile and config.method != "reference":
             import torch._dynamo
             import torch._functorch.config
@@ -1043,9 +1043,9 @@ def h200(suite: Suite) -> None:
 
     best = {"attention": faster_attention(rates, suite.config.attention)}
     sdpa = {"attention": "sdpa"}
-    plain: dict[str, Any] = {"joint": False}
-    float8 = plain | {"float8": "fast"}
-    long = plain | {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
+    plain: dict[str, Any] = {"recompute": "none", "products": "measured"}
+    float8: dict[str, Any] = {"joint": False, "float8": "fast"}
+    long: dict[str, Any] = {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
     reference = {"method": "reference", "optimizer": "adamw", "fused_sums": False, "micro_rows": 1, "recompute": "full"}
     longlora = long | {"method": "longlora", "fused_sums": False}
     lceg = long | reference | {"whole_logits": False}

@@ -80,6 +80,10 @@ def _handle(device: int) -> ctypes.c_void_p:
     return handle
 
 
+def _stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 @functools.cache
 def _workspace(device: int, stream: int) -> torch.Tensor:
     return torch.empty(WORKSPACE, dtype=torch.uint8, device=f"cuda:{device}")
@@ -192,7 +196,7 @@ def _runs(plan: _Plan, algorithm: Algorithm) -> bool:
 def multiply(key: Key, algorithm: Algorithm, a_MK: torch.Tensor, b_KN: torch.Tensor, out_MN: torch.Tensor) -> None:
     """out = a b, or out += a b where the key says so, on the current stream. key: `key_of` of the same matrices."""
     plan, device = _plan(key), key[-1]
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _stream(device)
     workspace = _workspace(device, stream)
     out, pointer = ctypes.c_void_p(out_MN.data_ptr()), ctypes.c_void_p
     alpha, beta = plan.pointers

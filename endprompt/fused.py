@@ -84,6 +84,18 @@ def torch_norm_backward(
     return grad_x.to(x_MD.dtype), weight_D * unit, grad_weight
 
 
+def torch_rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> torch.Tensor:
+    parts = []
+    (cos1, cos2), (sin1, sin2) = (x[:, :, None].float().chunk(2, dim=-1) for x in (cos_BTD, sin_BTD))
+    for grad in grads[:2]:
+        first, second = grad.float().chunk(2, dim=-1)
+        turned = torch.cat([first * cos1 + second * sin2, second * cos2 - first * sin1], dim=-1)
+        parts.append(turned.to(grad.dtype).flatten(2))
+    return torch.cat([*parts, grads[2].flatten(2)], dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators
 #
@@ -205,6 +217,31 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
+@torch.library.custom_op("endprompt::rotate_backward", mutates_args=())
+def rotate_backward(
+    query_BTHD: torch.Tensor,
+    key_BTGD: torch.Tensor,
+    value_BTGD: torch.Tensor,
+    cos_BTD: torch.Tensor,
+    sin_BTD: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient [B, T, (H + 2 G) D] of queries, keys and values side by side, from theirs after RoPE.
+
+    Those of the values pass. cos, sin: as RoPE's forward pass takes them; B may be 1.
+    """
+    query, key, value, cos, sin = (x.contiguous() for x in (query_BTHD, key_BTGD, value_BTGD, cos_BTD, sin_BTD))
+    kernels = triton_kernels(query)
+    return (kernels.rotate_backward if kernels else torch_rotate_backward)((query, key, value), cos, sin)
+
+
+@rotate_backward.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    batch, tokens, heads, width = query.shape
+    return query.new_empty(batch, tokens, (heads + 2 * key.shape[2]) * width)
+
+
 @torch.library.custom_op("endprompt::add_input_gradient", mutates_args=("total_MK",))
 def add_input_gradient(total_MK: torch.Tensor, grad_MN: torch.Tensor, weight_NK: torch.Tensor) -> None:
     """total += grad @ weight, in the product itself."""
@@ -304,8 +341,29 @@ class _JoinedSwigluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
         both_M2F, weight_NF, total_NF, kept_MF = ctx.saved_tensors
         grad_both, again_MF = joined_swiglu_backward(times(grad_MN, weight_NF), both_M2F, not ctx.keep)
-        h_MF = kept_MF if ctx.keep else again_MF
+        h_MF = again_MF if kept_MF is None else kept_MF
         return grad_both, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1]), None, None
+
+
+class _Rotated(torch.autograd.Function):
+    """Queries and keys after RoPE, and values, [B, T, heads, D] each, of all three side by side [B, T, W]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, joined_BTW: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, heads: int, groups: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        width = cos_BTD.shape[-1]
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        parts = joined_BTW.split([heads * width, groups * width, groups * width], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, width)) for part in parts)
+        query, key = apply_rotary_pos_emb(query, key, cos_BTD, sin_BTD, unsqueeze_dim=2)
+        return query, key, value.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return rotate_backward(*grads, *ctx.saved_tensors), *(None,) * 4
 
 
 def _weight_gradient(
@@ -386,6 +444,11 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
     return changed
 
 
+def can_fuse(device: torch.device) -> bool:
+    """Whether this device has what fused layers need: triton, if it is a GPU."""
+    return device.type != "cuda" or kernels_module() is not None
+
+
 def _fusable(layer: Any, family: str) -> bool:
     mlp = layer.mlp
     if (
@@ -396,7 +459,7 @@ def _fusable(layer: Any, family: str) -> bool:
     parts = (*_expansions(mlp), mlp.down_proj)
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not all(_plain(part) for part in parts):
         return False
-    return mlp.down_proj.weight.device.type != "cuda" or kernels_module() is not None
+    return can_fuse(mlp.down_proj.weight.device)
 
 
 def _projections(attention: Any) -> list[Any]:
@@ -464,14 +527,15 @@ def _attention(
     module = layer.self_attn
     residual, *made = norm_linears(hidden_states, None, layer.input_layernorm, _projections(module))
     if len(made) == 1:
-        made = made[0].split([part.out_features for part in (module.q_proj, module.k_proj, module.v_proj)], dim=-1)
-    query, key, value = made
-    heads = (*hidden_states.shape[:-1], -1, module.head_dim)
-    query, key, value = query.view(heads), key.view(heads), value.view(heads)
-    if hasattr(module, "q_norm"):  # Qwen3
-        query, key = module.q_norm(query), module.k_norm(key)
+        width = module.head_dim
+        counts = module.q_proj.out_features // width, module.k_proj.out_features // width
+        query, key, value = _Rotated.apply(made[0], *position_embeddings, *counts)
+    else:
+        query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in made)
+        if hasattr(module, "q_norm"):  # Qwen3
+            query, key = module.q_norm(query), module.k_norm(key)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     # Qwen's layers say it each, Mistral's for all, Llama's never
     kwargs["sliding_window"] = getattr(module, "sliding_window", None)
     if not hasattr(module, "sliding_window"):

@@ -1,4 +1,4 @@
-"""Speed of the kernels of fused layers alone: `python -m endprompt.fused_bench --output bench`.
+"""Speed of the kernels of layers and loss alone: `python -m endprompt.fused_bench --output bench`.
 
 Each kernel at the shapes of a micro-batch of Llama-3-8B, in several launches, beside what torch.compile makes of the
 same work and beside a copy. Time is a kernel's own (the mean of several in a row); bytes are those that must be read
@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 
-from endprompt import fused
+from endprompt import fused, loss
 from endprompt.rows import append_rows, environment, result_row
 from endprompt.triton_kernels import triton_kernels
 
 EPS = 1e-5
-#: Launches: block and warps of SwiGLU's kernels; warps of the norm's; warps, programs and stages of its backward one.
+#: Launches: block and warps of SwiGLU's kernels; warps of the norm's; block and warps of the loss's; warps of RoPE's;
+#: warps, programs and stages of the norm's backward one.
 SWIGLU = ((2048, 4), (4096, 8), (8192, 8), (2048, 8), (4096, 4))
 NORM = (4, 8, 16)
+CROSS_ENTROPY = ((8192, 8), (8192, 16), (4096, 4), (4096, 8), (16384, 16))
+ROTATE = (2, 4, 8)
 NORM_BACKWARD = ((8, 2, 1), (8, 2, 2), (8, 1, 3), (16, 2, 1), (16, 1, 2), (4, 2, 1))
 
 
@@ -35,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size")
     parser.add_argument("--intermediate", type=int, default=14336, help="intermediate size")
+    parser.add_argument("--vocabulary", type=int, default=128256, help="of the loss, for half the tokens")
     parser.add_argument("--seconds", type=float, default=0.1, help="of each measurement")
     options = parser.parse_args(argv)
     torch._dynamo.config.recompile_limit = 64
@@ -80,6 +84,7 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     def moved(count: float, tensor: torch.Tensor) -> int:
         return int(count * tensor.numel() * tensor.element_size())
 
+    yield from of_loss_and_rotations(options, random, moved)
     kernels: Any = triton_kernels(torch.empty(0, device=device))
 
     def each(
@@ -145,6 +150,51 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
         ours, each_one = kernels and kernels.rms_norm_backward, (x, scale, weight, added, grads[:count])
         size = moved(4 + count, x)
         yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one)
+
+
+def of_loss_and_rotations(
+    options: argparse.Namespace, random: Callable[..., torch.Tensor], moved: Callable[[float, torch.Tensor], int]
+) -> Iterator[Measurement]:
+    """The loss of half the tokens, whose kernel overwrites its logits, and RoPE's backward pass with heads of 128."""
+    half, vocabulary = options.tokens // 2, options.vocabulary
+    logits = random(half, vocabulary)
+    kernels: Any = triton_kernels(logits)
+    labels = torch.randint(vocabulary, (half,), device=logits.device)
+    weights = torch.full((half,), 1e-5, device=logits.device)
+    few = slice(0, 64)
+    expected = loss._chunk_eager(logits[few], labels[few], weights[few])[1].float()
+
+    def wrong(work: Callable[..., Any]) -> float:
+        found = logits[few].clone()
+        result = work(found, labels[few], weights[few])
+        gradient = result[1] if isinstance(result, tuple) else found
+        return 100 * float((gradient.float() - expected).norm() / expected.norm())
+
+    parts = logits, labels, weights
+    compiled = torch.compile(loss._chunk_eager, dynamic=True)
+    by: list[tuple[str, dict[str, int], Callable[..., Any]]] = [("torch.compile", {}, compiled)]
+    for block, warps in CROSS_ENTROPY if kernels else ():
+        launch = kernels.Launch(block=block, warps=warps)
+        used = " (used)" if launch == kernels.CROSS_ENTROPY else ""
+        name, setting = f"block {block} warps {warps}{used}", {"block": block, "warps": warps}
+        by.append((name, setting, partial(kernels.cross_entropy, launch=launch)))
+    errors = [wrong(work) for *_, work in by]  # before the logits are overwritten
+    for (name, setting, work), error in zip(by, errors):
+        yield "cross-entropy", name, setting, moved(2, logits), partial(work, *parts), partial(float, error)
+    heads, groups = max(1, options.hidden // 128), max(1, options.hidden // 512)
+    query, key, value = (random(1, options.tokens, count, 128) for count in (heads, groups, groups))
+    grads = query, key, value
+    cos, sin = random(1, options.tokens, 128), random(1, options.tokens, 128)
+    wanted = fused.torch_rotate_backward(grads, cos, sin)
+    plain = torch.compile(fused.torch_rotate_backward, dynamic=False)
+    by = [("torch.compile", {}, plain)]
+    for warps in ROTATE if kernels else ():
+        launch = kernels.Launch(warps=warps)
+        used = " (used)" if launch == kernels.ROTATE_BACKWARD else ""
+        by.append((f"warps {warps}{used}", {"warps": warps}, partial(kernels.rotate_backward, launch=launch)))
+    for name, setting, work in by:
+        error = 100 * float((work(grads, cos, sin).float() - wanted.float()).norm() / wanted.float().norm())
+        yield "rotate backward", name, setting, moved(2, wanted), partial(work, grads, cos, sin), partial(float, error)
 
 
 def partial_norm(alone: bool) -> Callable[..., Any]:

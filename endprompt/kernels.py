@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels for RMSNorm and SwiGLU of a decoder layer, and for the lean optimizer's update.
+"""Triton kernels for RMSNorm, SwiGLU and rotations of a decoder layer, for the loss and the lean optimizer's update.
 
-`endprompt.fused` and `endprompt.optim` decide when they run, and have the same work in torch.
+`endprompt.fused`, `endprompt.loss` and `endprompt.optim` decide when they run, and have the same work in torch.
 
 They move memory and do little else, so what matters is that each number is read and written once, 16 bytes at a time,
 with enough of them on the way. All arithmetic is in float32, whatever the tensors hold. The launches are for an H200:
@@ -12,11 +12,16 @@ RMSNorm (Zhang & Sennrich 2019), as Llama rounds it:  r = (mean(x^2) + eps)^-1/2
 SwiGLU (Shazeer 2020):  h = gate * s(gate) * up,  s the logistic function
     dgate = dh * up * s (1 + gate (1 - s)),  dup = dh * gate * s
 
+RoPE:  y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2  for the halves of a head
+    dx1 = dy1 cos1 + dy2 sin2,  dx2 = dy2 cos2 - dy1 sin1
+Cross-entropy:  l = w (log sum exp z - z[y]),  dz = w (softmax z - onehot y)
+
 Of the update, `optim._update` is the definition. Its logarithms and powers are the GPU's fast ones: a code or a weight
 on the edge between two roundings can fall to the other side.
 
 Imports triton, so it is imported only where that is there.
-Legend: M tokens, D hidden size, F intermediate size.
+Legend: M tokens, D hidden size, F intermediate size, V vocabulary, H query heads, G key/value heads,
+W = (H + 2 G) times a head's size.
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ SWIGLU_BACKWARD = Launch(block=2048, warps=8)
 #: Of rows of 4,096 numbers; wider ones take more warps, narrower ones fewer.
 NORM = Launch(warps=4)
 NORM_BACKWARD = Launch(warps=8, programs=2)
+ROTATE_BACKWARD = Launch(warps=4)
+CROSS_ENTROPY = Launch(block=8192, warps=8)
 #: block: here blocks of the optimizer's moments.
 LEAN_UPDATE = Launch(block=8, warps=4)
 
@@ -146,6 +153,50 @@ def rms_norm_backward(
             num_warps=warps,
         )
     return grad_x_MD, out_MD, parts_PD.sum(0)
+
+
+def rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cos_BTD: torch.Tensor,
+    sin_BTD: torch.Tensor,
+    launch: Launch = ROTATE_BACKWARD,
+) -> torch.Tensor:
+    """[B, T, W]: gradient of queries, keys and values side by side, of those after rotation.
+
+    grads: of queries [B, T, H, D], keys and values [B, T, G, D]. cos, sin: B may be 1.
+    """
+    query, key, value = grads
+    (batch, tokens, heads, width), groups = query.shape, key.shape[2]
+    out_BTW = query.new_empty(batch, tokens, (heads + 2 * groups) * width)
+    with _on(query):
+        _rotate_backward[(batch * tokens,)](
+            *(query, key, value, cos_BTD, sin_BTD, out_BTW, tokens, 0 if cos_BTD.shape[0] == 1 else tokens * width),
+            H=heads,
+            G=groups,
+            HALF=width // 2,
+            HEADS=triton.next_power_of_2(heads),
+            GROUPS=triton.next_power_of_2(groups),
+            LANES=triton.next_power_of_2(width // 2),
+            num_warps=launch.warps,
+        )
+    return out_BTW
+
+
+def cross_entropy(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor, launch: Launch = CROSS_ENTROPY
+) -> torch.Tensor:
+    """float32 (N,): weighted losses. The logits are overwritten by their gradient."""
+    rows, size = logits_NV.shape
+    losses_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
+    with _on(logits_NV):
+        _cross_entropy[(rows,)](
+            *(logits_NV, labels_N, weights_N, losses_N),
+            V=size,
+            BLOCK=launch.block,
+            SIDE_BY_SIDE=8,
+            num_warps=launch.warps,
+        )
+    return losses_N
 
 
 def lean_update(
@@ -294,6 +345,88 @@ def _rms_norm_backward(
         grad_x = scale * (grad - exact * along) + grad_sum
         tl.store(grad_x_MD + at + column, grad_x.to(grad_x_MD.dtype.element_ty), mask=inside)
     tl.store(parts_PD + program * D + column, part, mask=inside)
+
+
+@triton.jit
+def _turn_back(
+    grad, out, cos1, cos2, sin1, sin2, lane, N: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    head = tl.arange(0, HEADS)
+    at = head[:, None] * (2 * HALF) + lane[None, :]
+    inside = (head < N)[:, None] & (lane < HALF)[None, :]
+    first = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(grad + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    tl.store(out + at, (first * cos1[None, :] + second * sin2[None, :]).to(kind), mask=inside)
+    tl.store(out + at + HALF, (second * cos2[None, :] - first * sin1[None, :]).to(kind), mask=inside)
+
+
+@triton.jit
+def _rotate_backward(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    out,
+    tokens,
+    batch_row,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    turn = token // tokens * batch_row + token % tokens * (2 * HALF)
+    inside = lane < HALF
+    cos1 = tl.load(cos + turn + lane, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + turn + lane, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    row = out + token * ((H + 2 * G) * 2 * HALF)
+    _turn_back(query + token * (H * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, H, HALF, HEADS)
+    row += H * 2 * HALF
+    _turn_back(key + token * (G * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, G, HALF, GROUPS)
+    row += G * 2 * HALF
+    at = tl.arange(0, GROUPS)[:, None] * (2 * HALF) + tl.arange(0, 2 * LANES)[None, :]
+    inside = (tl.arange(0, GROUPS) < G)[:, None] & (tl.arange(0, 2 * LANES) < 2 * HALF)[None, :]
+    tl.store(row + at, tl.load(value + token * (G * 2 * HALF) + at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _cross_entropy(
+    logits, labels, weights, losses, V: tl.constexpr, BLOCK: tl.constexpr, SIDE_BY_SIDE: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * V
+    label = tl.load(labels + token)
+    weight = tl.load(weights + token)
+    of_label = tl.load(row + label).to(tl.float32)
+    at = tl.arange(0, BLOCK // SIDE_BY_SIDE)[:, None] * SIDE_BY_SIDE + tl.arange(0, SIDE_BY_SIDE)[None, :]
+    scale: tl.constexpr = 1.4426950408889634  # powers of 2 are what the hardware has
+    # a largest and a sum for each thread's numbers, so that threads wait for each other once and not in each block
+    top = tl.full((BLOCK // SIDE_BY_SIDE,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK // SIDE_BY_SIDE,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(row + start + at, mask=start + at < V, other=float("-inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32) * scale
+        higher = tl.maximum(top, tl.max(x, axis=1))
+        # where nothing has been seen yet all is -inf, whose difference is none
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(x - base[:, None]), axis=1)
+        top = higher
+    highest = tl.max(top, axis=0)
+    total = tl.sum(total * tl.exp2(top - highest), axis=0)
+    lse = highest + tl.log2(total)
+    tl.store(losses + token, weight * (lse / scale - of_label))
+    for start in range(0, V, BLOCK):
+        inside = start + at < V
+        x = tl.load(row + start + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * scale
+        grad = (tl.exp2(x - lse) - (start + at == label).to(tl.float32)) * weight
+        tl.store(row + start + at, grad.to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -74,20 +74,23 @@ def convert(model: nn.Module, float8: str = "none") -> int:
 def join(model: nn.Module) -> int:
     """Join q, k, v and gate, up of every Llama or Mistral layer; how many matrices came out. Call it before `convert`.
 
-    Layers of other families are left as they are.
+    Layers of other families, and those with biases, are left as they are.
     """
     joined = 0
     modules: list[Any] = list(model.modules())
+    forward: Any
     for module in modules:
         kind = type(module).__name__
         if kind in ("LlamaAttention", "MistralAttention"):
-            module.joint = _joint([module.q_proj, module.k_proj, module.v_proj])
-            module.__class__ = _with_forward(type(module), _joint_attention)
+            parts, forward = [module.q_proj, module.k_proj, module.v_proj], _joint_attention
         elif kind in ("LlamaMLP", "MistralMLP"):
-            module.joint = _joint([module.gate_proj, module.up_proj])
-            module.__class__ = _with_forward(type(module), _joint_mlp)
+            parts, forward = [module.gate_proj, module.up_proj], _joint_mlp
         else:
             continue
+        if any(part.bias is not None for part in parts):
+            continue
+        module.joint = _joint(parts)
+        module.__class__ = _with_forward(type(module), forward)
         joined += 1
     return joined
 
@@ -105,8 +108,6 @@ def _with_forward(base: Any, forward: Any) -> type:
 
 def _joint(parts: list[nn.Linear]) -> nn.Linear:
     """A linear layer over the parts' weights side by side; the parts' weights and sums become views of its own."""
-    if any(part.bias is not None for part in parts):
-        raise ValueError("linear layers with a bias cannot be joined")
     sizes = [part.out_features for part in parts]
     joint = nn.Linear(parts[0].in_features, sum(sizes), bias=False, device="meta")
     weight = torch.cat([part.weight.data for part in parts])

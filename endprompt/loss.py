@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from endprompt.products import product_into, times
+from endprompt.triton_kernels import triton_kernels
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -103,20 +104,16 @@ def _adds_in_float32() -> bool:
     return bool((total == 16.5).all())
 
 
-_compiled = None
-
-
 def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """On CUDA the elementwise work over [N, V] is fused by torch.compile; on the CPU it runs as written.
+    """The same by one kernel, if it can run, which overwrites the logits by their gradient.
 
-    So it does where runs must repeat: the order of its sums would follow from the shape that a process met first.
+    Where runs must repeat it is made as written, as it was when there was no kernel: what was trained so before is
+    trained so again.
     """
-    global _compiled
-    if logits.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+    kernels = None if torch.are_deterministic_algorithms_enabled() else triton_kernels(logits)
+    if kernels is None:
         return _chunk_eager(logits, labels, weights)
-    if _compiled is None:
-        _compiled = torch.compile(_chunk_eager, dynamic=True)
-    return _compiled(logits, labels, weights)
+    return kernels.cross_entropy(logits, labels, weights).sum(), logits
 
 
 def tokens_at_a_time(vocabulary: int, device: str = "cuda") -> int:
@@ -147,8 +144,8 @@ def linear_cross_entropy(
     out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
     chunk: tokens at a time; default `tokens_at_a_time`.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
-    every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: torch.compile
-    the elementwise part on CUDA.
+    every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: make the
+    losses and their gradient in one kernel on CUDA, where triton is there.
     head8: a `float8.Float8Matrix` of the head, which gives the logits and the gradient of `hidden` instead of the head.
     """
     if chunk is None:

@@ -102,7 +102,7 @@ def times(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 def product_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor, adds: bool) -> None:
     """out = a b, or out += a b in the type of out, in place."""
-    if _choosing and out_MN.device.type == "cuda":
+    if _choosing and _on_gpu(out_MN):
         key = _key(out_MN, a_MK, b_KN, adds)
         if key is not None:
             if key not in _chosen:
@@ -114,6 +114,10 @@ def product_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor, a
                 cublaslt.multiply(key, algorithm, a_MK, b_KN, out_MN)
                 return
     _torch_product(out_MN, a_MK, b_KN, adds)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def _torch_product(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor, adds: bool) -> None:

@@ -30,7 +30,7 @@ from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefet
 from endprompt.distributed import World
 from endprompt.evaluate import Evaluation
 from endprompt.float8 import Float8Matrix
-from endprompt.fused import fuse
+from endprompt.fused import can_fuse, fuse
 from endprompt.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy, next_tokens
@@ -50,6 +50,7 @@ from endprompt.model import (
 from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.plan import GIB, PlanConfig, fitting
 from endprompt.positions import BY_SENTENCE
+from endprompt.products import CHOICES, choose_products
 from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
@@ -200,7 +201,7 @@ def run(
             "tokens",
             here,
         )
-        with determinism.repeatable(config.deterministic):
+        with determinism.repeatable(config.deterministic), choose_products(config.products == "measured", CHOICES):
             trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
             trainer.evaluation = evaluation
             if state is not None:
@@ -316,7 +317,7 @@ def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> N
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "divergence", "checkpointing", "deterministic", "fused"}
+    free |= {"report", "divergence", "checkpointing", "deterministic", "fused", "products"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
 
@@ -521,9 +522,7 @@ class Trainer:
             self.optimizer = self.graph.optimizer
         elif here.size == 1:
             self.optimizer = optimizer_of(config, model)
-        if config.optimizer == "lean":
-            linears.convert(model, config.float8)
-        fused = self.fuse()
+        fused = self.fuse() if config.optimizer == "lean" else 0
         if compiled and config.checkpointing == "selective":
             torch._functorch.config.activation_memory_budget = memory_budget(config.float8, bool(fused))
         else:
@@ -539,13 +538,15 @@ class Trainer:
             self.optimizer = optimizer_of(config, model)
 
     def fuse(self) -> int:
-        """Fuse what layers can be, if that is asked for and the lean optimizer trains them; how many were."""
-        config = self.config
-        if config.optimizer != "lean" or not config.fused:
-            return 0
-        fused = fuse(self.model, keep=config.checkpointing == "none")
-        if not fused:
-            say(f"fused: no layer of this model can be, as it is: float8={config.float8!r}", self.here)
+        """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
+        config, model = self.config, self.model
+        wanted = config.fused and config.float8 == "none" and can_fuse(self.device)
+        if wanted:
+            linears.join(model)
+        linears.convert(model, config.float8)
+        fused = fuse(model, keep=config.checkpointing == "none") if wanted else 0
+        if wanted and not fused:
+            say("fused: no layer of this model can be, they stay as they are", self.here)
         return fused
 
     def resume(self, state: checkpoint.TrainingState) -> None:

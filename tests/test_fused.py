@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import make_checkpoint
+from safetensors.torch import load_file
 
 from endprompt import fused, linears
 from endprompt.model import new_model, training_attention
 from endprompt.optim import LeanAdamW
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import read_rows
-from endprompt.train import extend
+from endprompt.train import Trainer, extend
 
 SIZES = {
     "vocab_size": 64,
@@ -157,6 +159,9 @@ def test_operators_keep_torchs_rules():
         "swiglu": (x, y),
         "swiglu_backward": (x, y, x, True),
         "joined_swiglu_backward": (x, torch.randn(6, 16), True),
+        "rotate_backward": tuple(
+            torch.randn(s) for s in ((2, 3, 4, 6), (2, 3, 2, 6), (2, 3, 2, 6), (1, 3, 6), (1, 3, 6))
+        ),
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, y, weight, 1e-5),
         "rms_norm_backward": (x, scale, weight, y, [x, y]),
@@ -314,6 +319,7 @@ CHECK = """
     import sys
     import torch
     from endprompt import fused, kernels, optim
+    from endprompt import loss as loss_module
 
     device = sys.argv[1]
     torch.manual_seed(0)
@@ -352,6 +358,29 @@ CHECK = """
                 for launch in (kernels.NORM_BACKWARD, kernels.Launch(warps=4, programs=1, stages=2)):
                     got = kernels.rms_norm_backward(x, want[2], weight, y, grads, launch)
                     same(got, fused.torch_norm_backward(x, want[2], weight, y, grads), dtype, "norm backward")
+
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for sizes in ((1, 5, 4, 2, 16, 1), (2, 7, 3, 1, 12, 2), (2, 3, 8, 8, 32, 1)):
+            batch, tokens, heads, groups, width, several = sizes
+            shapes = [(batch, tokens, count, width) for count in (heads, groups, groups)]
+            grads = tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+            cos, sin = (torch.randn(several, tokens, width, device=device).to(dtype) for _ in range(2))
+            got = kernels.rotate_backward(grads, cos, sin)
+            same([got], [fused.torch_rotate_backward(grads, cos, sin)], dtype, "rotate backward")
+            assert torch.equal(got[..., (heads + groups) * width :], grads[2].flatten(2))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for count, vocabulary, block in ((3, 40, 64), (5, 700, 256), (2, 512, 128)):
+            logits = (4 * torch.randn(count, vocabulary, device=device)).to(dtype)
+            logits[0, :-9] = float("-inf")  # a whole block without a number
+            labels = torch.randint(vocabulary - 9, vocabulary, (count,), device=device)
+            weights = torch.rand(count, device=device)
+            weights[-1] = 0
+            loss, grad = loss_module._chunk_eager(logits, labels, weights)
+            losses = kernels.cross_entropy(logits, labels, weights, kernels.Launch(block=block, warps=4))
+            assert losses.dtype == torch.float32 and losses[-1] == 0 and not logits[-1].any()
+            same([losses.sum(), logits], [loss, grad], dtype, "cross-entropy")
 
 
     def trained(dtype, own):
@@ -431,11 +460,11 @@ def test_the_bench_of_the_kernels_writes_rows(tmp_path, monkeypatch, capsys):
     from endprompt import fused_bench
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    sizes = ["--tokens", "8", "--hidden", "16", "--intermediate", "24", "--seconds", "0.001"]
+    sizes = ["--tokens", "8", "--hidden", "16", "--intermediate", "24", "--vocabulary", "40", "--seconds", "0.001"]
     fused_bench.main(["--output", str(tmp_path), *sizes])
     rows = read_rows(tmp_path / "results.jsonl")
     tasks = {row["task"] for row in rows}
-    assert {"copy", "swiglu backward", "add and norm", "norm backward, 3"} <= tasks
+    assert {"copy", "swiglu backward", "add and norm", "norm backward, 3", "cross-entropy", "rotate backward"} <= tasks
     assert {row["metric"] for row in rows} == {"milliseconds", "gb_per_s", "relative_error_percent"}
     assert "norm backward, 2" in capsys.readouterr().out
 
@@ -444,20 +473,55 @@ def test_the_bench_of_the_kernels_writes_rows(tmp_path, monkeypatch, capsys):
 # In the trainer
 
 
-def test_extend_fuses_if_asked_and_says_where_it_cannot(extend_config, tmp_path, capsys):
+def test_extend_fuses_unless_told_otherwise_and_says_where_it_cannot(extend_config, tmp_path, capsys):
     lean = {"optimizer": "lean", "dtype": "bfloat16", "checkpointing": "selective"}
     losses = {}
-    for name, changes in {"plain": {}, "fused": {"fused": True}, "float8": {"fused": True, "float8": "exact"}}.items():
+    for name, changes in {"plain": {"fused": False}, "fused": {}, "float8": {"float8": "exact"}}.items():
         output = tmp_path / name
         extend(extend_config(**lean, **changes, output=str(output)))
         log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         losses[name] = [entry["loss"] for entry in log if "loss" in entry]
-        said = "no layer of this model can be" in capsys.readouterr().err
-        assert said == (name == "float8")
+        assert "no layer of this model can be" not in capsys.readouterr().err
         model = transformers.AutoModelForCausalLM.from_pretrained(output)
         assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
     assert len(losses["plain"]) == 4 and losses["fused"] != losses["plain"]
     assert losses["fused"] == pytest.approx(losses["plain"], rel=0.01)
+    gemma = make_checkpoint(tmp_path / "gemma", "Gemma")
+    extend(extend_config(**lean, model=str(gemma), steps=1, output=str(tmp_path / "unfused")))
+    assert "fused: no layer of this model can be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_a_fused_run_resumes_bit_by_bit_and_exports_each_weight(extend_config, tmp_path, family):
+    """q, k and v share one matrix while they train; states and exports have them apart, as they were."""
+    source = make_checkpoint(tmp_path / "model", family)
+    lean = {"model": str(source), "optimizer": "lean", "dtype": "bfloat16", "lr": 0.01, "save_every": 1, "keep": 9}
+
+    def run(name, **changes):
+        return extend(extend_config(**lean, output=str(tmp_path / name), **changes))
+
+    whole = run("whole", steps=4)
+    step = Trainer.train_step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+
+        def breaks(self, *arguments):
+            if self.step == 2:
+                raise RuntimeError("power cut")
+            return step(self, *arguments)
+
+        patch.setattr(Trainer, "train_step", breaks)
+        run("cut", steps=4)
+    resumed = run("cut", steps=4, resume=True)
+    before, (one, other) = (
+        load_file(source / "model.safetensors"),
+        (load_file(output / "model.safetensors") for output in (whole, resumed)),
+    )
+    assert one.keys() == other.keys() == before.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+        assert weight.shape == before[name].shape and not torch.equal(weight, before[name].to(weight.dtype)), name
+    sizes = sum(weight.numel() * weight.element_size() for weight in one.values())
+    assert (whole / "model.safetensors").stat().st_size < sizes + 20000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
