@@ -7,7 +7,7 @@ P multiplied parameters, L layers, hidden size h, key/value width k, intermediat
     attention         2 T h L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention
     the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
     activations       selective: 4 h + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
-                      none: 2 h + i more; full: h a layer, and one layer whole;
+                      none: 2 h + i more, i more where layers are fused; full: h a layer, and one layer whole;
                       none and selective in float8, where the compiler makes norms and SwiGLU's product again by
                       itself: 3 h + i of one byte (what the products read) and h + 2 k + 2 i of two
 
@@ -61,6 +61,7 @@ class PlanConfig:
         tokens: training tokens of the run
         rows: rows of one step
         optimizer: lean or adamw (float32 masters)
+        fused: the lean optimizer's layers are fused, as extend has them by itself where it can
         float8: none or fast
         json: print one JSON object a setting instead of a table
     """
@@ -74,6 +75,7 @@ class PlanConfig:
     tokens: int = 1_000_000_000
     rows: int = 64
     optimizer: str = "lean"
+    fused: bool = True
     float8: str = "none"
     json: bool = False
 
@@ -161,6 +163,8 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
 
 def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, recompute: str) -> dict[str, float]:
     """Bytes on one GPU, by part."""
+    from endprompt.loss import tokens_at_a_time
+
     count = shape.parameters
     norms = (2 * shape.layers + 1) * shape.hidden
     trained = count
@@ -184,14 +188,13 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
         parts["gathered embeddings"] = (2.0 + 2.0 + 4.0) * shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     tokens = micro_rows * row_tokens
     selective = 2.0 * (4 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
-    whole = selective + 2.0 * (2 * shape.hidden + shape.intermediate)
+    fused = config.fused and config.optimizer == "lean"  # norms are made again in any case
+    whole = selective + 2.0 * ((0 if fused else 2 * shape.hidden) + shape.intermediate)
     if config.float8 != "none":
         operands = 3.0 * shape.hidden + shape.intermediate
         selective = whole = operands + 2.0 * (shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
     layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
     parts["activations"] = layer * shape.layers * tokens
-    from endprompt.loss import tokens_at_a_time
-
     loss = 2 * 2.0 * min(tokens, tokens_at_a_time(shape.vocabulary)) * shape.vocabulary
     if recompute == "full":  # the loss has let go of its logits before a layer is made again
         parts["one layer again"], loss = max(whole * tokens, loss), 0.0
