@@ -193,16 +193,28 @@ def _runs(plan: _Plan, algorithm: Algorithm) -> bool:
     return not library().cublasLtMatmulAlgoCheck(*arguments) and not result.state and result.workspace <= WORKSPACE
 
 
-def multiply(key: Key, algorithm: Algorithm, a_MK: torch.Tensor, b_KN: torch.Tensor, out_MN: torch.Tensor) -> None:
-    """out = a b, or out += a b where the key says so, on the current stream. key: `key_of` of the same matrices."""
+def multiply(
+    key: Key,
+    algorithm: Algorithm,
+    a_MK: torch.Tensor,
+    b_KN: torch.Tensor,
+    out_MN: torch.Tensor,
+    added_MN: torch.Tensor | None = None,
+) -> None:
+    """out = a b, or out = added + a b where the key says so, on the current stream.
+
+    key: `key_of` of the same matrices. added: laid out as `out`, which it is if it is not given.
+    """
     plan, device = _plan(key), key[-1]
     stream = _stream(device)
     workspace = _workspace(device, stream)
-    out, pointer = ctypes.c_void_p(out_MN.data_ptr()), ctypes.c_void_p
+    pointer = ctypes.c_void_p
+    out = pointer(out_MN.data_ptr())
+    added = out if added_MN is None else pointer(added_MN.data_ptr())
     alpha, beta = plan.pointers
     _call(
         "cublasLtMatmul", plan.handle, plan.work, alpha, pointer(b_KN.data_ptr()), plan.first,
-        pointer(a_MK.data_ptr()), plan.second, beta, out, plan.out, out, plan.out, ctypes.byref(algorithm),
+        pointer(a_MK.data_ptr()), plan.second, beta, added, plan.out, out, plan.out, ctypes.byref(algorithm),
         pointer(workspace.data_ptr()), ctypes.c_size_t(WORKSPACE), pointer(stream),
     )  # fmt: skip
 

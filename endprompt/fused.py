@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from endprompt.linears import SummingLinear, add_weight_gradient
-from endprompt.products import product_into, times
+from endprompt.products import plus_times, product_into, times
 from endprompt.triton_kernels import kernels_module, triton_kernels
 
 #: Classes of a family are these with Attention, MLP, RMSNorm and DecoderLayer behind.
@@ -301,13 +301,17 @@ class _NormLinears(torch.autograd.Function):
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T. keep: SwiGLU is kept for the backward pass, where it would be made again."""
+    """residual + (silu(gate) * up) @ weight.T.
+
+    keep: SwiGLU is kept for the backward pass, where it would be made again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         gate_MF: torch.Tensor,
         up_MF: torch.Tensor,
+        residual_MN: torch.Tensor,
         weight_NF: torch.Tensor,
         total_NF: torch.Tensor | None,
         keep: bool,
@@ -315,14 +319,15 @@ class _SwigluLinear(torch.autograd.Function):
         h_MF = swiglu(gate_MF, up_MF)
         ctx.keep = keep
         ctx.save_for_backward(gate_MF, up_MF, weight_NF, total_NF, h_MF if keep else None)
-        return times(h_MF, weight_NF.t())
+        return plus_times(residual_MN, h_MF, weight_NF.t())
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
         gate_MF, up_MF, weight_NF, total_NF, kept_MF = ctx.saved_tensors
         grad_gate, grad_up, again_MF = swiglu_backward(times(grad_MN, weight_NF), gate_MF, up_MF, not ctx.keep)
         h_MF = kept_MF if ctx.keep else again_MF
-        return grad_gate, grad_up, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[2]), None, None
+        grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[3])
+        return grad_gate, grad_up, grad_MN, grad_weight, None, None
 
 
 class _JoinedSwigluLinear(torch.autograd.Function):
@@ -330,19 +335,24 @@ class _JoinedSwigluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, both_M2F: torch.Tensor, weight_NF: torch.Tensor, total_NF: torch.Tensor | None, keep: bool
+        ctx: Any,
+        both_M2F: torch.Tensor,
+        residual_MN: torch.Tensor,
+        weight_NF: torch.Tensor,
+        total_NF: torch.Tensor | None,
+        keep: bool,
     ) -> torch.Tensor:
         h_MF = swiglu(*both_M2F.chunk(2, dim=1))
         ctx.keep = keep
         ctx.save_for_backward(both_M2F, weight_NF, total_NF, h_MF if keep else None)
-        return times(h_MF, weight_NF.t())
+        return plus_times(residual_MN, h_MF, weight_NF.t())
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
         both_M2F, weight_NF, total_NF, kept_MF = ctx.saved_tensors
         grad_both, again_MF = joined_swiglu_backward(times(grad_MN, weight_NF), both_M2F, not ctx.keep)
         h_MF = again_MF if kept_MF is None else kept_MF
-        return grad_both, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1]), None, None
+        return grad_both, grad_MN, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[2]), None, None
 
 
 class _Rotated(torch.autograd.Function):
@@ -393,18 +403,20 @@ def norm_linears(
     return tuple(out.view(*shape, out.shape[-1]) for out in outs)
 
 
-def swiglu_linear(gate_BTF: torch.Tensor, up_BTF: torch.Tensor, linear: nn.Linear, keep: bool = False) -> torch.Tensor:
-    """Output [B, T, N] of a linear layer for silu(gate) * up; keep: see `fuse`."""
-    gate_MF, up_MF = (part.reshape(-1, part.shape[-1]) for part in (gate_BTF, up_BTF))
-    out_MN = _SwigluLinear.apply(gate_MF, up_MF, linear.weight, _sum_of(linear), keep)
-    return out_MN.view(*gate_BTF.shape[:-1], out_MN.shape[-1])
+def swiglu_linear(
+    gate_BTF: torch.Tensor, up_BTF: torch.Tensor, residual_BTN: torch.Tensor, linear: nn.Linear, keep: bool = False
+) -> torch.Tensor:
+    """residual [B, T, N] + output of a linear layer for silu(gate) * up; keep: see `fuse`."""
+    parts = (part.reshape(-1, part.shape[-1]) for part in (gate_BTF, up_BTF, residual_BTN))
+    return _SwigluLinear.apply(*parts, linear.weight, _sum_of(linear), keep).view(residual_BTN.shape)
 
 
-def joined_swiglu_linear(both_BT2F: torch.Tensor, linear: nn.Linear, keep: bool = False) -> torch.Tensor:
+def joined_swiglu_linear(
+    both_BT2F: torch.Tensor, residual_BTN: torch.Tensor, linear: nn.Linear, keep: bool = False
+) -> torch.Tensor:
     """`swiglu_linear` of gate and up side by side."""
-    both_M2F = both_BT2F.reshape(-1, both_BT2F.shape[-1])
-    out_MN = _JoinedSwigluLinear.apply(both_M2F, linear.weight, _sum_of(linear), keep)
-    return out_MN.view(*both_BT2F.shape[:-1], out_MN.shape[-1])
+    parts = (part.reshape(-1, part.shape[-1]) for part in (both_BT2F, residual_BTN))
+    return _JoinedSwigluLinear.apply(*parts, linear.weight, _sum_of(linear), keep).view(residual_BTN.shape)
 
 
 def _sum_of(linear: nn.Linear) -> torch.Tensor | None:
@@ -513,8 +525,8 @@ def _layer(
         attended, _ = module.self_attn(module.input_layernorm(hidden_states), past_key_values=None, **kwargs)
     residual, *expanded = norm_linears(residual, attended, norm, _expansions(mlp))
     if len(expanded) == 1:
-        return residual + joined_swiglu_linear(expanded[0], mlp.down_proj, module.keep_swiglu)
-    return residual + swiglu_linear(expanded[0], expanded[1], mlp.down_proj, module.keep_swiglu)
+        return joined_swiglu_linear(expanded[0], residual, mlp.down_proj, module.keep_swiglu)
+    return swiglu_linear(expanded[0], expanded[1], residual, mlp.down_proj, module.keep_swiglu)
 
 
 def _attention(

@@ -100,8 +100,22 @@ def times(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     return product(a_MK, b_KN) if _choosing else a_MK @ b_KN
 
 
-def product_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor, adds: bool) -> None:
-    """out = a b, or out += a b in the type of out, in place."""
+def plus_times(added_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+    """added + a b in the type of all; where algorithms are chosen the product adds, and rounds once."""
+    return plus_product(added_MN, a_MK, b_KN) if _choosing else added_MN + a_MK @ b_KN
+
+
+def product_into(
+    out_MN: torch.Tensor,
+    a_MK: torch.Tensor,
+    b_KN: torch.Tensor,
+    adds: bool,
+    added_MN: torch.Tensor | None = None,
+) -> None:
+    """out = a b, or out += a b in the type of out, in place; out = added + a b, if that is given.
+
+    added: of out's type and layout.
+    """
     if _choosing and _on_gpu(out_MN):
         key = _key(out_MN, a_MK, b_KN, adds)
         if key is not None:
@@ -111,8 +125,10 @@ def product_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor, a
                     _write(_file)
             algorithm = _chosen[key]
             if algorithm is not None:
-                cublaslt.multiply(key, algorithm, a_MK, b_KN, out_MN)
+                cublaslt.multiply(key, algorithm, a_MK, b_KN, out_MN, added_MN)
                 return
+    if added_MN is not None:
+        out_MN.copy_(added_MN)
     _torch_product(out_MN, a_MK, b_KN, adds)
 
 
@@ -217,6 +233,25 @@ def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 @product.register_fake
 def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("endprompt::plus_product", mutates_args=())
+def plus_product(added_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+    """added + a b in the type of all."""
+    added_MN = added_MN.contiguous()
+    out_MN = torch.empty_like(added_MN)
+    product_into(out_MN, a_MK, b_KN, adds=True, added_MN=added_MN)
+    return out_MN
+
+
+@plus_product.register_fake
+def _(added: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return added.new_empty(added.shape)
+
+
+@register_flop_formula(torch.ops.endprompt.plus_product)
+def _plus_flops(added: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *others: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 @register_flop_formula(torch.ops.endprompt.product)  # what seems to cost nothing would be computed again

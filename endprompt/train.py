@@ -411,7 +411,7 @@ class Objective(torch.nn.Module):
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
             options, hidden_ND = self.options, hidden[:, :-1].flatten(0, 1)
-            if self.dense:
+            if self.dense and self.model.training:
                 labels, weights = next_tokens(ids_BT, weights_BT)
                 options, hidden_ND = options | {"every_token": True}, hidden.flatten(0, 1)
             head8 = None

@@ -22,6 +22,7 @@ PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
 BENCH, VLLM, FUSED = "endprompt/bench.py", "benchmarks/vllm_backend.py", "endprompt/fused.py"
+LT, PRODUCTS, LINEARS = "endprompt/cublaslt.py", "endprompt/products.py", "endprompt/linears.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
     # what is given to vLLM
@@ -43,9 +44,32 @@ MUTANTS = [
     (FUSED, "exact * (grad * exact).mean(-1, keepdim=True)", "exact * grad.mean(-1, keepdim=True)", "fused"),
     (FUSED, "for one in grads_MD[1:]:\n        grad = ", "for one in grads_MD[2:]:\n        grad = ", "fused"),
     (FUSED, "logistic + silu * (1 - logistic)", "logistic + silu", "fused"),
+    (FUSED, "h_MF = again_MF if kept_MF is None else kept_MF", "h_MF = both_M2F.chunk(2, dim=1)[0]", "fused"),
+    (FUSED, "return grad_both, grad_MN, _weight", "return grad_both, grad_MN * 0, _weight", "fused"),
+    (FUSED, "return grad_gate, grad_up, grad_MN, grad_weight", "return grad_gate, grad_up, None, grad_weight", "fused"),
+    (FUSED, "second * cos2 - first * sin1", "second * cos2 + first * sin1", "fused"),
+    (FUSED, "return torch.cat(grads, dim=1), out", "return torch.cat(grads[::-1], dim=1), out", "fused"),
+    # products by measured algorithms
+    (LT, "(_TRANSA, b_turned), (_TRANSB, a_turned)", "(_TRANSA, a_turned), (_TRANSB, b_turned)", "products"),
+    (LT, "(inside, columns) if b_turned else (columns, inside)", "(columns, inside)", "products"),
+    (LT, "1.0 if adds else 0.0", "0.0", "products"),
+    (LT, "added = out if added_MN is None else pointer(added_MN.data_ptr())", "added = out", "products"),
+    (LT, " and result.workspace <= WORKSPACE", "", "products"),
+    (PRODUCTS, 'found["here"] != _here()', "False", "products"),
+    (PRODUCTS, "scratch, adds = torch.zeros_like(out_MN)", "scratch, adds = out_MN", "products"),
+    (PRODUCTS, "if i == 0 or _agrees(partial(work, algorithms[i]), partial(work, None), scratch):", "if True:", "products"),
+    (PRODUCTS, "sorted(mean, key=mean.__getitem__)", "sorted(mean, key=mean.__getitem__, reverse=True)", "products"),
+    # the lean optimizer and its sums
+    ("endprompt/optim.py", "(start + 2**31) % 2**32 - 2**31", "0", "optim"),
+    ("endprompt/optim.py", "_mix(self.seed, int(state[\"step\"]), index)", "_mix(self.seed, int(state[\"step\"]))", "optim"),
+    (LINEARS, "grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)", "pass", "optim"),
+    (LINEARS, "if any(part.bias is not None for part in parts):", "if False:", "fused"),
+    (LOSS, "ids_BT.roll(-1, dims=1)", "ids_BT.roll(1, dims=1)", "loss"),
+    (LOSS, "last = torch.zeros_like(weights_BT[:, :1])", "last = weights_BT[:, :1]", "loss"),
+    (LOSS, "return tokens - tokens % 256 or tokens", "return tokens", "loss"),
+    ("endprompt/train.py", "weights_BT[part] / total)", "weights_BT[part])", "train"),
     (FUSED, "h_MF = kept_MF if ctx.keep else again_MF", "h_MF = gate_MF", "fused"),
     (FUSED, "if not module.training or past_key_values", "if past_key_values", "fused"),
-    (FUSED, "return residual + swiglu_linear(gate", "return hidden_states + swiglu_linear(gate", "fused"),
     # positions
     (POSITIONS, "prompt, target - prompt))\n\n\ndef endprompt_random", "prompt, target - prompt - 1))\n\n\ndef endprompt_random", "positions"),
     (POSITIONS, "np.arange(start, start + prompt, dtype=np.int64)", "np.arange(start, start + prompt, dtype=np.int64)[::-1]", "positions"),

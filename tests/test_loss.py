@@ -5,7 +5,12 @@ import torch
 
 from endprompt.bench import model_config
 from endprompt.float8 import Float8Matrix
-from endprompt.loss import linear_cross_entropy, logits_cross_entropy
+from endprompt.loss import (
+    linear_cross_entropy,
+    logits_cross_entropy,
+    next_tokens,
+    tokens_at_a_time,
+)
 from endprompt.model import new_model, training_attention
 from endprompt.train import Objective
 
@@ -121,3 +126,28 @@ def test_the_trainer_takes_the_head_in_float8_while_training_alone():
     assert float(plain(*inputs)) != float(float8(*inputs)) == pytest.approx(float(plain(*inputs)), rel=0.01)
     model.eval()
     assert float(plain(*inputs)) == float(float8(*inputs))
+
+
+def test_next_tokens_are_those_of_the_rows():
+    ids = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
+    weights = torch.tensor([[9.0, 0.1, 0.2, 0.3], [9.0, 0.4, 0.5, 0.6]])
+    labels, found = next_tokens(ids, weights)
+    hidden = torch.randn(2, 4, 8)
+    head = torch.randn(10, 8)
+    whole = linear_cross_entropy(hidden.flatten(0, 1), head, labels, found, every_token=True)
+    apart = torch.nn.functional.cross_entropy(
+        (hidden[:, :-1] @ head.T).flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    assert float(whole) == pytest.approx(float((apart * weights[:, 1:].flatten()).sum()), rel=1e-5)
+    assert found.view(2, 4)[:, -1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(128256, 8192), (32000, 33536), (2**23, 128), (2**31, 1)])
+def test_a_gpu_takes_whole_tiles_of_tokens(vocabulary, tokens):
+    found = tokens_at_a_time(vocabulary)
+    assert found == tokens and (found % 256 == 0 or found < 256)
+    assert found * vocabulary <= 2**30 or found == 1
+
+
+def test_a_cpu_takes_few_tokens():
+    assert tokens_at_a_time(128256, "cpu") == 65 and tokens_at_a_time(2**30, "cpu") == 1

@@ -94,9 +94,9 @@ class StandIn:
         # the last column of a matrix need not reach its lead
         first, second, out = (self.matrix(p, layout) for p, layout in zip((a, b, d), (*layouts[:2], layouts[3])))
         first, second = (first.T if turns[3] else first), (second.T if turns[4] else second)
-        assert c.value == d.value and lc.value == ld.value
+        assert lc.value == ld.value
         product = alpha._obj.value * first.astype(np.float64) @ second
-        out[...] = product + (beta._obj.value * out if beta._obj.value else 0)
+        out[...] = product + (beta._obj.value * self.matrix(c, layouts[2]) if beta._obj.value else 0)
         return 0
 
 
@@ -132,6 +132,15 @@ def test_products_are_asked_for_as_the_library_reads_memory(stand_in, turned, ad
     key = cublaslt.key_of(a, b, out, adds)
     cublaslt.multiply(key, cublaslt.candidates(key)[0], a, b, out)
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_added_can_lie_elsewhere_and_stays(stand_in):
+    torch.manual_seed(0)
+    (a, b, added), out = (torch.randn(*shape) for shape in ((7, 4), (4, 9), (7, 9))), torch.full((7, 9), torch.nan)
+    before, key = added.clone(), cublaslt.key_of(a, b, out, True)
+    cublaslt.multiply(key, cublaslt.candidates(key)[0], a, b, out, added)
+    torch.testing.assert_close(out, added + a @ b)
+    assert torch.equal(added, before)
 
 
 def test_kinds_of_products_have_keys_of_their_own():
@@ -183,12 +192,12 @@ def measured(monkeypatch):
     times = {"torch": 3.0, 0: 2.0, 1: 1.0, 2: 4.0}
     calls = []
 
-    def multiply(key, algorithm, a, b, out):
+    def multiply(key, algorithm, a, b, out, added=None):
         calls.append(algorithm.data[0])
         result = a.float() @ b.float()
         if algorithm.data[0] == 9:
             result = result * 1.05  # an algorithm that is wrong
-        out.copy_((out.float() if key[-2] else 0) + result)
+        out.copy_(((out if added is None else added).float() if key[-2] else 0) + result)
 
     def algorithm(number):
         made = cublaslt.Algorithm()
@@ -242,6 +251,20 @@ def test_the_fastest_is_taken_and_measured_once(measured, adds):
         before = len(calls)
         products.product_into(out, a, b, adds)
         assert calls[before:] == [1]
+
+
+def test_a_sum_with_a_product_is_a_product_that_adds(measured):
+    times, _ = measured
+    a, b, added = some()
+    before = added.clone()
+    with products.choose_products():
+        for torch_s in (3.0, 0.5):
+            times["torch"] = torch_s
+            products._chosen.clear()
+            result = products.plus_times(added, a, b)
+            torch.testing.assert_close(result.float(), added.float() + a.float() @ b.float(), rtol=2**-8, atol=2**-8)
+            assert torch.equal(added, before) and [key[-2] for key in products._chosen] == [True]
+    assert torch.equal(products.plus_times(added, a, b), added + a @ b)
 
 
 def test_torch_s_way_is_taken_where_it_is_the_fastest(measured):
@@ -312,10 +335,13 @@ def test_the_operators_keep_torchs_rules_and_count_their_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
     a, b = torch.randn(3, 4), torch.randn(4, 5)
-    torch.library.opcheck(torch.ops.endprompt.product.default, (a, b), test_utils=("test_schema", "test_faketensor"))
-    with FlopCounterMode(display=False) as counter:
-        products.product(a, b)
-    assert counter.get_total_flops() == 2 * 3 * 4 * 5
+    rules = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.endprompt.product.default, (a, b), test_utils=rules)
+    torch.library.opcheck(torch.ops.endprompt.plus_product.default, (torch.randn(3, 5), a, b), test_utils=rules)
+    for work in (lambda: products.product(a, b), lambda: products.plus_product(torch.randn(3, 5), a, b)):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        assert counter.get_total_flops() == 2 * 3 * 4 * 5
 
 
 @pytest.mark.gpu

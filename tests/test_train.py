@@ -103,6 +103,27 @@ def test_the_lean_optimizer_s_sums_are_the_gradients(extend_config, tmp_path, ti
         assert float((sums[name] - gradient).norm() / gradient.norm()) < 0.03, name
 
 
+def test_where_nearly_all_tokens_count_the_loss_is_that_of_all(extend_config, tmp_path, monkeypatch):
+    """Looking for the tokens that count gives the same sums, whatever their share."""
+    found, dense = [], []
+    for limit in (0.0, 1.0):
+        monkeypatch.setattr(train, "DENSE", limit)
+        trainer = trainer_of(extend_config, tmp_path, optimizer="lean", dtype="bfloat16", micro_rows=2, clip=0.0)
+        batch, kept = trainer.rows.batch(0, 4), {}
+        trainer.optimizer.step = lambda kept=kept, t=trainer: kept.update(
+            {name: p.main_grad.clone() for name, p in t.model.named_parameters()}
+        )
+        uneven = batch.weights.copy()
+        uneven[0, :9] = 0
+        loss, _ = trainer.train_step(Batch(batch.input_ids, batch.position_ids, uneven), 0.0)
+        found.append((float(loss), kept))
+        dense.append(trainer.loss.dense)
+    assert dense == [True, False]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[1][1].items():
+        assert float((found[0][1][name] - gradient).norm() / gradient.norm()) < 0.01, name
+
+
 def test_evaluation_leaves_the_sums_alone(extend_config, tmp_path):
     trainer = trainer_of(extend_config, tmp_path, optimizer="lean", dtype="bfloat16")
     batch = trainer.rows.batch(0, 4)
