@@ -156,7 +156,7 @@ def _plan(key: Key) -> _Plan:
 def candidates(key: Key, count: int = 64) -> list[Algorithm]:
     """Algorithms for a product: what cuBLASLt proposes, its first choice first, then other makes of that choice.
 
-    The others have a tile, cluster or order of blocks of another proposal, where the library can run them so.
+    The others have tile, cluster, option or order of blocks of other proposals, where the library can run them so.
     """
     plan, preference = _plan(key), ctypes.c_void_p()
     _call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
@@ -168,13 +168,12 @@ def candidates(key: Key, count: int = 64) -> list[Algorithm]:
     _call("cublasLtMatmulPreferenceDestroy", preference)
     proposed = [_algorithm(bytes(one.algorithm)) for one in found[: number.value] if one.state == 0]
     settings = [about(one) for one in proposed]
-    values = [sorted({one[name] for one in settings if name in one}) for name in VARIED] if proposed else []
-    if values:
-        values[VARIED.index("swizzle")] = [0, 1]
+    told = [name for name in VARIED if settings and all(name in one for one in settings)]
+    values = [[0, 1] if name == "swizzle" else sorted({one[name] for one in settings}) for name in told]
     made = {bytes(one): one for one in proposed}
-    for chosen in itertools.product(*values):
+    for chosen in itertools.product(*values) if told else ():
         one = _algorithm(bytes(proposed[0]))
-        if all(_set(one, name, value) for name, value in zip(VARIED, chosen)) and _runs(plan, one):
+        if all(_set(one, name, value) for name, value in zip(told, chosen)) and _runs(plan, one):
             made.setdefault(bytes(one), one)
     return list(made.values())
 
@@ -231,7 +230,7 @@ CONFIG = {
     "inner": (7, 2),
     "cluster": (8, 2),
 }
-VARIED = ("tile", "swizzle", "cluster")
+VARIED = ("tile", "swizzle", "custom", "cluster")
 
 
 def about(algorithm: Algorithm) -> dict[str, int]:

@@ -27,10 +27,11 @@ from endprompt import cublaslt
 
 #: A product's pointers must be multiples of this, or torch makes it.
 ALIGNED = 256
-#: Seconds: of load before the first choice; of a finalist's turn before it is timed, and while it is.
-HEAT, SETTLE, TURN = 2.0, 0.05, 0.16
-#: Turns of a finalist; finalists beside the first proposal and torch.
-TURNS, FINALISTS = 3, 5
+#: Seconds: of load before the first choice; of the second look, at those that three calls each have left; of a
+#: finalist's turn before it is timed, and while it is.
+HEAT, LOOK, SETTLE, TURN = 2.0, 0.03, 0.05, 0.16
+#: How many a look leaves, the first proposal and torch aside; turns of a finalist.
+LEFT, FINALISTS, TURNS = 16, 4, 5
 
 #: Where choices are kept.
 CHOICES = Path("~/.cache/endprompt/products.json").expanduser()
@@ -176,8 +177,10 @@ def _choose(
             brief.append(_time(partial(work, algorithm)))
         except RuntimeError:  # proposed, but it does not run
             brief.append(math.inf)
-    order = sorted(range(2, len(algorithms)), key=brief.__getitem__)
-    finalists = [i for i in (0, 1, *order[:FINALISTS]) if i < len(algorithms) and brief[i] < math.inf]
+    left = sorted((i for i in range(2, len(algorithms)) if brief[i] < math.inf), key=brief.__getitem__)[:LEFT]
+    longer = {i: _time(partial(work, algorithms[i]), LOOK) for i in left}
+    best = sorted(left, key=longer.__getitem__)[:FINALISTS]
+    finalists = [i for i in (0, 1, *best) if i < len(algorithms) and brief[i] < math.inf]
     turns: dict[int, list[float]] = {i: [] for i in finalists}
     for turn in range(TURNS):
         for i in finalists if turn % 2 else finalists[::-1]:

@@ -54,7 +54,7 @@ class StandIn:
     def cublasLtMatmulPreferenceDestroy(self, preference):
         return 0
 
-    #: tile, order of blocks, cluster of what is proposed; the third cannot run
+    #: tile, order of blocks, cluster of what is proposed, which tells no more; the third cannot run
     PROPOSED = ((20, 0, 5), (23, 1, 3), (24, 0, 5))
 
     def cublasLtMatmulAlgoGetHeuristic(self, handle, work, a, b, c, d, preference, count, found, number):
