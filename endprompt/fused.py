@@ -8,10 +8,12 @@ writes all that comes of it:
     SwiGLU's        grad_h, gate, up                      -> grad_gate, grad_up, h again
     RMSNorm's       x, its scale, grad_residual, 1 to 3   -> grad_x, the norm again, float32 gradient of its weight
                     gradients of the norm
+    RoPE's          grad_q, grad_k, grad_v                -> the gradient of all three side by side
 
-`fuse` gives the layers of Llama, Mistral, Qwen2 and Qwen3 a forward pass built on two functions: RMSNorm with the
-linear layers that read it, and SwiGLU with the one that reads it. For the backward pass they keep the residual stream,
-one number a token, gate and up: nothing that the compiler must choose. Names, weights and the exported state stay.
+`fuse` gives the layers of Llama, Mistral, Qwen2 and Qwen3 a forward pass built on these functions: RMSNorm with the
+linear layers that read it, SwiGLU with the one that reads it, and RoPE where `linears.join` has made one product of q, k
+and v. For the backward pass they keep the residual stream, one number a token, gate and up: nothing that the compiler
+must choose. Names, weights and the exported state stay.
 
 Without triton, or on a CPU, the same operators do the same work in torch.
 
@@ -27,16 +29,13 @@ import torch
 from torch import nn
 
 from endprompt.linears import SummingLinear, add_weight_gradient
-from endprompt.products import plus_times, product_into, times
+from endprompt.products import plus_times, times
 from endprompt.triton_kernels import kernels_module, triton_kernels
 
 #: Classes of a family are these with Attention, MLP, RMSNorm and DecoderLayer behind.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 #: Rows of the norm that a kernel holds at once; wider ones are torch's.
 WIDEST = 16384
-#: The products that make the gradients of one norm add to each other, so that its kernel reads one instead of 2 or 3.
-SUM_IN_PRODUCTS = False
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same work in torch; shapes and results are the operators'
@@ -99,8 +98,7 @@ def torch_rotate_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators
 #
-# Opaque to torch.compile on purpose: it would pull them apart again. None writes into what it reads, but
-# add_input_gradient, which says so.
+# Opaque to torch.compile on purpose: it would pull them apart again. None writes into what it reads.
 
 
 @torch.library.custom_op("endprompt::swiglu", mutates_args=())
@@ -242,12 +240,6 @@ def _(
     return query.new_empty(batch, tokens, (heads + 2 * key.shape[2]) * width)
 
 
-@torch.library.custom_op("endprompt::add_input_gradient", mutates_args=("total_MK",))
-def add_input_gradient(total_MK: torch.Tensor, grad_MN: torch.Tensor, weight_NK: torch.Tensor) -> None:
-    """total += grad @ weight, in the product itself."""
-    product_into(total_MK, grad_MN, weight_NK, adds=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions
 
@@ -285,12 +277,7 @@ class _NormLinears(torch.autograd.Function):
         x_MD, scale_M, norm_weight_D, *weights_and_sums = ctx.saved_tensors
         count = len(grads_MN)
         weights, sums = weights_and_sums[:count], weights_and_sums[count:]
-        grads_MD = [times(grads_MN[0], weights[0])]
-        for grad_MN, weight in zip(grads_MN[1:], weights[1:]):
-            if SUM_IN_PRODUCTS:
-                add_input_gradient(grads_MD[0], grad_MN, weight)
-            else:
-                grads_MD.append(times(grad_MN, weight))
+        grads_MD = [times(grad_MN, weight) for grad_MN, weight in zip(grads_MN, weights)]
         grad_x, norm_MD, grad_norm_weight = rms_norm_backward(x_MD, scale_M, norm_weight_D, grad_sum_MD, grads_MD)
         grad_weights = [
             _weight_gradient(total, grad_MN, norm_MD, needed)
