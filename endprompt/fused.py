@@ -11,8 +11,8 @@ writes all that comes of it:
     RoPE's          grad_q, grad_k, grad_v                -> the gradient of all three side by side
 
 `fuse` gives the layers of Llama, Mistral, Qwen2 and Qwen3 a forward pass built on these functions: RMSNorm with the
-linear layers that read it, SwiGLU with the one that reads it, and RoPE where `linears.join` has made one product of q, k
-and v. For the backward pass they keep the residual stream, one number a token, gate and up: nothing that the compiler
+linear layers that read it, SwiGLU with the one that reads it, and RoPE where `linears.join` has made one product of q,
+k and v. For the backward pass they keep the residual stream, one number a token, gate and up: nothing that the compiler
 must choose. Names, weights and the exported state stay.
 
 Without triton, or on a CPU, the same operators do the same work in torch.

@@ -432,6 +432,48 @@ def test_the_kernels_do_what_torch_does():
     check_kernels("cpu", TRITON_INTERPRET="1")
 
 
+COMPILE = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from endprompt import kernels, optim
+
+    BF16, F32, I32 = "*bf16", "*fp32", "i32"
+    codes = {"LEVELS_FIRST": optim.LEVELS_FIRST, "LEVELS_ROOT": optim.LEVELS_ROOT, "BLOCK": optim.BLOCK, "BLOCKS": 8}
+    codes |= {"OCTAVES_FIRST": optim.OCTAVES_FIRST, "OCTAVES_ROOT": optim.OCTAVES_ROOT, "STOCHASTIC": True}
+    wide, heads = {"F": 14336, "BLOCK": 2048}, {"H": 32, "G": 8, "HALF": 64, "HEADS": 32, "GROUPS": 8, "LANES": 64}
+    norm = {"D": 4096, "WIDTH": 4096}
+    for kernel, kinds, constants in (
+        (kernels._swiglu, [BF16] * 3 + [I32] * 2, wide),
+        (kernels._swiglu_backward, [BF16] * 6 + [I32] * 2, wide | {"AGAIN": True}),
+        (kernels._rms_norm, [BF16] * 5 + [F32, "fp32"], norm | {"ADD": True}),
+        (kernels._rms_norm_backward, [BF16, F32] + [BF16] * 7 + [F32, I32], norm | {"GRADS": 3, "STAGES": 1}),
+        (kernels._rotate_backward, [BF16] * 6 + [I32] * 2, heads),
+        (kernels._cross_entropy, [BF16, "*i64", F32, F32], {"V": 128256, "BLOCK": 8192, "SIDE_BY_SIDE": 8}),
+        (kernels._lean_update, [BF16, F32, "*i8", F32, "*u8", F32, F32, F32, "*i32", I32], codes),
+    ):
+        free = iter(kinds)
+        types = {name: "constexpr" if name in constants else next(free) for name in kernel.arg_names}
+        assert next(free, None) is None
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] in "*i"}
+        source = ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm
+        assert made["cubin"] and ".f64" not in made["ptx"], kernel
+        assert "ld.global.v4" in made["ptx"] or ".v4.b32" in made["ptx"], kernel
+    print("compiled")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which compiles without a GPU")
+def test_the_kernels_compile_for_a_gpu_in_float32_and_16_bytes_at_a_time():
+    """A constant below what float32 holds would make a kernel float64; rows of unknown size would make loads narrow."""
+    program = [sys.executable, "-c", textwrap.dedent(COMPILE)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+
+
 @pytest.mark.gpu
 def test_on_the_gpu_the_kernels_do_what_torch_does():
     check_kernels("cuda")
