@@ -214,6 +214,15 @@ def test_joined_layers_are_fused_with_the_same_gradients(family, keep, compiled)
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize(("biases", "joined"), [(("attention",), 2), (("mlp",), 2), (("attention", "mlp"), 0)])
+def test_layers_with_biases_are_not_joined(biases, joined):
+    model = small_model(**{f"{part}_bias": True for part in biases})
+    model.optimizer = LeanAdamW(model.parameters())
+    assert linears.join(model) == joined
+    found, expected = output_and_gradients(model), exact(lambda: small_model(**{f"{p}_bias": True for p in biases}))
+    assert distance(found[0], expected[0]) < 1e-5
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_with_checkpointing_the_gradients_are_the_same(kind, keep):
