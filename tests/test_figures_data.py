@@ -394,6 +394,19 @@ def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):
     ]
 
 
+def test_figure_4_has_the_shorter_window_first_whichever_is_faster():
+    def timing(metric, value, length):
+        made = row("endprompt", f"at {length}", length, value, suite="training-speed")
+        return {**made, "metric": metric, "environment": {"device": {"gpu": "X"}}}
+
+    for hours in ({32768: 30, 65536: 20}, {32768: 20, 65536: 30}):
+        rows = [timing("hours_per_1b_tokens", value, length) for length, value in hours.items()]
+        rows += [timing("peak_gib", 1, length) for length in hours]
+        axes = figure_4.draw(data.load(figure_4.INPUTS, frame_of(rows))).axes
+        ticks = [[label.get_text() for label in ax.get_xticklabels()] for ax in axes]
+        assert len(ticks) == 4 and all(one == ["32K", "64K"] for one in ticks)
+
+
 def test_figure_4_tells_measurements_of_one_task_apart_and_marks_peaks_that_are_bounds():
     def timing(time, metric, value, method="full", optimizer="lean"):
         made = row(method, f"{method}, 65,536", 65536, value, suite="training-speed")

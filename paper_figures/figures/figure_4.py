@@ -39,7 +39,7 @@ def draw(frames: Frames) -> Figure:
         axes[0, column].set_title(f"published, {part['device'].iloc[0]}")
         axes[0, column].set_ylabel(label)
         if len(rows):
-            means = rows.pivot_table(index="method", columns="length", values=metric, sort=False)
+            means = rows.pivot_table(index="method", columns="length", values=metric)
             means = means.loc[[method for method in METHODS if method in means.index]]
             colors = {method: style.PUBLISHED[name] for method, name in METHODS.items()}
             least = rows[rows["least"]] if metric == "peak_gib" else rows.iloc[:0]
