@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from endprompt.plan import tokens_at_a_time
 from endprompt.products import product_into, times
 from endprompt.triton_kernels import triton_kernels
 
@@ -116,17 +117,6 @@ def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) ->
     return kernels.cross_entropy(logits, labels, weights).sum(), logits
 
 
-def tokens_at_a_time(vocabulary: int, device: str = "cuda") -> int:
-    """Tokens whose logits are there at once: at most 2**30 logits on a GPU, 2**23 on a CPU.
-
-    On a GPU a multiple of 256: cuBLAS makes products in tiles of so many rows, and what a last tile lacks is lost.
-    """
-    if device != "cuda":
-        return max(1, 2**23 // vocabulary)
-    tokens = max(1, 2**30 // vocabulary)
-    return tokens - tokens % 256 or tokens
-
-
 def linear_cross_entropy(
     hidden_ND: torch.Tensor,
     head_VD: torch.Tensor,
@@ -142,7 +132,7 @@ def linear_cross_entropy(
 
     hidden_ND: float; head_VD: float; labels_N: int64 in [0, V); weights_N: float32, >= 0. Tokens of weight 0 are left
     out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
-    chunk: tokens at a time; default `tokens_at_a_time`.
+    chunk: tokens at a time; default `plan.tokens_at_a_time`.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
     every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: make the
     losses and their gradient in one kernel on CUDA, where triton is there.

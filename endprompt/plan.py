@@ -161,10 +161,19 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic
 
 
+def tokens_at_a_time(vocabulary: int, device: str = "cuda") -> int:
+    """Tokens whose logits are there at once: at most 2**30 logits on a GPU, 2**23 on a CPU.
+
+    On a GPU a multiple of 256: cuBLAS makes products in tiles of so many rows, and what a last tile lacks is lost.
+    """
+    if device != "cuda":
+        return max(1, 2**23 // vocabulary)
+    tokens = max(1, 2**30 // vocabulary)
+    return tokens - tokens % 256 or tokens
+
+
 def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, recompute: str) -> dict[str, float]:
     """Bytes on one GPU, by part."""
-    from endprompt.loss import tokens_at_a_time
-
     count = shape.parameters
     norms = (2 * shape.layers + 1) * shape.hidden
     trained = count

@@ -66,7 +66,7 @@ MUTANTS = [
     (LINEARS, "if any(part.bias is not None for part in parts):", "if False:", "fused"),
     (LOSS, "ids_BT.roll(-1, dims=1)", "ids_BT.roll(1, dims=1)", "loss"),
     (LOSS, "last = torch.zeros_like(weights_BT[:, :1])", "last = weights_BT[:, :1]", "loss"),
-    (LOSS, "return tokens - tokens % 256 or tokens", "return tokens", "loss"),
+    ("endprompt/plan.py", "return tokens - tokens % 256 or tokens", "return tokens", "loss"),
     ("endprompt/train.py", "weights_BT[part] / total)", "weights_BT[part])", "train"),
     (FUSED, "h_MF = kept_MF if ctx.keep else again_MF", "h_MF = gate_MF", "fused"),
     (FUSED, "if not module.training or past_key_values", "if past_key_values", "fused"),

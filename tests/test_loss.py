@@ -9,9 +9,9 @@ from endprompt.loss import (
     linear_cross_entropy,
     logits_cross_entropy,
     next_tokens,
-    tokens_at_a_time,
 )
 from endprompt.model import new_model, training_attention
+from endprompt.plan import tokens_at_a_time
 from endprompt.train import Objective
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 50

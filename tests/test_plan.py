@@ -1,6 +1,8 @@
 """The plan against measured runs of one H200 and against counts made another way."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,11 @@ def test_what_does_not_fit_says_so(capsys):
 def test_impossible_plans_name_key_and_value(changes, message):
     with pytest.raises(ValueError, match=message):
         plans(PlanConfig(**changes))
+
+
+def test_a_plan_of_a_named_shape_waits_for_no_torch():
+    code = (
+        "import sys; from endprompt.plan import PlanConfig, plan; plan(PlanConfig()); "
+        "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
