@@ -30,13 +30,6 @@ class Algorithm(ctypes.Structure):
 
     _fields_ = [("data", ctypes.c_uint64 * 8)]
 
-    def __reduce__(self) -> Any:
-        return _algorithm, (bytes(self),)
-
-
-def _algorithm(data: bytes) -> Algorithm:
-    return Algorithm.from_buffer_copy(data)
-
 
 class _Proposal(ctypes.Structure):
     _fields_ = [
@@ -166,13 +159,13 @@ def candidates(key: Key, count: int = 64) -> list[Algorithm]:
     request = plan.handle, plan.work, *plan.matrices, preference, count, found, ctypes.byref(number)
     _call("cublasLtMatmulAlgoGetHeuristic", *request)
     _call("cublasLtMatmulPreferenceDestroy", preference)
-    proposed = [_algorithm(bytes(one.algorithm)) for one in found[: number.value] if one.state == 0]
+    proposed = [Algorithm.from_buffer_copy(one.algorithm) for one in found[: number.value] if one.state == 0]
     settings = [about(one) for one in proposed]
     told = [name for name in VARIED if settings and all(name in one for one in settings)]
     values = [[0, 1] if name == "swizzle" else sorted({one[name] for one in settings}) for name in told]
     made = {bytes(one): one for one in proposed}
     for chosen in itertools.product(*values) if told else ():
-        one = _algorithm(bytes(proposed[0]))
+        one = Algorithm.from_buffer_copy(proposed[0])
         if all(_set(one, name, value) for name, value in zip(told, chosen)) and _runs(plan, one):
             made.setdefault(bytes(one), one)
     return list(made.values())

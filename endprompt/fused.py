@@ -288,7 +288,7 @@ class _NormLinears(torch.autograd.Function):
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """residual + (silu(gate) * up) @ weight.T.
+    """residual + (silu(gate) * up) @ weight.T; expanded: gate and up [M, F], or both side by side [M, 2 F].
 
     keep: SwiGLU is kept for the backward pass, where it would be made again.
     """
@@ -296,50 +296,26 @@ class _SwigluLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        gate_MF: torch.Tensor,
-        up_MF: torch.Tensor,
         residual_MN: torch.Tensor,
         weight_NF: torch.Tensor,
         total_NF: torch.Tensor | None,
         keep: bool,
+        *expanded: torch.Tensor,
     ) -> torch.Tensor:
+        gate_MF, up_MF = expanded if len(expanded) == 2 else expanded[0].chunk(2, dim=1)
         h_MF = swiglu(gate_MF, up_MF)
         ctx.keep = keep
-        ctx.save_for_backward(gate_MF, up_MF, weight_NF, total_NF, h_MF if keep else None)
+        ctx.save_for_backward(weight_NF, total_NF, h_MF if keep else None, *expanded)
         return plus_times(residual_MN, h_MF, weight_NF.t())
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
-        gate_MF, up_MF, weight_NF, total_NF, kept_MF = ctx.saved_tensors
-        grad_gate, grad_up, again_MF = swiglu_backward(times(grad_MN, weight_NF), gate_MF, up_MF, not ctx.keep)
+        weight_NF, total_NF, kept_MF, *expanded = ctx.saved_tensors
+        work = swiglu_backward if len(expanded) == 2 else joined_swiglu_backward
+        *grads, again_MF = work(times(grad_MN, weight_NF), *expanded, not ctx.keep)
         h_MF = kept_MF if ctx.keep else again_MF
-        grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[3])
-        return grad_gate, grad_up, grad_MN, grad_weight, None, None
-
-
-class _JoinedSwigluLinear(torch.autograd.Function):
-    """`_SwigluLinear` of gate and up side by side in one matrix."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        both_M2F: torch.Tensor,
-        residual_MN: torch.Tensor,
-        weight_NF: torch.Tensor,
-        total_NF: torch.Tensor | None,
-        keep: bool,
-    ) -> torch.Tensor:
-        h_MF = swiglu(*both_M2F.chunk(2, dim=1))
-        ctx.keep = keep
-        ctx.save_for_backward(both_M2F, weight_NF, total_NF, h_MF if keep else None)
-        return plus_times(residual_MN, h_MF, weight_NF.t())
-
-    @staticmethod
-    def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
-        both_M2F, weight_NF, total_NF, kept_MF = ctx.saved_tensors
-        grad_both, again_MF = joined_swiglu_backward(times(grad_MN, weight_NF), both_M2F, not ctx.keep)
-        h_MF = again_MF if kept_MF is None else kept_MF
-        return grad_both, grad_MN, _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[2]), None, None
+        grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1])
+        return grad_MN, grad_weight, None, None, *grads
 
 
 class _Rotated(torch.autograd.Function):
@@ -391,19 +367,15 @@ def norm_linears(
 
 
 def swiglu_linear(
-    gate_BTF: torch.Tensor, up_BTF: torch.Tensor, residual_BTN: torch.Tensor, linear: nn.Linear, keep: bool = False
+    residual_BTN: torch.Tensor, expanded: Sequence[torch.Tensor], linear: nn.Linear, keep: bool = False
 ) -> torch.Tensor:
-    """residual [B, T, N] + output of a linear layer for silu(gate) * up; keep: see `fuse`."""
-    parts = (part.reshape(-1, part.shape[-1]) for part in (gate_BTF, up_BTF, residual_BTN))
-    return _SwigluLinear.apply(*parts, linear.weight, _sum_of(linear), keep).view(residual_BTN.shape)
+    """residual [B, T, N] + output of a linear layer for silu(gate) * up.
 
-
-def joined_swiglu_linear(
-    both_BT2F: torch.Tensor, residual_BTN: torch.Tensor, linear: nn.Linear, keep: bool = False
-) -> torch.Tensor:
-    """`swiglu_linear` of gate and up side by side."""
-    parts = (part.reshape(-1, part.shape[-1]) for part in (both_BT2F, residual_BTN))
-    return _JoinedSwigluLinear.apply(*parts, linear.weight, _sum_of(linear), keep).view(residual_BTN.shape)
+    expanded: gate and up [B, T, F], or one tensor [B, T, 2 F] with both side by side. keep: see `fuse`.
+    """
+    residual_MN, *parts = (part.reshape(-1, part.shape[-1]) for part in (residual_BTN, *expanded))
+    out_MN = _SwigluLinear.apply(residual_MN, linear.weight, _sum_of(linear), keep, *parts)
+    return out_MN.view(residual_BTN.shape)
 
 
 def _sum_of(linear: nn.Linear) -> torch.Tensor | None:
@@ -511,9 +483,7 @@ def _layer(
         residual = hidden_states
         attended, _ = module.self_attn(module.input_layernorm(hidden_states), past_key_values=None, **kwargs)
     residual, *expanded = norm_linears(residual, attended, norm, _expansions(mlp))
-    if len(expanded) == 1:
-        return joined_swiglu_linear(expanded[0], residual, mlp.down_proj, module.keep_swiglu)
-    return swiglu_linear(expanded[0], expanded[1], residual, mlp.down_proj, module.keep_swiglu)
+    return swiglu_linear(residual, expanded, mlp.down_proj, module.keep_swiglu)
 
 
 def _attention(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from endprompt import fused, loss
+from endprompt.products import seconds_of
 from endprompt.rows import append_rows, environment, result_row
 from endprompt.triton_kernels import triton_kernels
 
@@ -84,7 +85,7 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     def moved(count: float, tensor: torch.Tensor) -> int:
         return int(count * tensor.numel() * tensor.element_size())
 
-    yield from of_loss_and_rotations(options, random, moved)
+    yield from of_loss(options, random, moved)
     kernels: Any = triton_kernels(torch.empty(0, device=device))
 
     def each(
@@ -150,12 +151,18 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
         ours, each_one = kernels and kernels.rms_norm_backward, (x, scale, weight, added, grads[:count])
         size = moved(4 + count, x)
         yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one)
+    heads, groups = max(1, options.hidden // 128), max(1, options.hidden // 512)
+    turned = tuple(random(1, options.tokens, count, 128) for count in (heads, groups, groups))
+    angles = random(1, options.tokens, 128), random(1, options.tokens, 128)
+    turns = [launch(warps=warps) for warps in ROTATE] if launch else []
+    ours, size = kernels and kernels.rotate_backward, sum(moved(2, part) for part in turned)
+    yield from each("rotate backward", size, fused.torch_rotate_backward, ours, turns, (turned, *angles))
 
 
-def of_loss_and_rotations(
+def of_loss(
     options: argparse.Namespace, random: Callable[..., torch.Tensor], moved: Callable[[float, torch.Tensor], int]
 ) -> Iterator[Measurement]:
-    """The loss of half the tokens, whose kernel overwrites its logits, and RoPE's backward pass with heads of 128."""
+    """The loss of half the tokens, whose kernel overwrites its logits."""
     half, vocabulary = options.tokens // 2, options.vocabulary
     logits = random(half, vocabulary)
     kernels: Any = triton_kernels(logits)
@@ -181,20 +188,6 @@ def of_loss_and_rotations(
     errors = [wrong(work) for *_, work in by]  # before the logits are overwritten
     for (name, setting, work), error in zip(by, errors):
         yield "cross-entropy", name, setting, moved(2, logits), partial(work, *parts), partial(float, error)
-    heads, groups = max(1, options.hidden // 128), max(1, options.hidden // 512)
-    query, key, value = (random(1, options.tokens, count, 128) for count in (heads, groups, groups))
-    grads = query, key, value
-    cos, sin = random(1, options.tokens, 128), random(1, options.tokens, 128)
-    wanted = fused.torch_rotate_backward(grads, cos, sin)
-    plain = torch.compile(fused.torch_rotate_backward, dynamic=False)
-    by = [("torch.compile", {}, plain)]
-    for warps in ROTATE if kernels else ():
-        launch = kernels.Launch(warps=warps)
-        used = " (used)" if launch == kernels.ROTATE_BACKWARD else ""
-        by.append((f"warps {warps}{used}", {"warps": warps}, partial(kernels.rotate_backward, launch=launch)))
-    for name, setting, work in by:
-        error = 100 * float((work(grads, cos, sin).float() - wanted.float()).norm() / wanted.float().norm())
-        yield "rotate backward", name, setting, moved(2, wanted), partial(work, grads, cos, sin), partial(float, error)
 
 
 def partial_norm(alone: bool) -> Callable[..., Any]:
@@ -207,27 +200,13 @@ def partial_norm(alone: bool) -> Callable[..., Any]:
 
 
 def duration(work: Callable[[], Any], seconds: float) -> float:
-    """Mean seconds of `work` in a row, after it has run a few times."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    for _ in range(3):
-        work()
-    wait()
+    """Mean seconds of `work` in a row; on a CPU, which only rehearses, of one call."""
+    if torch.cuda.is_available():
+        return seconds_of(work, seconds)
+    work()
     started = time.perf_counter()
     work()
-    wait()
-    count = max(1, min(200, int(seconds / max(1e-6, time.perf_counter() - started))))
-    if not torch.cuda.is_available():
-        started = time.perf_counter()
-        for _ in range(count):
-            work()
-        return (time.perf_counter() - started) / count
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(count):
-        work()
-    last.record()
-    wait()
-    return first.elapsed_time(last) / count / 1e3
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -170,22 +170,22 @@ def _choose(
             cublaslt.multiply(key, algorithm, a_MK, b_KN, scratch)
 
     if not measured:
-        _time(partial(work, None), HEAT)
+        seconds_of(partial(work, None), HEAT)
     brief = []
     for algorithm in algorithms:
         try:
-            brief.append(_time(partial(work, algorithm)))
+            brief.append(seconds_of(partial(work, algorithm)))
         except RuntimeError:  # proposed, but it does not run
             brief.append(math.inf)
     left = sorted((i for i in range(2, len(algorithms)) if brief[i] < math.inf), key=brief.__getitem__)[:LEFT]
-    longer = {i: _time(partial(work, algorithms[i]), LOOK) for i in left}
+    longer = {i: seconds_of(partial(work, algorithms[i]), LOOK) for i in left}
     best = sorted(left, key=longer.__getitem__)[:FINALISTS]
     finalists = [i for i in (0, 1, *best) if i < len(algorithms) and brief[i] < math.inf]
     turns: dict[int, list[float]] = {i: [] for i in finalists}
     for turn in range(TURNS):
         for i in finalists if turn % 2 else finalists[::-1]:
-            _time(partial(work, algorithms[i]), SETTLE)  # the clock follows the load
-            turns[i].append(_time(partial(work, algorithms[i]), TURN))
+            seconds_of(partial(work, algorithms[i]), SETTLE)  # the clock follows the load
+            turns[i].append(seconds_of(partial(work, algorithms[i]), TURN))
     mean = {i: statistics.mean(found) for i, found in turns.items()}
     measured[key] = {str(i - 1) if i else "torch": 1e3 * seconds for i, seconds in mean.items()}
     for i in sorted(mean, key=mean.__getitem__):
@@ -204,8 +204,8 @@ def _agrees(work: Callable[[], None], other: Callable[[], None], result: torch.T
     return bool(found.sub_(result).norm() <= 0.01 * result.norm())
 
 
-def _time(work: Callable[[], None], seconds: float = 0.0) -> float:
-    """Seconds of one call in a row of them, that takes as long as is asked or three calls."""
+def seconds_of(work: Callable[[], Any], seconds: float = 0.0) -> float:
+    """Seconds of one call on the GPU, in a row of them that takes as long as is asked or three calls."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def row(count: int) -> float:
@@ -252,11 +252,11 @@ def _(added: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return added.new_empty(added.shape)
 
 
-@register_flop_formula(torch.ops.endprompt.plus_product)
-def _plus_flops(added: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *others: Any, **kwargs: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
 @register_flop_formula(torch.ops.endprompt.product)  # what seems to cost nothing would be computed again
 def _flops(a: tuple[int, ...], b: tuple[int, ...], *others: Any, **kwargs: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
+
+
+@register_flop_formula(torch.ops.endprompt.plus_product)
+def _plus_flops(added: tuple[int, ...], *others: Any, **kwargs: Any) -> int:
+    return _flops(*others)

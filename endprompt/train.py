@@ -410,10 +410,13 @@ class Objective(torch.nn.Module):
                 return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
-            options, hidden_ND = self.options, hidden[:, :-1].flatten(0, 1)
+            options = self.options
             if self.dense and self.model.training:
                 labels, weights = next_tokens(ids_BT, weights_BT)
-                options, hidden_ND = options | {"every_token": True}, hidden.flatten(0, 1)
+                options = options | {"every_token": True}
+            else:
+                hidden = hidden[:, :-1]
+            hidden_ND = hidden.flatten(0, 1)
             head8 = None
             if self.float8 != "none" and self.model.training:
                 head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
@@ -522,7 +525,7 @@ class Trainer:
             self.optimizer = self.graph.optimizer
         elif here.size == 1:
             self.optimizer = optimizer_of(config, model)
-        fused = self.fuse() if config.optimizer == "lean" else 0
+        fused = self.convert_layers() if config.optimizer == "lean" else 0
         if compiled and config.checkpointing == "selective":
             torch._functorch.config.activation_memory_budget = memory_budget(config.float8, bool(fused))
         else:
@@ -537,7 +540,7 @@ class Trainer:
             shares.read_shares(model, config.model, here.device)
             self.optimizer = optimizer_of(config, model)
 
-    def fuse(self) -> int:
+    def convert_layers(self) -> int:
         """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
         config, model = self.config, self.model
         wanted = config.fused and config.float8 == "none" and can_fuse(self.device)

@@ -44,9 +44,7 @@ MUTANTS = [
     (FUSED, "exact * (grad * exact).mean(-1, keepdim=True)", "exact * grad.mean(-1, keepdim=True)", "fused"),
     (FUSED, "for one in grads_MD[1:]:\n        grad = ", "for one in grads_MD[2:]:\n        grad = ", "fused"),
     (FUSED, "logistic + silu * (1 - logistic)", "logistic + silu", "fused"),
-    (FUSED, "h_MF = again_MF if kept_MF is None else kept_MF", "h_MF = both_M2F.chunk(2, dim=1)[0]", "fused"),
-    (FUSED, "return grad_both, grad_MN, _weight", "return grad_both, grad_MN * 0, _weight", "fused"),
-    (FUSED, "return grad_gate, grad_up, grad_MN, grad_weight", "return grad_gate, grad_up, None, grad_weight", "fused"),
+    (FUSED, "return grad_MN, grad_weight, None, None, *grads", "return None, grad_weight, None, None, *grads", "fused"),
     (FUSED, "second * cos2 - first * sin1", "second * cos2 + first * sin1", "fused"),
     (FUSED, "return torch.cat(grads, dim=1), out", "return torch.cat(grads[::-1], dim=1), out", "fused"),
     # products by measured algorithms
@@ -68,7 +66,7 @@ MUTANTS = [
     (LOSS, "last = torch.zeros_like(weights_BT[:, :1])", "last = weights_BT[:, :1]", "loss"),
     ("endprompt/plan.py", "return tokens - tokens % 256 or tokens", "return tokens", "loss"),
     ("endprompt/train.py", "weights_BT[part] / total)", "weights_BT[part])", "train"),
-    (FUSED, "h_MF = kept_MF if ctx.keep else again_MF", "h_MF = gate_MF", "fused"),
+    (FUSED, "h_MF = kept_MF if ctx.keep else again_MF", "h_MF = expanded[0]", "fused"),
     (FUSED, "if not module.training or past_key_values", "if past_key_values", "fused"),
     # positions
     (POSITIONS, "prompt, target - prompt))\n\n\ndef endprompt_random", "prompt, target - prompt - 1))\n\n\ndef endprompt_random", "positions"),

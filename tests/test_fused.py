@@ -136,7 +136,7 @@ def test_swiglu_and_its_linear_layer_are_those_of_float64(monkeypatch, keep, tra
     expected = parts[3] + F.silu(parts[0]) * parts[1] @ parts[2].t()
     expected.backward(grad.double())
     with products.choose_products(chosen):
-        found = fused.swiglu_linear(gate, up, residual, linear, keep)
+        found = fused.swiglu_linear(residual, [gate, up], linear, keep)
     found.backward(grad)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     for one, other in zip((gate, up, linear.weight, residual), parts):

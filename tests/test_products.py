@@ -216,7 +216,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(products, "measured", {})
     monkeypatch.setattr(products, "_on_gpu", lambda x: True)
     monkeypatch.setattr(products, "ALIGNED", 1)
-    monkeypatch.setattr(products, "_time", fake_time)
+    monkeypatch.setattr(products, "seconds_of", fake_time)
     monkeypatch.setattr(products, "_here", lambda: {"device": "this"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cublaslt, "library", lambda: "there")

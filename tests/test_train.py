@@ -38,6 +38,18 @@ def trainer_of(extend_config, tmp_path, **changes):
     return caught["trainer"]
 
 
+def step_without_update(trainer, weightless, kind="grad"):
+    """(loss, each parameter's gradient) of the first step on 4 rows, its first row's first tokens without weight."""
+    batch, kept = trainer.rows.batch(0, 4), {}
+    trainer.optimizer.step = lambda: kept.update(
+        {name: getattr(parameter, kind).clone() for name, parameter in trainer.model.named_parameters()}
+    )
+    uneven = batch.weights.copy()
+    uneven[0, :weightless] = 0
+    loss, _ = trainer.train_step(Batch(batch.input_ids, batch.position_ids, uneven), 0.0)
+    return float(loss), kept
+
+
 def test_loss_of_a_step_is_the_weighted_mean_of_torchs(extend_config, tmp_path, llama):
     """Against logits of the whole model with an explicit mask and torch's own cross-entropy."""
     trainer = trainer_of(extend_config, tmp_path)
@@ -62,15 +74,7 @@ def test_micro_batches_equal_one(extend_config, tmp_path, micro):
     gradients = []
     for size in (None, micro):
         trainer = trainer_of(extend_config, tmp_path, micro_rows=size, clip=0.0, prompt=["EP_3", "text:the sky is"])
-        batch = trainer.rows.batch(0, 4)
-        uneven = batch.weights.copy()
-        uneven[0, :20] = 0
-        kept = {}
-        trainer.optimizer.step = lambda kept=kept, t=trainer: kept.update(
-            {name: p.grad.clone() for name, p in t.model.named_parameters()}
-        )
-        loss, _ = trainer.train_step(Batch(batch.input_ids, batch.position_ids, uneven), 0.0)
-        gradients.append((float(loss), kept))
+        gradients.append(step_without_update(trainer, 20))
     (loss, whole), (split_loss, split) = gradients
     assert split_loss == pytest.approx(loss, rel=1e-6)
     for name in whole:
@@ -85,21 +89,12 @@ def test_the_lean_optimizer_s_sums_are_the_gradients(extend_config, tmp_path, ti
     for optimizer, kind, dtype in (("adamw", "grad", "float32"), ("lean", "main_grad", "bfloat16")):
         options = {"model": str(model), "optimizer": optimizer, "dtype": dtype, "micro_rows": 2, "clip": 0.0}
         trainer = trainer_of(extend_config, tmp_path, **options)
-        batch, kept = trainer.rows.batch(0, 4), {}
-        trainer.optimizer.step = lambda kept=kept, t=trainer, kind=kind: kept.update(
-            {name: getattr(p, kind).clone() for name, p in t.model.named_parameters()}
-        )
-        uneven = batch.weights.copy()
-        uneven[0, :20] = 0
-        loss, _ = trainer.train_step(Batch(batch.input_ids, batch.position_ids, uneven), 0.0)
-        found.append((float(loss), kept))
+        found.append(step_without_update(trainer, 20, kind))
     (loss, expected), (lean_loss, sums) = found
     assert lean_loss == pytest.approx(loss, rel=1e-3)
     assert sums.keys() == expected.keys() and len(sums) > 10
-    for (
-        name,
-        gradient,
-    ) in expected.items():  # to bfloat16's accuracy: what is left out or added twice is off by far more
+    # to bfloat16's accuracy: what is left out or added twice is off by far more
+    for name, gradient in expected.items():
         assert float((sums[name] - gradient).norm() / gradient.norm()) < 0.03, name
 
 
@@ -109,14 +104,7 @@ def test_where_nearly_all_tokens_count_the_loss_is_that_of_all(extend_config, tm
     for limit in (0.0, 1.0):
         monkeypatch.setattr(train, "DENSE", limit)
         trainer = trainer_of(extend_config, tmp_path, optimizer="lean", dtype="bfloat16", micro_rows=2, clip=0.0)
-        batch, kept = trainer.rows.batch(0, 4), {}
-        trainer.optimizer.step = lambda kept=kept, t=trainer: kept.update(
-            {name: p.main_grad.clone() for name, p in t.model.named_parameters()}
-        )
-        uneven = batch.weights.copy()
-        uneven[0, :9] = 0
-        loss, _ = trainer.train_step(Batch(batch.input_ids, batch.position_ids, uneven), 0.0)
-        found.append((float(loss), kept))
+        found.append(step_without_update(trainer, 9, "main_grad"))
         dense.append(trainer.loss.dense)
     assert dense == [True, False]
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
