@@ -28,7 +28,7 @@ EPS = 1e-5
 #: warps, programs and stages of the norm's backward one.
 SWIGLU = ((2048, 4), (4096, 8), (8192, 8), (2048, 8), (4096, 4))
 NORM = (4, 8, 16)
-CROSS_ENTROPY = ((8192, 8), (8192, 16), (4096, 4), (4096, 8), (16384, 16))
+CROSS_ENTROPY = ((8192, 8), (8192, 16), (4096, 8), (16384, 32), (32768, 32))
 ROTATE = (2, 4, 8)
 NORM_BACKWARD = ((8, 2, 1), (8, 2, 2), (8, 1, 3), (16, 2, 1), (16, 1, 2), (4, 2, 1))
 
@@ -89,15 +89,21 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     kernels: Any = triton_kernels(torch.empty(0, device=device))
 
     def each(
-        task: str, size: int, plain: Callable[..., Any], ours: Any, launches: list[Any], arguments: tuple[Any, ...]
+        task: str,
+        size: int,
+        plain: Callable[..., Any],
+        ours: Any,
+        launches: list[Any],
+        arguments: tuple[Any, ...],
+        chosen: Any = None,
     ) -> Iterator[Measurement]:
-        """What torch.compile makes of `plain`, then `ours` in each launch; it also takes `launch`."""
+        """What torch.compile makes of `plain`, then `ours` in each launch; `chosen` is what it takes by itself."""
         compiled = torch.compile(plain, dynamic=False)
         expected = plain(*head(arguments))
         yield task, "torch.compile", {}, size, partial(compiled, *arguments), partial(error, compiled, expected)
         for launch in launches:
             setting = {key: value for key, value in dataclasses.asdict(launch).items() if value}
-            used = " (used)" if launch == ours.__defaults__[-1] else ""
+            used = " (used)" if launch == (chosen or ours.__defaults__[-1]) else ""
             name = " ".join(f"{key} {value}" for key, value in setting.items()) + used
             work = partial(ours, launch=launch)
             yield task, name, setting, size, partial(work, *arguments), partial(error, work, expected, arguments)
@@ -150,7 +156,8 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     for count in (1, 2, 3):
         ours, each_one = kernels and kernels.rms_norm_backward, (x, scale, weight, added, grads[:count])
         size = moved(4 + count, x)
-        yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one)
+        chosen = kernels and kernels.NORM_BACKWARD[count]
+        yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one, chosen)
     heads, groups = max(1, options.hidden // 128), max(1, options.hidden // 512)
     turned = tuple(random(1, options.tokens, count, 128) for count in (heads, groups, groups))
     angles = random(1, options.tokens, 128), random(1, options.tokens, 128)

@@ -53,11 +53,12 @@ SWIGLU = Launch(block=2048, warps=8)
 SWIGLU_BACKWARD = Launch(block=2048, warps=8)
 #: Of rows of 4,096 numbers; wider ones take more warps, narrower ones fewer.
 NORM = Launch(warps=4)
-NORM_BACKWARD = Launch(warps=8, programs=2)
+#: By how many gradients of the norm there are.
+NORM_BACKWARD = {1: Launch(stages=3), 2: Launch(programs=2), 3: Launch(programs=2)}
 ROTATE_BACKWARD = Launch(warps=4)
-CROSS_ENTROPY = Launch(block=8192, warps=8)
+CROSS_ENTROPY = Launch(block=32768, warps=32)
 #: block: here blocks of the optimizer's moments.
-LEAN_UPDATE = Launch(block=8, warps=4)
+LEAN_UPDATE = Launch(block=8)
 
 
 def warps_for(width: int, launch: Launch) -> int:
@@ -130,13 +131,14 @@ def rms_norm_backward(
     weight_D: torch.Tensor,
     grad_sum_MD: torch.Tensor,
     grads_MD: list[torch.Tensor],
-    launch: Launch = NORM_BACKWARD,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of x, the norm made again, float32 (D,): gradient of the weight).
 
     grads_MD: 1 to 3 gradients of the norm, which are added; grad_sum_MD: the gradient of x by another way, added too.
     """
     rows, size = x_MD.shape
+    launch = launch or NORM_BACKWARD[len(grads_MD)]
     width = triton.next_power_of_2(size)
     warps = warps_for(width, launch)
     programs = min(rows, launch.programs * _multiprocessors(x_MD) * max(1, launch.warps // warps))
@@ -187,14 +189,15 @@ def cross_entropy(
 ) -> torch.Tensor:
     """float32 (N,): weighted losses. The logits are overwritten by their gradient."""
     rows, size = logits_NV.shape
+    block = min(launch.block, max(1024, triton.next_power_of_2(size)))
     losses_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
     with _on(logits_NV):
         _cross_entropy[(rows,)](
             *(logits_NV, labels_N, weights_N, losses_N),
             V=size,
-            BLOCK=launch.block,
+            BLOCK=block,
             SIDE_BY_SIDE=8,
-            num_warps=launch.warps,
+            num_warps=max(1, launch.warps * block // launch.block),
         )
     return losses_N
 

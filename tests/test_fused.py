@@ -365,7 +365,7 @@ CHECK = """
                 same(got, want, dtype, "norm")
                 assert got[2].dtype == torch.float32
             for grads in ([g], [g, h], [g, h, z]):
-                for launch in (kernels.NORM_BACKWARD, kernels.Launch(warps=4, programs=1, stages=2)):
+                for launch in (None, kernels.Launch(warps=4, programs=1, stages=2)):
                     got = kernels.rms_norm_backward(x, want[2], weight, y, grads, launch)
                     same(got, fused.torch_norm_backward(x, want[2], weight, y, grads), dtype, "norm backward")
 
@@ -381,14 +381,15 @@ CHECK = """
             assert torch.equal(got[..., (heads + groups) * width :], grads[2].flatten(2))
 
     for dtype in (torch.float32, torch.bfloat16):
-        for count, vocabulary, block in ((3, 40, 64), (5, 700, 256), (2, 512, 128)):
+        for count, vocabulary, block in ((3, 40, 64), (5, 700, 256), (2, 512, 128), (2, 3000, 0), (2, 700, 0)):
             logits = (4 * torch.randn(count, vocabulary, device=device)).to(dtype)
             logits[0, :-9] = float("-inf")  # a whole block without a number
             labels = torch.randint(vocabulary - 9, vocabulary, (count,), device=device)
             weights = torch.rand(count, device=device)
             weights[-1] = 0
             loss, grad = loss_module._chunk_eager(logits, labels, weights)
-            losses = kernels.cross_entropy(logits, labels, weights, kernels.Launch(block=block, warps=4))
+            launches = [kernels.Launch(block=block, warps=4)] if block else []  # else its own
+            losses = kernels.cross_entropy(logits, labels, weights, *launches)
             assert losses.dtype == torch.float32 and losses[-1] == 0 and not logits[-1].any()
             same([losses.sum(), logits], [loss, grad], dtype, "cross-entropy")
 
