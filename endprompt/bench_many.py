@@ -1,6 +1,8 @@
-"""Speed and memory of `extend` itself on several processes of one host, from a checkpoint of random weights.
+"""Speed and memory of `extend` itself on one or several GPUs of one host, from a checkpoint of random weights.
 
     python -m endprompt.bench_many '{"shape": "llama3-8b", "processes": 2, "work": "/scratch"}'
+    python -m endprompt.bench_many '{"processes": 1, "dtype": "bfloat16", "optimizer": "lean", "micro_rows": 2,
+                                     "checkpointing": "none", "work": "/scratch"}'
 
 The whole way is run: each process reads its share of the checkpoint, some steps are made, the extended model is
 exported. The first step, which compiles, is left out of the speed. The work folder needs room for two copies of the
@@ -43,6 +45,9 @@ class ManyConfig:
         dtype: float32 (multiplied in bfloat16, the shares are masters) or bfloat16 (with masters beside)
         checkpointing: none, selective or full
         compile: layers or none
+        optimizer: as of extend; lean is for one process
+        attention: as of extend
+        products: as of extend
         timeout: seconds that the run may take
     """
 
@@ -59,6 +64,9 @@ class ManyConfig:
     dtype: str = "float32"
     checkpointing: str = "selective"
     compile: str = "layers"
+    optimizer: str = "auto"
+    attention: str = "sdpa"
+    products: str = "torch"
     timeout: float = 540.0
 
 
@@ -83,7 +91,8 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
         "prompt": "text:" + " ".join(["end"] * min(20, config.row_tokens // 2)), "row_tokens": config.row_tokens,
         "rows": config.rows, "micro_rows": config.micro_rows, "steps": config.steps, "dtype": config.dtype,
         "autocast": config.dtype == "float32", "checkpointing": config.checkpointing, "compile": config.compile,
-        "device": config.device, "log_every": 1,
+        "device": config.device, "log_every": 1, "optimizer": config.optimizer, "attention": config.attention,
+        "products": config.products,
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     worker = ["-m", "endprompt.bench_many", "--worker", json.dumps({"job": job, "work": str(work)})]
@@ -115,19 +124,19 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
     if "mfu" in log[-1]:
         values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
     setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "work", "timeout")}
-    about = environment()
+    about, sharded = environment(), "" if config.processes == 1 else ", sharded by FSDP2"
     return [
         result_row(
             suite="training-speed",
-            task=f"extend, {config.processes} processes",
+            task="extend, one process" if config.processes == 1 else f"extend, {config.processes} processes",
             length=config.target,
             metric=metric,
             value=value,
             model=config.shape,
             method="endprompt",
             seed=0,
-            what="extend from a checkpoint of random weights to its export, sharded by FSDP2; the median of its steps "
-            "but the first",
+            what=f"extend from a checkpoint of random weights to its export{sharded}; the median of its steps but the "
+            "first",
             setting=setting,
             loss=log[-1]["loss"],
             environment=about,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from endprompt import bench_many, train
@@ -147,14 +148,23 @@ def test_impossible_measurements_name_key_and_value(changes, rule, tmp_path):
 
 
 @pytest.mark.slow
-def test_measurement_of_several_processes_is_a_real_run(tmp_path):
-    config = bench_many.ManyConfig(
-        work=str(tmp_path), shape="tiny", device="cpu", row_tokens=32, target=128, rows=4, compile="none"
-    )
+@pytest.mark.parametrize(
+    ("processes", "changes", "task"),
+    [
+        (2, {}, "extend, 2 processes"),
+        (1, {"dtype": "bfloat16", "optimizer": "lean", "attention": "eager"}, "extend, one process"),
+    ],
+)
+def test_measurement_is_a_real_run(processes, changes, task, tmp_path):
+    tiny = {"shape": "tiny", "device": "cpu", "row_tokens": 32, "target": 128, "rows": 4, "compile": "none"}
+    config = bench_many.ManyConfig(work=str(tmp_path), processes=processes, **tiny | changes)
     rows = {row["metric"]: row for row in bench_many.measure(config)}
+    assert {row["task"] for row in rows.values()} == {task}
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows["tokens_per_s"]["value"] == pytest.approx((log[1]["tokens_per_s"] + log[2]["tokens_per_s"]) / 2)
-    assert rows["tokens_per_s_a_process"]["value"] == rows["tokens_per_s"]["value"] / 2
+    assert rows["tokens_per_s_a_process"]["value"] == rows["tokens_per_s"]["value"] / processes
     assert 0.1 < rows["host_gib_least"]["value"] <= rows["host_gib"]["value"] < 4
     assert rows["tokens_per_s"]["loss"] == pytest.approx(math.log(256), abs=0.3)  # random weights know nothing
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_position_embeddings"] == 128
+    trained = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {key: trained[key] for key in changes} == changes
