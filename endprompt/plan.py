@@ -4,7 +4,8 @@ A model of the step, not a measurement; its rates are what one H200 gave for Lla
 P multiplied parameters, L layers, hidden size h, key/value width k, intermediate size i, and rows of T tokens:
 
     matrix products   6 P FLOPs; 2 more for each decoder parameter with full recomputation; 4 P with LoRA
-    attention         2 T h L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention
+    attention         2 T h L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention;
+                      at a rate that grows with T, as less of it is on the diagonal: rate T / (T + diagonal)
     the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
     activations       selective: 4 h + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
                       none: 2 h + i more, i more where layers are fused; full: h a layer, and one layer whole;
@@ -47,6 +48,24 @@ DEVICES = {
 METHODS = ("endprompt", "full", "longlora")
 
 
+@dataclass(frozen=True)
+class Attention:
+    """An H200's rates in FLOP/s at endless rows, forward and backward, and the tokens that the diagonal costs.
+
+    Measured in training steps of 8,192 and 65,536 tokens a row (docs/speed.md); elsewhere they go with the products'.
+    """
+
+    forward: float
+    backward: float
+    diagonal: float
+
+
+ATTENTIONS = {
+    "sdpa": Attention(569e12, 478e12, 1130),
+    "flash_attention_4": Attention(682e12, 587e12, 1400),
+}
+
+
 @dataclass
 class PlanConfig:
     """The run to plan.
@@ -60,6 +79,7 @@ class PlanConfig:
         device: H200, H100 or A100
         tokens: training tokens of the run
         rows: rows of one step
+        attention: sdpa (cuDNN's) or flash_attention_4; longlora takes sdpa
         optimizer: lean or adamw (float32 masters)
         fused: the lean optimizer's layers are fused, as extend has them by itself where it can
         float8: none or fast
@@ -74,6 +94,7 @@ class PlanConfig:
     device: str = "H200"
     tokens: int = 1_000_000_000
     rows: int = 64
+    attention: str = "sdpa"
     optimizer: str = "lean"
     fused: bool = True
     float8: str = "none"
@@ -153,9 +174,10 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     products = 2 * passes * decoder / rate + 2 * (2 if lora else 3) * head / device.matmul
     reach = row_tokens / 4 if lora else row_tokens
     forward = 2.0 * reach * shape.hidden * shape.layers
-    # short rows spend a larger share of attention's blocks on the diagonal
-    scale = device.matmul / 708e12 * reach / (reach + 1130)
-    attention = forward * (2 if recompute == "full" else 1) / (569e12 * scale) + 2.5 * forward / (478e12 * scale)
+    rates = ATTENTIONS[config.attention]
+    scale = device.matmul / DEVICES["H200"].matmul * reach / (reach + rates.diagonal)
+    attention = forward * (2 if recompute == "full" else 1) / (rates.forward * scale)
+    attention += 2.5 * forward / (rates.backward * scale)
     numbers = shape.layers * (31 * shape.hidden + 9 * shape.intermediate)
     # 2 bytes a number, and a fifth more for what the compiler does not fuse
     return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic
@@ -218,6 +240,7 @@ def plans(config: PlanConfig) -> list[Plan]:
     choices = {
         "method": METHODS,
         "device": tuple(DEVICES),
+        "attention": tuple(ATTENTIONS),
         "optimizer": ("lean", "adamw"),
         "float8": ("none", "fast"),
     }
@@ -229,6 +252,8 @@ def plans(config: PlanConfig) -> list[Plan]:
             raise ValueError(f"{key} must be at least 1: {key}={getattr(config, key)}")
     if config.rows % config.gpus:
         raise ValueError(f"the number of GPUs must divide the rows of a step: gpus={config.gpus} rows={config.rows}")
+    if config.method == "longlora" and config.attention != "sdpa":
+        raise ValueError(f"longlora has its own attention, on sdpa: attention={config.attention!r}")
     if config.gpus > 1 and config.optimizer == "lean":
         raise ValueError(f"the lean optimizer is for one GPU; take optimizer=adamw: gpus={config.gpus}")
     if config.model not in SHAPES and not config.model.strip():

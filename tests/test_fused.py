@@ -340,8 +340,10 @@ CHECK = """
         for one, other in zip(found, expected):
             if other.numel() and one.numel():
                 error = float((one.double() - other.double()).norm() / other.double().norm())
-                # triton's interpreter cuts bfloat16 off where a GPU rounds
-                limit = 5e-6 if dtype == torch.float32 else 0.02 if device == "cpu" else 0.004
+                # triton's interpreter cuts bfloat16 off where a GPU rounds; a GPU's powers of two are near, not
+                # exact, 7e-6 of a gradient where the label has nearly all weight
+                exact = dtype == torch.float32
+                limit = (5e-6 if exact else 0.02) if device == "cpu" else 2e-5 if exact else 0.004
                 assert error < limit, (what, dtype, error)
 
 
@@ -589,12 +591,16 @@ NAMES = {
     "norm backward, one gradient": "norm backward, 1",
     "norm backward, two gradients summed": "norm backward, 2",
     "norm backward, three gradients summed": "norm backward, 3",
+    "loss and its gradient": "cross-entropy",
+    "RoPE backward of queries, keys, values": "rotate backward",
 }
 
 
 def test_the_page_has_the_measured_times_of_the_kernels():
     root = Path(__file__).parent.parent
     rows = read_rows(root / "docs" / "h200_kernels.jsonl")
+    later = ("cross-entropy", "rotate backward")
+    rows += [row for row in read_rows(root / "docs" / "h200_loss_kernels.jsonl") if row["task"] in later]
     page = (root / "docs" / "speed.md").read_text(encoding="utf-8")
     page = page.split("## Norms and SwiGLU alone")[1].split("\n## ")[0]
     lines = re.findall(r"(?m)^\| (.+?)" + r" \| ([\d.]+)" * 4 + r" \|$", page)
