@@ -61,7 +61,7 @@ class Attention:
 
 
 ATTENTIONS = {
-    "sdpa": Attention(569e12, 478e12, 1130),
+    "sdpa": Attention(625e12, 494e12, 1311),
     "flash_attention_4": Attention(682e12, 587e12, 1400),
 }
 
@@ -164,6 +164,15 @@ def shape_of(model: str) -> Shape:
     )
 
 
+def attention_seconds(shape: Shape, config: PlanConfig, row_tokens: int, recompute: str) -> float:
+    """Seconds of attention for one token, forward and backward, on one GPU."""
+    rates = ATTENTIONS[config.attention]
+    reach = row_tokens / 4 if config.method == "longlora" else row_tokens
+    forward = 2.0 * reach * shape.hidden * shape.layers
+    scale = DEVICES[config.device].matmul / DEVICES["H200"].matmul * reach / (reach + rates.diagonal)
+    return (forward * (2 if recompute == "full" else 1) / rates.forward + 2.5 * forward / rates.backward) / scale
+
+
 def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompute: str) -> float:
     """Seconds of one token's forward and backward pass on one GPU."""
     device = DEVICES[config.device]
@@ -172,12 +181,7 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     passes = (2 if lora else 3) + (1 if recompute == "full" else 0)
     rate = device.matmul if config.float8 == "none" else device.float8
     products = 2 * passes * decoder / rate + 2 * (2 if lora else 3) * head / device.matmul
-    reach = row_tokens / 4 if lora else row_tokens
-    forward = 2.0 * reach * shape.hidden * shape.layers
-    rates = ATTENTIONS[config.attention]
-    scale = device.matmul / DEVICES["H200"].matmul * reach / (reach + rates.diagonal)
-    attention = forward * (2 if recompute == "full" else 1) / (rates.forward * scale)
-    attention += 2.5 * forward / (rates.backward * scale)
+    attention = attention_seconds(shape, config, row_tokens, recompute)
     numbers = shape.layers * (31 * shape.hidden + 9 * shape.intermediate)
     # 2 bytes a number, and a fifth more for what the compiler does not fuse
     return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic

@@ -22,6 +22,7 @@ PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
 BENCH, VLLM, FUSED = "endprompt/bench.py", "benchmarks/vllm_backend.py", "endprompt/fused.py"
+FLASH, PLAN = "endprompt/flash4.py", "endprompt/plan.py"
 LT, PRODUCTS, LINEARS = "endprompt/cublaslt.py", "endprompt/products.py", "endprompt/linears.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
@@ -57,6 +58,15 @@ MUTANTS = [
     (PRODUCTS, "scratch, adds = torch.zeros_like(out_MN)", "scratch, adds = out_MN", "products"),
     (PRODUCTS, "if i == 0 or _agrees(partial(work, algorithms[i]), partial(work, None), scratch):", "if True:", "products"),
     (PRODUCTS, "sorted(mean, key=mean.__getitem__)", "sorted(mean, key=mean.__getitem__, reverse=True)", "products"),
+    # the order of attention's backward pass
+    (FLASH, "kernel.SingleTileScheduler, flash._flash_attn_bwd.compile_cache = together, _cache_apart()", "pass", "flash4"),
+    (FLASH, "flash._flash_attn_bwd.compile_cache = together, _cache_apart()", "flash._flash_attn_bwd.compile_cache = together, before", "flash4"),
+    (FLASH, "kernel.SingleTileScheduler, flash._flash_attn_bwd.compile_cache = by_head, before", "pass", "flash4"),
+    (FLASH, "    except (ImportError, AttributeError):\n        yield", "    except ImportError:\n        yield", "flash4"),
+    # what a step is estimated to take
+    (PLAN, "rates = ATTENTIONS[config.attention]", 'rates = ATTENTIONS["sdpa"]', "plan"),
+    (PLAN, " * reach / (reach + rates.diagonal)", "", "plan"),
+    (PLAN, "Attention(682e12, 587e12, 1400)", "Attention(587e12, 500e12, 1400)", "plan"),
     # the lean optimizer and its sums
     ("endprompt/optim.py", "(start + 2**31) % 2**32 - 2**31", "0", "optim"),
     ("endprompt/optim.py", "_mix(self.seed, int(state[\"step\"]), index)", "_mix(self.seed, int(state[\"step\"]))", "optim"),
@@ -64,7 +74,7 @@ MUTANTS = [
     (LINEARS, "if any(part.bias is not None for part in parts):", "if False:", "fused"),
     (LOSS, "ids_BT.roll(-1, dims=1)", "ids_BT.roll(1, dims=1)", "loss"),
     (LOSS, "last = torch.zeros_like(weights_BT[:, :1])", "last = weights_BT[:, :1]", "loss"),
-    ("endprompt/plan.py", "return tokens - tokens % 256 or tokens", "return tokens", "loss"),
+    (PLAN, "return tokens - tokens % 256 or tokens", "return tokens", "loss"),
     ("endprompt/train.py", "weights_BT[part] / total)", "weights_BT[part])", "train"),
     (FUSED, "h_MF = kept_MF if ctx.keep else again_MF", "h_MF = expanded[0]", "fused"),
     (FUSED, "if not module.training or past_key_values", "if past_key_values", "fused"),

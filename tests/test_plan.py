@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import paper_figures
-from endprompt.plan import GIB, PlanConfig, memory, plan, plans, seconds_per_token, shape_of
+from endprompt.plan import GIB, PlanConfig, attention_seconds, memory, plan, plans, seconds_per_token, shape_of
 
 DATA = Path(paper_figures.__file__).parent / "data"
 
@@ -84,6 +84,31 @@ def test_speed_and_memory_are_within_ten_percent_of_the_measured_rows(file, task
     (planned,) = [one for one in plans(config) if (one.micro_rows, one.recompute) == (micro_rows, recompute)]
     assert planned.tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
     assert planned.total_gib == pytest.approx(measured["peak_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("file", "task", "attention"),
+    [
+        ("h200_target", "endprompt, whole step", "flash_attention_4"),
+        ("h200_attention", "endprompt, sdpa", "sdpa"),
+    ],
+)
+def test_attention_takes_what_the_profile_of_a_micro_batch_says(file, task, attention):
+    rows = [json.loads(line) for line in (DATA / "measured" / f"{file}.jsonl").read_text().splitlines()]
+    (measured,) = [row["value"] for row in rows if (row["task"], row["metric"]) == (task, "attention_ms")]
+    planned = attention_seconds(shape_of("llama3-8b"), PlanConfig(attention=attention), 8192, "none")
+    assert 1e3 * 2 * 8192 * planned == pytest.approx(measured, rel=0.03)
+
+
+def test_full_length_is_as_much_slower_as_was_measured():
+    rows = [json.loads(line) for line in (DATA / "measured" / "h200_target.jsonl").read_text().splitlines()]
+    speed = {row["task"]: row["value"] for row in rows if row["metric"] == "tokens_per_s"}
+    planned = [
+        max(one.tokens_per_s for one in plans(PlanConfig(method=method, attention="flash_attention_4")) if one.fits)
+        for method in ("endprompt", "full")
+    ]
+    measured = speed["endprompt, whole step"] / speed["full, 65,536"]
+    assert planned[0] / planned[1] == pytest.approx(measured, rel=0.03)
 
 
 def test_memory_is_within_ten_percent_of_what_was_measured():
