@@ -156,7 +156,7 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     for count in (1, 2, 3):
         ours, each_one = kernels and kernels.rms_norm_backward, (x, scale, weight, added, grads[:count])
         size = moved(4 + count, x)
-        chosen = kernels and kernels.NORM_BACKWARD[count]
+        chosen = kernels and kernels.norm_backward_launch(count, 2 * options.hidden)
         yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one, chosen)
     heads, groups = max(1, options.hidden // 128), max(1, options.hidden // 512)
     turned = tuple(random(1, options.tokens, count, 128) for count in (heads, groups, groups))

@@ -53,8 +53,10 @@ SWIGLU = Launch(block=2048, warps=8)
 SWIGLU_BACKWARD = Launch(block=2048, warps=8)
 #: Of rows of 4,096 numbers; wider ones take more warps, narrower ones fewer.
 NORM = Launch(warps=4)
-#: By how many gradients of the norm there are.
-NORM_BACKWARD = {1: Launch(stages=3), 2: Launch(programs=2), 3: Launch(programs=2)}
+NORM_BACKWARD = Launch(programs=2)
+#: The same with one gradient of the norm, for rows of up to so many bytes: those that are loaded ahead must fit into
+#: 99 KiB of shared memory, which small GPUs have.
+NORM_BACKWARD_OF_ONE, LOADED_AHEAD = Launch(stages=3), 16384
 ROTATE_BACKWARD = Launch(warps=4)
 CROSS_ENTROPY = Launch(block=32768, warps=32)
 #: block: here blocks of the optimizer's moments.
@@ -64,6 +66,10 @@ LEAN_UPDATE = Launch(block=8)
 def warps_for(width: int, launch: Launch) -> int:
     """Warps for rows of `width`, a power of two: the launch's at 4,096, in proportion elsewhere, 1 to 16."""
     return max(1, min(16, launch.warps * width // 4096))
+
+
+def norm_backward_launch(grads: int, row_bytes: int) -> Launch:
+    return NORM_BACKWARD_OF_ONE if grads == 1 and row_bytes <= LOADED_AHEAD else NORM_BACKWARD
 
 
 def swiglu(gate_MF: torch.Tensor, up_MF: torch.Tensor, launch: Launch = SWIGLU) -> torch.Tensor:
@@ -138,8 +144,8 @@ def rms_norm_backward(
     grads_MD: 1 to 3 gradients of the norm, which are added; grad_sum_MD: the gradient of x by another way, added too.
     """
     rows, size = x_MD.shape
-    launch = launch or NORM_BACKWARD[len(grads_MD)]
     width = triton.next_power_of_2(size)
+    launch = launch or norm_backward_launch(len(grads_MD), width * x_MD.element_size())
     warps = warps_for(width, launch)
     programs = min(rows, launch.programs * _multiprocessors(x_MD) * max(1, launch.warps // warps))
     grad_x_MD, out_MD = torch.empty_like(x_MD), torch.empty_like(x_MD)
