@@ -114,6 +114,7 @@ def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) ->
     kernels = None if torch.are_deterministic_algorithms_enabled() else triton_kernels(logits)
     if kernels is None:
         return _chunk_eager(logits, labels, weights)
+    logits = logits.contiguous()  # products are; what is not would be read across its rows
     return kernels.cross_entropy(logits, labels, weights).sum(), logits
 
 

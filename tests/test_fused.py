@@ -390,6 +390,8 @@ CHECK = """
             weights = torch.rand(count, device=device)
             weights[-1] = 0
             loss, grad = loss_module._chunk_eager(logits, labels, weights)
+            turned = logits.t().contiguous().t()  # columns in one piece
+            same(loss_module._chunk(turned, labels, weights), [loss, grad], dtype, "cross-entropy, turned")
             launches = [kernels.Launch(block=block, warps=4)] if block else []  # else its own
             losses = kernels.cross_entropy(logits, labels, weights, *launches)
             assert losses.dtype == torch.float32 and losses[-1] == 0 and not logits[-1].any()
