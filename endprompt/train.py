@@ -404,19 +404,19 @@ class Objective(torch.nn.Module):
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
             if hits:
                 return self.hits(ids_BT, positions_BT, weights_BT[:, 1:] > 0)
-            labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
-            if not plain_head(self.model):
+            plain, options = plain_head(self.model), self.options
+            dense = self.dense and plain and self.model.training
+            if dense:
+                labels, weights = next_tokens(ids_BT, weights_BT)
+                options = options | {"every_token": True}
+            else:
+                labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
+            if not plain:
                 logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
                 return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
-            options = self.options
-            if self.dense and self.model.training:
-                labels, weights = next_tokens(ids_BT, weights_BT)
-                options = options | {"every_token": True}
-            else:
-                hidden = hidden[:, :-1]
-            hidden_ND = hidden.flatten(0, 1)
+            hidden_ND = (hidden if dense else hidden[:, :-1]).flatten(0, 1)
             head8 = None
             if self.float8 != "none" and self.model.training:
                 head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
