@@ -127,14 +127,16 @@ class BenchConfig:
 
 def check(config: BenchConfig) -> None:
     """Raises ValueError naming key, value and rule."""
+    from endprompt.config import FLOAT8, PRODUCTS
+
     choices = {
         "suite": ("none", *SUITES),
         "shape": tuple(SHAPES),
         "method": tuple(METHODS),
         "optimizer": ("lean", "adamw", "none"),
-        "products": ("torch", "measured"),
+        "products": PRODUCTS,
         "sums": ("float32", "bfloat16"),
-        "float8": ("none", "exact", "fast"),
+        "float8": FLOAT8,
         "recompute": ("none", "selective", "full"),
     }
     for key, allowed in choices.items():

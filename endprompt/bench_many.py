@@ -124,11 +124,14 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
     if "mfu" in log[-1]:
         values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
     setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "work", "timeout")}
-    about, sharded = environment(), "" if config.processes == 1 else ", sharded by FSDP2"
+    about = environment()
+    task, sharded = "extend, one process", ""
+    if config.processes > 1:
+        task, sharded = f"extend, {config.processes} processes", ", sharded by FSDP2"
     return [
         result_row(
             suite="training-speed",
-            task="extend, one process" if config.processes == 1 else f"extend, {config.processes} processes",
+            task=task,
             length=config.target,
             metric=metric,
             value=value,

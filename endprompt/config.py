@@ -62,7 +62,7 @@ class ExtendConfig:
             q, k, v and gate, up as one product each, on a GPU with triton; layers in float8, and those of families
             other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
         products: torch, or measured: on a GPU, with the lean optimizer, each matrix product in bfloat16 takes the
-            algorithm of cuBLASLt that measures fastest when it first comes up, a minute or two in all; choices are
+            algorithm of cuBLASLt that measures fastest when it first comes up, two to three minutes in all; choices are
             kept in ~/.cache/endprompt/products.json
         float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
         float8_head: with float8, also the logits and the gradient that goes down from them

@@ -94,8 +94,8 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
         plain: Callable[..., Any],
         ours: Any,
         launches: list[Any],
+        chosen: Any,
         arguments: tuple[Any, ...],
-        chosen: Any = None,
     ) -> Iterator[Measurement]:
         """What torch.compile makes of `plain`, then `ours` in each launch; `chosen` is what it takes by itself."""
         compiled = torch.compile(plain, dynamic=False)
@@ -103,7 +103,7 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
         yield task, "torch.compile", {}, size, partial(compiled, *arguments), partial(error, compiled, expected)
         for launch in launches:
             setting = {key: value for key, value in dataclasses.asdict(launch).items() if value}
-            used = " (used)" if launch == (chosen or ours.__defaults__[-1]) else ""
+            used = " (used)" if launch == chosen else ""
             name = " ".join(f"{key} {value}" for key, value in setting.items()) + used
             work = partial(ours, launch=launch)
             yield task, name, setting, size, partial(work, *arguments), partial(error, work, expected, arguments)
@@ -135,11 +135,13 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
     grad = random(options.tokens, options.intermediate)
     launch = kernels.Launch if kernels else None
     wide = [launch(block=block, warps=warps) for block, warps in SWIGLU] if launch else []
-    yield from each("swiglu", moved(3, x), fused.torch_swiglu, kernels and kernels.swiglu, wide, (x, y))
+    ours, chosen = kernels and kernels.swiglu, kernels and kernels.SWIGLU
+    yield from each("swiglu", moved(3, x), fused.torch_swiglu, ours, wide, chosen, (x, y))
+    ours, chosen = kernels and kernels.swiglu_backward, kernels and kernels.SWIGLU_BACKWARD
     for again in (True, False):
         name = "swiglu backward" + ("" if again else ", h kept")
-        ours, arguments = kernels and kernels.swiglu_backward, (grad, x, y, again)
-        yield from each(name, moved(5 + again, x), fused.torch_swiglu_backward, ours, wide, arguments)
+        size = moved(5 + again, x)
+        yield from each(name, size, fused.torch_swiglu_backward, ours, wide, chosen, (grad, x, y, again))
     del x, y, grad
     x, added, weight = (
         random(options.tokens, options.hidden),
@@ -147,9 +149,10 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
         random(options.hidden),
     )
     rows = [launch(warps=warps) for warps in NORM] if launch else []
+    ours, chosen = kernels and kernels.rms_norm, kernels and kernels.NORM
     for name, second, count in (("norm", None, 2), ("add and norm", added, 4)):
-        ours, one = kernels and kernels.rms_norm, (x, second, weight, EPS)
-        yield from each(name, moved(count, x), partial_norm(second is None), ours, rows, one)
+        plain = partial_norm(second is None)
+        yield from each(name, moved(count, x), plain, ours, rows, chosen, (x, second, weight, EPS))
     scale = fused.torch_norm(x, None, weight, EPS)[2]
     grads = [random(options.tokens, options.hidden) for _ in range(3)]
     loops = [launch(warps=w, programs=p, stages=s) for w, p, s in NORM_BACKWARD] if launch else []
@@ -157,13 +160,14 @@ def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
         ours, each_one = kernels and kernels.rms_norm_backward, (x, scale, weight, added, grads[:count])
         size = moved(4 + count, x)
         chosen = kernels and kernels.norm_backward_launch(count, 2 * options.hidden)
-        yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, each_one, chosen)
+        yield from each(f"norm backward, {count}", size, fused.torch_norm_backward, ours, loops, chosen, each_one)
     heads, groups = max(1, options.hidden // 128), max(1, options.hidden // 512)
     turned = tuple(random(1, options.tokens, count, 128) for count in (heads, groups, groups))
     angles = random(1, options.tokens, 128), random(1, options.tokens, 128)
     turns = [launch(warps=warps) for warps in ROTATE] if launch else []
-    ours, size = kernels and kernels.rotate_backward, sum(moved(2, part) for part in turned)
-    yield from each("rotate backward", size, fused.torch_rotate_backward, ours, turns, (turned, *angles))
+    ours, chosen = kernels and kernels.rotate_backward, kernels and kernels.ROTATE_BACKWARD
+    size = sum(moved(2, part) for part in turned)
+    yield from each("rotate backward", size, fused.torch_rotate_backward, ours, turns, chosen, (turned, *angles))
 
 
 def of_loss(
