@@ -1,13 +1,15 @@
 """What a run needs before it is started: memory by part, tokens/s, GPU-hours, and which settings fit.
 
-A model of the step, not a measurement; its rates are what one H200 gave for Llama-3-8B's shape. Per token, with
-P multiplied parameters, L layers, hidden size h, key/value width k, intermediate size i, and rows of T tokens:
+A model of the step, not a measurement; its rates are what one H200 gave for Llama-3-8B's shape. A checkpoint's
+parameters are counted on its own model, made without weights. Per token, with P parameters that it is multiplied with
+(of experts, those that it is sent to), L layers, hidden size h, query width q, key/value width k, intermediate size i,
+and rows of T tokens:
 
     matrix products   6 P FLOPs; 2 more for each decoder parameter with full recomputation; 4 P with LoRA
-    attention         2 T h L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention;
+    attention         2 T q L FLOPs forward (causal), 2.5 times that backward; a quarter with shifted sparse attention;
                       at a rate that grows with T, as less of it is on the diagonal: rate T / (T + diagonal)
     the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
-    activations       selective: 4 h + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
+    activations       selective: 2 h + 2 q + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
                       none: 2 h + i more, i more where layers are fused; full: h a layer, and one layer whole;
                       none and selective in float8, where the compiler makes norms and SwiGLU's product again by
                       itself: 3 h + i of one byte (what the products read) and h + 2 k + 2 i of two
@@ -103,6 +105,13 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of a decoder. query: width of all query heads, default `hidden`.
+
+    stored: parameters of all decoder layers together; active: those in matrices that a token is multiplied with, fewer
+    where it is sent to some of the experts. Both default to those of Llama's layers. other: parameters that are neither
+    in a decoder layer nor in embeddings and head.
+    """
+
     vocabulary: int
     hidden: int
     layers: int
@@ -110,19 +119,31 @@ class Shape:
     intermediate: int
     window: int
     tied: bool
+    query: int = 0
+    stored: int = 0
+    active: int = 0
+    other: int = 0
+
+    def __post_init__(self) -> None:
+        matrices = self.layers * (2 * self.hidden * (self.hidden + self.kv) + 3 * self.hidden * self.intermediate)
+        norms = 2 * self.layers * self.hidden
+        defaults = {"query": self.hidden, "stored": matrices + norms, "active": matrices, "other": self.hidden}
+        for key, value in defaults.items():
+            object.__setattr__(self, key, getattr(self, key) or value)
 
     @property
-    def layer_parameters(self) -> int:
-        return 2 * self.hidden * (self.hidden + self.kv) + 3 * self.hidden * self.intermediate
+    def embeddings(self) -> int:
+        """Parameters of embeddings and head together."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def multiplied(self) -> int:
-        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
+        """Parameters that one token is multiplied with, the head's included."""
+        return self.active + self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.multiplied + norms + (0 if self.tied else self.vocabulary * self.hidden)
+        return self.stored + self.other + self.embeddings
 
 
 @dataclass(frozen=True)
@@ -142,25 +163,83 @@ class Plan:
         return sum(self.memory.values()) / GIB
 
 
+#: Keys under which the families of transformers state how many experts a token is sent to.
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
 def shape_of(model: str) -> Shape:
-    """The shape by name, or of a checkpoint's config. Raises ValueError for neither."""
+    """The shape by name, or of a checkpoint's config. Raises ValueError for neither, and for what cannot be planned."""
     from endprompt.bench import SHAPES
 
     if model in SHAPES:
         vocabulary, hidden, layers, heads, groups, intermediate, window, _, tied = SHAPES[model]
         return Shape(vocabulary, hidden, layers, hidden // heads * groups, intermediate, window, tied)
-    from endprompt.model import load_config, rope_geometry
+    from endprompt.model import check_whole_attention, load_config, rope_geometry
 
     config = load_config(model)
+    shape = counted(config)
+    check_whole_attention(config, rope_geometry(config).window)
+    return shape
+
+
+def counted(config: Any) -> Shape:
+    """The shape of transformers' own model of this config, made without weights (a second for any size).
+
+    Raises ValueError where the formulas of this module do not hold: a layer whose attention is not that of query, key,
+    value and output matrices of the config's heads, or experts of which the config does not say how many a token takes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from endprompt.model import rope_geometry
+
     geometry = rope_geometry(config)
-    return Shape(
-        config.vocab_size,
-        config.hidden_size,
-        config.num_hidden_layers,
-        geometry.head_dim * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-        config.intermediate_size,
-        geometry.window,
-        bool(config.tie_word_embeddings),
+    kind, hidden = config.model_type, config.hidden_size
+    query = geometry.head_dim * config.num_attention_heads
+    kv = geometry.head_dim * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the family's own code runs into
+        raise ValueError(f"transformers makes no model of this config: {kind!r}: {error}") from error
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    attention_matrices = 2 * hidden * (query + kv)
+    stored = active = 0
+    for number, layer in enumerate(layers):
+        attention = [module for module in layer.children() if type(module).__name__.endswith("Attention")]
+        found = sum(p.numel() for module in attention for p in module.parameters() if p.dim() == 2)
+        if found != attention_matrices:
+            raise ValueError(
+                f"plan knows layers with attention by query, key, value and output matrices: layer {number} of "
+                f"{kind!r} has {found:,} parameters in such matrices where {query=} {kv=} {hidden=} give "
+                f"{attention_matrices:,}"
+            )
+        stored += sum(p.numel() for p in layer.parameters())
+        active += sum(p.numel() for p in layer.parameters() if p.dim() > 1) - unused_experts(config, layer)
+    embeddings = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embeddings
+    other = sum(p.numel() for p in model.parameters()) - stored - embeddings.numel() * (1 if tied else 2)
+    intermediate = round((active / len(layers) - attention_matrices) / (3 * hidden))
+    vocabulary, window = embeddings.shape[0], geometry.window
+    return Shape(vocabulary, hidden, len(layers), kv, intermediate, window, tied, query, stored, active, other)
+
+
+def unused_experts(config: Any, layer: Any) -> int:
+    """Parameters of the layer's experts that a token is not sent to."""
+    matrices = [p for name, p in layer.named_parameters() if ".experts." in f".{name}" and p.dim() == 3]
+    stacked = sum(p.numel() for p in matrices)
+    singles = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] == "experts"]
+    listed = [module for module in singles if not any(p.dim() == 3 for p in module.parameters())]
+    size = stacked + sum(p.numel() for module in listed for p in module.parameters())
+    if not size:
+        return 0
+    count = matrices[0].shape[0] if matrices else len(listed[0])
+    for key in EXPERTS_OF_A_TOKEN:
+        if isinstance(taken := getattr(config, key, None), int):
+            return size - size * taken // count
+    raise ValueError(
+        f"plan must know how many of {count} experts a token is sent to: {config.model_type!r} states none of "
+        f"{', '.join(EXPERTS_OF_A_TOKEN)}"
     )
 
 
@@ -168,7 +247,7 @@ def attention_seconds(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     """Seconds of attention for one token, forward and backward, on one GPU."""
     rates = ATTENTIONS[config.attention]
     reach = row_tokens / 4 if config.method == "longlora" else row_tokens
-    forward = 2.0 * reach * shape.hidden * shape.layers
+    forward = 2.0 * reach * shape.query * shape.layers
     scale = DEVICES[config.device].matmul / DEVICES["H200"].matmul * reach / (reach + rates.diagonal)
     return (forward * (2 if recompute == "full" else 1) / rates.forward + 2.5 * forward / rates.backward) / scale
 
@@ -176,7 +255,7 @@ def attention_seconds(shape: Shape, config: PlanConfig, row_tokens: int, recompu
 def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompute: str) -> float:
     """Seconds of one token's forward and backward pass on one GPU."""
     device = DEVICES[config.device]
-    decoder, head = shape.layers * shape.layer_parameters, shape.vocabulary * shape.hidden
+    decoder, head = shape.active, shape.vocabulary * shape.hidden
     lora = config.method == "longlora"
     passes = (2 if lora else 3) + (1 if recompute == "full" else 0)
     rate = device.matmul if config.float8 == "none" else device.float8
@@ -204,7 +283,7 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
     norms = (2 * shape.layers + 1) * shape.hidden
     trained = count
     if config.method == "longlora":  # rank 8 on q, k, v, o
-        lora = shape.layers * 8 * (6 * shape.hidden + 2 * shape.kv)
+        lora = shape.layers * 8 * (4 * shape.hidden + 2 * shape.query + 2 * shape.kv)
         trained = shape.vocabulary * shape.hidden + norms + lora
     bytes_of = {"lean": (2.0, 4.0, 2 + 8 / 256), "adamw": (4.0, 4.0, 8.0)}[config.optimizer]
     weights = 2.0 * count if config.optimizer == "lean" else 2.0 * (count - trained) + 4.0 * trained
@@ -213,21 +292,20 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
         "gradients": bytes_of[1] * trained / config.gpus,
         "moments": bytes_of[2] * trained / config.gpus,
     }
-    decoder = shape.layers * shape.layer_parameters
     if config.float8 != "none":
-        parts["float8 weights"] = 2.0 * decoder / config.gpus
+        parts["float8 weights"] = 2.0 * shape.stored / config.gpus
     if config.gpus > 1:
         # two layers' weights and one's gradients in bfloat16, and those in float32 while they are summed over the GPUs
-        parts["gathered layers"] = (2 * 2.0 + 2.0 + 4.0) * shape.layer_parameters
+        parts["gathered layers"] = (2 * 2.0 + 2.0 + 4.0) * shape.stored / shape.layers
         # embeddings and head belong to the root, which stays gathered
-        parts["gathered embeddings"] = (2.0 + 2.0 + 4.0) * shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+        parts["gathered embeddings"] = (2.0 + 2.0 + 4.0) * shape.embeddings
     tokens = micro_rows * row_tokens
-    selective = 2.0 * (4 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
+    selective = 2.0 * (2 * shape.hidden + 2 * shape.query + 2 * shape.kv + 2 * shape.intermediate)
     fused = config.fused and config.optimizer == "lean"  # norms are made again in any case
     whole = selective + 2.0 * ((0 if fused else 2 * shape.hidden) + shape.intermediate)
     if config.float8 != "none":
         operands = 3.0 * shape.hidden + shape.intermediate
-        selective = whole = operands + 2.0 * (shape.hidden + 2 * shape.kv + 2 * shape.intermediate)
+        selective = whole = operands + 2.0 * (shape.query + 2 * shape.kv + 2 * shape.intermediate)
     layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
     parts["activations"] = layer * shape.layers * tokens
     loss = 2 * 2.0 * min(tokens, tokens_at_a_time(shape.vocabulary)) * shape.vocabulary
@@ -275,7 +353,7 @@ def plans(config: PlanConfig) -> list[Plan]:
             fits = sum(parts.values()) / GIB <= DEVICES[config.device].memory
             each = seconds_per_token(shape, config, row_tokens, recompute)
             # the gradient sums are read and written once a micro-batch
-            each += 8.0 * shape.multiplied / DEVICES[config.device].traffic / (micro_rows * row_tokens)
+            each += 8.0 * shape.parameters / DEVICES[config.device].traffic / (micro_rows * row_tokens)
             speed = config.gpus / each * (0.93 if config.gpus > 1 else 1.0)
             hours = config.tokens / speed / 3600
             made.append(Plan(micro_rows, recompute, parts, fits, speed, hours, hours * config.gpus))
@@ -299,8 +377,11 @@ def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
 
 def report(config: PlanConfig, made: list[Plan]) -> str:
     """The settings as a table, and the memory of the best one by part."""
+    shape = shape_of(config.model)
+    used = f", {shape.multiplied / 1e9:.2f}B multiplied with a token" if shape.active < 0.9 * shape.stored else ""
     lines = [
-        f"{'micro rows':>10}  {'recompute':<10}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}{'hours':>9}{'GPU-hours':>11}"
+        f"{shape.parameters / 1e9:.3f}B parameters{used}",
+        f"{'micro rows':>10}  {'recompute':<10}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}{'hours':>9}{'GPU-hours':>11}",
     ]
     for plan in made:
         lines.append(

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 import paper_figures
-from endprompt.plan import GIB, PlanConfig, attention_seconds, memory, plan, plans, seconds_per_token, shape_of
+from endprompt.plan import (
+    GIB,
+    PlanConfig,
+    attention_seconds,
+    counted,
+    memory,
+    plan,
+    plans,
+    seconds_per_token,
+    shape_of,
+)
 
 DATA = Path(paper_figures.__file__).parent / "data"
 
@@ -24,6 +34,93 @@ def test_parameters_are_counted_as_transformers_makes_them(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(name))
     assert shape_of(name).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+#: As published on the models' cards -> the config's class, what differs from its defaults, parameters in billions.
+PUBLISHED = {
+    "Mixtral-8x7B": ("MixtralConfig", {"sliding_window": None}, 46.703, 12.879),
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeConfig",
+        {"num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128, "max_position_embeddings": 40960},
+        30.532,
+        3.353,
+    ),
+    "Qwen3-0.6B": (
+        "Qwen3Config",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+        0.596,
+        0.596,
+    ),
+    "Starcoder2-7B": (
+        "Starcoder2Config",
+        {
+            "hidden_size": 4608,
+            "intermediate_size": 18432,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 36,
+            "num_key_value_heads": 4,
+            "sliding_window": None,
+        },
+        7.174,
+        7.174,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_a_checkpoint_are_those_of_its_card(name, tmp_path):
+    """Total and active parameters; cards count the embedding among a token's, though it is looked up."""
+    import transformers
+
+    kind, changes, total, active = PUBLISHED[name]
+    getattr(transformers, kind)(**changes).save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape.parameters / 1e9 == pytest.approx(total, abs=5e-4)
+    looked_up = 0 if shape.tied else shape.vocabulary * shape.hidden
+    assert (shape.multiplied + looked_up) / 1e9 == pytest.approx(active, abs=2e-3)
+
+
+def test_all_experts_take_memory_and_a_few_take_time(tmp_path):
+    import transformers
+
+    transformers.MixtralConfig(sliding_window=None, max_position_embeddings=32768).save_pretrained(tmp_path)
+    shape, config = shape_of(str(tmp_path)), PlanConfig(model=str(tmp_path))
+    assert memory(shape, config, 8192, 1, "full")["weights"] / GIB == pytest.approx(87.0, abs=0.05)
+    dense = dataclasses.replace(shape, active=shape.stored)
+    assert seconds_per_token(dense, config, 8192, "none") > 3 * seconds_per_token(shape, config, 8192, "none")
+    assert not any(one.fits for one in plans(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("DeepseekV3Config", {"num_hidden_layers": 2}, "attention by query, key, value and output matrices"),
+        ("Qwen3NextConfig", {"num_hidden_layers": 2}, "layer 0 of 'qwen3_next'"),
+        ("MistralConfig", {"sliding_window": 4096}, "sliding_window=4096"),
+    ],
+)
+def test_what_the_formulas_do_not_hold_for_is_refused(tmp_path, kind, changes, message):
+    import transformers
+
+    getattr(transformers, kind)(**changes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        shape_of(str(tmp_path))
+
+
+def test_experts_that_no_key_counts_are_refused(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr("endprompt.plan.EXPERTS_OF_A_TOKEN", ("taken",))
+    with pytest.raises(ValueError, match="how many of 8 experts a token is sent to: 'mixtral' states none of taken"):
+        counted(transformers.MixtralConfig())
 
 
 @pytest.mark.parametrize(
@@ -127,11 +224,11 @@ def test_the_lean_optimizer_s_bytes_by_hand():
 
 
 def test_the_bytes_of_several_gpus_by_hand():
-    """Float32 weights, gradients and moments in shares; two layers, one's gradients and both embeddings gathered."""
+    """Float32 weights, gradients and moments in shards; two layers, the gradients of one, both embeddings gathered."""
     parts = memory(shape_of("llama3-8b"), PlanConfig(gpus=8, optimizer="adamw"), 8192, 1, "full")
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 8030261248 / 8
-    assert parts["gathered layers"] == 2 * 2 * layer + (2 + 4) * layer
+    assert parts["gathered layers"] == (2 * 2 + 2 + 4) * (layer + 2 * 4096)
     assert parts["gathered embeddings"] == (2 + 2 + 4) * 2 * 128256 * 4096
 
 
