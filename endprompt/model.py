@@ -50,7 +50,7 @@ def causal_only_sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """torch's scaled_dot_product_attention, causal; on CUDA the backend is chosen by `training_attention`."""
-    _refuse(module, query_BHTD, key_BGTD, kwargs)
+    _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
     out_BHTD = F.scaled_dot_product_attention(
         query_BHTD,
         key_BGTD,
@@ -72,17 +72,30 @@ def causal_only_eager(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain matrix products with a triangular mask and a float32 softmax: the reference for the others."""
-    _refuse(module, query_BHTD, key_BGTD, kwargs)
+    """Plain matrix products with a triangular mask and a float32 softmax: the reference for the others.
+
+    softcap: scores are softcap * tanh(score / softcap), as in Gemma 2. s_aux: float [H], one more score of each head
+    that is no token's and takes its share of the weights, the sink of GPT-OSS.
+    """
+    _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
     group = query_BHTD.shape[1] // key_BGTD.shape[1]
     key_BHTD, value_BHTD = (x.repeat_interleave(group, dim=1) for x in (key_BGTD, value_BGTD))
     tokens = query_BHTD.shape[2]
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     hidden_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=query_BHTD.device).triu(1)
-    logits_BHTT = (query_BHTD @ key_BHTD.transpose(2, 3) * scale).masked_fill(hidden_TT, -math.inf)
-    weights_BHTT = F.dropout(logits_BHTT.softmax(-1, dtype=torch.float32).to(query_BHTD.dtype), dropout)
+    logits_BHTT = query_BHTD @ key_BHTD.transpose(2, 3) * scale
+    if softcap is not None:
+        logits_BHTT = softcap * torch.tanh(logits_BHTT / softcap)
+    logits_BHTT = logits_BHTT.masked_fill(hidden_TT, -math.inf)
+    if s_aux is not None:
+        sink_BHT1 = s_aux.to(logits_BHTT.dtype).view(1, -1, 1, 1).expand(*logits_BHTT.shape[:3], 1)
+        logits_BHTT = torch.cat([logits_BHTT, sink_BHT1], dim=-1)
+    weights_BHTT = logits_BHTT.softmax(-1, dtype=torch.float32)[..., :tokens].to(query_BHTD.dtype)
+    weights_BHTT = F.dropout(weights_BHTT, dropout)
     return (weights_BHTT @ value_BHTD).transpose(1, 2).contiguous(), weights_BHTT
 
 
@@ -100,7 +113,7 @@ def causal_only_flex(
     """torch's flex_attention with a causal block mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    _refuse(module, query_BHTD, key_BGTD, kwargs)
+    _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
     if dropout:
         raise ValueError(f"flex attention has no dropout: {dropout=}")
     out_BHTD = flex_attention(
@@ -165,7 +178,7 @@ def _causal_only_flash(name: str) -> Callable[..., Any]:
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        _refuse(module, query_BHTD, key_BGTD, kwargs)
+        _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
         if dropout:
             raise ValueError(f"{name} is for training without dropout: {dropout=}")
         # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
@@ -219,6 +232,7 @@ def causal_only_shifted(
                 query_BHTD[:, of_heads, start:end],
                 key_BGTD[:, of_groups, start:end],
                 value_BGTD[:, of_groups, start:end],
+                attention_mask,
                 **kwargs,
             )[0]
             for start, end in borders
@@ -239,15 +253,44 @@ def _causal_block_mask(tokens: int, device: torch.device) -> Any:
     return _block_masks[key]
 
 
-def _refuse(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
-    """What a causal-only attention cannot express is an error, not a different model."""
+#: Keyword arguments of an attention function that change nothing about a causal row, whatever they hold ...
+HARMLESS = frozenset({"position_ids", "cache_position", "num_items_in_batch"})
+#: ... and those that change nothing if they hold one of these.
+HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "use_cache": (False,),
+    "return_dict": (True, False),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_router_logits": (False,),
+}
+#: What eager takes and the others do not.
+EAGER_ONLY = {"softcap": "soft-capping of attention scores", "s_aux": "attention sinks"}
+
+
+def _refuse(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    """What a causal-only attention cannot express is an error, not a different model.
+
+    Raises ValueError for a cache, a mask of the model's own, and every keyword argument that is not known to be
+    harmless: families hand over what their attention has beside the plain one by such arguments.
+    """
     if query.shape[2] != key.shape[2]:
         raise ValueError("causal-only attention is for training rows without a cache; generate with a stock backend")
-    if kwargs.get("softcap") is not None:
-        raise ValueError(f"causal-only attention has no logit soft-capping: softcap={kwargs['softcap']}")
-    window = kwargs.get("sliding_window")
-    if window is not None and query.shape[2] > window:
-        raise ValueError(f"causal-only attention has no sliding window: {window=} is below the row's {query.shape[2]}")
+    if mask is not None:
+        raise ValueError("causal-only attention takes no mask, and this model's attention has one of its own")
+    for name, value in kwargs.items():
+        if value is None or name in HARMLESS or any(value is one for one in HARMLESS_VALUES.get(name, ())):
+            continue
+        if name == "sliding_window":
+            if query.shape[2] > value:
+                raise ValueError(
+                    f"causal-only attention has no sliding window: window={value} is below the row's {query.shape[2]}"
+                )
+            continue
+        shown = f"{name}={value}" if isinstance(value, (bool, int, float, str)) else name
+        if name in EAGER_ONLY:
+            raise ValueError(f"this attention has no {EAGER_ONLY[name]} ({shown}): attention=eager has")
+        raise ValueError(f"causal-only attention does not know what this model gives its attention: {shown}")
 
 
 ATTENTIONS: dict[str, Callable[..., Any]] = {

@@ -10,6 +10,7 @@ from endprompt.model import (
     ATTENTIONS,
     FLASH_PACKAGES,
     causal_only_cudnn,
+    causal_only_eager,
     causal_only_shifted,
     new_model,
     training_attention,
@@ -79,6 +80,65 @@ def test_shifted_attention_refuses_rows_that_do_not_divide():
     alone = torch.randn(1, 1, 16, 8)
     with pytest.raises(ValueError, match="heads=1"):
         causal_only_shifted(torch.nn.Module(), alone, alone, alone)
+
+
+def test_eager_takes_soft_caps_and_sinks():
+    """One query of two keys by hand, then a random row against transformers' own GPT-OSS."""
+    q = torch.tensor([[[[1.0], [1.0]]]])
+    k = torch.tensor([[[[0.0], [3.0]]]])
+    v = torch.tensor([[[[0.0], [1.0]]]])
+    out, _ = causal_only_eager(torch.nn.Module(), q, k, v, scaling=1.0, softcap=2.0)
+    capped = math.exp(2 * math.tanh(1.5))
+    assert float(out[0, 1, 0, 0]) == pytest.approx(capped / (1 + capped))
+    out, _ = causal_only_eager(torch.nn.Module(), q, k, v, scaling=1.0, s_aux=torch.tensor([1.0]))
+    assert float(out[0, 1, 0, 0]) == pytest.approx(math.exp(3) / (1 + math.exp(3) + math.e))
+
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+    module = torch.nn.Module()
+    module.sinks, module.num_key_value_groups = torch.nn.Parameter(torch.randn(4)), 2
+    mask = torch.full((8, 8), -math.inf).triu(1)
+    expected, _ = eager_attention_forward(module, q, k, v, mask, scaling=0.25)
+    out, _ = causal_only_eager(torch.nn.Module(), q, k, v, scaling=0.25, s_aux=module.sinks)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(out.sum(), module.sinks)
+    (expected,) = torch.autograd.grad(
+        eager_attention_forward(module, q, k, v, mask, scaling=0.25)[0].sum(), module.sinks
+    )
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flex", "shifted"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"softcap": 30.0}, r"no soft-capping of attention scores \(softcap=30.0\): attention=eager has"),
+        ({"s_aux": torch.zeros(2)}, r"no attention sinks \(s_aux\): attention=eager has"),
+        ({"is_causal": False}, "gives its attention: is_causal=False"),
+        ({"indices": torch.zeros(1)}, "gives its attention: indices"),
+        ({"position_bias": torch.zeros(1)}, "gives its attention: position_bias"),
+        ({"seq_idx": torch.zeros(1, 8)}, "gives its attention: seq_idx"),
+        ({"output_attentions": True}, "gives its attention: output_attentions=True"),
+        ({"attention_mask": torch.zeros(1, 1, 8, 8)}, "takes no mask"),
+    ],
+)
+def test_what_an_attention_does_not_know_is_refused_by_name(name, given, said):
+    x = torch.randn(1, 2, 8, 8)
+    if name == "eager" and set(given) <= {"softcap", "s_aux"}:
+        return
+    with pytest.raises(ValueError, match=said):
+        ATTENTIONS[name](torch.nn.Module(), x, x, x, **given)
+
+
+def test_arguments_that_change_nothing_are_taken():
+    x = torch.randn(1, 2, 8, 8)
+    given = {"is_causal": True, "use_cache": False, "output_attentions": False, "s_aux": None, "cu_seq_lens_q": None}
+    given |= {"position_ids": torch.arange(8)[None], "cache_position": torch.arange(8), "sliding_window": 8}
+    plain, _ = ATTENTIONS["sdpa"](torch.nn.Module(), x, x, x)
+    out, _ = ATTENTIONS["sdpa"](torch.nn.Module(), x, x, x, None, **given)
+    assert torch.equal(out, plain)
 
 
 def available(name):

@@ -60,8 +60,6 @@ def test_causal_only_attention_refuses_what_it_cannot_express():
     module = torch.nn.Module()
     with pytest.raises(ValueError, match="without a cache"):
         models.causal_only_sdpa(module, q, k, k)
-    with pytest.raises(ValueError, match="soft-capping"):
-        models.causal_only_eager(module, q, q, q, softcap=30.0)
     with pytest.raises(ValueError, match="sliding window"):
         models.causal_only_sdpa(module, q, q, q, sliding_window=3)
     with pytest.raises(ValueError, match="attention must be one of"):
