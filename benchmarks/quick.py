@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from benchmarks import generate, ruler
 from endprompt.graph import Replayed
+from endprompt.length_rope import rows_alone
 from endprompt.model import PREFIX
 from endprompt.train import plain_head
 
@@ -323,7 +324,8 @@ def check_precision(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode and with stock attention, as the model was afterwards."""
+    """In evaluation mode and with stock attention, as the model was afterwards; each row's frequencies are its own."""
+    rows_alone(model)
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention.startswith(PREFIX):

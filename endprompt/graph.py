@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from endprompt import length_rope
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -184,7 +186,7 @@ def recorded_values(config: ExtendConfig, model: PreTrainedModel, shape: tuple[i
 
 
 def check_device(config: ExtendConfig, model: PreTrainedModel, here: World) -> None:
-    """Raises ValueError for several processes, another device than CUDA, or dropout."""
+    """Raises ValueError for several processes, another device than CUDA, dropout, or frequencies chosen by length."""
     needs = f"compile={config.compile!r} needs"
     device = torch.device(here.device).type
     if here.size > 1:
@@ -195,3 +197,6 @@ def check_device(config: ExtendConfig, model: PreTrainedModel, here: World) -> N
     dropout = {key: value for key, value in settings.items() if key.endswith(("dropout", "pdrop")) and value}
     if dropout:
         raise ValueError(f"{needs} a model without dropout: {dropout}")
+    if length_rope.rows_alone(model):
+        parameters = getattr(model.config, "rope_parameters", None)
+        raise ValueError(f"{needs} frequencies that do not depend on the length: rope_parameters={parameters}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from endprompt import distributed, flash4
+from endprompt import distributed, flash4, length_rope
 from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model to everyone else)
     RopeGeometry,
     check_frequencies,
@@ -384,7 +384,7 @@ def load_model(
     config: PretrainedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, its RoPE checked against our own frequencies.
+    """A causal language model in evaluation mode, its RoPE checked against our own frequencies, and without memory.
 
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
     config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
@@ -416,6 +416,7 @@ def load_model(
             f"{directory}: the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}"
         )
     check_frequencies(model)
+    length_rope.rows_alone(model)
     model.to(device=torch.device(device))
     return model.eval()
 
@@ -442,6 +443,7 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=attention)
     check_frequencies(model)
+    length_rope.rows_alone(model)
     return model
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from endprompt.length_rope import rows_alone
 from endprompt.model import (
     check_frequencies,
     checkpoint_path,
@@ -57,6 +58,7 @@ def model_to_fill(path: str | Path, *, dtype: str, attention: str, config: Pretr
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     check_frequencies(model)
+    rows_alone(model)
     return model
 
 

@@ -109,6 +109,8 @@ MUTANTS = [
     (ROPE, "theta / factor * ramp + theta * (1 - ramp)", "theta * ramp + theta / factor * (1 - ramp)", "rope"),
     (ROPE, "0.1 * math.log(factor) + 1.0", "0.1 * math.log2(factor) + 1.0", "rope"),
     (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "rope"),
+    ("endprompt/length_rope.py", "positions_T.max() + 1", "position_ids.max() + 1", "length_rope"),
+    ("endprompt/length_rope.py", "torch.where(length > window", "torch.where(length >= window", "length_rope"),
     # bounds
     (BOUNDS, "return np.abs(z) @ np.abs(omega) ** check_order(order)", "return np.abs(z) @ np.abs(omega) ** (check_order(order) + 1)", "analysis_bounds"),
     (BOUNDS, "return np.abs(omega).max() ** check_order(order) * supremum", "return np.abs(omega).mean() ** check_order(order) * supremum", "analysis_bounds"),

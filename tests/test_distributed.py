@@ -61,6 +61,8 @@ safetensors.safe_open = opened
 print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
 for name in ("rounded", "masters", "lora", "odd", "phi", "renamed", "full", "longlora", "selective", "pose"):
     extend(name)
+for name in ("dynamic", "longrope"):
+    extend(name)
 job, source = train.ExtendConfig(**jobs["pretrained"]), jobs["whole"]["model"]
 train.pretrain(job, train.load_config(source), train.load_tokenizer(source))
 real = torch.nn.Module.compile
@@ -123,6 +125,8 @@ def two_processes(llama, checkpoints, documents, tmp_path_factory):
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
         "selective": recall | {"checkpointing": "selective"},
         "pose": {"scheme": "endprompt-pose", "scaling": "yarn"},
+        "dynamic": {"scheme": "pose", "prompt": None, "scaling": "dynamic", "micro_rows": None},
+        "longrope": {"scheme": "pose", "prompt": None, "scaling": "longrope", "micro_rows": None},
         "pretrained": {
             "model": "random weights",
             "scheme": "contiguous",
@@ -244,7 +248,10 @@ def test_two_processes_give_the_losses_and_weights_of_one(two_processes, one_pro
     assert_equal_runs(two_processes[0] / "whole", one_process(micro_rows=None))
 
 
-@pytest.mark.parametrize("name", ["lora", "odd", "phi", "renamed", "full", "longlora", "selective", "pose"])
+EACH = ["lora", "odd", "phi", "renamed", "full", "longlora", "selective", "pose", "dynamic", "longrope"]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_every_method_and_checkpoint_trains_as_by_one_process(two_processes, one_process, name):
     directory = two_processes[0] / name
     assert_equal_runs(directory, one_process(name))
