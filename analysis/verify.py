@@ -25,7 +25,7 @@ from analysis.rank import true_sup
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt.positions import Intervals
-from endprompt.rows import RunDirectory, parse_object, read_rows, result_row, sha256_of, sole_use, write_text
+from endprompt.rows import RunDirectory, parse_object, read_rows, read_text, result_row, sha256_of, sole_use, write_text
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
 CURVE_POINTS = 2048
@@ -181,7 +181,8 @@ def prepare(config: VerifyConfig) -> Scene:
             f"target={length} {context=} prompt={config.prompt}"
         )
     omega, attention_factor = geometry.frequencies(length)
-    ids = np.asarray(models.load_tokenizer(config.checkpoint)(read_text(config.text))["input_ids"], dtype=np.int64)
+    text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
+    ids = np.asarray(models.load_tokenizer(config.checkpoint)(text)["input_ids"], dtype=np.int64)
     ids = ids[: min(config.tokens, window)]
     if ids.size and ids.max() >= settings.vocab_size:
         raise ValueError(
@@ -248,14 +249,6 @@ def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None
             progress.advance(bar)
 
         capture(model, scene.ids, scene.pairs, pass_on)
-
-
-def read_text(path: str | None) -> str:
-    source = files("analysis") / "sample.txt" if path is None else Path(path)
-    try:
-        return source.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the text must be UTF-8: text={path!r}: {error}") from None
 
 
 class Findings:

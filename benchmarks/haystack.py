@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from endprompt.rows import parse_json, remembered_sha256
+from endprompt.rows import parse_json, read_text, remembered_sha256
 
 # A text without sentence ends (code, lists) is cut after this many words, so that needle depths stay spread.
 LONGEST_SENTENCE = 50
@@ -273,10 +273,7 @@ def _essay(path: Path, sha256: str) -> Essay:
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f'{path}: must be a JSON object {{"text": ...}} ({error})') from None
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: a haystack must be UTF-8 text ({error.reason} at byte {error.start})") from None
+        text = read_text(path)
     name = path.name
     if path == shipped_sample():
         paragraphs = text.split("\n\n")

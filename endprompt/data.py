@@ -33,7 +33,8 @@ from endprompt.positions import (
     stratum,
 )
 from endprompt.prompts import Cues, PromptKind, Question, Recall
-from endprompt.rows import file_sha256, parse_object, read_json_lines, sha256_of, write_text
+from endprompt.rows import file_sha256, parse_object, read_json_lines, read_text, sha256_of, write_text
+from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,10 +76,7 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         for number, record in _parquet(path):
             yield document_of(record, f"{path}, row {number}")
     elif path.suffix == ".txt":
-        try:
-            yield Document(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        yield Document(read_text(path))
     else:
         raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
 
@@ -163,14 +161,15 @@ class Documents:
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """Text to token ids with no special tokens added."""
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Text to token ids as it stands after other text, with no special tokens added."""
+    return Reader(tokenizer).inside
 
 
 def tokens_ending(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...]) -> frozenset[int]:
     """Ids of the tokens whose text ends in one of the marks, spaces after it aside."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return frozenset(i for i, text in enumerate(texts) if text.rstrip(" ").endswith(marks))
+    ids = sorted(set(tokenizer.get_vocab().values()))  # which may have holes
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return frozenset(i for i, text in zip(ids, texts) if text.rstrip(" ").endswith(marks))
 
 
 def tokenized(
@@ -178,23 +177,21 @@ def tokenized(
 ) -> Iterator[tuple[list[int], int]]:
     """(token ids, how many of them are the completion) of each document, in order.
 
-    A completion is tokenised apart from its text, so its border is exact. append_eos: end each document with the
-    tokenizer's EOS token, if it has one and the document lacks it. Raises ValueError for ids beyond the vocabulary.
+    Text and completion as `Reader.pairs` reads them. append_eos: end each document with the tokenizer's EOS token, if
+    it has one and the document lacks it. Raises ValueError for ids beyond the vocabulary.
     """
     eos = tokenizer.eos_token_id if append_eos else None
-    vocabulary = len(tokenizer)
+    reader = Reader(tokenizer)
     documents = iter(documents)
     while group := list(itertools.islice(documents, batch)):
-        texts = [document.text for document in group] + [document.completion for document in group]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for number, document in enumerate(group):
-            ids, completion = encoded[number] + encoded[len(group) + number], len(encoded[len(group) + number])
+        encoded = reader.pairs([(document.text, document.completion) for document in group])
+        for document, (ids, completion) in zip(group, encoded):
             if document.input_ids is not None:
                 ids, completion = list(document.input_ids), 0
-                if ids and max(ids) >= vocabulary:
+                if ids and max(ids) >= reader.vocabulary:
                     raise ValueError(
                         f"{document.where}: input_ids are of another tokenizer: id {max(ids)} is not below its size "
-                        f"{vocabulary}"
+                        f"{reader.vocabulary} (its largest id + 1)"
                     )
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
@@ -366,9 +363,9 @@ class RowSpec:
     row_tokens: physical tokens n of a row, context and end prompt together. target: the window L.
     scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
     weights: of context tokens 1, of a completion's, of the end prompt's scored tokens.
-    bos: id put in front of every context, None for none. short: what happens to documents shorter than a context:
-    `drop` (counted), or `pack`, one after the other. long: what happens to longer ones: `split` into as many rows as
-    have room, or `truncate` to the first row (counted).
+    bos: id or ids put in front of every context, None for none; a context that has them already gets no others.
+    short: what happens to documents shorter than a context: `drop` (counted), or `pack`, one after the other.
+    long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
     pieces: of a context cut at ends of sentences (schemes BY_SENTENCE), at most.
     line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
     sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
@@ -381,7 +378,7 @@ class RowSpec:
     anchors: int = 4
     completion_weight: float = 1.0
     prompt_weight: float = 0.1
-    bos: int | None = None
+    bos: int | tuple[int, ...] | None = None
     short: str = "drop"
     long: str = "split"
     seed: int = 0
@@ -410,7 +407,7 @@ class RowSpec:
             anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
         if self.scheme == "relay" or self.scheme in BY_SENTENCE:
             stratum(RELAYS if self.scheme == "relay" else self.pieces - 1, self.target - self.row_tokens, self.scheme)
-        if isinstance(self.prompt, Recall) and self.row_tokens - longest - (self.bos is not None) < self.prompt.span:
+        if isinstance(self.prompt, Recall) and self.row_tokens - longest - len(self.lead) < self.prompt.span:
             raise ValueError(
                 f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
                 f"context={self.row_tokens - longest}"
@@ -422,6 +419,13 @@ class RowSpec:
                 raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """Ids that stand in front of every context."""
+        if self.bos is None:
+            return ()
+        return self.bos if isinstance(self.bos, tuple) else (self.bos,)
+
+    @property
     def needed(self) -> int:
         """Tokens that a document must have to make a row."""
         shortest = 0
@@ -429,7 +433,7 @@ class RowSpec:
             shortest = min(len(tokens) for tokens in self.prompt.token_lists)
         elif self.prompt is not None:
             shortest = self.prompt.longest
-        return self.row_tokens - shortest - (self.bos is not None)
+        return self.row_tokens - shortest - len(self.lead)
 
 
 @dataclass(frozen=True)
@@ -461,11 +465,12 @@ class Rows:
         if spec.short == "pack":
             self._refuse_packed_completions()
             self.documents = pack(self.documents, needed)
-        lengths = self.documents.lengths
+        self._starts = behind_lead(self.documents, spec.lead)
+        lengths = self.documents.offsets[1:] - self._starts
         has_completion = self.documents.completions < self.documents.offsets[1:]
         least = np.full(len(lengths), needed)
         if isinstance(spec.prompt, Question):  # the end prompt is part of these documents
-            least[has_completion] = spec.row_tokens - (spec.bos is not None)
+            least[has_completion] = spec.row_tokens - len(spec.lead)
         single = has_completion | (spec.long == "truncate")
         units = np.where(single, np.minimum(lengths // least, 1), lengths // least)
         self.dropped = int(np.count_nonzero(units == 0))
@@ -546,7 +551,7 @@ class Rows:
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""
-        if self.spec.scheme == "contiguous" and self.spec.bos is None:
+        if self.spec.scheme == "contiguous" and not self.spec.lead:
             return self._contiguous_batch(first, count)
         rows = [self.row(index) for index in range(first, first + count)]
         ids, positions, weights = (np.stack(parts) for parts in zip(*rows))
@@ -572,7 +577,7 @@ class Rows:
 
     def _span(self, unit: int) -> tuple[int, int]:
         document = int(self._document[unit])
-        return int(self.documents.offsets[document]), int(self.documents.offsets[document + 1])
+        return int(self._starts[document]), int(self.documents.offsets[document + 1])
 
     def _draw_start(self, unit: int, lo: int, hi: int, need: int, rng: np.random.Generator) -> int:
         """Start of a window of `need` tokens: to the end of a completion, else anywhere in the unit's stretch."""
@@ -586,15 +591,15 @@ class Rows:
     def _context(self, unit: int, a: int, split: int | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int64 (a,), loss weights float32 (a,)). With a split, the second chunk is from further on."""
         lo, hi = self._span(unit)
-        lead = self.spec.bos is not None
-        need = a - lead
+        lead = np.asarray(self.spec.lead, dtype=np.int64)
+        need = a - len(lead)
         if split is None:
             start = self._draw_start(unit, lo, hi, need, rng)
             places = np.arange(start, start + need)
         else:
             # PoSE: the first chunk from the start of the stretch, the second from anywhere after it in the document;
             # how much text is skipped is drawn apart from how far the positions jump.
-            head = max(split - lead, 0)
+            head = max(split - len(lead), 0)
             lo += min(int(self._stretch[unit]) * self.spec.needed, hi - lo - need)
             skip = int(rng.integers(hi - lo - need, endpoint=True))
             if self.documents.completions[self._document[unit]] < hi:
@@ -603,12 +608,29 @@ class Rows:
             second = np.arange(lo + head + skip, lo + skip + need)
             places = np.concatenate([first, second])
         tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
+        if len(lead) and np.array_equal(tokens[: len(lead)], lead):  # of documents that were joined before
+            if places[-1] + len(lead) < hi:
+                places = places + len(lead)
+            else:
+                places, lead = np.concatenate([places[0] - len(lead) + np.arange(len(lead)), places]), lead[:0]
+            tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
         end = self.documents.completions[self._document[unit]]
         weights = self.documents.target_weights(places, end, self.spec.completion_weight)
-        if lead:
-            tokens = np.concatenate([[self.spec.bos], tokens])
-            weights = np.concatenate([np.zeros(1, dtype=np.float32), weights])
+        if len(lead):
+            tokens = np.concatenate([lead, tokens])
+            weights = np.concatenate([np.zeros(len(lead), dtype=np.float32), weights])
         return tokens, weights
+
+
+def behind_lead(documents: Documents, lead: Sequence[int]) -> np.ndarray:
+    """int64 (documents,): where each one starts, behind such ids in front as every context gets anyway."""
+    starts, wanted = documents.offsets[:-1].copy(), np.asarray(lead, dtype=np.int64)
+    open_ = np.arange(len(starts)) if len(lead) else np.zeros(0, dtype=np.int64)
+    while len(open_):
+        open_ = open_[starts[open_] + len(lead) <= documents.offsets[1:][open_]]
+        open_ = open_[(documents.tokens[starts[open_][:, None] + np.arange(len(lead))] == wanted).all(1)]
+        starts[open_] += len(lead)
+    return starts
 
 
 def pack(documents: Documents, needed: int) -> Documents:

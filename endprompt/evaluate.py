@@ -6,6 +6,7 @@ token of the number is the most likely one, given all before it. This watches a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -56,12 +57,15 @@ def needle_rows(
 ) -> list[Row]:
     """`count` windows with a number hidden at evenly spread depths and asked for at the end; weight on the number.
 
+    encode: text to token ids as it stands after other text (`data.encoder`).
     Raises ValueError if needle and question do not fit into the length.
     """
     rows = []
     for index in range(count):
         key = str(sample_rng(seed, index).integers(10_000, 100_000))
-        needle, question, answer = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f" {key}")
+        needle, question, asked = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f"{QUESTION} {key}")
+        shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(question, asked)))
+        question, answer = asked[:shared], asked[shared:]  # the answer as it stands in the text
         room = length - len(needle) - len(question) - len(answer)
         if room < 1:
             raise ValueError(

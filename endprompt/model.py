@@ -28,6 +28,7 @@ from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model
     extended_rope_parameters,
     rope_geometry,
 )
+from endprompt.text import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -494,8 +495,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError if the tokenizer can emit ids that the model has no embedding for."""
-    if len(tokenizer) > model_config.vocab_size:
+    if (least := vocabulary(tokenizer)) > model_config.vocab_size:
         raise ValueError(
             f"{tokenizer.name_or_path}: the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the "
-            f"model's vocab_size is {model_config.vocab_size}"
+            f"model's vocab_size is {model_config.vocab_size}, and its largest id is {least - 1}"
         )

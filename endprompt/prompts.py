@@ -114,8 +114,8 @@ def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, 
 
     text: the user's own words.
 
-    encode: text to token ids, without special tokens added. Raises ValueError for an unknown name, an empty prompt, or
-    an EP_2 that the tokenizer has no single token for.
+    encode: text to token ids as it stands after other text, without special tokens added. Raises ValueError for an
+    unknown name, an empty prompt, or an EP_2 that the tokenizer has no single token for.
     """
     if not names:
         raise ValueError("at least one end prompt must be named: prompt=[]")

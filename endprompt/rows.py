@@ -139,25 +139,36 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     """(line number from 1, object) of each line. Raises ValueError naming file and line if one is not an object."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-            if not line.strip():
-                continue
-            yield number, parse_object(line.strip(), f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            if line := decode(raw, where).strip():
+                yield number, parse_object(line, where)
+
+
+MARK = "\ufeff"  # some editors put this byte order mark in front of a text; it is no part of it
+
+
+def decode(data: bytes, where: str) -> str:
+    """UTF-8 to text, without a byte order mark. Raises ValueError that starts with `where`."""
+    try:
+        return data.decode().removeprefix(MARK)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file that came from outside, line ends as newlines. Raises ValueError naming the file and the byte."""
+    return decode(Path(path).read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
     """The JSON value of a text that came from outside. Raises ValueError that starts with `where`."""
+    text = text.removeprefix(MARK) if isinstance(text, str) else decode(text, where)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         if error.lineno > 1:
             where = f"{where}, line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 

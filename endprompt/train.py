@@ -55,6 +55,7 @@ from endprompt.progress import check_reports, device_memory, device_peak, flops_
 from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
+from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,9 +75,8 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
     weight = config.prompt_weight
     if weight is None:
         weight = 1.0 if READ.keys() & names else 0.1
-    bos = tokenizer.bos_token_id
+    begin = Reader(tokenizer).begin
     by_sentences = config.scheme in BY_SENTENCE
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return RowSpec(
         row_tokens=config.row_tokens or window,
         target=config.target,
@@ -86,7 +86,7 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         pieces=config.pieces,
         completion_weight=config.completion_weight,
         prompt_weight=weight,
-        bos=bos if adds_bos else None,
+        bos=begin[0] if len(begin) == 1 else tuple(begin) or None,
         short=config.short_documents,
         long=config.long_documents,
         seed=config.seed,

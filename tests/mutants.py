@@ -23,6 +23,7 @@ BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
 BENCH, VLLM, FUSED = "endprompt/bench.py", "benchmarks/vllm_backend.py", "endprompt/fused.py"
 FLASH, PLAN = "endprompt/flash4.py", "endprompt/plan.py"
+TEXT = "endprompt/text.py"
 LT, PRODUCTS, LINEARS = "endprompt/cublaslt.py", "endprompt/products.py", "endprompt/linears.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
@@ -149,6 +150,15 @@ MUTANTS = [
     ("paper_figures/tables/measured.py", "rows[rows[\"length\"].isin(published[\"length\"])]", "rows", "paper_tables"),
     ("paper_figures/table.py", "max(numbers) if section.best", "min(numbers) if section.best", "paper_tables"),
     ("benchmarks/base.py", "size <= left[kind]", "size <= left[kind] + 1", "base_build"),
+    # where text becomes ids
+    (TEXT, "self.lead(ids) + ids for", "self.begin + ids for", "text"),
+    (TEXT, "if end > front), len(spans))", "if end >= front), len(spans))", "text"),
+    (TEXT, "        if self.joins:\n            read", "        if True:\n            read", "text"),
+    (TEXT, "max(tokenizer.get_vocab().values(), default=-1) + 1", "len(tokenizer)", "text"),
+    (TEXT, "backend.post_processor = TemplateProcessing", "TemplateProcessing", "text"),
+    ("endprompt/data.py", "starts[open_] += len(lead)", "break", "text"),
+    ("endprompt/data.py", "if places[-1] + len(lead) < hi:", "if True:", "text"),
+    (ROWS, "return data.decode().removeprefix(MARK)", "return data.decode()", "text_files"),
     # rows of results
     (ROWS, "if not lo - slack <= value <= hi + slack:", "if not lo - slack <= value:", "score_ruler figures_data rows"),
     (ROWS, "if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):", "if value is None:", "rows"),

@@ -15,7 +15,7 @@ ARROWS = {
     "paper_figures": set(),
 }
 #: Modules that import nothing of ours at all.
-LEAVES = ("cli", "positions", "prompts", "rope", "rows", "cublaslt", "triton_kernels")
+LEAVES = ("cli", "positions", "prompts", "rope", "rows", "text", "cublaslt", "triton_kernels")
 
 
 def imported(path: Path) -> set[str]:

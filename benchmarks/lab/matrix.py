@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt.config import ExtendConfig, check_config, method_name
-from endprompt.rows import file_sha256, plain, sha256_of
+from endprompt.rows import file_sha256, plain, read_text, sha256_of
 
 FOLDER = Path(__file__).parent
 BASES = FOLDER.parent / "base"
@@ -250,7 +250,7 @@ def read_matrix(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
