@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -22,6 +23,8 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
+import traceback
 import typing
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
@@ -73,10 +76,18 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     if "--list-recipes" in argv:
         print(recipe_list(recipes))
         return 0
-    command = entry_point.load()
+    debug = "--debug" in argv or bool(os.environ.get("ENDPROMPT_TRACEBACK"))
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        command = entry_point.load()
+    except Exception as error:
+        if debug:
+            raise
+        return fail(told(error, None), 1)
     config_type = typing.get_type_hints(command)["config"]
     parser = command_parser(entry_point.name, (command.__doc__ or "").strip(), config_type)
     parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
+    parser.add_argument("--debug", action="help", help="show the whole traceback of an error, not one line")
     if recipes:
         parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
         argv = with_recipe(argv, recipes)
@@ -91,13 +102,41 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     fields = parser.instantiate(namespace).as_dict()
     for key in ("config", "recipe"):
         fields.pop(key, None)
+    config, began = None, time.time()
     try:
-        return command(config_type(**fields)) or 0
-    except (ValueError, OSError, ImportError) as error:
-        # The project raises these with a message for the user; a traceback is one environment variable away.
-        if os.environ.get("ENDPROMPT_TRACEBACK"):
+        config = config_type(**fields)
+        return command(config) or 0
+    except Exception as error:
+        if debug:
             raise
-        return fail(one_line(error), 1)
+        return fail(told(error, run_log(config, began)), 1)
+
+
+def told(error: Exception, log: Path | None) -> str:
+    """An error in one line. The project's own are ValueError, OSError and ImportError, with a message for the user.
+
+    Anything else came from a package that we call, or is a fault of ours: the line names its type and the run's log, to
+    which the traceback is added.
+    """
+    if isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError):
+        return one_line(error)
+    kind, said, place = type(error).__name__, one_line(error), "--debug shows where"
+    if log:
+        record = {"time": round(time.time(), 3), "error": kind, "traceback": traceback.format_exception(error)}
+        with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            place = f"the traceback is in {log}"
+    return f"{kind}: {said} ({place})" if said != kind else f"{kind} ({place})"
+
+
+def run_log(config: Any, began: float) -> Path | None:
+    """Log of the run that a command was asked for, if it has written to it since it began."""
+    for key in ("output", "directory"):
+        value = getattr(config, key, None)
+        for path in (Path(f"{value}.partial", "log.jsonl"), Path(value, "log.jsonl")) if value else ():
+            if path.is_file() and path.stat().st_mtime >= began - 1:  # file systems round times
+                return path
+    return None
 
 
 def command_parser(name: str, description: str, config_type: type) -> Any:

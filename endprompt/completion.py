@@ -54,4 +54,4 @@ def command_flags(entry_point: typing.Any) -> list[str]:
     config = typing.get_type_hints(entry_point.load())["config"]
     own = [field.name for field in dataclasses.fields(config) if not cli.is_positional(field)]
     recipes = ["recipe", "list-recipes"] if cli.recipe_files(entry_point) else []
-    return [f"--{name.replace('_', '-')}" for name in ["help", "config", *recipes, *own]] + ["--print_config"]
+    return [f"--{name.replace('_', '-')}" for name in ["help", "config", "debug", *recipes, *own]] + ["--print_config"]

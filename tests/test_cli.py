@@ -236,3 +236,98 @@ def test_lists_may_be_written_with_an_equals_sign():
     assert cli.as_shells_write(["--only=a", "--name=a"], types) == ['--only=["a"]', "--name=a"]
     assert cli.as_shells_write(["--lengths=5", '--only=["a"]'], types) == ["--lengths=[5]", '--only=["a"]']
     assert cli.as_shells_write(["--formats", "png", "pdf"], types) == ["--formats", '["png","pdf"]']
+
+
+class Odd(Exception):
+    """What a package may raise."""
+
+
+@dataclasses.dataclass
+class RaisingConfig:
+    """Settings.
+
+    Args:
+        what: which error
+        output: a run's directory
+    """
+
+    what: str = "key"
+    output: str = ""
+
+
+def raising(config: RaisingConfig) -> int:
+    """Raise what a package, or a fault of ours, would."""
+    import jinja2
+
+    raise {
+        "key": KeyError("layers"),
+        "jinja": jinja2.TemplateSyntaxError("unexpected '}'", 1),
+        "memory": RuntimeError("CUDA error:\n  out of memory"),
+        "bare": Odd(),
+        "assert": AssertionError("two lists of one length"),
+        "own": ValueError("steps must be at least 1: steps=0"),
+        "file": FileNotFoundError(2, "No such file or directory", "x.json"),
+    }[config.what]
+
+
+@pytest.fixture
+def raises(monkeypatch):
+    entry = EntryPoint("raising", f"{__name__}:raising", cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("key", "KeyError: 'layers' (--debug shows where)"),
+        ("jinja", "TemplateSyntaxError: unexpected '}' line 1 (--debug shows where)"),
+        ("memory", "RuntimeError: CUDA error: out of memory (--debug shows where)"),
+        ("bare", "Odd (--debug shows where)"),
+        ("assert", "AssertionError: two lists of one length (--debug shows where)"),
+        ("own", "steps must be at least 1: steps=0"),
+        ("file", "x.json: No such file or directory"),
+    ],
+)
+def test_whatever_is_raised_is_one_line_that_names_its_type(raises, capsys, monkeypatch, what, said):
+    monkeypatch.delenv("ENDPROMPT_TRACEBACK", raising=False)
+    assert cli.main(["raising", "--what", what]) == 1
+    assert capsys.readouterr() == ("", f"endprompt: {said}\n")
+    for arguments in (["--debug", "--what", what], ["--what", what, "--debug"]):
+        with pytest.raises(Exception) as raised:
+            cli.main(["raising", *arguments])
+        assert raised.traceback[-1].name == "raising"  # of the place that raised
+    monkeypatch.setenv("ENDPROMPT_TRACEBACK", "1")
+    with pytest.raises(Exception) as raised:
+        cli.main(["raising", "--what", what])
+    assert raised.traceback[-1].name == "raising"
+
+
+@pytest.mark.parametrize("folder", ["out", "out.partial"])
+def test_the_traceback_is_in_the_log_of_a_run_that_has_begun(raises, capsys, tmp_path, folder):
+    log = tmp_path / folder / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 1}\n')
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "log.jsonl").write_text('{"step": 1}\n')
+    os.utime(tmp_path / "old" / "log.jsonl", (0, 0))
+    assert cli.main(["raising", "--output", str(tmp_path / "old")]) == 1  # the log of a run before this one
+    assert capsys.readouterr().err.endswith("(--debug shows where)\n")
+    assert cli.main(["raising", "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"endprompt: KeyError: 'layers' (the traceback is in {log})\n"
+    first, second = map(json.loads, log.read_text().splitlines())
+    assert first == {"step": 1} and second["error"] == "KeyError"
+    assert "in raising\n" in "".join(second["traceback"])
+    assert cli.main(["raising", "--what", "own", "--output", str(tmp_path / "out")]) == 1  # has said it all
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_command_that_cannot_be_imported_is_one_line(monkeypatch, capsys):
+    entry = EntryPoint("broken", "endprompt.cli:nothing", cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    assert cli.main(["broken"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "endprompt: AttributeError: module 'endprompt.cli' has no attribute 'nothing'"
+    )
+    with pytest.raises(AttributeError):
+        cli.main(["broken", "--debug"])

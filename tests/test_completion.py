@@ -33,7 +33,7 @@ def test_commands_are_offered(bash):
 
 def test_flags_of_the_command_are_offered(bash):
     every = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ExtendConfig)}
-    own = {"--help", "--config", "--recipe", "--list-recipes", "--print_config"}
+    own = {"--help", "--config", "--debug", "--recipe", "--list-recipes", "--print_config"}
     assert bash("endprompt", "extend", "--") == every | own
     assert bash("endprompt", "extend", "--tar") == {"--target"}
     assert bash("endprompt", "positions", "--recipe") == set()
