@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM
 
 from benchmarks import generate, ruler
-from benchmarks.compare import complete_lines
+from benchmarks.compare import read_run
 from endprompt import rows
 
 # Tokens of one batch's prompts at most (one prompt may be longer): bounds the key/value cache.
@@ -136,43 +135,33 @@ class LongContextLM(HFLM):
 class Predictions:
     """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each.
 
-    An entry answers for a request only if run, task, index and prompt are the same: `run` is a hash of everything else
-    that a prediction depends on (checkpoint, precision, attention, backend).
+    An entry answers for a request only if run, task, index, prompt and generation limit are the same: `run` is the hash
+    of everything else that a prediction depends on (`benchmarks.fingerprint`).
     """
 
     def __init__(self, directory: Path, run: str, rank: int = 0):
         self.path = directory / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
         self.run = run
-        self._known: dict[tuple[str, int, str], str] = {}
-        for path in sorted(directory.glob("predictions*.jsonl")):
-            for entry in complete_lines(path):
-                if entry.get("run") == run:
-                    self._known[entry["task"], entry["index"], entry["prompt_sha256"]] = entry["prediction"]
+        self._known = {key: entry["prediction"] for key, entry in read_run(directory, run).items()}
 
-    def get(self, task: str, index: int, prompt: str) -> str | None:
-        return self._known.get((task, index, text_sha256(prompt)))
+    def get(self, request: Instance) -> str | None:
+        return self._known.get(request_key(request))
 
-    def add(self, entries: Sequence[tuple[str, int, str, str, dict[str, Any]]]) -> None:
-        """(task, index, prompt, prediction, further columns) of each."""
+    def add(self, entries: Sequence[tuple[Instance, str, dict[str, Any]]]) -> None:
+        """(request, prediction, further columns) of each."""
         lines = []
-        for task, index, prompt, prediction, more in entries:
-            key = (task, index, text_sha256(prompt))
+        for request, prediction, more in entries:
+            key = request_key(request)
             self._known[key] = prediction
-            lines.append(
-                {
-                    "run": self.run,
-                    "task": task,
-                    "index": index,
-                    "prompt_sha256": key[2],
-                    "prediction": prediction,
-                    **more,
-                }
-            )
+            named = dict(zip(("task", "index", "prompt_sha256", "max_new_tokens"), key))
+            lines.append({"run": self.run, **named, "prediction": prediction, **more})
         rows.append_rows(self.path, lines)
 
 
-def text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def request_key(request: Instance) -> tuple[str, int, str, int | None]:
+    """(task, index, hash of the prompt, generation limit)."""
+    prompt, settings = request.args
+    return str(request.task_name), int(request.doc_id or 0), ruler.text_sha256(prompt), settings.get("max_gen_toks")
 
 
 class RecordingLM(LM):
@@ -239,16 +228,13 @@ class RecordingLM(LM):
                 ]
                 seconds = time.perf_counter() - began
                 self.predictions.add(
-                    [
-                        (task, int(r.doc_id or 0), r.args[0], answer, self.note(task, r.doc, answer))
-                        for r, answer in zip(group, answers)
-                    ]
+                    [(request, answer, self.note(task, request.doc, answer)) for request, answer in zip(group, answers)]
                 )
                 self.progress.step(task, len(group), sum(prompt_tokens(r) for r in group), seconds)
         return [answer for request in requests if (answer := self.known(request)) is not None]
 
     def known(self, request: Instance) -> str | None:
-        return self.predictions.get(str(request.task_name), int(request.doc_id or 0), request.args[0])
+        return self.predictions.get(request)
 
 
 def prompt_tokens(request: Instance) -> int:
@@ -302,13 +288,14 @@ class SampleTask(Task):
     """An lm-eval task over ready samples (dicts with input, outputs, max_new_tokens), read one by one.
 
     The prompt is the sample's `input` as it stands. Scores of single samples are kept, in their order, in `scores`.
+    prompts: the hash of each sample's prompt. Asking for requests raises ValueError for a prompt that is another.
     """
 
     VERSION = 1
     OUTPUT_TYPE = "generate_until"
 
-    def __init__(self, name: str, samples: Sequence[dict[str, Any]], score: Any):
-        self.samples, self._score = samples, score
+    def __init__(self, name: str, samples: Sequence[dict[str, Any]], score: Any, prompts: Sequence[str] = ()):
+        self.samples, self._score, self._prompts = samples, score, prompts
         self.scores: list[float] = []
         self._config = TaskConfig(
             task=name, generation_kwargs={"until": [], "do_sample": False}, metadata={"version": self.VERSION}
@@ -347,6 +334,12 @@ class SampleTask(Task):
         ]
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        prompts = getattr(self, "_prompts", ())
+        if prompts and ruler.text_sha256(ctx) != prompts[doc["index"]]:
+            raise ValueError(
+                f"{self.config.task}: prompt {doc['index']} is not the one that was measured and hashed: "
+                "a chat template must give the same text every time"
+            )
         settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": doc["max_new_tokens"]}
         about = {key: value for key, value in doc.items() if key != "input"}
         return Instance("generate_until", about, (ctx, settings), 0, metadata=kwargs["metadata"])

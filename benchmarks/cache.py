@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import haystack, ruler
 from endprompt import rows
 
-LAYOUT = 2  # of the files
+LAYOUT = 3  # of the files
 # Cells that are missing are built by several processes if together they have more tokens than this: a second's work.
 PARALLEL_TOKENS = 8_000_000
 MOST_PROCESSES = 16
@@ -40,7 +40,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         definition = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
     else:
         definition = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
-    about = [definition, getattr(tokenizer, "chat_template", None), tokenizer.bos_token, tokenizer.eos_token]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # templates may write them all
+    about = [definition, getattr(tokenizer, "chat_template", None), special]
     return rows.sha256_of(json.dumps(about, sort_keys=True, default=str))
 
 
@@ -54,7 +55,7 @@ def cells(
     directory: str | Path | None = None,
 ) -> list[ruler.Cell]:
     """The cells of (task, length) pairs, in order; the missing ones are built by several processes where it pays."""
-    common = (tokenizer, n, seed, data_dir, options, directory, tokenizer_sha256(tokenizer))
+    common = (tokenizer, n, seed, data_dir, options.dated(tokenizer), directory, tokenizer_sha256(tokenizer))
     places = [place(task, length, *common) for task, length in wanted]
     missing = [pair for pair, (_, path) in zip(wanted, places) if not path.is_file()]
     workers = min(len(missing), processes())
@@ -119,6 +120,7 @@ def cell(
     """
     from filelock import FileLock
 
+    options = options.dated(tokenizer)
     key, path = place(task, length, tokenizer, n, seed, data_dir, options, directory, tokenizer_hash)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(path) + ".lock"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import summary
+from benchmarks import fingerprint, summary
 
 #: What every prediction on disk has, and of which kind.
 ENTRY: dict[str, type | tuple[type, ...]] = {
@@ -19,30 +20,65 @@ ENTRY: dict[str, type | tuple[type, ...]] = {
     "prediction": str,
     "score": (int, float),
     "outputs": list,
+    "run": str,
 }
+#: (task, index, hash of the prompt, tokens it was let generate) → a prediction of one run.
+Entries = dict[tuple[str, int, str, int | None], dict[str, Any]]
 
 
-def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Predictions of a JSON Lines file; a line that is cut off or damaged is left out, since it is predicted again."""
+def complete_lines(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Predictions of a JSON Lines file; a line that is cut off or damaged is left out, its place goes to `damaged`."""
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-                if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items()):
+                whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+                if whole and math.isfinite(entry["score"]):
                     yield entry
+                    continue
+            if damaged is not None and line.strip():
+                damaged.append(f"{path}, line {number}")
+
+
+def read_run(directory: str | Path, run: str) -> Entries:
+    """The predictions of one run, the latest of each; of damaged lines none, since they are predicted again."""
+    paths = sorted(Path(directory).glob("predictions*.jsonl"))
+    return {
+        (e["task"], e["index"], e["prompt_sha256"], e.get("max_new_tokens")): e
+        for path in paths
+        for e in complete_lines(path)
+        if e["run"] == run
+    }
 
 
 def read_predictions(directory: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """{(task, index): entry} of a run directory, the latest entry of each; tasks in the order they were run.
+    """{(task, index): entry} of a directory's last run, the latest entry of each; tasks in the order they were run.
 
-    Raises ValueError if the directory holds no predictions.
+    Raises ValueError if the directory holds no predictions, if it cannot be told which run is the last, and for a
+    damaged line whose prediction is nowhere else.
     """
     paths = sorted(Path(directory).glob("predictions*.jsonl"))
     if not paths:
         raise ValueError(f"{directory} must be the output of a finished run: it has no predictions.jsonl")
-    entries = {(e["task"], e["index"]): e for path in paths for e in complete_lines(path)}
+    damaged: list[str] = []
+    whole = [entry for path in paths for entry in complete_lines(path, damaged)]
+    told = fingerprint.runs(directory)
+    names = {told[-1]["run_sha256"]} if told else {entry["run"] for entry in whole}
+    if len(names) > 1:
+        raise ValueError(
+            f"{directory}: holds answers of {len(names)} runs, and no {fingerprint.RUNS} that says which is the last: "
+            "score again"
+        )
+    entries = {(e["task"], e["index"]): e for e in whole if e["run"] in names}
     if not entries:
-        raise ValueError(f"{directory}: predictions.jsonl has no complete line")
+        raise ValueError(f"{damaged[0] if damaged else paths[0]}: no complete prediction of the last run")
+    places: dict[str, set[int]] = {}
+    for task, index in entries:
+        places.setdefault(task, set()).add(index)
+    if damaged and any(found != set(range(max(found) + 1)) for found in places.values()):
+        raise ValueError(
+            f"{damaged[0]}: not a whole prediction, and it was not made again: score again to complete them"
+        )
     return entries
 
 
@@ -81,16 +117,20 @@ def compare(first: str | Path, second: str | Path, seed: int = 0) -> list[dict[s
     Raises ValueError unless both runs predicted the same samples: the same tasks, indices and prompts.
     """
     a, b = read_predictions(first), read_predictions(second)
+    told = [fingerprint.runs(run)[-1:] for run in (first, second)]
+    if all(told) and (differing := fingerprint.differing(told[0][0], told[1][0])):
+        raise ValueError(f"{first} and {second} were not asked the same: {'; '.join(differing)}")
     tasks = [task for task in dict.fromkeys(task for task, _ in a) if task in {name for name, _ in b}]
     if not tasks:
         raise ValueError(f"{first} and {second} have no task and length in common")
     found, all_a, all_b = [], [], []
     for task in tasks:
         own, other = ({i: e for (name, i), e in side.items() if name == task} for side in (a, b))
-        if own.keys() != other.keys() or any(own[i]["prompt_sha256"] != other[i]["prompt_sha256"] for i in own):
+        asked = [{i: (e["prompt_sha256"], e.get("max_new_tokens")) for i, e in side.items()} for side in (own, other)]
+        if asked[0] != asked[1]:
             raise ValueError(
-                f"a comparison needs the same samples (seed, number, haystack, tokenizer): {task} differs between "
-                f"{first} and {second}"
+                f"a comparison needs the same samples (seed, number, haystack, tokenizer, generation limit): {task} "
+                f"differs between {first} and {second}"
             )
         scores_a, scores_b = ([side[i]["score"] for i in sorted(own)] for side in (own, other))
         all_a += scores_a

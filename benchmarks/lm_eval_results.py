@@ -9,26 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from endprompt.rows import git_revision, read_rows, write_text
+from endprompt.rows import git_revision, write_text
 
 #: Names of lm-eval's own tasks: our names of LongBench's sets lack its prefix.
-PREFIX = {"longbench": "longbench_"}
+PREFIX = {"longbench": "longbench_", "longbench_e": "longbench_"}
 
 
-def write(directory: Path, run_sha256: str, checkpoint: str, backend: str) -> Path | None:
-    """Write `results_DATE.json` in place of an earlier one, of all rows of one checkpoint and its settings.
-
-    None if the directory has no such row.
-    """
-    path = directory / "results.jsonl"
-    kept = [row for row in read_rows(path) if row.get("run_sha256") == run_sha256] if path.is_file() else []
-    if not kept:
-        return None
+def write(directory: Path, rows: Sequence[dict[str, Any]], checkpoint: str, backend: str) -> Path:
+    """Write `results_DATE.json` of one run's rows in place of an earlier one."""
     for old in directory.glob("results_*.json"):
         old.unlink()
     now = datetime.now()
     path = directory / f"results_{now.isoformat().replace(':', '-')}.json"
-    content = results(kept, checkpoint, backend) | {"date": now.timestamp()}
+    content = results(rows, checkpoint, backend) | {"date": now.timestamp()}
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import chat
 from benchmarks import longbench_metrics as metrics
 from benchmarks.longbench_data import TASKS, TASKS_E, Documents, dataset_of, load_documents
 from endprompt.rows import sha256_of
@@ -321,12 +322,7 @@ def units(
     from benchmarks.longbench_cache import cached_fits
     from benchmarks.score import Unit
 
-    if config.chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
-
-    def template(messages: list[dict[str, str]], **options: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-
+    template = chat.renderer(tokenizer, config.date, config.template_args) if config.chat else None
     directory = config.cache_dir or default_directory()
     tokenizer_hash = tokenizer_sha256(tokenizer)
     # All files are read, and so checked, before the first prompt is made; texts are let go set by set.
@@ -339,7 +335,7 @@ def units(
             tokenizer,
             window,
             prompt_length=prompt_length,
-            chat_template=template if config.chat else None,
+            chat_template=template,
             max_new_tokens=config.max_new_tokens,
         )
         fits = cached_fits(prompter, documents, config.samples, tokenizer_hash, directory)
@@ -353,6 +349,7 @@ def units(
             "fill": round(sum(filled) / len(filled), 5),
             "max_new_tokens": prompter.new_tokens,
             "chat": config.chat and rules.chat,
+            "date": config.date if config.chat and rules.chat else None,
             "data_sha256": documents.sha256,
             "generator": GENERATOR,
         }

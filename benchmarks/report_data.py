@@ -42,6 +42,7 @@ class Part:
     log: list[dict[str, Any]]
     depth: list[dict[str, Any]]
     broken: int = 0
+    last_run: str | None = None  # of a scoring: the run that its summary and depths are of
 
     def losses(self) -> list[dict[str, Any]]:
         """Lines of the log that have a step and a finite loss."""
@@ -118,11 +119,13 @@ def read_part(path: Path) -> Part:
     rows, broken = read_lines(path / "results.jsonl", REQUIRED)
     log, broken_log = read_lines(path / "log.jsonl")
     depth, broken_depth = read_lines(path / "depth.jsonl", ("length", "depth_from", "depth_to", "value", "n", "method"))
+    runs, broken_runs = read_lines(path / "runs.jsonl", ("run_sha256",))
     config = read_yaml(path / "config.yaml")
     about, environment = read_object(path / "endprompt.json"), read_object(path / "environment.json")
     environment = environment or read_mapping(about.get("environment"))
-    broken += broken_log + broken_depth
-    return Part(path, command_of(config), config, environment, about, rows, log, depth, broken)
+    broken += broken_log + broken_depth + broken_runs
+    last = str(runs[-1]["run_sha256"]) if runs else None
+    return Part(path, command_of(config), config, environment, about, rows, log, depth, broken, last)
 
 
 def read_lines(path: Path, required: Sequence[str] = ()) -> tuple[list[dict[str, Any]], int]:
@@ -296,6 +299,7 @@ def facets(runs: Sequence[Run]) -> list[Facet]:
     groups: dict[tuple[Any, Any], dict[tuple[Any, ...], Method]] = {}
     tasks: dict[tuple[Any, Any], dict[str, None]] = {}
     windows: dict[tuple[Any, Any], set[int]] = {}
+    versions = clashing(runs)
     for run in runs:
         for row in run.rows:
             if row["suite"] != "ruler" or not row["length"]:
@@ -304,7 +308,8 @@ def facets(runs: Sequence[Run]) -> list[Facet]:
             apart = tuple(row.get(key) for key in APART)
             name = str(row["method"])
             own = groups.setdefault(place, {})
-            method = own.setdefault((run.name, row["model"], name, apart), Method(run, name, name, apart))
+            key = (run.name, row["model"], name, apart, versions.get((str(run.path), row.get("run_sha256")), ""))
+            method = own.setdefault(key, Method(run, name, name, apart))
             method.rows.setdefault((row["task"], int(row["length"])), {})[row["seed"]] = row
             tasks.setdefault(place, {})[row["task"]] = None
             if number(row.get("window")):
@@ -321,6 +326,21 @@ def facets(runs: Sequence[Run]) -> list[Facet]:
     return found
 
 
+def clashing(runs: Sequence[Run]) -> dict[tuple[str, Any], str]:
+    """(run's path, run_sha256) → a short name, of runs of `endprompt score` that have rows for the same cells.
+
+    They stand in one directory and were made with different settings: one must not take the place of the other.
+    """
+    found: dict[tuple[Any, ...], dict[str, None]] = {}
+    for run in runs:
+        for row in run.rows:
+            if row["suite"] == "ruler" and row.get("run_sha256"):
+                cell = (str(run.path), *(row.get(key) for key in ("base", "fold", "model", "method", "task", "length")))
+                cell += (row["seed"], *(row.get(key) for key in APART))
+                found.setdefault(cell, {})[row["run_sha256"]] = None
+    return {(cell[0], name): name[:8] for cell, names in found.items() if len(names) > 1 for name in names}
+
+
 def label_apart(methods: dict[tuple[Any, ...], Method]) -> None:
     """Add to each label what differs between methods of one name: the columns, the model, the run."""
     names: dict[str, list[tuple[Any, ...]]] = {}
@@ -333,7 +353,7 @@ def label_apart(methods: dict[tuple[Any, ...], Method]) -> None:
         models, runs = len({key[1] for key in keys}) > 1, len({key[0] for key in keys}) > 1
         for key in keys:
             extra = [f"{name} {value}" for name, value, on in zip(APART, key[3], differs) if on and value is not None]
-            extra += [str(key[1])] * models + [str(key[0])] * runs
+            extra += [str(key[1])] * models + [str(key[0])] * runs + [f"run {key[4]}"] * bool(key[4])
             methods[key].label += f" ({', '.join(extra)})" if extra else ""
 
 
@@ -420,21 +440,23 @@ def scores(method: Method, task: str, length: int, seed: int) -> dict[tuple[int,
         if any(own.get("run_sha256") == row.get("run_sha256") and own["method"] == method.name for own in part.rows):
             own = {
                 (entry["index"], entry["prompt_sha256"]): float(entry["score"])
-                for entry in predictions(part)
-                if entry["task"] == f"{task}@{length}" and entry.get("run") == row.get("run_sha256")
+                for entry in predictions(part, row.get("run_sha256"))
+                if entry["task"] == f"{task}@{length}"
             }
             if own:
                 return own
     return {}
 
 
-def predictions(part: Part) -> list[dict[str, Any]]:
-    """Whole entries of a part's predictions, the latest of each sample."""
+def predictions(part: Part, run: str | None = None) -> list[dict[str, Any]]:
+    """Whole entries of the predictions of one run of a part, its last if none is named, the latest of each sample."""
     needed = ("task", "index", "prompt_sha256", "score", "prediction", "outputs")
     if not part.path.is_dir():
         return []
+    run = run or part.last_run
     lines = [line for path in sorted(part.path.glob("predictions*.jsonl")) for line in read_lines(path, needed)[0]]
-    return list({(line["task"], line["index"]): line for line in lines if number(line["score"])}.values())
+    own = [line for line in lines if number(line["score"]) and run in (None, line.get("run"))]
+    return list({(line["task"], line["index"]): line for line in own}.values())
 
 
 def others(runs: Iterable[Run]) -> list[dict[str, Any]]:

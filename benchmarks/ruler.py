@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks import chat
 from benchmarks import haystack as texts
 from endprompt.rows import remembered_sha256
 
@@ -99,6 +100,8 @@ class Options:
         chat: wrap the prompt in the tokenizer's chat template (the answer prefix follows it).
         shots: worked examples in front of vt and cwe, 0 or 1 (RULER: 1).
         hops: assignments after the first one in a chain of vt (RULER: 4).
+        date: day that a chat template which reads one is given, YYYY-MM-DD; today if None.
+        template_args: further arguments of the chat template, NAME=VALUE,NAME=VALUE.
     """
 
     max_new_tokens: int | None = None
@@ -106,6 +109,8 @@ class Options:
     chat: bool = False
     shots: int = 1
     hops: int = VT_HOPS
+    date: str | None = None
+    template_args: str = ""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -114,6 +119,18 @@ class Options:
             raise ValueError(f"shots must be 0 or 1: {self.shots}")
         if self.hops < 1:
             raise ValueError(f"hops must be at least 1: {self.hops}")
+        if self.date is not None:
+            chat.parse_day(self.date)
+        if self.template_args and not self.chat:
+            raise ValueError(f"template_args are for a chat template: they need chat: {self.template_args!r}")
+        chat.parse_arguments(self.template_args)
+
+    def dated(self, tokenizer: Any) -> Options:
+        """With the day that prompts are made for: None where no template reads it."""
+        day = None
+        if self.chat:
+            day = chat.day_read(tokenizer, self.date, self.template_args, lambda: chat.today(tokenizer))
+        return dataclasses.replace(self, date=day)
 
 
 DEFAULTS = Options()
@@ -189,7 +206,7 @@ class Cell(Sequence[dict[str, Any]]):
         self.recipe = recipe
         self.options = Options(**recipe["options"])
         self._tokenizer, self._data_dir = tokenizer, data_dir
-        self._assemble = assembler(tokenizer, self.options.chat)
+        self._assemble = assembler(tokenizer, self.options)
         self._drafts: list[Draft] = []  # of a cell that was just built
 
     @functools.cached_property
@@ -212,11 +229,11 @@ class Cell(Sequence[dict[str, Any]]):
         check_task(task)
         if n < 1:
             raise ValueError(f"samples must be at least 1: {n}")
-        kept = reserve(task, options)
+        options, kept = options.dated(tokenizer), reserve(task, options)
         with texts.no_collection():
             made = source(task, length, tokenizer, seed, data_dir, options)
             drafts = [made.draw(i) for i in range(n)]
-            states = fit(length, made, drafts, kept, counter(tokenizer), assembler(tokenizer, options.chat))
+            states = fit(length, made, drafts, kept, counter(tokenizer), assembler(tokenizer, options))
         recipe = {
             "generator": GENERATOR,
             "task": task,
@@ -236,14 +253,15 @@ class Cell(Sequence[dict[str, Any]]):
         return len(self.recipe["samples"])
 
     def describe(self) -> None:
-        """Adds to the recipe what takes all prompts to know: their characters and their hash."""
-        digest, characters = hashlib.sha256(), 0
+        """Adds to the recipe what takes all prompts to know: their characters, their hashes, one hash of all."""
+        digest, characters, prompts = hashlib.sha256(), 0, []
         with texts.no_collection():
             for sample in self:
                 characters += len(sample["input"])
+                prompts.append(text_sha256(sample["input"]))
                 digest_sample(digest, sample)
         self._drafts = []  # a cell that is kept stays small
-        self.recipe |= {"characters": characters, "samples_sha256": digest.hexdigest()}
+        self.recipe |= {"characters": characters, "samples_sha256": digest.hexdigest(), "prompts": prompts}
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -282,6 +300,10 @@ def samples_sha256(samples: Sequence[dict[str, Any]]) -> str:
     for sample in samples:
         digest_sample(digest, sample)
     return digest.hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_sample(digest: Any, sample: dict[str, Any]) -> None:
@@ -325,16 +347,14 @@ def counter(tokenizer: Any) -> Count:
     return count
 
 
-def assembler(tokenizer: Any, chat: bool) -> Assemble:
-    """Joins question and answer prefix; with `chat` the prefix starts the assistant's turn."""
-    if not chat:
+def assembler(tokenizer: Any, options: Options = DEFAULTS) -> Assemble:
+    """Joins question and answer prefix; with `options.chat` the prefix starts the assistant's turn."""
+    if not options.chat:
         return lambda question, prefix: question + prefix
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
+    render = chat.renderer(tokenizer, options.date, options.template_args)
 
     def wrap(question: str, prefix: str) -> str:
-        turns = [{"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + prefix.lstrip()
+        return render([{"role": "user", "content": question}], add_generation_prompt=True) + prefix.lstrip()
 
     return wrap
 

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
-import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks import lm_eval_results, ruler, summary, vllm_backend
-from benchmarks.compare import read_predictions
+from benchmarks import chat, fingerprint, lm_eval_results, ruler, summary, vllm_backend
+from benchmarks.compare import Entries, read_run
 from endprompt import rows
 
 if TYPE_CHECKING:
@@ -54,6 +52,9 @@ class ScoreConfig:
         shots: worked examples in front of vt and cwe, 0 or 1; RULER has 1.
         hops: assignments after the first in a chain of vt; RULER has 4.
         chat: wrap prompts in the tokenizer's chat template.
+        date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
+            given.
+        template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
         beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
@@ -87,6 +88,8 @@ class ScoreConfig:
     shots: int = 1
     hops: int = ruler.VT_HOPS
     chat: bool = False
+    date: str | None = None
+    template_args: str = ""
     beyond_window: bool = False
     backend: Literal["hf", "vllm"] = "hf"
     backend_args: str = ""
@@ -114,6 +117,14 @@ class ScoreConfig:
             raise ValueError(f"samples must be at least 1: {self.samples}")
         if self.json and self.compare is None and self.show is None:
             raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
+        if self.date is not None:
+            chat.parse_day(self.date)
+        if self.template_args and not self.chat:
+            raise ValueError(f"template_args are for a chat template, they need chat: {self.template_args!r}")
+        unread = {"enable_thinking", "chat_template_args"} | ({"think_end_token"} if self.backend == "hf" else set())
+        for part in self.backend_args.split(","):
+            if (name := part.partition("=")[0].strip()) in unread:
+                raise ValueError(f"backend_args {name!r} is read by no prompt made here; template_args are: {part!r}")
 
     @property
     def model_name(self) -> str:
@@ -142,7 +153,8 @@ class ScoreConfig:
 
     @property
     def options(self) -> ruler.Options:
-        return ruler.Options(self.max_new_tokens, self.haystack_text, self.chat, self.shots, self.hops)
+        names = ("max_new_tokens", "haystack_text", "chat", "shots", "hops", "date", "template_args")
+        return ruler.Options(**{name: getattr(self, name) for name in names})
 
 
 @dataclass
@@ -159,6 +171,7 @@ class Unit:
     columns: dict[str, Any]
     sha256: str = ""
     characters: int = 0
+    prompts: Sequence[str] = ()  # the hash of each
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
@@ -168,27 +181,36 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     cannot be read.
     """
     if config.suite == "short":
-        return score_short(config)
+        from benchmarks import short
+
+        short.task_names(config)
     model_config, tokenizer = read_checkpoint(config)
-    units = prepare(config, model_config, tokenizer)
+    config = settle_date(config, tokenizer)
+    units = prepare(config, model_config, tokenizer) if config.suite != "short" else []
     if config.prepare_only:
+        keep_day(config)
         return []
     return run(config, units, model_config, tokenizer)
 
 
-def score_short(config: ScoreConfig) -> list[dict[str, Any]]:
-    from benchmarks import short
+def settle_date(config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> ScoreConfig:
+    """The configuration with the day that its prompts are made for: as set, else the output's own, else today."""
+    if not config.chat:
+        return dataclasses.replace(config, date=None)
 
-    short.task_names(config)
-    model_config, tokenizer = read_checkpoint(config)
-    window = window_of(model_config)
-    lm = load(config, window, 1, model_config, tokenizer)  # the tasks have texts of all lengths
-    settings = run_sha256(config, model_config)
-    made = [{**row, "run_sha256": settings} for row in short.score(config, lm)]
-    if made:
-        rows.RunDirectory(config.directory, config).add(made)
-        lm_eval_results.write(config.directory, settings, config.checkpoint, config.backend)
-    return made
+    def day() -> str:
+        kept = None if config.overwrite else fingerprint.read_day(config.directory)
+        return kept or chat.today(tokenizer)
+
+    return dataclasses.replace(config, date=chat.day_read(tokenizer, config.date, config.template_args, day))
+
+
+def keep_day(config: ScoreConfig) -> None:
+    """Write down the day of the output's prompts, at its first start: a later one goes on with it."""
+    path = config.directory / fingerprint.DAY
+    if config.date is not None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text(path, config.date + "\n")
 
 
 def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -273,6 +295,7 @@ def ruler_unit(cell: ruler.Cell) -> Unit:
         "max_new_tokens": kept,
         "chat": options.chat,
         "generator": recipe["generator"],
+        **{name: value for name in ("date", "template_args") if (value := getattr(options, name))},
     }
     if ruler.SPECS[recipe["task"]].family in ("vt", "cwe"):
         columns["shots"] = options.shots
@@ -289,6 +312,7 @@ def ruler_unit(cell: ruler.Cell) -> Unit:
         columns,
         recipe["samples_sha256"],
         recipe["characters"],
+        recipe["prompts"],
     )
 
 
@@ -305,7 +329,51 @@ def run(
     """Rows of the units. The model is loaded only if one of them has no row yet."""
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.nullcontext() if rank else rows.sole_use(config.directory):
-        return score_units(config, units, model_config, tokenizer, rank)
+        if config.overwrite and rank == 0:
+            start_again(config.directory)
+        if rank == 0:
+            keep_day(config)
+        work = score_short if config.suite == "short" else score_units
+        return work(config, units, model_config, tokenizer, rank)
+
+
+def start_again(directory: Path) -> None:
+    """Remove what earlier runs left; other processes look there after the model is loaded, which waits for all."""
+    for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in RESULT_FILES)]:
+        path.unlink(missing_ok=True)
+
+
+def score_short(
+    config: ScoreConfig,
+    units: list[Unit],
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int,
+) -> list[dict[str, Any]]:
+    """lm-eval's own tasks: a row as soon as its task is done."""
+    from benchmarks import short
+
+    made_by = fingerprint.fingerprint(config, model_config)
+    names = short.task_names(config)
+    done, renamed = earlier_rows(config, made_by.sha256, ("suite", "task"), {name: ("short", name) for name in names})
+    waiting = [name for name in names if name not in done]
+    lm = load(config, window_of(model_config), 1, model_config, tokenizer) if waiting else None  # texts of all lengths
+    out: rows.RunDirectory | None = None
+    if renamed and rank == 0:
+        out = fingerprint.begin(config.directory, config, made_by, computes=bool(waiting))
+        out.add(renamed)
+    _, day = chat.settled(tokenizer, config.date, config.template_args) if config.chat else ({}, None)
+    with chat.clock_at(day):
+        for row in short.made_rows(config, lm, waiting):
+            out = out or fingerprint.begin(config.directory, config, made_by, computes=True)
+            done[row["task"]] = {**row, "run_sha256": made_by.sha256}
+            out.add([done[row["task"]]])
+    made = [done[name] for name in names if name in done]
+    if rank == 0 and made:
+        if out is None:
+            fingerprint.begin(config.directory, config, made_by, computes=False)
+        lm_eval_results.write(config.directory, made, config.checkpoint, config.backend)
+    return made
 
 
 def score_units(
@@ -316,17 +384,17 @@ def score_units(
     rank: int,
 ) -> list[dict[str, Any]]:
     directory = config.directory
-    if config.overwrite and rank == 0:
-        for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in RESULT_FILES)]:
-            path.unlink(missing_ok=True)
     for unit in units:
         if not unit.sha256:
             unit.sha256 = ruler.samples_sha256(unit.samples)
             unit.characters = sum(len(sample["input"]) for sample in unit.samples)
-    settings = run_sha256(config, model_config)
-    out = rows.RunDirectory(directory, config) if rank == 0 else None
-    done = finished(directory, units, settings)
+            unit.prompts = [ruler.text_sha256(sample["input"]) for sample in unit.samples]
+    made_by = fingerprint.fingerprint(config, model_config)
+    done, renamed = finished(config, units, made_by.sha256)
     waiting = [unit for unit in units if unit.name not in done]
+    out = fingerprint.begin(directory, config, made_by, computes=bool(waiting)) if rank == 0 else None
+    if out is not None and renamed:
+        out.add(renamed)
     if waiting:
         longest = max(needed(unit) for unit in units)
         lm = load(config, longest, min(shortest_prompt(unit) for unit in units), model_config, tokenizer)
@@ -335,18 +403,15 @@ def score_units(
         own = sum(-(-len(unit.samples) // lm.world_size) for unit in waiting)  # the first process takes the remainder
         progress = Progress(own, quiet=config.quiet or lm.rank != 0)
         for group in groups(waiting):
-            done |= evaluate(config, group, lm, settings, progress, out)
+            done |= evaluate(config, group, lm, made_by.sha256, progress, out)
     made = [done[unit.name] for unit in units if unit.name in done]
-    if out is not None and config.suite == "ruler":
-        write_summary(config, out, made, units)
-    elif out is not None:
-        write_longbench_summary(config, out, units)
     if out is not None:
-        lm_eval_results.write(directory, settings, config.checkpoint, config.backend)
+        write_summary(config, out, made, units, made_by.sha256)
+        lm_eval_results.write(directory, made, config.checkpoint, config.backend)
     return made
 
 
-RESULT_FILES = ("results.jsonl", "summary.jsonl", "depth.jsonl", "log.jsonl")
+RESULT_FILES = ("results.jsonl", "summary.jsonl", "depth.jsonl", "log.jsonl", fingerprint.RUNS, fingerprint.DAY)
 
 
 def needed(unit: Unit) -> int:
@@ -387,10 +452,11 @@ def load(
 
     Raises ValueError if it does not load.
     """
-    import torch
     from lm_eval.utils import simple_parse_args_string
 
     extra = simple_parse_args_string(config.backend_args) if config.backend_args else {}
+    if config.suite == "short" and config.chat:  # lm-eval makes the prompts
+        extra["chat_template_args"] = chat.settled(tokenizer, config.date, config.template_args)[0]
     if config.backend == "vllm":
         options = vllm_backend.engine_options(model_config, max(needed, int(extra.get("max_model_len", 0))), shortest)
         return vllm_backend.load(
@@ -402,9 +468,6 @@ def load(
     from benchmarks.backend import LongContextLM
     from endprompt.model import quiet
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with quiet():
             return LongContextLM(
@@ -412,7 +475,7 @@ def load(
                 tokenizer=tokenizer,
                 max_length=max(needed, window_of(model_config)),
                 dtype=config.dtype,
-                device=device,
+                device=fingerprint.device_of(config.device),
                 batch_size=config.batch_size,
                 attn_implementation=config.attn,
                 trust_remote_code=config.trust_remote_code,
@@ -448,7 +511,7 @@ def evaluate(
         return {"score": 100 * by_name[task].score(sample, prediction), **kept}
 
     recording = backend.RecordingLM(lm, predictions, chunk, progress, note)
-    tasks = [backend.SampleTask(unit.name, unit.samples, unit.score) for unit in units]
+    tasks = [backend.SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
     with backend.no_environment_report():
         simple_evaluate(
             model=recording,
@@ -504,22 +567,37 @@ def method_of(config: ScoreConfig) -> str:
     return "base"
 
 
-def finished(directory: Path, units: Sequence[Unit], settings: str) -> dict[str, dict[str, Any]]:
-    """Rows that the output already has for these units: same samples, same checkpoint and settings."""
-    path = directory / "results.jsonl"
-    if not path.is_file():
-        return {}
-    found = {
-        (old["suite"], old["task"], old["length"], old["samples_sha256"], old["n"]): old
-        for old in rows.read_rows(path)
-        if old.get("run_sha256") == settings
+def finished(
+    config: ScoreConfig, units: Sequence[Unit], settings: str
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """`earlier_rows` of the units: of the same samples, with all their predictions there."""
+    columns = ("suite", "task", "length", "samples_sha256", "n", "max_new_tokens", "seed")
+    limits = {unit.name: unit.columns["max_new_tokens"] for unit in units}
+    known = set() if config.overwrite else read_run(config.directory, settings).keys()
+    wanted = {
+        unit.name: (unit.suite, unit.task, unit.length, unit.sha256, len(unit.samples), limits[unit.name], config.seed)
+        for unit in units
+        if known >= {(unit.name, i, prompt, limits[unit.name]) for i, prompt in enumerate(unit.prompts)}
     }
-    done = {}
-    for unit in units:
-        key = (unit.suite, unit.task, unit.length, unit.sha256, len(unit.samples))
-        if key in found:
-            done[unit.name] = found[key]
-    return done
+    return earlier_rows(config, settings, columns, wanted)
+
+
+def earlier_rows(
+    config: ScoreConfig, settings: str, columns: Sequence[str], wanted: Mapping[str, tuple[Any, ...]]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of this very run that the output has, those of them that it has under another name alone, renamed).
+
+    wanted: values of the columns by which each row is known.
+    """
+    path = config.directory / "results.jsonl"
+    found = rows.read_rows(path) if path.is_file() and not config.overwrite else []
+    names = {"model": config.model_name, "method": method_of(config)}
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for old in sorted(found, key=lambda row: names.items() <= row.items()):  # those of this name after the others
+        if old.get("run_sha256") == settings:
+            known[tuple(old.get(column) for column in columns)] = old
+    done = {name: {**known[key], **names} for name, key in wanted.items() if key in known}
+    return done, [row for name, row in done.items() if row != known[wanted[name]]]
 
 
 def rows_of(checkpoint: str | Path, run: str | Path) -> list[dict[str, Any]]:
@@ -527,103 +605,53 @@ def rows_of(checkpoint: str | Path, run: str | Path) -> list[dict[str, Any]]:
 
     Raises ValueError if the run has none: the checkpoint's configuration and weights must be those of the rows.
     """
-    import yaml
-
     from endprompt import model
 
     directory = Path(run)
-    about = directory / "config.yaml"
-    if not (about.is_file() and (directory / "results.jsonl").is_file()):
-        raise ValueError(f"{run} must be the output of `endprompt score`: it has no config.yaml and results.jsonl")
-    try:
-        known = yaml.safe_load(about.read_text(encoding="utf-8"))
-        config = ScoreConfig(**{**known, "checkpoint": str(checkpoint)})
-    except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"{about}: must be the configuration of `endprompt score`: {error}") from None
-    model_config = model.load_config(str(checkpoint))
-    digests: dict[tuple[str, str, str], str] = {}
+    results = directory / "results.jsonl"
+    if not results.is_file():
+        raise ValueError(f"{run} must be the output of `endprompt score`: it has no results.jsonl")
+    known = fingerprint.runs(directory)
+    if not known:
+        raise ValueError(f"{directory}: scored before runs told their checkpoint ({fingerprint.RUNS}): score it again")
+    config = model.load_config(str(checkpoint))
+    settings = known[-1]["run_sha256"]
     found = {}
-    for row in rows.read_rows(directory / "results.jsonl"):
-        key = (row.get("backend", config.backend), row.get("attn") or config.attn, row.get("dtype", config.dtype))
-        if key not in digests:
-            backend, attn, dtype = key
-            own = dataclasses.replace(config, backend=backend, attn=attn, dtype=dtype)
-            digests[key] = run_sha256(own, model_config)
-        if row.get("run_sha256") == digests[key]:
-            found[(row["suite"], row["task"], row["length"])] = row
+    if known[-1]["fingerprint"].get("checkpoint") == fingerprint.checkpoint_sha256(str(checkpoint), config):
+        of_run = [row for row in rows.read_rows(results) if row.get("run_sha256") == settings]
+        found = {(row["suite"], row["task"], row["length"]): row for row in of_run}
     if not found:
-        raise ValueError(f"{directory / 'results.jsonl'}: none of its rows was scored on {checkpoint} as it is now")
+        raise ValueError(f"{results}: none of its rows was scored on {checkpoint} as it is now")
     return sorted(found.values(), key=lambda row: (row["suite"], row["task"], row["length"] or 0))
-
-
-def run_sha256(config: ScoreConfig, model_config: PretrainedConfig) -> str:
-    """Hash of all that a prediction depends on beside its prompt."""
-    about = {
-        "checkpoint": checkpoint_sha256(config.checkpoint, model_config),
-        "backend": config.backend,
-        "backend_args": config.backend_args,
-        "attn": config.attn if config.backend == "hf" else None,
-        "dtype": config.dtype,
-    }
-    return rows.sha256_of(json.dumps(about, sort_keys=True))
-
-
-def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig) -> str:
-    """Hash of a checkpoint's configuration and weights: of each weight file its size, head and samples across it."""
-    directory = Path(checkpoint)
-    if not directory.is_dir():
-        revision = getattr(model_config, "_commit_hash", None)
-        return rows.sha256_of(checkpoint, str(revision))
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".model", ".jinja") and path.name != "endprompt.json":
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin"):
-            size = path.stat().st_size
-            digest.update(path.name.encode() + struct.pack("<Q", size))
-            with open(path, "rb") as file:
-                for part in range(64):
-                    file.seek(max(0, size - 65536) * part // 63)
-                    digest.update(file.read(65536))
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
-def write_summary(config: ScoreConfig, out: rows.RunDirectory, made: list[dict[str, Any]], units: list[Unit]) -> None:
-    """Averages and heat map of the cells of this call, each file written whole."""
-    about: dict[str, Any] = {
-        "suite": "ruler",
-        "model": config.model_name,
-        "method": method_of(config),
-        "seed": config.seed,
-    }
-    averages = [rows.result_row(**about, **entry) for entry in summary.ruler_summary(made)]
+def write_summary(
+    config: ScoreConfig, out: rows.RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str
+) -> None:
+    """Averages, and RULER's heat map, of the cells of this call, each file written whole."""
+    about: dict[str, Any] = {"model": config.model_name, "method": method_of(config), "seed": config.seed}
+    about["run_sha256"] = settings
+    entries = read_run(config.directory, settings)
+    if config.suite == "longbench":
+        from benchmarks import longbench_summary
+
+        scored = {
+            unit.task: [{**s, "score": 100 * unit.score(s, text)} for s, text in predicted(entries, unit)]
+            for unit in units
+        }
+        write_lines(out.path / "summary.jsonl", longbench_summary.summary_rows(scored, **about))
+        return
+    averages = [rows.result_row(suite="ruler", **about, **entry) for entry in summary.ruler_summary(made)]
     write_lines(out.path / "summary.jsonl", averages)
-    entries = read_predictions(config.directory)
-    scored = [entry for unit in units for entry in found_by_depth(entries, unit)]
-    write_lines(out.path / "depth.jsonl", [{**about, **cell} for cell in summary.depth_table(scored)])
-
-
-def write_longbench_summary(config: ScoreConfig, out: rows.RunDirectory, units: list[Unit]) -> None:
-    """LongBench's averages by name."""
-    from benchmarks import longbench_summary
-
-    entries = read_predictions(config.directory)
-    scored = {
-        unit.task: [{**sample, "score": 100 * unit.score(sample, text)} for sample, text in predicted(entries, unit)]
-        for unit in units
-    }
-    about = {"model": config.model_name, "method": method_of(config), "seed": config.seed}
-    write_lines(out.path / "summary.jsonl", longbench_summary.summary_rows(scored, **about))
+    needles = [entry for unit in units for entry in found_by_depth(entries, unit)]
+    write_lines(out.path / "depth.jsonl", [{"suite": "ruler", **about, **one} for one in summary.depth_table(needles)])
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     rows.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-Entries = dict[tuple[str, int], dict[str, Any]]
 
 
 def found_by_depth(entries: Entries, unit: Unit) -> list[dict[str, Any]]:
@@ -640,9 +668,11 @@ def found_by_depth(entries: Entries, unit: Unit) -> list[dict[str, Any]]:
 
 
 def predicted(entries: Entries, unit: Unit) -> list[tuple[dict[str, Any], str]]:
-    """(sample, prediction) of a unit's predictions on disk; RULER's samples without their prompt."""
-    by_index = {index: e["prediction"] for (task, index), e in entries.items() if task == unit.name}
-    kept = [(i, text) for i, text in sorted(by_index.items()) if i < len(unit.samples)]
-    if isinstance(unit.samples, ruler.Cell):
-        return [(unit.samples.sample(i, whole=False), text) for i, text in kept]
-    return [(unit.samples[i], text) for i, text in kept]
+    """(sample, prediction) of each sample of a unit that was answered; RULER's samples without their prompt."""
+    limit = unit.columns["max_new_tokens"]
+    found = []
+    for i, prompt in enumerate(unit.prompts):
+        if entry := entries.get((unit.name, i, prompt, limit)):
+            sample = unit.samples.sample(i, whole=False) if isinstance(unit.samples, ruler.Cell) else unit.samples[i]
+            found.append((sample, entry["prediction"]))
+    return found

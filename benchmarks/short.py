@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from endprompt import rows
@@ -19,8 +20,8 @@ SETTINGS = {
 }
 
 
-def score(config: ScoreConfig, lm: Any) -> list[dict[str, Any]]:
-    """A row a task. humaneval runs generated code: it is left out of `all` and must be asked for by name.
+def made_rows(config: ScoreConfig, lm: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row a task, as each is done. humaneval runs generated code: it must be asked for by name.
 
     Raises ValueError for an unknown task, and if the data are neither in the hub's cache nor to be had.
     """
@@ -29,8 +30,7 @@ def score(config: ScoreConfig, lm: Any) -> list[dict[str, Any]]:
     from benchmarks.backend import no_environment_report
     from benchmarks.score import SAMPLES, method_of
 
-    made = []
-    for task in task_names(config):
+    for task in names:
         shots, metric = SETTINGS[task]
         code = task == "humaneval"
         if code:
@@ -56,22 +56,20 @@ def score(config: ScoreConfig, lm: Any) -> list[dict[str, Any]]:
             continue
         own = results["results"][task]
         stderr = own.get(metric.replace(",", "_stderr,"))
-        made.append(
-            rows.result_row(
-                suite="short",
-                task=task,
-                metric=metric.split(",")[0],
-                value=100 * own[metric],
-                stderr=100 * stderr if isinstance(stderr, float) else None,
-                n=own.get("sample_len"),
-                model=config.model_name,
-                method=method_of(config),
-                seed=config.seed,
-                shots=shots,
-                chat=config.chat,
-            )
+        yield rows.result_row(
+            suite="short",
+            task=task,
+            metric=metric.split(",")[0],
+            value=100 * own[metric],
+            stderr=100 * stderr if isinstance(stderr, float) else None,
+            n=own.get("sample_len"),
+            model=config.model_name,
+            method=method_of(config),
+            seed=config.seed,
+            shots=shots,
+            chat=config.chat,
+            **{name: value for name in ("date", "template_args") if (value := getattr(config, name))},
         )
-    return made
 
 
 def task_names(config: ScoreConfig) -> list[str]:

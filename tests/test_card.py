@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from benchmarks import commands, score
+from benchmarks import commands, fingerprint, score
 from endprompt import card, rows, train
 
 
@@ -66,9 +66,9 @@ def test_no_licence_is_made_up(tmp_path, text):
 
 def test_card_changes_no_hash_of_the_checkpoint(checkpoint):
     config = types.SimpleNamespace()
-    before = score.checkpoint_sha256(str(checkpoint), config)
+    before = fingerprint.checkpoint_sha256(str(checkpoint), config)
     (checkpoint / "README.md").unlink()
-    assert score.checkpoint_sha256(str(checkpoint), config) == before
+    assert fingerprint.checkpoint_sha256(str(checkpoint), config) == before
 
 
 def scored(checkpoint, run, **changes):
@@ -76,11 +76,12 @@ def scored(checkpoint, run, **changes):
     from endprompt.model import load_config
 
     config = score.ScoreConfig(str(checkpoint), dtype="float32", output=str(run))
-    out = rows.RunDirectory(run, config)
+    made_by = fingerprint.fingerprint(config, load_config(checkpoint))
+    out = fingerprint.begin(run, config, made_by, computes=True)
     usual = {
         "suite": "ruler", "metric": "string_match_all", "model": "out", "method": "m", "seed": 3, "n": 50,
         "backend": "hf", "attn": "sdpa", "dtype": "float32", "samples_sha256": "s",
-        "run_sha256": score.run_sha256(config, load_config(checkpoint)),
+        "run_sha256": made_by.sha256,
     } | changes  # fmt: skip
     out.add(
         [

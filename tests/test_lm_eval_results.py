@@ -21,8 +21,7 @@ def row(**changes):
 
 
 def written(folder, *lines):
-    rows.append_rows(folder / "results.jsonl", lines)
-    return lm_eval_results.write(folder, "now", "CKPT", "hf")
+    return lm_eval_results.write(folder, lines, "CKPT", "hf")
 
 
 def cells(table):
@@ -41,6 +40,7 @@ def test_lm_evals_own_table_shows_the_rows(tmp_path):
         row(),
         row(length=8192, value=50.0, stderr=None),
         row(suite="longbench", task="qasper", metric="qa_f1_score", length=None, value=31.25, stderr=1.0),
+        row(suite="longbench_e", task="lcc_e", metric="code_similarity", length=None, value=50.0, stderr=1.0),
         row(suite="short", task="gsm8k", metric="exact_match", length=None, value=12.5, shots=5),
     )
     content = json.loads(path.read_text())
@@ -48,21 +48,21 @@ def test_lm_evals_own_table_shows_the_rows(tmp_path):
         ("vt", "4096", 0.875, "0.025"),
         ("vt", "8192", 0.5, "N/A"),
         ("longbench_qasper", "qa_f1_score", 0.3125, "0.01"),
+        ("longbench_lcc_e", "code_similarity", 0.5, "0.01"),
         ("gsm8k", "exact_match", 0.125, "0.025"),
     }
-    assert content["n-shot"] == {"vt": 0, "longbench_qasper": 0, "gsm8k": 5}
+    assert content["n-shot"] == {"vt": 0, "longbench_qasper": 0, "longbench_lcc_e": 0, "gsm8k": 5}
     assert content["config"]["model_args"]["pretrained"] == "CKPT"
 
 
 def test_file_is_found_and_dated_as_lm_eval_does_and_the_latest_rows_stand_alone(tmp_path):
     first = written(tmp_path, row())
-    second = written(tmp_path, row(value=60.0), row(value=1.0, run_sha256="of another checkpoint"))
+    second = written(tmp_path, row(value=60.0))
     names = [str(path) for path in tmp_path.iterdir()]
     assert get_results_filenames(names) == [str(second)] and not first.exists()
     assert get_latest_filename([str(second), "x/results_2020-01-01T00-00-00.000000.json"]) == str(second)
     assert get_file_datetime(str(second)).startswith("20")
     assert json.loads(second.read_text())["results"]["vt"]["4096,none"] == 0.6
-    assert lm_eval_results.write(tmp_path, "nothing has this", "CKPT", "hf") is None and second.exists()
 
 
 @pytest.fixture(scope="module")

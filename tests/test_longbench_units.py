@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 def units(data, bpe, names, window=700, **options):
     config = types.SimpleNamespace(task_names=names, data_dir=data, samples=500, chat=False, max_new_tokens=None)
-    config.cache_dir = data / "cache"
+    config.cache_dir, config.date, config.template_args = data / "cache", None, ""
     prompt_length = options.pop("prompt_length", None)
     vars(config).update(options)
     return longbench.units(config, window, bpe, prompt_length)

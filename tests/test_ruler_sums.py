@@ -63,7 +63,7 @@ def test_a_search_by_sums_ends_where_one_by_the_tokenizer_does(task, kind, folde
     tokenizer, length, n = helpers.tokenizer(kind), 1500, 3
     options = ruler.Options(haystack_text=str(folder / "story.txt"), max_new_tokens=20)
     made = ruler.source(task, length, tokenizer, 0, folder, options)
-    count, join = ruler.counter(tokenizer), ruler.assembler(tokenizer, False)
+    count, join = ruler.counter(tokenizer), ruler.assembler(tokenizer)
 
     def measure(drafts, states):
         return count([join(*draft.render(state)) for draft, state in zip(drafts, states)])

@@ -1,0 +1,141 @@
+"""Chat templates, rendered for a day that is written down: a prompt is the same whenever it is made.
+
+A template may read the clock (`strftime_now`, as Llama 3.2, Granite, Mistral Small and gpt-oss do) or be given a day
+(`date_string`). Sizes, prompts and hashes all go through `renderer` with the same day and the same arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+from unittest import mock
+
+Messages = Sequence[Mapping[str, str]]
+Render = Callable[..., str]
+
+PROBE: Messages = ({"role": "user", "content": "a"},)
+#: They share neither year, month, day nor weekday.
+DAYS = (datetime.date(1999, 1, 2), datetime.date(2016, 11, 28))
+DATE_STRING = "%d %b %Y"  # as Llama's templates write the day
+
+
+def parse_day(text: str) -> datetime.date:
+    """Raises ValueError for anything but YYYY-MM-DD."""
+    try:
+        if len(text) == 10:
+            return datetime.date.fromisoformat(text)
+    except ValueError:
+        pass
+    raise ValueError(f"date must be a day as YYYY-MM-DD: date={text!r}")
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """Arguments of a template, `enable_thinking=false,reasoning_effort=high`: true, false, none, numbers, else text."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not (equals and name.isidentifier()):
+            raise ValueError(f"template_args must be NAME=VALUE,NAME=VALUE: {part!r} in template_args={text!r}")
+        words: dict[str, Any] = {"true": True, "false": False, "none": None}
+        found[name] = words[value.lower()] if value.lower() in words else number_of(value)
+    return found
+
+
+def number_of(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def renderer(tokenizer: Any, date: str | None = None, arguments: str = "") -> Render:
+    """Messages to text by the tokenizer's chat template, as on the day `date`, with further arguments of the template.
+
+    Without a day the template reads the clock itself. Raises ValueError if the tokenizer has no template.
+    """
+    given, day = settled(tokenizer, date, arguments)
+
+    def render(messages: Messages, **options: Any) -> str:
+        return apply(tokenizer, messages, day, **given, **options)
+
+    return render
+
+
+def settled(tokenizer: Any, date: str | None, arguments: str) -> tuple[dict[str, Any], datetime.date | None]:
+    """(arguments for the tokenizer's template, day at which its clock must stand)."""
+    check_template(tokenizer)
+    given = parse_arguments(arguments)
+    day = parse_day(date) if date is not None else None
+    if day is not None and date_source(tokenizer, arguments) in ("date_string", "own"):
+        return {"date_string": day.strftime(DATE_STRING), **given}, None
+    return given, day
+
+
+def check_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
+
+
+def day_read(tokenizer: Any, date: str | None, arguments: str, otherwise: Callable[[], str]) -> str | None:
+    """The day that prompts are made for: `date`, else `otherwise()`; None where the template reads none.
+
+    A template with a day of its own, which `date_string` replaces (Llama 3.1's), keeps it unless `date` is given.
+    """
+    source = date_source(tokenizer, arguments)
+    if source is None or (source == "own" and date is None):
+        return None
+    return date if date is not None else otherwise()
+
+
+def date_source(tokenizer: Any, arguments: str = "") -> Literal["clock", "date_string", "own"] | None:
+    """Where the template takes a day from: found by rendering it on different days.
+
+    "date_string": there is none if it is not given. "own": the template then writes one of its own.
+    """
+    check_template(tokenizer)
+    given = parse_arguments(arguments)
+
+    def rendered(day: datetime.date = DAYS[0], **more: str) -> str:
+        return apply(tokenizer, PROBE, day, add_generation_prompt=True, **{**given, **more})
+
+    if rendered(DAYS[0]) != rendered(DAYS[1]):
+        return "clock"
+    empty = rendered(date_string="")
+    if "date_string" in given or empty == rendered(date_string=DAYS[0].strftime(DATE_STRING)):
+        return None
+    return "date_string" if rendered() == empty else "own"
+
+
+def today(tokenizer: Any) -> str:
+    """The day that a template of this tokenizer would write now, YYYY-MM-DD."""
+    return apply(tokenizer, PROBE, None, chat_template="{{ strftime_now('%Y-%m-%d') }}")
+
+
+def apply(tokenizer: Any, messages: Messages, day: datetime.date | None, **options: Any) -> str:
+    with clock_at(day):
+        try:
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        except Exception as error:  # whatever a template raises, or makes Jinja run into
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the tokenizer's chat template fails on one turn of a user: {first}") from error
+
+
+@contextlib.contextmanager
+def clock_at(day: datetime.date | None) -> Iterator[None]:
+    """Templates rendered inside read the first moment of this day. transformers lets no caller give them a clock."""
+    if day is None:
+        yield
+        return
+    from transformers.utils import chat_template_utils
+
+    moment = datetime.datetime(day.year, day.month, day.day)
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return moment
+
+    with mock.patch.object(chat_template_utils, "datetime", Clock):
+        yield
