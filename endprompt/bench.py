@@ -78,7 +78,6 @@ class BenchConfig:
         joint: one product for q, k and v, and one for gate and up
         fused: with the lean optimizer's converted layers, norms, SwiGLU and rotations in kernels of their own with the
             products around them (see endprompt/fused.py); float8 layers have none
-        products: torch, or measured: the algorithms that measure fastest here (endprompt/products.py)
         float8: none, exact or fast (accumulation of the backward products)
         float8_head: with float8, also the logits and the gradient that goes down from them
         recompute: activation checkpointing: none, full, or selective (by memory_budget)
@@ -111,7 +110,6 @@ class BenchConfig:
     fused_sums: bool = True
     joint: bool = True
     fused: bool = True
-    products: str = "torch"
     float8: str = "none"
     float8_head: bool = False
     recompute: str = "selective"
@@ -127,14 +125,13 @@ class BenchConfig:
 
 def check(config: BenchConfig) -> None:
     """Raises ValueError naming key, value and rule."""
-    from endprompt.config import FLOAT8, PRODUCTS
+    from endprompt.config import FLOAT8
 
     choices = {
         "suite": ("none", *SUITES),
         "shape": tuple(SHAPES),
         "method": tuple(METHODS),
         "optimizer": ("lean", "adamw", "none"),
-        "products": PRODUCTS,
         "sums": ("float32", "bfloat16"),
         "float8": FLOAT8,
         "recompute": ("none", "selective", "full"),
@@ -226,13 +223,6 @@ def flops_per_token(shape: str, row_tokens: int, method: str = "full") -> float:
 
 def measure(config: BenchConfig) -> list[dict[str, Any]]:
     """Result rows of one measurement, in this process. Raises torch.OutOfMemoryError if it does not fit."""
-    from endprompt.products import CHOICES, choose_products
-
-    with choose_products(config.products == "measured", CHOICES):
-        return _measure(config)
-
-
-def _measure(config: BenchConfig) -> list[dict[str, Any]]:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1045,7 +1035,7 @@ def h200(suite: Suite) -> None:
 
     best = {"attention": faster_attention(rates, suite.config.attention)}
     sdpa = {"attention": "sdpa"}
-    plain: dict[str, Any] = {"recompute": "none", "products": "measured"}
+    plain: dict[str, Any] = {"recompute": "none"}
     float8: dict[str, Any] = {"joint": False, "float8": "fast"}
     long: dict[str, Any] = {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
     reference = {"method": "reference", "optimizer": "adamw", "fused_sums": False, "micro_rows": 1, "recompute": "full"}

@@ -47,7 +47,6 @@ class ManyConfig:
         compile: layers or none
         optimizer: as of extend; lean is for one process
         attention: as of extend
-        products: as of extend
         timeout: seconds that the run may take
     """
 
@@ -66,7 +65,6 @@ class ManyConfig:
     compile: str = "layers"
     optimizer: str = "auto"
     attention: str = "sdpa"
-    products: str = "torch"
     timeout: float = 540.0
 
 
@@ -92,7 +90,6 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
         "rows": config.rows, "micro_rows": config.micro_rows, "steps": config.steps, "dtype": config.dtype,
         "autocast": config.dtype == "float32", "checkpointing": config.checkpointing, "compile": config.compile,
         "device": config.device, "log_every": 1, "optimizer": config.optimizer, "attention": config.attention,
-        "products": config.products,
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     worker = ["-m", "endprompt.bench_many", "--worker", json.dumps({"job": job, "work": str(work)})]

@@ -61,9 +61,6 @@ class ExtendConfig:
         fused: with the lean optimizer, norms, SwiGLU and rotations of the decoder layers in kernels of their own, and
             q, k, v and gate, up as one product each, on a GPU with triton; layers in float8, and those of families
             other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
-        products: torch, or measured: on a GPU, with the lean optimizer, each matrix product in bfloat16 takes the
-            algorithm of cuBLASLt that measures fastest when it first comes up, two to three minutes in all; choices are
-            kept in ~/.cache/endprompt/products.json
         float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
         float8_head: with float8, also the logits and the gradient that goes down from them
         dtype: of the weights that are trained: float32 or bfloat16
@@ -129,7 +126,6 @@ class ExtendConfig:
     seed: int = 0
     optimizer: str = "auto"
     fused: bool = True
-    products: str = "torch"
     float8: str = "none"
     float8_head: bool = False
     dtype: str = "float32"
@@ -156,7 +152,6 @@ class ExtendConfig:
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("auto", "adamw", "masters", "lean")
-PRODUCTS = ("torch", "measured")
 FLOAT8 = ("none", "exact", "fast")
 DTYPES = ("float32", "bfloat16")
 #: Attentions whose gradients can be summed in a fixed order.
@@ -191,7 +186,6 @@ def check_config(config: ExtendConfig) -> None:
         "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
         "clip": (config.clip, config.clip >= 0, "at least 0"),
         "optimizer": (config.optimizer, config.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-        "products": (config.products, config.products in PRODUCTS, f"one of {', '.join(PRODUCTS)}"),
         "float8": (config.float8, config.float8 in FLOAT8, f"one of {', '.join(FLOAT8)}"),
         "dtype": (config.dtype, config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         "export_dtype": (
@@ -228,11 +222,6 @@ def check_config(config: ExtendConfig) -> None:
     if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
-        )
-    if config.products == "measured" and (config.optimizer != "lean" or config.deterministic):
-        raise ValueError(
-            "products are measured for the lean optimizer, and may come out in another way each time: "
-            f"products={config.products!r} optimizer={config.optimizer!r} deterministic={config.deterministic}"
         )
     if config.deterministic and config.attention not in REPEATABLE:
         raise ValueError(

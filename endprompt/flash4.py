@@ -8,50 +8,13 @@ Legend: B batch, T tokens, H query heads, G key/value heads, D head dim.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 MODULE = "flash_attn.cute.interface"
-#: The package's backward kernel for Hopper.
-HOPPER = "flash_attn.cute.flash_bwd_sm90"
-
-
-@functools.cache
-def _cache_apart() -> Any:
-    """Where the package keeps compiled kernels, on disk too if it is told to; a folder of our own."""
-    try:
-        return importlib.import_module("flash_attn.cute.cache_utils").get_jit_cache("bwd_heads_together")
-    except (ImportError, AttributeError):
-        return {}
-
-
-@contextlib.contextmanager
-def heads_together(flash: Any) -> Iterator[None]:
-    """Within it the backward kernel for Hopper works on some heads at once, at the longest of their blocks first.
-
-    The package has that order of work, for deterministic gradients alone; else it goes head by head. It changes nothing
-    but the order in which gradients are summed, and takes less time (docs/speed.md). The order is compiled in, and
-    what finds a compiled kernel again does not tell it, so these are kept apart. A version of the package that has no
-    such order is taken as it is.
-    """
-    try:
-        kernel: Any = importlib.import_module(HOPPER)
-        by_head, together = kernel.SingleTileScheduler, kernel.SingleTileLPTBwdScheduler
-        before = flash._flash_attn_bwd.compile_cache
-    except (ImportError, AttributeError):
-        yield
-        return
-    kernel.SingleTileScheduler, flash._flash_attn_bwd.compile_cache = together, _cache_apart()
-    try:
-        yield
-    finally:
-        kernel.SingleTileScheduler, flash._flash_attn_bwd.compile_cache = by_head, before
 
 
 @torch.library.custom_op("endprompt::flash4", mutates_args=())
@@ -83,8 +46,7 @@ def flash4_backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     flash: Any = importlib.import_module(MODULE)
-    with heads_together(flash):
-        grads = flash._flash_attn_bwd(query_BTHD, key_BTGD, value_BTGD, out_BTHD, grad_BTHD, lse_BHT, scaling, True)
+    grads = flash._flash_attn_bwd(query_BTHD, key_BTGD, value_BTGD, out_BTHD, grad_BTHD, lse_BHT, scaling, True)
     query, key, value = (grad.contiguous() for grad in grads[:3])
     return query, key, value
 

@@ -29,7 +29,6 @@ import torch
 from torch import nn
 
 from endprompt.linears import SummingLinear, add_weight_gradient
-from endprompt.products import plus_times, times
 from endprompt.triton_kernels import kernels_module, triton_kernels
 
 #: Classes of a family are these with Attention, MLP, RMSNorm and DecoderLayer behind.
@@ -270,14 +269,14 @@ class _NormLinears(torch.autograd.Function):
             sum_MD, norm_MD, scale_M = add_rms_norm(x_MD, added_MD, norm_weight_D, eps)
             ctx.save_for_backward(sum_MD, scale_M, norm_weight_D, *weights_and_sums)
         ctx.adds = added_MD is not None
-        return sum_MD, *(times(norm_MD, weight.t()) for weight in weights)
+        return sum_MD, *(norm_MD @ weight.t() for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, grad_sum_MD: torch.Tensor, *grads_MN: torch.Tensor) -> tuple[Any, ...]:
         x_MD, scale_M, norm_weight_D, *weights_and_sums = ctx.saved_tensors
         count = len(grads_MN)
         weights, sums = weights_and_sums[:count], weights_and_sums[count:]
-        grads_MD = [times(grad_MN, weight) for grad_MN, weight in zip(grads_MN, weights)]
+        grads_MD = [grad_MN @ weight for grad_MN, weight in zip(grads_MN, weights)]
         grad_x, norm_MD, grad_norm_weight = rms_norm_backward(x_MD, scale_M, norm_weight_D, grad_sum_MD, grads_MD)
         grad_weights = [
             _weight_gradient(total, grad_MN, norm_MD, needed)
@@ -306,13 +305,13 @@ class _SwigluLinear(torch.autograd.Function):
         h_MF = swiglu(gate_MF, up_MF)
         ctx.keep = keep
         ctx.save_for_backward(weight_NF, total_NF, h_MF if keep else None, *expanded)
-        return plus_times(residual_MN, h_MF, weight_NF.t())
+        return residual_MN + h_MF @ weight_NF.t()
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
         weight_NF, total_NF, kept_MF, *expanded = ctx.saved_tensors
         work = swiglu_backward if len(expanded) == 2 else joined_swiglu_backward
-        *grads, again_MF = work(times(grad_MN, weight_NF), *expanded, not ctx.keep)
+        *grads, again_MF = work(grad_MN @ weight_NF, *expanded, not ctx.keep)
         h_MF = kept_MF if ctx.keep else again_MF
         grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1])
         return grad_MN, grad_weight, None, None, *grads

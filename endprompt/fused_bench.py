@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from endprompt import fused, loss
-from endprompt.products import seconds_of
 from endprompt.rows import append_rows, environment, result_row
 from endprompt.triton_kernels import triton_kernels
 
@@ -211,13 +210,23 @@ def partial_norm(alone: bool) -> Callable[..., Any]:
 
 
 def duration(work: Callable[[], Any], seconds: float) -> float:
-    """Mean seconds of `work` in a row; on a CPU, which only rehearses, of one call."""
-    if torch.cuda.is_available():
-        return seconds_of(work, seconds)
+    """Mean seconds of one call in a row of about so many; on a CPU, which only rehearses, of one."""
     work()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def row(count: int) -> float:
+        begin.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count
+
+    return row(max(3, round(seconds / max(row(3), 1e-6))))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from torch import nn
 
 from endprompt.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fused, scaled_product, to_float8
 from endprompt.loss import add_product
-from endprompt.products import times
 
 
 def convert(model: nn.Module, float8: str = "none") -> int:
@@ -227,14 +226,14 @@ class _Summing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_NK: torch.Tensor, total_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight_NK, total_NK)
-        return times(x.reshape(-1, x.shape[-1]), weight_NK.t()).view(*x.shape[:-1], weight_NK.shape[0])
+        return (x.reshape(-1, x.shape[-1]) @ weight_NK.t()).view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight_NK, total_NK = ctx.saved_tensors
         grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         add_weight_gradient(total_NK, grad_MN, x_MK)
-        return times(grad_MN, weight_NK).view(x.shape), None, None
+        return (grad_MN @ weight_NK).view(x.shape), None, None
 
 
 class _Float8(torch.autograd.Function):

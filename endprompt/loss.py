@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from endprompt.plan import tokens_at_a_time
-from endprompt.products import product_into, times
 from endprompt.triton_kernels import triton_kernels
 
 
@@ -48,11 +47,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 hidden = hidden_ND[part].to(dtype)
                 chunk_of = _chunk if fuse else _chunk_eager
-                logits = times(hidden, head.T) if head8 is None else head8.output(hidden)
+                logits = hidden @ head.T if head8 is None else head8.output(hidden)
                 loss, grad_logits = chunk_of(logits, labels_N[part], weights_N[part])
                 total += loss
                 if grad_hidden is not None:
-                    product = times(grad_logits, head) if head8 is None else head8.input_gradient(grad_logits)
+                    product = grad_logits @ head if head8 is None else head8.input_gradient(grad_logits)
                     grad_hidden[part] = product.to(grad_hidden.dtype)
                 if grad_head is not None:
                     add_product(grad_head, grad_logits, hidden)
@@ -88,7 +87,7 @@ def add_product(total_NK: torch.Tensor, a_MN: torch.Tensor, b_MK: torch.Tensor) 
         if not _adds_in_float32():
             total_NK += a_MN.t() @ b_MK
             return
-        product_into(total_NK, a_MN.t(), b_MK, adds=True)
+        torch.addmm(total_NK, a_MN.t(), b_MK, out_dtype=total_NK.dtype, out=total_NK)
     else:
         total_NK.addmm_(a_MN.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))
 

@@ -50,7 +50,6 @@ from endprompt.model import (
 from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.plan import GIB, PlanConfig, fitting
 from endprompt.positions import BY_SENTENCE
-from endprompt.products import CHOICES, choose_products
 from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
@@ -201,7 +200,7 @@ def run(
             "tokens",
             here,
         )
-        with determinism.repeatable(config.deterministic), choose_products(config.products == "measured", CHOICES):
+        with determinism.repeatable(config.deterministic):
             trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
             trainer.evaluation = evaluation
             if state is not None:
@@ -317,7 +316,7 @@ def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> N
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "divergence", "checkpointing", "deterministic", "fused", "products"}
+    free |= {"report", "divergence", "checkpointing", "deterministic", "fused"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
 

@@ -22,9 +22,7 @@ PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
 BENCH, VLLM, FUSED = "endprompt/bench.py", "benchmarks/vllm_backend.py", "endprompt/fused.py"
-FLASH, PLAN = "endprompt/flash4.py", "endprompt/plan.py"
-TEXT = "endprompt/text.py"
-LT, PRODUCTS, LINEARS = "endprompt/cublaslt.py", "endprompt/products.py", "endprompt/linears.py"
+PLAN, TEXT, LINEARS = "endprompt/plan.py", "endprompt/text.py", "endprompt/linears.py"
 #: (file, text, what it becomes, tests)
 MUTANTS = [
     # what is given to vLLM
@@ -49,21 +47,6 @@ MUTANTS = [
     (FUSED, "return grad_MN, grad_weight, None, None, *grads", "return None, grad_weight, None, None, *grads", "fused"),
     (FUSED, "second * cos2 - first * sin1", "second * cos2 + first * sin1", "fused"),
     (FUSED, "return torch.cat(grads, dim=1), out", "return torch.cat(grads[::-1], dim=1), out", "fused"),
-    # products by measured algorithms
-    (LT, "(_TRANSA, b_turned), (_TRANSB, a_turned)", "(_TRANSA, a_turned), (_TRANSB, b_turned)", "products"),
-    (LT, "(inside, columns) if b_turned else (columns, inside)", "(columns, inside)", "products"),
-    (LT, "1.0 if adds else 0.0", "0.0", "products"),
-    (LT, "added = out if added_MN is None else pointer(added_MN.data_ptr())", "added = out", "products"),
-    (LT, " and result.workspace <= WORKSPACE", "", "products"),
-    (PRODUCTS, 'found["here"] != _here()', "False", "products"),
-    (PRODUCTS, "scratch, adds = torch.zeros_like(out_MN)", "scratch, adds = out_MN", "products"),
-    (PRODUCTS, "if i == 0 or _agrees(partial(work, algorithms[i]), partial(work, None), scratch):", "if True:", "products"),
-    (PRODUCTS, "sorted(mean, key=mean.__getitem__)", "sorted(mean, key=mean.__getitem__, reverse=True)", "products"),
-    # the order of attention's backward pass
-    (FLASH, "kernel.SingleTileScheduler, flash._flash_attn_bwd.compile_cache = together, _cache_apart()", "pass", "flash4"),
-    (FLASH, "flash._flash_attn_bwd.compile_cache = together, _cache_apart()", "flash._flash_attn_bwd.compile_cache = together, before", "flash4"),
-    (FLASH, "kernel.SingleTileScheduler, flash._flash_attn_bwd.compile_cache = by_head, before", "pass", "flash4"),
-    (FLASH, "    except (ImportError, AttributeError):\n        yield", "    except ImportError:\n        yield", "flash4"),
     # what a step is estimated to take
     (PLAN, "rates = ATTENTIONS[config.attention]", 'rates = ATTENTIONS["sdpa"]', "plan"),
     (PLAN, " * reach / (reach + rates.diagonal)", "", "plan"),

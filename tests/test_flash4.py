@@ -1,6 +1,5 @@
 """flash-attn-4's operators around a stand-in for its kernels, against torch's own attention."""
 
-import contextlib
 import importlib.machinery
 import sys
 import types
@@ -117,44 +116,6 @@ def test_compiled_in_one_piece_and_not_run_twice_at_a_small_memory_budget(kernel
 def test_operators_keep_torchs_rules(kernels):
     query, key, value = (torch.randn(1, 8, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     torch.library.opcheck(torch.ops.endprompt.flash4.default, (query, key, value, 0.25))
-
-
-@pytest.fixture
-def orders(monkeypatch):
-    """The package's backward kernel for Hopper, as far as it chooses the order of its work."""
-    kernel = types.ModuleType(flash4.HOPPER)
-    kernel.SingleTileScheduler, kernel.SingleTileLPTBwdScheduler = "head by head", "heads together"
-    monkeypatch.setitem(sys.modules, flash4.HOPPER, kernel)
-    return kernel
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_backward_kernel_takes_heads_together_and_others_find_theirs_again(kernels, orders, monkeypatch, fails):
-    package = sys.modules[flash4.MODULE]
-    plain, theirs, seen = package._flash_attn_bwd, {"theirs": 1}, []
-
-    def backward(*args):
-        seen.append((orders.SingleTileScheduler, package._flash_attn_bwd.compile_cache))
-        if fails:
-            raise RuntimeError("no memory")
-        return plain(*args)
-
-    backward.compile_cache = theirs
-    monkeypatch.setattr(package, "_flash_attn_bwd", backward)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="no memory") if fails else contextlib.nullcontext():
-            gradients(attention, inputs())
-    assert [order for order, _ in seen] == ["heads together"] * 2
-    assert seen[0][1] is seen[1][1] is not theirs  # compiled once, and never found by the other order
-    assert orders.SingleTileScheduler == "head by head" and backward.compile_cache is theirs
-
-
-@pytest.mark.parametrize("missing", ["SingleTileScheduler", "SingleTileLPTBwdScheduler"])
-def test_a_version_without_that_order_is_taken_as_it_is(kernels, orders, missing):
-    delattr(orders, missing)
-    parts, before = inputs(), dict(vars(orders))
-    torch.testing.assert_close(gradients(attention, parts), gradients(torchs, parts), rtol=1e-4, atol=1e-5)
-    assert dict(vars(orders)) == before
 
 
 def test_flops_are_those_of_causal_attention(kernels):

@@ -1,6 +1,5 @@
 """What docs/speed.md and the README say of the newest runs, against their rows."""
 
-import json
 import re
 from pathlib import Path
 
@@ -112,7 +111,6 @@ def test_the_profile_is_its_own(runs, run):
     assert lines["matrix products"][3] == f"{flops / one['matmul_ms'] / 1e9:.0f} TFLOP/s"
     products = [f"{runs[6][task]['matmul_ms']:,.0f}" for task in (PLAIN, WHOLE)]
     assert f"torch's own products take {products[0]} ms, the chosen ones {products[1]}" in WORDS
-    assert f"take {products[1]} ms instead of {products[0]}" in WORDS
     update = (one["update_ms"] + one["update_idle_ms"]) / 1e3
     asked, taken = ((64 * 8192 / speed - update) / 32 * 1e3 for speed in (12000, one["tokens_per_s"]))
     alone = sum(one[metric] for metric in ("matmul_ms", "attention_ms", "other_ms", "idle_ms"))
@@ -131,19 +129,6 @@ def test_gpus_apart_are_those_of_the_rows(runs):
     ]
     assert f"{ratios[0]} times transformers as it is in run 7, {ratios[1]} in run 6" in WORDS
     assert f"the whole step {changed:,.0f} instead of {plain:,.0f} tokens/s" in WORDS
-
-
-def test_the_chosen_products_are_those_that_were_measured():
-    kept = json.loads((ROOT / "docs" / "h200_products.json").read_text(encoding="utf-8"))
-    rates = []
-    for choice in kept["choices"]:
-        rows, columns, inside = choice["product"][:3]
-        times = choice["milliseconds"]
-        tflops = [2 * rows * columns * inside / ms / 1e9 for ms in (times["torch"], min(times.values()))]
-        rates.append([f"{rows} x {columns} x {inside}", *(f"{rate:.0f}" for rate in tflops)])
-    told = [cells(line)[1:] for line in section("Products by measured algorithms").splitlines() if " x " in line[:60]]
-    told = [line for line in told if len(line) == 3 and line[0][0].isdigit()]
-    assert sorted(told) == sorted(rates) and len(told) == 15
 
 
 def test_the_steps_on_another_gpu_are_those_of_its_rows():
