@@ -106,6 +106,7 @@ ELSEWHERE = {
     "extend --recipe": ("needs a checkpoint of 8B", "test_recipes.py", "test_train.py"),
     "prepare --data hub:": ("needs the network", "test_prepare.py"),
     "score extended --suite short": ("needs the network", "test_short_suite.py"),
+    "score extended --chat": ("needs a chat template", "test_score_runs.py"),
     "score extended --backend vllm": ("needs vLLM", "test_vllm_backend.py", "test_vllm.py"),
     "score extended --tasks all": ("needs RULER's own data", "test_score_ruler.py", "test_ruler_upstream.py"),
     "score extended --suite longbench --tasks e": ("needs LongBench's own data", "test_longbench_task.py"),
