@@ -31,6 +31,16 @@ MUTANTS = [
     (VLLM, "if shortest <= original < needed", "if shortest < original < needed", "vllm_backend"),
     (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "vllm_backend"),
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "vllm_backend"),
+    # what a prediction depends on
+    ("benchmarks/compare.py", 'if e["run"] == run', "if True", "score_runs"),
+    ("benchmarks/fingerprint.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "score_runs"),
+    ("benchmarks/fingerprint.py", "device=device_of(config.device).partition(\":\")[0]", 'device=""', "score_runs"),
+    ("benchmarks/fingerprint.py", "if computes or not known else known[-1]", "if True else known[-1]", "score_runs"),
+    ("benchmarks/fingerprint.py", 'seed={config.seed} samples', 'samples', "score_runs short_suite"),
+    ("benchmarks/chat.py", "moment = datetime.datetime(day.year, day.month, day.day)", "moment = datetime.datetime.now()", "score_runs"),
+    ("benchmarks/chat.py", 'if source is None or (source == "own" and date is None):', "if source is None:", "score_runs"),
+    ("benchmarks/score.py", "kept = None if config.overwrite else fingerprint.read_day(config.directory)", "kept = None", "score_runs"),
+    ("benchmarks/lab/cells.py", "cell.target, config.factor,", "cell.target, None,", "lab_matrix"),
     # runs that repeat
     ("endprompt/determinism.py", "compiler.deterministic = True", "compiler.deterministic = False", "determinism"),
     ("endprompt/determinism.py", "compiler.deterministic = by_rule", "pass", "determinism"),

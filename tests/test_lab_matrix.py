@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from lab_rows import packed_rows
@@ -87,6 +88,33 @@ def test_the_hash_follows_every_setting_and_not_the_questions():
         {"lengths": (256, 1024, 2048)},
     ):
         assert dataclasses.replace(cell, **change).sha256 != cell.sha256
+
+
+def test_the_factor_of_an_arm_is_that_of_the_model_that_is_scored(monkeypatch):
+    """Linear scaling divides every frequency by its factor: by hand from the base's own."""
+    from benchmarks.lab import cells as work
+
+    text = MATRIX.replace(
+        "  base: {train: false}", "  base: {train: false, factor: 8}\n  far: {train: false, factor: 16, method: far}"
+    )
+    text = text.replace("arms: [base], scaling: [none, yarn]}", "arms: [base, far], scaling: linear}")
+    eight, sixteen = (cell for cell in made(text) if not cell.trained and cell.seed == 0)
+    about = json.loads((Path(eight.model) / "config.json").read_text())
+    omega = about["rope_parameters"]["rope_theta"] ** (-np.arange(0, 64, 2) / 64)
+    assert work.frequencies(sixteen)[0] == pytest.approx(omega / 16) and work.bernstein_constant(sixteen) == 1 / 16
+    assert work.frequencies(eight)[0] == pytest.approx(omega / 8) and eight.sha256 != sixteen.sha256
+    monkeypatch.setattr(work, "load_model", lambda *_, config, **__: config.rope_parameters["factor"])
+    assert work.load(sixteen, Path("nowhere"), "cpu") == 16
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[1]"])
+def test_damaged_samples_of_the_cache_are_named(tmp_path, damage):
+    item = material.Samples(made()[0].model, "niah_single_1", 256, 1, 0, 30, 0, 3)
+    item.make(tmp_path)
+    path = item.path(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path.name}: this file of the cache was changed"):
+        item.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The short-text suite around lm-eval's own tasks: settings, rows, errors; the evaluation itself is lm-eval's."""
 
+import dataclasses
+import json
 import os
 
 import lm_eval.evaluator
@@ -74,3 +76,68 @@ def test_model_id_that_the_hub_does_not_give(tmp_path):
         ValueError, match=r"checkpoint 'nobody/nothing' is no directory, and the hub gives no such model"
     ):
         scoring.score(ScoreConfig("nobody/nothing", suite="short", tasks="mmlu", output=str(tmp_path / "run")))
+
+
+def test_finished_tasks_are_not_run_again_and_one_that_fails_costs_itself_alone(
+    llama, tmp_path, evaluated, monkeypatch
+):
+    config = ScoreConfig(str(llama), suite="short", tasks="mmlu,gsm8k", output=str(tmp_path / "run"))
+    answered = lm_eval.evaluator.simple_evaluate
+
+    def cut(**settings):
+        if settings["tasks"] == ["gsm8k"]:
+            raise ConnectionError("gone")
+        return answered(**settings)
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", cut)
+    with pytest.raises(ValueError, match="gsm8k"):
+        scoring.score(config)
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", answered)
+    made = scoring.score(config)
+    assert [call["tasks"] for call in evaluated] == [["mmlu"], ["gsm8k"]]
+    assert rows.read_rows(tmp_path / "run" / "results.jsonl") == made
+    monkeypatch.setattr(scoring, "load", lambda *args: pytest.fail("a model was loaded"))
+    assert scoring.score(config) == made
+    named = scoring.score(dataclasses.replace(config, name="other"))
+    assert named == [row | {"model": "other"} for row in made] and len(evaluated) == 2
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"samples": 50}, {"dtype": "float32"}])
+def test_other_settings_are_other_rows(llama, tmp_path, evaluated, change):
+    config = ScoreConfig(str(llama), suite="short", tasks="mmlu", output=str(tmp_path / "run"))
+    (first,) = scoring.score(config)
+    (other,) = scoring.score(dataclasses.replace(config, **change))
+    assert len(evaluated) == 2 and first["run_sha256"] != other["run_sha256"]
+
+
+def test_overwrite_starts_again_and_an_output_in_use_is_refused(llama, tmp_path, evaluated):
+    config = ScoreConfig(str(llama), suite="short", tasks="mmlu", output=str(tmp_path / "run"))
+    scoring.score(config)
+    scoring.score(dataclasses.replace(config, overwrite=True))
+    assert len(evaluated) == 2 and len(rows.read_rows(tmp_path / "run" / "results.jsonl")) == 1
+    with rows.sole_use(tmp_path / "run"), pytest.raises(ValueError, match="another run writes to this output now"):
+        scoring.score(dataclasses.replace(config, overwrite=True))
+    assert len(evaluated) == 2 and len(rows.read_rows(tmp_path / "run" / "results.jsonl")) == 1
+
+
+def test_lm_evals_prompts_are_of_the_day_that_was_written_down(tmp_path, evaluated, monkeypatch):
+    """What lm-eval's model class would be told, and the clock that its template would read meanwhile."""
+    from transformers import AutoTokenizer
+
+    made = ruler_helpers.checkpoint(tmp_path / "llama")
+    config_file = made / "tokenizer_config.json"
+    about = json.loads(config_file.read_text())
+    monkeypatch.setattr(scoring, "load", lambda config, *_: AutoTokenizer.from_pretrained(config.checkpoint))
+    texts = []
+    answered = lm_eval.evaluator.simple_evaluate
+
+    def simple_evaluate(**settings):
+        texts.append(settings["model"].apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+        return answered(**settings)
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", simple_evaluate)
+    config_file.write_text(json.dumps(about | {"chat_template": "{{ strftime_now('%d %b %Y') }}"}))
+    usual = {"suite": "short", "tasks": "mmlu", "chat": True, "output": str(tmp_path / "run")}
+    (row,) = scoring.score(ScoreConfig(str(made), date="2026-05-01", **usual))
+    assert texts == ["01 May 2026"] and row["date"] == "2026-05-01"
+    assert scoring.score(ScoreConfig(str(made), **usual)) == [row] and len(texts) == 1  # goes on with its day

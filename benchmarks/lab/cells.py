@@ -116,10 +116,14 @@ def load(cell: Cell, checkpoint: Path, device: str) -> Any:
     dtype = "bfloat16" if device == "cuda" else "float32"
     if cell.trained:
         return load_model(checkpoint, dtype=dtype, attention="sdpa", device=device)
+    return load_model(cell.model, dtype=dtype, attention="sdpa", device=device, config=extended(cell))
+
+
+def extended(cell: Cell) -> Any:
+    """The base's configuration with the cell's scaling, factor and options."""
+    config = cell.config([], "")
     source = load_config(cell.model)
-    scaling = cell.settings.get("scaling", "linear")
-    config = extended_config(source, scaling, cell.target, **(cell.settings.get("rope_options") or {}))
-    return load_model(cell.model, dtype=dtype, attention="sdpa", device=device, config=config)
+    return extended_config(source, config.scaling, cell.target, config.factor, **(config.rope_options or {}))
 
 
 def scored(
@@ -230,9 +234,7 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
 
 def frequencies(cell: Cell) -> tuple[np.ndarray, float]:
     """(radians per token of the extended model, float64; attention factor)."""
-    options = cell.settings.get("rope_options") or {}
-    config = extended_config(load_config(cell.model), cell.settings.get("scaling", "linear"), cell.target, **options)
-    return rope_geometry(config).frequencies(cell.target)
+    return rope_geometry(extended(cell)).frequencies(cell.target)
 
 
 def bernstein_constant(cell: Cell) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -128,13 +130,17 @@ class Samples:
 
     def read(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """(samples with input_ids, outputs, max_new_tokens and depth; what they have in common)."""
-        with np.load(self.path(folder)) as file:
-            about = json.loads(file["about"].tobytes())
-            ids = np.split(file["ids"], np.cumsum(file["lengths"])[:-1])
-        samples = [
-            {**sample, "task": self.task, "input_ids": one}
-            for sample, one in zip(about.pop("samples"), ids, strict=True)
-        ]
+        path = self.path(folder)
+        try:
+            with np.load(path) as file:
+                about = json.loads(file["about"].tobytes())
+                ids = np.split(file["ids"], np.cumsum(file["lengths"])[:-1])
+            samples = [
+                {**sample, "task": self.task, "input_ids": one}
+                for sample, one in zip(about.pop("samples"), ids, strict=True)
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it") from error
         return samples, about
 
 

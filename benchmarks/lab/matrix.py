@@ -190,7 +190,9 @@ class Cell:
     def sha256(self) -> str:
         """Hash of all that the cell's rows depend on beside the code; which questions it answers is not among it."""
         about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key not in ("questions",)}
-        about |= {"model": base_sha256(self.model), "version": VERSION}
+        # Rows of a factor that was set were once those of target / window.
+        version = VERSION if self.settings.get("factor") is None else VERSION + 1
+        about |= {"model": base_sha256(self.model), "version": version}
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
     def config(
