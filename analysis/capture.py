@@ -1,9 +1,10 @@
 """Spectra of a model's own query-key pairs, taken layer by layer while it reads a text.
 
-For the time of one forward pass two functions of the model's source file are wrapped: `apply_rotary_pos_emb`, which
-sees q and k after any q/k norm and before RoPE, and the attention function, which sees what the model really
-multiplies. So grouped queries, norms, fused projections and partial rotary need no case of their own, and every
-spectrum is checked against the model's own logit at its own distance. One layer's q and k are held at a time.
+For the time of one forward pass two functions of the model's source file are wrapped: its rotation, which sees q and k
+after any q/k norm and before RoPE, and the attention function, which sees what the model really multiplies. Which
+components make a pair is measured: the rotation is given unit vectors. So grouped queries, norms, fused projections,
+partial rotary and the order of pairs need no case of their own, and every spectrum is checked against the model's own
+logit at its own distance. One layer's q and k are held at a time.
 
 Legend: H query heads, G key heads, T tokens, P pairs, D head dim, R rotated part of it, n = R/2 frequencies.
 """
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from analysis.spectra import spectrum_from_qk
 from endprompt.model import RopeGeometry, rope_geometry
 
 if TYPE_CHECKING:
@@ -78,50 +78,147 @@ def choose_pairs(tokens: int, number: int, seed: int) -> Pairs:
 
 
 def capture(
-    model: PreTrainedModel, input_ids: Any, pairs: Pairs, consume: Callable[[LayerSpectra], None], length: int = 0
+    model: PreTrainedModel,
+    input_ids: Any,
+    pairs: Pairs,
+    consume: Callable[[LayerSpectra], None],
+    length: int = 0,
+    without_rope: list[int] | None = None,
 ) -> RopeGeometry:
     """Run the model over a text [T] and hand each layer's spectra to `consume`, which should not keep all of them.
 
-    length: tokens that the model believes to read, where its scaling depends on it (default T). Returns the geometry.
-    Raises ValueError if a weight gives a value that is not finite, if the model's source has not the two functions, or
-    if S differs from the model's own logit by more than its dtype explains (a wrong layout or frequency).
+    length: tokens that the model believes to read, where its scaling depends on it (default T). without_rope: gets the
+    layers that turn nothing, which are left out. Returns the geometry.
+    Raises ValueError if a weight gives a value that is not finite, if the model's source has not the two functions, if
+    the model's score is no function of the distance, or if S differs from the model's own logit by more than its dtype
+    explains.
     """
     geometry = rope_geometry(model.config)
     ids = torch.as_tensor(input_ids, dtype=torch.long, device=model.device)[None]
     omega, attention_factor = geometry.frequencies(length or ids.shape[1])
     query, key = (torch.as_tensor(x, device=model.device) for x in (pairs.query, pairs.key))
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    turns: list[_Turn] = []
     seen = []
 
     def on_attention(layer: int, q_HTD: torch.Tensor, k_GTD: torch.Tensor, scaling: float) -> None:
-        if len(before) != 1:
-            raise ValueError(f"layer {layer}: expected one application of RoPE before its attention, saw {len(before)}")
-        (q0_HTR, k0_GTR) = before.pop()
+        if not turns:
+            if without_rope is not None:
+                without_rope.append(layer)
+            return
+        if len(turns) != 1:
+            raise ValueError(f"layer {layer}: expected one application of RoPE before its attention, saw {len(turns)}")
+        turn = turns.pop()
+        if turn.first.size != omega.size:
+            raise ValueError(
+                f"layer {layer}: the model turns {turn.first.size} pairs of a head, its config gives {omega.size}"
+            )
         group = q_HTD.shape[0] // k_GTD.shape[0]
-        rotary = geometry.rotary_dim
-        q0, k0 = _pick(q0_HTR[..., :rotary], query), _pick(k0_GTR[..., :rotary], key).repeat(group, axis=0)
-        q1, k1 = _pick(q_HTD, query), _pick(k_GTD, key).repeat(group, axis=0)
-        z = spectrum_from_qk(q0, k0, geometry.layout)
-        constant = np.sum(q1[..., rotary:] * k1[..., rotary:], axis=-1)
+        q1, k1 = _pick(q_HTD, query), _pick(k_GTD, key)
+        q0, q_place = _complex(turn, turn.q, q1, query, q_HTD.dtype, layer)
+        k0, k_place = _complex(turn, turn.k, k1, key, k_GTD.dtype, layer)
+        if q_place != k_place:
+            raise ValueError(f"layer {layer}: the rotated part of q begins at {q_place}, that of k at {k_place}")
+        k0, k1 = k0.repeat(group, axis=0), k1.repeat(group, axis=0)
+        z = q0 * k0.conj()
+        still = np.setdiff1d(np.arange(q1.shape[-1]), k_place + turn.place[np.concatenate([turn.first, turn.second])])
+        constant = np.sum(q1[..., still] * k1[..., still], axis=-1)
         turned = z * np.exp(1j * np.multiply.outer(pairs.distance, omega))
         ours = attention_factor**2 * turned.real.sum(-1) + constant
         theirs = np.sum(q1 * k1, axis=-1)
-        size = attention_factor**2 * np.abs(z).sum(-1) + np.abs(q1[..., rotary:] * k1[..., rotary:]).sum(-1)
+        size = attention_factor**2 * np.abs(z).sum(-1) + np.abs(q1[..., still] * k1[..., still]).sum(-1)
         error = float(np.max(np.abs(ours - theirs) / np.maximum(size, np.finfo(np.float32).tiny)))
         allowed = logit_tolerance(q_HTD.dtype, float(omega.max()), int(pairs.query.max()))
         if not error <= allowed:
             raise ValueError(
                 f"layer {layer}: S(m - n) differs from the model's own logit by {error:.1e} of sum a, more than "
-                f"{allowed:.1e}: layout {geometry.layout!r} or the frequencies are not the model's"
+                f"{allowed:.1e}: the config's frequencies are not the model's"
             )
         consume(LayerSpectra(layer, z, constant / attention_factor**2, scaling, error))
         seen.append(layer)
 
-    with torch.no_grad(), _wrapped(model, before, on_attention):
+    with torch.no_grad(), _wrapped(model, turns, on_attention, tokens=ids.shape[1]):
         model.base_model(input_ids=ids, use_cache=False)
     if not seen:
         raise ValueError(f"no attention layer of {type(model).__name__} could be read")
     return geometry
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One application of the model's rotation.
+
+    q, k: (before, after) it, [H, T, R]. first, second: components of each pair, int [n]; the first turns towards the
+    second. place: where the rotation puts each component, int [R].
+    """
+
+    q: tuple[torch.Tensor, torch.Tensor]
+    k: tuple[torch.Tensor, torch.Tensor]
+    first: np.ndarray
+    second: np.ndarray
+    place: np.ndarray
+
+
+def measured_pairs(rotate: Callable[[torch.Tensor], torch.Tensor], q_BHTR: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """(first, second, place) of a rotation as in `_Turn`, from what it makes of unit vectors at positions 0 and 1.
+
+    Raises ValueError if what it does is not to turn pairs.
+    """
+    tokens, rotary = q_BHTR.shape[-2:]
+    units = torch.eye(rotary, dtype=q_BHTR.dtype, device=q_BHTR.device)
+    out = rotate(units[:, None, None].expand(-1, 1, tokens, -1).contiguous())
+    start, turned = out[:, 0, 0].double().cpu().numpy(), out[:, 0, 1].double().cpu().numpy()
+    place = np.abs(start).argmax(1)
+    moved = turned[:, place]
+    moved = moved - np.diag(np.diag(moved))
+    first = np.flatnonzero((moved > 0).any(1))
+    second = moved[first].argmax(1)
+    pairs = np.zeros_like(moved)
+    pairs[first, second], pairs[second, first] = moved[first, second], -moved[first, second]
+    whole = ((start != 0).sum(1) == 1).all() and np.unique(place).size == rotary
+    if not (whole and first.size and np.array_equal(pairs, moved)):
+        raise ValueError("the model's rotation does not turn pairs of components, each by an angle of its own")
+    return first, second, place
+
+
+def _complex(
+    turn: _Turn,
+    turned: tuple[torch.Tensor, torch.Tensor],
+    used: np.ndarray,
+    places: torch.Tensor,
+    dtype: torch.dtype,
+    layer: int,
+) -> tuple[np.ndarray, int]:
+    """(pairs of q or k as complex numbers [H, P, n]; where their part of the head begins in what attention is given).
+
+    used: what attention is given, [H, P, D]. A factor for each head and token between rotation and attention (a norm
+    without weights, a temperature that grows with the position) is taken along, and so are heads that were repeated.
+    Raises ValueError for anything else in between.
+    """
+    before, after = (_pick(x, places) for x in turned)
+    if not np.isfinite(used).all():
+        raise ValueError("queries and keys must be finite: found NaN or infinity")
+    heads, rotary = used.shape[0], after.shape[-1]
+    repeated = heads // after.shape[0]
+    best = None
+    for order in (np.repeat(np.arange(after.shape[0]), repeated), np.tile(np.arange(after.shape[0]), repeated)):
+        for begin in {0, used.shape[-1] - rotary}:
+            if order.size != heads or begin < 0:
+                continue
+            part, given = after[order], used[..., begin : begin + rotary]
+            size = np.maximum(np.abs(given).max(-1), np.finfo(np.float32).tiny)
+            exact = bool((np.abs(given - part).max(-1) <= 4 * torch.finfo(dtype).eps * size).all())
+            factor = np.sum(given * part, -1) / np.maximum(np.sum(part * part, -1), np.finfo(np.float32).tiny)
+            factor = np.ones_like(factor) if exact else factor
+            error = float((np.abs(given - factor[..., None] * part).max(-1) / size).max())
+            if best is None or error < best[0]:
+                best = (error, order, begin, factor)
+    if best is None or best[0] > 16 * torch.finfo(dtype).eps:
+        raise ValueError(
+            f"layer {layer}: between RoPE and attention the model changes q or k by more than a factor for each head "
+            "and token (a norm with weights, say): its score is no function of the distance alone"
+        )
+    _, order, begin, factor = best
+    return factor[..., None] * (before[order][..., turn.first] + 1j * before[order][..., turn.second]), begin
 
 
 def logit_tolerance(dtype: torch.dtype, sigma: float, position: int) -> float:
@@ -134,33 +231,56 @@ def _pick(x_HTD: torch.Tensor, places: torch.Tensor) -> np.ndarray:
     return x_HTD[:, places].double().cpu().numpy()
 
 
+#: Names of functions (q, k, ...) -> (q, k) that rotate, in transformers' sources.
+ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave", "apply_rotary_emb")
+
+
 @contextlib.contextmanager
-def _wrapped(model: PreTrainedModel, before: list[Any], on_attention: Callable[..., None]) -> Iterator[None]:
+def _wrapped(
+    model: PreTrainedModel, turns: list[_Turn], on_attention: Callable[..., None], tokens: int
+) -> Iterator[None]:
     layers = [m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
     sources = {sys.modules[type(m).__module__] for m in layers}
-    name = model.config._attn_implementation
+    implementation = model.config._attn_implementation
+    measured: dict[tuple[Any, int], Any] = {}
+
+    def recording(rotate: Callable[..., Any]) -> Callable[..., Any]:
+        def record(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def heads_first(x: torch.Tensor) -> torch.Tensor:  # some rotate before they swap heads and tokens
+                return x if q.shape[2] == tokens else x.transpose(1, 2)
+
+            def turned(x: torch.Tensor) -> torch.Tensor:
+                x = heads_first(x)
+                return heads_first(rotate(x, x, *args, **kwargs)[0])
+
+            q1, k1 = rotate(q, k, *args, **kwargs)
+            if (rotate, q.shape[-1]) not in measured:
+                measured[rotate, q.shape[-1]] = measured_pairs(turned, heads_first(q))
+            here = [heads_first(x)[0] for x in (q, q1, k, k1)]
+            turns.append(_Turn((here[0], here[1]), (here[2], here[3]), *measured[rotate, q.shape[-1]]))
+            return q1, k1
+
+        return record
+
     with contextlib.ExitStack() as stack:
         for source in sources:
-            rotate = getattr(source, "apply_rotary_pos_emb", None)
+            names = [name for name in ROTATIONS if hasattr(source, name)]
             functions = getattr(source, "ALL_ATTENTION_FUNCTIONS", None)
-            if rotate is None or functions is None:
+            if not names or functions is None:
                 raise ValueError(
-                    f"q and k cannot be captured: {source.__name__} has no apply_rotary_pos_emb or does not use "
+                    f"q and k cannot be captured: {source.__name__} has no function {ROTATIONS[0]} or does not use "
                     "transformers' attention interface"
                 )
-            attend = functions.get_interface(name, getattr(source, "eager_attention_forward", None))
-
-            def record(q: torch.Tensor, k: torch.Tensor, *args: Any, _rotate: Any = rotate, **kwargs: Any) -> Any:
-                before.append((q[0], k[0]))
-                return _rotate(q, k, *args, **kwargs)
+            attend = functions.get_interface(implementation, getattr(source, "eager_attention_forward", None))
 
             def watch(module: Any, query: Any, key: Any, *args: Any, _attend: Any = attend, **kwargs: Any) -> Any:
                 scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
                 on_attention(module.layer_idx, query[0], key[0], float(scaling))
                 return _attend(module, query, key, *args, **kwargs)
 
-            setattr(source, "apply_rotary_pos_emb", record)  # noqa: B010
-            stack.callback(setattr, source, "apply_rotary_pos_emb", rotate)
-            functions[name] = watch  # an entry of this instance, above the class-wide one of the same name
-            stack.callback(functions.pop, name, None)
+            for name in names:
+                stack.callback(setattr, source, name, getattr(source, name))
+                setattr(source, name, recording(getattr(source, name)))
+            functions[implementation] = watch  # an entry of this instance, above the class-wide one of the same name
+            stack.callback(functions.pop, implementation, None)
         yield

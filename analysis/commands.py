@@ -14,10 +14,13 @@ class VerifyConfig:
         checkpoint: directory of the model (transformers format).
         against: directory of the model before extension: shows what training changed.
         target: window L in tokens (default: the checkpoint's own); distances 0..L-1 are examined.
-        context: tokens of a training row's context (default: the original window less the prompt).
-        prompt: tokens of the end prompt.
-        scheme: position scheme that the rows were laid out by (see `endprompt positions`).
-        count: number of anchors, for scheme anchors.
+        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
+        context: tokens of a training row's context (default: as the checkpoint's endprompt.json says, else the
+            original window less the prompt).
+        prompt: tokens of the end prompt (default: as recorded there, else 20).
+        scheme: position scheme that the rows were laid out by, see `endprompt positions` (default: as recorded, else
+            endprompt).
+        count: number of anchors, for scheme anchors (default: as recorded, else 4).
         text: a text file to read (default: the sample that ships with the package).
         tokens: at most this many tokens of the text are read, and never more than the original window.
         pairs: query-key pairs for each head.
@@ -35,10 +38,11 @@ class VerifyConfig:
     checkpoint: str
     against: str | None = None
     target: int | None = None
+    window: int | None = None
     context: int | None = None
-    prompt: int = 20
-    scheme: str = "endprompt"
-    count: int = 4
+    prompt: int | None = None
+    scheme: str | None = None
+    count: int | None = None
     text: str | None = None
     tokens: int = 1024
     pairs: int = 256

@@ -13,7 +13,7 @@ import numpy as np
 from analysis import observability
 from analysis.commands import PositionsConfig
 from analysis.spectra import rope_freqs
-from endprompt.positions import WITH_PROMPT, Intervals
+from endprompt.positions import Intervals
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Coverage:
 def survey(config: PositionsConfig) -> list[Coverage]:
     """The scheme of the configuration, or all of them. Raises ValueError for sizes that do not fit."""
     schemes = observability.with_room_for(config.prompt) if config.scheme == "all" else (config.scheme,)
-    if config.scheme in WITH_PROMPT and not config.prompt:
-        raise ValueError(f"scheme {config.scheme!r} places an end prompt, so it needs one: prompt={config.prompt}")
     tokens = config.context + config.prompt
     factor = config.target / tokens if config.factor is None else config.factor
     omega, _ = rope_freqs(config.base, config.head_dim, "linear", factor, tokens)
     # One gap for all, the fixed end prompt's, so that the predictions can be compared.
-    _, reference = observability.distance_segments(config.target, config.context, config.prompt, "endprompt")
+    _, reference = observability.distance_segments(
+        config.target, config.context, config.prompt, "endprompt" if config.prompt else "contiguous"
+    )
     if not reference:
         raise ValueError(
             "the target must leave a gap: "

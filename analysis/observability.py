@@ -86,7 +86,7 @@ def pair_counts(scheme: str, context: int, prompt: int, target: int, *, count: i
     Exact: the sum over all outcomes of the scheme's draws, divided by their number. A token with itself counts (d = 0).
     count: number of anchors (scheme `anchors`). Sentences are taken to be of equal length.
     """
-    positions.check_sizes(context, prompt, target)
+    positions.check_sizes(context, prompt, target, scheme)
     if prompt > context:
         raise ValueError(f"the end prompt must not be longer than the context: {prompt=} {context=}")
     if scheme not in SCHEMES:

@@ -46,6 +46,7 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
     base, rotary = geometry.parameters["rope_theta"], geometry.rotary_dim
     kind = geometry.parameters.get("rope_type", "default")
     prompt, noise = config.prompt, config.noise
+    fixed = ("contiguous", "endprompt") if prompt else ("contiguous",)
     own, _ = geometry.frequencies(target)
 
     def frequencies(length: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
 
     def predicted(scheme: str, length: int, tokens: int, count: int = 4) -> float | None:
         try:
-            _, reference = observability.distance_segments(length, tokens, prompt, "endprompt")
+            _, reference = observability.distance_segments(length, tokens, prompt, fixed[-1])
             observed, _ = observability.distance_segments(length, tokens, prompt, scheme, count=count)
         except ValueError:  # sizes that do not fit together: no point on the curve
             return None
@@ -68,9 +69,8 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
 
     targets = sorted({window * factor for factor in FACTORS} | {target})
     contexts = sorted({max(prompt, window * share // 8, 1) for share in range(1, 9)} | {context})
-    fixed = ("contiguous", "endprompt") if prompt else ("contiguous",)
     schemes = []
-    _, reference = observability.distance_segments(target, context, prompt, "endprompt")
+    _, reference = observability.distance_segments(target, context, prompt, fixed[-1])
     for scheme in observability.with_room_for(prompt):
         once = predicted(scheme, target, context, config.count)
         if once is None:

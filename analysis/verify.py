@@ -7,6 +7,7 @@ Values are in units of the logit (attention factor squared and 1/sqrt(D) include
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,17 @@ from analysis.rank import true_sup
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt.positions import Intervals
-from endprompt.rows import RunDirectory, parse_object, read_rows, read_text, result_row, sha256_of, sole_use, write_text
+from endprompt.rows import (
+    RECORD,
+    RunDirectory,
+    read_rows,
+    read_text,
+    recorded,
+    result_row,
+    sha256_of,
+    sole_use,
+    write_text,
+)
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
 CURVE_POINTS = 2048
@@ -75,6 +86,11 @@ class VerifyReport:
         lines = [
             f"{self.checkpoint}: {c['layers']} layers x {c['heads']} heads x {c['pairs']} pairs, "
             f"distances 0..{c['length'] - 1}",
+            *(
+                [f"layers without RoPE, left out: {', '.join(map(str, c['without_rope']))}"]
+                if c["without_rope"]
+                else []
+            ),
             f"observed {spell(c['observed'])}; gap {spell(c['gap'])}",
             f"{'bound (over the whole line)':<46}{'share within':>13}{'largest/bound':>15}",
         ]
@@ -143,6 +159,7 @@ class Scene:
     gap: Intervals
     samples: str
     heads: list[tuple[int, int]]
+    without_rope: list[int] = dataclasses.field(default_factory=list)
 
 
 def prepare(config: VerifyConfig) -> Scene:
@@ -166,19 +183,15 @@ def prepare(config: VerifyConfig) -> Scene:
                 f"against must be the model before extension, of the same architecture: against={config.against!r} "
                 f"differs in {', '.join(differing)}"
             )
-    length = geometry.window if config.target is None else config.target
-    window = original_window(geometry) if base is None else models.rope_geometry(base).window
-    context = window - config.prompt if config.context is None else config.context
-    if length <= window and config.context is None:
-        raise ValueError(
-            f"the target must be above the window that was trained: target={length} window={window} "
-            "(give --target; or --against the base, or --context, where the config does not say what it was)"
-        )
-    observed, gap = observability.distance_segments(length, context, config.prompt, config.scheme, count=config.count)
+    config, window, length = resolved(config, settings, base)
+    scheme, context, prompt, count = config.scheme, config.context, config.prompt, config.count
+    assert scheme is not None and context is not None and prompt is not None and count is not None
+    observed, gap = observability.distance_segments(length, context, prompt, scheme, count=count)
     if not gap:
         raise ValueError(
-            f"the target must leave a gap, but scheme {config.scheme!r} observes every distance below it: "
-            f"target={length} {context=} prompt={config.prompt}"
+            f"the target must leave a gap, but scheme {scheme!r} observes every distance below it: "
+            f"target={length} {context=} {prompt=} (scheme, context and prompt are those of the flags, else of the "
+            f"checkpoint's {RECORD})"
         )
     omega, attention_factor = geometry.frequencies(length)
     text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
@@ -217,12 +230,37 @@ def parse_heads(names: str, layers: int, heads: int) -> list[tuple[int, int]]:
     return found
 
 
-def original_window(geometry: Any) -> int:
-    """Window before extension, from what the scaling says of it."""
-    original = geometry.parameters.get("original_max_position_embeddings")
-    if original or geometry.parameters.get("rope_type") == "dynamic":
-        return int(original or geometry.window)
-    return int(geometry.window / geometry.parameters.get("factor", 1.0))
+def resolved(config: VerifyConfig, settings: Any, base: Any | None) -> tuple[VerifyConfig, int, int]:
+    """(the configuration with target, scheme, context, prompt and count; window before extension; window after it).
+
+    Flags go before the checkpoint's own record, and that before what its config says. Raises ValueError where nothing
+    says what the window was.
+    """
+    from endprompt.model import window_of
+
+    record = recorded(config.checkpoint)
+    known = None not in (record.get("window"), record.get("target"), record.get("row_tokens"))
+    trained = record.get("config", {}) if known else {}
+    rows = {"scheme": trained.get("scheme"), "count": trained.get("anchors"), "prompt": None}
+    if known:
+        rows["prompt"] = record.get("prompt_tokens", 0)
+    for key, usual in (("scheme", "endprompt"), ("count", 4), ("prompt", 20)):
+        stated = getattr(config, key)
+        rows[key] = next(value for value in (stated, rows[key], usual) if value is not None)
+    now = None if known and config.window is None else window_of(settings, config.window)
+    if base is not None:
+        window = window_of(base).window
+    else:
+        window = int(record["window"]) if now is None else now.original
+    length = config.target or (int(record["target"]) if now is None else now.window)
+    if length <= window and config.context is None:
+        raise ValueError(
+            f"the target must be above the window that was trained: target={length} window={window} "
+            "(give --target; or --against the base, or --context, where the config does not say what it was)"
+        )
+    row_tokens = int(record["row_tokens"]) if known else window
+    context = row_tokens - rows["prompt"] if config.context is None else config.context
+    return dataclasses.replace(config, context=context, **rows), window, length
 
 
 def load(path: str, config: VerifyConfig) -> Any:
@@ -248,7 +286,12 @@ def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None
             consume(layer)
             progress.advance(bar)
 
-        capture(model, scene.ids, scene.pairs, pass_on)
+        without_rope: list[int] = []
+        capture(model, scene.ids, scene.pairs, pass_on, without_rope=without_rope)
+    scene.without_rope[:] = without_rope
+    for layer, head in scene.heads:
+        if layer in without_rope:
+            raise ValueError(f"heads must be of layers with RoPE, which layer {layer} has not: heads={layer}.{head}")
 
 
 class Findings:
@@ -375,6 +418,7 @@ class Findings:
             "attention_factor": scene.attention_factor,
             "radius": nonvacuous_radius(scene.omega),
             "layers": len(layers),
+            "without_rope": scene.without_rope,
             "heads": int(heads),
             "pairs": int(pairs),
             "curves": [self.drawn(curve) for curve in to_draw],
@@ -441,8 +485,7 @@ class Findings:
 
     def method(self) -> str:
         scaling = self.scene.geometry.parameters.get("rope_type", "default")
-        note = Path(self.scene.config.checkpoint) / "endprompt.json"
-        noted = parse_object(note.read_bytes(), str(note)).get("method") if note.is_file() else None
+        noted = recorded(self.scene.config.checkpoint).get("method")
         return self.scene.config.method or str(noted or ("base" if scaling == "default" else scaling))
 
     def rows(

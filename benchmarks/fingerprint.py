@@ -29,7 +29,7 @@ RUNS = "runs.jsonl"
 DAY = "day.txt"
 #: Settings that choose the prompts, which are hashed one by one as texts: with more samples, the answers of few stay.
 #: (The short-text tasks make theirs inside lm-eval: for them `Fingerprint.asked` has what they depend on.)
-PROMPTS = frozenset({"tasks", "lengths", "samples", "seed", "data_dir", "haystack_text", "shots", "hops"})
+PROMPTS = frozenset({"tasks", "lengths", "samples", "seed", "data_dir", "haystack_text", "shots", "hops", "window"})
 #: Settings that change no prediction: where and under what name it is kept, what is shown, how many run together.
 FREE = frozenset(
     {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "compare", "json", "quiet"}

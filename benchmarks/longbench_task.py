@@ -199,10 +199,12 @@ def window_of(metadata: Mapping[str, Any]) -> int:
         return int(window)
     from transformers import AutoConfig
 
+    from endprompt import model
+
     if not isinstance(metadata.get("pretrained"), str):
         raise ValueError("LongBench's prompts are cut to the model's window: give it as max_length= in --metadata")
     trust = bool(metadata.get("trust_remote_code"))
     config = AutoConfig.from_pretrained(
         metadata["pretrained"], revision=metadata.get("revision") or "main", trust_remote_code=trust
     )
-    return int(config.max_position_embeddings)
+    return model.window_of(config).window

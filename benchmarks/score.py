@@ -55,6 +55,7 @@ class ScoreConfig:
         date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
             given.
         template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
+        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
         beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
@@ -90,6 +91,7 @@ class ScoreConfig:
     chat: bool = False
     date: str | None = None
     template_args: str = ""
+    window: int | None = None
     beyond_window: bool = False
     backend: Literal["hf", "vllm"] = "hf"
     backend_args: str = ""
@@ -249,11 +251,11 @@ def check_weights(directory: Path) -> None:
     shares.stored_shapes(directory)
 
 
-def window_of(model_config: PretrainedConfig) -> int:
-    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if not window:
-        raise ValueError("the checkpoint's config must give its window: max_position_embeddings")
-    return int(window)
+def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int | None = None) -> int:
+    """Tokens that the checkpoint reads; a question of its config that `needed` tokens do not touch is not asked."""
+    from endprompt import model
+
+    return model.window_of(model_config, config.window, needed).window
 
 
 # ------------------------------------------------------------------------------------------------------------- units
@@ -264,7 +266,7 @@ def prepare(config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreT
     if config.suite == "longbench":
         from benchmarks import longbench
 
-        return longbench.units(config, window_of(model_config), tokenizer)
+        return longbench.units(config, window_of(config, model_config), tokenizer)
     from benchmarks import cache
 
     names = list(ruler.TASKS) if config.task_names == ["all"] else config.task_names
@@ -272,7 +274,8 @@ def prepare(config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreT
         ruler.check_task(name)
     if not names:
         raise ValueError("tasks must name at least one task, or be all")
-    window = window_of(model_config)
+    asked = 1 if config.beyond_window or config.prepare_only else max(config.length_list)
+    window = window_of(config, model_config, asked)
     over = [length for length in config.length_list if length > window]
     if over and not config.beyond_window and not config.prepare_only:
         raise ValueError(
@@ -357,7 +360,9 @@ def score_short(
     names = short.task_names(config)
     done, renamed = earlier_rows(config, made_by.sha256, ("suite", "task"), {name: ("short", name) for name in names})
     waiting = [name for name in names if name not in done]
-    lm = load(config, window_of(model_config), 1, model_config, tokenizer) if waiting else None  # texts of all lengths
+    lm = (
+        load(config, window_of(config, model_config, needed=1), 1, model_config, tokenizer) if waiting else None
+    )  # texts of all lengths
     out: rows.RunDirectory | None = None
     if renamed and rank == 0:
         out = fingerprint.begin(config.directory, config, made_by, computes=bool(waiting))
@@ -473,7 +478,7 @@ def load(
             return LongContextLM(
                 pretrained=config.checkpoint,
                 tokenizer=tokenizer,
-                max_length=max(needed, window_of(model_config)),
+                max_length=max(needed, window_of(config, model_config, needed)),
                 dtype=config.dtype,
                 device=fingerprint.device_of(config.device),
                 batch_size=config.batch_size,

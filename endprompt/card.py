@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from endprompt.rows import parse_object, write_text
+from endprompt.rows import RECORD, parse_object, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 CARD = "README.md"
-RECORD = "endprompt.json"  # what a finished output says of its making
 #: What makes a checkpoint; logs, training states and notes that name folders of this machine stay here.
 UPLOADED = (
     "*.safetensors",
@@ -166,7 +165,7 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
     config, environment = record["config"], record["environment"]
     scaling = str(config["scaling"])
     if scaling != "none":
-        scaling += f", factor {config.get('factor') or record['target'] / record['window']:g}"
+        scaling += f", factor {record.get('factor') or config.get('factor') or record['target'] / record['window']:g}"
     if config.get("rope_options"):
         scaling += ", " + ", ".join(f"{key}={value}" for key, value in config["rope_options"].items())
     loss = record.get("final_loss")

@@ -24,7 +24,8 @@ class ExtendConfig:
             relay, sentences, endprompt-sentences, randomised
         scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
             longrope
-        factor: scaling factor; default target / window
+        factor: scaling factor; default target / window; of a checkpoint that is scaled already, by how much more
+        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling
         rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
             high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
             to 1 and to ntk's divisors
@@ -97,6 +98,7 @@ class ExtendConfig:
     scheme: str = "endprompt"
     scaling: str = "linear"
     factor: float | None = None
+    window: int | None = None
     rope_options: dict[str, Any] | None = None
     prompt: str | list[str] | None = None
     prompt_weight: float | None = None

@@ -116,7 +116,8 @@ def document_of(record: Any, where: str) -> Document:
         if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise ValueError(f"{where}: input_ids must be a list of integers >= 0")
         return Document(input_ids=ids, where=where)
-    text, completion = record.get("text"), record.get("completion", "")
+    text, completion = record.get("text"), record.get("completion")
+    completion = "" if completion is None else completion  # as Parquet has what a row leaves out
     if not isinstance(text, str) or not isinstance(completion, str):
         raise ValueError(f"{where}: a document must have `text` (and may have `completion`) as strings, or `input_ids`")
     try:

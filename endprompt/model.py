@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from endprompt import distributed, flash4, length_rope
 from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model to everyone else)
     RopeGeometry,
+    Window,
     check_frequencies,
     check_whole_attention,
     extended_config,
     extended_rope_parameters,
     rope_geometry,
+    window_of,
 )
 from endprompt.text import vocabulary
 
@@ -347,6 +349,8 @@ def checkpoint_path(path: str | Path) -> Path:
         raise ValueError(f"the checkpoint directory must exist: model={str(path)!r}")
     if directory.name.endswith(".partial"):
         raise ValueError(f"this directory belongs to an unfinished run: model={str(path)!r}")
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(f"{directory}: the folder holds an adapter (adapter_config.json): merge it first")
     if not (directory / "config.json").is_file():
         raise ValueError(f"a checkpoint directory must hold config.json: model={str(path)!r}")
     return directory
@@ -448,6 +452,23 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
     return model
 
 
+def check_builds(config: PretrainedConfig) -> None:
+    """Make the model of a config without its weights, which takes a second at most for any size.
+
+    Raises ValueError if transformers makes none of it, or one whose RoPE is not what the config says.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the family's own code runs into
+        where = f"{config.name_or_path}: " if config.name_or_path else ""
+        raise ValueError(f"{where}transformers makes no model of this config: {error}") from error
+    check_frequencies(model)
+
+
 def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict[str, torch.Tensor]:
     """All weights on the CPU in `dtype`, tied ones once.
 
@@ -477,13 +498,36 @@ def export(
     """
     model.config._attn_implementation = "sdpa"
     model.config.use_cache = True
+    forget_the_source(model, tokenizer)
     with quiet():
         model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
     config = copy.deepcopy(model.config)
     config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one
     config.save_pretrained(directory)
-    tokenizer.model_max_length = int(model.config.max_position_embeddings)
+    tokenizer.model_max_length = window_of(model.config, needed=model.config.max_position_embeddings).window
     tokenizer.save_pretrained(directory)
+
+
+#: Keys of a config that name files, or layers, of the checkpoint that was read; of a tokenizer's only the first.
+CODE_KEYS = ("auto_map", "custom_pipelines")
+LAYER_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+
+
+def forget_the_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take out of both configs what points at Python files of the source, where transformers' own classes are used.
+
+    Layers that predict further tokens are counted as 0 where the model that was trained has none of them.
+    """
+    if type(model).__module__.startswith("transformers."):
+        for key in CODE_KEYS:
+            if hasattr(model.config, key):
+                delattr(model.config, key)
+        names = " ".join(name for name, _ in model.named_modules())
+        for key in LAYER_KEYS:
+            if getattr(model.config, key, None) and "mtp" not in names and "nextn" not in names:
+                setattr(model.config, key, 0)
+    if type(tokenizer).__module__.startswith("transformers."):
+        tokenizer.init_kwargs.pop("auto_map", None)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -77,6 +77,7 @@ class PlanConfig:
         method: endprompt (short rows), full (rows of the whole target) or longlora
         target: the extended window
         row_tokens: physical tokens of a row; default the model's window for endprompt, else the target
+        window: of the checkpoint, where its config leaves open whether it is stated before or after scaling
         gpus: how many, of one kind
         device: H200, H100 or A100
         tokens: training tokens of the run
@@ -92,6 +93,7 @@ class PlanConfig:
     method: str = "endprompt"
     target: int = 65536
     row_tokens: int | None = None
+    window: int | None = None
     gpus: int = 1
     device: str = "H200"
     tokens: int = 1_000_000_000
@@ -167,22 +169,22 @@ class Plan:
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
-def shape_of(model: str) -> Shape:
+def shape_of(model: str, window: int | None = None) -> Shape:
     """The shape by name, or of a checkpoint's config. Raises ValueError for neither, and for what cannot be planned."""
     from endprompt.bench import SHAPES
 
     if model in SHAPES:
         vocabulary, hidden, layers, heads, groups, intermediate, window, _, tied = SHAPES[model]
         return Shape(vocabulary, hidden, layers, hidden // heads * groups, intermediate, window, tied)
-    from endprompt.model import check_whole_attention, load_config, rope_geometry
+    from endprompt.model import check_whole_attention, load_config
 
     config = load_config(model)
-    shape = counted(config)
-    check_whole_attention(config, rope_geometry(config).window)
+    shape = counted(config, window)
+    check_whole_attention(config, shape.window)
     return shape
 
 
-def counted(config: Any) -> Shape:
+def counted(config: Any, window: int | None = None) -> Shape:
     """The shape of transformers' own model of this config, made without weights (a second for any size).
 
     Raises ValueError where the formulas of this module do not hold: a layer whose attention is not that of query, key,
@@ -191,7 +193,7 @@ def counted(config: Any) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from endprompt.model import rope_geometry
+    from endprompt.model import rope_geometry, window_of
 
     geometry = rope_geometry(config)
     kind, hidden = config.model_type, config.hidden_size
@@ -220,8 +222,8 @@ def counted(config: Any) -> Shape:
     tied = model.get_output_embeddings().weight is embeddings
     other = sum(p.numel() for p in model.parameters()) - stored - embeddings.numel() * (1 if tied else 2)
     intermediate = round((active / len(layers) - attention_matrices) / (3 * hidden))
-    vocabulary, window = embeddings.shape[0], geometry.window
-    return Shape(vocabulary, hidden, len(layers), kv, intermediate, window, tied, query, stored, active, other)
+    vocabulary, reads = embeddings.shape[0], window_of(config, window).window
+    return Shape(vocabulary, hidden, len(layers), kv, intermediate, reads, tied, query, stored, active, other)
 
 
 def unused_experts(config: Any, layer: Any) -> int:
@@ -340,7 +342,7 @@ def plans(config: PlanConfig) -> list[Plan]:
         raise ValueError(f"the lean optimizer is for one GPU; take optimizer=adamw: gpus={config.gpus}")
     if config.model not in SHAPES and not config.model.strip():
         raise ValueError(f"model must be a checkpoint directory or one of {', '.join(SHAPES)}: model={config.model!r}")
-    shape = shape_of(config.model)
+    shape = shape_of(config.model, config.window)
     row_tokens = config.row_tokens or (shape.window if config.method == "endprompt" else config.target)
     if row_tokens > config.target:
         raise ValueError(f"a row must fit into the target: row_tokens={row_tokens} target={config.target}")
@@ -362,7 +364,7 @@ def plans(config: PlanConfig) -> list[Plan]:
 
 def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
     """What to change in a run that was out of memory with `micro_rows`, by the estimate, for its message."""
-    shape = shape_of(config.model)
+    shape = shape_of(config.model, config.window)
     row_tokens = config.row_tokens or shape.window
     smallest = 0.0
     for recompute in ("none", "selective", "full"):

@@ -195,7 +195,7 @@ def layout(
     """Positions of one row by the scheme's name. Raises ValueError naming key, value and rule."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: {scheme=}")
-    check_sizes(context, prompt, target)
+    check_sizes(context, prompt, target, scheme)
     return SCHEMES[scheme](context, prompt, target, rng, **options)
 
 
@@ -206,11 +206,14 @@ def position_ids(
     return layout(scheme, context, prompt, target, rng, **options).position_ids
 
 
-def check_sizes(context: int, prompt: int, target: int) -> None:
+def check_sizes(context: int, prompt: int, target: int, scheme: str | None = None) -> None:
+    """Raises ValueError for sizes that fit no row, or not one of this scheme."""
     if context < 1:
         raise ValueError(f"the context needs at least one token: {context=}")
     if prompt < 0:
         raise ValueError(f"the end prompt's length must not be negative: {prompt=}")
+    if scheme in WITH_PROMPT and not prompt:
+        raise ValueError(f"scheme {scheme!r} places an end prompt, which must have at least one token: {prompt=}")
     if prompt >= target:
         raise ValueError(f"the end prompt must be shorter than the target window: {prompt=} {target=}")
     if context + prompt > target:

@@ -72,24 +72,28 @@ def yarn(
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
     truncate: bool = True,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
 ) -> Frequencies:
     """YaRN. Peng et al. 2023, arXiv:2309.00071.
 
     Frequencies that turn more than beta_fast times in the original window stay, those below beta_slow turns are divided
-    by s, a linear ramp lies between. The attention scale 0.1 ln s + 1 (on q and on k) is returned, not applied.
+    by s, a linear ramp lies between. The attention scale 0.1 ln s + 1 (on q and on k) is returned, not applied; with
+    both mscale and mscale_all_dim it is (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1), as DeepSeek has it.
     """
     theta = base_frequencies(base, head_dim)
 
     def index_of(turns: float) -> float:
         return head_dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = index_of(beta_fast), index_of(beta_slow)
+    low, high = index_of(beta_fast or 32.0), index_of(beta_slow or 1.0)  # transformers takes 0 for left out
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     if attention_factor is None:
-        attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        over, under = (mscale, mscale_all_dim) if mscale and mscale_all_dim else (1.0, 0.0)
+        attention_factor = (0.1 * over * math.log(factor) + 1.0) / (0.1 * under * math.log(factor) + 1.0)
     return theta / factor * ramp + theta * (1 - ramp), attention_factor
 
 
@@ -157,6 +161,51 @@ SCALINGS: dict[str, Callable[..., Frequencies]] = {
 }
 
 
+#: Keys of rope_parameters that each scaling reads beside rope_theta; `rope_type` in transformers' configs.
+YARN = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
+READ: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", *YARN),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+}
+#: Keys that no scaling sets, and that an extension leaves as they are: the rotated part of a head, Llama 4's growth of
+#: the queries with the position (Ministral 3), a note of YaRN's authors; the stated window, which some repeat.
+CARRIED = ("partial_rotary_factor", "llama_4_scaling_beta", "finetuned", "max_position_embeddings")
+
+
+def unknown_keys(parameters: Mapping[str, Any]) -> list[str]:
+    """Keys of a config's rope_parameters that have a value and are neither read by its scaling nor known to be carried.
+
+    What would change nothing (a factor of 1) is none of them.
+    """
+    known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *CARRIED}
+    known |= set(READ.get(parameters.get("rope_type", "default"), ()))
+    return sorted(
+        key
+        for key, value in parameters.items()
+        if key not in known and value is not None and (key, value) != ("factor", 1)
+    )
+
+
+def kept_options(parameters: Mapping[str, Any], factor: float, options: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN's options of a checkpoint that go on when it is extended again to `factor`.
+
+    A stated attention scale of 1 (none) goes on too. Raises ValueError for another one, which was made for the factor
+    before, unless the user's options state it anew.
+    """
+    kept = {key: parameters[key] for key in YARN if parameters.get(key) is not None}
+    stated = kept.get("attention_factor", 1)
+    if stated != 1 and "attention_factor" not in options:
+        raise ValueError(
+            f"attention_factor={stated} was stated for factor {parameters.get('factor')}; for factor {factor:g} give "
+            f"rope_options.attention_factor (YaRN's own is {0.1 * math.log(factor) + 1:.4f})"
+        )
+    return kept
+
+
 def inverse_frequencies(
     scheme: str, base: float, head_dim: int, factor: float, original_length: int, **options: Any
 ) -> Frequencies:
@@ -220,10 +269,6 @@ def frequencies_of(parameters: Mapping[str, Any], head_dim: int, window: int, le
         original = window  # transformers scales beyond max_position_embeddings, whatever else the config holds
     if kind in ("dynamic", "longrope"):
         options["length"] = int(original) if length is None else length
-    names = {
-        "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "longrope": ("short_factor", "long_factor", "attention_factor"),
-    }.get(kind, ())
+    names = [name for name in READ.get(kind, ()) if name != "factor"]
     options |= {name: parameters[name] for name in names if parameters.get(name) is not None}
     return inverse_frequencies(kind, base, rotary, factor, int(original), **options)

@@ -190,6 +190,16 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
+#: What a finished output says of its making.
+RECORD = "endprompt.json"
+
+
+def recorded(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record that `extend` wrote into a checkpoint, {} where there is none. Raises ValueError if it is damaged."""
+    path = Path(directory) / RECORD
+    return parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
 def write_sealed(path: str | os.PathLike[str], key: Mapping[str, Any], value: Any) -> None:
     """Write a JSON value with what it was made from and its hash, for `read_sealed`."""
     body = json.dumps(value, sort_keys=True)

@@ -35,6 +35,7 @@ from endprompt.graph import StepGraph, check_device, recorded_values, shared_gra
 from endprompt.guard import Guard
 from endprompt.loss import linear_cross_entropy, logits_cross_entropy, next_tokens
 from endprompt.model import (
+    check_builds,
     check_vocabulary,
     export,
     extended_config,
@@ -46,6 +47,7 @@ from endprompt.model import (
     torch_dtype,
     training_attention,
     whole_weights,
+    window_of,
 )
 from endprompt.optim import clip_gradients, make_optimizer
 from endprompt.plan import GIB, PlanConfig, fitting
@@ -123,8 +125,11 @@ def extend(config: ExtendConfig) -> Path:
     check_config(config)
     attention = training_attention(config.attention)
     source = load_config(config.model)
-    window = rope_geometry(source).window
-    new_config = extended_config(source, config.scaling, config.target, config.factor, **(config.rope_options or {}))
+    rope_geometry(source)  # says what a model without RoPE is before its window is asked for
+    window = window_of(source, config.window).window
+    options = {"window": window} | (config.rope_options or {})
+    new_config = extended_config(source, config.scaling, config.target, config.factor, **options)
+    check_builds(new_config)
     before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
     if before and config.scaling != "none":
         say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
@@ -229,6 +234,7 @@ def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str)
             method="longlora" if config.lora_rank else "full",
             target=config.target,
             row_tokens=spec.row_tokens,
+            window=config.window,
             gpus=here.size,
             rows=config.rows,
             optimizer="lean" if config.optimizer == "lean" else "adamw",
@@ -344,6 +350,7 @@ def finish(
         "model": Path(config.model).name,
         "window": window,
         "target": config.target,
+        "factor": trainer.model.config.rope_parameters.get("factor"),
         "row_tokens": spec.row_tokens,
         "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,

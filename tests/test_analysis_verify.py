@@ -16,9 +16,13 @@ from endprompt import rows
 from endprompt.model import load_model, rope_geometry
 
 WINDOW, TARGET = 256, 2048
-LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": WINDOW}
 YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": WINDOW}
 HALF = {"partial_rotary_factor": 0.5}
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+#: Attention over compressed keys: RoPE turns the end of each head, of the keys one for all heads.
+MLA = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+OF_OTHER_SHAPE = ["SmolLM3", "Ernie4_5_Moe", "Cohere2Moe", "NanoChat", "JetMoe", "DeepseekV3", "Ministral3"]
 
 
 def config_of(family, **changes):
@@ -47,6 +51,14 @@ def config_of(family, **changes):
         "Cohere": {},  # interleaved
         "StableLm": {"rope_parameters": LINEAR | HALF},  # slices the rotated part itself
         "GPTNeoX": {"rope_parameters": LINEAR | HALF},
+        "SmolLM3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+        "Ernie4_5_Moe": MOE | {"moe_num_experts": 4, "moe_k": 2},  # interleaved
+        "Cohere2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention"] * 2},
+        "NanoChat": {},  # norms without weights after RoPE, which turns backwards
+        "JetMoe": {"num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 4},  # heads of keys in tiles
+        "DeepseekV3": MLA | MOE | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+        "Ministral3": {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+        "HunYuanDenseV1": {"head_dim": 16},
     }[family]
     return getattr(transformers, f"{family}Config")(**(settings | own | changes))
 
@@ -99,7 +111,7 @@ def spectra_of(path, length=0, pairs=24, dtype="float32", attention="sdpa"):
     return model, ids, places, found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OF_OTHER_SHAPE)
 def test_score_equals_the_models_own_logit(checkpoint, family):
     """Independent of the capture's own check: softmax of S over all keys gives the model's attention weights."""
     path = checkpoint(family)
@@ -108,7 +120,8 @@ def test_score_equals_the_models_own_logit(checkpoint, family):
     query = 39
     places = capture.Pairs(np.full(40, query), np.arange(40), np.zeros(40, dtype=int))
     found = []
-    geometry = capture.capture(model, ids, places, found.append)
+    left_out = []
+    geometry = capture.capture(model, ids, places, found.append, without_rope=left_out)
     omega, factor = geometry.frequencies(40)
     with torch.no_grad():
         weights = model(torch.as_tensor(ids)[None], output_attentions=True).attentions
@@ -120,20 +133,73 @@ def test_score_equals_the_models_own_logit(checkpoint, family):
         ours = np.exp(logit - logit.max(1, keepdims=True))
         ours /= ours.sum(1, keepdims=True)
         np.testing.assert_allclose(weights[layer.layer][0, :, query].numpy(), ours, atol=2e-5)
-    assert sorted(layer.layer for layer in found) == [0, 1]
+    assert [layer.layer for layer in found] == ([0, 2] if family == "SmolLM3" else [0, 1])
+    assert left_out == ([1] if family == "SmolLM3" else [])
 
 
-@pytest.mark.parametrize("wrong", ["layout", "frequencies"])
-def test_wrong_layout_or_frequency_is_caught(checkpoint, monkeypatch, wrong):
+def test_a_norm_with_weights_after_rope_is_refused_by_its_name(checkpoint):
+    """HunYuan's weights of 1 leave a score of the distance; others do not."""
+    model = load_model(checkpoint("HunYuanDenseV1"))
+    ids, places = np.arange(40), capture.choose_pairs(40, 12, 0)
+    capture.capture(model, ids, places, lambda layer: None)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.query_layernorm.weight[3] = 1.5
+    with pytest.raises(ValueError, match=r"layer 1: between RoPE and attention .*a norm with weights"):
+        capture.capture(model, ids, places, lambda layer: None)
+
+
+def turning(first, second, out_first, out_second, size, angle=0.7):
+    """A rotation of pairs (first, second), whose results land at (out_first, out_second); the rest stays."""
+
+    def rotate(x):
+        t = angle * torch.arange(x.shape[2], dtype=x.dtype)[:, None] / (1 + torch.arange(len(first)))
+        a, b, out = x[..., first], x[..., second], x.clone()
+        out[..., out_first] = 1.5 * (a * t.cos() - b * t.sin())
+        out[..., out_second] = 1.5 * (b * t.cos() + a * t.sin())
+        return out
+
+    return rotate, torch.zeros(1, 2, 5, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "size"),
+    [
+        (([0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]), 6),  # halves
+        (([0, 2, 4], [1, 3, 5], [0, 2, 4], [1, 3, 5]), 6),  # neighbours
+        (([0, 2, 4], [1, 3, 5], [0, 1, 2], [3, 4, 5]), 6),  # neighbours, written as halves
+        (([3, 4], [0, 1], [3, 4], [0, 1]), 8),  # backwards, and half of the head stays
+    ],
+)
+def test_pairs_are_measured(pairs, size):
+    first, second, place = capture.measured_pairs(*turning(*pairs, size))
+    assert (first.tolist(), second.tolist()) == pairs[:2]
+    assert (place[first].tolist(), place[second].tolist()) == pairs[2:]
+    still = [i for i in range(size) if i not in pairs[0] + pairs[1]]
+    assert place[still].tolist() == still
+
+
+def test_what_turns_no_pairs_is_refused():
+    with pytest.raises(ValueError, match="does not turn pairs"):
+        capture.measured_pairs(lambda x: x.cumsum(-1), torch.zeros(1, 2, 5, 6))
+    with pytest.raises(ValueError, match="does not turn pairs"):
+        capture.measured_pairs(lambda x: x, torch.zeros(1, 2, 5, 6))
+
+
+@pytest.mark.parametrize("wrong", ["pairs", "frequencies"])
+def test_wrong_pairs_or_frequency_is_caught(checkpoint, monkeypatch, wrong):
     import dataclasses
 
     def mistaken(config):
         geometry = rope_geometry(config)
-        if wrong == "layout":
-            return dataclasses.replace(geometry, layout="interleaved")
         return dataclasses.replace(geometry, parameters=geometry.parameters | {"factor": 8.5})
 
-    monkeypatch.setattr(capture, "rope_geometry", mistaken)
+    def swapped(rotate, q):
+        return np.array([0, 2, 4, 6]), np.array([1, 3, 5, 7]), np.arange(8)
+
+    if wrong == "pairs":
+        monkeypatch.setattr(capture, "measured_pairs", swapped)
+    else:
+        monkeypatch.setattr(capture, "rope_geometry", mistaken)
     with pytest.raises(ValueError, match="differs from the model's own logit"):
         spectra_of(checkpoint("Llama"))
 
@@ -189,11 +255,13 @@ def test_one_layer_at_a_time(checkpoint, monkeypatch):
     earlier = []
 
     def consume(layer):
-        assert sum(reference() is not None for reference in alive) <= 4, "q and k before and after RoPE, of one layer"
+        assert sum(reference() is not None for reference in alive) <= 6, (
+            "q and k before, after RoPE and as used, of one layer"
+        )
         earlier.append(layer.layer)
 
     capture.capture(model, np.arange(100) % 256, capture.choose_pairs(100, 12, 0), consume)
-    assert earlier == [0, 1, 2, 3] and len(alive) == 16
+    assert earlier == [0, 1, 2, 3] and len(alive) == 24
 
 
 def test_bfloat16_weights_pass_the_check(checkpoint):
@@ -348,6 +416,49 @@ def test_models_outside_the_theory_are_named(tmp_path, family, changes, words):
         verify.verify(settings(tmp_path / "model", tmp_path))
 
 
+def recorded_as(checkpoint, **record):
+    """A copy of a checkpoint with a record of how it was trained."""
+    import shutil
+
+    path = checkpoint.with_name(f"{checkpoint.name}-{record['config']['scheme']}")
+    shutil.copytree(checkpoint, path, dirs_exist_ok=True)
+    whole = {"window": WINDOW, "target": TARGET, "row_tokens": 200, "prompt_tokens": 0} | record
+    (path / "endprompt.json").write_text(json.dumps(whole))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("record", "flags", "observed"),
+    [
+        ({"config": {"scheme": "contiguous"}}, {}, [(0, 199)]),
+        ({"config": {"scheme": "contiguous"}}, {"context": 250}, [(0, 249)]),
+        ({"config": {"scheme": "endprompt"}, "prompt_tokens": 8}, {}, [(0, 191), (1849, 2047)]),
+        ({"config": {"scheme": "endprompt"}, "prompt_tokens": 8}, {"target": 1024}, [(0, 191), (825, 1023)]),
+        ({"config": {"scheme": "anchors", "anchors": 2}, "prompt_tokens": 8}, {},
+         [(0, 191), (825, 1023), (1849, 2047)]),
+        ({"config": {"scheme": "pose"}}, {"scheme": "endprompt", "prompt": 8}, [(0, 191), (1849, 2047)]),
+        ({"config": {"scheme": "pose"}}, {}, None),
+        ({"config": {"scheme": "contiguous"}, "row_tokens": TARGET}, {}, None),
+    ],
+)  # fmt: skip
+def test_verify_reads_the_rows_from_the_record(checkpoint, record, flags, observed):
+    config = VerifyConfig(str(recorded_as(checkpoint("Llama"), **record)), pairs=6, **flags)
+    if observed is None:
+        with pytest.raises(ValueError, match=f"scheme '{record['config']['scheme']}' observes every distance"):
+            verify.prepare(config)
+        return
+    scene = verify.prepare(config)
+    assert scene.observed == observed
+    assert scene.window == WINDOW
+
+
+def test_layers_without_rope_are_left_out_of_verify(checkpoint, tmp_path):
+    report = verify.verify(settings(checkpoint("SmolLM3"), tmp_path, target=1500))
+    assert report.holds and "layers without RoPE, left out: 1" in report.table()
+    with pytest.raises(ValueError, match=r"layer 1 has not: heads=1\.0"):
+        verify.verify(settings(checkpoint("SmolLM3"), tmp_path, target=1500, heads="1.0"))
+
+
 def test_positions_command(tmp_path, capsys):
     config = PositionsConfig(scheme="all", target=2048, context=236, prompt=20, head_dim=64, base=10000.0)
     config.plot = str(tmp_path / "coverage.pdf")
@@ -362,7 +473,7 @@ def test_without_an_end_prompt_only_schemes_without_one_are_compared(capsys):
     positions_command(config)
     out = capsys.readouterr().out
     assert "contiguous" in out and "pose" in out and "endprompt" not in out and "anchors" not in out
-    with pytest.raises(ValueError, match="needs one"):
+    with pytest.raises(ValueError, match="places an end prompt"):
         positions_command(PositionsConfig(scheme="endprompt", target=2048, context=256, prompt=0))
 
 

@@ -43,6 +43,9 @@ def test_all_formats_give_the_same_documents(tmp_path):
     expected = [Document("grün", " ja"), Document("sky", "")]
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
         assert list(read_documents(tmp_path / name)) == expected
+    left_out = pyarrow.table({"text": ["a", "b"], "completion": [None, "c"]})
+    pyarrow.parquet.write_table(left_out, tmp_path / "null.parquet")
+    assert list(read_documents(tmp_path / "null.parquet")) == [Document("a"), Document("b", "c")]
     ids = [{"input_ids": [5, 6, 7]}, {"input_ids": [8]}]
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ids))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ids), tmp_path / "ids.parquet")

@@ -153,7 +153,7 @@ def test_every_scaling_loads_with_our_frequencies(architecture, checkpoints, tmp
 @pytest.mark.parametrize("scaling", ["linear", "yarn"])
 def test_scaled_checkpoint_extended_again_multiplies_the_factor(llama, scaling):
     once = models.extended_config(models.load_config(llama), scaling, 64)
-    twice = models.extended_config(once, scaling, TARGET)
+    twice = models.extended_config(once, scaling, TARGET, window=64)
     assert twice.rope_parameters == models.extended_config(models.load_config(llama), scaling, TARGET).rope_parameters
     with pytest.raises(ValueError, match="scaled by"):
         models.extended_config(once, "ntk", TARGET)

@@ -142,7 +142,7 @@ def test_positions_differ_between_indices_and_seeds():
 
 def test_observed_distances_and_gap_by_brute_force():
     for context, prompt, target in [(6, 3, 32), (3, 6, 32), (10, 2, 12), (7, 4, 18), (5, 0, 16), (1, 1, 9)]:
-        ids = positions.position_ids("endprompt", context, prompt, target)
+        ids = positions.position_ids("endprompt" if prompt else "contiguous", context, prompt, target)
         seen = {int(b - a) for i, a in enumerate(ids) for b in ids[i:]}
         told = {d for lo, hi in positions.observed_distances(context, prompt, target) for d in range(lo, hi + 1)}
         assert told == seen
@@ -157,6 +157,10 @@ def test_observed_distances_and_gap_by_brute_force():
         (("endprompt", 0, 2, 8), "context needs at least one token"),
         (("endprompt", 4, 8, 8), "shorter than the target window"),
         (("endprompt", 7, 2, 8), "must fit into the target window"),
+        *(
+            ((name, 4, 0, 8, np.random.default_rng(0)), f"'{name}' places an end prompt")
+            for name in positions.WITH_PROMPT
+        ),
         (("zigzag", 4, 2, 8), "scheme must be one of"),
         (("pose", 4, 0, 8), "give it rng"),
         (("relay", 4, 4, 8, np.random.default_rng(0)), "moves 2 pieces apart"),

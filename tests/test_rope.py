@@ -18,6 +18,9 @@ CASES = [
     ("yarn", 8.0, {}, None),
     ("yarn", 32.0, {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}, None),
     ("yarn", 4.0, {"attention_factor": 1.25}, None),
+    ("yarn", 40.0, {"mscale": 1.0, "mscale_all_dim": 0.7}, None),
+    ("yarn", 40.0, {"mscale": 1.0}, None),  # which alone counts for nothing
+    ("yarn", 4.0, {"beta_fast": 0, "truncate": False}, None),
     ("llama3", 8.0, {}, None),
     ("longrope", 8.0, LONG, None),
     ("longrope", 8.0, LONG, WINDOW + 1),

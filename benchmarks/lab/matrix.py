@@ -272,13 +272,15 @@ def base_directory(base: str) -> Path:
 @cache
 def base_shape(model: str) -> Shape:
     """The base's shape, from its config.json."""
+    from endprompt.model import load_config, window_of
+
     about = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     hidden, layers, heads = about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"]
     head_dim = about.get("head_dim") or hidden // heads
     keys = (about.get("num_key_value_heads") or heads) * head_dim
     layer = 2 * hidden * (heads * head_dim + keys) + 3 * hidden * about["intermediate_size"]
     parameters = layers * layer + about["vocab_size"] * hidden
-    return Shape(int(about["max_position_embeddings"]), parameters, layers, heads * head_dim)
+    return Shape(window_of(load_config(model)).window, parameters, layers, heads * head_dim)
 
 
 @cache

@@ -127,7 +127,7 @@ def plan(name: str, questions: tuple[int, ...], config: LabConfig, gpus: int, de
 def sample_rows(config: LabConfig) -> Any:
     """`rows(trainer, row_tokens)`: makes a batch of two rows; (largest distance, number of distances) in them."""
     from endprompt.data import Documents, Rows, load_documents
-    from endprompt.model import extended_rope_parameters, load_config, load_tokenizer, rope_geometry
+    from endprompt.model import extended_rope_parameters, load_config, load_tokenizer, window_of
     from endprompt.rope import rope_parameters
     from endprompt.train import row_spec
 
@@ -142,7 +142,7 @@ def sample_rows(config: LabConfig) -> Any:
     source = load_config(config.model) if config.model else None
 
     def rows(trainer: ExtendConfig, row_tokens: int) -> tuple[int, int]:
-        window = rope_geometry(source).window if source is not None else 8192
+        window = window_of(source).window if source is not None else 8192
         options = trainer.rope_options or {}
         if source is not None:
             extended_rope_parameters(source, trainer.scaling, trainer.target, trainer.factor, **options)
