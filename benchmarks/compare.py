@@ -20,7 +20,6 @@ ENTRY: dict[str, type | tuple[type, ...]] = {
     "prediction": str,
     "score": (int, float),
     "outputs": list,
-    "run": str,
 }
 #: (task, index, hash of the prompt, tokens it was let generate) → a prediction of one run.
 Entries = dict[tuple[str, int, str, int | None], dict[str, Any]]
@@ -47,7 +46,7 @@ def read_run(directory: str | Path, run: str) -> Entries:
         (e["task"], e["index"], e["prompt_sha256"], e.get("max_new_tokens")): e
         for path in paths
         for e in complete_lines(path)
-        if e["run"] == run
+        if e.get("run") == run
     }
 
 
@@ -63,13 +62,13 @@ def read_predictions(directory: str | Path) -> dict[tuple[str, int], dict[str, A
     damaged: list[str] = []
     whole = [entry for path in paths for entry in complete_lines(path, damaged)]
     told = fingerprint.runs(directory)
-    names = {told[-1]["run_sha256"]} if told else {entry["run"] for entry in whole}
+    names = {told[-1]["run_sha256"]} if told else {str(entry.get("run")) for entry in whole}
     if len(names) > 1:
         raise ValueError(
             f"{directory}: holds answers of {len(names)} runs, and no {fingerprint.RUNS} that says which is the last: "
             "score again"
         )
-    entries = {(e["task"], e["index"]): e for e in whole if e["run"] in names}
+    entries = {(e["task"], e["index"]): e for e in whole if str(e.get("run")) in names}
     if not entries:
         raise ValueError(f"{damaged[0] if damaged else paths[0]}: no complete prediction of the last run")
     places: dict[str, set[int]] = {}

@@ -336,6 +336,7 @@ def run(
             start_again(config.directory)
         if rank == 0:
             keep_day(config)
+            rows.drop_cut_line(config.directory / "results.jsonl")
         work = score_short if config.suite == "short" else score_units
         return work(config, units, model_config, tokenizer, rank)
 

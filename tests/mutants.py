@@ -32,7 +32,7 @@ MUTANTS = [
     (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "vllm_backend"),
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "vllm_backend"),
     # what a prediction depends on
-    ("benchmarks/compare.py", 'if e["run"] == run', "if True", "score_runs"),
+    ("benchmarks/compare.py", 'if e.get("run") == run', "if True", "score_runs"),
     ("benchmarks/fingerprint.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "score_runs"),
     ("benchmarks/fingerprint.py", "device=device_of(config.device).partition(\":\")[0]", 'device=""', "score_runs"),
     ("benchmarks/fingerprint.py", "if computes or not known else known[-1]", "if True else known[-1]", "score_runs"),
