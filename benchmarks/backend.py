@@ -1,6 +1,6 @@
 """lm-eval's models and tasks as `endprompt score` uses them.
 
-`LongContextLM` is lm-eval's HFLM with the generation loop of `benchmarks.generate` and prompts of like length together.
+`LongContextLM` is lm-eval's HFLM with the generation of `benchmarks.generate`.
 `RecordingLM` wraps any lm-eval model: it appends each prediction to a file as it comes and answers from the file what
 was predicted before. This module imports lm_eval; import it inside functions.
 """
@@ -29,10 +29,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import generate, ruler
 from benchmarks.compare import read_run
+from benchmarks.settled import settled_text
 from endprompt import rows
-
-# Tokens of one batch's prompts at most (one prompt may be longer): bounds the key/value cache.
-BATCH_TOKENS = 131_072
 
 
 class Complete:
@@ -74,8 +72,17 @@ class LongContextLM(HFLM):
         """Without asking the hub for a revision, which HFLM does even for local paths."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype)}
 
+    #: Whether the text made so far settles a request's score: (what lm-eval knows of it, prompt, text).
+    settled: Callable[[dict[str, Any], str, str], bool] | None = None
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        jobs = []
+        answers = dict(answer for batch in self.batches(requests) for answer in batch)
+        return [answers[i] for i in range(len(requests))]
+
+    def batches(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
+        """(index of the request, answer) of each batch as it is done."""
+        jobs: list[generate.Job] = []
+        untils: list[tuple[str, ...]] = []
         for request in requests:
             prompt, settings = request.args
             settings = dict(settings)
@@ -86,43 +93,31 @@ class LongContextLM(HFLM):
                 raise ValueError(
                     f"prompt and generation must fit the window: {len(ids)} + {kept} tokens, window {self.max_length}"
                 )
-            jobs.append((ids, kept, tuple(settings.get("until") or ())))
-        answers = [""] * len(jobs)
-        ragged = generate.takes_ragged(self.model.config)
-        for batch in self.batches(jobs, ragged):
-            _, kept, until = jobs[batch[0]]
-            for i, text in zip(batch, self.greedy([jobs[i][0] for i in batch], kept, until)):
-                answers[i] = text
-        return answers
+            untils.append(tuple(settings.get("until") or ()))
+            jobs.append(generate.Job(ids, kept, self.end_of(request, untils[-1])))
+        stops = frozenset(self.stop_tokens)
+        limit = int(self.batch_size)
+        for batch in generate.run(self.model, jobs, stops=stops, batch_size=limit, found=self.way):
+            yield [(i, self.text(tokens, untils[i])) for i, tokens in batch]
 
-    def batches(self, jobs: Sequence[tuple[list[int], int, tuple[str, ...]]], ragged: bool) -> Iterator[list[int]]:
-        """Indices of the jobs that run together: same settings, falling length."""
-        waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i][1:], -len(jobs[i][0])))
-        batch: list[int] = []
-        for i in waiting:
-            if batch:
-                first = jobs[batch[0]]
-                full = len(batch) >= self.batch_size or (len(batch) + 1) * len(first[0]) > BATCH_TOKENS
-                uneven = not ragged and len(jobs[i][0]) != len(first[0])
-                if full or uneven or jobs[i][1:] != first[1:]:
-                    yield batch
-                    batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+    @functools.cached_property
+    def way(self) -> generate.Way:
+        return generate.way(self.model)
 
-    def greedy(self, prompts: Sequence[list[int]], new_tokens: int, until: Sequence[str]) -> list[str]:
-        """Continuations of prompts in order of falling length, as text."""
-        stops = self.stop_tokens
+    def end_of(self, request: Instance, until: tuple[str, ...]) -> Callable[[list[int]], bool]:
+        """Whether tokens end the answer: a stop string is in them, or the score is settled."""
+        if until:
+            return lambda tokens: any(stop in self.tok_decode(tokens) for stop in until)
+        if self.settled is None:
+            return generate.never
+        settled = self.settled
+        return lambda tokens: settled(request.doc, request.args[0], settled_text(self.tokenizer, tokens))
 
-        def ended(tokens: list[int]) -> bool:
-            return tokens[-1] in stops or any(stop in self.tok_decode(tokens) for stop in until)
+    def text(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+        text = self.tok_decode([token for token in tokens if token not in self.stop_tokens])
+        return text[: min((text.find(stop) for stop in until if stop in text), default=None)]
 
-        generated = generate.greedy(self.model, prompts, new_tokens, ended)
-        texts = [self.tok_decode([t for t in tokens if t not in stops]) for tokens in generated]
-        return [text[: min((text.find(stop) for stop in until if stop in text), default=None)] for text in texts]
-
-    @property
+    @functools.cached_property
     def stop_tokens(self) -> set[int]:
         named = getattr(self.model.generation_config, "eos_token_id", None)
         stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
@@ -211,7 +206,7 @@ class RecordingLM(LM):
         return self.inner.loglikelihood_rolling(requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Requests of one task run together, longest first, a chunk at a time."""
+        """Requests of one task run together, longest first."""
         waiting: dict[str, dict[int, Instance]] = {}
         for request in requests:
             if self.known(request) is None:
@@ -219,19 +214,26 @@ class RecordingLM(LM):
         self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
         for task, own in waiting.items():
             todo = sorted(own.values(), key=lambda request: -prompt_tokens(request))
-            for start in range(0, len(todo), self.chunk):
-                group = todo[start : start + self.chunk]
-                began = time.perf_counter()
-                answers = [
-                    without_echo(answer, request.args[0])
-                    for request, answer in zip(group, self.inner.generate_until(group), strict=True)
-                ]
+            began = time.perf_counter()
+            for group in self.answered(todo):
                 seconds = time.perf_counter() - began
+                answers = [(request, without_echo(answer, request.args[0])) for request, answer in group]
                 self.predictions.add(
-                    [(request, answer, self.note(task, request.doc, answer)) for request, answer in zip(group, answers)]
+                    [(request, answer, self.note(task, request.doc, answer)) for request, answer in answers]
                 )
-                self.progress.step(task, len(group), sum(prompt_tokens(r) for r in group), seconds)
+                self.progress.step(task, len(group), sum(prompt_tokens(r) for r, _ in group), seconds)
+                began = time.perf_counter()
         return [answer for request in requests if (answer := self.known(request)) is not None]
+
+    def answered(self, todo: Sequence[Instance]) -> Iterator[list[tuple[Instance, str]]]:
+        """Requests with their answers as they come: by the model's own batches if it has them, else by chunks."""
+        if isinstance(self.inner, LongContextLM):
+            for batch in self.inner.batches(todo):
+                yield [(todo[i], answer) for i, answer in batch]
+            return
+        for start in range(0, len(todo), self.chunk):
+            group = list(todo[start : start + self.chunk])
+            yield list(zip(group, self.inner.generate_until(group), strict=True))
 
     def known(self, request: Instance) -> str | None:
         return self.predictions.get(request)

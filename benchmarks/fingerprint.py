@@ -57,6 +57,7 @@ class Fingerprint:
         checkpoint: hash of weights, configuration, generation configuration, tokenizer, template, own code.
         trust_remote_code: whether that code is run.
         backend, backend_args, attn, dtype, device: what computes, and in what precision.
+        whole_answers: whether answers go on when their score is settled.
     """
 
     suite: str
@@ -73,6 +74,7 @@ class Fingerprint:
     attn: str | None
     dtype: str
     device: str
+    whole_answers: bool
 
     @property
     def sha256(self) -> str:
@@ -100,6 +102,7 @@ def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerpr
         attn=config.attn if config.backend == "hf" else None,
         dtype=config.dtype,
         device=device_of(config.device).partition(":")[0],
+        whole_answers=config.answers != "until settled",
     )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import chat, fingerprint, lm_eval_results, ruler, summary, vllm_backend
 from benchmarks.compare import Entries, read_run
+from benchmarks.settled import settled
 from endprompt import rows
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ class ScoreConfig:
         beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
-        batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs).
+        batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs); memory may
+            ask for fewer.
+        whole_answers: let answers go on when their RULER score is settled (hf; vLLM's always do).
         attn: attention implementation of transformers.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
         device: cpu, cuda, cuda:1, or auto.
@@ -95,7 +98,8 @@ class ScoreConfig:
     beyond_window: bool = False
     backend: Literal["hf", "vllm"] = "hf"
     backend_args: str = ""
-    batch_size: int = 8
+    batch_size: int = 32
+    whole_answers: bool = False
     attn: str = "sdpa"
     dtype: str = "auto"
     device: str = "auto"
@@ -135,6 +139,13 @@ class ScoreConfig:
     @property
     def directory(self) -> Path:
         return Path(self.output) if self.output else Path("runs", "score", self.model_name)
+
+    @property
+    def answers(self) -> str | None:
+        """Where RULER's answers end beside stop tokens, as the rows name it."""
+        if self.suite != "ruler":
+            return None
+        return "whole" if self.whole_answers or self.backend != "hf" else "until settled"
 
     @property
     def task_names(self) -> list[str]:
@@ -516,6 +527,8 @@ def evaluate(
         kept: dict[str, Any] = {key: sample[key] for key in ("outputs", "length", "depth") if key in sample}
         return {"score": 100 * by_name[task].score(sample, prediction), **kept}
 
+    if isinstance(lm, backend.LongContextLM):
+        lm.settled = settled if config.answers == "until settled" else None
     recording = backend.RecordingLM(lm, predictions, chunk, progress, note)
     tasks = [backend.SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
     with backend.no_environment_report():
@@ -559,6 +572,7 @@ def row(config: ScoreConfig, unit: Unit, scores: Sequence[float], settings: str)
         attn=config.attn if config.backend == "hf" else None,
         dtype=config.dtype,
         run_sha256=settings,
+        **({"answers": config.answers} if config.answers else {}),
         **unit.columns,
     )
 

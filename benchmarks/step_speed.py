@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import generate, quick
+from benchmarks import quick
 from endprompt import train
 from endprompt.config import ExtendConfig
 from endprompt.data import Rows, load_documents
@@ -154,8 +154,7 @@ def scoring(config: SpeedConfig, base: str) -> dict[str, float]:
     length = int(base) * config.fold
     lengths = draw.integers(length - 80, length - 30, config.samples)
     samples = [{"input_ids": draw.integers(1, 4000, n), "max_new_tokens": 30} for n in lengths]
-    stops = frozenset({model.config.vocab_size - 1})
-    prompts = sorted((sample["input_ids"].tolist() for sample in samples), key=len, reverse=True)
+    prompts = [sample["input_ids"].tolist() for sample in samples]
     wait = torch.cuda.synchronize if config.device == "cuda" else lambda: None
 
     def timed(work: Any) -> float:
@@ -166,18 +165,12 @@ def scoring(config: SpeedConfig, base: str) -> dict[str, float]:
         return time.perf_counter() - began
 
     quick.predict(model, tokenizer, samples[:8], new_tokens=4)
-    few = prompts[: max(1, len(prompts) // 4)]
     found = {
         "seconds a pass": timed(lambda: quick.predict(model, tokenizer, samples)),
         "seconds, later pass": timed(lambda: quick.predict(model, tokenizer, samples)),
         "seconds of prompts": timed(lambda: quick.predict(model, tokenizer, samples, new_tokens=1)),
-        "a quarter of them s": timed(lambda: quick.greedy(model, few, 30, stops)),
-        "the same as written s": timed(lambda: generate.greedy(model, few, 30)),
         "held-out loss s": timed(lambda: quick.losses(model, tokenizer, prompts[:64], length // 2)),
     }
-    ours, theirs = quick.greedy(model, few, 30, stops), generate.greedy(model, few, 30)
-    same = sum(a == b for x, y in zip(ours, theirs) for a, b in zip(x, y))
-    found["share of equal tokens"] = same / sum(map(len, theirs))
     if config.device == "cuda":
         found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     return found

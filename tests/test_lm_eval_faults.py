@@ -150,4 +150,4 @@ def test_an_automatic_batch_size_probes_with_the_logits_of_every_position(llama)
 
     common = {"pretrained": llama, "max_length": 256, "device": "cpu"}
     assert largest(HFLM(**common, batch_size="auto", max_batch_size=2), "a short prompt") == 2 * 256
-    assert largest(LongContextLM(**common, batch_size=2), "word " * 60) == 1
+    assert largest(LongContextLM(**common, batch_size=2), "word " * 60) < 16  # a trial's few tokens, before all prompts

@@ -33,7 +33,7 @@ def test_both_models_answer_the_same_prompts_of_the_exact_length(tmp_path, monke
     ours, theirs = (made["scoring", name, "seconds"] for name in ("ours", "lm-eval"))
     assert made["scoring", "ours", "times_faster"]["value"] == theirs["value"] / ours["value"]
     assert made["scoring", "ours", "same_answers_percent"]["value"] == 100
-    assert (ours["batch_size"], theirs["batch_size"]) == (8, 1)
+    assert (ours["batch_size"], theirs["batch_size"]) == (32, 1)
     assert ours["environment"]["packages"]["lm_eval"]
 
 

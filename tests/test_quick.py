@@ -8,7 +8,7 @@ import pytest
 import ruler_helpers as helpers
 import torch
 
-from benchmarks import compare, generate, quick, ruler
+from benchmarks import compare, quick, ruler
 from benchmarks.score import ScoreConfig, score
 from endprompt import model as models
 from endprompt.train import training_attention
@@ -73,7 +73,6 @@ class Decoder:
 @pytest.mark.parametrize("tokens", [700, 4096])
 def test_predictions_are_those_of_lm_eval_whatever_the_batch(place, through_lm_eval, kind, tokens):
     model, samples = models.load_model(place / kind), samples_of(place)
-    assert quick.fixed_steps(model) == (kind == "llama")  # mistral has a sliding window
     texts = quick.predict(model, helpers.tokenizer(), samples, max_batch_tokens=tokens)
     wanted = [through_lm_eval[kind][sample["name"], sample["index"]] for sample in samples]
     assert texts == wanted
@@ -87,9 +86,9 @@ def test_answers_end_at_the_stop_token(place, through_lm_eval):
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in whole]
     stop = max({token for row in tokens for token in row[2:8]}, key=lambda t: sum(t in row for row in tokens))
     model.generation_config.eos_token_id = [2, stop]
-    plain = quick.prompt_ids(tokenizer, samples)
-    for sample, ids, text in zip(samples, plain, quick.predict(model, tokenizer, samples)):
-        made = generate.greedy(model, [list(ids)], 12, lambda t: t[-1] in (2, stop))[0]
+    for sample, text in zip(samples, quick.predict(model, tokenizer, samples)):
+        ids = torch.tensor([list(tokenizer(sample["input"])["input_ids"])])
+        made = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
         assert text == tokenizer.decode([t for t in made if t not in (2, stop)], skip_special_tokens=True), sample
 
 
@@ -154,11 +153,3 @@ def test_rounded_frequencies_are_refused(place):
         quick.predict(model.to(torch.bfloat16), helpers.tokenizer(), samples_of(place)[:1])
     in_bfloat16 = models.load_model(place / "llama", dtype="bfloat16")
     assert len(quick.predict(in_bfloat16, helpers.tokenizer(), samples_of(place)[:2])) == 2
-
-
-def test_batches_hold_prompts_of_like_length_within_the_limit():
-    jobs = [([0] * n, 10) for n in (100, 900, 1000, 810, 95, 799, 101)]
-    assert list(quick.batches(jobs, 10_000)) == [[2, 1, 3], [5], [6, 0, 4]]
-    assert list(quick.batches(jobs, 2200))[:2] == [[2, 1], [3, 5]]
-    assert [len(batch) for batch in quick.batches(jobs, 1)] == [1] * 7
-    assert [len(batch) for batch in quick.batches(jobs + jobs, 10_000, ragged=False)] == [2] * 7

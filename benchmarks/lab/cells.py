@@ -137,7 +137,7 @@ def scored(
 ) -> None:
     """The row of one task and length, and the scores of its samples."""
     samples, about = read_samples(item, place.cache)
-    texts = quick.predict(model, tokenizer, samples, max_batch_tokens=place.batch_tokens)
+    texts = quick.predict(model, tokenizer, samples, max_batch_tokens=place.batch_tokens, whole=False)
     percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
     metric = "string_match_part" if ruler.SPECS[item.task].metric == "any" else "string_match_all"
