@@ -199,7 +199,7 @@ def _complex(
         raise ValueError("queries and keys must be finite: found NaN or infinity")
     heads, rotary = used.shape[0], after.shape[-1]
     repeated = heads // after.shape[0]
-    best = None
+    best: tuple[float, np.ndarray, int, np.ndarray] | None = None
     for order in (np.repeat(np.arange(after.shape[0]), repeated), np.tile(np.arange(after.shape[0]), repeated)):
         for begin in {0, used.shape[-1] - rotary}:
             if order.size != heads or begin < 0:

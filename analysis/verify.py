@@ -241,7 +241,7 @@ def resolved(config: VerifyConfig, settings: Any, base: Any | None) -> tuple[Ver
     record = recorded(config.checkpoint)
     known = None not in (record.get("window"), record.get("target"), record.get("row_tokens"))
     trained = record.get("config", {}) if known else {}
-    rows = {"scheme": trained.get("scheme"), "count": trained.get("anchors"), "prompt": None}
+    rows: dict[str, Any] = {"scheme": trained.get("scheme"), "count": trained.get("anchors"), "prompt": None}
     if known:
         rows["prompt"] = record.get("prompt_tokens", 0)
     for key, usual in (("scheme", "endprompt"), ("count", 4), ("prompt", 20)):

@@ -69,7 +69,8 @@ def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -
     stated = _stated_window(text)
     parameters = getattr(text, "rope_parameters", None) or {}
     kind = parameters.get("rope_type", "default")
-    original = factor = None
+    original: float | None = None
+    factor: float | None = None
     if kind != "default" and not any(isinstance(value, Mapping) for value in parameters.values()):
         original = _number(parameters.get("original_max_position_embeddings"), "original_max_position_embeddings")
         original = original or getattr(text, "original_max_position_embeddings", None)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIONS, LOSS, ROPE = "endprompt/positions.py", "endprompt/loss.py", "endprompt/rope.py"
+GEOMETRY = "endprompt/geometry.py"
 PROMPTS, GUARD, ROWS = "endprompt/prompts.py", "endprompt/guard.py", "endprompt/rows.py"
 BOUNDS, CERTIFICATES, OBSERVED = "analysis/bounds.py", "analysis/certificates.py", "analysis/observability.py"
 SUMMARY, RULER, LONGBENCH = "benchmarks/summary.py", "benchmarks/ruler.py", "benchmarks/longbench_metrics.py"
@@ -101,7 +102,19 @@ MUTANTS = [
     (ROPE, "return base * factor ** (head_dim / (head_dim - 2))", "return base * factor", "rope"),
     (ROPE, "grown = factor * length / original_length - (factor - 1)", "grown = factor * length / original_length", "rope"),
     (ROPE, "theta / factor * ramp + theta * (1 - ramp)", "theta * ramp + theta / factor * (1 - ramp)", "rope"),
-    (ROPE, "0.1 * math.log(factor) + 1.0", "0.1 * math.log2(factor) + 1.0", "rope"),
+    (ROPE, "0.1 * over * math.log(factor)", "0.1 * over * math.log2(factor)", "rope"),
+    (ROPE, "if mscale and mscale_all_dim else", "if mscale else", "rope"),
+    # windows and keys of checkpoints that were extended before, and the pairs that RoPE turns
+    (GEOMETRY, "max(stated, round((original or stated) * factor))", "stated", "geometry"),
+    (GEOMETRY, "readings[stated] = round(stated / factor)", "pass", "geometry"),
+    (GEOMETRY, "else target / now.original", "else target / now.window", "geometry"),
+    (GEOMETRY, "for key in rope.CARRIED if key in parameters", 'for key in ("partial_rotary_factor",) if key in parameters', "geometry"),
+    (GEOMETRY, "extended.head_dim = rope_geometry(config).head_dim", "pass", "geometry"),
+    (ROPE, 'if stated != 1 and "attention_factor" not in options:', "if False:", "geometry"),
+    (POSITIONS, "if scheme in WITH_PROMPT and not prompt:", "if False:", "positions"),
+    ("analysis/capture.py", "first = np.flatnonzero((moved > 0).any(1))", "first = np.flatnonzero((moved < 0).any(1))", "analysis_verify"),
+    ("analysis/capture.py", "factor[..., None] * (before", "(before", "analysis_verify"),
+    ("analysis/verify.py", 'for value in (stated, rows[key], usual)', 'for value in (stated, usual)', "analysis_verify"),
     (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "rope"),
     ("endprompt/length_rope.py", "positions_T.max() + 1", "position_ids.max() + 1", "length_rope"),
     ("endprompt/length_rope.py", "torch.where(length > window", "torch.where(length >= window", "length_rope"),
