@@ -142,6 +142,8 @@ def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
         name = next((key for key, value in vars(config).items() if value is text), "text_config")
         raise ValueError(f"a multimodal checkpoint: its text model has the RoPE ({name}): model_type={kind!r}")
     parameters = getattr(config, "rope_parameters", None)
+    if not parameters and getattr(config, "rotary_dim", None):
+        raise ValueError(f"the model's RoPE is its own, not one of rope_parameters: model_type={kind!r}")
     if not parameters:
         raise ValueError(f"the checkpoint has no RoPE (its config has no rope_parameters): model_type={kind!r}")
     if any(isinstance(value, Mapping) for value in parameters.values()):
@@ -154,6 +156,9 @@ def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
         raise ValueError(f"multimodal RoPE sections are not supported: mrope_section={parameters['mrope_section']}")
     if parameters.get("rope_theta") is None:
         raise ValueError(f"rope_parameters must hold rope_theta: {parameters}")
+    for key, value in parameters.items():
+        if isinstance(value, str) and key not in ("rope_type", "type"):
+            raise ValueError(f"{key} must be a number, not text: {key}={value!r}")
     for key in ("rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"):
         _number(parameters.get(key), key)
     if parameters.get("rope_type") in ("linear", "dynamic") and "factor" not in parameters:
@@ -187,15 +192,15 @@ def extended_rope_parameters(
     with _named(config):
         parameters = geometry.parameters
         kind = parameters.get("rope_type", "default")
-        if unknown := rope.unknown_keys(parameters):
-            raise ValueError(
-                f"rope_parameters holds a key of which it is not known what an extension does to it: "
-                f"{unknown[0]}={parameters[unknown[0]]!r} (rope_type={kind!r})"
-            )
         if kind not in ("default", scaling) or kind not in ("default", "linear", "yarn"):
             raise ValueError(
                 f"this checkpoint is scaled by {kind!r} already; only linear and yarn can be extended again, by the "
                 f"same scaling: {scaling=}"
+            )
+        if unknown := rope.unknown_keys(parameters):
+            raise ValueError(
+                f"rope_parameters holds a key of which it is not known what an extension does to it: "
+                f"{unknown[0]}={parameters[unknown[0]]!r} (rope_type={kind!r})"
             )
         now = window_of(config, window)
         if target <= now.window:
@@ -230,9 +235,10 @@ def extended_config(
     """
     check_whole_attention(config, target)
     if getattr(config, "quantization_config", None):
+        where = f"{config.name_or_path}: " if config.name_or_path else ""
         raise ValueError(
-            "the checkpoint's weights are quantized, and only whole ones are trained: write it in bfloat16 first: "
-            f"quantization_config={config.quantization_config}"
+            f"{where}the checkpoint's weights are quantized, and only whole ones are trained: write it in bfloat16 "
+            f"first: quantization_config={config.quantization_config}"
         )
     extended = copy.deepcopy(config)
     extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, window=window, **options)

@@ -363,7 +363,8 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a damaged file makes its code run into
-        raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {error}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {message}") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -465,7 +466,8 @@ def check_builds(config: PretrainedConfig) -> None:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever the family's own code runs into
         where = f"{config.name_or_path}: " if config.name_or_path else ""
-        raise ValueError(f"{where}transformers makes no model of this config: {error}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"{where}transformers makes no model of this config: {message}") from error
     check_frequencies(model)
 
 

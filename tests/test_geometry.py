@@ -105,6 +105,8 @@ def test_all_keys_of_yarn_are_carried(own, scale):
         (YARN | {"alpha": 1000.0}, "alpha=1000.0"),
         ({"mscale": 1.0}, "mscale=1.0 .rope_type='default'"),
         ({"rope_theta": "10000"}, "rope_theta='10000'"),
+        (YARN | {"mscale": "1", "mscale_all_dim": "1"}, "mscale='1'"),
+        (YARN | {"rope_type": "spiral"}, "scaled by 'spiral'"),
         ({"rope_type": "linear", "factor": "4"}, "factor='4'"),
     ],
 )
@@ -166,6 +168,8 @@ def test_null_head_dim_is_stated_and_the_model_builds():
 def test_refusals_name_the_cause(tmp_path):
     with pytest.raises(ValueError, match=r"multimodal checkpoint: its text model has the RoPE \(text_config\)"):
         geometry.rope_geometry(transformers.Mistral3Config())
+    with pytest.raises(ValueError, match="its own, not one of rope_parameters: model_type='gptj'"):
+        geometry.rope_geometry(transformers.GPTJConfig())
     with pytest.raises(ValueError, match=r"quantized.*gptq"):
         geometry.extended_config(scaled(256, {}, quantization_config={"quant_method": "gptq"}), "linear", 2048)
     scaled(256, {}).save_pretrained(tmp_path)
