@@ -37,6 +37,7 @@ from endprompt.rows import (
     sole_use,
     write_text,
 )
+from endprompt.text import Reader
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
 CURVE_POINTS = 2048
@@ -195,7 +196,7 @@ def prepare(config: VerifyConfig) -> Scene:
         )
     omega, attention_factor = geometry.frequencies(length)
     text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
-    ids = np.asarray(models.load_tokenizer(config.checkpoint)(text)["input_ids"], dtype=np.int64)
+    ids = np.asarray(Reader(models.load_tokenizer(config.checkpoint)).prompts([text])[0], dtype=np.int64)
     ids = ids[: min(config.tokens, window)]
     if ids.size and ids.max() >= settings.vocab_size:
         raise ValueError(

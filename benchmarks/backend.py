@@ -31,6 +31,7 @@ from benchmarks import generate, ruler
 from benchmarks.compare import read_run
 from benchmarks.settled import settled_text
 from endprompt import rows
+from endprompt.text import Reader
 
 
 class Complete:
@@ -74,6 +75,24 @@ class LongContextLM(HFLM):
 
     #: Whether the text made so far settles a request's score: (what lm-eval knows of it, prompt, text).
     settled: Callable[[dict[str, Any], str, str], bool] | None = None
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """As prompts are measured: BOS once, no EOS behind; lm-eval's add_bos_token=False still takes BOS away."""
+        if add_special_tokens is not None or self.add_bos_token is False:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return self.reader.prompts([string])[0][-(left_truncate_len or 0) :]
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """As the model wrote it: some tokenizers would take spaces before punctuation away."""
+        return str(
+            self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = dict(answer for batch in self.batches(requests) for answer in batch)
@@ -412,6 +431,7 @@ class RulerTask(Task):
         if name is None:
             raise ValueError(f"{self.config.task} sizes its prompts by tokens: name a tokenizer in the metadata")
         tokenizer = AutoTokenizer.from_pretrained(name)
+        Reader(tokenizer).check_plain()
         names = {option.name for option in dataclasses.fields(ruler.Options)}
         options = ruler.Options(**{**{k: v for k, v in given.items() if k in names}, "chat": self.chat})
         common = (int(given.get("samples", 500)), int(given.get("seed", 0)), given.get("data_dir"), options)

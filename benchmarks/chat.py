@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from unittest import mock
 
+from endprompt.text import Reader, checked
+
 Messages = Sequence[Mapping[str, str]]
 Render = Callable[..., str]
 
@@ -60,7 +62,7 @@ def renderer(tokenizer: Any, date: str | None = None, arguments: str = "") -> Re
     def render(messages: Messages, **options: Any) -> str:
         return apply(tokenizer, messages, day, **given, **options)
 
-    return render
+    return checked(render, Reader(tokenizer))
 
 
 def settled(tokenizer: Any, date: str | None, arguments: str) -> tuple[dict[str, Any], datetime.date | None]:

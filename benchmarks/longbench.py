@@ -26,6 +26,7 @@ from benchmarks import chat
 from benchmarks import longbench_metrics as metrics
 from benchmarks.longbench_data import TASKS, TASKS_E, Documents, dataset_of, load_documents
 from endprompt.rows import sha256_of
+from endprompt.text import Reader, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,10 +199,12 @@ class Prompter:
         return dataset_of(self.task).max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids as the model is given them: with the special tokens that the tokenizer adds by default."""
-        special = {} if self.add_special_tokens is None else {"add_special_tokens": self.add_special_tokens}
-        options = {"truncation": False, "return_attention_mask": False, "verbose": False, **special}
-        return self.tokenizer(texts, **options)["input_ids"]
+        """Token ids as the model is given them: with what the tokenizer puts in front by default, nothing behind."""
+        return self.reader.ids(texts) if self.add_special_tokens is False else self.reader.prompts(texts)
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
 
     def wrap(self, prompt: str) -> str:
         """The prompt in the chat template, if its set is wrapped, without the BOS that the tokenizer will add.
@@ -212,14 +215,15 @@ class Prompter:
         if self.chat_template is None or not dataset_of(self.task).chat:
             return prompt
         head = [{"role": "system", "content": self.system}] if self.system else []
-        text = self.chat_template([*head, {"role": "user", "content": prompt}], add_generation_prompt=True)
+        messages = [*head, {"role": "user", "content": prompt}]
+        text = render(self.chat_template, self.reader.name, messages, add_generation_prompt=True)
         return text.removeprefix(self.added_bos)
 
     @cached_property
     def added_bos(self) -> str:
         """Text of the BOS that the tokenizer adds by itself; empty if it adds none."""
-        first = self.encode(["a"])[0][:1]
-        return str(self.tokenizer.bos_token) if first and first[0] == self.tokenizer.bos_token_id else ""
+        begin = [] if self.add_special_tokens is False else self.reader.begin
+        return str(self.tokenizer.bos_token) if begin[:1] == [self.tokenizer.bos_token_id] else ""
 
     def fit(self, items: Sequence[Mapping[str, Any]]) -> list[Fit]:
         """The documents' prompts, the middle cut out where they are too long."""
@@ -245,9 +249,12 @@ class Prompter:
 
     def fit_batch(self, prompts: list[str], limit: int, room: int) -> list[Fit]:
         """`limit` and `room`: the most tokens of a prompt before it is wrapped, and of what the model is given."""
-        ids = self.encode(prompts)
+        texts, found = list(prompts), self.encode(prompts)
+        lengths = [len(tokens) for tokens in found]
+        # The benchmark's halves are those of all special tokens, also of those behind the text.
+        end = [] if self.add_special_tokens is False else self.reader.end
+        ids = [tokens + end for tokens in found]
         keeps = [min(len(tokens), limit) for tokens in ids]
-        texts, lengths = list(prompts), [len(tokens) for tokens in ids]
         changed = [i for i, text in enumerate(texts) if keeps[i] < len(ids[i]) or self.wrap(text) != text]
         while changed:
             for i in changed:
@@ -285,7 +292,9 @@ def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit:
     if half < 1:
         raise ValueError(f"a prompt cannot be cut to fewer than 2 tokens: {limit=}")
     ends = (tokens[:half], tokens[-half:])
-    return "".join(str(tokenizer.decode(list(end), skip_special_tokens=True)) for end in ends)
+    return "".join(
+        str(tokenizer.decode(list(end), skip_special_tokens=True, clean_up_tokenization_spaces=False)) for end in ends
+    )
 
 
 def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:

@@ -26,6 +26,7 @@ from lm_eval.filters import build_filter_ensemble
 
 from benchmarks import longbench
 from benchmarks.longbench_data import BUCKETS, TASKS_E, bucket, dataset_of, load_documents
+from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,9 +132,11 @@ class LongBenchTask(Task):
         """Make this rank's requests: prompts cut in the middle to the window, then wrapped where the set is wrapped."""
         generation = self.config.generation_kwargs
         chosen = list(self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size))
+        tokenizer = self.tokenizer or tokenizer_of(self.metadata)
+        Reader(tokenizer).check_plain()
         built = longbench.build_samples(
             self.set_name,
-            self.tokenizer or tokenizer_of(self.metadata),
+            tokenizer,
             window=window_of(self.metadata),
             documents=dataclasses.replace(
                 self.documents, items=[self.documents.items[doc["index"]] for _, doc in chosen]

@@ -23,6 +23,7 @@ from benchmarks import generate, ruler
 from benchmarks.settled import settled, settled_text
 from endprompt.length_rope import rows_alone
 from endprompt.model import PREFIX
+from endprompt.text import Reader
 from endprompt.train import plain_head
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def predict(
         for batch in generate.run(model, jobs, stops=stops, places=max_batch_tokens):
             for i, tokens in batch:
                 kept = [token for token in tokens if token not in stops]
-                texts[i] = str(tokenizer.decode(kept, skip_special_tokens=True))
+                texts[i] = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return texts
 
 
@@ -153,19 +154,10 @@ def encoded(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> li
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Sequence[int]]:
-    """Tokens of the prompts, as lm-eval makes them: a prompt that starts with BOS does not get a second one."""
+    """Tokens of the prompts, as `benchmarks.backend` makes them."""
     if all("input_ids" in sample for sample in samples):
         return [sample["input_ids"] for sample in samples]
-    bos = tokenizer.bos_token
-    made: list[Sequence[int]] = [()] * len(samples)
-    for special in (True, False):
-        places = [i for i, s in enumerate(samples) if special != bool(bos and s["input"].startswith(bos))]
-        if places:
-            texts = [samples[i]["input"] for i in places]
-            ids = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-            for i, tokens in zip(places, ids):
-                made[i] = tokens
-    return made
+    return [*Reader(tokenizer).prompts([sample["input"] for sample in samples])]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

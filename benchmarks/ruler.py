@@ -34,6 +34,7 @@ import numpy as np
 from benchmarks import chat
 from benchmarks import haystack as texts
 from endprompt.rows import remembered_sha256
+from endprompt.text import Reader
 
 # Part of every random stream and cache key: a change of generated text changes it.
 GENERATOR = "ruler-1"
@@ -320,29 +321,19 @@ Assemble = Callable[[str, str], str]
 
 def counter(tokenizer: Any) -> Count:
     """Token counts of texts as a model receives them: BOS once, even where the chat template writes it."""
-    bos = getattr(tokenizer, "bos_token", None)
+    reader = Reader(tokenizer)  # also resets a truncation that tokenizer.json may carry
     backend = getattr(tokenizer, "backend_tokenizer", None)
     probe = "One of the words: 1234."
-    whole = len(tokenizer(probe)["input_ids"])  # also resets a truncation that tokenizer.json may carry
-    if backend is not None and len(backend.encode(probe)) != whole:
+    if backend is not None and backend.encode(probe, add_special_tokens=False).ids != reader.ids([probe])[0]:
         backend = None
 
     def count(batch: Sequence[str]) -> list[int]:
-        sizes = [0] * len(batch)
-        for starts_with_bos in (False, True):
-            chosen = [i for i, text in enumerate(batch) if bool(bos and text.startswith(bos)) == starts_with_bos]
-            if not chosen:
-                continue
-            group = [batch[i] for i in chosen]
-            if backend is not None:
-                encoded = backend.encode_batch_fast(group, add_special_tokens=not starts_with_bos)
-                counts = [len(item) for item in encoded]
-            else:
-                encoded = tokenizer(group, add_special_tokens=not starts_with_bos)["input_ids"]
-                counts = [len(ids) for ids in encoded]
-            for i, size in zip(chosen, counts):
-                sizes[i] = size
-        return sizes
+        if backend is None:
+            return [len(ids) for ids in reader.prompts(batch)]
+        encoded = backend.encode_batch_fast(list(batch), add_special_tokens=False)
+        if not reader.begin:
+            return [len(item) for item in encoded]
+        return [len(item) + len(reader.lead(item.ids)) for item in encoded]
 
     return count
 

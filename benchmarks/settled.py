@@ -25,7 +25,8 @@ def settled_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     end, special = len(tokens), set(tokenizer.all_special_ids)
     while end and (tokens[end - 1] in special or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[end - 1])))):
         end -= 1
-    text = str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)).rstrip("\ufffd")
+    made = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = str(made).rstrip("\ufffd")
     return text[:-TIDIED] if getattr(tokenizer, "clean_up_tokenization_spaces", False) else text
 
 

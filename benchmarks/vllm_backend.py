@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from endprompt import rope
+from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -149,6 +150,13 @@ def load(checkpoint: str, **options: Any) -> Any:
                             f"window {self.max_length}"
                         )
                 return super().generate_until(requests, disable_tqdm=True)
+
+            def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
+                """As the backend hf: BOS once, no EOS behind."""
+                if add_special_tokens is not None or self.add_bos_token is False or not string:
+                    return super().tok_encode(string, add_special_tokens, **kwargs)
+                found = Reader(self.tokenizer).prompts([string] if isinstance(string, str) else string)
+                return found[0] if isinstance(string, str) else found
 
             @staticmethod
             def modify_gen_kwargs(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str], int]:

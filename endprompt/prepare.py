@@ -16,7 +16,7 @@ from endprompt.data import HUB, Document, document_of, read_documents, seal_shar
 from endprompt.model import load_tokenizer
 from endprompt.progress import say
 from endprompt.rows import sole_use
-from endprompt.text import vocabulary
+from endprompt.text import Reader, vocabulary
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -30,6 +30,8 @@ def write(config: PrepareConfig) -> Path:
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
     tokenizer = load_tokenizer(config.tokenizer)
+    for note in Reader(tokenizer).notes(config.append_eos):
+        say(note)
     dtype = np.dtype(np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,12 +114,25 @@ class Reader:
         found = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(found)
 
-    def notes(self) -> list[str]:
-        """What a user should know of this tokenizer, a line each."""
-        found = []
+    def check_plain(self) -> None:
+        """Raises ValueError for a tokenizer whose prompts plain lm-eval, which takes them by default, would end."""
         if self.end:
-            tokens = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.end)))
-            found.append(f"{self.name}: the tokenizer puts {tokens} behind every text; prompts go without it")
+            raise ValueError(
+                f"{self.name}: the tokenizer puts {self._end_tokens} behind every text, and so would lm-eval behind a "
+                f"prompt; `endprompt score` leaves it out, or set add_eos_token to false in tokenizer_config.json"
+            )
+
+    @property
+    def _end_tokens(self) -> str:
+        return " ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.end)))
+
+    def notes(self, documents_end: bool = False) -> list[str]:
+        """What a user should know of this tokenizer, a line each. documents_end: EOS is wanted behind documents."""
+        found = []
+        if documents_end and self.tokenizer.eos_token_id is None:
+            found.append(f"{self.name}: the tokenizer has no EOS, so nothing stands between documents")
+        if self.end:
+            found.append(f"{self.name}: the tokenizer puts {self._end_tokens} behind every text; prompts go without it")
         if self.lossy:
             found.append(f"{self.name}: the tokenizer gives some texts back changed; answers are scored as it writes")
         return found
@@ -165,30 +178,23 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates
 
-Messages = list[dict[str, str]]
+Messages = Sequence[Mapping[str, str]]
 #: Messages to text, called as transformers' apply_chat_template and lm-eval's are.
 Template = Callable[..., str]
 # No template may change this: quotes, brackets, ampersand, newline.
 QUESTION = 'What does "<b>" mean & why?\nSay [1] or {2}.'
 
 
-def chat_template(reader: Reader, **settings: Any) -> Template:
-    """The tokenizer's own template. settings: given to it with every prompt.
+def checked(template: Template, reader: Reader) -> Template:
+    """The template with its prompts checked; tried once on a question.
 
-    Raises ValueError, now or for a prompt, in one line: if there is none, if it fails (with its own words), if it
-    leaves the user's text out, changes or repeats it, if BOS would stand in front twice, or EOS behind the prompt.
+    Raises ValueError, now or for a prompt, in one line: if it fails (with its own words), if it leaves the user's text
+    out, changes or repeats it, if BOS would stand in front twice, or EOS behind the prompt.
     """
-    tokenizer = reader.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
-    made = functools.partial(tokenizer.apply_chat_template, tokenize=False, **settings)
-
-    def template(messages: Messages, add_generation_prompt: bool = True) -> str:
-        return render(made, messages, reader.name, add_generation_prompt=add_generation_prompt)
-
-    text = template([{"role": "user", "content": QUESTION}])
+    checks = functools.partial(render, template, reader.name)
+    text, tokenizer = checks([{"role": "user", "content": QUESTION}], add_generation_prompt=True), reader.tokenizer
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if bos and reader.prompts([text])[0].count(tokenizer.bos_token_id) > 1 and bos != eos:
+    if bos and bos != eos and reader.prompts([text])[0].count(tokenizer.bos_token_id) > 1:
         raise ValueError(
             f"{reader.name}: with its chat template a prompt has BOS more than once, where once is right: {text[:80]!r}"
         )
@@ -197,13 +203,15 @@ def chat_template(reader: Reader, **settings: Any) -> Template:
             f"{reader.name}: with its chat template a prompt ends in EOS ({eos}), so that nothing follows; it must "
             f"open the assistant's turn where add_generation_prompt is true"
         )
-    return template
+    return checks
 
 
-def render(template: Template, messages: Messages, name: str, **options: Any) -> str:
+def render(template: Template, name: str, messages: Messages, **options: Any) -> str:
     """The messages as a template writes them. Raises ValueError if it fails, or the last text is not in it once."""
     try:
         text = str(template(messages, **options))
+    except ValueError:
+        raise
     except Exception as error:  # a template is code of the checkpoint and raises what it likes
         line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
         said = " ".join(str(error).split())

@@ -135,6 +135,8 @@ def extend(config: ExtendConfig) -> Path:
         say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source, tokenizer)
+    for note in Reader(tokenizer).notes(documents_end=True):
+        say(note)
     spec = row_spec(config, window, tokenizer)
 
     def make_model(device: str) -> PreTrainedModel:

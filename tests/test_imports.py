@@ -10,7 +10,7 @@ OURS = ("endprompt", "analysis", "benchmarks", "paper_figures")
 #: What a package may import of the others; a module of its own it may always import.
 ARROWS = {
     "endprompt": set(),
-    "analysis": {"endprompt.positions", "endprompt.rope", "endprompt.model", "endprompt.rows"},
+    "analysis": {"endprompt.positions", "endprompt.rope", "endprompt.model", "endprompt.rows", "endprompt.text"},
     "benchmarks": {"endprompt", "analysis"},
     "paper_figures": set(),
 }

@@ -234,3 +234,31 @@ def test_notes_name_what_a_tokenizer_does_to_text():
     assert said(odd.byte_level()) == said(odd.llama(bos=True)) == ""
     assert "puts </s> behind every text" in said(odd.llama(eos=True))
     assert "gives some texts back changed" in said(odd.wordpiece()) and "changed" in said(odd.unigram())
+
+
+def test_a_prompt_has_no_end_in_any_suite():
+    """A tokenizer that puts </s> behind every text: sizes, what the model is given and the lab leave it out."""
+    from ruler_helpers import tokenizer as made
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from benchmarks import quick, ruler
+    from benchmarks.longbench import Prompter
+
+    plain = made("bytes", bos=True)
+    inner = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    ending = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert ending("a")["input_ids"][-1] == 2 and plain("a")["input_ids"][-1] != 2
+    for task in ("niah_single_1", "vt"):
+        mine, theirs = (ruler.build_samples(task, 400, one, 2, max_new_tokens=30, shots=0) for one in (ending, plain))
+        assert mine == theirs
+        assert mine[0]["length"] == len(plain(mine[0]["input"])["input_ids"])
+    texts = [mine[0]["input"], "<s>" + mine[0]["input"]]
+    expected = [plain(texts[0])["input_ids"]] * 2
+    assert quick.prompt_ids(ending, [{"input": text} for text in texts]) == expected
+    assert Prompter("qasper", ending, 4096).encode(texts) == expected
+    assert ruler.counter(ending)(texts) == [len(expected[0])] * 2
+    with pytest.raises(ValueError, match="puts </s> behind every text, and so would lm-eval"):
+        Reader(ending).check_plain()
+    Reader(plain).check_plain()
