@@ -23,8 +23,8 @@ from benchmarks import generate, ruler
 from benchmarks.settled import settled, settled_text
 from endprompt.length_rope import rows_alone
 from endprompt.model import PREFIX
+from endprompt.parity import plain_head
 from endprompt.text import Reader
-from endprompt.train import plain_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -263,12 +263,10 @@ def _causal_block_mask(tokens: int, device: torch.device) -> Any:
 
 
 #: Keyword arguments of an attention function that change nothing about a causal row, whatever they hold ...
-HARMLESS = frozenset({"position_ids", "cache_position", "num_items_in_batch"})
+HARMLESS = frozenset({"position_ids", "cache_position", "num_items_in_batch", "use_cache", "return_dict"})
 #: ... and those that change nothing if they hold one of these.
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
-    "use_cache": (False,),
-    "return_dict": (True, False),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "output_router_logits": (False,),

@@ -50,6 +50,7 @@ from endprompt.model import (
     window_of,
 )
 from endprompt.optim import clip_gradients, make_optimizer
+from endprompt.parity import check_forward, plain_head
 from endprompt.plan import GIB, PlanConfig, fitting
 from endprompt.positions import BY_SENTENCE
 from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
@@ -400,19 +401,28 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.autocast, self.float8 = model, autocast, float8
         self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
+        self.plain = plain_head(model)  # tried while the model is whole: sharded it can't be
         self.dense = False  # nearly all tokens count: those that do not are not worth looking for
 
     def forward(
-        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor, hits: bool = False
+        self,
+        ids_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        weights_BT: torch.Tensor,
+        hits: bool = False,
+        instead: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first.
 
-        hits: instead the number of rows in which each token with a weight is the most likely one.
+        hits: instead the number of rows in which each token with a weight is the most likely one. instead: some other
+        work with the model, whose weights are whole in here and nowhere else.
         """
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
+            if instead is not None:
+                return instead()
             if hits:
                 return self.hits(ids_BT, positions_BT, weights_BT[:, 1:] > 0)
-            plain, options = plain_head(self.model), self.options
+            plain, options = self.plain, self.options
             dense = self.dense and plain and self.model.training
             if dense:
                 labels, weights = next_tokens(ids_BT, weights_BT)
@@ -437,14 +447,18 @@ class Objective(torch.nn.Module):
 
         Added at once it is that of the loss as it is given: nothing may scale the loss afterwards.
         """
-        if not (self.model.training and torch.is_grad_enabled() and plain_head(self.model)):
+        if not (self.model.training and torch.is_grad_enabled() and self.plain):
             return None
         head = self.model.get_output_embeddings().weight
         return getattr(head, "main_grad", None) if head.requires_grad else None
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
-        hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
-        best = self.model.get_output_embeddings()(hidden[:, :-1][scored_BT]).argmax(-1)
+        given = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+        if self.plain:
+            hidden = self.model.base_model(**given)[0]
+            best = self.model.get_output_embeddings()(hidden[:, :-1][scored_BT]).argmax(-1)
+        else:
+            best = self.model(**given).logits[:, :-1][scored_BT].argmax(-1)
         wrong = torch.zeros(len(ids_BT), device=ids_BT.device)
         wrong.index_add_(0, scored_BT.nonzero()[:, 0], (best != ids_BT[:, 1:][scored_BT]).float())
         return (wrong == 0).float().sum()
@@ -522,6 +536,8 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         model.train()
         model.config.use_cache = False
+        if here.size == 1:  # before anything is converted, compiled or recorded
+            self.check_forward(Objective(model, autocast=config.autocast))
         if config.lora_rank:
             longlora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
@@ -546,7 +562,15 @@ class Trainer:
         if here.size > 1:  # the optimizer is over the shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
             shares.read_shares(model, config.model, here.device)
+            with torch.compiler.set_stance("force_eager"):  # a compiled layer would be made for the short row first
+                self.check_forward(self.loss)
+            sharded: Any = self.loss  # what is gathered for a forward pass stays so until the backward pass
+            sharded.reshard()
             self.optimizer = optimizer_of(config, model)
+
+    def check_forward(self, objective: Objective) -> None:
+        with attention_backends(self.device):
+            check_forward(objective, bfloat16=self.config.autocast)
 
     def convert_layers(self) -> int:
         """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
@@ -720,14 +744,6 @@ class Trainer:
             return StepGraph(model, optimizer, work, (config.rows, tokens), device)
 
         return shared_graph(recorded_values(config, model, (config.rows, tokens)), model, make)
-
-
-def plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are just `hidden @ head.T` (no bias, no soft-capping, no scale)."""
-    config = model.config
-    special = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    head = model.get_output_embeddings()
-    return getattr(head, "bias", None) is None and not any(getattr(config, name, None) for name in special)
 
 
 def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:

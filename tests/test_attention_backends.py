@@ -134,7 +134,7 @@ def test_what_an_attention_does_not_know_is_refused_by_name(name, given, said):
 
 def test_arguments_that_change_nothing_are_taken():
     x = torch.randn(1, 2, 8, 8)
-    given = {"is_causal": True, "use_cache": False, "output_attentions": False, "s_aux": None, "cu_seq_lens_q": None}
+    given = {"is_causal": True, "use_cache": True, "output_attentions": False, "s_aux": None, "cu_seq_lens_q": None}
     given |= {"position_ids": torch.arange(8)[None], "cache_position": torch.arange(8), "sliding_window": 8}
     plain, _ = ATTENTIONS["sdpa"](torch.nn.Module(), x, x, x)
     out, _ = ATTENTIONS["sdpa"](torch.nn.Module(), x, x, x, None, **given)
