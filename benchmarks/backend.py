@@ -30,19 +30,18 @@ from transformers import AutoModelForCausalLM
 from benchmarks import generate, ruler
 from benchmarks.compare import read_run
 from benchmarks.settled import settled_text
-from endprompt import rows
+from endprompt import rows, weights
 from endprompt.text import Reader
 
 
 class Complete:
-    """Loads models of which every weight is in the checkpoint; transformers fills up with random numbers."""
+    """Loads models whose weights are those of the checkpoint; transformers fills up with random numbers, or drops."""
 
     @staticmethod
     def from_pretrained(path: str, **options: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it lacks {len(missing)} of the model's weights, such as {missing[0]}")
+        weights.settle(model, report)
         return model
 
 

@@ -255,11 +255,11 @@ def check_weights(directory: Path) -> None:
 
     Raises ValueError if there are none, or one is missing, cut short or no tensor file.
     """
-    from endprompt import shares
+    from endprompt import weights
 
     if not any(directory.glob("*.safetensors*")):
         raise ValueError(f"{directory}: the checkpoint does not load: it has no weights (*.safetensors)")
-    shares.stored_shapes(directory)
+    weights.stored_tensors(directory)
 
 
 def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int | None = None) -> int:

@@ -184,6 +184,8 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(config["seed"]),
         "revision of EndPrompt Lab": str(environment.get("revision") or "not known (installed without a checkout)"),
     }
+    if record.get("weights"):
+        found["differs from the base's files"] = "; ".join(record["weights"])
     versions = environment.get("packages", {})
     found["made with"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if key in versions)
     return {key: value.replace("|", "\\|") for key, value in found.items()}

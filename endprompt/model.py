@@ -31,6 +31,7 @@ from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model
     window_of,
 )
 from endprompt.text import vocabulary
+from endprompt.weights import settle
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -393,48 +394,72 @@ def load_model(
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
     config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
     """
-    from transformers import AutoModelForCausalLM
-
     directory = checkpoint_path(path)
     config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
-    rope_geometry(config)
-    if attention.startswith(PREFIX):
-        register_causal_only()
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=torch_dtype(dtype),
-                attn_implementation=attention,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # as in load_config
-        raise ValueError(f"{directory}: the checkpoint does not load: {error}") from error
-    model, report = loaded
-    if report["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{directory}: the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}"
-        )
+    model, report = load_report(
+        directory, directory, config=config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+    )
+    settle(model, report, directory)
     check_frequencies(model)
     length_rope.rows_alone(model)
     model.to(device=torch.device(device))
     return model.eval()
 
 
+def load_report(
+    source: Path | None, directory: Path, *, config: PretrainedConfig, dtype: str, attention: str, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """(the model as transformers loads it, its report of the weights); nothing of either is checked yet.
+
+    source: the checkpoint, None for a `state_dict` among the options. Raises ValueError in one line, with the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    rope_geometry(config)
+    if attention.startswith(PREFIX):
+        register_causal_only()
+    wanted = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
+    try:
+        with quiet():
+            kind: Any = AutoModelForCausalLM
+            if source is None:
+                with torch.device("meta"):
+                    kind = type(AutoModelForCausalLM.from_config(config, **wanted))
+            return kind.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                **wanted,
+                **options,
+            )
+    except Exception as error:  # as in load_config
+        reason = str(error)
+        if attention.startswith(PREFIX):
+            if isinstance(error, KeyError) and error.args == (attention,):
+                reason = (
+                    f"{config.model_type} has attention classes of its own, which know stock attentions only: this "
+                    "family cannot be trained with the causal-only attentions"
+                )
+            elif "does not support an attention implementation through" in reason:
+                name = attention.removeprefix(PREFIX)
+                reason = f"{config.model_type} takes no attention of torch's: {name!r}; attention=eager is taken"
+        raise ValueError(f"{directory}: the checkpoint does not load: {reason}") from error
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar for the milliseconds of a load or a save, and the setting as it was afterwards."""
+    """No progress bar for the milliseconds of a load or a save, no tables of what was loaded, settings as they were."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

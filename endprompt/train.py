@@ -58,6 +58,7 @@ from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
 from endprompt.text import Reader
+from endprompt.weights import check_plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -126,6 +127,7 @@ def extend(config: ExtendConfig) -> Path:
     check_config(config)
     attention = training_attention(config.attention)
     source = load_config(config.model)
+    check_plain(source, config.model)
     rope_geometry(source)  # says what a model without RoPE is before its window is asked for
     window = window_of(source, config.window).window
     options = {"window": window} | (config.rope_options or {})
@@ -145,7 +147,10 @@ def extend(config: ExtendConfig) -> Path:
             return shares.model_to_fill(config.model, dtype=config.dtype, attention=attention, config=new_config)
         return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
 
-    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window)
+    def notes() -> list[str]:
+        return shares.check_weights(config.model, dtype=config.dtype, attention=attention, config=new_config)
+
+    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window, notes=notes)
 
 
 def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -169,11 +174,13 @@ def run(
     make_model: Callable[[str], PreTrainedModel],
     source_dtype: Any,
     window: int | None = None,
+    notes: Callable[[], list[str]] = list,
 ) -> Path:
     """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
 
     make_model: the model on a device; on meta, where several processes will each read their share, it need not have
-    its weights yet. window: of the checkpoint that is extended, None for a model from random weights.
+    its weights yet. window: of the checkpoint that is extended, None for a model from random weights. notes: checks
+    the checkpoint's weights before there is work to lose; what the user should know of them.
     """
     output = Path(config.output)
     work = output.with_name(output.name + ".partial")
@@ -185,6 +192,9 @@ def run(
             return output
         check_claim(output, work, config)
         check_reports(config.report)
+        about_weights = notes()
+        for note in about_weights:
+            say(f"{config.model}: {note}", here)
         rows = Rows(load_documents(config.data, tokenizer), spec)
         if len(rows) < config.rows:
             raise ValueError(
@@ -217,7 +227,7 @@ def run(
                 trainer.fit(work / "states")
             except torch.OutOfMemoryError as error:
                 raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-        path = finish(config, trainer, tokenizer, work, output, source_dtype, window)
+        path = finish(config, trainer, tokenizer, work, output, source_dtype, window, about_weights)
         if trainer.stopped:  # at its last step: what called this run is to stop
             raise KeyboardInterrupt
         return path
@@ -338,6 +348,7 @@ def finish(
     output: Path,
     source_dtype: Any,
     window: int | None,
+    about_weights: list[str],
 ) -> Path:
     spec = trainer.rows.spec
     dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
@@ -358,6 +369,7 @@ def finish(
         "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,
         "tokens": trainer.steps * config.rows * spec.row_tokens,
+        "weights": about_weights,
         "documents_dropped": trainer.rows.dropped,
         "tokens_dropped": trainer.rows.dropped_tokens,
         "tokens_truncated": trainer.rows.truncated_tokens,
@@ -561,7 +573,7 @@ class Trainer:
         self.loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
         if here.size > 1:  # the optimizer is over the shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
-            shares.read_shares(model, config.model, here.device)
+            shares.read_shares(model, here.device)
             with torch.compiler.set_stance("force_eager"):  # a compiled layer would be made for the short row first
                 self.check_forward(self.loss)
             sharded: Any = self.loss  # what is gathered for a forward pass stays so until the backward pass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import make_checkpoint, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from endprompt import checkpoint, train
@@ -59,7 +59,9 @@ safetensors.safe_open = Counted
 extend("whole")
 safetensors.safe_open = opened
 print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
-for name in ("rounded", "masters", "lora", "odd", "phi", "renamed", "full", "longlora", "selective", "pose"):
+for name in ("rounded", "masters", "lora", "odd", "phi", "renamed", "apart", "experts", "full"):
+    extend(name)
+for name in ("longlora", "selective", "pose"):
     extend(name)
 for name in ("dynamic", "longrope"):
     extend(name)
@@ -121,6 +123,8 @@ def two_processes(llama, checkpoints, documents, tmp_path_factory):
         "odd": {"model": str(odd_checkpoint(tmp / "odd-model"))},
         "phi": {"model": str(checkpoints("Phi3")), "scaling": "longrope"},
         "renamed": {"model": str(renamed_checkpoint(llama, tmp / "renamed-model"))},
+        "apart": {"model": str(checkpoint_with_a_head_of_its_own(tmp / "apart-model"))},
+        "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))},
         "full": long | {"checkpointing": "full"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
         "selective": recall | {"checkpointing": "selective"},
@@ -188,6 +192,28 @@ def renamed_checkpoint(source, directory):
     return directory
 
 
+def checkpoint_with_a_head_of_its_own(directory):
+    """The config says that head and embeddings are one, the file has both and they differ."""
+    make_checkpoint(directory, tie_word_embeddings=False)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return directory
+
+
+def checkpoint_of_experts(directory):
+    """A weight of the model is put together from several tensors of the file, one an expert."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "sliding_window": None}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads, **experts)).save_pretrained(directory)
+    assert any("experts.3." in name for name in load_file(directory / "model.safetensors"))
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def damaged_checkpoint(directory):
     path = make_checkpoint(directory) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])
@@ -248,7 +274,20 @@ def test_two_processes_give_the_losses_and_weights_of_one(two_processes, one_pro
     assert_equal_runs(two_processes[0] / "whole", one_process(micro_rows=None))
 
 
-EACH = ["lora", "odd", "phi", "renamed", "full", "longlora", "selective", "pose", "dynamic", "longrope"]
+EACH = [
+    "lora",
+    "odd",
+    "phi",
+    "renamed",
+    "apart",
+    "experts",
+    "full",
+    "longlora",
+    "selective",
+    "pose",
+    "dynamic",
+    "longrope",
+]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -257,6 +296,17 @@ def test_every_method_and_checkpoint_trains_as_by_one_process(two_processes, one
     assert_equal_runs(directory, one_process(name))
     for file in ("config.json", "generation_config.json"):
         assert (directory / file).read_text() == (one_process(name) / file).read_text()
+
+
+def test_a_head_of_its_own_is_kept_and_said_once(two_processes):
+    """By transformers' own reading of what was written: apart from the embeddings, and no longer called tied."""
+    from transformers import AutoModelForCausalLM
+
+    directory, _, printed = two_processes
+    assert printed.count("apart-model: config.json says tie_word_embeddings, but the files hold a head") == 1
+    model = AutoModelForCausalLM.from_pretrained(directory / "apart")
+    assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+    assert json.loads((directory / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_base_is_trained_from_the_same_random_weights(two_processes):
@@ -275,13 +325,13 @@ def test_compiled_layers_are_sharded_too(two_processes, one_process):
 
 
 def test_each_process_reads_its_share_of_the_checkpoint(two_processes, llama):
-    """Half of every tensor's bytes each; and only what is named otherwise is read whole, with a word."""
+    """Half of every tensor's bytes each; and only what is put together anew is read whole, with a word."""
     _, _, printed = two_processes
     counts = {found["rank"]: found["read"] for found in map(json.loads, re.findall(r'^{"rank".*}$', printed, re.M))}
     stored = sum(weight.nbytes for weight in load_file(llama / "model.safetensors").values())
     assert counts == {0: stored // 2, 1: stored // 2}
-    assert re.findall(r"(\S+): its files name the weights otherwise than the model", printed) == [
-        str(two_processes[0] / "renamed-model")
+    assert re.findall(r"(\S+): its files hold the weights in other parts than the model", printed) == [
+        str(two_processes[0] / "experts-model")
     ]
 
 
