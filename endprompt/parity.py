@@ -116,8 +116,8 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     if key in _checked:
         return
     geometry = rope_geometry(config)
-    original = geometry.parameters.get("original_max_position_embeddings") or geometry.window
-    tokens = min(TOKENS, 3 * min(int(original), geometry.window) // 4)
+    original = geometry.parameters.get("original_max_position_embeddings") or geometry.stated
+    tokens = min(TOKENS, 3 * min(int(original), geometry.stated) // 4)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.get_text_config().vocab_size, (2, tokens)))
     ids = ids.to(next(model.parameters()).device)
     ids[1, tokens // 2 :] = ids[0, tokens // 2 :]  # the second row: another context before the jump
