@@ -253,12 +253,17 @@ def _wrapped(
                 x = heads_first(x)
                 return heads_first(rotate(x, x, *args, **kwargs)[0])
 
-            q1, k1 = rotate(q, k, *args, **kwargs)
+            out = rotate(q, k, *args, **kwargs)
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise ValueError(
+                    f"q and k cannot be captured: {rotate.__module__}.{rotate.__name__} does not turn the two together"
+                )
+            q1, k1 = out
             if (rotate, q.shape[-1]) not in measured:
                 measured[rotate, q.shape[-1]] = measured_pairs(turned, heads_first(q))
             here = [heads_first(x)[0] for x in (q, q1, k, k1)]
             turns.append(_Turn((here[0], here[1]), (here[2], here[3]), *measured[rotate, q.shape[-1]]))
-            return q1, k1
+            return out
 
         return record
 

@@ -126,7 +126,7 @@ def head_panels(figure: Any, curves: dict[str, Any]) -> None:
         picture = axis.imshow(values, aspect="auto", origin="lower", interpolation="nearest", **colours)
         axis.set_title(title)
         axis.set_xlabel("head")
-        axis.set_ylabel("layer")
+        axis.set_ylabel("layer with RoPE" if curves.get("without_rope") else "layer")
         whole(axis)
         figure.colorbar(picture, ax=axis)
     axis = axes[2]
