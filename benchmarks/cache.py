@@ -167,11 +167,13 @@ def place(
 def text_versions(task: str, length: int, data_dir: str | Path | None, options: ruler.Options) -> dict[str, str]:
     """What the task's texts are made of, by version or hash."""
     spec = ruler.SPECS[task]
-    found: dict[str, str] = {"wording": rows.sha256_of(repr(haystack.wording(spec.family)))}
+    found: dict[str, str] = {"wording": rows.sha256_of(repr(haystack.wording(spec.family, options.edition)))}
     if spec.family == "qa":
         found[spec.dataset] = rows.remembered_sha256(haystack.data_file(spec.dataset, data_dir, task))
     if spec.haystack == "essay":
         found["essay"] = haystack.essay(options.haystack_text, data_dir, task).sha256
+        if options.rules.replayed:
+            found["sentences"] = "punkt" if haystack.has_punkt() else "punctuation"
     if spec.family == "niah" or spec.family == "cwe":
         try:
             found["wonderwords"] = version("wonderwords")

@@ -175,6 +175,7 @@ def score_config(name: str, path: Path, run: Path, lengths: Sequence[int], confi
         max_new_tokens=30,  # RULER keeps 128 for an answer of 9 tokens: half of this model's window
         shots=0,
         hops=3,
+        edition="lab-2026",
         beyond_window=name == "base",
         dtype="float32",
         device="cpu",

@@ -8,10 +8,12 @@ comes from local files; nothing is downloaded. This module imports neither lm_ev
 from __future__ import annotations
 
 import ast
+import bisect
 import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from endprompt.rows import parse_json, read_text, remembered_sha256
+from endprompt.rows import check_fetched, parse_json, read_text, remembered_sha256
 
 # A text without sentence ends (code, lists) is cut after this many words, so that needle depths stay spread.
 LONGEST_SENTENCE = 50
@@ -35,6 +37,8 @@ class Source:
     names: tuple[str, ...]
     what: str
     origin: str
+    whole: frozenset[str] = frozenset()  # sha256 of the known copies of a question set that may be a part of one
+    questions: int = 0  # answerable ones of the whole set
 
 
 SOURCES = {
@@ -47,11 +51,22 @@ SOURCES = {
         ("squad.json", "dev-v2.0.json"),
         "SQuAD v2.0 dev set",
         "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
+        frozenset({"80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"}),
+        questions=5928,
     ),
     "hotpotqa": Source(
         ("hotpotqa.json", "hotpot_dev_distractor_v1.json"),
         "HotpotQA dev set, distractor setting",
-        "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
+        "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json, or where that does not answer "
+        "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/7e54db4656209750ff487f6fdf8e39a66dba136b/"
+        "hotpot_dev_distractor_v1.json, the mirror that RULER names",
+        frozenset(
+            {
+                "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
+                "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",  # the mirror's
+            }
+        ),
+        questions=7405,
     ),
     "words": Source(
         ("english_words.json",),
@@ -64,15 +79,55 @@ SOURCES = {
 def data_file(kind: str, data_dir: str | Path | None, task: str) -> Path:
     """Path of a user's data file. Raises ValueError saying what is missing, where it comes from, which option."""
     source = SOURCES[kind]
-    if data_dir is not None:
-        for name in source.names:
-            if (path := Path(data_dir) / name).is_file():
-                return path
+    if (path := found_file(kind, data_dir)) is not None:
+        return path
     where = "--data-dir is not set" if data_dir is None else f"it is not in --data-dir {data_dir}"
     raise ValueError(
         f"task {task} needs {source.names[0]} ({source.what}) and {where}: get it from {source.origin} "
         f"and put it into that folder"
     )
+
+
+def found_file(kind: str, data_dir: str | Path | None) -> Path | None:
+    """Path of a user's data file, None if there is none. Raises ValueError for a Git LFS pointer."""
+    for name in SOURCES[kind].names if data_dir is not None else ():
+        if (path := Path(str(data_dir)) / name).is_file():
+            check_fetched(path)
+            return path
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- editions
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One state of RULER's tasks. `replayed`: samples are drawn and sized as by RULER's own generator, to the byte.
+
+    The others draw each sample by itself and fill its window.
+    """
+
+    name: str
+    replayed: bool = False
+    layout: str = "one-turn"  # of chats, if no other is asked for
+    misspelled: bool = False  # vt: "assgined"
+    bare_end: bool = False  # vt: the space after "they are:" is left out
+    cut_lines: bool = False  # the last noise line may be cut after a sentence
+    answers_in_vocabulary: bool = False  # fwe: the room for the answer counts into the size of the vocabulary
+
+
+#: The paper's tables (RULER at f36197b), its repository today (c3f5e3b) by streams of our own and by its own, and what
+#: the project's bases, demo and lab were trained and scored on.
+EDITIONS = {
+    edition.name: edition
+    for edition in (
+        Edition("2025"),
+        Edition("2025-ruler", replayed=True, layout="ruler"),
+        Edition("2024", replayed=True, layout="ruler", misspelled=True, answers_in_vocabulary=True),
+        Edition("lab-2026", bare_end=True, cut_lines=True, answers_in_vocabulary=True),
+    )
+}
+DEFAULT_EDITION = "2025"
 
 
 # ---------------------------------------------------------------------------------------------------------- wording
@@ -88,7 +143,7 @@ class Wording:
 
 
 @functools.cache
-def wording(family: str) -> Wording:
+def wording(family: str, edition: str = DEFAULT_EDITION) -> Wording:
     """RULER's prompt for "niah", "vt", "cwe", "fwe" or "qa". Raises ImportError if lm-eval is not installed."""
     if family == "niah":
         template = _constant("niah_utils.py", "TEMPLATE")
@@ -100,7 +155,9 @@ def wording(family: str) -> Wording:
     config = config.get("variable_tracking", config)
     template, prefix = config["template"], config["answer_prefix"]
     if family == "vt":
-        prefix = prefix.replace("assgined", "assigned")
+        rules = EDITIONS[edition]
+        prefix = prefix.replace(*(("assigned", "assgined") if rules.misspelled else ("assgined", "assigned")))
+        prefix = prefix.rstrip() if rules.bare_end else prefix.rstrip() + " "
     if family == "qa":
         prefix = " " + prefix.lstrip()
     return Wording(template, prefix, config["tokens_to_generate"])
@@ -175,15 +232,47 @@ def key_words() -> int:
 
 
 @functools.cache
+def _word_blocks() -> tuple[tuple[str | tuple[str, ...], ...], tuple[int, ...]]:
+    """All adjective-noun pairs in alphabetical order as blocks, and the number of pairs up to the end of each.
+
+    A block is an adjective, whose pairs stand together, or the pairs themselves where those of several adjectives mix
+    ("able-zoo" stands after "able-bodied-ant").
+    """
+    nouns = word_list("noun")
+    blocks: list[str | tuple[str, ...]] = []
+    adjectives = sorted(word_list("adjective"), key=lambda adjective: adjective + "-")
+    while adjectives:
+        first = adjectives[0] + "-"
+        mixed = [adjective for adjective in adjectives if (adjective + "-").startswith(first)]
+        pairs = {f"{adjective}-{noun}" for adjective in mixed for noun in nouns} if len(mixed) > 1 else ()
+        blocks.append(tuple(sorted(pairs)) or mixed[0])
+        del adjectives[: len(mixed)]
+    sizes = [len(nouns) if isinstance(block, str) else len(block) for block in blocks]
+    return tuple(blocks), tuple(itertools.accumulate(sizes))
+
+
+def sorted_key_word(index: int) -> str:
+    """Entry of RULER's own list, the different adjective-noun pairs in alphabetical order, of which none is made."""
+    blocks, ends = _word_blocks()
+    at = bisect.bisect_right(ends, index)
+    block, rest = blocks[at], index - (ends[at - 1] if at else 0)
+    return f"{block}-{word_list('noun')[rest]}" if isinstance(block, str) else block[rest]
+
+
+def sorted_key_words() -> int:
+    return _word_blocks()[1][-1]
+
+
+@functools.cache
 def common_words() -> tuple[str, ...]:
     """The words of common-word extraction: nouns, adjectives and verbs, each once (8166 in wonderwords 3.0.1)."""
     return tuple(sorted({word for kind in ("noun", "adjective", "verb") for word in word_list(kind)}))
 
 
 def more_words(path: Path) -> tuple[str, ...]:
-    """RULER's longer word list, for lengths that need more than `common_words` has."""
+    """RULER's longer word list in its order, for samples that need more than `common_words` has."""
     try:
-        return tuple(sorted({_text(word).strip() for word in read_json(path, dict).values()} - {""}))
+        return tuple(_text(word) for word in read_json(path, dict).values())
     except (TypeError, UnicodeEncodeError) as error:
         raise ValueError(f"{path}: not in the layout of {SOURCES['words'].what} ({error})") from None
 
@@ -202,6 +291,7 @@ class Essay:
     name: str
     sha256: str
     words: list[str]
+    edges: tuple[bool, bool] = (False, False)  # whether white space stood in front of the text, and after it
     ends: np.ndarray = field(init=False)  # [sentences] words up to each sentence end, within one copy
 
     def __post_init__(self) -> None:
@@ -249,12 +339,13 @@ def essay(haystack_text: str | Path | None, data_dir: str | Path | None, task: s
         path = Path(haystack_text)
         if not path.is_file():
             raise ValueError(f"--haystack-text must be a text file: {path} does not exist")
+        check_fetched(path)
     else:
-        try:
-            path = data_file("essays", data_dir, task)
-        except ValueError as missing:
-            path = shipped_sample()
-            if not path.is_file():
+        path = found_file("essays", data_dir) or shipped_sample()
+        if not path.is_file():
+            try:
+                data_file("essays", data_dir, task)
+            except ValueError as missing:
                 raise ValueError(f"{missing}; or give a text of your own by --haystack-text") from None
     return _essay(path, remembered_sha256(path))
 
@@ -281,7 +372,36 @@ def _essay(path: Path, sha256: str) -> Essay:
     words = text.split()
     if not words:
         raise ValueError(f"{path}: a haystack must have words; the file is empty")
-    return Essay(name, sha256, words)
+    return Essay(name, sha256, words, (text[0].isspace(), text[-1].isspace()))
+
+
+def has_punkt() -> bool:
+    """Whether NLTK and its data for English sentences, with which RULER splits essays, are on this machine."""
+    try:
+        _punkt()
+    except (ImportError, LookupError):
+        return False
+    return True
+
+
+@functools.cache
+def _punkt() -> Any:
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    return PunktTokenizer("english")
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of running text: NLTK's if it has its data, else by punctuation."""
+    if has_punkt():
+        return list(_punkt().tokenize(text))
+    made, words = [], text.split(" ")
+    start = 0
+    for i, word in enumerate(words):
+        if SENTENCE_END.search(word) or i + 1 - start >= LONGEST_SENTENCE or i + 1 == len(words):
+            made.append(" ".join(words[start : i + 1]))
+            start = i + 1
+    return made if text else []
 
 
 # ---------------------------------------------------------------------------------------------- question answering
@@ -293,6 +413,7 @@ class Question:
     answers: tuple[str, ...]
     context: tuple[int, ...]  # documents that must be there
     related: tuple[int, ...] = ()  # documents of the same article, used before others
+    given: tuple[str, ...] = ()  # the answers as the file has them, of which some are the same
 
 
 @dataclass(frozen=True)
@@ -303,6 +424,7 @@ class Library:
     sha256: str
     documents: tuple[str, ...]
     questions: tuple[Question, ...]
+    whole: bool = True  # the set as it was published, not a part of it
 
 
 @contextlib.contextmanager
@@ -324,14 +446,16 @@ def library(dataset: str, data_dir: str | Path | None, task: str) -> Library:
 
 @functools.lru_cache(maxsize=4)
 def _library(dataset: str, path: Path, sha256: str) -> Library:
-    whole = read_json(path, dict if dataset == "squad" else list)
+    read = read_json(path, dict if dataset == "squad" else list)
     try:
-        documents, questions = _squad(whole) if dataset == "squad" else _hotpotqa(whole)
+        documents, questions = _squad(read) if dataset == "squad" else _hotpotqa(read)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not in the layout of {SOURCES[dataset].what} ({error!r})") from None
     if not questions:
         raise ValueError(f"{path}: has no answerable question")
-    return Library(path.name, sha256, tuple(documents), tuple(questions))
+    source = SOURCES[dataset]
+    whole = sha256 in source.whole or len(questions) == source.questions
+    return Library(path.name, sha256, tuple(documents), tuple(questions), whole)
 
 
 def _text(value: Any) -> str:
@@ -354,10 +478,11 @@ def _squad(whole: dict[str, Any]) -> tuple[list[str], list[Question]]:
             related = tuple(i for i in of_article if i != own)
             for qa in paragraph["qas"]:
                 if not qa["is_impossible"]:
-                    answers = tuple(dict.fromkeys(_text(answer["text"]) for answer in qa["answers"]))
-                    if not answers:
+                    given = tuple(_text(answer["text"]) for answer in qa["answers"])
+                    if not given:
                         raise ValueError("an answerable question must have an answer")
-                    questions.append(Question(_text(qa["question"]), answers, (own,), related))
+                    answers = tuple(dict.fromkeys(given))
+                    questions.append(Question(_text(qa["question"]), answers, (own,), related, given))
     return documents, questions
 
 
@@ -368,7 +493,12 @@ def _hotpotqa(entries: list[Any]) -> tuple[list[str], list[Question]]:
     documents = sorted({text for entry in texts for text in entry})
     index = {text: i for i, text in enumerate(documents)}
     questions = [
-        Question(_text(entry["question"]), (_text(entry["answer"]),), tuple(dict.fromkeys(index[text] for text in own)))
+        Question(
+            _text(entry["question"]),
+            (_text(entry["answer"]),),
+            tuple(dict.fromkeys(index[text] for text in own)),
+            given=(entry["answer"],),
+        )
         for entry, own in zip(entries, texts)
     ]
     return documents, questions

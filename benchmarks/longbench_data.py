@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from endprompt.rows import parse_json, remembered_sha256
+from endprompt.rows import check_fetched, parse_json, remembered_sha256
 
 SOURCE = "https://huggingface.co/datasets/THUDM/LongBench (data.zip)"
 OPTION = "--data-dir"
@@ -143,6 +143,7 @@ Found = tuple[Iterable[tuple[str, Any]], dict[str, str]] | None
 def find_jsonl(task: str, folder: Path) -> Found:
     for path in (folder / f"{task}.jsonl", folder / "data" / f"{task}.jsonl"):
         if path.is_file():
+            check_fetched(path)
             data = path.read_bytes()
             return json_records(data, str(path)), {path.name: hashlib.sha256(data).hexdigest()}
     return None
@@ -152,6 +153,7 @@ def find_in_archive(task: str, folder: Path) -> Found:
     path = folder if folder.is_file() else folder / "data.zip"
     if not path.is_file():
         return None
+    check_fetched(path)
     members = archive_members(path)
     names = [name for name in (f"{task}.jsonl", f"data/{task}.jsonl") if name in members]
     if not names:
@@ -185,6 +187,8 @@ def archive_members(path: Path) -> list[str]:
 def find_parquet(task: str, folder: Path) -> Found:
     for pattern in (f"{task}/test*.parquet", f"data/{task}/test*.parquet", f"{task}.parquet"):
         if paths := sorted(folder.glob(pattern)):
+            for path in paths:
+                check_fetched(path)
             contents = {path: path.read_bytes() for path in paths}
             sha256 = {
                 str(path.relative_to(folder)): hashlib.sha256(data).hexdigest() for path, data in contents.items()

@@ -148,9 +148,12 @@ def code_similarity(prediction: str, answer: str) -> float:
 
     Only newlines at the start are passed over: a line of white space is a prediction.
     """
+    return edit_ratio(code_line(prediction), answer) / 100
+
+
+def code_line(prediction: str) -> str:
     lines = prediction.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return edit_ratio(line, answer) / 100
+    return next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
 
 
 def edit_ratio(a: str, b: str) -> int:
@@ -164,6 +167,19 @@ def edit_ratio(a: str, b: str) -> int:
     if not a or not b:
         return 0
     return round(100 * difflib.SequenceMatcher(None, a, b).ratio())
+
+
+def code_similarity_levenshtein(prediction: str, answer: str) -> float:
+    """`code_similarity` where python-Levenshtein is installed beside fuzzywuzzy, as some publishers had it."""
+    line = code_line(prediction)
+    return indel_ratio(line, answer) / 100
+
+
+def indel_ratio(a: str, b: str) -> int:
+    """Percent: 2 x longest common subsequence / characters of both, python-Levenshtein's `ratio`."""
+    if a == b:
+        return 100
+    return round(200 * len(common_subsequence(a, b)) / max(1, len(a) + len(b)))
 
 
 def segment(text: str) -> list[str]:

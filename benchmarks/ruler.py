@@ -103,6 +103,10 @@ class Options:
         hops: assignments after the first one in a chain of vt (RULER: 4).
         date: day that a chat template which reads one is given, YYYY-MM-DD; today if None.
         template_args: further arguments of the chat template, NAME=VALUE,NAME=VALUE.
+        edition: state of RULER's tasks, one of `haystack.EDITIONS`.
+        chat_layout: of chats: "one-turn" (the worked example and the question in one turn, no space in front of the
+            answer prefix) or "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept); the
+            edition's if None.
     """
 
     max_new_tokens: int | None = None
@@ -112,6 +116,8 @@ class Options:
     hops: int = VT_HOPS
     date: str | None = None
     template_args: str = ""
+    edition: str = texts.DEFAULT_EDITION
+    chat_layout: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -132,8 +138,26 @@ class Options:
         if self.chat:
             day = chat.day_read(tokenizer, self.date, self.template_args, lambda: chat.today(tokenizer))
         return dataclasses.replace(self, date=day)
+        if self.edition not in texts.EDITIONS:
+            raise ValueError(f"edition must be one of {', '.join(texts.EDITIONS)}: {self.edition!r}")
+        if self.chat_layout not in (None, *LAYOUTS):
+            raise ValueError(f"chat_layout must be one of {', '.join(LAYOUTS)}: {self.chat_layout!r}")
+        if self.rules.replayed and not self.shots:
+            raise ValueError(
+                f"shots must be 1 with edition {self.edition}, whose samples are RULER's own: {self.shots}"
+            )
+
+    @property
+    def rules(self) -> texts.Edition:
+        return texts.EDITIONS[self.edition]
+
+    @property
+    def layout(self) -> str | None:
+        """The chat layout in use; None without a chat template."""
+        return (self.chat_layout or self.rules.layout) if self.chat else None
 
 
+LAYOUTS = ("one-turn", "ruler")
 DEFAULTS = Options()
 
 
@@ -181,19 +205,22 @@ class Draft(Protocol):
     def fill(self, room: int) -> tuple[Any, int]:
         """State (JSON) of the largest haystack of at most `room` tokens above the empty one, and its tokens."""
 
-    def render(self, state: Any) -> tuple[str, str]:
-        """(prompt up to the end of the question, answer prefix)."""
+    def render(self, state: Any) -> tuple[str, ...]:
+        """(prompt up to the end of the question, answer prefix); an example with its answer may stand in front."""
+
+    def answers(self, state: Any) -> list[str]:
+        return list(self.outputs)
 
     def depth(self, state: Any) -> list[float]:
         """Percent of the context in front of the needle of each output."""
 
-    def cut(self, state: Any) -> tuple[tuple[str, str] | None, int]:
+    def cut(self, state: Any) -> tuple[tuple[str, ...] | None, int]:
         """(the rendered prompt less the inner parts of the haystack, their tokens).
 
         None for the prompt: the smallest haystack's, to which the tokens that `fill` gave are added.
         """
 
-    def core(self) -> tuple[tuple[str, str], int]:
+    def core(self) -> tuple[tuple[str, ...], int]:
         """(a prompt, tokens to add): together the size of the smallest haystack's prompt."""
         return self.render(self.empty), 0
 
@@ -234,7 +261,7 @@ class Cell(Sequence[dict[str, Any]]):
         with texts.no_collection():
             made = source(task, length, tokenizer, seed, data_dir, options)
             drafts = [made.draw(i) for i in range(n)]
-            states = fit(length, made, drafts, kept, counter(tokenizer), assembler(tokenizer, options))
+            states = made.fitted(drafts, kept)
         recipe = {
             "generator": GENERATOR,
             "task": task,
@@ -244,6 +271,7 @@ class Cell(Sequence[dict[str, Any]]):
             "max_new_tokens": kept,
             "haystack": made.haystack,
             "haystack_sha256": made.haystack_sha256,
+            "questions": made.questions,
             "samples": states,
         }
         built = cls(recipe, tokenizer, data_dir)
@@ -281,7 +309,7 @@ class Cell(Sequence[dict[str, Any]]):
             "index": index,
             "seed": recipe["seed"],
             **({"input": self._assemble(*draft.render(state))} if whole else {}),
-            "outputs": list(draft.outputs),
+            "outputs": draft.answers(state),
             "length": tokens,
             "max_new_tokens": kept,
             "budget": length,
@@ -316,7 +344,7 @@ def digest_sample(digest: Any, sample: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------- token counting
 
 Count = Callable[[Sequence[str]], list[int]]
-Assemble = Callable[[str, str], str]
+Assemble = Callable[..., str]
 
 
 def counter(tokenizer: Any) -> Count:
@@ -339,15 +367,27 @@ def counter(tokenizer: Any) -> Count:
 
 
 def assembler(tokenizer: Any, options: Options = DEFAULTS) -> Assemble:
-    """Joins question and answer prefix; with `options.chat` the prefix starts the assistant's turn."""
+    """Joins what a draft renders: questions and the text behind each, of which the last is the answer prefix.
+
+    Chat layout "one-turn" puts all but the prefix into one turn of the user's, and the prefix starts the assistant's;
+    "ruler" makes a turn of each question and keeps the prefix's leading space.
+    """
     if not options.chat:
-        return lambda question, prefix: question + prefix
+        return lambda *parts: "".join(parts)
     render = chat.renderer(tokenizer, options.date, options.template_args)
+    bos = getattr(tokenizer, "bos_token", None) or ""
 
-    def wrap(question: str, prefix: str) -> str:
-        return render([{"role": "user", "content": question}], add_generation_prompt=True) + prefix.lstrip()
+    def wrap(question: str) -> str:
+        return render([{"role": "user", "content": question}], add_generation_prompt=True)
 
-    return wrap
+    if options.layout == "one-turn":
+        return lambda *parts: wrap("".join(parts[:-1])) + parts[-1].lstrip()
+
+    def turns(*parts: str) -> str:
+        first, *others = [wrap(question) + answer for question, answer in zip(parts[::2], parts[1::2])]
+        return first + "".join(other.removeprefix(bos) for other in others)
+
+    return turns
 
 
 class Costs:
@@ -637,6 +677,16 @@ class Source:
     haystack_sha256: str | None = None
 
     @property
+    def questions(self) -> dict[str, Any] | None:
+        """Of question answering: how many questions the set has, and whether it is the published one, whole."""
+        return None
+
+    def fitted(self, drafts: Sequence[Draft], kept: int) -> list[tuple[Any, int]]:
+        """(state, prompt tokens) of each draft, with `kept` tokens for generation."""
+        assemble = assembler(self.tokenizer, self.options)
+        return fit(self.length, self, drafts, kept, counter(self.tokenizer), assemble)
+
+    @property
     def spec(self) -> Spec:
         return SPECS[self.task]
 
@@ -658,6 +708,10 @@ def source(task: str, length: int, tokenizer: Any, seed: int, data_dir: str | Pa
     """The task's source. Raises ValueError if its data are missing."""
     spec = SPECS[task]
     common = (task, length, tokenizer, seed, options)
+    if options.rules.replayed:
+        from benchmarks import replay
+
+        return replay.source(*common, data_dir)
     if spec.family == "qa":
         library = texts.library(spec.dataset, data_dir, task)
         return DocumentSource(*common, library.name, library.sha256, library)
@@ -688,7 +742,7 @@ class Needles:
 
     @classmethod
     def draw(cls, spec: Spec, rng: random.Random) -> Needles:
-        needle, wording = texts.needle(), texts.wording("niah")
+        needle = texts.needle()
         taken: set[str] = set()
         keys = draw_values(spec.key, spec.keys, rng, taken)
         values = [draw_values(spec.value, spec.values, rng, taken) for _ in keys]
@@ -696,26 +750,33 @@ class Needles:
         rng.shuffle(pairs)
         asked = rng.sample(range(spec.keys), spec.queries)
         outputs = [(keys[i], value) for i in asked for value in values[i]]
-        names = [keys[i] for i in asked]
-        query = ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
-        template, prefix, kind = wording.template, wording.prefix, spec.value
-        if spec.queries * spec.values == 1:  # RULER's own way to the singular
-            template, prefix = (
-                text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in (template, prefix)
-            )
-            kind = kind[:-1]
         return cls(
             [needle.format(type_needle_v=spec.value, key=key, value=value) for key, value in pairs],
             [value for _, value in outputs],
             [pairs.index(pair) for pair in outputs],
-            template.format(type_needle_v=kind, query=query, context="{context}"),
-            prefix.format(type_needle_v=kind, query=query),
+            *needle_question(spec, [keys[i] for i in asked]),
         )
+
+
+def needle_question(spec: Spec, keys: Sequence[str]) -> tuple[str, str]:
+    """(prompt with "{context}" still open, answer prefix) that asks for these keys."""
+    wording = texts.wording("niah")
+    query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
+    template, prefix, kind = wording.template, wording.prefix, spec.value
+    if spec.queries * spec.values == 1:  # RULER's own way to the singular
+        template, prefix = (
+            text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in (template, prefix)
+        )
+        kind = kind[:-1]
+    return (
+        template.format(type_needle_v=kind, query=query, context="{context}"),
+        prefix.format(type_needle_v=kind, query=query),
+    )
 
 
 @dataclass
 class NoiseSource(Source):
-    """Lines of RULER's five noise sentences; the last line may be cut after a sentence to fill the budget."""
+    """Lines of RULER's five noise sentences; in some editions the last may be cut to fill the budget."""
 
     def draw(self, index: int) -> Draft:
         rng = self.rng(index)
@@ -737,7 +798,8 @@ class NoiseSource(Source):
     def most(self, room: int) -> int:
         """The most noise sentences of at most `room` tokens."""
         lines, rest = divmod(room, max(1, self.steps[-1]))
-        return lines * (len(self.steps) - 1) + bisect.bisect_right(self.steps[:-1], rest) - 1
+        cut = bisect.bisect_right(self.steps[:-1], rest) - 1 if self.options.rules.cut_lines else 0
+        return lines * (len(self.steps) - 1) + cut
 
     def lines(self, count: int) -> list[str]:
         sentences = texts.noise()
@@ -965,13 +1027,22 @@ class ChainSource(NoiseSource):
 
     @functools.cached_property
     def example_lines(self) -> int:
-        """Noise lines of the worked example: RULER's 500 tokens, but at most a quarter of the budget."""
-        limit = min(VT_EXAMPLE_TOKENS, self.length // 4)
+        """Noise lines of the worked example: RULER's 500 tokens, in windows under 1,024 at most a quarter of them.
+
+        The edition of the lab counts without the answer prefix and takes a quarter of any window.
+        """
+        lab = self.options.rules.bare_end
+        limit = min(VT_EXAMPLE_TOKENS, self.length // 4) if lab or self.length < 1024 else VT_EXAMPLE_TOKENS
         rng = self.rng("example size")
         key = rng.getrandbits(64)
         chain = Chain.draw(self.options.hops, 3, rng)
         lines = 0
-        while self.costs.count([chain.text(self.lines(5 * (lines + 1)), key)[0]])[0] <= limit:
+
+        def shown(lines: int) -> str:
+            question, prefix = chain.text(self.lines(5 * lines), key, self.options.edition)
+            return question if lab else question + prefix
+
+        while self.costs.count([shown(lines + 1)])[0] <= limit:
             lines += 1
         return lines
 
@@ -995,15 +1066,17 @@ class Chain:
         first = f"VAR {self.names[0]} = {self.value}"
         return [first, *(f"VAR {new} = VAR {old} " for old, new in zip(self.names, self.names[1:]))]
 
-    def text(self, noise: list[str], key: int) -> tuple[str, str]:
+    def text(self, noise: list[str], key: int, edition: str) -> tuple[str, str]:
         """(prompt, answer prefix); places of the assignments follow from `key` and the number of noise lines."""
-        wording = texts.wording("vt")
         at = places(len(noise), len(self.names), random.Random(key))
-        context = "\n".join(weave(noise, self.lines, at))
-        prefix = wording.prefix.rstrip()  # a space at the end would not be the start of the answer's first token
+        return self.asked("\n".join(weave(noise, self.lines, at)), edition)
+
+    def asked(self, context: str, edition: str) -> tuple[str, str]:
+        """(prompt, answer prefix) with a context that has the assignments."""
+        wording = texts.wording("vt", edition)
         return (
             wording.template.format(context=context, query=self.value),
-            prefix.format(num_v=len(self.names), query=self.value),
+            wording.prefix.format(num_v=len(self.names), query=self.value),
         )
 
 
@@ -1015,7 +1088,8 @@ class ChainDraft(Draft):
         self.example = ""
         if made.options.shots:
             shown = Chain.draw(made.options.hops, 3, rng)
-            question, prefix = shown.text(made.lines(5 * made.example_lines), rng.getrandbits(64))
+            noise = made.lines(5 * made.example_lines)
+            question, prefix = shown.text(noise, rng.getrandbits(64), made.options.edition)
             self.example = f"{question}{prefix} {' '.join(shown.names)}\n\n"
         self.chain = Chain.draw(made.options.hops, 5, rng)
         while made.options.shots and any(name in self.example for name in (*self.chain.names, self.chain.value)):
@@ -1031,7 +1105,7 @@ class ChainDraft(Draft):
         return None, self.made.added(count)
 
     def render(self, count: int) -> tuple[str, str]:
-        question, prefix = self.chain.text(self.made.lines(count), self._key)
+        question, prefix = self.chain.text(self.made.lines(count), self._key, self.made.options.edition)
         return self.example + question, prefix
 
     def depth(self, count: int) -> list[float]:
@@ -1060,17 +1134,22 @@ class CommonWordSource(Source):
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
-        words = texts.common_words()
-        # An entry of the list takes at least four tokens (two of the number, a dot, a word).
-        if self.length // (4 * self.repeats[1]) > len(words):
-            path = texts.data_file("words", self.data_dir, f"cwe at length {self.length}")
-            self.haystack, self.haystack_sha256 = path.name, remembered_sha256(path)
-            words = tuple(sorted({*words, *texts.more_words(path)}))
-        return words
+        return texts.common_words()
+
+    @functools.cached_property
+    def long_words(self) -> tuple[str, ...]:
+        """RULER's longer list, for samples that need more words than `words` has; of these they have none."""
+        path = texts.data_file("words", self.data_dir, f"cwe at length {self.length}")
+        self.haystack, self.haystack_sha256 = path.name, remembered_sha256(path)
+        return tuple(sorted({word.strip() for word in texts.more_words(path)} - {""}))
 
     @functools.cached_property
     def word_costs(self) -> np.ndarray:
         return self.costs.of([" " + word for word in self.words], "a 1.", " 2.")
+
+    @functools.cached_property
+    def long_word_costs(self) -> np.ndarray:
+        return self.costs.of([" " + word for word in self.long_words], "a 1.", " 2.")
 
     def number_sums(self, entries: int) -> np.ndarray:
         """int64 [k]: tokens of the first k numbers with their dots; k to `entries` at least."""
@@ -1087,70 +1166,105 @@ class CommonWordSource(Source):
         return self.length // 2 + 1
 
 
+def common_question(listed: str) -> tuple[str, str]:
+    """(prompt, answer prefix)."""
+    wording = texts.wording("cwe")
+    return wording.template.format(context=listed), wording.prefix
+
+
 class CommonWordDraft(Draft):
     empty = CWE_COMMON
 
     def __init__(self, made: CommonWordSource, rng: random.Random):
         self.made = made
         numpy_rng = frozen(rng)
-        self.example, self.answer = "", ""
+        self.example: tuple[str, ...] = ()  # question, answer
         self.example_entries: list[tuple[np.ndarray, int]] = []  # words and how often each stands in its list
         if made.options.shots:
             total, common, other = (20, 3, 1) if made.length < 4096 else (40, 10, 3)
             shown = numpy_rng.choice(len(made.words), total, replace=False)
-            listed = self.listed(shown, common, other, numpy_rng)
-            self.answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
-            self.example = f"{self.question(listed)}{texts.wording('cwe').prefix} {self.answer}\n"
+            listed = self.listed(made.words, shown, common, other, numpy_rng)
+            answer = numbered([made.words[i] for i in shown[:CWE_COMMON]])
+            question, prefix = common_question(listed)
+            self.example = (question, f"{prefix} {answer}\n")
             self.example_entries = [(shown[:CWE_COMMON], common), (shown[CWE_COMMON:], other)]
-        # As many as can be listed at two tokens an entry: the longer word list times all samples would be a gigabyte.
-        most = CWE_COMMON + made.length // (2 * made.repeats[1])
-        self.order = numpy_rng.permutation(len(made.words))[:most].copy()
+        self.order = numpy_rng.permutation(len(made.words))[: self.most].copy()
         self._key = rng.getrandbits(64)
         self.outputs = [made.words[i] for i in self.order[:CWE_COMMON]]
 
-    def listed(self, chosen: np.ndarray, common: int, other: int, rng: np.random.RandomState) -> str:
-        entries = np.concatenate([np.tile(chosen[:CWE_COMMON], common), np.tile(chosen[CWE_COMMON:], other)])
-        words = self.made.words
-        return numbered(list(map(words.__getitem__, rng.permutation(entries).tolist())))
+    @property
+    def most(self) -> int:
+        """As many words as can be listed at two tokens an entry: the longer list times all samples is a gigabyte."""
+        return CWE_COMMON + self.made.length // (2 * self.made.repeats[1])
+
+    @functools.cached_property
+    def long_order(self) -> np.ndarray:
+        return frozen(random.Random(self._key ^ 1)).permutation(len(self.made.long_words))[: self.most].copy()
+
+    def is_long(self, count: int) -> bool:
+        """Whether a sample of `count` words is made of the longer list."""
+        return count > len(self.made.words)
 
     @staticmethod
-    def question(listed: str) -> str:
-        return texts.wording("cwe").template.format(context=listed)
+    def listed(words: Sequence[str], chosen: np.ndarray, common: int, other: int, rng: np.random.RandomState) -> str:
+        entries = np.concatenate([np.tile(chosen[:CWE_COMMON], common), np.tile(chosen[CWE_COMMON:], other)])
+        return numbered(list(map(words.__getitem__, rng.permutation(entries).tolist())))
 
-    def sums(self, room: int) -> np.ndarray:
-        """int64 [k]: tokens that the first k words besides the common ones add, up to more than `room` if it can be."""
+    def sums(self, room: int, costs: np.ndarray) -> np.ndarray:
+        """int64 [k]: tokens that the first k words besides the common ones add, up to more than `room` if it can be.
+
+        costs: of the words in their order, the common ones left out.
+        """
         common, other = self.made.repeats
         least, numbers = CWE_COMMON * common, self.made.number_sums(CWE_COMMON * common)
         while numbers[-1] - numbers[least] <= room and len(numbers) <= self.made.most_entries:
             numbers = self.made.number_sums(len(numbers))
-        costs = self.made.word_costs[self.order[CWE_COMMON:]]
         entries = np.arange(least, min(len(numbers), self.made.most_entries + 1), other)[: len(costs) + 1]
         return np.append(0, np.cumsum(costs[: len(entries) - 1]) * other) + numbers[entries] - numbers[least]
 
     def fill(self, room: int) -> tuple[int, int]:
-        sums = self.sums(room)
+        made, other = self.made, self.made.repeats[1]
+        sums = self.sums(room, made.word_costs[self.order[CWE_COMMON:]])
         count = int(np.searchsorted(sums, room, side="right")) - 1
+        if CWE_COMMON + count == len(made.words):
+            entries = CWE_COMMON * made.repeats[0] + count * other
+            numbers = made.number_sums(entries + other)
+            if sums[count] + int(numbers[entries + other] - numbers[entries]) + other <= room:  # words of a token
+                extra = self.long_extra()
+                longer = self.sums(room - extra, made.long_word_costs[self.long_order[CWE_COMMON:]])
+                more = int(np.searchsorted(longer, room - extra, side="right")) - 1
+                if self.is_long(CWE_COMMON + more):
+                    return CWE_COMMON + more, int(longer[more]) + extra
         return CWE_COMMON + count, int(sums[count])
+
+    def long_extra(self) -> int:
+        """Tokens that the common words of the longer list take more than those of the shorter one."""
+        long, short = self.long_order[:CWE_COMMON], self.order[:CWE_COMMON]
+        more = int(self.made.long_word_costs[long].sum()) - int(self.made.word_costs[short].sum())
+        return more * self.made.repeats[0]
 
     def cut(self, count: int) -> tuple[None, int]:
         common, other = self.made.repeats
         least, more = CWE_COMMON * common, count - CWE_COMMON
         numbers = self.made.number_sums(least + more * other)
-        words = int(self.made.word_costs[self.order[CWE_COMMON:count]].sum())
-        return None, words * other + int(numbers[least + more * other] - numbers[least])
+        if self.is_long(count):
+            words, extra = self.made.long_word_costs[self.long_order[CWE_COMMON:count]], self.long_extra()
+        else:
+            words, extra = self.made.word_costs[self.order[CWE_COMMON:count]], 0
+        return None, int(words.sum()) * other + extra + int(numbers[least + more * other] - numbers[least])
 
-    def core(self) -> tuple[tuple[str, str], int]:
+    def core(self) -> tuple[tuple[str, ...], int]:
         made, first = self.made, self.made.words[self.order[0]]
-        template, prefix = self.question(numbered([first])), texts.wording("cwe").prefix
+        template, prefix = common_question(numbered([first]))
         # Both lists are one entry long here; their other entries are summed.
-        prompt = f"{template}{prefix} {self.answer}\n{template}" if self.example else template
+        prompt = (template, self.example[1], template, prefix) if self.example else (template, prefix)
         lists = [*self.example_entries, (self.order[:CWE_COMMON], made.repeats[0])]
         entries = sum(len(words) * times for words, times in lists[-1:])
         left = self.entry_tokens(lists[-1:], entries)
         if self.example:
             shown = lists[:-1]
             left += self.entry_tokens(shown, sum(len(words) * times for words, times in shown))
-        return (prompt, prefix), left
+        return prompt, left
 
     def entry_tokens(self, words: Sequence[tuple[np.ndarray, int]], entries: int) -> int:
         """Tokens of a numbered list less its first entry, which stands for the sample's first word."""
@@ -1159,10 +1273,18 @@ class CommonWordDraft(Draft):
         numbers = self.made.number_sums(entries)
         return total + int(numbers[entries] - numbers[1] - costs[self.order[0]])
 
-    def render(self, count: int) -> tuple[str, str]:
+    def chosen(self, count: int) -> tuple[Sequence[str], np.ndarray]:
+        """(word list, places in it) of a sample of `count` words."""
+        words, order = (self.made.long_words, self.long_order) if self.is_long(count) else (self.made.words, self.order)
+        return words, order[:count]
+
+    def render(self, count: int) -> tuple[str, ...]:
         rng = frozen(random.Random(self._key))
-        listed = self.listed(self.order[:count], *self.made.repeats, rng)
-        return self.example + self.question(listed), texts.wording("cwe").prefix
+        return *self.example, *common_question(self.listed(*self.chosen(count), *self.made.repeats, rng))
+
+    def answers(self, count: int) -> list[str]:
+        words, order = self.chosen(count)
+        return [words[i] for i in order[:CWE_COMMON]]
 
     def depth(self, count: int) -> list[float]:
         return []
@@ -1185,7 +1307,8 @@ class FrequentWordSource(Source):
 
     @property
     def vocabulary(self) -> int:
-        return max(5, self.length // 50)
+        kept = 0 if self.options.rules.answers_in_vocabulary else reserve(self.task, self.options)
+        return max(5, (self.length - kept) // 50)
 
     @functools.cached_property
     def pool(self) -> list[str]:
@@ -1223,6 +1346,12 @@ class FrequentWordSource(Source):
         return total
 
 
+def frequent_question(context: str) -> tuple[str, str]:
+    """(prompt, answer prefix)."""
+    wording = texts.wording("fwe")
+    return wording.template.format(context=context), wording.prefix
+
+
 class FrequentWordDraft(Draft):
     def __init__(self, made: FrequentWordSource, rng: random.Random):
         self.made = made
@@ -1257,8 +1386,7 @@ class FrequentWordDraft(Draft):
         words = self.made.pool_bytes[self.chosen]
         words[0] = b" ..."
         context = words[frozen(random.Random(self._key)).permutation(entries)].tobytes().translate(None, b"\0")
-        wording = texts.wording("fwe")
-        return wording.template.format(context=context[1:].decode()), wording.prefix
+        return frequent_question(context[1:].decode())
 
     def depth(self, total: int) -> list[float]:
         return []
@@ -1272,13 +1400,12 @@ class DocumentSource(Source):
     library: texts.Library = None  # type: ignore[assignment]
     _number_sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
+    @property
+    def questions(self) -> dict[str, Any]:
+        return {"count": len(self.library.questions), "whole": self.library.whole}
+
     def draw(self, index: int) -> Draft:
-        if index >= len(self.library.questions):
-            raise ValueError(
-                f"samples of {self.task} must be at most the questions of {self.haystack}: "
-                f"{len(self.library.questions)}, got index {index}"
-            )
-        return DocumentDraft(self, self.library.questions[index], self.rng(index))
+        return DocumentDraft(self, question_of(self.library, index, self.task), self.rng(index))
 
     @functools.cached_property
     def document_costs(self) -> DocumentCosts:
@@ -1308,6 +1435,27 @@ class DocumentSource(Source):
         # About as many as a sample tries, in whole batches.
         count = size * math.ceil((left / needed.mean() + DocumentDraft.TRIES) / size)
         known.of(np.concatenate([draft.candidates(count) for draft in own]))
+
+
+def question_of(library: texts.Library, index: int, task: str) -> texts.Question:
+    """The question of sample `index`. Raises ValueError if there are not so many."""
+    if index >= len(library.questions):
+        raise ValueError(
+            f"samples of {task} must be at most the questions of {library.name}: "
+            f"{len(library.questions)}, got index {index}"
+        )
+    return library.questions[index]
+
+
+def asked(question: str, context: str) -> tuple[str, str]:
+    """(prompt, answer prefix) of question answering."""
+    wording = texts.wording("qa")
+    return wording.template.format(context=context, query=question), wording.prefix
+
+
+def document_context(documents: Sequence[str]) -> str:
+    """Numbered documents as they stand in the prompt."""
+    return "\n\n".join(document_block(number, document) for number, document in enumerate(documents, 1))
 
 
 def batch_size(room: int) -> int:
@@ -1434,7 +1582,7 @@ class DocumentDraft(Draft):
         """With one document, which stands for all: their tokens are known."""
         numbers, costs = self.made.number_sums(len(self.empty)), self.made.document_costs
         left = int(costs.of(self.empty).sum() + numbers[len(self.empty)]) - costs.shortest
-        return self.prompt([document_block(1, "a")]), left
+        return asked(self.question.text, document_context(["a"])), left
 
     def cut(self, state: Sequence[int]) -> tuple[None, int]:
         numbers, least = self.made.number_sums(len(state)), len(self.empty)
@@ -1447,13 +1595,8 @@ class DocumentDraft(Draft):
         return order
 
     def render(self, state: Sequence[int]) -> tuple[str, str]:
-        documents, (head, middle, tail) = self.made.library.documents, document_frame()
-        ordered = enumerate([documents[state[i]] for i in self.shuffled(state)], 1)
-        return self.prompt([f"{head}{n}{middle}{document}{tail}" for n, document in ordered])
-
-    def prompt(self, blocks: Sequence[str]) -> tuple[str, str]:
-        wording = texts.wording("qa")
-        return wording.template.format(context="\n\n".join(blocks), query=self.question.text), wording.prefix
+        documents = self.made.library.documents
+        return asked(self.question.text, document_context([documents[state[i]] for i in self.shuffled(state)]))
 
     def depth(self, state: Sequence[int]) -> list[float]:
         order = self.shuffled(state)

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,11 @@ class ScoreConfig:
         max_new_tokens: tokens kept for generation, instead of RULER's number (for very small windows).
         shots: worked examples in front of vt and cwe, 0 or 1; RULER has 1.
         hops: assignments after the first in a chain of vt; RULER has 4.
+        edition: state of RULER's tasks: 2025 (its repository's), 2024 (the paper's tables, its samples to the byte),
+            2025-ruler (the repository's samples to the byte), lab-2026 (what the project's own bases were trained on).
+        chat_layout: with chat: one-turn, or ruler (cwe's example in a turn of its own, the answer prefix after a
+            space); the editions that repeat RULER's samples have ruler, the others one-turn, if not given.
+        prompt_length: LongBench: cut prompts over so many tokens; published tables have 3500 for a window of 4k.
         chat: wrap prompts in the tokenizer's chat template.
         date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
             given.
@@ -91,6 +96,9 @@ class ScoreConfig:
     max_new_tokens: int | None = None
     shots: int = 1
     hops: int = ruler.VT_HOPS
+    edition: Literal["2025", "2024", "2025-ruler", "lab-2026"] = "2025"
+    chat_layout: Literal["one-turn", "ruler"] | None = None
+    prompt_length: int | None = None
     chat: bool = False
     date: str | None = None
     template_args: str = ""
@@ -121,6 +129,8 @@ class ScoreConfig:
             raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1: {self.samples}")
+        if self.prompt_length is not None and self.suite != "longbench":
+            raise ValueError(f"prompt_length is for suite longbench, not {self.suite}: {self.prompt_length}")
         if self.json and self.compare is None and self.show is None:
             raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
         if self.date is not None:
@@ -167,7 +177,7 @@ class ScoreConfig:
     @property
     def options(self) -> ruler.Options:
         names = ("max_new_tokens", "haystack_text", "chat", "shots", "hops", "date", "template_args")
-        return ruler.Options(**{name: getattr(self, name) for name in names})
+        return ruler.Options(**{name: getattr(self, name) for name in (*names, "edition", "chat_layout")})
 
 
 @dataclass
@@ -185,6 +195,7 @@ class Unit:
     sha256: str = ""
     characters: int = 0
     prompts: Sequence[str] = ()  # the hash of each
+    readings: dict[str, Callable[[dict[str, Any], str], float]] = field(default_factory=dict)  # columns of the row
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
@@ -294,7 +305,14 @@ def prepare(config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreT
         )
     wanted = [(task, length) for length in config.length_list for task in names]
     settings = (config.samples, config.seed, config.data_dir, config.options, config.cache_dir)
-    return [ruler_unit(cell) for cell in cache.cells(wanted, tokenizer, *settings)]
+    units = [ruler_unit(cell) for cell in cache.cells(wanted, tokenizer, *settings)]
+    for unit in units:
+        if needed(unit) > window and not config.beyond_window and not config.prepare_only:
+            raise ValueError(
+                f"{unit.name}: prompt and generation must be at most the checkpoint's window {window}, and edition "
+                f"{config.edition} keeps too little room for the answer: {needed(unit)} (beyond_window allows it)"
+            )
+    return units
 
 
 def ruler_unit(cell: ruler.Cell) -> Unit:
@@ -307,10 +325,14 @@ def ruler_unit(cell: ruler.Cell) -> Unit:
         "haystack_sha256": recipe["haystack_sha256"],
         "fill": round(sum(filled) / len(filled), 5),
         "max_new_tokens": kept,
+        "edition": options.edition,
         "chat": options.chat,
+        "chat_layout": options.layout,
         "generator": recipe["generator"],
         **{name: value for name in ("date", "template_args") if (value := getattr(options, name))},
     }
+    if recipe["questions"] is not None:
+        columns |= {"questions": recipe["questions"]["count"], "questions_whole": recipe["questions"]["whole"]}
     if ruler.SPECS[recipe["task"]].family in ("vt", "cwe"):
         columns["shots"] = options.shots
     if ruler.SPECS[recipe["task"]].family == "vt":
@@ -433,8 +455,10 @@ RESULT_FILES = ("results.jsonl", "summary.jsonl", "depth.jsonl", "log.jsonl", fi
 
 def needed(unit: Unit) -> int:
     """Window that the unit's longest prompt and its generation take."""
-    if unit.length is not None:
-        return unit.length
+    if isinstance(unit.samples, ruler.Cell):
+        recipe = unit.samples.recipe  # a prompt of RULER's own making may be over its length
+        longest = max(tokens for _, tokens in recipe["samples"])
+        return max(recipe["length"], longest + recipe["max_new_tokens"])
     return max(sample["length"] + sample["max_new_tokens"] for sample in unit.samples)
 
 
@@ -544,6 +568,11 @@ def evaluate(
         )
     if out is None:
         return {}
+    entries = read_run(config.directory, settings) if any(unit.readings for unit in units) else {}
+    for unit in units:
+        texts = predicted(entries, unit) if unit.readings else []
+        for name, reading in unit.readings.items():
+            unit.columns[name] = 100 * sum(reading(sample, text) for sample, text in texts) / len(texts)
     made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
     out.add(made.values())
     out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)

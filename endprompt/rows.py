@@ -182,6 +182,17 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
+def check_fetched(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if the file is a Git LFS pointer: a clone without LFS has it in place of the data."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(
+            f"{path}: must hold the data, and is a Git LFS pointer to them ({os.path.getsize(path)} bytes): "
+            "run `git lfs pull` where it was cloned"
+        )
+
+
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """As `parse_json`, for what must be an object."""
     value = parse_json(text, where)

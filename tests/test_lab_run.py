@@ -163,7 +163,7 @@ def test_scores_by_depth_are_those_of_the_samples_at_that_depth(run):
     rows = [json.loads(line) for line in (folder / "run" / "depth.jsonl").read_text().splitlines()]
     mine = [row for row in rows if row["arm"] == "recall+yarn" and row["length"] == 512]
     tokenizer = load_tokenizer(folder / "base")
-    options = {"max_new_tokens": 30, "shots": 0, "hops": 3}
+    options = {"max_new_tokens": 30, "shots": 0, "hops": 3, "edition": "lab-2026"}
     depths = [
         sample["depth"][0]
         for seed in (1000, 1001)
@@ -185,7 +185,9 @@ def test_samples_are_ruler_s_own_and_the_same_for_all_arms(run):
     hashes = {(row["task"], row["length"], row["seed"], row["samples_sha256"]) for row in rows}
     assert len(hashes) == 2 * 2 * 2
     tokenizer = load_tokenizer(folder / "base")
-    expected = ruler.build_samples("vt", 512, tokenizer, 2, 1001, max_new_tokens=30, shots=0, hops=3)
+    expected = ruler.build_samples(
+        "vt", 512, tokenizer, 2, 1001, max_new_tokens=30, shots=0, hops=3, edition="lab-2026"
+    )
     assert ("vt", 512, 1, ruler.samples_sha256(expected)) in hashes
 
 

@@ -172,6 +172,8 @@ def test_edit_ratio_is_difflib_s_not_the_indel_ratio():
             different += metrics.edit_ratio(a, b) != round(indel)
     assert different > 20
     assert metrics.edit_ratio("ababab", "aaaaab") == 33  # python-Levenshtein: 67
+    assert metrics.indel_ratio("ababab", "aaaaab") == 67 and metrics.indel_ratio("", "") == 100
+    assert metrics.indel_ratio("", "x") == 0 == metrics.indel_ratio("ab", "cd")
     assert metrics.edit_ratio("", "x") == metrics.edit_ratio("x", "") == 0 and metrics.edit_ratio("", "") == 100
     # from 200 characters on difflib starts no block at a character that makes up more than 1% of the second string
     assert metrics.edit_ratio("ab" * 120, "x" + "ab" * 120) == 0

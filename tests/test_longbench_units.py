@@ -29,9 +29,9 @@ def data(tmp_path_factory):
 def units(data, bpe, names, window=700, **options):
     config = types.SimpleNamespace(task_names=names, data_dir=data, samples=500, chat=False, max_new_tokens=None)
     config.cache_dir, config.date, config.template_args = data / "cache", None, ""
-    prompt_length = options.pop("prompt_length", None)
+    config.prompt_length = None
     vars(config).update(options)
-    return longbench.units(config, window, bpe, prompt_length)
+    return longbench.units(config, window, bpe)
 
 
 def test_names_and_groups_of_tasks():
@@ -59,6 +59,32 @@ def test_a_cell_a_set(data, bpe):
             assert sample["index"] == index and sample["length"] + sample["max_new_tokens"] <= 700
             assert unit.score(sample, sample["outputs"][0]) == pytest.approx(1, abs=1e-6)
             assert unit.score(sample, "") == 0
+
+
+def test_prompts_are_cut_to_the_length_of_published_tables(data, bpe):
+    whole, cut = (units(data, bpe, ["qasper"], prompt_length=length)[0] for length in (None, 200))
+    assert (whole.columns["prompt_length"], cut.columns["prompt_length"]) == (None, 200)
+    assert max(sample["length"] for sample in cut.samples) <= 200 < max(sample["length"] for sample in whole.samples)
+
+
+def test_code_is_read_by_difflib_and_by_levenshtein(data, bpe):
+    (lcc,) = units(data, bpe, ["lcc"])
+    sample = {**lcc.samples[0], "outputs": ["aaaaab"]}
+    assert {name: reading(sample, "ababab") for name, reading in lcc.readings.items()} == {
+        "code_similarity_difflib": 0.33,
+        "code_similarity_levenshtein": 0.67,
+    }
+    assert units(data, bpe, ["qasper"])[0].readings == {}
+
+
+def test_a_pointer_in_place_of_the_data_is_named(data, bpe, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:affcd6d45fdf3cc8\nsize 8564991\n"
+    for name in ("qasper.jsonl", "data.zip", "qasper/test-00000.parquet"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(pointer)
+        with pytest.raises(ValueError, match=rf"{name}: must hold the data, and is a Git LFS pointer .*git lfs pull"):
+            units(folder, bpe, ["qasper"])
 
 
 def test_faults_come_before_any_model(data, bpe, tmp_path):

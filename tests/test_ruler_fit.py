@@ -39,8 +39,9 @@ def test_prompt_and_generation_never_exceed_the_budget_and_nearly_fill_it(task, 
     used = [len(tokenizer(s["input"])["input_ids"]) + s["max_new_tokens"] for s in samples]
     assert max(used) <= length
     assert [s["length"] for s in samples] == [u - s["max_new_tokens"] for u, s in zip(used, samples)]
-    least = 0.98 if ruler.SPECS[task].family in ("fwe", "qa") else 0.995
-    assert sum(used) / len(used) >= least * length
+    # Lines of noise are not cut.
+    loose = ruler.SPECS[task].family in ("fwe", "qa") or ruler.SPECS[task].haystack == "noise"
+    assert sum(used) / len(used) >= (0.98 if loose else 0.995) * length
 
 
 ONE_OF_EACH = ["niah_single_1", "niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1"]
@@ -59,7 +60,8 @@ def test_sums_are_right_or_replaced_by_a_search_for_every_kind_of_tokenizer(task
     used = [len(tokenizer(s["input"])["input_ids"]) + s["max_new_tokens"] for s in samples]
     assert max(used) <= length
     assert [s["length"] + s["max_new_tokens"] for s in samples] == used
-    least = 0.95 if kind == "glued" else 0.98 if ruler.SPECS[task].family in ("fwe", "qa") else 0.995
+    loose = ruler.SPECS[task].family in ("fwe", "qa") or ruler.SPECS[task].haystack == "noise"
+    least = 0.95 if kind == "glued" else 0.98 if loose else 0.995
     assert sum(used) / len(used) >= least * length
 
 

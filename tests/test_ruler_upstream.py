@@ -177,11 +177,13 @@ def test_row_8_essays_and_documents_are_repeated(folder, tmp_path):
 def test_row_9_common_words_go_on_in_a_longer_list(folder, tmp_path, monkeypatch):
     from lm_eval.tasks.ruler import cwe_utils
 
-    few = haystack.common_words()[:60]
+    everything = haystack.common_words()
+    few = everything[:60]
     monkeypatch.setattr(haystack, "common_words", lambda: few)
     with pytest.raises(ValueError, match=r"english_words\.json .*--data-dir"):
         ours("cwe", folder, length=6000, n=1)
-    words = {str(i): f"wordling{i}" for i in range(5000)}
+    longer = everything[60:5000]
+    words = {str(i): word for i, word in enumerate(longer)}
     (tmp_path / "english_words.json").write_text(json.dumps(words))
 
     def check(samples):
@@ -189,7 +191,13 @@ def test_row_9_common_words_go_on_in_a_longer_list(folder, tmp_path, monkeypatch
 
     made = ruler.build_samples("cwe", 6000, helpers.tokenizer(), 2, 0, tmp_path)
     check(made)
-    assert "wordling" in made[0]["input"] and made[0]["haystack"] == "english_words.json"
+    assert made[0]["haystack"] == "english_words.json"
+    # RULER's rule: the words of a sample are all from the one list or all from the other.
+    assert set(made[0]["outputs"]) <= set(longer) and set(made[1]["outputs"]) <= set(longer)
+    asked = made[0]["input"].split("\nQuestion")[1].split("appear most often.\n", 1)[1]
+    assert not set(few) & set(re.findall(r"\d+\. (.+?)(?= \d+\. |$)", asked))
+    shorter = ruler.build_samples("cwe", 1200, helpers.tokenizer(), 1, 0, tmp_path, max_new_tokens=600, shots=0)
+    assert set(shorter[0]["outputs"]) <= set(few) and shorter[0]["haystack"] == "words"
     monkeypatch.setattr(cwe_utils, "WORDS", list(few))
     fails(check, cwe_utils.sys_word_pair_random(2, 6000, helpers.tokenizer()))
 

@@ -128,12 +128,28 @@ def test_rows_carry_what_a_number_needs(place, tmp_path):
     for row in made:
         assert row["n"] == 5 and row["seed"] == 0 and row["n_truncated"] == 0 and row["max_new_tokens"] == 12
         assert row["method"] == "base" and row["model"] == "llama" and 0.9 < row["fill"] <= 1
+        assert (row["edition"], row["chat_layout"]) == ("2025", None) and "questions" not in row
     essay = made[1]
     assert essay["haystack"] == "story.txt" and len(essay["haystack_sha256"]) == 64
     samples = ruler.build_samples(
         "niah_single_2", 400, helpers.tokenizer(), 5, 0, haystack_text=str(place / "story.txt"), max_new_tokens=12
     )
     assert essay["samples_sha256"] == ruler.samples_sha256(samples)
+
+
+def test_rows_of_questions_say_whether_the_set_is_whole(place, tmp_path, fake):
+    fake(lambda request: "x")
+    (row,) = score(config(place, tmp_path, tasks="qa_2", lengths="512", edition="lab-2026"))
+    assert (row["edition"], row["questions"], row["questions_whole"]) == ("lab-2026", 12, False)
+
+
+def test_a_prompt_of_2024_that_leaves_no_room_is_an_error(place, tmp_path):
+    """fwe of the paper's time fills the window without regard to the answer."""
+    changes = {"tasks": "fwe", "lengths": "512", "edition": "2024", "shots": 1, "max_new_tokens": 100}
+    with pytest.raises(
+        ValueError, match=r"fwe@512: prompt and generation must be at most .* window 512, and edition 2024"
+    ):
+        score(config(place, tmp_path, samples=8, **changes))
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(place, tmp_path, fake):

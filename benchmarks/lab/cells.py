@@ -158,6 +158,7 @@ def scored(
             haystack=about["haystack"],
             haystack_sha256=about["haystack_sha256"],
             fill=about["fill"],
+            edition=item.edition,
             max_new_tokens=samples[0]["max_new_tokens"],
         )
     )

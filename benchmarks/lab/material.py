@@ -91,6 +91,7 @@ class Samples:
     max_new_tokens: int | None
     shots: int
     hops: int
+    edition: str
 
     def path(self, folder: Path) -> Path:
         from benchmarks import ruler
@@ -110,6 +111,7 @@ class Samples:
                 return
             tokenizer = tokenizer_of(self.model)
             options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
+            options["edition"] = self.edition
             made = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, **options)
             ids = quick.prompt_ids(tokenizer, made)
             about = {
@@ -159,7 +161,7 @@ def parts(cell: Cell) -> list[Part]:
 def samples(cell: Cell) -> list[Samples]:
     """The files of samples that a cell is scored on."""
     scoring = cell.scoring
-    options = (scoring.max_new_tokens, scoring.shots, scoring.hops)
+    options = (scoring.max_new_tokens, scoring.shots, scoring.hops, scoring.edition)
     return [
         Samples(cell.model, task, length, scoring.samples, SAMPLE_SEED + cell.seed, *options)
         for length in cell.lengths

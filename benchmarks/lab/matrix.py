@@ -4,7 +4,7 @@ A matrix is a YAML file:
 
     seeds: [0, 1, 2]                  training seeds of every arm
     train: {steps: 300, ...}          settings of `endprompt extend` for every arm
-    score: {tasks: [...], samples: 64, max_new_tokens: 30, shots: 0, hops: 3}
+    score: {tasks: [...], samples: 64, max_new_tokens: 30, shots: 0, hops: 3, edition: lab-2026}
     arms:
       recall: {scheme: endprompt, prompt: recall}     settings of one arm; `train: false` leaves it untrained,
                                                       `method: full` names it in the rows
@@ -33,6 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.haystack import EDITIONS
 from endprompt.config import ExtendConfig, check_config, method_name
 from endprompt.rows import file_sha256, plain, read_text, sha256_of
 
@@ -121,6 +122,7 @@ class Scoring:
     max_new_tokens: int | None = 30
     shots: int = 0
     hops: int = 3
+    edition: str = "lab-2026"
     loss_rows: int = 8
 
 
@@ -190,6 +192,8 @@ class Cell:
     def sha256(self) -> str:
         """Hash of all that the cell's rows depend on beside the code; which questions it answers is not among it."""
         about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key not in ("questions",)}
+        if self.scoring.edition == Scoring.edition:  # rows from before it had a name were made with it
+            del about["scoring"]["edition"]
         # Rows of a factor that was set were once those of target / window.
         version = VERSION if self.settings.get("factor") is None else VERSION + 1
         about |= {"model": base_sha256(self.model), "version": version}
@@ -366,6 +370,8 @@ def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scor
     check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     made = Scoring(**values)
+    if made.edition not in EDITIONS:
+        raise ValueError(f"{source}, score: edition must be one of {', '.join(EDITIONS)}: {made.edition!r}")
     return dataclasses.replace(made, samples=config.samples) if config.samples else made
 
 
