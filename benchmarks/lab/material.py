@@ -91,7 +91,7 @@ class Samples:
     max_new_tokens: int | None
     shots: int
     hops: int
-    edition: str
+    edition: str = "lab-2026"
 
     def path(self, folder: Path) -> Path:
         from benchmarks import ruler
