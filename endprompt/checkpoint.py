@@ -118,7 +118,7 @@ def save_state(
 ) -> Path:
     """Write the state of `step`, keep the last `keep`. Raises OSError (a full disk) with the earlier ones intact."""
     here = here or World()
-    final, aside = directory / f"step-{step:08d}", directory / f"step-{step:08d}.partial"
+    final, aside = directory / name_of(step), directory / f"{name_of(step)}.partial"
     if here.main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -162,6 +162,11 @@ def _root(error: BaseException) -> BaseException | str:
     """What went wrong on the first process that failed."""
     failures = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if failures else error
+
+
+def name_of(step: int) -> str:
+    """The folder of a step's state."""
+    return f"step-{step:08d}"
 
 
 def states(directory: Path) -> list[Path]:

@@ -17,8 +17,8 @@ def extend(config: ExtendConfig) -> int:
 
     try:
         path = train.extend(config)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(train.to_go_on(config)) from None
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(getattr(stop, "flags", {})) from None
     if os.environ.get("RANK", "0") == "0":  # once for all processes of torchrun
         print(path)
     return 0

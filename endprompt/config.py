@@ -225,6 +225,11 @@ def check_config(config: ExtendConfig) -> None:
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"
         )
+    if config.float8 != "none" and config.lora_rank:
+        raise ValueError(
+            f"float8 is for matrices that train, and LoRA freezes them: float8={config.float8!r} "
+            f"lora_rank={config.lora_rank}"
+        )
     if config.deterministic and config.attention not in REPEATABLE:
         raise ValueError(
             f"deterministic needs attention to be one of {', '.join(REPEATABLE)}, whose gradients can be summed in a "
@@ -335,6 +340,8 @@ def check_prepare_config(config: PrepareConfig) -> None:
 def check_output(output: str, overwrite: bool, mark: str, what: str) -> None:
     """Raises ValueError if the output stands already, unless it may be replaced and is one of ours: it holds `mark`."""
     path = Path(output)
+    if path.is_symlink() or path.is_mount():  # it is replaced by a rename at the end, which neither can be
+        raise ValueError(f"the output must be a folder of its own, not a link or a mount point: output={output!r}")
     if not path.exists():
         return
     if not overwrite:

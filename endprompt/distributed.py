@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +88,21 @@ def from_main(value: Any) -> Any:
 def only_run(output: str | os.PathLike[str], here: World) -> Iterator[None]:
     """Hold an output for this run, by its main process. Raises ValueError on every process if another run holds it."""
     with contextlib.ExitStack() as held:
-        refusal: Exception | None = None
-        if here.main:
-            try:
-                held.enter_context(sole_use(output))
-            except (ValueError, OSError) as error:
-                refusal = error
-        refusal = from_main(refusal)
-        if refusal is not None:
-            raise refusal
+        by_main(here, lambda: held.enter_context(sole_use(output)))
         yield
+
+
+def by_main(here: World, work: Callable[[], object]) -> None:
+    """Let the main process do something while all wait; what it raises is raised on every process."""
+    try:
+        if here.main:
+            work()
+    except Exception as error:
+        from_main(str(error) or type(error).__name__)
+        raise
+    said = from_main(None)
+    if said is not None:
+        raise ValueError(said)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -486,7 +486,7 @@ def check_builds(config: PretrainedConfig) -> None:
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # its own may be one of no arithmetic
     except Exception as error:  # whatever the family's own code runs into
         where = f"{config.name_or_path}: " if config.name_or_path else ""
         message = " ".join(str(error).split())
@@ -519,17 +519,21 @@ def export(
 ) -> None:
     """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer.
 
-    weights: default those of the model, in `dtype`.
+    weights: default those of the model, in `dtype`. The live model and its config stay as they are.
     """
-    model.config._attn_implementation = "sdpa"
-    model.config.use_cache = True
-    forget_the_source(model, tokenizer)
-    with quiet():
-        model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
-    config = copy.deepcopy(model.config)
+    live = model.config
+    model.config = config = copy.deepcopy(live)
+    config._attn_implementation = "sdpa"
+    config.use_cache = True
+    try:
+        forget_the_source(model, tokenizer)
+        with quiet():
+            model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
+    finally:
+        model.config = live
     config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one
     config.save_pretrained(directory)
-    tokenizer.model_max_length = window_of(model.config, needed=model.config.max_position_embeddings).window
+    tokenizer.model_max_length = window_of(config, needed=config.max_position_embeddings).window
     tokenizer.save_pretrained(directory)
 
 

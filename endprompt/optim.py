@@ -65,6 +65,15 @@ def make_optimizer(
     return exact(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer keeps of all parameters in a training state, beside them; sharded ones count whole."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, LeanAdamW):
+        return sum(-(-parameter.numel() // BLOCK) * (2 * BLOCK + 8) for parameter in parameters)
+    copies = 3 if isinstance(optimizer, MasterAdamW) else 2
+    return copies * sum(parameter.nbytes for parameter in parameters)
+
+
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
     """Scale all gradients so that their common norm is at most `limit` (0 for no limit); the norm before, no sync."""
     if isinstance(optimizer, LeanAdamW):

@@ -201,7 +201,7 @@ def counted(config: Any, window: int | None = None) -> Shape:
     kv = geometry.head_dim * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever the family's own code runs into
         raise ValueError(f"transformers makes no model of this config: {kind!r}: {error}") from error
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._functorch.config
 
-from endprompt import checkpoint, determinism, distributed, linears, longlora, shares
-from endprompt.card import RECORD, write_card
+from endprompt import checkpoint, determinism, distributed, linears, longlora, outcome, shares
+from endprompt.card import RECORD
 from endprompt.config import ExtendConfig, check_config, check_output, check_processes, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
 from endprompt.distributed import World
@@ -37,7 +36,6 @@ from endprompt.loss import linear_cross_entropy, logits_cross_entropy, next_toke
 from endprompt.model import (
     check_builds,
     check_vocabulary,
-    export,
     extended_config,
     load_config,
     load_model,
@@ -56,7 +54,7 @@ from endprompt.positions import BY_SENTENCE
 from endprompt.progress import check_reports, device_memory, device_peak, flops_per_token, progress, reporters, say
 from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
-from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row, write_text
+from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row
 from endprompt.text import Reader
 from endprompt.weights import check_plain
 
@@ -187,6 +185,7 @@ def run(
     here = distributed.world(config.device)
     with distributed.only_run(output, here):
         check_processes(config, here.size)
+        dtype = outcome.export_dtype(config, source_dtype)
         if finished_before(output, config):
             say(f"this run is finished already: {output}", here)
             return output
@@ -210,27 +209,58 @@ def run(
             if config.resume:
                 say(f"no whole training state in {work / 'states'}: starting at the first step")
             shutil.rmtree(work)
-        log = RunDirectory(work, config) if here.main else None
-        steps = total_steps(config, spec.row_tokens)
-        say(
-            f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; dropped "
-            f"{rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated {rows.truncated_tokens:,} "
-            "tokens",
-            here,
-        )
-        with determinism.repeatable(config.deterministic):
-            trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
-            trainer.evaluation = evaluation
-            if state is not None:
-                trainer.resume(state)
-            try:
-                trainer.fit(work / "states")
-            except torch.OutOfMemoryError as error:
-                raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-        path = finish(config, trainer, tokenizer, work, output, source_dtype, window, about_weights)
-        if trainer.stopped:  # at its last step: what called this run is to stop
-            raise KeyboardInterrupt
-        return path
+        with resumable(config, work):
+            log = RunDirectory(work, config) if here.main else None
+            steps = total_steps(config, spec.row_tokens)
+            say(
+                f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; "
+                f"dropped {rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated "
+                f"{rows.truncated_tokens:,} tokens",
+                here,
+            )
+            with determinism.repeatable(config.deterministic):
+                trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
+                trainer.evaluation, trainer.notes = evaluation, about_weights
+                distributed.by_main(here, lambda: check_end(trainer, tokenizer, work, dtype, window))
+                if state is not None:
+                    trainer.resume(state)
+                try:
+                    trainer.fit(work / "states")
+                except torch.OutOfMemoryError as error:
+                    raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
+            path = finish(config, trainer, tokenizer, work, output, dtype, window)
+            if trainer.stopped:  # at its last step: what called this run is to stop
+                raise KeyboardInterrupt
+            return path
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run. flags: what the run goes on with, beside its own."""
+
+    def __init__(self, flags: dict[str, bool]):
+        super().__init__()
+        self.flags = flags
+
+
+@contextlib.contextmanager
+def resumable(config: ExtendConfig, work: Path) -> Iterator[None]:
+    """From where an output is this run's: Ctrl-C tells how to go on with it, not with one that was there before."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = checkpoint.states(work / "states") or not work.exists()  # it is renamed when it is whole
+        raise Interrupted({"resume": True} if kept and not config.resume else {}) from None
+
+
+def check_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, work: Path, dtype: str, window: int | None) -> None:
+    """Raises ValueError if what the run is to leave could not be written; one without a state leaves nothing then."""
+    try:
+        outcome.check_room(work, trainer.config, trainer.steps, trainer.model, trainer.optimizer, dtype)
+        outcome.rehearse(work, trainer.model, tokenizer, dtype, record_of(trainer, window))
+    except ValueError:
+        if not checkpoint.states(work / "states"):
+            shutil.rmtree(work)
+        raise
 
 
 def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str) -> str:
@@ -267,9 +297,13 @@ def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizer
 
 
 def finished_before(output: Path, config: ExtendConfig) -> bool:
-    """Whether a resumed run ended after all: its output is whole and of the same configuration."""
+    """Whether a resumed run ended after all: its output is whole and of the same configuration.
+
+    With `overwrite` an output beside an unfinished run is the one that this run is to replace.
+    """
     record = output / RECORD
-    if not (config.resume and record.is_file()):
+    replaced = config.overwrite and output.with_name(output.name + ".partial").exists()
+    if not (config.resume and record.is_file()) or replaced:
         return False
     saved = parse_object(record.read_bytes(), str(record)).get("config")
     if not isinstance(saved, dict):
@@ -284,14 +318,6 @@ def check_claim(output: Path, work: Path, config: ExtendConfig) -> None:
         raise ValueError(f"there is no unfinished run to resume: {work} does not exist")
     if not (config.resume or config.overwrite) and work.exists() and checkpoint.states(work / "states"):
         raise ValueError(f"an unfinished run has states in {work}; set resume to go on, or overwrite to start again")
-
-
-def to_go_on(config: ExtendConfig) -> dict[str, bool]:
-    """The flags that an interrupted run goes on with, beside its own."""
-    output = Path(config.output)
-    kept = checkpoint.states(output.with_name(output.name + ".partial") / "states")
-    ended = (output / RECORD).is_file() and not config.overwrite  # a resumed run says so, a new one would refuse
-    return {"resume": True} if (kept or ended) and not config.resume else {}
 
 
 @contextlib.contextmanager
@@ -340,26 +366,11 @@ def identity(config: ExtendConfig) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
 
 
-def finish(
-    config: ExtendConfig,
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
-    work: Path,
-    output: Path,
-    source_dtype: Any,
-    window: int | None,
-    about_weights: list[str],
-) -> Path:
-    spec = trainer.rows.spec
-    dtype = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
-    weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
-    if not trainer.here.main:
-        distributed.barrier()
-        return output
-    if config.lora_rank:
-        weights = longlora.merge(weights, config.lora_alpha / config.lora_rank)
-    export(trainer.model, tokenizer, work, dtype, weights)
-    about = {
+def record_of(trainer: Trainer, window: int | None) -> dict[str, Any]:
+    """What a finished run says of itself in its output."""
+    config, rows = trainer.config, trainer.rows
+    spec = rows.spec
+    return {
         "method": method_name(config),
         "model": Path(config.model).name,
         "window": window,
@@ -369,24 +380,40 @@ def finish(
         "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,
         "tokens": trainer.steps * config.rows * spec.row_tokens,
-        "weights": about_weights,
-        "documents_dropped": trainer.rows.dropped,
-        "tokens_dropped": trainer.rows.dropped_tokens,
-        "tokens_truncated": trainer.rows.truncated_tokens,
+        "weights": trainer.notes,
+        "documents_dropped": rows.dropped,
+        "tokens_dropped": rows.dropped_tokens,
+        "tokens_truncated": rows.truncated_tokens,
         "seconds": round(trainer.seconds, 3),
         "final_loss": trainer.last_loss,
         "config": plain(dataclasses.asdict(config)),
         "environment": environment(),
     }
-    write_text(work / RECORD, json.dumps(about, indent=2) + "\n")
-    if window is not None:
-        write_card(work)
-    checkpoint.sync_tree(work)
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(work, output)
-    shutil.rmtree(output / "states", ignore_errors=True)  # last, so that a crash anywhere before can be resumed
-    distributed.barrier()
+
+
+def finish(
+    config: ExtendConfig,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+    output: Path,
+    dtype: str,
+    window: int | None,
+) -> Path:
+    """Write the checkpoint and rename OUTPUT.partial to OUTPUT. If that fails, a state of the last step is left."""
+    with trainer.kept(work / "states"):
+        weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
+
+        def write() -> None:
+            merged = longlora.merge(weights, config.lora_alpha / config.lora_rank) if config.lora_rank else weights
+            outcome.write(work, trainer.model, tokenizer, dtype, merged, record_of(trainer, window))
+            checkpoint.sync_tree(work)
+            if output.exists():
+                shutil.rmtree(output)
+            os.replace(work, output)
+            shutil.rmtree(output / "states", ignore_errors=True)  # last, so that a crash before can be resumed
+
+        distributed.by_main(trainer.here, write)
     return output
 
 
@@ -546,6 +573,7 @@ class Trainer:
         self.stopped = False
         self.guard = Guard(config.divergence)
         self.evaluation: Evaluation | None = None
+        self.notes: list[str] = []  # on the checkpoint's weights
         model.train()
         model.config.use_cache = False
         if here.size == 1:  # before anything is converted, compiled or recorded
@@ -561,9 +589,10 @@ class Trainer:
             self.optimizer = self.graph.optimizer
         elif here.size == 1:
             self.optimizer = optimizer_of(config, model)
+        self.budget: dict[str, float] = {}  # settings of torch's compiler while a step runs
         fused = self.convert_layers() if config.optimizer == "lean" else 0
         if compiled and config.checkpointing == "selective":
-            torch._functorch.config.activation_memory_budget = memory_budget(config.float8, bool(fused))
+            self.budget = {"activation_memory_budget": memory_budget(config.float8, bool(fused))}
         else:
             checkpoint_layers(decoder_layers(model), config.checkpointing)
         if compiled:
@@ -587,7 +616,8 @@ class Trainer:
     def convert_layers(self) -> int:
         """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
         config, model = self.config, self.model
-        wanted = config.fused and config.float8 == "none" and can_fuse(self.device)
+        # LoRA's frozen matrices have no sums, and its layers do more than a product
+        wanted = config.fused and config.float8 == "none" and not config.lora_rank and can_fuse(self.device)
         if wanted:
             linears.join(model)
         linears.convert(model, config.float8)
@@ -605,6 +635,7 @@ class Trainer:
             for path in (self.log.path / "log.jsonl", self.log.results):
                 checkpoint.forget_after(path, self.step)
         self.seconds = float(state.about.get("seconds", 0.0))
+        self.last_loss = state.about.get("loss")
         say(f"resumed from step {self.step} of {self.steps}", self.here)
 
     def save(self, directory: Path) -> None:
@@ -613,9 +644,21 @@ class Trainer:
             "documents": self.rows.documents.fingerprint(),
             "seconds": self.seconds,
             "guard": vars(self.guard),
+            "loss": self.last_loss,
         }
         tensors = checkpoint.collect(self.model, self.optimizer)
         checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
+
+    @contextlib.contextmanager
+    def kept(self, states: Path) -> Iterator[None]:
+        """Around what comes after a step: if it fails there is a state of that step, and nothing is lost."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            newest = checkpoint.states(states)[-1:]
+            if states.parent.exists() and not (newest and newest[0].name == checkpoint.name_of(self.step)):
+                self.save(states)
+            raise
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step's rows: all processes together have rows step * rows + 0, 1, 2 ..."""
@@ -633,6 +676,10 @@ class Trainer:
             stop_asked(self.here) as stop,
             self.reports() as reports,
         ):
+            if self.evaluation and since == self.steps:  # the last evaluation had failed, or what came after it
+                if self.log:
+                    checkpoint.forget_after(self.log.results, self.step - 1)
+                self.evaluate_kept(reports, states)
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
                 loss, norm = self.train_step(batch, rate)
@@ -659,7 +706,7 @@ class Trainer:
                     last, since = now, self.step
                 paused = time.perf_counter()
                 if self.evaluation and (final or (config.eval_every and self.step % config.eval_every == 0)):
-                    self.evaluate(reports)
+                    self.evaluate_kept(reports, states)
                 if save:
                     self.save(states)
                 if stopped:
@@ -690,6 +737,11 @@ class Trainer:
             values["mfu"] = round(speed * self.token_flops / (self.peak * self.here.size), 4)
             values["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         return values
+
+    def evaluate_kept(self, reports: list[Callable[[int, dict[str, float]], None]], states: Path) -> None:
+        """`evaluate`, whose failure (long rows take memory) loses no step; one of several processes may fail alone."""
+        with self.kept(states) if self.here.size == 1 else contextlib.nullcontext():
+            self.evaluate(reports)
 
     def evaluate(self, reports: list[Callable[[int, dict[str, float]], None]]) -> None:
         """Append a row of results for each task and length of the held-out text."""
@@ -730,9 +782,10 @@ class Trainer:
         micro = config.micro_rows or len(ids)
         # on a GPU looking for the tokens that count waits for all that went before
         self.loss.dense = config.optimizer == "lean" and float((batch.weights[:, 1:] > 0).mean()) > DENSE
-        loss, norm = optimizer_step(
-            self.loss, self.optimizer, micro, config.clip, self.here.size, ids, positions, weights
-        )
+        with torch._functorch.config.patch(self.budget):
+            loss, norm = optimizer_step(
+                self.loss, self.optimizer, micro, config.clip, self.here.size, ids, positions, weights
+            )
         linears.after_step(self.model)
         return distributed.total(loss), norm
 

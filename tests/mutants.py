@@ -116,6 +116,10 @@ MUTANTS = [
     ("analysis/capture.py", "factor[..., None] * (before", "(before", "analysis_verify"),
     ("analysis/verify.py", 'for value in (stated, rows[key], usual)', 'for value in (stated, usual)', "analysis_verify"),
     (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "rope"),
+    # before the first step and after the last
+    ("endprompt/outcome.py", "min(saved, config.keep + 1)", "min(saved, config.keep)", "outcome"),
+    ("endprompt/train.py", "replaced = config.overwrite and", "replaced = False and", "outcome"),
+    ("endprompt/train.py", "or not work.exists()  #", "or False  #", "outcome"),
     ("endprompt/length_rope.py", "positions_T.max() + 1", "position_ids.max() + 1", "length_rope"),
     ("endprompt/length_rope.py", "torch.where(length > window", "torch.where(length >= window", "length_rope"),
     # bounds

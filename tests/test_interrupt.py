@@ -84,17 +84,23 @@ def test_score_keeps_its_predictions(tmp_path):
     assert len(after) == 60 and after[: len(kept)] == kept
 
 
-def test_nothing_saved_means_the_same_command(extend_config):
-    assert train.to_go_on(extend_config()) == {}
+def test_nothing_saved_means_the_same_command(extend_config, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "fit", pressed)
+    with pytest.raises(train.Interrupted) as stopped:
+        train.extend(extend_config())
+    assert stopped.value.flags == {}
 
 
 def test_interrupt_at_the_last_step_leaves_a_whole_run(extend_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "stop_asked", lambda here: contextlib.nullcontext(lambda: True))
     config = extend_config(steps=1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(train.Interrupted) as stopped:
         train.extend(config)
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out.partial").exists()
-    assert train.to_go_on(config) == {"resume": True}
+    assert stopped.value.flags == {"resume": True}
     assert train.extend(dataclasses.replace(config, resume=True)) == tmp_path / "out"
 
 

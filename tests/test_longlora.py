@@ -88,6 +88,33 @@ def test_lora_resumes_bitwise(extend_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("also", [["embed", "norm"], []])
+def test_the_lean_optimizer_trains_lora_as_float32_masters_do(checkpoints, extend_config, tmp_path, architecture, also):
+    """Llama's layers would be joined and fused, but for the frozen matrices in them."""
+    options = {"model": str(checkpoints(architecture)), "lora_rank": 4, "lora_also": also, "dtype": "bfloat16"}
+    runs = [
+        train.extend(extend_config(output=str(tmp_path / name), optimizer=name, steps=6, lr=1e-2, **options))
+        for name in ("lean", "masters")
+    ]
+    logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in runs]
+    for lean, masters in zip(*logs, strict=True):
+        assert lean["loss"] == pytest.approx(masters["loss"], rel=5e-3)
+        assert lean["grad_norm"] == pytest.approx(masters["grad_norm"], rel=0.1)
+    assert logs[0][-1]["loss"] < logs[0][0]["loss"] - 0.1
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoints(architecture), runs[0]))
+    changed = {name for name in before if not torch.equal(before[name].bfloat16().float(), after[name])}
+    wanted = {name for name in before if "_proj.weight" in name and "self_attn" in name}
+    wanted |= {name for name in before if any(word in name for word in also)}
+    assert changed == wanted
+
+
+def test_float8_of_frozen_matrices_is_refused(extend_config):
+    options = {"optimizer": "lean", "dtype": "bfloat16", "float8": "fast", "lora_rank": 4}
+    with pytest.raises(ValueError, match="float8 is for matrices that train, and LoRA freezes them"):
+        train.extend(extend_config(**options))
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 

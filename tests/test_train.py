@@ -311,14 +311,23 @@ def test_layers_are_compiled_one_by_one(extend_config, tmp_path):
     assert trainer.model._compiled_call_impl is None and trainer.model.base_model._compiled_call_impl is None
 
 
-def test_compiled_layers_leave_selective_recomputation_to_the_compiler(extend_config, tmp_path):
+def test_compiled_layers_leave_selective_recomputation_to_the_compiler(extend_config, tmp_path, monkeypatch):
     """Wrapped in checkpoints as well, a layer would be planned twice."""
     import torch._functorch.config as functorch_config
 
-    with functorch_config.patch(activation_memory_budget=1.0):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    seen, real = [], train.optimizer_step
+
+    def step(*arguments):
+        seen.append(functorch_config.activation_memory_budget)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "optimizer_step", step)
+    with functorch_config.patch(activation_memory_budget=0.5):
         trainer = trainer_of(extend_config, tmp_path, compile="layers", checkpointing="selective")
-        assert functorch_config.activation_memory_budget == 0.99
         assert all("forward" not in vars(layer) for layer in train.decoder_layers(trainer.model))
+        trainer.train_step(trainer.batch(0), 1e-3)
+        assert seen == [0.99] and functorch_config.activation_memory_budget == 0.5  # it does not outlive the step
     plain = trainer_of(extend_config, tmp_path, compile="none", checkpointing="selective")
     assert all("forward" in vars(layer) for layer in train.decoder_layers(plain.model))
 
