@@ -129,7 +129,7 @@ def about_run(run: Run) -> dict[str, Any]:
         "revision": environment.get("revision") or "not recorded",
         "time": environment.get("time") or "not recorded",
         "seconds": f"{seconds / 60:.1f} min" if seconds else "not recorded",
-        "broken": sum(part.broken for part in run.parts),
+        "broken": [place for part in run.parts for place in part.broken],
     }
 
 

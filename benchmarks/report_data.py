@@ -25,6 +25,8 @@ from endprompt.rows import REQUIRED
 NO_PARTS = ("states", "samples", "figures", "tensorboard", "wandb")
 DEPTH = 3
 INTERVALS = {"wilson": "Wilson", "bootstrap": "bootstrap"}
+#: Further columns by which rows and predictions are told apart, each a plain value.
+SCALARS = ("index", "prompt_sha256", "samples_sha256", "run", "run_sha256", "base", "fold")
 #: Columns that tell rows of one method apart, in the order in which a name shows them.
 APART = ("target", "steps", "prompt_weight", "row_tokens", "chat", "backend", "dtype")
 
@@ -41,7 +43,7 @@ class Part:
     rows: list[dict[str, Any]]
     log: list[dict[str, Any]]
     depth: list[dict[str, Any]]
-    broken: int = 0
+    broken: list[str] = field(default_factory=list)  # places that could not be read
     last_run: str | None = None  # of a scoring: the run that its summary and depths are of
 
     def losses(self) -> list[dict[str, Any]]:
@@ -112,39 +114,40 @@ def folders(root: Path) -> list[Path]:
 
 
 def read_part(path: Path) -> Part:
-    """What a directory, or a file of rows, holds. A line that is broken is left out and counted."""
+    """What a directory, or a file of rows, holds. What is broken is left out, and its place named."""
+    broken: list[str] = []
     if path.is_file():
-        rows, broken = read_lines(path, REQUIRED)
+        rows = read_lines(path, broken, REQUIRED)
         return Part(path, None, {}, {}, {}, rows, [], [], broken)
-    rows, broken = read_lines(path / "results.jsonl", REQUIRED)
-    log, broken_log = read_lines(path / "log.jsonl")
-    depth, broken_depth = read_lines(path / "depth.jsonl", ("length", "depth_from", "depth_to", "value", "n", "method"))
-    runs, broken_runs = read_lines(path / "runs.jsonl", ("run_sha256",))
-    config = read_yaml(path / "config.yaml")
-    about, environment = read_object(path / "endprompt.json"), read_object(path / "environment.json")
-    environment = environment or read_mapping(about.get("environment"))
-    broken += broken_log + broken_depth + broken_runs
+    rows = read_lines(path / "results.jsonl", broken, REQUIRED)
+    log = read_lines(path / "log.jsonl", broken)
+    depth = read_lines(path / "depth.jsonl", broken, ("length", "depth_from", "depth_to", "value", "n", "method"))
+    runs = read_lines(path / "runs.jsonl", broken, ("run_sha256",))
+    config, about, environment = (
+        read_mapping(path / name, broken) for name in ("config.yaml", "endprompt.json", "environment.json")
+    )
+    kept = about.get("environment")
+    environment = environment or (kept if isinstance(kept, dict) else {})
     last = str(runs[-1]["run_sha256"]) if runs else None
     return Part(path, command_of(config), config, environment, about, rows, log, depth, broken, last)
 
 
-def read_lines(path: Path, required: Sequence[str] = ()) -> tuple[list[dict[str, Any]], int]:
-    """(sound objects of a JSON Lines file that have the keys, number of other lines)."""
+def read_lines(path: Path, broken: list[str], required: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Sound objects of a JSON Lines file that have the keys; the places of other lines are added to `broken`."""
     good: list[dict[str, Any]] = []
-    bad = 0
     if not path.is_file():
-        return good, bad
+        return good
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for place, line in enumerate(file, 1):
             try:
                 entry = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 entry = ()
             if isinstance(entry, dict) and all(k in entry for k in required) and sound(entry):
                 good.append(entry)
             elif entry is not None:
-                bad += 1
-    return good, bad
+                broken.append(f"{path.name}, line {place}")
+    return good
 
 
 def sound(entry: dict[str, Any]) -> bool:
@@ -156,28 +159,29 @@ def sound(entry: dict[str, Any]) -> bool:
         and (entry.get("value", 0) is not None)
         and (ci is None or (isinstance(ci, list) and len(ci) == 2 and all(map(number, ci))))
         and all(isinstance(entry.get(key, ""), str) for key in ("suite", "task", "metric", "model", "method"))
+        and not any(isinstance(entry.get(key), (list, dict)) for key in (*SCALARS, *APART))
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is not there, or no such thing."""
-    try:
-        return read_mapping(json.loads(path.read_text(encoding="utf-8", errors="replace")))
-    except (OSError, json.JSONDecodeError):
-        return {}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, broken: list[str]) -> dict[str, Any]:
+    """A JSON or YAML mapping; empty if the file is not there. What is no such thing is added to `broken`."""
     import yaml
 
-    try:
-        return read_mapping(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace")))
-    except (OSError, yaml.YAMLError):
+    if not path.is_file():
         return {}
-
-
-def read_mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    text, where = path.read_text(encoding="utf-8", errors="replace"), path.name
+    try:
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if isinstance(value, dict):
+            return value
+    except yaml.MarkedYAMLError as error:
+        where += f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+    except json.JSONDecodeError as error:
+        where += f", line {error.lineno}"
+    except (ValueError, RecursionError, yaml.YAMLError):
+        pass
+    broken.append(where)
+    return {}
 
 
 def config_types() -> dict[str, type]:
@@ -454,7 +458,7 @@ def predictions(part: Part, run: str | None = None) -> list[dict[str, Any]]:
     if not part.path.is_dir():
         return []
     run = run or part.last_run
-    lines = [line for path in sorted(part.path.glob("predictions*.jsonl")) for line in read_lines(path, needed)[0]]
+    lines = [line for path in sorted(part.path.glob("predictions*.jsonl")) for line in read_lines(path, [], needed)]
     own = [line for line in lines if number(line["score"]) and run in (None, line.get("run"))]
     return list({(line["task"], line["index"]): line for line in own}.values())
 

@@ -108,7 +108,7 @@ def demo_run(tmp_path):
     write_scoring(run / "score" / "control", "contiguous+linear", FIRST, EVIL)
     write_scoring(run / "score" / "random", "endprompt-random+EP_1+linear", SECOND)
     write_verification(run / "verify" / "control", "contiguous+linear")
-    rows = [row for path in sorted(run.rglob("results.jsonl")) for row in report_data.read_lines(path)[0]]
+    rows = [row for path in sorted(run.rglob("results.jsonl")) for row in report_data.read_lines(path, [])]
     append_rows(run / "results.jsonl", [{**row, "window": 256, "target": 2048} for row in rows])
     return run
 
@@ -271,7 +271,26 @@ def test_violated_bound_and_broken_lines_are_said(demo_run):
         file.write('{"suite": "ruler"}\n{"cut o')
     said = Elements(report.render(report_data.read_runs([str(demo_run)])))
     assert "A bound is violated." in said.text("strong") and "1.2000" in said.text("td")
-    assert "2 lines of this run's files are broken" in said.text("p")
+    bad = demo_run / "verify" / "bad"
+    count = len((bad / "results.jsonl").read_text().splitlines())
+    places = f"results.jsonl, line {count - 1}; results.jsonl, line {count}"
+    assert f"2 lines of this run's files are broken and left out: {places}." in said.text("p")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("config.yaml", "checkpoint: a\n  b: [c\n", "config.yaml, line 2"),
+        ("config.yaml", "just words", "config.yaml"),
+        ("environment.json", '{"revision":\n', "environment.json, line 2"),
+        ("runs.jsonl", "[]\n", "runs.jsonl, line 1"),
+        ("results.jsonl", "[" * 100_000, "results.jsonl, line 1"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, place):
+    append_rows(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}])
+    (tmp_path / name).write_text(content)
+    assert report_data.read_part(tmp_path).broken == [place]
 
 
 def test_drawn_scheme_is_the_one_of_the_positions():
