@@ -102,7 +102,7 @@ def capture(
 
     def on_attention(layer: int, q_HTD: torch.Tensor, k_GTD: torch.Tensor, scaling: float) -> None:
         if not turns:
-            if without_rope is not None:
+            if without_rope is not None and layer not in seen:  # some attend twice, to two halves of the values
                 without_rope.append(layer)
             return
         if len(turns) != 1:

@@ -59,6 +59,7 @@ def config_of(family, **changes):
         "DeepseekV3": MLA | MOE | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
         "Ministral3": {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
         "HunYuanDenseV1": {"head_dim": 16},
+        "DiffLlama": {},  # attends twice with one rotation
     }[family]
     return getattr(transformers, f"{family}Config")(**(settings | own | changes))
 
@@ -146,6 +147,13 @@ def test_a_norm_with_weights_after_rope_is_refused_by_its_name(checkpoint):
         model.model.layers[1].self_attn.query_layernorm.weight[3] = 1.5
     with pytest.raises(ValueError, match=r"layer 1: between RoPE and attention .*a norm with weights"):
         capture.capture(model, ids, places, lambda layer: None)
+
+
+def test_layers_that_attend_twice_are_not_left_out(checkpoint):
+    found, left_out = [], []
+    model = load_model(checkpoint("DiffLlama"))
+    capture.capture(model, np.arange(40), capture.choose_pairs(40, 12, 0), found.append, without_rope=left_out)
+    assert [layer.layer for layer in found] == [0, 1] and not left_out
 
 
 def turning(first, second, out_first, out_second, size, angle=0.7):
