@@ -17,7 +17,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -201,11 +201,10 @@ def _numbers_of(text: str) -> list[int]:
 class ReplayDraft(ruler.Draft):
     """Only its state tells size and answers, which depend on the samples before it."""
 
-    outputs: ClassVar[list[str]] = []
-    empty: ClassVar[State] = []
-
     def __init__(self, made: ReplaySource, index: int):
         self.made, self.index = made, index
+        self.outputs: list[str] = []
+        self.empty: State = []
         self._last: tuple[State, Made] | None = None
 
     def at(self, state: State) -> Made:
