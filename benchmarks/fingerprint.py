@@ -29,7 +29,10 @@ RUNS = "runs.jsonl"
 DAY = "day.txt"
 #: Settings that choose the prompts, which are hashed one by one as texts: with more samples, the answers of few stay.
 #: (The short-text tasks make theirs inside lm-eval: for them `Fingerprint.asked` has what they depend on.)
-PROMPTS = frozenset({"tasks", "lengths", "samples", "seed", "data_dir", "haystack_text", "shots", "hops", "window"})
+PROMPTS = frozenset(
+    {"tasks", "lengths", "samples", "seed", "data_dir", "haystack_text", "shots", "hops"}
+    | {"window", "chat_layout", "prompt_length"}
+)
 #: Settings that change no prediction: where and under what name it is kept, what is shown, how many run together.
 FREE = frozenset(
     {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "compare", "json", "quiet"}
@@ -48,7 +51,7 @@ class Fingerprint:
 
     Args:
         suite: whose tasks.
-        generator: their version.
+        generator, edition: their version, and the state of RULER's.
         max_new_tokens: limit of an answer, where it is not the task's own.
         chat: whether prompts are wrapped in the chat template.
         date: day that the template was given, None if it reads none.
@@ -62,6 +65,7 @@ class Fingerprint:
 
     suite: str
     generator: str
+    edition: str
     max_new_tokens: int | None
     chat: bool
     date: str | None
@@ -82,7 +86,7 @@ class Fingerprint:
 
 
 #: The first group of the fingerprint's fields.
-QUESTION = ("suite", "generator", "max_new_tokens", "chat", "date", "template_args", "asked")
+QUESTION = ("suite", "generator", "edition", "max_new_tokens", "chat", "date", "template_args", "asked")
 
 
 def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerprint:
@@ -90,6 +94,7 @@ def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerpr
     return Fingerprint(
         suite=config.suite,
         generator=generator(config.suite),
+        edition=config.edition,
         max_new_tokens=config.max_new_tokens,
         chat=config.chat,
         date=config.date,
