@@ -30,6 +30,7 @@ from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model
     rope_geometry,
     window_of,
 )
+from endprompt.rows import parse_object
 from endprompt.text import vocabulary
 from endprompt.weights import settle
 
@@ -356,9 +357,13 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checkpoint's config. Raises ValueError if it or `generation_config.json` cannot be read."""
     from transformers import AutoConfig
 
     directory = checkpoint_path(path)
+    generation = directory / "generation_config.json"
+    if generation.exists():  # transformers passes over one that it cannot read, and the end tokens in it are gone
+        parse_object(generation.read_bytes(), str(generation))
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a damaged file makes its code run into
@@ -374,7 +379,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # the tokenizers package raises Exception itself
-        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {error}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {message}") from error
     # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
     tokenizer.model_max_length = int(1e30)
     return tokenizer

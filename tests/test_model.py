@@ -203,6 +203,17 @@ def test_damaged_checkpoint_is_named(tmp_path):
         models.load_model(source)
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"eos_token_id": [1, ', b"\xff\xfe\x00", b"[]", b"[" * 20000])
+def test_damaged_generation_config_is_named_and_not_passed_over(tmp_path, damaged):
+    """transformers goes on without it, so that a checkpoint with several end tokens would be exported with one."""
+    source = make_checkpoint(tmp_path / "m")
+    (source / "generation_config.json").write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=r"/m/generation_config\.json.*(not valid JSON|not UTF-8|must be a JSON object)"
+    ):
+        models.load_config(source)
+
+
 def test_export_generates_in_padded_batches(llama, tokenizer, tmp_path):
     """The stock attention of an export knows padding, which ours does not: a batch gives what its rows give alone."""
     models.export(models.load_model(llama, attention=models.training_attention("sdpa")), tokenizer, tmp_path, "float32")
