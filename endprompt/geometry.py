@@ -257,7 +257,7 @@ def extended_config(
 
 
 def check_whole_attention(config: PretrainedConfig, target: int) -> None:
-    """Raises ValueError if layers attend within a sliding window below the target: no extension would reach further."""
+    """Raises ValueError if layers attend within a window or chunk below the target, which no extension would pass."""
     width = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
@@ -265,6 +265,12 @@ def check_whole_attention(config: PretrainedConfig, target: int) -> None:
         raise ValueError(
             f"the checkpoint's layers see only a sliding window, which must not be below the target: "
             f"sliding_window={width} {target=}; set sliding_window to null in its config.json to attend to all"
+        )
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and "chunked_attention" in (kinds or ()) and chunk < target:
+        raise ValueError(
+            f"the checkpoint's layers attend within chunks, which must not be below the target: "
+            f"attention_chunk_size={chunk} {target=}: this family cannot be trained with the causal-only attentions"
         )
 
 

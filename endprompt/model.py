@@ -32,7 +32,7 @@ from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model
 )
 from endprompt.rows import parse_object
 from endprompt.text import vocabulary
-from endprompt.weights import settle
+from endprompt.weights import promise_nothing, settle
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -543,9 +543,8 @@ def export(
     tokenizer.save_pretrained(directory)
 
 
-#: Keys of a config that name files, or layers, of the checkpoint that was read; of a tokenizer's only the first.
+#: Keys of a config that name files of the checkpoint that was read; of a tokenizer's only the first.
 CODE_KEYS = ("auto_map", "custom_pipelines")
-LAYER_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 
 
 def forget_the_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -557,10 +556,7 @@ def forget_the_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         for key in CODE_KEYS:
             if hasattr(model.config, key):
                 delattr(model.config, key)
-        names = " ".join(name for name, _ in model.named_modules())
-        for key in LAYER_KEYS:
-            if getattr(model.config, key, None) and "mtp" not in names and "nextn" not in names:
-                setattr(model.config, key, 0)
+        promise_nothing(model)
     if type(tokenizer).__module__.startswith("transformers."):
         tokenizer.init_kwargs.pop("auto_map", None)
 

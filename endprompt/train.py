@@ -56,7 +56,6 @@ from endprompt.prompts import READ, prompt_kind
 from endprompt.recompute import checkpoint_layers, memory_budget
 from endprompt.rows import RunDirectory, environment, parse_object, plain, result_row
 from endprompt.text import Reader
-from endprompt.weights import check_plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +124,6 @@ def extend(config: ExtendConfig) -> Path:
     check_config(config)
     attention = training_attention(config.attention)
     source = load_config(config.model)
-    check_plain(source, config.model)
     rope_geometry(source)  # says what a model without RoPE is before its window is asked for
     window = window_of(source, config.window).window
     options = {"window": window} | (config.rope_options or {})

@@ -68,26 +68,12 @@ def open_tensors(path: Path) -> Any:
         raise ValueError(f"{path.parent}: the checkpoint does not load: {path.name}: {error}") from error
 
 
-def check_plain(config: PretrainedConfig, where: str) -> None:
-    """Raises ValueError for quantised weights, which cannot be trained, unless the config has them dequantised."""
-    quantisation = getattr(config, "quantization_config", None)
-    if not quantisation:
-        return
-    values = quantisation if isinstance(quantisation, Mapping) else vars(quantisation)
-    if not values.get("dequantize"):
-        raise ValueError(
-            f"{where}: its weights are quantised and cannot be trained: quantization_config has quant_method="
-            f"{values.get('quant_method')!r}; write a checkpoint of plain weights first (mxfp4 and fp8 are loaded as "
-            "plain ones with dequantize: true in quantization_config)"
-        )
-
-
 def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | None = None) -> list[str]:
     """What transformers' loading report and the loaded model say; a line each of what the user should know.
 
-    The model's config is made to say what the model is: weights that are left out are not promised, and a head that
-    stands beside the embeddings is not called tied. Raises ValueError for weights that are missing, that the model does
-    not have, or of other shapes. directory: of a local checkpoint, for names that transformers leaves out unreported.
+    A head that stands beside the embeddings is not called tied in the model's config any more. Raises ValueError for
+    weights that are missing, that the model does not have, or of other shapes. directory: of a local checkpoint, for
+    names that transformers leaves out unreported.
     """
     where = "" if directory is None else f"{directory}: "
     for name, stored, expected in sorted(report["mismatched_keys"]):
@@ -115,8 +101,6 @@ def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | 
             f"{len(left_out)} weights {what}are left out, such as {min(left_out)}: {type(model).__name__} has no place "
             "for them, and what is written will not hold them"
         )
-    if not any(PREDICTION.search(name) for name in own):
-        promise_nothing(model.config)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None)
     if apart and model.config.get_text_config().tie_word_embeddings:
@@ -141,9 +125,11 @@ def predictions(config: PretrainedConfig, names: Iterable[str]) -> set[str]:
     return {name for name in names if numbers.get(name) in behind or PREDICTION.search(name)}
 
 
-def promise_nothing(config: PretrainedConfig) -> None:
-    """Counts of layers for multi-token prediction become 0."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+def promise_nothing(model: PreTrainedModel) -> None:
+    """Counts of layers for multi-token prediction become 0 in the config of a model that has none."""
+    if any(PREDICTION.search(name) for name, _ in model.named_parameters()):
+        return
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if PROMISE.search(key) and isinstance(value, int) and value > 0:
                 setattr(part, key, 0)

@@ -49,6 +49,14 @@ MUTANTS = [
     ("endprompt/config.py", 'REPEATABLE = ("sdpa",', 'REPEATABLE = ("flex", "sdpa",', "determinism"),
     ("benchmarks/lab/runner.py", "sum(value != deterministic for", "sum(value == deterministic for", "lab_run"),
     (BENCH, "if end is None or stop > end:", "if True:", "bench"),
+    # what a model computes and holds
+    ("endprompt/model.py", "if value is None or name in HARMLESS or", "if name or", "attention_backends"),
+    ("endprompt/model.py", "if mask is not None:", "if False:", "attention_backends"),
+    ("endprompt/parity.py", "torch.linspace(-1000, 1000, 2 * size)", "torch.zeros(2 * size)", "parity"),
+    ("endprompt/parity.py", "if not (apart <= allowed and", "if not (apart <= 1e9 and", "parity"),
+    ("endprompt/weights.py", "if unknown := sorted(known - predicting):", "if unknown := []:", "weights"),
+    ("endprompt/weights.py", "config.tie_word_embeddings = False", "pass", "weights"),
+    ("endprompt/weights.py", "setattr(part, key, 0)", "pass", "weights"),
     # fused layers
     (FUSED, "return grad_x, grad_x if ctx.adds else None", "return grad_x, None", "fused"),
     (FUSED, ".mean(-1, keepdim=True)) + grad_sum_MD.float()", ".mean(-1, keepdim=True))", "fused"),

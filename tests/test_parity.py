@@ -127,6 +127,15 @@ def test_what_needs_a_mask_of_its_own_is_refused_in_one_line(family, changes, sa
     assert objective.model.config._attn_implementation == models.registered_name("eager")
 
 
+def test_chunks_below_the_target_are_refused_however_long():
+    """A short row fits into one chunk and shows nothing: the config says it, before any work."""
+    own = {"attention_chunk_size": 128, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}
+    config = transformers.Llama4TextConfig(**(COMMON | own))
+    models.check_whole_attention(config, 128)
+    with pytest.raises(ValueError, match=r"attention_chunk_size=128 target=129"):
+        models.check_whole_attention(config, 129)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "GPTNeoX"])
 def test_rounding_in_bfloat16_is_no_difference(family):
     objective = objective_of(family)
