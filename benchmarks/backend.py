@@ -224,22 +224,22 @@ class RecordingLM(LM):
         return self.inner.loglikelihood_rolling(requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Requests of one task run together, longest first."""
-        waiting: dict[str, dict[int, Instance]] = {}
+        """The longest first; requests of several tasks run together where the model makes up its own batches."""
+        waiting: dict[str, dict[tuple[str, int], Instance]] = {}
         for request in requests:
             if self.known(request) is None:
-                waiting.setdefault(str(request.task_name), {})[int(request.doc_id or 0)] = request
+                task, index = str(request.task_name), int(request.doc_id or 0)
+                together = "" if isinstance(self.inner, LongContextLM) else task
+                waiting.setdefault(together, {})[task, index] = request
         self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
-        for task, own in waiting.items():
-            todo = sorted(own.values(), key=lambda request: -prompt_tokens(request))
+        for own in waiting.values():
             began = time.perf_counter()
-            for group in self.answered(todo):
+            for group in self.answered(sorted(own.values(), key=lambda request: -prompt_tokens(request))):
                 seconds = time.perf_counter() - began
                 answers = [(request, without_echo(answer, request.args[0])) for request, answer in group]
-                self.predictions.add(
-                    [(request, answer, self.note(task, request.doc, answer)) for request, answer in answers]
-                )
-                self.progress.step(task, len(group), sum(prompt_tokens(r) for r, _ in group), seconds)
+                self.predictions.add([(r, answer, self.note(str(r.task_name), r.doc, answer)) for r, answer in answers])
+                tokens = sum(prompt_tokens(request) for request, _ in group)
+                self.progress.step(str(group[-1][0].task_name), len(group), tokens, seconds)
                 began = time.perf_counter()
         return [answer for request in requests if (answer := self.known(request)) is not None]
 

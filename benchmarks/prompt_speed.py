@@ -16,38 +16,21 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import sample_speed
 from benchmarks.backend import LongContextLM
+from benchmarks.generation_speed import SHAPES, matrix_ceiling, prompt_flops, random_model, timed
 from benchmarks.score import ScoreConfig
 from endprompt import rows
 from endprompt.progress import say
 
 NEW_TOKENS = 30
-SHAPE: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-TINY: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = sample_speed.stand_in()
     prompts = word_prompts(tokenizer, args.samples, args.length - NEW_TOKENS)
     note(f"{len(prompts)} prompts of {args.length - NEW_TOKENS:,} tokens")
-    model = random_model(TINY if args.tiny else SHAPE, args.length, device)
+    model = random_model(SHAPES["tiny" if args.tiny else "llama3-8b"], args.length, device)
     note(f"a model of {model.num_parameters() / 1e9:.2f}B parameters on {device}")
     ours, theirs = language_models(model, tokenizer, args.length, device, args.their_batch_size)
     note("lm-eval's models around it")
@@ -151,23 +134,6 @@ def word_prompts(tokenizer: Any, samples: int, tokens: int) -> list[str]:
     return ["".join(" " + word for word in draw.choices(words, k=tokens)) for _ in range(samples)]
 
 
-def random_model(shape: dict[str, Any], window: int, device: str) -> Any:
-    """A Llama that never ends its answer: all of the new tokens are generated."""
-    config = LlamaConfig(
-        **shape,
-        max_position_embeddings=window,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    with torch.no_grad():
-        model.lm_head.weight[0] = 0.0  # the end of text's logit is never the largest
-    return model.eval()
-
-
 def language_models(
     model: Any, tokenizer: Any, window: int, device: str, their_batch_size: int
 ) -> tuple[LongContextLM, HFLM]:
@@ -182,40 +148,6 @@ def requests(prompts: list[str], new_tokens: int) -> list[Instance]:
     """What lm-eval asks of a model for prompts whose answers no string ends."""
     settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": new_tokens}
     return [Instance("generate_until", {}, (prompt, dict(settings)), i) for i, prompt in enumerate(prompts)]
-
-
-def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result)"""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
-
-
-def matrix_ceiling(device: str, size: int, repeats: int = 40) -> float:
-    """FLOP/s of a bfloat16 matrix product, after a warm-up."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(10):
-        a @ b
-
-    def multiply() -> None:
-        for _ in range(repeats):
-            a @ b
-
-    return 2 * size**3 * repeats / timed(device, multiply)[0]
-
-
-def prompt_flops(model: Any, tokens: int) -> float:
-    """Multiply-adds of one prompt, twice: all linear layers but the head, and causal attention."""
-    linear = sum(
-        m.weight.numel() for name, m in model.named_modules() if hasattr(m, "in_features") and "head" not in name
-    )
-    config = model.config
-    attention = 4 * config.num_hidden_layers * config.hidden_size * tokens**2 / 2
-    return 2.0 * linear * tokens + attention
 
 
 if __name__ == "__main__":

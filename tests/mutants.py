@@ -42,6 +42,13 @@ MUTANTS = [
     ("benchmarks/chat.py", 'if source is None or (source == "own" and date is None):', "if source is None:", "score_runs"),
     ("benchmarks/score.py", "kept = None if config.overwrite else fingerprint.read_day(config.directory)", "kept = None", "score_runs"),
     ("benchmarks/lab/cells.py", "cell.target, config.factor,", "cell.target, None,", "lab_matrix"),
+    # generation
+    ("benchmarks/generate.py", "read <= window < read + job.new_tokens - 1", "read < window < read + job.new_tokens - 1", "generate"),
+    ("benchmarks/generate.py", "lengths_b[:, None] - 1)", "lengths_b[:, None] + 1)", "generate"),
+    ("benchmarks/laid_out.py", "place_S > place_T[:, None] - window", "place_S >= place_T[:, None] - window", "generate"),
+    ("benchmarks/laid_out.py", "place_S >= self.step_1)", "place_S >= 0)", "generate"),
+    ("benchmarks/settled.py", "if prompt.startswith(text):", "if False:", "settled"),
+    ("benchmarks/settled.py", '.rstrip("\\ufffd")', "", "settled"),
     # runs that repeat
     ("endprompt/determinism.py", "compiler.deterministic = True", "compiler.deterministic = False", "determinism"),
     ("endprompt/determinism.py", "compiler.deterministic = by_rule", "pass", "determinism"),
