@@ -104,7 +104,8 @@ def _stated_window(config: PretrainedConfig) -> int:
 
 def _stated_is_reached(config: PretrainedConfig, stated: int) -> bool:
     """Whether the checkpoint is an export whose record says that its stated window is the one it was extended to."""
-    return bool(config.name_or_path) and recorded(config.name_or_path).get("target") == stated
+    source = config.name_or_path
+    return bool(source) and recorded(str(source)).get("target") == stated
 
 
 def _number(value: Any, key: str) -> float | None:
