@@ -169,12 +169,14 @@ def tried(model: Any, found: Way) -> tuple[int, ...]:
         with torch.inference_mode():
             batch = Batch(model, jobs, found, logits=True)
             made = batch.answers()
-            for row, tokens, logits in zip(rows, made, zip(*batch.logits)):
+            kept = torch.stack(batch.logits or [], dim=1)
+            for row, tokens, got_NV in zip(rows, made, kept.float()):
                 ids = torch.tensor([row + tokens[:-1]], device=model.device)
                 wanted = model(input_ids=ids, use_cache=False).logits[0, len(row) - 1 :].float()
-                got = torch.stack(logits).float()
-                close = 1e-3 if wanted.dtype == model.dtype else 0.1
-                if not (got - wanted).abs().max() <= close * max(1.0, float(wanted.std())):
+                wide_N = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
+                error_N = (got_NV.to(wanted.device) - wanted).norm(dim=-1) / wide_N
+                # by the median: in half precision a near tie of experts may go the other way in one place
+                if not float(error_N.median()) <= (5e-3 if model.dtype == torch.float32 else 0.15):
                     raise Unfit("its logits come out otherwise with a cache laid out once")
     except Unfit:
         raise
@@ -182,10 +184,7 @@ def tried(model: Any, found: Way) -> tuple[int, ...]:
         raise
     except Exception as error:  # whatever a model's code runs into without what it expects
         raise Unfit(f"a trial ended in {type(error).__name__}") from error
-    return tuple(
-        sum(kept.shape[1] * kept.shape[3] * kept.element_size() for kept in (layer.keys, layer.values))  # type: ignore[union-attr]
-        for layer in batch.cache.layers
-    )
+    return tuple(layer.bytes_a_token() for layer in batch.cache.own)
 
 
 # --------------------------------------------------------------------------------------------------------------- batch

@@ -142,6 +142,9 @@ class Layer(CacheLayerMixin):
         held_bGSD[:, :, keep - after : keep] = seen_bGTD[:, :, seen_bGTD.shape[2] - after :]
         return seen_bGTD
 
+    def bytes_a_token(self) -> int:
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in (self.keys, self.values) if x is not None)
+
     def keep_rows(self, rows: torch.Tensor) -> None:
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
@@ -164,14 +167,15 @@ class LaidOut(Cache):
     """The cache of a batch."""
 
     def __init__(self, scene: Scene):
-        super().__init__(layers=[Layer(scene, window) for window in scene.windows])
+        self.own = [Layer(scene, window) for window in scene.windows]
+        super().__init__(layers=list(self.own))
         self.scene = scene
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Only these rows go on. Layer by layer, so that one layer's copy at most is held beside."""
         self.scene.keep(rows)
-        for layer in self.layers:
-            layer.keep_rows(rows)  # type: ignore[attr-defined]
+        for layer in self.own:
+            layer.keep_rows(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -246,8 +250,8 @@ def of_prompt(
         if takes_flash4(query_bHTD, value_bGSD):
             from endprompt import flash4
 
-            parts = (x.transpose(1, 2) for x in (query_bHTD, key_bGSD, value_bGSD))
-            return flash4.attend(*parts, scaling).transpose(1, 2)
+            query, key, value = (x.transpose(1, 2) for x in (query_bHTD, key_bGSD, value_bGSD))
+            return flash4.attend(query, key, value, scaling).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query_bHTD, key_bGSD, value_bGSD, is_causal=tokens > 1, scale=scaling, enable_gqa=heads != groups
         )
