@@ -60,7 +60,7 @@ MUTANTS = [
     ("endprompt/model.py", "if value is None or name in HARMLESS or", "if name or", "attention_backends"),
     ("endprompt/model.py", "if mask is not None:", "if False:", "attention_backends"),
     ("endprompt/parity.py", "torch.linspace(-1000, 1000, 2 * size)", "torch.zeros(2 * size)", "parity"),
-    ("endprompt/parity.py", "if not (apart <= allowed and", "if not (apart <= 1e9 and", "parity"),
+    ("endprompt/parity.py", "if not (apart <= allowed and", "if False and not (apart <= allowed and", "parity"),
     ("endprompt/weights.py", "if unknown := sorted(known - predicting):", "if unknown := []:", "weights"),
     ("endprompt/weights.py", "config.tie_word_embeddings = False", "pass", "weights"),
     ("endprompt/weights.py", "setattr(part, key, 0)", "pass", "weights"),
