@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass
 class VerifyConfig:
-    """Bounds and observability on the weights of a local checkpoint.
+    """Bounds and observability on the weights of a checkpoint.
 
     Args:
-        checkpoint: directory of the model (transformers format).
-        against: directory of the model before extension: shows what training changed.
+        checkpoint: directory of the model, a hub's ORG/NAME (@REVISION), or a GGUF file.
+        against: the model before extension, given likewise: shows what training changed.
         target: window L in tokens (default: the checkpoint's own); distances 0..L-1 are examined.
         window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
         context: tokens of a training row's context (default: as the checkpoint's endprompt.json says, else the

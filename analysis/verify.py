@@ -25,6 +25,7 @@ from analysis.commands import VerifyConfig
 from analysis.rank import true_sup
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
+from endprompt import origin
 from endprompt.positions import Intervals
 from endprompt.rows import (
     RECORD,
@@ -120,6 +121,7 @@ def verify(config: VerifyConfig) -> VerifyReport:
     from analysis import figures
 
     scene = prepare(config)
+    config = scene.config
     before: dict[int, Any] = {}
     if config.against:  # this model is let go before the other is loaded
         read_layers(config.against, scene, lambda layer: before.__setitem__(layer.layer, layer))
@@ -173,6 +175,11 @@ def prepare(config: VerifyConfig) -> Scene:
         raise ValueError(f"device must be one that this machine has: device={config.device!r}, torch finds no CUDA")
     if not config.noise > 0:
         raise ValueError(f"the noise of an observed score must be positive: noise={config.noise}")
+    config = dataclasses.replace(
+        config,
+        checkpoint=str(models.checkpoint_path(config.checkpoint)),
+        against=str(models.checkpoint_path(config.against)) if config.against else None,
+    )
     settings = models.load_config(config.checkpoint)
     geometry = models.rope_geometry(settings)
     base = models.load_config(config.against) if config.against else None
@@ -404,8 +411,8 @@ class Findings:
         prediction = self.predict(layers)
         heads, pairs = layers[0]["roughness"].shape
         curves: dict[str, Any] = {
-            "checkpoint": Path(scene.config.checkpoint).name,
-            "against": Path(scene.config.against).name if scene.config.against else None,
+            "checkpoint": origin.name_of(scene.config.checkpoint),
+            "against": origin.name_of(scene.config.against) if scene.config.against else None,
             "method": self.method(),
             "length": scene.length,
             "window": scene.window,
@@ -505,7 +512,7 @@ class Findings:
                 task=task,
                 metric=metric,
                 value=value,
-                model=Path(scene.config.checkpoint).name,
+                model=origin.name_of(scene.config.checkpoint),
                 method=self.method(),
                 seed=scene.config.seed,
                 length=scene.length,

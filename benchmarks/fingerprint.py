@@ -39,7 +39,7 @@ FREE = frozenset(
     | {"beyond_window", "batch_size"}
 )
 #: Files of a checkpoint that say something about it and change no answer.
-NOTES = frozenset({"endprompt.json", "environment.json", "sources.json", "trainer_state.json"})
+NOTES = frozenset({"endprompt.json", "environment.json", "origin.json", "sources.json", "trainer_state.json"})
 READ = frozenset({".json", ".model", ".jinja", ".txt", ".py", ".tiktoken", ".safetensors", ".bin", ".pt", ".pth"})
 
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from benchmarks import chat, fingerprint, lm_eval_results, ruler, summary, vllm_backend
 from benchmarks.compare import Entries, read_run
 from benchmarks.settled import settled
-from endprompt import rows
+from endprompt import origin, rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -41,7 +40,7 @@ class ScoreConfig:
     """Settings of `endprompt score`.
 
     Args:
-        checkpoint: checkpoint directory, or a model id of the hub.
+        checkpoint: checkpoint directory, GGUF file, or a hub's ORG/NAME (@REVISION).
         suite: ruler, longbench or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
         tasks: names separated by commas, or all.
         lengths: token budgets separated by commas (RULER): prompt and generation together.
@@ -144,7 +143,7 @@ class ScoreConfig:
 
     @property
     def model_name(self) -> str:
-        return self.name or Path(self.checkpoint).name or self.checkpoint
+        return self.name or origin.name_of(self.checkpoint)
 
     @property
     def directory(self) -> Path:
@@ -208,6 +207,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         from benchmarks import short
 
         short.task_names(config)
+    directory = origin.directory_of(config.checkpoint, weights=not config.prepare_only, code=config.trust_remote_code)
+    config = dataclasses.replace(config, checkpoint=str(directory))
     model_config, tokenizer = read_checkpoint(config)
     config = settle_date(config, tokenizer)
     units = prepare(config, model_config, tokenizer) if config.suite != "short" else []
@@ -241,20 +242,6 @@ def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTo
     """Configuration and tokenizer. Raises ValueError if there is no such checkpoint."""
     from endprompt import model
 
-    if not Path(config.checkpoint).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", config.checkpoint):
-        from transformers import AutoConfig, AutoTokenizer
-
-        trust = config.trust_remote_code
-        try:
-            return (
-                AutoConfig.from_pretrained(config.checkpoint, trust_remote_code=trust),
-                AutoTokenizer.from_pretrained(config.checkpoint, trust_remote_code=trust),
-            )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"checkpoint {config.checkpoint!r} is no directory, and the hub gives no such model: {first}"
-            ) from None
     loaded = model.load_config(config.checkpoint, trust_remote_code=config.trust_remote_code)
     if not config.prepare_only:
         check_weights(Path(config.checkpoint))

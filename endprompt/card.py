@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from endprompt import origin
 from endprompt.rows import RECORD, parse_object, write_text
 
 if TYPE_CHECKING:
@@ -82,15 +83,15 @@ def card(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: 
 
 def hub_name(model: str) -> str:
     """The base's name on the hub as far as its path tells (the hub's own cache does), else its folder's name."""
-    for part in Path(model).parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/", 1)
-    return PurePath(model).name or Path(model).resolve().name
+    return origin.hub_of(model).get("hub") or origin.name_of(model)
 
 
 def licence(base: Path) -> dict[str, Any]:
-    """The licence as the base's own card states it; empty if it has no card, or one that cannot be read."""
+    """The licence as the base's own card or GGUF file states it; empty if there is none, or it cannot be read."""
     import yaml
+
+    if isinstance(noted := origin.about(base).get("licence"), str):
+        return {"license": noted}
 
     try:
         found = re.match(r"---\s*\n(.*?)\n---\s*\n", (base / CARD).read_text(encoding="utf-8") + "\n", re.DOTALL)
@@ -184,6 +185,8 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(config["seed"]),
         "revision of EndPrompt Lab": str(environment.get("revision") or "not known (installed without a checkout)"),
     }
+    if source := origin.told(record.get("origin") or {}):
+        found["base from"] = source
     if record.get("weights"):
         found["differs from the base's files"] = "; ".join(record["weights"])
     versions = environment.get("packages", {})

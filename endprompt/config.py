@@ -16,7 +16,7 @@ class ExtendConfig:
     """How a checkpoint is extended.
 
     Args:
-        model: directory of the checkpoint to start from
+        model: checkpoint to start from: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file
         data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
@@ -302,7 +302,7 @@ class PrepareConfig:
     Args:
         data: JSONL, JSONL.gz, Parquet or text files, or hub:ID for a data set of the Hugging Face hub (streamed)
         output: directory of the shard; it appears when it is whole
-        tokenizer: directory of the checkpoint whose tokenizer is used
+        tokenizer: checkpoint whose tokenizer is used: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file
         hub_name: configuration of the hub's data set
         hub_split: its split
         append_eos: end each document with the tokenizer's EOS token

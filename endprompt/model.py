@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from endprompt import distributed, flash4, length_rope
+from endprompt import distributed, flash4, length_rope, origin
 from endprompt.geometry import (  # noqa: F401 (handed on: they are of the model to everyone else)
     RopeGeometry,
     Window,
@@ -342,11 +342,12 @@ def training_attention(name: str) -> str:
 # Loading and export
 
 
-def checkpoint_path(path: str | Path) -> Path:
-    """The directory of a local checkpoint. Raises ValueError if it is missing, unfinished, or not a checkpoint."""
-    directory = Path(path)
-    if not directory.exists():
-        raise ValueError(f"the checkpoint directory must exist: model={str(path)!r}")
+def checkpoint_path(path: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint, which may be given as `endprompt.origin` has it.
+
+    weights: those of a hub's model are wanted too. Raises ValueError if it is missing, unfinished, or not a checkpoint.
+    """
+    directory = origin.directory_of(path, weights=weights)
     if directory.name.endswith(".partial"):
         raise ValueError(f"this directory belongs to an unfinished run: model={str(path)!r}")
     if (directory / "adapter_config.json").is_file():
@@ -360,7 +361,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     """The checkpoint's config. Raises ValueError if it or `generation_config.json` cannot be read."""
     from transformers import AutoConfig
 
-    directory = checkpoint_path(path)
+    directory = checkpoint_path(path, weights=False)
     generation = directory / "generation_config.json"
     if generation.exists():  # transformers passes over one that it cannot read, and the end tokens in it are gone
         parse_object(generation.read_bytes(), str(generation))
@@ -375,11 +376,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
-    directory = checkpoint_path(path)
+    directory = checkpoint_path(path, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises Exception itself
         message = " ".join(str(error).split())
+        if "trust_remote_code" in message:
+            message = "it needs Python code of its own (auto_map of tokenizer_config.json), which is not run"
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {message}") from error
     # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
     tokenizer.model_max_length = int(1e30)

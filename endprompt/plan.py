@@ -73,7 +73,7 @@ class PlanConfig:
     """The run to plan.
 
     Args:
-        model: a checkpoint directory, or a shape's name as in bench
+        model: a checkpoint (directory, hub's ORG/NAME, GGUF file), or a shape's name as in bench
         method: endprompt (short rows), full (rows of the whole target) or longlora
         target: the extended window
         row_tokens: physical tokens of a row; default the model's window for endprompt, else the target

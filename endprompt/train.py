@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._functorch.config
 
-from endprompt import checkpoint, determinism, distributed, linears, longlora, outcome, shares
+from endprompt import checkpoint, determinism, distributed, linears, longlora, origin, outcome, shares
 from endprompt.card import RECORD
 from endprompt.config import ExtendConfig, check_config, check_output, check_processes, method_name, prompt_names
 from endprompt.data import Batch, Rows, RowSpec, encoder, load_documents, prefetch, tokens_ending
@@ -36,6 +36,7 @@ from endprompt.loss import linear_cross_entropy, logits_cross_entropy, next_toke
 from endprompt.model import (
     check_builds,
     check_vocabulary,
+    checkpoint_path,
     extended_config,
     load_config,
     load_model,
@@ -123,6 +124,7 @@ def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
     check_config(config)
     attention = training_attention(config.attention)
+    config = dataclasses.replace(config, model=str(checkpoint_path(config.model)))
     source = load_config(config.model)
     rope_geometry(source)  # says what a model without RoPE is before its window is asked for
     window = window_of(source, config.window).window
@@ -370,7 +372,8 @@ def record_of(trainer: Trainer, window: int | None) -> dict[str, Any]:
     spec = rows.spec
     return {
         "method": method_name(config),
-        "model": Path(config.model).name,
+        "model": origin.name_of(config.model),
+        "origin": origin.about(config.model),
         "window": window,
         "target": config.target,
         "factor": trainer.model.config.rope_parameters.get("factor"),
@@ -753,7 +756,7 @@ class Trainer:
         self.model.train()
         if not self.log:
             return
-        name, method = Path(self.config.model).name, method_name(self.config)
+        name, method = origin.name_of(self.config.model), method_name(self.config)
         for one in found:
             row = result_row(
                 suite="training", model=name, method=method, seed=self.config.seed, step=self.step, **vars(one)

@@ -32,6 +32,10 @@ MUTANTS = [
     (VLLM, "if shortest <= original < needed", "if shortest < original < needed", "vllm_backend"),
     (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "vllm_backend"),
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "vllm_backend"),
+    # checkpoints of the hub and of GGUF files
+    ("endprompt/origin.py", "if not (snapshot / name).is_file()", "if False", "origin"),
+    ("endprompt/origin.py", 'LEFT = ("*/*", "consolidated*", "*.py")', 'LEFT = ("consolidated*",)', "origin"),
+    ("endprompt/origin.py", 'if missing := sorted(report["missing_keys"])', "if missing := []", "origin"),
     # what a prediction depends on
     ("benchmarks/compare.py", 'if e.get("run") == run', "if True", "score_runs"),
     ("benchmarks/fingerprint.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "score_runs"),
