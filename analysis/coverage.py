@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis import observability
-from analysis.commands import PositionsConfig
+from analysis.config import PositionsConfig
 from analysis.spectra import rope_freqs
 from endprompt.positions import Intervals
 

@@ -7,12 +7,12 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab.matrix import LabConfig
-from benchmarks.score import ScoreConfig
+from benchmarks.config import BaseConfig, CardConfig, DemoConfig, ReportConfig, TasksPathConfig
+from benchmarks.lab.config import LabConfig
+from benchmarks.scoring import ScoreConfig
 
 
 def json_lines(found: list[dict[str, Any]]) -> str:
@@ -33,8 +33,8 @@ def score(config: ScoreConfig) -> int | None:
 
     Result rows go to the output directory; the table of scores is printed. With --compare or --show nothing is run.
     """
-    from benchmarks import compare, summary
-    from benchmarks import score as scoring
+    from benchmarks import scoring, summary
+    from benchmarks.scoring import compare
 
     if config.compare is not None:
         found = compare.compare(config.compare, config.checkpoint, config.seed)
@@ -51,10 +51,10 @@ def score(config: ScoreConfig) -> int | None:
     if made and config.suite == "ruler":
         print(summary.table(made, shutil.get_terminal_size().columns))
     elif made and config.suite == "longbench":
-        from benchmarks import longbench_summary
-        from endprompt import rows
+        from benchmarks.longbench import averages
+        from endprompt.results import read_rows
 
-        print(longbench_summary.table([*made, *rows.read_rows(config.directory / "summary.jsonl")]))
+        print(averages.table([*made, *read_rows(config.directory / "summary.jsonl")]))
     else:
         for row in made:
             print(f"{row['task']:<12} {row['value']:6.2f}")
@@ -63,53 +63,17 @@ def score(config: ScoreConfig) -> int | None:
     return None
 
 
-@dataclass
-class CardConfig:
-    """Settings of `endprompt card`.
-
-    Args:
-        checkpoint: directory that `endprompt extend` wrote.
-        results: run directories of `endprompt score` on this checkpoint.
-        push_to_hub: upload the checkpoint to this repository, OWNER/NAME, after its name is typed once more.
-    """
-
-    checkpoint: str
-    results: list[str] = field(default_factory=list)
-    push_to_hub: str | None = None
-
-
 def card(config: CardConfig) -> int | None:
     """Write the checkpoint's model card anew, with its scores, and upload the checkpoint if asked."""
-    from benchmarks import score as scoring
-    from endprompt import card as cards
+    from benchmarks.scoring import summaries
+    from endprompt.train.card import push, read_record, write_card
 
-    cards.read_record(Path(config.checkpoint))
-    found = [row for run in config.results for row in scoring.rows_of(config.checkpoint, run)]
-    print(cards.write_card(config.checkpoint, found))
+    read_record(Path(config.checkpoint))
+    found = [row for run in config.results for row in summaries.rows_of(config.checkpoint, run)]
+    print(write_card(config.checkpoint, found))
     if config.push_to_hub is not None:
-        print(cards.push(config.checkpoint, config.push_to_hub))
+        print(push(config.checkpoint, config.push_to_hub))
     return None
-
-
-@dataclass
-class DemoConfig:
-    """Settings of `endprompt demo`.
-
-    Args:
-        output: run directory; a second run of the same one does only what is missing.
-        seed: of the training documents, positions and samples.
-        steps: training steps of each arm.
-        samples: samples of each task and length.
-        overwrite: start again.
-        open: open the report in a browser at the end.
-    """
-
-    output: str = "runs/demo"
-    seed: int = 0
-    steps: int = 150
-    samples: int = 32
-    overwrite: bool = False
-    open: bool = False
 
 
 def demo(config: DemoConfig) -> int | None:
@@ -128,23 +92,6 @@ def lab(config: LabConfig) -> int | None:
         return runner.lab(config)
 
 
-@dataclass
-class ReportConfig:
-    """Settings of `endprompt report`.
-
-    Args:
-        runs: run directories (of extend, score, verify, demo, lab), or files of result rows.
-        output: the page; report.html in the first run if not given.
-        reference: method that the others are compared with; the first contiguous one if not given.
-        open: open the page in a browser.
-    """
-
-    runs: list[str]
-    output: str | None = None
-    reference: str | None = None
-    open: bool = False
-
-
 def report(config: ReportConfig) -> int | None:
     """One page of HTML from finished runs: scores, losses, bounds, comparison, provenance; it loads nothing."""
     from benchmarks import report as work
@@ -156,32 +103,12 @@ def report(config: ReportConfig) -> int | None:
     return None
 
 
-@dataclass
-class BaseConfig:
-    """Settings of `endprompt base`.
-
-    Args:
-        window: 256 or 512, the two recipes.
-        output: directory of the model.
-        data: folder of the prepared text; it is made if it is not there.
-    """
-
-    window: int = 256
-    output: str = "runs/base"
-    data: str = "runs/base-text"
-
-
 def base(config: BaseConfig) -> int | None:
     """Rebuild one of the project's own base models from nothing (minutes on a GPU)."""
-    from benchmarks.rebuild import rebuild
+    from benchmarks.base.rebuild import rebuild
 
     print(rebuild(config.window, config.output, config.data))
     return None
-
-
-@dataclass
-class TasksPathConfig:
-    """`endprompt tasks-path` has no settings."""
 
 
 def tasks_path(config: TasksPathConfig) -> int | None:

@@ -16,15 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.commands import VerifyConfig
+from analysis.config import VerifyConfig
 from analysis.verify import verify
-from benchmarks import documents, report, score
-from benchmarks.commands import DemoConfig, ReportConfig
+from benchmarks import report, scoring
+from benchmarks.base import documents
+from benchmarks.config import DemoConfig, ReportConfig
+from benchmarks.scoring import checkpoint
 from endprompt import train
 from endprompt.config import ExtendConfig
+from endprompt.data import row_spec
+from endprompt.distributed import say
+from endprompt.files import sole_use
 from endprompt.model import load_tokenizer
-from endprompt.progress import say
-from endprompt.rows import RunDirectory, append_rows, read_rows, sole_use
+from endprompt.results import append_rows, read_rows
+from endprompt.runs import RunDirectory
 
 BASE = Path(__file__).parent / "base" / "256"
 WINDOW, TARGET = 256, 2048
@@ -78,7 +83,7 @@ def steps(config: DemoConfig) -> int:
     checkpoints = {"base": BASE}
     terminals = {}  # tokens of each arm's end prompt
     for arm in ARMS:
-        prompt = train.row_spec(arm_config(arm, run / arm.name, data, config), WINDOW, tokenizer).prompt
+        prompt = row_spec(arm_config(arm, run / arm.name, data, config), WINDOW, tokenizer).prompt
         terminals[arm.name] = prompt.longest if prompt else 0
         say(f"-- {arm.name}: {arm.why} ({arm.scheme}, prompt {arm.prompt}, {arm.scaling})")
         checkpoints[arm.name] = train.extend(arm_config(arm, run / arm.name, data, config))
@@ -98,7 +103,7 @@ def steps(config: DemoConfig) -> int:
     for name, path in checkpoints.items():
         say(f"-- {name}")
         lengths = (LENGTHS[0], LENGTHS[-1]) if name == "base" else LENGTHS
-        rows += score.score(score_config(name, path, run, lengths, config))
+        rows += scoring.score(score_config(name, path, run, lengths, config))
 
     collect(run, rows, checkpoints)
     title(5, "figures", f"{run / 'figures'}")
@@ -160,13 +165,13 @@ def verify_config(name: str, path: Path, run: Path, terminal: int) -> VerifyConf
         prompt=terminal,
         pairs=64,
         output=str(run / "verify" / name),
-        method=score.method_of(score_config(name, path, run, LENGTHS, DemoConfig())),
+        method=checkpoint.method_of(score_config(name, path, run, LENGTHS, DemoConfig())),
         formats=("png",),
     )
 
 
-def score_config(name: str, path: Path, run: Path, lengths: Sequence[int], config: DemoConfig) -> score.ScoreConfig:
-    return score.ScoreConfig(
+def score_config(name: str, path: Path, run: Path, lengths: Sequence[int], config: DemoConfig) -> scoring.ScoreConfig:
+    return scoring.ScoreConfig(
         str(path),
         tasks=list(TASKS),
         lengths=list(lengths),

@@ -26,22 +26,27 @@ import textwrap
 import time
 import traceback
 import typing
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 GROUP = "endprompt.commands"
+
 PACKAGES = ("endprompt", "analysis", "benchmarks", "paper_figures")
+
 # How the parser refuses a value (key, kinds, value), and what the kinds are called here.
 REFUSALS = (
     r'Parser key "(\w+)": Expected a (.+)\. Got value: (.*)',
     r'Parser key "(\w+)": .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)',
 )
+
 KINDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
     "list[int]": "whole numbers", "list[float]": "numbers", "list[str]": "words",
     "dict[str, typing.Any]": "a mapping",
 }  # fmt: skip
+
 LONGEST = 1000  # characters of a message: a damaged file may be quoted in it
 
 
@@ -420,3 +425,51 @@ def summary(entry_point: EntryPoint) -> str:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+SCRIPT = """\
+_endprompt() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" flags=""
+    COMPREPLY=()
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "{commands} --help --version" -- "$word"))
+        return
+    fi
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+    esac
+    case "$word" in
+        -*) COMPREPLY=($(compgen -W "$flags" -- "$word")) ;;
+    esac
+}}
+complete -o default -F _endprompt endprompt
+"""
+
+ZSH = "autoload -Uz +X compinit && compinit\nautoload -Uz +X bashcompinit && bashcompinit\n"
+
+
+@dataclass
+class CompletionConfig:
+    """Settings of `endprompt completion`.
+
+    Args:
+        shell: bash or zsh.
+    """
+
+    shell: Literal["bash", "zsh"]
+
+
+def script(shell: str) -> str:
+    """The script that completes commands and flags; what stands after a flag is completed as a file."""
+    flags = {ep.name: command_flags(ep) for ep in sorted(entry_points(group=GROUP), key=lambda ep: ep.name)}
+    cases = "\n".join(f'        {name}) flags="{" ".join(own)}" ;;' for name, own in flags.items())
+    made = SCRIPT.format(commands=" ".join(flags), cases=cases)
+    return ZSH + made if shell == "zsh" else made
+
+
+def command_flags(entry_point: typing.Any) -> list[str]:
+    """The flags of a command, as its help has them."""
+    config = typing.get_type_hints(entry_point.load())["config"]
+    own = [field.name for field in dataclasses.fields(config) if not is_positional(field)]
+    recipes = ["recipe", "list-recipes"] if recipe_files(entry_point) else []
+    return [f"--{name.replace('_', '-')}" for name in ["help", "config", "debug", *recipes, *own]] + ["--print_config"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from endprompt.bench import BenchConfig
-from endprompt.completion import CompletionConfig
+from endprompt.cli import CompletionConfig
 from endprompt.config import ExtendConfig, PrepareConfig
 from endprompt.env import EnvConfig
 from endprompt.plan import PlanConfig
@@ -26,17 +25,10 @@ def extend(config: ExtendConfig) -> int:
 
 def prepare(config: PrepareConfig) -> int:
     """Documents (JSONL, Parquet, text, a hub data set) to token shards that training maps into memory."""
-    from endprompt import prepare as shards
+    from endprompt import data
 
-    print(shards.prepare(config))
+    print(data.prepare(config))
     return 0
-
-
-def bench(config: BenchConfig) -> int:
-    """Measure training steps on random weights of a named shape: tokens/s, MFU, peak memory."""
-    from endprompt import bench as measurements
-
-    return measurements.bench(config)
 
 
 def plan(config: PlanConfig) -> int:
@@ -55,6 +47,6 @@ def env(config: EnvConfig) -> None:
 
 def completion(config: CompletionConfig) -> None:
     """Print the script that completes commands and flags in bash or zsh."""
-    from endprompt import completion as scripts
+    from endprompt import cli
 
-    print(scripts.script(config.shell), end="")
+    print(cli.script(config.shell), end="")

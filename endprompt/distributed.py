@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from endprompt.rows import sole_use
+from endprompt.files import sole_use
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor, on every process; any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def say(message: str, here: World | None = None) -> None:
+    """Tell the user, once for all processes."""
+    if os.environ.get("RANK", "0") == "0" if here is None else here.main:
+        print(message, file=sys.stderr, flush=True)

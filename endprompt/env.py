@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
-from endprompt.rows import git_revision
+from endprompt.runs import git_revision
 
 NEEDED = (
     "torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "lm-eval", "datasets", "numpy",

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from endprompt.rows import parse_object, remembered_sha256
+from endprompt.files import parse_object, remembered_sha256
 
 #: What is taken of a hub's repository; nothing of its subfolders, and no other copy of the weights.
 FILES = (
@@ -221,9 +221,10 @@ def dequantise(path: Path, directory: Path, gguf: Any) -> dict[str, Any]:
         print(f"{path.name}: {quantisation} keeps so few bits of a weight that scores suffer", file=sys.stderr)
     options = {"gguf_file": path.name}
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=torch.bfloat16, output_loading_info=True, **options
         )
+        loaded, report = both
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)

@@ -25,7 +25,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from endprompt.shapes import GIB, Shape, tokens_at_a_time
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ DEVICES = {
     "H100": Device(680e12, 1057e12, 3.0e12, 77.0),
     "A100": Device(240e12, 240e12, 1.7e12, 77.0),
 }
+
 METHODS = ("endprompt", "full", "longlora")
 
 
@@ -106,49 +107,6 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder. query: width of all query heads, default `hidden`.
-
-    stored: parameters of all decoder layers together; active: those in matrices that a token is multiplied with, fewer
-    where it is sent to some of the experts. Both default to those of Llama's layers. other: parameters that are neither
-    in a decoder layer nor in embeddings and head.
-    """
-
-    vocabulary: int
-    hidden: int
-    layers: int
-    kv: int
-    intermediate: int
-    window: int
-    tied: bool
-    query: int = 0
-    stored: int = 0
-    active: int = 0
-    other: int = 0
-
-    def __post_init__(self) -> None:
-        matrices = self.layers * (2 * self.hidden * (self.hidden + self.kv) + 3 * self.hidden * self.intermediate)
-        norms = 2 * self.layers * self.hidden
-        defaults = {"query": self.hidden, "stored": matrices + norms, "active": matrices, "other": self.hidden}
-        for key, value in defaults.items():
-            object.__setattr__(self, key, getattr(self, key) or value)
-
-    @property
-    def embeddings(self) -> int:
-        """Parameters of embeddings and head together."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    @property
-    def multiplied(self) -> int:
-        """Parameters that one token is multiplied with, the head's included."""
-        return self.active + self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.stored + self.other + self.embeddings
-
-
-@dataclass(frozen=True)
 class Plan:
     """One setting: bytes of each part on one GPU, and what the step gives."""
 
@@ -171,12 +129,13 @@ EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk"
 
 def shape_of(model: str, window: int | None = None) -> Shape:
     """The shape by name, or of a checkpoint's config. Raises ValueError for neither, and for what cannot be planned."""
-    from endprompt.bench import SHAPES
+    from endprompt.shapes import SHAPES
 
     if model in SHAPES:
         vocabulary, hidden, layers, heads, groups, intermediate, window, _, tied = SHAPES[model]
         return Shape(vocabulary, hidden, layers, hidden // heads * groups, intermediate, window, tied)
-    from endprompt.model import check_whole_attention, load_config
+    from endprompt.model import load_config
+    from endprompt.model.geometry import check_whole_attention
 
     config = load_config(model)
     shape = counted(config, window)
@@ -193,7 +152,8 @@ def counted(config: Any, window: int | None = None) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from endprompt.model import rope_geometry, window_of
+    from endprompt.model import rope_geometry
+    from endprompt.model.geometry import window_of
 
     geometry = rope_geometry(config)
     kind, hidden = config.model_type, config.hidden_size
@@ -268,17 +228,6 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic
 
 
-def tokens_at_a_time(vocabulary: int, device: str = "cuda") -> int:
-    """Tokens whose logits are there at once: at most 2**30 logits on a GPU, 2**23 on a CPU.
-
-    On a GPU a multiple of 256: cuBLAS makes products in tiles of so many rows, and what a last tile lacks is lost.
-    """
-    if device != "cuda":
-        return max(1, 2**23 // vocabulary)
-    tokens = max(1, 2**30 // vocabulary)
-    return tokens - tokens % 256 or tokens
-
-
 def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, recompute: str) -> dict[str, float]:
     """Bytes on one GPU, by part."""
     count = shape.parameters
@@ -319,7 +268,7 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
 
 def plans(config: PlanConfig) -> list[Plan]:
     """The settings of a run, fastest first among those that fit. Raises ValueError naming key, value and rule."""
-    from endprompt.bench import SHAPES
+    from endprompt.shapes import SHAPES
 
     choices = {
         "method": METHODS,

@@ -213,7 +213,8 @@ def render(template: Template, name: str, messages: Messages, **options: Any) ->
     except ValueError:
         raise
     except Exception as error:  # a template is code of the checkpoint and raises what it likes
-        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        number = getattr(error, "lineno", None)
+        line = f", line {number}" if number else ""
         said = " ".join(str(error).split())
         raise ValueError(f"{name}: its chat template fails: {said} ({type(error).__name__}{line})") from error
     content = messages[-1]["content"].strip()  # templates leave out white space around it

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from paper_figures.data import DATA
+from paper_figures.inputs import DATA
 
 AGREES, ROUNDING, DOES_NOT_FOLLOW = "agrees", "rounding", "does not follow"
 VERDICTS = (AGREES, ROUNDING, DOES_NOT_FOLLOW)

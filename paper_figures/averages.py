@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from paper_figures.data import Frames
+from paper_figures.inputs import Frames
 from paper_figures.names import SUITE_TASKS
 
 #: Lengths that the paper's RULER average is taken over.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pandas as pd
 
-from paper_figures import style
-from paper_figures.data import Frames, load
+from paper_figures import questions, style
+from paper_figures.inputs import Frames, load
 from paper_figures.table import write
+from paper_figures.tables import published
 
 FIGURES = (
     "figure_1",
@@ -30,18 +31,24 @@ FIGURES = (
     "gap_rms_against_k",
     "bound_against_measured",
 )
-TABLES = (
-    *(f"table_{number}" for number in range(1, 10)),
-    *(f"question_{number}" for number in range(1, 8)),
-)
+TABLES = published.TABLES | questions.TABLES
 NAMES = (*FIGURES, *TABLES)
 
 
-def module(name: str) -> ModuleType:
-    """The module that draws `name`. Raises ValueError for a name that is in neither list."""
+def module(name: str) -> Any:
+    """The module that draws the figure `name`, or the table of that name. Raises ValueError for a name that is in
+    neither list.
+    """
     if name not in NAMES:
         raise ValueError(f"only must name figures or tables of {', '.join(NAMES)}: only={name!r}")
-    return import_module(f"paper_figures.{'figures' if name in FIGURES else 'tables'}.{name}")
+    return TABLES[name] if name in TABLES else import_module(f"paper_figures.figures.{name}")
+
+
+def source(name: str) -> str:
+    """The file of `name`, from the package's folder."""
+    if name in FIGURES:
+        return f"figures/{name}.py"
+    return "tables/published.py" if name in published.TABLES else "questions.py"
 
 
 def make(name: str, rows: pd.DataFrame, output: Path) -> list[Path]:

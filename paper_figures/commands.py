@@ -28,7 +28,7 @@ class FiguresConfig:
 def figures(config: FiguresConfig) -> int | None:
     """Draw figures and tables from files, the published numbers beside the measured ones."""
     from paper_figures import catalog
-    from paper_figures.data import NoData, measured_files, read_results
+    from paper_figures.inputs import NoData, measured_files, read_results
 
     for name in config.only:
         catalog.module(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_figures import audit, catalog, questions
-from paper_figures.data import CONDITIONS, DATA, REQUIRED, SCHEMA, SHOWN, Frames, load, read_results
+from paper_figures.inputs import CONDITIONS, DATA, REQUIRED, SCHEMA, SHOWN, Frames, load, read_results
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,7 +62,7 @@ def readme() -> str:
         "    endprompt audit                                    the published numbers, recomputed (AUDIT.md)",
         "",
         _paragraph(
-            "A figure is one function of files, `draw(frames)`, in a file of its name; a table is `build(frames)`. "
+            "A figure is one function of files, `draw(frames)`, in a file of its name; a table has `build(frames)`. "
             "Figures are written as PDF and PNG, 178 mm wide; tables as LaTeX (booktabs), Markdown and CSV, where the "
             "last column says where each line comes from. Beside a figure of measured values stands NAME.rows.csv, "
             "the rows "
@@ -76,7 +76,7 @@ def readme() -> str:
             "as small-scale where they stop short of the paper's 64K. A method that lacks a cell which others have "
             "gets "
             "no average. `data/computed/` holds positions and predictions that the project's own `endprompt` and "
-            "`analysis` packages give, made by `tests/figure_data.py`; tests compute them again and compare."
+            "`analysis` packages give, made by `tests/support/figure_data.py`; tests compute them again and compare."
         ),
         "",
         _paragraph(
@@ -110,8 +110,8 @@ def readme() -> str:
 def _listing() -> Iterable[Sequence[str]]:
     for name in catalog.NAMES:
         module = catalog.module(name)
-        folder = "figures" if name in catalog.FIGURES else "tables"
-        first = (module.TITLE, f"[`{name}.py`]({folder}/{name}.py)")
+        source = catalog.source(name)
+        first = (module.TITLE, f"[`{Path(source).name}`]({source})")
         for file, columns in module.INPUTS.files.items():
             yield *first, f"[`{file}.csv`](data/{file}.csv)", ", ".join(columns)
             first = ("", "")

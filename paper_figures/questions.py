@@ -1,10 +1,12 @@
-"""The lab's seven questions as tables and as a page, from the rows that `benchmarks.verdicts` writes."""
+"""The lab's seven questions as tables and as a page, from the rows that `benchmarks.lab.verdicts` writes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
-from paper_figures.data import Frames, Inputs
+from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import SCALINGS, short_length
 from paper_figures.table import Row, Section, Table, Value
 
@@ -58,6 +60,24 @@ METRICS = {
 
 def title(number: int) -> str:
     return f"Question {number}: {QUESTIONS[number]}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """The table of one question: TITLE, INPUTS and build(frames) -> Table, as the module of a figure has them."""
+
+    number: int
+    INPUTS = INPUTS
+
+    @property
+    def TITLE(self) -> str:
+        return title(self.number)
+
+    def build(self, frames: Frames) -> Table:
+        return build(frames, self.number)
+
+
+TABLES = {f"question_{number}": Question(number) for number in QUESTIONS}
 
 
 def build(frames: Frames, number: int) -> Table:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from paper_figures import lab, style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
-from paper_figures.data import Frames
-from paper_figures.figures.score_against_length import ordered_methods
+from paper_figures.inputs import Frames
 from paper_figures.names import short_length
+from paper_figures.style import ordered_methods
 
 
 def points(frames: Frames, columns: tuple[str, ...]) -> tuple[pd.DataFrame, Any]:

@@ -10,13 +10,15 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from paper_figures.names import Method
+from paper_figures.names import Method, parse_method
 
 STYLE = Path(__file__).with_name("journal.mplstyle")
+
 #: Okabe and Ito's colours (all types of colour blindness tell them apart), and a marker so that no colour is needed.
 ARMS = {
     "base": ("#000000", "o"),
@@ -30,8 +32,11 @@ ARMS = {
     "full": ("#666666", "p"),
     "longlora": ("#882255", "h"),
 }
+
 OTHERS = (("#44AA99", "<"), ("#332288", ">"), ("#999933", "d"), ("#AA4499", "8"), ("#6699CC", "H"))
+
 LINES = {"": ":", "none": ":", "linear": (0, (4, 1.5)), "yarn": "-", "ntk": "-.", "llama3": (0, (5, 1, 1, 1, 1, 1))}
+
 #: The paper's four methods and its own extensions, where no scheme of ours is meant.
 PUBLISHED = {
     "EndPrompt": "#0072B2",
@@ -42,6 +47,7 @@ PUBLISHED = {
     "LongLoRA": "#56B4E9",
     "Full FT": "#7F7F7F",
 }
+
 MEASURED_HATCH = "////"
 
 
@@ -98,3 +104,22 @@ def save(fig: Figure, stem: Path) -> list[Path]:
     fig.savefig(pdf, metadata={"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None})
     fig.savefig(png, metadata={"Software": None})
     return [pdf, png]
+
+
+Methods = dict[str, Method]
+
+
+def ordered_methods(rows: pd.DataFrame) -> Methods:
+    """Method column -> its parts, in the order in which arms and scalings are listed."""
+    arms, scalings = list(ARMS), list(LINES)
+    parsed = {name: parse_method(name) for name in rows["method"].unique()}
+
+    def place(name: str) -> tuple[int, int, str]:
+        arm, scaling = parsed[name].arm, parsed[name].scaling
+        return (
+            arms.index(arm) if arm in arms else len(arms),
+            scalings.index(scaling) if scaling in scalings else len(scalings),
+            name,
+        )
+
+    return {name: parsed[name] for name in sorted(parsed, key=place)}

@@ -16,15 +16,17 @@ import numpy as np
 import torch
 
 from analysis import observability
-from benchmarks import documents, quick, ruler, summary
-from benchmarks.lab import material
-from benchmarks.lab.matrix import Cell, train_flops
-from endprompt import train
+from benchmarks import ruler, summary
+from benchmarks.base import documents
+from benchmarks.lab import material, predict
+from benchmarks.lab.cost import train_flops
+from benchmarks.lab.matrix import Cell
+from endprompt import results, train
 from endprompt.config import prompt_names
-from endprompt.data import Rows, load_documents
+from endprompt.data import Rows, load_documents, row_spec
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
 from endprompt.positions import TEXT_WHOLE
-from endprompt.rows import result_row
+from endprompt.results import result_row
 
 #: Standard deviation of an observed score in the predicted gap RMS, as `endprompt positions` has it.
 NOISE = 0.1
@@ -44,7 +46,7 @@ class Workplace:
     deterministic: bool = True
     jobs: int = 1
     keep_checkpoints: bool = False
-    batch_tokens: int = quick.BATCH_TOKENS
+    batch_tokens: int = predict.BATCH_TOKENS
 
     def compile_of(self, cell: Cell) -> str:
         """A recorded step of compiled layers for what a graph can hold, else nothing.
@@ -85,7 +87,7 @@ def run(cell: Cell, place: Workplace) -> Outcome:
             compiled = place.compile_of(cell)
             config = cell.config(data, str(checkpoint), place.device, compiled, place.deterministic)
             train.extend(config)
-            about = json.loads((checkpoint / train.RECORD).read_text(encoding="utf-8"))
+            about = json.loads((checkpoint / results.RECORD).read_text(encoding="utf-8"))
     with made.phase("load"):
         model = load(cell, checkpoint, place.device)
         tokenizer = material.tokenizer_of(cell.model)
@@ -95,7 +97,7 @@ def run(cell: Cell, place: Workplace) -> Outcome:
             scored(made, cell, item, model, tokenizer, place, columns)
     with made.phase("loss"):
         for length in sorted({cell.window, cell.target}):
-            loss = quick.losses(
+            loss = predict.losses(
                 model, tokenizer, [held_out(cell.model)], length, rows=cell.scoring.loss_rows,
                 max_batch_tokens=place.batch_tokens,
             )  # fmt: skip
@@ -137,7 +139,7 @@ def scored(
 ) -> None:
     """The row of one task and length, and the scores of its samples."""
     samples, about = read_samples(item, place.cache)
-    texts = quick.predict(model, tokenizer, samples, max_batch_tokens=place.batch_tokens, whole=False)
+    texts = predict.predict(model, tokenizer, samples, max_batch_tokens=place.batch_tokens, whole=False)
     percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
     metric = "string_match_part" if ruler.SPECS[item.task].metric == "any" else "string_match_all"
@@ -209,7 +211,7 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
         return columns
     config = cell.config([], "")
     tokenizer = material.tokenizer_of(cell.model)
-    spec = train.row_spec(config, cell.window, tokenizer)
+    spec = row_spec(config, cell.window, tokenizer)
     return columns | {
         "scheme": config.scheme,
         "prompt": "/".join(prompt_names(config)) or None,
@@ -274,11 +276,12 @@ def pair_counts(cell: Cell, place: Workplace, spec: Any) -> np.ndarray:
 
 def verified(cell: Cell, checkpoint: Path, columns: Mapping[str, Any]) -> dict[str, Any]:
     """Share of query-key pairs within all of verify's bounds, on the cell's own weights."""
-    from analysis import verify
-    from analysis.commands import VerifyConfig
+    from analysis.config import VerifyConfig
+    from analysis.findings import Findings
+    from analysis.scene import prepare, read_layers
 
     prompt = int(columns["prompt_tokens"])
-    scene = verify.prepare(
+    scene = prepare(
         VerifyConfig(
             str(checkpoint),
             against=cell.model,
@@ -288,8 +291,8 @@ def verified(cell: Cell, checkpoint: Path, columns: Mapping[str, Any]) -> dict[s
             pairs=VERIFIED_PAIRS,
         )
     )
-    findings = verify.Findings(scene)
-    verify.read_layers(str(checkpoint), scene, lambda layer: findings.add(layer, None))
+    findings = Findings(scene)
+    read_layers(str(checkpoint), scene, lambda layer: findings.add(layer, None))
     within = np.stack([np.stack(list(layer["within"].values())).all(axis=0) for layer in findings.layers])
     worst = max(max(layer["worst"].values()) for layer in findings.layers)
     share = 100.0 * float(within.mean())

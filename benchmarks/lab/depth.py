@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import summary
-from endprompt.rows import read_json_lines, read_rows, write_text
+from endprompt.files import read_json_lines, write_text
+from endprompt.results import read_rows
 
 #: What a row of depth.jsonl takes over from the arm's rows of scores.
 KEPT = (

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab.matrix import Cell
-from endprompt.rows import sha256_of
+from endprompt.files import sha256_of
 
 #: Half text, half questions in RULER's manner.
 MIXTURE: Mapping[str, float] = {
@@ -54,9 +54,9 @@ class Part:
 
     def make(self, folder: Path) -> None:
         """Write the documents as a token shard."""
-        from benchmarks import documents
+        from benchmarks.base import documents
         from endprompt.config import PrepareConfig
-        from endprompt.prepare import prepare
+        from endprompt.data import prepare
 
         path = self.path(folder)
         with locked(path):
@@ -94,16 +94,18 @@ class Samples:
     edition: str = "lab-2026"
 
     def path(self, folder: Path) -> Path:
-        from benchmarks import ruler
+        from benchmarks.ruler import tasks
 
-        about = [tokenizer_sha256(self.model), *vars(self).values(), ruler.GENERATOR, "samples-1"]
+        about = [tokenizer_sha256(self.model), *vars(self).values(), tasks.GENERATOR, "samples-1"]
         about.remove(self.model)
         name = sha256_of(json.dumps(about))[:12]
         return folder / "samples" / f"{self.task}-{self.length}-seed{self.seed}-{name}.npz"
 
     def make(self, folder: Path) -> None:
         """Write the prompts' tokens, the answers, and the hash of the texts."""
-        from benchmarks import quick, ruler
+        from benchmarks import ruler
+        from benchmarks.lab import predict
+        from benchmarks.ruler.cell import samples_sha256
 
         path = self.path(folder)
         with locked(path):
@@ -113,9 +115,9 @@ class Samples:
             options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
             options["edition"] = self.edition
             made = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, **options)
-            ids = quick.prompt_ids(tokenizer, made)
+            ids = predict.prompt_ids(tokenizer, made)
             about = {
-                "sha256": ruler.samples_sha256(made),
+                "sha256": samples_sha256(made),
                 "haystack": made[0]["haystack"],
                 "haystack_sha256": made[0]["haystack_sha256"],
                 "fill": round(sum(sample["fill"] for sample in made) / len(made), 5),
@@ -201,7 +203,7 @@ def tokenizer_sha256(model: str) -> str:
 @cache
 def training_prose(model: str) -> Any:
     """The sample text's first half, tokenised."""
-    from benchmarks import documents
+    from benchmarks.base import documents
 
     return documents.Prose.from_sentences(documents.sample_training_sentences(), tokenizer_of(model))
 

@@ -28,89 +28,34 @@ import fnmatch
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.haystack import EDITIONS
+from benchmarks.lab.config import LabConfig
+from benchmarks.ruler.texts import EDITIONS
 from endprompt.config import ExtendConfig, check_config, method_name
-from endprompt.rows import file_sha256, plain, read_text, sha256_of
+from endprompt.files import file_sha256, read_text, sha256_of
+from endprompt.runs import plain
 
 FOLDER = Path(__file__).parent
+
 BASES = FOLDER.parent / "base"
+
 #: Part of every cell's hash: a change of what a cell does makes earlier rows another cell's.
 VERSION = 1
+
 #: Settings that the lab gives the trainer itself.
 OWN = frozenset(
     {"model", "data", "output", "target", "seed", "device", "compile", "deterministic", "resume", "overwrite"}
     | {"save_every", "keep"}
 )
+
 SETTINGS = frozenset(field.name for field in dataclasses.fields(ExtendConfig)) - OWN
+
 #: What `--only KEY=VALUE` may name.
 FILTERS = ("arm", "base", "fold", "seed", "question")
-
-
-@dataclass
-class LabConfig:
-    """Settings of `endprompt lab`.
-
-    Args:
-        preset: a matrix that the package ships: smoke, micro, search, paper-scale and others of --list-presets; several
-            with commas between them are run as one.
-        matrix: a matrix file of your own, instead of a preset.
-        output: run directory; a second run of the same one does only what is missing.
-        jobs: worker processes; 0 takes one a core on a CPU, and eight on a GPU, which they share.
-        only: part of the matrix, as KEY=VALUE,VALUE with the keys arm (a pattern), base, fold, seed, question.
-        seeds: training seeds, instead of the matrix's.
-        steps: training steps of every arm, instead of the matrix's: for a trial.
-        samples: samples of a task and length, instead of the matrix's: for a trial.
-        dry_run: print the cells and the estimated time, and stop.
-        overwrite: do the chosen cells again.
-        keep_checkpoints: keep every trained checkpoint.
-        cache: folder of the documents and samples; OUTPUT/cache if not given. Several runs may share it.
-        device: cpu, cuda or auto.
-        compile: the trainer's own setting of this name; auto is what is fastest for such small models.
-        deterministic: the trainer's own setting of this name: cells repeat bit for bit on the same GPU and versions.
-        mps: try NVIDIA's multi-process service, so that workers run on a GPU at the same time.
-        model: checkpoint of preset paper-scale.
-        data: its training data.
-        list_presets: print the presets and stop.
-    """
-
-    preset: str | None = None
-    matrix: str | None = None
-    output: str = "runs/lab"
-    jobs: int = 0
-    only: list[str] = field(default_factory=list)
-    seeds: list[int] | None = None
-    steps: int | None = None
-    samples: int | None = None
-    dry_run: bool = False
-    overwrite: bool = False
-    keep_checkpoints: bool = False
-    cache: str | None = None
-    device: str = "auto"
-    compile: str = "auto"
-    deterministic: bool = True
-    mps: bool = True
-    model: str | None = None
-    data: list[str] = field(default_factory=list)
-    list_presets: bool = False
-
-    def __post_init__(self) -> None:
-        for key, least in (("jobs", 0), ("steps", 1), ("samples", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{key} must be at least {least}: {key}={value}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda: device={self.device!r}")
-        if self.preset and self.matrix:
-            raise ValueError(f"give either a preset or a matrix: preset={self.preset!r} matrix={self.matrix!r}")
-
-    @property
-    def cache_directory(self) -> Path:
-        return Path(self.cache) if self.cache else Path(self.output) / "cache"
 
 
 @dataclass(frozen=True)
@@ -276,7 +221,8 @@ def base_directory(base: str) -> Path:
 @cache
 def base_shape(model: str) -> Shape:
     """The base's shape, from its config.json."""
-    from endprompt.model import load_config, window_of
+    from endprompt.model import load_config
+    from endprompt.model.geometry import window_of
 
     about = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     hidden, layers, heads = about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"]
@@ -376,6 +322,7 @@ def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scor
 
 
 BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "documents", "seeds"}
+
 RUN = {"arms", "questions", "verify", "seeds"}
 
 
@@ -496,50 +443,3 @@ def matches(cell: Cell, key: str, wanted: Sequence[str]) -> bool:
     if key == "arm":
         return any(fnmatch.fnmatchcase(cell.arm, pattern) for pattern in wanted)
     return str(getattr(cell, key)) in wanted
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cost
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What one worker reaches: FLOP/s in training and scoring, seconds of a step at least, seconds of a cell beside."""
-
-    flops: float
-    step: float
-    cell: float
-    start: float
-
-
-#: Steps that are not recorded as a graph take so much longer on a shared GPU (LongLoRA's: 53 s where 18 were expected).
-PLAIN_STEPS = 3.0
-#: By measurement: on two CPU cores, and on an H200 that 8 workers share, with deterministic training. There it says
-#: 14.2 minutes for ten seeds of preset micro, which took 15.8.
-RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.0e13, 0.010, 1.5, 15.0)}
-
-
-def train_flops(cell: Cell) -> float:
-    """Floating-point operations of a cell's training: 6 a parameter and token, and causal attention."""
-    shape = base_shape(cell.model)
-    each = 6 * shape.parameters + 6 * shape.layers * shape.width * cell.row_tokens
-    return float(cell.steps * cell.rows * cell.row_tokens * each)
-
-
-def score_flops(cell: Cell) -> float:
-    """Of reading all prompts and the held-out text once."""
-    shape, scoring = base_shape(cell.model), cell.scoring
-    total = 0.0
-    for length in cell.lengths:
-        tokens = length * (len(scoring.tasks) * scoring.samples + scoring.loss_rows)
-        total += tokens * (2 * shape.parameters + 2 * shape.layers * shape.width * length)
-    return total
-
-
-def seconds(cell: Cell, device: str) -> float:
-    """What a worker is expected to need for a cell."""
-    rate = RATES[device]
-    training = max(train_flops(cell) / rate.flops, cell.steps * rate.step)
-    if device == "cuda" and cell.settings.get("lora_rank"):
-        training *= PLAIN_STEPS
-    return rate.cell + training + score_flops(cell) / rate.flops

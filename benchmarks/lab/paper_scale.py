@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab.matrix import BASES, LabConfig, check_keys
+from benchmarks.lab.config import LabConfig
+from benchmarks.lab.matrix import BASES, check_keys
 from endprompt.config import ExtendConfig, check_config
-from endprompt.rows import RunDirectory, write_text
+from endprompt.files import write_text
+from endprompt.runs import RunDirectory
 
 MODEL = "llama3-8b"
 KEYS = {"kind", "gpus", "device", "questions", "score"}
@@ -126,10 +128,10 @@ def plan(name: str, questions: tuple[int, ...], config: LabConfig, gpus: int, de
 
 def sample_rows(config: LabConfig) -> Any:
     """`rows(trainer, row_tokens)`: makes a batch of two rows; (largest distance, number of distances) in them."""
-    from endprompt.data import Documents, Rows, load_documents
-    from endprompt.model import extended_rope_parameters, load_config, load_tokenizer, window_of
+    from endprompt.data import Documents, Rows, load_documents, row_spec
+    from endprompt.model import extended_rope_parameters, load_config, load_tokenizer
+    from endprompt.model.geometry import window_of
     from endprompt.rope import rope_parameters
-    from endprompt.train import row_spec
 
     tokenizer: Any = load_tokenizer(config.model or BASES / "256")
     if config.data:

@@ -23,10 +23,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.lab import material, matrix
-from benchmarks.lab.matrix import Cell, LabConfig
+from benchmarks.lab import cost, material, matrix
+from benchmarks.lab.config import LabConfig
+from benchmarks.lab.matrix import Cell
 from benchmarks.lab.worker import Answer, settle, work
-from endprompt.rows import RunDirectory, append_rows, parse_object, read_rows, result_row, sole_use, write_text
+from endprompt.files import parse_object, sole_use, write_text
+from endprompt.results import append_rows, read_rows, result_row
+from endprompt.runs import RunDirectory
 
 if TYPE_CHECKING:
     from benchmarks.lab.cells import Workplace
@@ -73,7 +76,7 @@ def lab(config: LabConfig) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_use(config.output))
         if device == "cuda" and jobs > 1 and config.mps:
-            from benchmarks import mps
+            from benchmarks.lab import mps
 
             reason = stack.enter_context(mps.service())
             say(
@@ -106,8 +109,8 @@ def jobs_of(config: LabConfig, device: str, cells: int) -> int:
 def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
     """Raises ValueError for an arm whose settings, rows or scaling cannot be, before any is trained."""
     from endprompt.config import check_config
+    from endprompt.data import row_spec
     from endprompt.model import extended_config, load_config
-    from endprompt.train import row_spec
 
     seen = set()
     for cell in cells:
@@ -241,7 +244,7 @@ class Runner:
         done = tidy(self.output, self.cells, self.config.overwrite)
         self.known = sum(cell.sha256 in done for cell in self.cells)
         todo = [cell for cell in self.cells if cell.sha256 not in done]
-        self.waiting = sorted(todo, key=lambda cell: -matrix.seconds(cell, self.device))
+        self.waiting = sorted(todo, key=lambda cell: -cost.seconds(cell, self.device))
         if self.known:
             say(f"{self.known} of {len(self.cells)} cells are done already")
             if self.device == "cuda":  # on a CPU training repeats anyway
@@ -339,7 +342,7 @@ class Runner:
             return None
         left: dict[tuple[Any, ...], float] = {}
         for cell in able:
-            left[cell.shape] = left.get(cell.shape, 0.0) + matrix.seconds(cell, self.device)
+            left[cell.shape] = left.get(cell.shape, 0.0) + cost.seconds(cell, self.device)
         if worker.shape in left:
             shape = worker.shape
         else:
@@ -390,7 +393,7 @@ class Runner:
         self.done += 1
         self.deaths = 0
         self.spent += seconds
-        self.expected += matrix.seconds(cell, self.device)
+        self.expected += cost.seconds(cell, self.device)
         self.directory.log(cell=cell.name, worker=worker.number, seconds=round(seconds, 2), phases=answer.seconds)
         self.line(cell, answer.rows, seconds)
 
@@ -480,7 +483,7 @@ class Runner:
         return made
 
     def state(self) -> str:
-        from endprompt.progress import clock
+        from endprompt.train.progress import clock
 
         over = self.known + self.done + self.failed
         failed = f", {self.failed} failed" if self.failed else ""
@@ -491,10 +494,10 @@ class Runner:
         """From what the finished cells took beside what they were expected to."""
         if not self.done:
             return None
-        ahead = sum(matrix.seconds(cell, self.device) for cell in self.waiting)
+        ahead = sum(cost.seconds(cell, self.device) for cell in self.waiting)
         for worker in self.workers:
             if worker.cell:
-                ahead += matrix.seconds(worker.cell, self.device) / 2
+                ahead += cost.seconds(worker.cell, self.device) / 2
         return ahead * self.spent / self.expected / max(1, len(self.workers))
 
     def line(self, cell: Cell, rows: Sequence[dict[str, Any]], seconds: float) -> None:
@@ -512,8 +515,7 @@ class Runner:
 
     def conclude(self) -> None:
         """Scores by depth, and the answers to the questions as far as the rows go."""
-        from benchmarks import verdicts
-        from benchmarks.lab import depth
+        from benchmarks.lab import depth, verdicts
 
         depth.write(self.output)
         if not any(cell.questions for cell in self.cells):
@@ -531,7 +533,7 @@ class Runner:
 
 def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> str:
     """The cells by arm, and what they are expected to take."""
-    from endprompt.progress import clock
+    from endprompt.train.progress import clock
 
     arms: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
@@ -542,13 +544,13 @@ def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> 
     for (base, fold, arm), members in arms.items():
         first = members[0]
         size = f"{first.steps} x {first.rows} x {first.row_tokens}" if first.trained else "untrained"
-        each = matrix.seconds(first, device)
+        each = cost.seconds(first, device)
         asked = ",".join(map(str, first.questions))
         lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>21}  {len(members):>5}  {each:>7.1f}  {asked}")
     left = [cell for cell in cells if cell.sha256 not in done]
-    total = sum(matrix.seconds(cell, device) for cell in left)
-    longest = max((matrix.seconds(cell, device) for cell in left), default=0.0)
-    expected = matrix.RATES[device].start + max(total / jobs, longest) if left else 0.0
+    total = sum(cost.seconds(cell, device) for cell in left)
+    longest = max((cost.seconds(cell, device) for cell in left), default=0.0)
+    expected = cost.RATES[device].start + max(total / jobs, longest) if left else 0.0
     lines.append(
         f"{len(cells)} cells, {len(cells) - len(left)} done; about {clock(expected)} with {jobs} workers on "
         f"{'a GPU' if device == 'cuda' else 'the CPU'} (estimated)"

@@ -55,7 +55,7 @@ def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
     import torch
 
     from benchmarks.lab import cells
-    from endprompt import determinism
+    from endprompt.train import determinism
 
     torch.set_num_threads(threads)
     if place.deterministic:

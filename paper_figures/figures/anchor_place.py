@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from paper_figures import lab, style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
-from paper_figures.data import Frames, Inputs, NoData
+from paper_figures.inputs import Frames, Inputs, NoData
 from paper_figures.names import short_length
 
 TITLE = "The lab: place of the anchor against the score at the target length"

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from paper_figures import style
-from paper_figures.data import Frames, Inputs
-from paper_figures.figures.score_against_length import ordered_methods
+from paper_figures.inputs import Frames, Inputs
+from paper_figures.style import ordered_methods
 
 TITLE = "Slope of the attention score over its bounds, quantiles over heads and pairs"
 INPUTS = Inputs(rows={"analysis": ("metric",)}, needs_rows=True)

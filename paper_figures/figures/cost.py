@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from paper_figures import scatter, style
-from paper_figures.data import Frames, Inputs, is_lab
+from paper_figures.inputs import Frames, Inputs, is_lab
 
 TITLE = "Score at the longest length against training tokens and GPU-seconds, with the Pareto front"
 INPUTS = Inputs(rows={"ruler": ("train_tokens", "gpu_seconds")}, needs_rows=True, lab="all")

@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from paper_figures import style
-from paper_figures.data import Frames, Inputs
+from paper_figures.inputs import Frames, Inputs
 
 TITLE = "Coverage of relative distances by position scheme"
 COLUMNS = ("scheme", "distance_lo", "distance_hi", "pairs", "share", "target", "context", "prompt")

@@ -13,9 +13,9 @@ from matplotlib.image import AxesImage
 
 from paper_figures import lab, style
 from paper_figures.averages import average
-from paper_figures.data import Frames, Inputs, is_lab
-from paper_figures.figures.score_against_length import ordered_methods
+from paper_figures.inputs import Frames, Inputs, is_lab
 from paper_figures.names import short_length
+from paper_figures.style import ordered_methods
 
 TITLE = "Needle depth by context length, a heat map for each method"
 INPUTS = Inputs(rows={"ruler_depth": ("depth",)}, needs_rows=True, lab="all")

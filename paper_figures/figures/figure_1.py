@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from paper_figures import style
-from paper_figures.data import Frames, Inputs
+from paper_figures.inputs import Frames, Inputs
 
 TITLE = "Figure 1: position schemes, and the relative distances that each shows"
 INPUTS = Inputs(files={"computed/figure_1": ("scheme", "token", "part", "position", "target")})

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from paper_figures import bars
 from paper_figures.averages import scored
-from paper_figures.data import Frames, Inputs
+from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import SCALINGS, parse_method
 
 TITLE = "Figure 2: average score by the wording of the end prompt"

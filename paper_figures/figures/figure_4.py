@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper_figures import style
-from paper_figures.data import Frames, Inputs
+from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import short_length
 
 TITLE = "Figure 4: memory and time of training at 32K and 64K"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from paper_figures import style
-from paper_figures.data import Frames, Inputs
+from paper_figures.inputs import Frames, Inputs
 
 TITLE = "Predicted RMS error in the gap against the number K of anchors"
 INPUTS = Inputs(

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from paper_figures import lab, style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
-from paper_figures.data import Frames, Inputs
 from paper_figures.figures.score_against_length import end_labels, mark_window
+from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import short_length
 
 TITLE = "The lab: RULER score against length, all schemes, by base, fold and scaling"

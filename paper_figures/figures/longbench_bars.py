@@ -14,9 +14,9 @@ from matplotlib.patheffects import withStroke
 
 from paper_figures import style
 from paper_figures.averages import average, interval_kind
-from paper_figures.data import Frames, Inputs
-from paper_figures.figures.score_against_length import ordered_methods
+from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import LONGBENCH, LONGBENCH_ZH, Method
+from paper_figures.style import ordered_methods
 
 TITLE = "LongBench by category and by set, all methods, 95% intervals"
 INPUTS = Inputs(rows={"longbench": ()}, needs_rows=True)

@@ -12,12 +12,13 @@ from scipy.optimize import isotonic_regression
 
 from paper_figures import style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
-from paper_figures.data import Frames, Inputs
-from paper_figures.names import SCALINGS, TASKS, Method, parse_method, short_length
+from paper_figures.inputs import Frames, Inputs
+from paper_figures.names import SCALINGS, TASKS, short_length
+from paper_figures.style import Methods, ordered_methods
 
 TITLE = "RULER score against length, all methods, 95% intervals"
+
 INPUTS = Inputs(rows={"ruler": ()}, needs_rows=True)
-Methods = dict[str, Method]
 
 
 #: More methods than this are drawn in one panel for each RoPE scaling, as averages only.
@@ -77,22 +78,6 @@ def panel(ax: Axes, rows: pd.DataFrame, means: pd.DataFrame, methods: Methods, t
     style.percent_axis(ax)
     mark_window(ax, rows)
     end_labels(ax, last)
-
-
-def ordered_methods(rows: pd.DataFrame) -> Methods:
-    """Method column -> its parts, in the order in which arms and scalings are listed."""
-    arms, scalings = list(style.ARMS), list(style.LINES)
-    parsed = {name: parse_method(name) for name in rows["method"].unique()}
-
-    def place(name: str) -> tuple[int, int, str]:
-        arm, scaling = parsed[name].arm, parsed[name].scaling
-        return (
-            arms.index(arm) if arm in arms else len(arms),
-            scalings.index(scaling) if scaling in scalings else len(scalings),
-            name,
-        )
-
-    return {name: parsed[name] for name in sorted(parsed, key=place)}
 
 
 def lines(ax: Axes, means: pd.DataFrame, methods: Methods, size: float) -> list[tuple[str, str, float, float]]:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from paper_figures import scatter, style
-from paper_figures.data import Frames, Inputs, is_lab
+from paper_figures.inputs import Frames, Inputs, is_lab
 from paper_figures.names import SCALINGS
 
 TITLE = "Score at the longest length against the smoothness constant and the predicted RMS error in the gap"

@@ -1,1 +1,1 @@
-"""One module a table: TITLE, INPUTS (what it reads) and build(frames) -> Table."""
+"""Tables: TITLE, INPUTS (what they read) and build(frames) -> Table."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from paper_figures.averages import average, interval_kind, scale_mark
-from paper_figures.figures.score_against_length import ordered_methods
 from paper_figures.names import short_length
+from paper_figures.style import ordered_methods
 from paper_figures.table import Row, Section
 
 

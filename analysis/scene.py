@@ -1,0 +1,178 @@
+"""What verify looks at: checkpoints, text, heads, distances, and the pass that captures them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis import observability
+from analysis.capture import capture, choose_pairs
+from analysis.config import VerifyConfig
+from endprompt.files import read_text, sha256_of
+from endprompt.positions import Intervals
+from endprompt.results import RECORD, recorded
+from endprompt.text import Reader
+
+
+@dataclass
+class Scene:
+    """What is examined: a text, pairs of places in it, and the distances that training observed and did not."""
+
+    config: VerifyConfig
+    geometry: Any
+    ids: np.ndarray
+    pairs: Any
+    window: int
+    length: int
+    context: int
+    omega: np.ndarray
+    attention_factor: float
+    observed: Intervals
+    gap: Intervals
+    samples: str
+    heads: list[tuple[int, int]]
+    without_rope: list[int] = dataclasses.field(default_factory=list)
+
+
+def prepare(config: VerifyConfig) -> Scene:
+    """Everything but the weights. Raises ValueError for sizes that cannot be, before anything is loaded."""
+    import torch
+
+    from endprompt import model as models
+    from endprompt.model.load import checkpoint_path
+
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this machine has: device={config.device!r}, torch finds no CUDA")
+    if not config.noise > 0:
+        raise ValueError(f"the noise of an observed score must be positive: noise={config.noise}")
+    config = dataclasses.replace(
+        config,
+        checkpoint=str(checkpoint_path(config.checkpoint)),
+        against=str(checkpoint_path(config.against)) if config.against else None,
+    )
+    settings = models.load_config(config.checkpoint)
+    geometry = models.rope_geometry(settings)
+    base = models.load_config(config.against) if config.against else None
+    if base is not None:
+        same = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        differing = [key for key in same if getattr(base, key, None) != getattr(settings, key, None)]
+        if differing:
+            raise ValueError(
+                f"against must be the model before extension, of the same architecture: against={config.against!r} "
+                f"differs in {', '.join(differing)}"
+            )
+    config, window, length = resolved(config, settings, base)
+    scheme, context, prompt, count = config.scheme, config.context, config.prompt, config.count
+    assert scheme is not None and context is not None and prompt is not None and count is not None
+    observed, gap = observability.distance_segments(length, context, prompt, scheme, count=count)
+    if not gap:
+        raise ValueError(
+            f"the target must leave a gap, but scheme {scheme!r} observes every distance below it: "
+            f"target={length} {context=} {prompt=} (scheme, context and prompt are those of the flags, else of the "
+            f"checkpoint's {RECORD})"
+        )
+    omega, attention_factor = geometry.frequencies(length)
+    text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
+    ids = np.asarray(Reader(models.load_tokenizer(config.checkpoint)).prompts([text])[0], dtype=np.int64)
+    ids = ids[: min(config.tokens, window)]
+    if ids.size and ids.max() >= settings.vocab_size:
+        raise ValueError(
+            f"{config.checkpoint}: the tokenizer is of another vocabulary: token {ids.max()}, {settings.vocab_size=}"
+        )
+    pairs = choose_pairs(ids.size, config.pairs, config.seed)
+    return Scene(
+        config=config,
+        geometry=geometry,
+        ids=ids,
+        pairs=pairs,
+        window=window,
+        length=length,
+        context=context,
+        omega=omega,
+        attention_factor=attention_factor,
+        observed=observed,
+        gap=gap,
+        samples=sha256_of(ids.tobytes(), pairs.query.tobytes(), pairs.key.tobytes()),
+        heads=parse_heads(config.heads, settings.num_hidden_layers, settings.num_attention_heads),
+    )
+
+
+def parse_heads(names: str, layers: int, heads: int) -> list[tuple[int, int]]:
+    """(layer, head) of each `layer.head` in a list with commas. Raises ValueError if the model has no such head."""
+    found = []
+    for name in filter(None, names.split(",")):
+        layer, _, head = name.strip().partition(".")
+        if not (layer.isdigit() and head.isdigit() and int(layer) < layers and int(head) < heads):
+            raise ValueError(f"heads must be layer.head of a model with {layers} layers of {heads} heads: {name!r}")
+        found.append((int(layer), int(head)))
+    return found
+
+
+def resolved(config: VerifyConfig, settings: Any, base: Any | None) -> tuple[VerifyConfig, int, int]:
+    """(the configuration with target, scheme, context, prompt and count; window before extension; window after it).
+
+    Flags go before the checkpoint's own record, and that before what its config says. Raises ValueError where nothing
+    says what the window was.
+    """
+    from endprompt.model.geometry import window_of
+
+    record = recorded(config.checkpoint)
+    known = None not in (record.get("window"), record.get("target"), record.get("row_tokens"))
+    trained = record.get("config", {}) if known else {}
+    rows: dict[str, Any] = {"scheme": trained.get("scheme"), "count": trained.get("anchors"), "prompt": None}
+    if known:
+        rows["prompt"] = record.get("prompt_tokens", 0)
+    for key, usual in (("scheme", "endprompt"), ("count", 4), ("prompt", 20)):
+        stated = getattr(config, key)
+        rows[key] = next(value for value in (stated, rows[key], usual) if value is not None)
+    now = None if known and config.window is None else window_of(settings, config.window)
+    if base is not None:
+        window = window_of(base).window
+    else:
+        window = int(record["window"]) if now is None else now.original
+    length = config.target or (int(record["target"]) if now is None else now.window)
+    if length <= window and config.context is None:
+        raise ValueError(
+            f"the target must be above the window that was trained: target={length} window={window} "
+            "(give --target; or --against the base, or --context, where the config does not say what it was)"
+        )
+    row_tokens = int(record["row_tokens"]) if known else window
+    context = row_tokens - rows["prompt"] if config.context is None else config.context
+    return dataclasses.replace(config, context=context, **rows), window, length
+
+
+def load(path: str, config: VerifyConfig) -> Any:
+    from endprompt import model as models
+
+    settings = models.load_config(path)
+    # torch's fused attention has no soft-capping of logits, so those families run their own
+    attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
+    return models.load_model(path, dtype=config.dtype, attention=attention, device=config.device)
+
+
+def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None:
+    """Run a checkpoint over the text and hand its spectra on layer by layer; a terminal shows a bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    model = load(path, scene.config)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal or console.no_color) as progress:
+        bar = progress.add_task(f"verify {Path(path).name}: layers", total=model.config.num_hidden_layers)
+
+        def pass_on(layer: Any) -> None:
+            consume(layer)
+            progress.advance(bar)
+
+        without_rope: list[int] = []
+        capture(model, scene.ids, scene.pairs, pass_on, without_rope=without_rope)
+    scene.without_rope[:] = without_rope
+    for layer, head in scene.heads:
+        if layer in without_rope:
+            raise ValueError(f"heads must be of layers with RoPE, which layer {layer} has not: heads={layer}.{head}")

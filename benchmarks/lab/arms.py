@@ -1,0 +1,223 @@
+"""The lab's arms as its rows have them: settings, and scores by length and seed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lab import claims
+
+Row = dict[str, Any]
+
+SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", "llama3": "Llama 3"}
+
+#: Pieces of a context and tokens of a quotation that an arm's label does not tell, because most arms have them.
+PIECES, SPAN = 3, 40
+
+
+# --- the arms ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to extend one base by one factor, with its scores by length and training seed (percent).
+
+    kind: the scheme, except `full` (contiguous rows of the target's length), `longlora` (the same with shifted
+    attention) and `base` (untrained). weight: loss weight of the end prompt. rate: the learning rate, where the rows
+    say it. losses: nats per token on held-out text. samples: the scores of single samples, by (length, seed) and task,
+    where the run kept them.
+    """
+
+    name: str
+    base: str
+    fold: int
+    window: int
+    target: int
+    kind: str
+    scaling: str
+    prompt: str
+    weight: float | None
+    steps: int
+    tokens: float | None
+    seconds: float | None
+    bernstein: float | None
+    gap_rms: float | None
+    whole: bool | None
+    usual: bool = True
+    rate: float | None = None
+    scores: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    losses: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    samples: Mapping[tuple[int, int], Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> tuple[str, int, str]:
+        return self.base, self.fold, self.scaling
+
+    @property
+    def label(self) -> str:
+        """Without the scaling, which stands in a column of its own."""
+        if self.kind == "base":
+            return "base" if self.scaling == "none" else "untrained"
+        first = {"contiguous": "contiguous, short", "full": "full length", "longlora": "LongLoRA"}
+        parts = [" ".join(part for part in (first.get(self.kind, self.kind), self.prompt) if part)]
+        if self.weight not in (None, claims.CUE_WEIGHT if self.prompt.startswith(("EP_", "text:")) else 1.0):
+            parts.append(f"weight {self.weight:g}")
+        if not self.usual:
+            parts.append(f"{self.steps} steps")
+        if self.kind == "longlora" and self.rate:  # tuned apart from the other arms
+            parts.append(f"rate {self.rate:g}")
+        if self.kind in ("full", "longlora") and self.tokens:
+            parts.append(f"{self.tokens / 1e6:.1f}M tokens")
+        return ", ".join(parts)
+
+    def mean(self, length: int) -> float:
+        return float(np.mean(list(self.scores[length].values())))
+
+
+def arms_of(rows: Iterable[Row], samples: Iterable[Row] = ()) -> list[Arm]:
+    """The arms of a lab's rows, in their order. Raises ValueError naming the first row that cannot be compared."""
+    scores = [row for row in rows if row["suite"] == "ruler"]
+    losses = [row for row in rows if row["suite"] == "lab" and row["task"] == "loss"]
+    for row in scores:
+        for column in ("arm", "base", "window"):
+            if row.get(column) is None:
+                raise ValueError(f"a lab's row must have the column {column!r}: {_name(row)}")
+    check_samples(scores)
+    tasks = defaultdict(set)
+    for row in scores:
+        tasks[str(row["base"]), row["length"]].add(row["task"])
+    first: dict[tuple[str, int, str], Row] = {}
+    cells: dict[tuple[str, int, str], dict[int, dict[int, dict[str, float]]]] = {}
+    for row in scores:
+        key = _key(row)
+        first.setdefault(key, row)
+        cells.setdefault(key, {}).setdefault(row["length"], {}).setdefault(row["seed"], {})[row["task"]] = row["value"]
+    rates = {_key(row): row["lr"] for row in scores if row.get("lr") is not None}  # older rows do not say it
+    found_losses: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}
+    seconds: dict[tuple[str, int, str], list[float]] = {}
+    for row in scores:
+        if row.get("gpu_seconds") is not None:
+            seconds.setdefault(_key(row), []).append(row["gpu_seconds"])
+    for row in losses:
+        found_losses.setdefault(_key(row), {}).setdefault(row["length"], {})[row["seed"]] = row["value"]
+    single: dict[tuple[str, int, str], dict[tuple[int, int], dict[str, np.ndarray]]] = {}
+    for row in samples:
+        place = single.setdefault(_key(row), {}).setdefault((row["length"], row["seed"]), {})
+        place[row["task"]] = np.asarray(row["scores"], dtype=np.float64)
+    usual = _usual_steps(first)
+    arms = []
+    for key, row in first.items():
+        complete = {
+            length: {
+                seed: float(np.mean(list(values.values())))
+                for seed, values in sorted(by_seed.items())
+                if values.keys() == tasks[key[0], length]
+            }
+            for length, by_seed in sorted(cells[key].items())
+        }
+        complete = {length: by_seed for length, by_seed in complete.items() if by_seed}
+        # The seeds share one cost: the median, since the first cell of a worker may compile.
+        cost = float(np.median(seconds[key])) if key in seconds else None
+        arm = _arm(key, row, usual.get(key[:2]), cost) | {"rate": rates.get(key)}
+        arms.append(Arm(**arm, scores=complete, losses=found_losses.get(key, {}), samples=single.get(key, {})))
+    return arms
+
+
+def check_samples(rows: Sequence[Row]) -> None:
+    """Arms may only be compared on the same samples. Raises ValueError naming two rows that differ in theirs."""
+    seen: dict[tuple, Row] = {}
+    for row in rows:
+        other = seen.setdefault((str(row["base"]), row["task"], row["length"], row["seed"]), row)
+        if row["samples_sha256"] != other["samples_sha256"]:
+            raise ValueError(
+                f"rows of one base, task, length and seed must have the same samples_sha256: {_name(row)} differs from "
+                f"{_name(other)}"
+            )
+
+
+def _name(row: Row) -> str:
+    return ", ".join(f"{key}={row.get(key)!r}" for key in ("base", "arm", "method", "task", "length", "seed"))
+
+
+def _key(row: Row) -> tuple[str, int, str]:
+    """(base, fold, arm); an untrained base is the same whatever it would have been extended to: fold 1."""
+    return str(row["base"]), 1 if row.get("method") == "base" else int(row["fold"]), str(row["arm"])
+
+
+def _usual_steps(first: Mapping[tuple[str, int, str], Row]) -> dict[tuple[str, int], int]:
+    """The number of steps that most arms of a base and fold are trained for."""
+    counts: dict[tuple[str, int], Counter[int]] = {}
+    for (base, fold, _), row in first.items():
+        if row.get("steps"):
+            counts.setdefault((base, fold), Counter())[int(row["steps"])] += 1
+    return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
+
+
+def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float | None) -> dict[str, Any]:
+    scheme, steps = row.get("scheme") or "base", int(row.get("steps") or 0)
+    prompt = row.get("prompt") or ""
+    prompt = "" if prompt == "none" else "/".join(prompt) if isinstance(prompt, list) else str(prompt)
+    target = int(row.get("target") or row["window"])
+    kind = scheme
+    if not steps:
+        kind = "base"
+    elif row.get("attention") == "shifted" or key[2].startswith("longlora"):
+        kind = "longlora"
+    elif scheme == "contiguous" and (row.get("row_tokens") == target or key[2].startswith("full")):
+        kind = "full"
+    elif scheme == "anchors":
+        kind = f"anchors{row.get('anchors') or ''}"
+    elif "sentences" in scheme and row.get("pieces") not in (None, PIECES):
+        kind = f"{scheme}-{row['pieces']}"
+    weight = row.get("prompt_weight")
+    if prompt and weight is None:
+        weight = 1.0 if prompt == "recall" else claims.CUE_WEIGHT
+    if prompt in ("recall", "question") and row.get("recall_span") not in (None, SPAN):
+        prompt += f"-{row['recall_span']}"
+    return {
+        "name": key[2],
+        "base": key[0],
+        "fold": key[1],
+        "window": int(row["window"]),
+        "target": target,
+        "kind": kind,
+        "scaling": row.get("scaling") or "none",
+        "prompt": prompt,
+        "weight": weight if prompt else None,
+        "steps": steps,
+        "tokens": row.get("train_tokens"),
+        "seconds": seconds,
+        "bernstein": row.get("bernstein_constant"),
+        "gap_rms": row.get("gap_rms"),
+        "whole": row.get("text_whole"),
+        "usual": steps == usual,
+    }
+
+
+def is_published(arm: Arm) -> bool:
+    """The paper's method: a fixed end prompt at the far end."""
+    return arm.kind == "endprompt" and arm.prompt == "EP_1" and arm.weight == claims.CUE_WEIGHT
+
+
+def is_recall(arm: Arm) -> bool:
+    return arm.kind == "endprompt" and arm.prompt == "recall"
+
+
+def is_main(arm: Arm) -> bool:
+    """Not one of the other wordings and weights, which question 3 alone is about."""
+    return not arm.prompt.startswith("EP_") or (arm.prompt == "EP_1" and arm.weight == claims.CUE_WEIGHT)
+
+
+def is_short(arm: Arm) -> bool:
+    return arm.kind not in ("full", "longlora", "base")
+
+
+def with_most_seeds(members: Sequence[Arm]) -> list[Arm]:
+    """Those that have as many seeds at the target as most of them: what is taken over all arms needs common seeds."""
+    counts = Counter(len(arm.scores[arm.target]) for arm in members)
+    usual = max(counts, key=lambda count: (counts[count], count))
+    return [arm for arm in members if len(arm.scores[arm.target]) >= usual]

@@ -1,0 +1,191 @@
+"""Scores of a model in memory, without lm-eval: RULER's samples, and the loss on held-out text.
+
+For many small models on one GPU. The predictions are those of `endprompt score` with the same weights: the same
+tokens go in, the generation is the same (`benchmarks.scoring.generate`), and the text ends at the same places.
+The model computes in the dtype that it was loaded in, as with `endprompt score --dtype`. Of those batches and kernels
+the last digits of the logits depend: with float32 weights predictions differ only where two tokens tie, with bfloat16
+weights now and then, as they do between two batch sizes of lm-eval.
+
+Legend: B rows, T tokens, N = B (T - 1), D width, V vocabulary
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks import ruler
+from benchmarks.scoring import generate
+from benchmarks.scoring.settled import settled, settled_text
+from endprompt.model.attention import PREFIX
+from endprompt.model.length_rope import rows_alone
+from endprompt.text import Reader
+from endprompt.train.parity import plain_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 2**19  # a batch's places in the cache: about 7 GiB of memory for a model of 8 million parameters
+LOGITS = 2**26  # logits that the loss holds at once
+
+Sample = Mapping[str, Any]
+
+
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    max_batch_tokens: int = BATCH_TOKENS,
+    new_tokens: int | None = None,
+    whole: bool = True,
+) -> list[str]:
+    """The model's text after each sample's prompt, greedy, in the samples' order.
+
+    samples: as `benchmarks.ruler.cell` makes them; `encoded` ones are not tokenized again. new_tokens: default each
+    sample's own `max_new_tokens`. whole: answers go on when their score is settled. Raises ValueError if the model's
+    frequencies are not float32.
+    """
+    check_precision(model)
+    stops = stop_tokens(model, tokenizer)
+    jobs = [
+        generate.Job(
+            ids,
+            int(sample["max_new_tokens"] if new_tokens is None else new_tokens),
+            generate.never if whole else end_of(tokenizer, sample),
+        )
+        for sample, ids in zip(samples, prompt_ids(tokenizer, samples))
+    ]
+    texts = [""] * len(jobs)
+    with scoring(model):
+        for batch in generate.run(model, jobs, stops=stops, places=max_batch_tokens):
+            for i, tokens in batch:
+                kept = [token for token in tokens if token not in stops]
+                texts[i] = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return texts
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Callable[[list[int]], bool]:
+    """Whether tokens end the answer to a sample: nothing after them changes its score."""
+    prompt = sample.get("input", "")
+    return lambda tokens: settled(sample, prompt, settled_text(tokenizer, tokens))
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    task: str | None = None,
+    *,
+    max_batch_tokens: int = BATCH_TOKENS,
+    new_tokens: int | None = None,
+) -> list[float]:
+    """Percent of each sample's answers that the model gave. task: default each sample's own, so tasks can be mixed."""
+    asked = [{**sample, "task": task or sample["task"]} for sample in samples]
+    texts = predict(model, tokenizer, asked, max_batch_tokens=max_batch_tokens, new_tokens=new_tokens, whole=False)
+    return [
+        100 * ruler.score(sample["task"], text.removeprefix(sample["input"]), sample["outputs"])
+        for sample, text in zip(asked, texts)
+    ]
+
+
+@torch.inference_mode()
+def losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts_or_ids: Sequence[str] | Sequence[Sequence[int]],
+    length: int,
+    *,
+    rows: int | None = None,
+    max_batch_tokens: int = BATCH_TOKENS,
+) -> float:
+    """Mean next-token loss, nats a token, over windows of `length` tokens at positions 0 .. length - 1.
+
+    Each text gives its windows one after the other, without overlap; what is left over, and shorter texts, give none.
+    rows: windows at most, taken from the front. Raises ValueError if no text is long enough.
+    """
+    check_precision(model)
+    windows: list[np.ndarray] = []
+    for text in texts_or_ids:
+        if rows is not None and len(windows) >= rows:
+            break
+        ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text)
+        windows += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    windows = windows[:rows]
+    if not windows:
+        raise ValueError(f"no held-out text has {length} tokens: {length=}, {len(texts_or_ids)} texts")
+    count = max(1, max_batch_tokens // length)
+    total = 0.0
+    with scoring(model), generate.prompt_kernels(model.device):
+        for start in range(0, len(windows), count):
+            ids_BT = torch.from_numpy(np.stack(windows[start : start + count]).astype(np.int64)).to(model.device)
+            total += float(loss_sum(model, ids_BT))
+    return total / (len(windows) * (length - 1))
+
+
+def loss_sum(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Sum of next-token losses, float64 scalar."""
+    total = torch.zeros((), dtype=torch.float64, device=ids_BT.device)
+    labels_N = ids_BT[:, 1:].reshape(-1)
+    if not plain_head(model):
+        logits_NV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return total + F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+    hidden_ND = model.base_model(input_ids=ids_BT, use_cache=False)[0][:, :-1].flatten(0, 1)
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS // head.weight.shape[0])
+    for hidden, labels in zip(hidden_ND.split(chunk), labels_N.split(chunk)):
+        total += F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    return total
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The samples with their prompts' tokens as `input_ids`: for samples that several models answer."""
+    return [
+        {**sample, "input_ids": np.asarray(ids, dtype=np.int32)}
+        for sample, ids in zip(samples, prompt_ids(tokenizer, samples))
+    ]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Sequence[int]]:
+    """Tokens of the prompts, as `benchmarks.scoring.hf` makes them."""
+    if all("input_ids" in sample for sample in samples):
+        return [sample["input_ids"] for sample in samples]
+    return [*Reader(tokenizer).prompts([sample["input"] for sample in samples])]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What ends an answer: the generation config's EOS tokens and the tokenizer's."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return frozenset(token for token in tokens if token is not None)
+
+
+def check_precision(model: PreTrainedModel) -> None:
+    """Raises ValueError if the frequencies are rounded: `model.to(bfloat16)` does that, loading in bfloat16 not."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise ValueError(f"RoPE frequencies must be float32: {name} is {buffer.dtype}; load the model in its dtype")
+
+
+@contextlib.contextmanager
+def scoring(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode and with stock attention, as the model was afterwards; each row's frequencies are its own."""
+    rows_alone(model)
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attention.startswith(PREFIX):
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if attention.startswith(PREFIX):
+            model.set_attn_implementation(attention)
+        model.train(training)

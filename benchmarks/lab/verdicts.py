@@ -1,0 +1,545 @@
+"""From the rows of a lab run to answers: estimates for each of the seven questions, and what they say.
+
+A run directory must hold `results.jsonl` with the lab's rows (`columns` below); `scores.jsonl`, the score of every
+sample, adds a second interval. `write` puts the estimates into `questions.jsonl` beside them.
+
+How numbers become words (also printed with every table):
+- The unit is the training seed. A score is the mean over the tasks at one length; a difference of two arms is taken
+  seed by seed, since arms of one seed share documents, their order, and samples. Intervals are 95%, Student's t over
+  the seeds' differences. They speak of training anew from the same base, not of another base.
+- Where the samples' scores exist, a bootstrap that draws seeds and samples stands beside it (`ci95_bootstrap`).
+- helps / hurts: interval free of 0, mean difference of at least 5 points, and p < 0.05 after Holm's correction over
+  the question's comparisons of one kind (`family`) at the target length, or at the other lengths.
+- no difference: the whole interval lies within 5 points of 0. not decided: anything else.
+- both fail: both arms score under 5 percent; such a setting is left out of averages over settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from benchmarks.lab import claims, estimates
+from benchmarks.lab.arms import SCALINGS, Arm, Row, arms_of, is_main, is_short, with_most_seeds
+from benchmarks.lab.contrasts import Contrast, contrasts_of
+from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate
+from endprompt.files import read_json_lines, write_text
+from endprompt.results import read_rows, result_row
+
+SUITE = "lab-question"
+
+QUESTIONS = {
+    1: "Does the terminal anchor help beyond interpolation trained short?",
+    2: "What happens when a fixed prompt is trained longer?",
+    3: "Does it matter what the terminal tokens must predict?",
+    4: "Where should the anchor be?",
+    5: "Does the smoothness constant predict success?",
+    6: "At what cost?",
+    7: "Is the short window kept?",
+}
+
+#: Mean next-token loss inside the window may move this far (nats per token) and still count as kept.
+LOSS_MARGIN = 0.05
+
+#: A rank correlation this close to 0, interval and all, is called none.
+CORRELATION_MARGIN = 0.3
+
+#: What the four outcomes are called where "helps" is not the word.
+WORDS = {
+    "slope": {HELPS: "rises", HURTS: "falls", SAME: "flat", OPEN: OPEN},
+    "interaction": {HELPS: "larger", HURTS: "smaller", SAME: SAME, OPEN: OPEN},
+    "kept": {HELPS: "gains", HURTS: "lost", SAME: "kept", OPEN: OPEN},
+    "loss": {HELPS: "lost", HURTS: "gains", SAME: "kept", OPEN: OPEN},
+}
+
+#: What a rank correlation says of its predictor, and an estimate of a claim.
+PREDICTS, CONTRADICTS, UNRELATED = "predicts", "contradicts", "no correlation"
+
+AGREES, DISAGREES = "agrees", "does not agree"
+
+#: The place of an average over settings.
+ALL_SETTINGS = {"base": "all", "fold": None, "scaling": "all", "length": None, "window": None, "target": None}
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(arms: Sequence[Arm]) -> list[Row]:
+    """All estimates, question by question, each with its verdict; in each question, last, its claims."""
+    rows = [row for contrast in contrasts_of(arms) for row in score_rows(contrast)]
+    rows += interaction_rows(rows)
+    rows += slope_rows(arms)
+    rows += correlation_rows(arms)
+    rows += cost_rows(arms)
+    rows += window_rows(arms)
+    judge(rows)
+    said = claim_rows(rows)
+    judge(said)
+    for row in said:
+        row["agrees"] = agreement(row)
+        row["sentence"] = claim_sentence(row)
+    return sorted([*rows, *said], key=lambda row: row["task"])  # stable: within a question as they were made
+
+
+def estimate_row(contrast: Contrast, metric: str, length: int, per_seed: Mapping[int, float], **extra: Any) -> Row:
+    """One estimate, not judged yet. per_seed: the values that it is the mean of, which the row carries with it."""
+    first, second = contrast.first, contrast.second
+    return {
+        **result_row(
+            suite=SUITE,
+            task=f"q{contrast.question}",
+            length=length,
+            metric=metric,
+            model=f"base {first.base}",
+            method=first.name if first is second else f"{first.name} - {second.name}",
+            seed=None,
+            **_estimated(per_seed),
+        ),
+        "question": QUESTIONS[contrast.question],
+        "family": contrast.family,
+        "comparison": [first.name, second.name],
+        "labels": [first.label, second.label],
+        "kinds": [first.kind, second.kind],
+        "prompts": [first.prompt, second.prompt],
+        "prompt_weights": [first.weight, second.weight],
+        "base": first.base,
+        "window": first.window,
+        "target": first.target,
+        "fold": first.fold,
+        "scaling": first.scaling,
+        "interval": "t over seeds",
+        "primary": length == first.target,
+        "margin": estimates.MARGIN,
+        "p": estimates.over_seeds([*per_seed.values()]).p,
+        "per_seed": {str(seed): value for seed, value in per_seed.items()},
+        **extra,
+    }
+
+
+def _estimated(per_seed: Mapping[Any, float]) -> dict[str, Any]:
+    found = estimates.over_seeds([*per_seed.values()])
+    interval = None if found.lo is None or found.hi is None else (found.lo, found.hi)
+    return {"value": found.value, "stderr": found.stderr, "ci95": interval, "n": found.n}
+
+
+def score_rows(contrast: Contrast) -> list[Row]:
+    """The difference at every length that both arms have."""
+    rows = []
+    for length in sorted(contrast.first.scores.keys() & contrast.second.scores.keys()):
+        differences = contrast.differences(length)
+        if differences:
+            scores = contrast.means(length)
+            row = estimate_row(contrast, "score_difference", length, differences, scores=scores)
+            if contrast.chosen_on:
+                row["chosen_on"] = contrast.chosen_on
+            row["both_fail"] = max(scores) < FLOOR
+            if row["primary"] and (interval := contrast.bootstrap(length)):
+                row["ci95_bootstrap"] = interval
+            rows.append(row)
+    return rows
+
+
+def interaction_rows(rows: Sequence[Row]) -> list[Row]:
+    """Is a difference larger at the larger fold, or with YaRN than with PI? Differences of differences, seed by seed.
+
+    At the target length of each; questions 1, 3 and 4. Nothing is said where both arms fail in one of the settings.
+    """
+    found = []
+    chosen = [row for row in rows if row["primary"] and row["task"] in ("q1", "q3", "q4")]
+    for one, two in itertools.product(chosen, chosen):
+        if any(one[key] != two[key] for key in ("task", "family", "labels", "base")):
+            continue
+        if one["scaling"] == two["scaling"] and one["fold"] > two["fold"]:
+            metric, against = "interaction_fold", f"{two['fold']}-fold"
+        elif one["fold"] == two["fold"] and (one["scaling"], two["scaling"]) == ("yarn", "linear"):
+            metric, against = "interaction_scaling", SCALINGS["linear"]
+        else:
+            continue
+        values = {seed: one["per_seed"][seed] - two["per_seed"][seed] for seed in _shared([one, two])}
+        if values:
+            row = {**one, **_estimated(values), "metric": metric, "against": against, "per_seed": values}
+            row |= {"p": estimates.over_seeds([*values.values()]).p, "both_fail": one["both_fail"] or two["both_fail"]}
+            found.append({key: value for key, value in row.items() if key != "ci95_bootstrap"})
+    return found
+
+
+def _shared(rows: Sequence[Row]) -> list[str]:
+    """Seeds that all the rows have."""
+    return [seed for seed in rows[0]["per_seed"] if all(seed in row["per_seed"] for row in rows)]
+
+
+def slope_rows(arms: Sequence[Arm]) -> list[Row]:
+    """Question 2: points gained for ten times the steps, a straight line over log10(steps) for each seed.
+
+    Arms that differ in their steps alone, at least two of them, and the seeds that all of them have. Beside it the
+    difference between the longest training and the usual one, and, for an end prompt, its slope less the control's.
+    """
+    families: dict[tuple, dict[int, Arm]] = {}
+    for arm in arms:
+        if is_short(arm):
+            families.setdefault((arm.setting, arm.kind, arm.prompt, arm.weight), {})[arm.steps] = arm
+    rows, lines_of = [], {}
+    for key, by_steps in families.items():
+        members = [by_steps[steps] for steps in sorted(by_steps)]
+        if len(members) < 2:
+            continue
+        usual = next((arm for arm in members if arm.usual), members[0])
+        x = np.log10([arm.steps for arm in members])
+        for length in sorted(set.intersection(*(set(arm.scores) for arm in members))):
+            seeds = sorted(set.intersection(*(set(arm.scores[length]) for arm in members)))
+            if not seeds:
+                continue
+            scores = np.array([[arm.scores[length][seed] for seed in seeds] for arm in members])
+            slopes = (x - x.mean()) @ scores / ((x - x.mean()) ** 2).sum()
+            lines_of[key, length] = usual, dict(zip(seeds, slopes.tolist()))
+            extra = {"scores": scores.mean(axis=1).tolist(), "over_steps": [arm.steps for arm in members]}
+            extra["both_fail"] = bool(scores.mean(axis=1).max() < FLOOR)
+            contrast = Contrast(2, claims.SLOPE, usual, usual)
+            rows.append(estimate_row(contrast, "slope", length, lines_of[key, length][1], **extra))
+        if members[-1] is not usual:
+            rows += score_rows(Contrast(2, "longest training against the usual", members[-1], usual))
+    for ((setting, _, prompt, _), length), (arm, own) in lines_of.items():
+        control, theirs = lines_of.get(((setting, "contiguous", "", None), length), (arm, {}))
+        values = {seed: own[seed] - theirs[seed] for seed in own if seed in theirs}
+        if prompt and values:
+            rows.append(estimate_row(Contrast(2, "slope less the control's", arm, control), "slope", length, values))
+    return rows
+
+
+def correlation_rows(arms: Sequence[Arm]) -> list[Row]:
+    """Question 5: rank correlation of both predictors with the score at the target length.
+
+    By base and fold, and averaged over them (base `all`). Over all arms of short rows and of the usual length, and
+    averaged inside schemes (for the smoothness constant, which depends on the scaling alone) or inside scalings (for
+    the gap's error).
+    """
+    groups: dict[tuple[str, int], list[Arm]] = {}
+    for arm in arms:
+        whole = arm.target in arm.scores and None not in (arm.bernstein, arm.gap_rms)
+        if is_short(arm) and arm.usual and whole and is_main(arm):
+            groups.setdefault((arm.base, arm.fold), []).append(arm)
+    groups = {key: with_most_seeds(members) for key, members in groups.items()}
+    groups = {key: members for key, members in groups.items() if len(members) >= 4}
+    rows = []
+    for members in [
+        *groups.values(),
+        *([list(itertools.chain.from_iterable(groups.values()))] if len(groups) > 1 else []),
+    ]:
+        alone = len({(arm.base, arm.fold) for arm in members}) == 1
+        seeds = sorted(set.intersection(*(set(arm.scores[arm.target]) for arm in members)))
+        if not seeds:
+            continue
+        scores = np.array([[arm.scores[arm.target][seed] for seed in seeds] for arm in members])
+        groupings: dict[str, list[tuple]] = {
+            "all arms": [(arm.base, arm.fold) for arm in members],
+            "within a scheme": [(arm.base, arm.fold, arm.kind, arm.prompt) for arm in members],
+            "within a scaling": [(arm.base, arm.fold, arm.scaling) for arm in members],
+        }
+        for predictor, values, inner in (
+            ("smoothness constant", [arm.bernstein for arm in members], "within a scheme"),
+            ("gap RMS", [arm.gap_rms for arm in members], "within a scaling"),
+        ):
+            for grouping in ("all arms", inner):
+                found = estimates.rank_correlation([v or 0.0 for v in values], scores, groupings[grouping])
+                if found is None:
+                    continue
+                family = f"{predictor}, {grouping}"
+                row = estimate_row(Contrast(5, family, members[0], members[0]), "rank_correlation", 0, {0: 0.0})
+                row |= {"value": found.value, "ci95": [found.lo, found.hi], "n": len(seeds), "arms": found.n}
+                row |= {"method": family, "comparison": [family, "score"], "labels": [family, "score"], "kinds": []}
+                row |= {"interval": "bootstrap over arms and seeds", "margin": CORRELATION_MARGIN, "scaling": "all"}
+                row |= {"length": members[0].target if alone else None, "primary": True, "p": None, "per_seed": {}}
+                rows.append(row if alone else row | ALL_SETTINGS)
+    return rows
+
+
+def cost_rows(arms: Sequence[Arm]) -> list[Row]:
+    """Question 6: every arm's score at the target with its cost, and how surely it belongs to the Pareto set."""
+    groups: dict[tuple[str, int], list[Arm]] = {}
+    for arm in arms:
+        if arm.kind != "base" and arm.scores.get(arm.target) and arm.tokens and arm.seconds:
+            groups.setdefault((arm.base, arm.fold), []).append(arm)
+    rows = []
+    for members in map(with_most_seeds, groups.values()):
+        scores = [arm.scores[arm.target] for arm in members]
+        costs = {"tokens": [arm.tokens or 0.0 for arm in members], "seconds": [arm.seconds or 0.0 for arm in members]}
+        if not set.intersection(*(set(line) for line in scores)):
+            continue
+        for metric, cost in costs.items():
+            front = estimates.pareto(cost, [arm.mean(arm.target) for arm in members])
+            shares = estimates.pareto_shares(cost, scores)
+            for arm, inside, share in zip(members, front, shares):
+                extra = {"train_tokens": arm.tokens, "gpu_seconds": arm.seconds, "pareto": inside, "p": None}
+                contrast = Contrast(6, f"Pareto set by {metric}", arm, arm)
+                row = estimate_row(contrast, f"score_by_{metric}", arm.target, arm.scores[arm.target], **extra)
+                if row["ci95"]:  # of a score, not of a difference
+                    row["ci95"] = [max(0.0, row["ci95"][0]), min(100.0, row["ci95"][1])]
+                rows.append(row | {"pareto_share": share})
+    return rows
+
+
+def window_rows(arms: Sequence[Arm]) -> list[Row]:
+    """Question 7: score and loss inside the original window, after less before, for every trained arm."""
+    bases = {arm.base: arm for arm in arms if arm.kind == "base" and arm.fold == 1}
+    rows = []
+    for arm in arms:
+        before = bases.get(arm.base)
+        if arm.kind == "base" or before is None:
+            continue
+        contrast = Contrast(7, claims.KEPT, arm, before)
+        rows += [row | {"primary": True} for row in score_rows(contrast) if row["length"] == arm.window]
+        a, b = arm.losses.get(arm.window, {}), before.losses.get(arm.window, {})
+        values = {seed: a[seed] - b[seed] for seed in a if seed in b}
+        if values:
+            means = [float(np.mean([losses[seed] for seed in values])) for losses in (a, b)]
+            extra = {"margin": LOSS_MARGIN, "primary": True, "scores": means}
+            rows.append(estimate_row(contrast, "loss_difference", arm.window, values, **extra))
+    return rows
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def judge(rows: Sequence[Row]) -> None:
+    """Give each row its corrected p-value, its verdict and its sentence.
+
+    One test is corrected once, however many claims are made about it.
+    """
+    families: dict[tuple, dict[tuple, float]] = {}
+    for row in rows:
+        if row["p"] is not None:
+            families.setdefault(_family(row), {})[_test(row)] = row["p"]
+    adjusted = {key: dict(zip(tests, estimates.holm([*tests.values()]))) for key, tests in families.items()}
+    for row in rows:
+        row["p_holm"] = None if row["p"] is None else adjusted[_family(row)][_test(row)]
+        row["outcome"] = outcome_of(row)
+        row["verdict"] = words(row).get(row["outcome"], row["outcome"])
+        row["sentence"] = sentence_of(row)
+
+
+def _family(row: Row) -> tuple:
+    """Tests that are corrected together: those of one kind, or all claims of a question."""
+    return row["task"], row["primary"], row["metric"], None if row["metric"] == "claim" else row["family"]
+
+
+def _test(row: Row) -> tuple:
+    """What makes two rows one test: the same estimate, whatever is claimed of it."""
+    keys = ("family", "method", "base", "fold", "scaling", "length", "against", "value")
+    return metric_of(row), *(row.get(key) for key in keys)
+
+
+def outcome_of(row: Row) -> str:
+    lo, hi = row["ci95"] or (None, None)
+    metric = metric_of(row)
+    if metric == "rank_correlation":
+        return correlation_verdict(lo, hi)
+    if metric.startswith("score_by"):
+        return "in the Pareto set" if row["pareto"] else "outdone"
+    if row.get("both_fail"):
+        return BOTH_FAIL
+    return estimates.decide(
+        Estimate(row["value"], lo, hi, row["stderr"], row["p"], row["n"]), row["p_holm"], row["margin"]
+    )
+
+
+def metric_of(row: Row) -> str:
+    """What a row is an estimate of; a claim's row is one of the metric that it speaks of."""
+    return str(row["of"] if row["metric"] == "claim" else row["metric"])
+
+
+def words(row: Row) -> Mapping[str, str]:
+    """What the outcomes are called for the metric of a row."""
+    metric = metric_of(row)
+    if row["task"] == "q7":
+        return WORDS["loss" if metric == "loss_difference" else "kept"]
+    return WORDS.get(metric.partition("_")[0], {})
+
+
+def correlation_verdict(lo: float | None, hi: float | None) -> str:
+    """A larger constant should mean a lower score: an interval below 0 is what the theory predicts."""
+    if lo is None or hi is None:
+        return OPEN
+    if hi < 0:
+        return PREDICTS
+    if lo > 0:
+        return CONTRADICTS
+    return UNRELATED if max(-lo, hi) < CORRELATION_MARGIN else OPEN
+
+
+def sentence_of(row: Row) -> str:
+    """One estimate in words."""
+    first, second = row["labels"]
+    estimate = f"{estimate_text(row)}, {row['n']} seed{'s' if row['n'] != 1 else ''}: {row['verdict']}."
+    between = first if first == second or row["metric"] == "rank_correlation" else f"{first} against {second}"
+    if "against" in row:
+        between += f", compared with {row['against']}"
+    return f"{between} ({setting_text(row)}): {estimate}"
+
+
+def setting_text(row: Row) -> str:
+    if row["base"] == "all":
+        return "all settings"
+    scaling = "all scalings" if row["scaling"] == "all" else SCALINGS.get(row["scaling"], row["scaling"])
+    return f"base {row['base']}, {row['fold']}-fold, {scaling}, length {row['length']}"
+
+
+def estimate_text(row: Row) -> str:
+    """`+7.1 points [+2.0, +12.2]`"""
+    metric = metric_of(row)
+    unit, digits, sign = " points", 1, "+"
+    if metric == "rank_correlation":
+        unit, digits = " rank correlation", 2
+    elif metric == "loss_difference":
+        unit, digits = " nats", 3
+    elif metric.startswith("score_by"):
+        unit, sign = " percent", ""
+    elif metric == "slope":
+        unit = " points for ten times the steps"
+    value, *bounds = (f"{round(v, digits) + 0.0:{sign}.{digits}f}" for v in (row["value"], *(row["ci95"] or ())))
+    return f"{value}{unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def claim_rows(rows: Sequence[Row]) -> list[Row]:
+    """A row for each claim that the estimates speak of."""
+    found = []
+    for claim in claims.CLAIMS:
+        chosen = [row for row in rows if claim.speaks_of(row)]
+        if claim.metric == "rank_correlation":  # the row over all bases and folds is their average already
+            chosen = [row for row in chosen if row["base"] == "all"] or chosen
+        if chosen:
+            found.append(claim_row(claim, chosen))
+    return found
+
+
+def claim_row(claim: claims.Claim, chosen: Sequence[Row]) -> Row:
+    live = [row for row in chosen if not row.get("both_fail")]
+    shown = ("base", "fold", "scaling", "length", "labels", "value", "ci95", "n", "verdict", "chosen_on")
+    row = {
+        **chosen[0],
+        "metric": "claim",
+        "of": claim.metric,
+        "source": claim.source,
+        "claim": claim.says,
+        "expected": claim.expected,
+        "parts": [{key: part[key] for key in shown if key in part} for part in chosen],
+        "both_fail": not live,
+    }
+    if len(live) > 1 and len({frozenset(part["per_seed"]) for part in live}) == 1:
+        values = {seed: float(np.mean([part["per_seed"][seed] for part in live])) for seed in _shared(live)}
+        row |= {**_estimated(values), **ALL_SETTINGS, "per_seed": values}
+        row["p"] = estimates.over_seeds([*values.values()]).p
+    elif len(live) > 1:
+        found = estimates.over_settings([estimates.over_seeds([*part["per_seed"].values()]) for part in live])
+        interval = None if found.lo is None else [found.lo, found.hi]
+        row |= {"value": found.value, "stderr": found.stderr, "ci95": interval, "n": found.n, "p": found.p}
+        row |= {**ALL_SETTINGS, "per_seed": {}, "interval": "t over settings of different seeds (Welch)"}
+    elif live:
+        row |= {key: live[0][key] for key in ("value", "stderr", "ci95", "n", "p", "per_seed", *ALL_SETTINGS)}
+    for key in ("ci95_bootstrap", "scores"):  # of one setting, not of the average
+        row.pop(key, None)
+    return row
+
+
+def agreement(row: Row) -> str:
+    """Do the estimates agree with the claim? Only where they decide it."""
+    outcome, expected = row["outcome"], row["expected"]
+    if expected == "no worse" and row["ci95"] and row["ci95"][0] > -row["margin"] and outcome != BOTH_FAIL:
+        return AGREES
+    wanted = {"better": HELPS, "worse": HURTS, "same": SAME, "no worse": SAME, "predicts": PREDICTS}[expected]
+    if outcome in (OPEN, BOTH_FAIL):
+        return OPEN
+    return AGREES if outcome == wanted else DISAGREES
+
+
+def claim_sentence(row: Row) -> str:
+    """The verdict on a claim: the average with its interval, every setting's own verdict, and whether they agree."""
+    compared = {tuple(part["labels"]) for part in row["parts"]}
+    what = row["family"] if len(compared) > 1 or not row["kinds"] else " against ".join(dict.fromkeys(row["labels"]))
+    if row["family"] == claims.KEPT:
+        what = f"{row['labels'][0]}, {claims.KEPT}"
+    counts = Counter(part["verdict"] for part in row["parts"])
+    each = "; ".join(f"{verdict} in {count}" for verdict, count in counts.items())
+    several = f" (setting by setting: {each})" if len(row["parts"]) > 1 else f" ({setting_text(row)})"
+    source = {"paper": "the paper", "prototypes": "our prototypes", "theory": "the theory", "aim": "our aim"}[
+        row["source"]
+    ]
+    if row["outcome"] == BOTH_FAIL:
+        found = "both arms fail in every setting"
+    else:
+        sizes = sorted({part["n"] for part in row["parts"]})
+        seeds = f"{sizes[0]} to {sizes[-1]} seeds" if len(sizes) > 1 else f"{row['n']} seed{'s' * (row['n'] != 1)}"
+        found = f"{estimate_text(row)}, {seeds}: {row['verdict']}"
+    if row.get("chosen_on"):
+        what += f" (chosen on {row['chosen_on']}, tested on others)"
+    verdict = {AGREES: "agrees with", DISAGREES: "goes against", OPEN: "does not decide"}[row["agrees"]]
+    return f"{what}: {found}{several}; this {verdict} {source}: {row['claim']}."
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write(run: str | Path) -> list[Row]:
+    """Answer the questions from a run directory; writes questions.jsonl into it, anew, and returns its rows.
+
+    Raises ValueError if results.jsonl has no scores of a lab or rows that must not be compared.
+    """
+    run = Path(run)
+    rows = read_rows(run / "results.jsonl")
+    path = run / "scores.jsonl"
+    arms = arms_of(rows, [row for _, row in read_json_lines(path)] if path.is_file() else ())
+    if not arms:
+        raise ValueError(f"{run / 'results.jsonl'}: the questions need a lab's rows of suite 'ruler'; found none")
+    found = rows_of(arms)
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found)
+    write_text(run / "questions.jsonl", text)
+    return found
+
+
+def compare(first: str | Path, second: str | Path) -> list[Row]:
+    """Verdicts of two runs side by side, for every estimate that either has.
+
+    A line each: task, metric, method, base, fold, scaling, length, source, claim, `first` and `second` (the verdicts,
+    None where a run lacks it; for a claim whether it holds: agrees, does not agree, not decided), `same`. A claim is
+    one and the same whatever settings and arms a run answers it from. Raises OSError if a run has no questions.jsonl.
+    """
+    keys = ("task", "metric", "family", "method", "base", "fold", "scaling", "length", "against", "source", "claim")
+
+    def key(row: Row) -> tuple[Any, ...]:
+        kept = ("task", "metric", "source", "claim") if row["metric"] == "claim" else keys
+        return tuple(row.get(k) if k in kept else None for k in keys)
+
+    sides = [{key(row): row for row in read_rows(Path(run) / "questions.jsonl")} for run in (first, second)]
+    out = []
+    for found in dict.fromkeys([*sides[0], *sides[1]]):
+        a, b = (
+            row and row["agrees" if row["metric"] == "claim" else "verdict"]
+            for row in (side.get(found) for side in sides)
+        )
+        out.append({**dict(zip(keys, found)), "first": a, "second": b, "same": a == b})
+    return out
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The claims, with the average over settings and the verdict, as a rich table."""
+    made = Table(title="The seven questions: 95% intervals over training seeds", title_justify="left", show_lines=True)
+    for head in ("question", "claim", "estimate", "verdict", "the claim"):
+        made.add_column(head)
+    last = ""
+    for row in rows:
+        if row["metric"] == "claim":
+            question = f"{row['task'][1:]}. {row['question']}" if row["task"] != last else ""
+            last = row["task"]
+            said = f"{row['source']}: {row['claim']}"
+            verdict = {AGREES: "holds", DISAGREES: "does not hold", OPEN: OPEN}[row["agrees"]]
+            made.add_row(question, said, estimate_text(row) + f", {row['n']} seeds", row["verdict"], verdict)
+    return made

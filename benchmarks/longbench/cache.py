@@ -1,0 +1,84 @@
+"""LongBench's prompts on disk: where each was cut, not its text, so that a run that goes on tokenizes nothing again.
+
+The key holds everything that a prompt depends on. One process builds a file under a lock, the others wait for it. A
+file that was changed is an error, not a result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.longbench.prompts import GENERATOR, PROMPT_SHA256, Fit, Prompter, prompt_text
+from benchmarks.longbench.sets import Documents, dataset_of
+from endprompt.files import read_sealed, sha256_of, write_sealed
+
+
+def cached_fits(
+    prompter: Prompter, documents: Documents, n: int | None, tokenizer_sha256: str, directory: str | Path
+) -> list[Fit]:
+    """`prompter.fit` of the first `n` documents, from the cache if it is there, else made and kept.
+
+    Raises ValueError if the cached file was changed, and what `Prompter.fit` does.
+    """
+    from filelock import FileLock
+
+    items = documents.items[:n]
+    key = {
+        "generator": GENERATOR,
+        "task": prompter.task,
+        "prompt": PROMPT_SHA256[dataset_of(prompter.task).name],
+        "documents": documents.sha256,
+        "n": len(items),
+        "tokenizer": tokenizer_sha256,
+        "wrapped": sha256_of(prompter.wrap("prompt")),  # template, system message and BOS
+        "window": prompter.window,
+        "new_tokens": prompter.new_tokens,
+        "prompt_length": prompter.prompt_length,
+        "add_special_tokens": prompter.add_special_tokens,
+    }
+    name = sha256_of(json.dumps(key, sort_keys=True))[:24]
+    path = Path(directory) / f"longbench-{prompter.task}-{prompter.window}-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            return [restore(prompter.task, item, cut) for item, cut in zip(items, read_sealed(path, key), strict=True)]
+        fits = prompter.fit(items)
+        write_sealed(path, key, [shorten(prompter.task, item, fit) for item, fit in zip(items, fits, strict=True)])
+    return fits
+
+
+def shorten(task: str, item: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
+    """What it takes to make the prompt again: the characters kept at its ends, or its text where they are not kept."""
+    about: dict[str, Any] = {"tokens": fit.tokens}
+    if fit.truncated:
+        prompt = prompt_text(task, item)
+        head = common_start(prompt, fit.text)
+        tail = len(fit.text) - head
+        kept = prompt.endswith(fit.text[head:]) and head + tail <= len(prompt)
+        about |= {"ends": [head, tail]} if kept else {"text": fit.text}
+    return about
+
+
+def restore(task: str, item: Mapping[str, Any], about: Mapping[str, Any]) -> Fit:
+    if "text" in about:
+        return Fit(about["text"], about["tokens"], truncated=True)
+    prompt = prompt_text(task, item)
+    if "ends" not in about:
+        return Fit(prompt, about["tokens"], truncated=False)
+    head, tail = about["ends"]
+    return Fit(prompt[:head] + prompt[len(prompt) - tail :], about["tokens"], truncated=True)
+
+
+def common_start(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common start, by bisection."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,244 @@
+"""LongBench's prompts: read from lm-eval's task files, corrected, and cut to the window."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.longbench.sets import dataset_of
+from endprompt.files import sha256_of
+from endprompt.text import Reader, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+GENERATOR = "longbench-1"  # goes into every row: a change of what models are given changes it
+
+
+# The benchmark's prompts, known by the sha256 of their UTF-8 text with {context} and {input} as places. "asconcisely"
+# in NarrativeQA's is the published prompt.
+PROMPT_SHA256 = {
+    "narrativeqa": "aada7ed24b06abace5b0045ac3bcfe06fc831a6cf434f0ecfd99fb7b3d299e1c",
+    "qasper": "0fbdd123fe7f83d6d6a9c583ca28cb29d68e523bf8fec01a0cf2dcd11037775d",
+    "multifieldqa_en": "20b4666a2de8a1f701bdb6c4e015fa9f8758d64b361d841f7766df6c9ceba770",
+    "multifieldqa_zh": "344b3a4e557cd5470c661b3d6b374339717e1257a6c01f628d22322d4a554b94",
+    "hotpotqa": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "2wikimqa": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "musique": "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb",
+    "dureader": "ae53329f51b17908e08b8c6bf366987282b8b38c0ee35275ebd7b79e9b30eff2",
+    "gov_report": "91c25d585b189ced91c9280efcb4ecb5dcff9548cd4e3bfae66c68025b569e95",
+    "qmsum": "dca23b678fe0183bbd9555b57947022aed1b85739da5ad7e1b4708dd0c71c409",
+    "multi_news": "2af3f28c40b902e6535d4910510d51653613c49de9b2fc287c5958395061101d",
+    "vcsum": "3e5d8241bc9b512eb4929c1ba80882a44f50b446bc2b1d9d79eff030dd10dc27",
+    "trec": "0eff8bebdba99d91e9d7d91b6ab39455ac74648bea92c9255c9f68c62175b2db",
+    "triviaqa": "00a802e6377e72fca39b169cf6c28893bedf23ba7286b03ecd15867c3e27a7c4",
+    "samsum": "a68d884234907eefcaa0eacf7b2997f60fa46603988dceae6a44f9b49f045b3f",
+    "lsht": "f3edabdf7fae53d6cadfa7a10f3574d114302161c46dacecd5d30763204bbbf3",
+    "passage_count": "986550b6c61009c629a4535766d94b7b51e2b2b9e1ed169e4ecb54417466e964",
+    "passage_retrieval_en": "39b96b7fa52bdd2aa2bde34ea199158505201b9a0a2c3ce94e80249293f60431",
+    "passage_retrieval_zh": "c1e2346e245eb365bc33a1503cde2e473948a2aad51c3e4c72893e61ab074d60",
+    "lcc": "6a1f24cf0bb83cd90f1fca8f0dd24801626c2aaea29db834ddc83b950e71190e",
+    "repobench-p": "ee9ec182ea5ffeb70a7140d55baea97264a8612d88226d323afa90859c36240c",
+}
+
+# What lm-eval's task files leave out: the last character, and one of the newlines before the question.
+CORRECTIONS: dict[str, Callable[[str], str]] = {
+    "passage_count": lambda prompt: prompt + " ",
+    "passage_retrieval_en": lambda prompt: prompt + " ",
+    "lcc": lambda prompt: prompt + "\n",
+    "repobench-p": lambda prompt: prompt + "\n",
+    "triviaqa": lambda prompt: prompt.replace("{context}\n{input}", "{context}\n\n{input}"),
+    "samsum": lambda prompt: prompt.replace("{context}\n{input}", "{context}\n\n{input}"),
+}
+
+
+@cache
+def prompt_template(dataset: str) -> str:
+    """The set's published prompt with {context} and {input} as places, for `str.format`.
+
+    Read from the installed lm-eval package's task file and corrected. Raises OSError if the package or the file is
+    missing, ValueError if the text is not the published one.
+    """
+    import yaml
+
+    dataset = dataset_of(dataset).name
+    path = lm_eval_folder() / "tasks" / "longbench" / f"{dataset}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"LongBench's prompt of {dataset} is read from lm-eval's task file, missing: {path}")
+
+    class Loader(yaml.SafeLoader):
+        """Reads a task file without importing the functions that it names."""
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    text = yaml.load(path.read_text(encoding="utf-8"), Loader)["doc_to_text"]
+    prompt = text.replace("{{context}}", "{context}").replace("{{question}}", "{input}")
+    # The correction is not applied to a later lm-eval that has made it itself.
+    for candidate in (prompt, CORRECTIONS.get(dataset, str)(prompt)):
+        if hashlib.sha256(candidate.encode()).hexdigest() == PROMPT_SHA256[dataset]:
+            return candidate
+    raise ValueError(
+        f"the prompt of {dataset} in lm-eval {version('lm_eval')} is not the published one, nor the one that is known "
+        f"to differ: {path}"
+    )
+
+
+def lm_eval_folder() -> Path:
+    """Folder of the lm-eval package, found without importing it."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("LongBench's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def prompt_text(task: str, document: Mapping[str, Any]) -> str:
+    """The whole prompt of a document, before truncation and chat template."""
+    template = prompt_template(dataset_of(task).name)
+    return template.format(context=document["context"], input=document["input"])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A prompt that fits: its text before any chat wrapping, tokens of what the model is given, whether it was cut."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Makes one task's prompts for one model.
+
+    Args:
+        window: the model's, tokens: no input is longer than `window` less the tokens to generate.
+        prompt_length: cut prompts above this many tokens, before chat wrapping, as published tables do (3500 for a
+            window of 4k, 31500 for 32k). By default what the window leaves.
+        chat_template: messages → text, called with add_generation_prompt=True; wraps the sets that are asked as
+            questions and leaves alone the six that are texts to be continued.
+        system: a system message for the chat template.
+        add_special_tokens: passed to the tokenizer; None for its own default.
+        max_new_tokens: instead of the set's own.
+    """
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    window: int
+    prompt_length: int | None = None
+    chat_template: Callable[..., str] | None = None
+    system: str | None = None
+    add_special_tokens: bool | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return dataset_of(self.task).max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids as the model is given them: with what the tokenizer puts in front by default, nothing behind."""
+        return self.reader.ids(texts) if self.add_special_tokens is False else self.reader.prompts(texts)
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
+
+    def wrap(self, prompt: str) -> str:
+        """The prompt in the chat template, if its set is wrapped, without the BOS that the tokenizer will add.
+
+        Templates write BOS themselves. lm-eval's backend looks for it at the start of a batch's first text only, and
+        wrapped and unwrapped prompts share batches, so that some of them would get two or none.
+        """
+        if self.chat_template is None or not dataset_of(self.task).chat:
+            return prompt
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*head, {"role": "user", "content": prompt}]
+        text = render(self.chat_template, self.reader.name, messages, add_generation_prompt=True)
+        return text.removeprefix(self.added_bos)
+
+    @cached_property
+    def added_bos(self) -> str:
+        """Text of the BOS that the tokenizer adds by itself; empty if it adds none."""
+        begin = [] if self.add_special_tokens is False else self.reader.begin
+        return str(self.tokenizer.bos_token) if begin[:1] == [self.tokenizer.bos_token_id] else ""
+
+    def fit(self, items: Sequence[Mapping[str, Any]]) -> list[Fit]:
+        """The documents' prompts, the middle cut out where they are too long."""
+        room = self.window - self.new_tokens
+        overhead = len(self.encode([self.wrap("")])[0]) - len(self.encode([""])[0])
+        if room - overhead < 2:
+            least = self.new_tokens + overhead + 2
+            raise ValueError(
+                f"{self.task}: the window must be at least {least}, the tokens to generate ({self.new_tokens}), the "
+                f"chat template ({overhead}) and a prompt: {self.window}"
+            )
+        limit = room - overhead if self.prompt_length is None else self.prompt_length
+        if not 2 <= limit <= room - overhead:
+            raise ValueError(
+                f"{self.task}: prompt_length must be from 2 to {room - overhead}, what a window of {self.window} "
+                f"leaves beside the chat template and the answer: {limit}"
+            )
+        prompts = [prompt_text(self.task, item) for item in items]
+        fits: list[Fit] = []
+        for start in range(0, len(prompts), 64):  # enough for the tokenizer's threads, little enough for the memory
+            fits += self.fit_batch(prompts[start : start + 64], limit, room)
+        return fits
+
+    def fit_batch(self, prompts: list[str], limit: int, room: int) -> list[Fit]:
+        """`limit` and `room`: the most tokens of a prompt before it is wrapped, and of what the model is given."""
+        texts, found = list(prompts), self.encode(prompts)
+        lengths = [len(tokens) for tokens in found]
+        # The benchmark's halves are those of all special tokens, also of those behind the text.
+        end = [] if self.add_special_tokens is False else self.reader.end
+        ids = [tokens + end for tokens in found]
+        keeps = [min(len(tokens), limit) for tokens in ids]
+        changed = [i for i, text in enumerate(texts) if keeps[i] < len(ids[i]) or self.wrap(text) != text]
+        while changed:
+            for i in changed:
+                if keeps[i] < len(ids[i]):
+                    texts[i] = cut_middle(self.tokenizer, ids[i], keeps[i])
+            # Decoded halves need not have the tokens they came from: count again, and cut more where it is too much.
+            for i, tokens in zip(changed, self.encode([self.wrap(texts[i]) for i in changed]), strict=True):
+                lengths[i] = len(tokens)
+            changed = [i for i in changed if lengths[i] > room]
+            for i in changed:
+                keeps[i] -= lengths[i] - room
+        cut = [keep < len(tokens) for keep, tokens in zip(keeps, ids, strict=True)]
+        return [Fit(*found) for found in zip(texts, lengths, cut, strict=True)]
+
+    def samples(self, items: Sequence[Mapping[str, Any]], fits: Sequence[Fit]) -> list[dict[str, Any]]:
+        return [
+            {
+                "input": self.wrap(fit.text),
+                "outputs": item["answers"],
+                "all_classes": item.get("all_classes") or None,
+                "length": fit.tokens,
+                "max_new_tokens": self.new_tokens,
+                "truncated": fit.truncated,
+                "words": item["length"],
+                "index": index,
+                "id": str(item.get("_id", index)),
+            }
+            for index, (item, fit) in enumerate(zip(items, fits, strict=True))
+        ]
+
+
+def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit: int) -> str:
+    """Text of the first and the last `limit // 2` tokens: instructions stand at both ends of a prompt."""
+    half = limit // 2
+    if half < 1:
+        raise ValueError(f"a prompt cannot be cut to fewer than 2 tokens: {limit=}")
+    ends = (tokens[:half], tokens[-half:])
+    return "".join(
+        str(tokenizer.decode(list(end), skip_special_tokens=True, clean_up_tokenization_spaces=False)) for end in ends
+    )
+
+
+def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
+    """One hash over every input and its answers, in order."""
+    return sha256_of(*(text for sample in samples for text in (sample["input"], *sample["outputs"])))

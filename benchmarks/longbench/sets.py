@@ -1,0 +1,258 @@
+"""LongBench's 21 sets and LongBench-E's 13: what they are, and their documents, read from the user's folder.
+
+Bai et al. 2023, arXiv:2308.14508. A task is named by its set, `qasper`, or with `_e` in LongBench-E, `qasper_e`.
+Nothing is fetched; every file that was read is known by its sha256.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from endprompt.files import parse_json, remembered_sha256
+from endprompt.results import check_fetched
+
+SOURCE = "https://huggingface.co/datasets/THUDM/LongBench (data.zip)"
+OPTION = "--data-dir"
+
+CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
+BUCKETS = ("0-4k", "4-8k", "8k+")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One of the 21 sets. `extended` says that LongBench-E has it too, with other documents."""
+
+    name: str
+    category: str
+    language: str  # en, zh or code; the published English figures include code, and so do the Chinese category means
+    metric: str
+    max_new_tokens: int
+    extended: bool = False
+
+    @property
+    def chat(self) -> bool:
+        """Whether a chat model's template wraps the prompt: not where the prompt is a text to be continued."""
+        return self.category not in ("few_shot", "code")
+
+    @property
+    def first_line(self) -> bool:
+        """Whether the answer is the first line of what is generated, newlines before it passed over."""
+        return self.category == "few_shot"
+
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset("narrativeqa", "single_doc_qa", "en", "qa_f1", 128),
+        Dataset("qasper", "single_doc_qa", "en", "qa_f1", 128, extended=True),
+        Dataset("multifieldqa_en", "single_doc_qa", "en", "qa_f1", 64, extended=True),
+        Dataset("multifieldqa_zh", "single_doc_qa", "zh", "qa_f1_zh", 64),
+        Dataset("hotpotqa", "multi_doc_qa", "en", "qa_f1", 32, extended=True),
+        Dataset("2wikimqa", "multi_doc_qa", "en", "qa_f1", 32, extended=True),
+        Dataset("musique", "multi_doc_qa", "en", "qa_f1", 32),
+        Dataset("dureader", "multi_doc_qa", "zh", "rouge_l_zh", 128),
+        Dataset("gov_report", "summarization", "en", "rouge_l", 512, extended=True),
+        Dataset("qmsum", "summarization", "en", "rouge_l", 512),
+        Dataset("multi_news", "summarization", "en", "rouge_l", 512, extended=True),
+        Dataset("vcsum", "summarization", "zh", "rouge_l_zh", 512),
+        Dataset("trec", "few_shot", "en", "classification", 64, extended=True),
+        Dataset("triviaqa", "few_shot", "en", "qa_f1", 32, extended=True),
+        Dataset("samsum", "few_shot", "en", "rouge_l", 128, extended=True),
+        Dataset("lsht", "few_shot", "zh", "classification", 64),
+        Dataset("passage_count", "synthetic", "en", "count", 32, extended=True),
+        Dataset("passage_retrieval_en", "synthetic", "en", "retrieval", 32, extended=True),
+        Dataset("passage_retrieval_zh", "synthetic", "zh", "retrieval_zh", 32),
+        Dataset("lcc", "code", "code", "code_similarity", 64, extended=True),
+        Dataset("repobench-p", "code", "code", "code_similarity", 64, extended=True),
+    )
+}
+TASKS: tuple[str, ...] = tuple(DATASETS)
+TASKS_E: tuple[str, ...] = tuple(f"{name}_e" for name, dataset in DATASETS.items() if dataset.extended)
+
+WITHOUT_QUESTION = ("gov_report", "multi_news", "vcsum", "passage_count", "lcc")  # their prompts have no {input}
+
+
+def dataset_of(task: str) -> Dataset:
+    """The set that a task is of. Raises ValueError with the nearest names if there is no such task."""
+    if task in TASKS_E:
+        return DATASETS[task.removesuffix("_e")]
+    if task not in DATASETS:
+        names = TASKS + TASKS_E
+        near = difflib.get_close_matches(task, names, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"tasks: {', '.join(names)}"
+        raise ValueError(f"unknown LongBench task {task!r}; {hint}")
+    return DATASETS[task]
+
+
+def bucket(length: int) -> str:
+    """LongBench-E's interval of a document's own length (words, or characters of Chinese), as published: 0-4k ..."""
+    return BUCKETS[0] if length < 4000 else BUCKETS[1] if length < 8000 else BUCKETS[2]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A task's documents and the sha256 of every file that they were read from."""
+
+    task: str
+    items: list[dict[str, Any]]
+    sha256: dict[str, str]
+
+
+def load_documents(task: str, data_dir: str | Path | None) -> Documents:
+    """The documents of a task from the user's folder (or `data.zip` itself). Nothing is fetched.
+
+    Looked for, in this order: `TASK.jsonl` and `data/TASK.jsonl`; the same inside `data.zip` as it is downloaded;
+    Parquet files `TASK/test-*.parquet`, `data/TASK/test-*.parquet`, `TASK.parquet` (where `question` stands for
+    `input`, as in Xnhyacinth/LongBench). Raises FileNotFoundError that says what is missing and where it comes from,
+    ValueError with file and line for a corrupt document or archive.
+    """
+    dataset_of(task)
+    if data_dir is None:
+        raise FileNotFoundError(f"LongBench's data are needed for {task}: give their folder with {OPTION}; {SOURCE}")
+    folder = Path(data_dir)
+    if not folder.exists():
+        raise FileNotFoundError(f"no such folder given by {OPTION}: {folder}; LongBench's data come from {SOURCE}")
+    found = find_jsonl(task, folder) or find_in_archive(task, folder) or find_parquet(task, folder)
+    if found is None:
+        raise FileNotFoundError(
+            f"LongBench's {task} is missing in {folder}: neither {task}.jsonl, nor data.zip with data/{task}.jsonl, "
+            f"nor {task}/test-*.parquet; it comes from {SOURCE}, and {OPTION} names the folder"
+        )
+    records, sha256 = found
+    items = [check_document(task, record, where) for where, record in records]
+    if not items:
+        raise ValueError(f"{next(iter(sha256))}: holds no document of {task}")
+    return Documents(task, items, sha256)
+
+
+# What zipfile raises for a damaged archive; a password is a RuntimeError.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, OSError, ValueError)
+LARGEST = 2**31  # bytes of a set: a small archive must not fill the memory
+Found = tuple[Iterable[tuple[str, Any]], dict[str, str]] | None
+
+
+def find_jsonl(task: str, folder: Path) -> Found:
+    for path in (folder / f"{task}.jsonl", folder / "data" / f"{task}.jsonl"):
+        if path.is_file():
+            check_fetched(path)
+            data = path.read_bytes()
+            return json_records(data, str(path)), {path.name: hashlib.sha256(data).hexdigest()}
+    return None
+
+
+def find_in_archive(task: str, folder: Path) -> Found:
+    path = folder if folder.is_file() else folder / "data.zip"
+    if not path.is_file():
+        return None
+    check_fetched(path)
+    members = archive_members(path)
+    names = [name for name in (f"{task}.jsonl", f"data/{task}.jsonl") if name in members]
+    if not names:
+        return None
+    if len(names) > 1 or members.count(names[0]) > 1:
+        raise ValueError(f"{path}: holds {task}.jsonl twice ({', '.join(names)})")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (size := archive.getinfo(names[0]).file_size) > LARGEST:
+                raise ValueError(f"it unpacks to {size} bytes, more than any of LongBench's sets")
+            data = archive.read(names[0])
+    except UNREADABLE as error:
+        raise ValueError(f"{path}, {names[0]}: cannot be read ({error}); download it again") from None
+    sha256 = {path.name: remembered_sha256(path), f"{path.name}:{names[0]}": hashlib.sha256(data).hexdigest()}
+    return json_records(data, f"{path}:{names[0]}"), sha256
+
+
+def archive_members(path: Path) -> list[str]:
+    """Names in the archive. It is read in place, yet one whose paths lead out of its folder is not to be trusted."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not a whole zip archive ({error}); download it again from {SOURCE}") from None
+    for name in names:
+        if name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{path}: the path of a member must stay inside the archive: {name!r}")
+    return names
+
+
+def find_parquet(task: str, folder: Path) -> Found:
+    for pattern in (f"{task}/test*.parquet", f"data/{task}/test*.parquet", f"{task}.parquet"):
+        if paths := sorted(folder.glob(pattern)):
+            for path in paths:
+                check_fetched(path)
+            contents = {path: path.read_bytes() for path in paths}
+            sha256 = {
+                str(path.relative_to(folder)): hashlib.sha256(data).hexdigest() for path, data in contents.items()
+            }
+            return parquet_records(contents), sha256
+    return None
+
+
+def json_records(data: bytes, name: str) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line. Lines end at newlines alone: documents hold other separators of lines."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        yield where, parse_json(line, where)
+
+
+def parquet_records(contents: Mapping[Path, bytes]) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    for path, data in contents.items():
+        try:
+            records = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
+        for number, record in enumerate(records, 1):
+            yield f"{path}, row {number}", record
+
+
+def check_document(task: str, record: Any, where: str) -> dict[str, Any]:
+    """The document with LongBench's own field names. Raises ValueError naming the place, the key and the rule."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: a document must be a JSON object, got {type(record).__name__}")
+    document = dict(record)
+    if "input" not in document and "question" in document:
+        document["input"] = document.pop("question")
+    if document.get("input") is None and dataset_of(task).name in WITHOUT_QUESTION:
+        document["input"] = ""
+    if task in TASKS:
+        document.setdefault("length", None)  # needed for LongBench-E's buckets alone
+    wanted = {"input": str, "context": str, "answers": list, "length": int if task in TASKS_E else int | None}
+    for key, kind in wanted.items():
+        value = document.get(key)
+        if not isinstance(value, kind):
+            raise ValueError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, got {type(value).__name__}")
+    for key in ("input", "context"):
+        if not is_unicode(document[key]):
+            raise ValueError(f"{where}: {key} holds half of a surrogate pair, which no tokenizer takes")
+    document["answers"] = [str(answer) for answer in document["answers"]]
+    if not document["answers"]:
+        raise ValueError(f"{where}: answers must not be empty")
+    if dataset_of(task).metric == "classification" and not document.get("all_classes"):
+        raise ValueError(f"{where}: all_classes must list the labels of {task}")
+    named = document.get("dataset")
+    if named in TASKS + TASKS_E and named.removesuffix("_e") != task.removesuffix("_e"):
+        raise ValueError(f"{where}: a document of {named}, in a file of {task}")
+    return document
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

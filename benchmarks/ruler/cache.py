@@ -1,0 +1,187 @@
+"""RULER samples on disk: what it takes to render them again (sizes, not text), shared by runs and processes.
+
+The key holds everything that a sample depends on, so a file never serves another length, tokenizer or seed. One process
+builds a file under a lock, the others wait for it. A file that was changed is an error, not a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ruler import tasks, texts
+from benchmarks.ruler.cell import Cell
+from endprompt import files
+
+LAYOUT = 3  # of the files
+# Cells that are missing are built by several processes if together they have more tokens than this: a second's work.
+PARALLEL_TOKENS = 8_000_000
+MOST_PROCESSES = 16
+
+
+def default_directory() -> Path:
+    """$XDG_CACHE_HOME/endprompt/ruler, or ~/.cache/endprompt/ruler."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "endprompt" / "ruler"
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of all that decides a tokenizer's counts: its whole definition, chat template, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Padding and truncation are settings of the last call, not part of the tokenizer.
+        definition = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    else:
+        definition = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # templates may write them all
+    about = [definition, getattr(tokenizer, "chat_template", None), special]
+    return files.sha256_of(json.dumps(about, sort_keys=True, default=str))
+
+
+def cells(
+    wanted: Sequence[tuple[str, int]],
+    tokenizer: Any,
+    n: int,
+    seed: int,
+    data_dir: str | Path | None = None,
+    options: tasks.Options = tasks.DEFAULTS,
+    directory: str | Path | None = None,
+) -> list[Cell]:
+    """The cells of (task, length) pairs, in order; the missing ones are built by several processes where it pays."""
+    common = (tokenizer, n, seed, data_dir, options.dated(tokenizer), directory, tokenizer_sha256(tokenizer))
+    places = [place(task, length, *common) for task, length in wanted]
+    missing = [pair for pair, (_, path) in zip(wanted, places) if not path.is_file()]
+    workers = min(len(missing), processes())
+    if workers > 1 and n * sum(length for _, length in missing) > PARALLEL_TOKENS:
+        # The longest first, and question answering before the rest, so that no process is left alone with it.
+        missing.sort(key=lambda pair: (-pair[1], tasks.SPECS[pair[0]].family != "qa"))
+        with single_threaded_tokenizers():
+            pool = multiprocessing.get_context("fork").Pool(workers, keep, (common,))
+        with pool:
+            for _ in pool.imap_unordered(build_kept, missing):
+                pass
+    return [cell(task, length, *common) for task, length in wanted]
+
+
+def processes() -> int:
+    """Processes that may build: one a core, on Linux, in the first process of a run."""
+    if sys.platform != "linux" or int(os.environ.get("RANK", "0")) > 0:
+        return 1
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+@contextlib.contextmanager
+def single_threaded_tokenizers() -> Iterator[None]:
+    """What is forked inside keeps its tokenizers to one thread: threads do not survive a fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+_common: tuple[Any, ...] = ()  # in a building process: what all cells share
+
+
+def keep(common: tuple[Any, ...]) -> None:
+    global _common
+    _common = common
+
+
+def build_kept(pair: tuple[str, int]) -> None:
+    cell(*pair, *_common)
+
+
+def cell(
+    task: str,
+    length: int,
+    tokenizer: Any,
+    n: int,
+    seed: int,
+    data_dir: str | Path | None = None,
+    options: tasks.Options = tasks.DEFAULTS,
+    directory: str | Path | None = None,
+    tokenizer_hash: str | None = None,
+) -> Cell:
+    """The samples of one cell, from the cache if they are there, else built and kept.
+
+    Raises ValueError if the file in the cache was changed, and as `ruler.build_samples`.
+    """
+    from filelock import FileLock
+
+    options = options.dated(tokenizer)
+    key, path = place(task, length, tokenizer, n, seed, data_dir, options, directory, tokenizer_hash)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(path) + ".lock"):
+        if path.is_file():
+            recipe = files.read_sealed(path, key)
+            recipe["options"]["haystack_text"] = options.haystack_text
+            return Cell(recipe, tokenizer, data_dir)
+        built = Cell.build(task, length, tokenizer, n, seed, data_dir, options)
+        built.describe()
+        files.write_sealed(path, key, built.recipe)
+    return built
+
+
+def place(
+    task: str,
+    length: int,
+    tokenizer: Any,
+    n: int,
+    seed: int,
+    data_dir: str | Path | None,
+    options: tasks.Options,
+    directory: str | Path | None,
+    tokenizer_hash: str | None,
+) -> tuple[dict[str, Any], Path]:
+    """(key, file) of a cell. Raises ValueError for an unknown task and for missing data."""
+    tasks.check_task(task)
+    key = {
+        "layout": LAYOUT,
+        "generator": tasks.GENERATOR,
+        "task": task,
+        "length": length,
+        "n": n,
+        "seed": seed,
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "haystack_text"},
+        "max_new_tokens": tasks.reserve(task, options),
+        "tokenizer": tokenizer_hash or tokenizer_sha256(tokenizer),
+        "texts": text_versions(task, length, data_dir, options),
+    }
+    digest = files.sha256_of(json.dumps(key, sort_keys=True))
+    directory = Path(directory) if directory is not None else default_directory()
+    return key, directory / f"{task}-{length}-{digest[:24]}.json"
+
+
+def text_versions(task: str, length: int, data_dir: str | Path | None, options: tasks.Options) -> dict[str, str]:
+    """What the task's texts are made of, by version or hash."""
+    spec = tasks.SPECS[task]
+    found: dict[str, str] = {"wording": files.sha256_of(repr(texts.wording(spec.family, options.edition)))}
+    if spec.family == "qa":
+        found[spec.dataset] = files.remembered_sha256(texts.data_file(spec.dataset, data_dir, task))
+    if spec.haystack == "essay":
+        found["essay"] = texts.essay(options.haystack_text, data_dir, task).sha256
+        if options.rules.replayed:
+            found["sentences"] = "punkt" if texts.has_punkt() else "punctuation"
+    if spec.family == "niah" or spec.family == "cwe":
+        try:
+            found["wonderwords"] = version("wonderwords")
+        except PackageNotFoundError:
+            found["wonderwords"] = "unknown"
+    if spec.family == "cwe" and data_dir is not None:
+        for name in texts.SOURCES["words"].names:
+            if (path := Path(data_dir) / name).is_file():
+                found["words"] = files.remembered_sha256(path)
+    return found

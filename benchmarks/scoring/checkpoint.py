@@ -1,0 +1,54 @@
+"""The checkpoint that is scored: its configuration, window, method and hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.scoring.config import ScoreConfig
+from endprompt import files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer. Raises ValueError if there is no such checkpoint."""
+    from endprompt import model
+
+    loaded = model.load_config(config.checkpoint, trust_remote_code=config.trust_remote_code)
+    if not config.prepare_only:
+        check_weights(Path(config.checkpoint))
+    return loaded, model.load_tokenizer(config.checkpoint)
+
+
+def check_weights(directory: Path) -> None:
+    """Reads the heads of a checkpoint's weight files, which takes milliseconds where loading takes minutes.
+
+    Raises ValueError if there are none, or one is missing, cut short or no tensor file.
+    """
+    from endprompt.model import weights
+
+    if not any(directory.glob("*.safetensors*")):
+        raise ValueError(f"{directory}: the checkpoint does not load: it has no weights (*.safetensors)")
+    weights.stored_tensors(directory)
+
+
+def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int | None = None) -> int:
+    """Tokens that the checkpoint reads; a question of its config that `needed` tokens do not touch is not asked."""
+    from endprompt.model import geometry
+
+    return geometry.window_of(model_config, config.window, needed).window
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def method_of(config: ScoreConfig) -> str:
+    """The method's name: as set, else the trainer's note in the checkpoint, else "base"."""
+    if config.method:
+        return config.method
+    note = Path(config.checkpoint) / "endprompt.json"
+    if note.is_file():
+        return str(files.parse_object(note.read_bytes(), str(note)).get("method", "base"))
+    return "base"

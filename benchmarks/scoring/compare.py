@@ -1,0 +1,160 @@
+"""Predictions of finished runs: read them, show them, compare two checkpoints on the same samples."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import summary
+from benchmarks.scoring import fingerprint
+
+#: What every prediction on disk has, and of which kind.
+ENTRY: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "index": int,
+    "prompt_sha256": str,
+    "prediction": str,
+    "score": (int, float),
+    "outputs": list,
+}
+#: (task, index, hash of the prompt, tokens it was let generate) → a prediction of one run.
+Entries = dict[tuple[str, int, str, int | None], dict[str, Any]]
+
+
+def complete_lines(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Predictions of a JSON Lines file; a line that is cut off or damaged is left out, its place goes to `damaged`."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+                if whole and math.isfinite(entry["score"]):
+                    yield entry
+                    continue
+            if damaged is not None and line.strip():
+                damaged.append(f"{path}, line {number}")
+
+
+def read_run(directory: str | Path, run: str) -> Entries:
+    """The predictions of one run, the latest of each; of damaged lines none, since they are predicted again."""
+    paths = sorted(Path(directory).glob("predictions*.jsonl"))
+    return {
+        (e["task"], e["index"], e["prompt_sha256"], e.get("max_new_tokens")): e
+        for path in paths
+        for e in complete_lines(path)
+        if e.get("run") == run
+    }
+
+
+def read_predictions(directory: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """{(task, index): entry} of a directory's last run, the latest entry of each; tasks in the order they were run.
+
+    Raises ValueError if the directory holds no predictions, if it cannot be told which run is the last, and for a
+    damaged line whose prediction is nowhere else.
+    """
+    paths = sorted(Path(directory).glob("predictions*.jsonl"))
+    if not paths:
+        raise ValueError(f"{directory} must be the output of a finished run: it has no predictions.jsonl")
+    damaged: list[str] = []
+    whole = [entry for path in paths for entry in complete_lines(path, damaged)]
+    told = fingerprint.runs(directory)
+    names = {told[-1]["run_sha256"]} if told else {str(entry.get("run")) for entry in whole}
+    if len(names) > 1:
+        raise ValueError(
+            f"{directory}: holds answers of {len(names)} runs, and no {fingerprint.RUNS} that says which is the last: "
+            "score again"
+        )
+    entries = {(e["task"], e["index"]): e for e in whole if str(e.get("run")) in names}
+    if not entries:
+        raise ValueError(f"{damaged[0] if damaged else paths[0]}: no complete prediction of the last run")
+    places: dict[str, set[int]] = {}
+    for task, index in entries:
+        places.setdefault(task, set()).add(index)
+    if damaged and any(found != set(range(max(found) + 1)) for found in places.values()):
+        raise ValueError(
+            f"{damaged[0]}: not a whole prediction, and it was not made again: score again to complete them"
+        )
+    return entries
+
+
+def show(directory: str | Path, task: str, wrong: bool = False) -> list[dict[str, Any]]:
+    """Predictions of one task (`vt`, or `vt@4096` for one length), in order; with `wrong` only those under 100."""
+    entries = read_predictions(directory)
+    names = list(dict.fromkeys(name for name, _ in entries))
+    chosen = [name for name in names if task in (name, name.split("@")[0])]
+    if not chosen:
+        known = [*dict.fromkeys(name.split("@")[0] for name in names), *names]
+        near = difflib.get_close_matches(task, known, n=3, cutoff=0.4)
+        raise ValueError(
+            f"task {task!r} was not run in {directory}; {'did you mean' if near else 'it has'} "
+            f"{', '.join(near or known)}?"
+        )
+    found = [entries[key] for key in sorted(entries, key=lambda key: (names.index(key[0]), key[1])) if key[0] in chosen]
+    return [entry for entry in found if not wrong or entry["score"] < 100]
+
+
+def shown(entries: list[dict[str, Any]]) -> str:
+    """Predictions as text for reading."""
+    blocks = []
+    for entry in entries:
+        depth = f", depth {entry['depth']}" if entry.get("depth") else ""
+        blocks.append(
+            f"{entry['task']} #{entry['index']}: {entry['score']:.0f}{depth}\n"
+            f"  wanted     {'; '.join(map(str, entry['outputs']))}\n"
+            f"  predicted  {entry['prediction']!r}"
+        )
+    return "\n".join(blocks)
+
+
+def compare(first: str | Path, second: str | Path, seed: int = 0) -> list[dict[str, Any]]:
+    """Differences second - first, a row a task and length and one over all, by paired bootstrap.
+
+    Raises ValueError unless both runs predicted the same samples: the same tasks, indices and prompts.
+    """
+    a, b = read_predictions(first), read_predictions(second)
+    told = [fingerprint.runs(run)[-1:] for run in (first, second)]
+    if all(told) and (differing := fingerprint.differing(told[0][0], told[1][0])):
+        raise ValueError(f"{first} and {second} were not asked the same: {'; '.join(differing)}")
+    tasks = [task for task in dict.fromkeys(task for task, _ in a) if task in {name for name, _ in b}]
+    if not tasks:
+        raise ValueError(f"{first} and {second} have no task and length in common")
+    found, all_a, all_b = [], [], []
+    for task in tasks:
+        own, other = ({i: e for (name, i), e in side.items() if name == task} for side in (a, b))
+        asked = [{i: (e["prompt_sha256"], e.get("max_new_tokens")) for i, e in side.items()} for side in (own, other)]
+        if asked[0] != asked[1]:
+            raise ValueError(
+                f"a comparison needs the same samples (seed, number, haystack, tokenizer, generation limit): {task} "
+                f"differs between {first} and {second}"
+            )
+        scores_a, scores_b = ([side[i]["score"] for i in sorted(own)] for side in (own, other))
+        all_a += scores_a
+        all_b += scores_b
+        found.append(difference(task, scores_a, scores_b, seed))
+    if len(tasks) > 1:
+        found.append(difference("all", all_a, all_b, seed))
+    return found
+
+
+def difference(task: str, first: list[float], second: list[float], seed: int) -> dict[str, Any]:
+    paired = summary.paired_difference(first, second, seed)
+    means = {"first": sum(first) / len(first), "second": sum(second) / len(second)}
+    return {"task": task, **means, "difference": paired.pop("value"), **paired}
+
+
+def compared(found: list[dict[str, Any]]) -> str:
+    """Differences as a text table."""
+    width = max(len(row["task"]) for row in found)
+    lines = [f"{'':<{width}} {'first':>7} {'second':>7} {'diff':>7}  95% interval       p      n"]
+    for row in found:
+        low, high = row["ci95"]
+        lines.append(
+            f"{row['task']:<{width}} {row['first']:7.1f} {row['second']:7.1f} {row['difference']:+7.1f}  "
+            f"[{low:+6.1f}, {high:+6.1f}]  {row['p']:6.4f} {row['n']:5}"
+        )
+    return "\n".join(lines)

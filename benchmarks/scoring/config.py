@@ -1,0 +1,157 @@
+"""Settings of `endprompt score`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks import chat, ruler
+from benchmarks.ruler.tasks import VT_HOPS
+from endprompt import origin
+
+SAMPLES = 500  # RULER's own number
+
+
+@dataclass
+class ScoreConfig:
+    """Settings of `endprompt score`.
+
+    Args:
+        checkpoint: checkpoint directory, GGUF file, or a hub's ORG/NAME (@REVISION).
+        suite: ruler, longbench or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
+        tasks: names separated by commas, or all.
+        lengths: token budgets separated by commas (RULER): prompt and generation together.
+        samples: samples a task and length (short: all documents unless a number is set).
+        seed: seed of the samples.
+        data_dir: folder with RULER's essays, SQuAD, HotpotQA, or the LongBench sets.
+        haystack_text: text file for the essay haystack, instead of RULER's essays.
+        max_new_tokens: tokens kept for generation, instead of RULER's number (for very small windows).
+        shots: worked examples in front of vt and cwe, 0 or 1; RULER has 1.
+        hops: assignments after the first in a chain of vt; RULER has 4.
+        edition: state of RULER's tasks: 2025 (its repository's), 2024 (the paper's tables, its samples to the byte),
+            2025-ruler (the repository's samples to the byte), lab-2026 (what the project's own bases were trained on).
+        chat_layout: with chat: one-turn, or ruler (cwe's example in a turn of its own, the answer prefix after a
+            space); the editions that repeat RULER's samples have ruler, the others one-turn, if not given.
+        prompt_length: LongBench: cut prompts over so many tokens; published tables have 3500 for a window of 4k.
+        chat: wrap prompts in the tokenizer's chat template.
+        date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
+            given.
+        template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
+        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
+        beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
+        backend: hf or vllm.
+        backend_args: further arguments of the backend's model, as key=value,key=value.
+        batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs); memory may
+            ask for fewer.
+        whole_answers: let answers go on when their RULER score is settled (hf; vLLM's always do).
+        attn: attention implementation of transformers.
+        dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
+        device: cpu, cuda, cuda:1, or auto.
+        output: run directory; runs/score/<checkpoint's name> if not given.
+        name: the model's name in the rows; the checkpoint's name if not given.
+        method: the method's name in the rows; read from the checkpoint's endprompt.json, else base.
+        cache_dir: folder of the sample cache; ~/.cache/endprompt/ruler if not given.
+        prepare_only: build the samples and stop, without a model.
+        overwrite: start again, instead of going on where an earlier run of the same output was.
+        show: print the predictions of one task of a finished run (its directory, or the checkpoint it scored) and stop.
+        wrong: with show, only those that score under 100.
+        compare: compare this run with the one given in place of the checkpoint (run directories) and stop.
+        json: with compare or show, print one JSON object a line instead of a table.
+        trust_remote_code: let a checkpoint bring its own code.
+        quiet: no progress line.
+    """
+
+    checkpoint: str
+    suite: Literal["ruler", "longbench", "short"] = "ruler"
+    tasks: str | list[str] = "all"
+    lengths: str | int | list[int] = "4096"
+    samples: int = SAMPLES
+    seed: int = 0
+    data_dir: str | None = None
+    haystack_text: str | None = None
+    max_new_tokens: int | None = None
+    shots: int = 1
+    hops: int = VT_HOPS
+    edition: Literal["2025", "2024", "2025-ruler", "lab-2026"] = "2025"
+    chat_layout: Literal["one-turn", "ruler"] | None = None
+    prompt_length: int | None = None
+    chat: bool = False
+    date: str | None = None
+    template_args: str = ""
+    window: int | None = None
+    beyond_window: bool = False
+    backend: Literal["hf", "vllm"] = "hf"
+    backend_args: str = ""
+    batch_size: int = 32
+    whole_answers: bool = False
+    attn: str = "sdpa"
+    dtype: str = "auto"
+    device: str = "auto"
+    output: str | None = None
+    name: str | None = None
+    method: str | None = None
+    cache_dir: str | None = None
+    prepare_only: bool = False
+    overwrite: bool = False
+    show: str | None = None
+    wrong: bool = False
+    compare: str | None = None
+    json: bool = False
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1: {self.samples}")
+        if self.prompt_length is not None and self.suite != "longbench":
+            raise ValueError(f"prompt_length is for suite longbench, not {self.suite}: {self.prompt_length}")
+        if self.json and self.compare is None and self.show is None:
+            raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
+        if self.date is not None:
+            chat.parse_day(self.date)
+        if self.template_args and not self.chat:
+            raise ValueError(f"template_args are for a chat template, they need chat: {self.template_args!r}")
+        unread = {"enable_thinking", "chat_template_args"} | ({"think_end_token"} if self.backend == "hf" else set())
+        for part in self.backend_args.split(","):
+            if (name := part.partition("=")[0].strip()) in unread:
+                raise ValueError(f"backend_args {name!r} is read by no prompt made here; template_args are: {part!r}")
+
+    @property
+    def model_name(self) -> str:
+        return self.name or origin.name_of(self.checkpoint)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output) if self.output else Path("runs", "score", self.model_name)
+
+    @property
+    def answers(self) -> str | None:
+        """Where RULER's answers end beside stop tokens, as the rows name it."""
+        if self.suite != "ruler":
+            return None
+        return "whole" if self.whole_answers or self.backend != "hf" else "until settled"
+
+    @property
+    def task_names(self) -> list[str]:
+        names = self.tasks.split(",") if isinstance(self.tasks, str) else list(self.tasks)
+        return [name.strip() for name in names if name.strip()]
+
+    @property
+    def length_list(self) -> list[int]:
+        raw = self.lengths
+        parts = raw.split(",") if isinstance(raw, str) else [raw] if isinstance(raw, int) else list(raw)
+        try:
+            lengths = [int(part) for part in parts]
+        except ValueError:
+            raise ValueError(f"lengths must be whole numbers separated by commas: {raw!r}") from None
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths must be positive: {raw!r}")
+        return sorted(set(lengths))
+
+    @property
+    def options(self) -> ruler.Options:
+        names = ("max_new_tokens", "haystack_text", "chat", "shots", "hops", "date", "template_args")
+        return ruler.Options(**{name: getattr(self, name) for name in (*names, "edition", "chat_layout")})

@@ -1,0 +1,130 @@
+"""The model as transformers runs it for lm-eval: prompts of like length together.
+
+`LongContextLM` is lm-eval's HFLM with the generation loop of `benchmarks.scoring.generate`. This module imports
+lm_eval; import it inside functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
+
+from benchmarks.scoring import generate
+from benchmarks.scoring.settled import settled_text
+from endprompt.model import weights
+from endprompt.text import Reader
+
+
+class Complete:
+    """Loads models whose weights are those of the checkpoint; transformers fills up with random numbers, or drops."""
+
+    @staticmethod
+    def from_pretrained(path: str, **options: Any) -> Any:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, report = loaded
+        weights.settle(model, report)
+        return model
+
+
+class LongContextLM(HFLM):
+    """HFLM that generates greedily from unpadded prompts, last-position logits only.
+
+    Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        if kwargs.get("device") == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState(cpu=True)  # unless told so, Accelerate takes processes without a GPU for single ones
+        super().__init__(*args, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:
+            # HFLM shares the work only among processes that see several GPUs; others would each do all of it.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        found: Any = self.AUTO_MODEL_CLASS  # type: ignore[has-type]
+        self.AUTO_MODEL_CLASS = Complete
+        try:
+            super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = found
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Without asking the hub for a revision, which HFLM does even for local paths."""
+        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype)}
+
+    #: Whether the text made so far settles a request's score: (what lm-eval knows of it, prompt, text).
+    settled: Callable[[dict[str, Any], str, str], bool] | None = None
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """As prompts are measured: BOS once, no EOS behind; lm-eval's add_bos_token=False still takes BOS away."""
+        if add_special_tokens is not None or self.add_bos_token is False:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return self.reader.prompts([string])[0][-(left_truncate_len or 0) :]
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """As the model wrote it: some tokenizers would take spaces before punctuation away."""
+        return str(
+            self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        answers = dict(answer for batch in self.batches(requests) for answer in batch)
+        return [answers[i] for i in range(len(requests))]
+
+    def batches(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
+        """(index of the request, answer) of each batch as it is done."""
+        jobs: list[generate.Job] = []
+        untils: list[tuple[str, ...]] = []
+        for request in requests:
+            prompt, settings = request.args
+            settings = dict(settings)
+            if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
+                raise ValueError(f"generation is greedy: {settings}")
+            ids, kept = self.tok_encode(prompt), int(settings.get("max_gen_toks") or self.max_gen_toks)
+            if len(ids) + kept > self.max_length:
+                raise ValueError(
+                    f"prompt and generation must fit the window: {len(ids)} + {kept} tokens, window {self.max_length}"
+                )
+            untils.append(tuple(settings.get("until") or ()))
+            jobs.append(generate.Job(ids, kept, self.end_of(request, untils[-1])))
+        stops = frozenset(self.stop_tokens)
+        limit = int(self.batch_size)
+        for batch in generate.run(self.model, jobs, stops=stops, batch_size=limit, found=self.way):
+            yield [(i, self.text(tokens, untils[i])) for i, tokens in batch]
+
+    @functools.cached_property
+    def way(self) -> generate.Way:
+        return generate.way(self.model)
+
+    def end_of(self, request: Instance, until: tuple[str, ...]) -> Callable[[list[int]], bool]:
+        """Whether tokens end the answer: a stop string is in them, or the score is settled."""
+        if until:
+            return lambda tokens: any(stop in self.tok_decode(tokens) for stop in until)
+        if self.settled is None:
+            return generate.never
+        settled = self.settled
+        return lambda tokens: settled(request.doc, request.args[0], settled_text(self.tokenizer, tokens))
+
+    def text(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+        text = self.tok_decode([token for token in tokens if token not in self.stop_tokens])
+        return text[: min((text.find(stop) for stop in until if stop in text), default=None)]
+
+    @functools.cached_property
+    def stop_tokens(self) -> set[int]:
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        return {token for token in stops if token is not None}

@@ -1,0 +1,189 @@
+"""Predictions are appended to a file as they come, and what is there is not asked again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from benchmarks.ruler import cell
+from benchmarks.scoring.compare import read_run
+from benchmarks.scoring.hf import LongContextLM
+from benchmarks.tasks.sample_task import without_echo
+from endprompt.results import append_rows
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+class Predictions:
+    """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each.
+
+    An entry answers for a request only if run, task, index, prompt and generation limit are the same: `run` is the hash
+    of everything else that a prediction depends on (`benchmarks.scoring.fingerprint`).
+    """
+
+    def __init__(self, directory: Path, run: str, rank: int = 0):
+        self.path = directory / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
+        self.run = run
+        self._known = {key: entry["prediction"] for key, entry in read_run(directory, run).items()}
+
+    def get(self, request: Instance) -> str | None:
+        return self._known.get(request_key(request))
+
+    def add(self, entries: Sequence[tuple[Instance, str, dict[str, Any]]]) -> None:
+        """(request, prediction, further columns) of each."""
+        lines = []
+        for request, prediction, more in entries:
+            key = request_key(request)
+            self._known[key] = prediction
+            named = dict(zip(("task", "index", "prompt_sha256", "max_new_tokens"), key))
+            lines.append({"run": self.run, **named, "prediction": prediction, **more})
+        append_rows(self.path, lines)
+
+
+def request_key(request: Instance) -> tuple[str, int, str, int | None]:
+    """(task, index, hash of the prompt, generation limit)."""
+    prompt, settings = request.args
+    return str(request.task_name), int(request.doc_id or 0), cell.text_sha256(prompt), settings.get("max_gen_toks")
+
+
+class RecordingLM(LM):
+    """Any lm-eval model, with predictions written down as they come and not made twice."""
+
+    def __init__(
+        self,
+        inner: Any,
+        predictions: Predictions,
+        chunk: int,
+        progress: Progress | None = None,
+        note: Callable[[str, dict[str, Any], str], dict[str, Any]] = lambda task, doc, answer: {},
+    ):
+        """note: further columns of a prediction, from (task, doc, prediction)."""
+        super().__init__()
+        self.note = note
+        self.inner, self.predictions, self.chunk = inner, predictions, chunk
+        self.progress = progress or Progress(total=0, quiet=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    rank = property(lambda self: self.inner.rank)
+    world_size = property(lambda self: self.inner.world_size)
+    device = property(lambda self: self.inner.device)
+    tokenizer_name = property(lambda self: self.inner.tokenizer_name)
+
+    def all_gather(self, tensor: Any) -> Any:
+        return self.inner.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        return self.inner.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        return self.inner.apply_chat_template(*args, **kwargs)
+
+    def chat_template(self, *args: Any, **kwargs: Any) -> str | None:
+        return self.inner.chat_template(*args, **kwargs)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self.inner.loglikelihood(requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self.inner.loglikelihood_rolling(requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The longest first; requests of several tasks run together where the model makes up its own batches."""
+        waiting: dict[str, dict[tuple[str, int], Instance]] = {}
+        for request in requests:
+            if self.known(request) is None:
+                task, index = str(request.task_name), int(request.doc_id or 0)
+                together = "" if isinstance(self.inner, LongContextLM) else task
+                waiting.setdefault(together, {})[task, index] = request
+        self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
+        for own in waiting.values():
+            began = time.perf_counter()
+            for group in self.answered(sorted(own.values(), key=lambda request: -prompt_tokens(request))):
+                seconds = time.perf_counter() - began
+                answers = [(request, without_echo(answer, request.args[0])) for request, answer in group]
+                self.predictions.add([(r, answer, self.note(str(r.task_name), r.doc, answer)) for r, answer in answers])
+                tokens = sum(prompt_tokens(request) for request, _ in group)
+                self.progress.step(str(group[-1][0].task_name), len(group), tokens, seconds)
+                began = time.perf_counter()
+        return [answer for request in requests if (answer := self.known(request)) is not None]
+
+    def answered(self, todo: Sequence[Instance]) -> Iterator[list[tuple[Instance, str]]]:
+        """Requests with their answers as they come: by the model's own batches if it has them, else by chunks."""
+        if isinstance(self.inner, LongContextLM):
+            for batch in self.inner.batches(todo):
+                yield [(todo[i], answer) for i, answer in batch]
+            return
+        for start in range(0, len(todo), self.chunk):
+            group = list(todo[start : start + self.chunk])
+            yield list(zip(group, self.inner.generate_until(group), strict=True))
+
+    def known(self, request: Instance) -> str | None:
+        return self.predictions.get(request)
+
+
+def prompt_tokens(request: Instance) -> int:
+    """Prompt tokens where the sample says so, else characters: for order and throughput."""
+    return int(request.doc.get("length") or len(request.args[0]))
+
+
+class Progress:
+    """One line of state on stderr: rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, total: int, quiet: bool = False, every: float = 10.0):
+        self.total, self.quiet, self.every = total, quiet, every
+        self.done = self.tokens = 0
+        self.seconds = self._shown = 0.0
+        self.terminal = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+    def skip(self, n: int) -> None:
+        self.total -= n
+
+    def step(self, task: str, n: int, tokens: int, seconds: float) -> None:
+        self.done += n
+        self.tokens += tokens
+        self.seconds += seconds
+        now, last = time.perf_counter(), self.done >= self.total
+        if self.quiet or not (last or self.terminal or now - self._shown >= self.every):
+            return
+        self._shown = now
+        left = (self.total - self.done) * self.seconds / self.done
+        line = (
+            f"{task}: {self.done}/{self.total} samples, {self.tokens / self.seconds:,.0f} tokens/s, {clock(left)} left"
+        )
+        end = "\n" if last or not self.terminal else ""
+        print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+
+@contextlib.contextmanager
+def no_environment_report() -> Iterator[None]:
+    """lm-eval asks torch and git for reports after each run, seconds of work: ours are in environment.json."""
+    from unittest import mock
+
+    with (
+        mock.patch("torch.utils.collect_env.get_pretty_env_info", lambda: "see environment.json"),
+        mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None),
+        mock.patch("lm_eval.loggers.utils.get_commit_from_path", lambda path: None),
+    ):
+        yield

@@ -1,0 +1,1 @@
+"""Every measurement of speed and memory. Nothing of the product imports it."""

@@ -1,0 +1,92 @@
+"""Settings of `endprompt bench`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+METHODS = {
+    "endprompt": "short rows with an end prompt of 20 tokens at the end of the target window, linear scaling",
+    "full": "rows of the whole target window, linear scaling, activation checkpointing, this trainer's kernels",
+    "longlora": "rows of the whole target window, shifted sparse attention, LoRA r 8 on q, k, v, o with trained "
+    "embeddings and norms, activation checkpointing, this trainer's kernels",
+    "reference": "rows of the whole target window through transformers as it is: stock SDPA, activation checkpointing, "
+    "its own loss over all logits (at 65,536 tokens they do not fit: with whole_logits=false this trainer's loss), no "
+    "compilation; at the target window this is LCEG's protocol",
+}
+
+
+@dataclass
+class BenchConfig:
+    """What is measured. A method at its row length is one measurement; a suite is a list of them.
+
+    Args:
+        output: directory that gets results.jsonl
+        suite: none for one measurement, or h200: the published comparison, on one GPU
+        parts: of the suite, only those whose name begins with one of these, separated by semicolons; empty for all
+        seconds: the suite starts nothing that its estimate puts beyond this
+        tiny: the suite with toy sizes, on any machine: a rehearsal, its numbers mean nothing
+        shape: llama3-8b, llama2-7b, mistral-7b, llama3-1b, small or tiny
+        method: endprompt, full, longlora or reference
+        row_tokens: physical tokens of a row
+        target: the extended window
+        micro_rows: rows that go through the model at once
+        rows: rows of an optimizer step
+        attention: as in extend
+        optimizer: lean, adamw or none (forward and backward alone)
+        sums: dtype of the lean optimizer's gradient sums, float32 or bfloat16
+        fused_sums: add weight gradients to the sums inside the matrix products
+        joint: one product for q, k and v, and one for gate and up
+        fused: with the lean optimizer's converted layers, norms, SwiGLU and rotations in kernels of their own with the
+            products around them (see endprompt/fast/layers.py); float8 layers have none
+        float8: none, exact or fast (accumulation of the backward products)
+        float8_head: with float8, also the logits and the gradient that goes down from them
+        recompute: activation checkpointing: none, full, or selective (by memory_budget)
+        memory_budget: with selective, the share of the activations that a compiled layer may keep; 0 for what extend
+            takes
+        whole_logits: the reference's own loss, over all logits at once; if not, this trainer's
+        compile: torch.compile each decoder layer
+        timed: micro-batches that are timed, after two that are not (one, if only one is timed)
+        warm_layers: the micro-batches that are not timed run only so many layers, and memory is mapped at once: long
+            rows start sooner; 0 for all layers
+        whole_step: time one whole optimizer step instead
+        profile: also say where the time of a micro-batch goes, by kind of kernel
+        name: the task of the rows
+    """
+
+    output: str = "bench"
+    suite: str = "none"
+    parts: str = ""
+    seconds: float = 480.0
+    tiny: bool = False
+    shape: str = "llama3-8b"
+    method: str = "endprompt"
+    row_tokens: int = 8192
+    target: int = 65536
+    micro_rows: int = 2
+    rows: int = 64
+    attention: str = "sdpa"
+    optimizer: str = "lean"
+    sums: str = "float32"
+    fused_sums: bool = True
+    joint: bool = True
+    fused: bool = True
+    float8: str = "none"
+    float8_head: bool = False
+    recompute: str = "selective"
+    memory_budget: float = 0.0
+    whole_logits: bool = True
+    compile: bool = True
+    timed: int = 3
+    warm_layers: int = 0
+    whole_step: bool = False
+    profile: bool = False
+    name: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Suites
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,210 @@
+"""Speed and memory of `extend` itself on one or several GPUs of one host, from a checkpoint of random weights.
+
+    python -m benchmarks.speed.extend '{"shape": "llama3-8b", "processes": 2, "work": "/scratch"}'
+    python -m benchmarks.speed.extend '{"processes": 1, "dtype": "bfloat16", "optimizer": "lean", "micro_rows": 2,
+                                     "checkpointing": "none", "work": "/scratch"}'
+
+The whole way is run: each process reads its share of the checkpoint, some steps are made, the extended model is
+exported. The first step, which compiles, is left out of the speed. The work folder needs room for two copies of the
+model in bfloat16, and may be used again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass
+class ManyConfig:
+    """What is measured.
+
+    Args:
+        output: directory that gets results.jsonl
+        work: folder for the checkpoint, the data and the run
+        shape: a shape's name as in bench
+        processes: how many, one for each GPU
+        device: cuda or cpu
+        row_tokens: physical tokens of a row
+        target: the extended window
+        rows: rows of a step
+        micro_rows: rows that go through a process's model at once
+        steps: of the run, at least 2
+        dtype: float32 (multiplied in bfloat16, the shares are masters) or bfloat16 (with masters beside)
+        checkpointing: none, selective or full
+        compile: layers or none
+        optimizer: as of extend; lean is for one process
+        attention: as of extend
+        timeout: seconds that the run may take
+    """
+
+    output: str = "bench"
+    work: str = "many"
+    shape: str = "llama3-8b"
+    processes: int = 2
+    device: str = "cuda"
+    row_tokens: int = 8192
+    target: int = 65536
+    rows: int = 64
+    micro_rows: int = 1
+    steps: int = 3
+    dtype: str = "float32"
+    checkpointing: str = "selective"
+    compile: str = "layers"
+    optimizer: str = "auto"
+    attention: str = "sdpa"
+    timeout: float = 540.0
+
+
+def measure(config: ManyConfig) -> list[dict[str, Any]]:
+    """Result rows of one run. Raises ValueError naming the value, or if the run fails, with the end of what it said."""
+    from endprompt.shapes import SHAPES
+
+    if config.shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}: shape={config.shape!r}")
+    if config.steps < 2:
+        raise ValueError(f"the first step is not counted, so there must be at least 2: steps={config.steps}")
+    work = Path(config.work).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, shard, run = work / f"checkpoint-{config.shape}", work / "shard", work / "run"
+    if not (checkpoint / "tokenizer.json").is_file():
+        make_checkpoint(config, checkpoint)
+    make_shard(config, checkpoint, shard)
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run.with_name("run.partial"), ignore_errors=True)
+    job = {
+        "model": str(checkpoint), "data": [str(shard)], "output": str(run), "target": config.target,
+        "prompt": "text:" + " ".join(["end"] * min(20, config.row_tokens // 2)), "row_tokens": config.row_tokens,
+        "rows": config.rows, "micro_rows": config.micro_rows, "steps": config.steps, "dtype": config.dtype,
+        "autocast": config.dtype == "float32", "checkpointing": config.checkpointing, "compile": config.compile,
+        "device": config.device, "log_every": 1, "optimizer": config.optimizer, "attention": config.attention,
+    }  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
+    worker = ["-m", "benchmarks.speed.extend", "--worker", json.dumps({"job": job, "work": str(work)})]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *launcher, *worker], stderr=subprocess.PIPE, text=True, timeout=config.timeout
+    )
+    wall = time.perf_counter() - started
+    print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        raise ValueError(f"the run has failed ({done.returncode}): {done.stderr[-400:]}")
+    return rows_of(config, run, work, wall)
+
+
+def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict[str, Any]]:
+    from endprompt.results import result_row
+    from endprompt.runs import environment
+
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    speed = statistics.median(entry["tokens_per_s"] for entry in log[1:])
+    hosts = [json.loads((work / f"rank-{rank}.json").read_text())["host_gib"] for rank in range(config.processes)]
+    values = {
+        "tokens_per_s": speed,
+        "tokens_per_s_a_process": speed / config.processes,
+        "hours_per_1b_tokens": 1e9 / speed / 3600,
+        "host_gib": max(hosts),  # of the process that has most: the one that exports
+        "host_gib_least": min(hosts),
+        "wall_seconds": wall,
+    }
+    if "mfu" in log[-1]:
+        values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
+    setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "work", "timeout")}
+    about = environment()
+    task, sharded = "extend, one process", ""
+    if config.processes > 1:
+        task, sharded = f"extend, {config.processes} processes", ", sharded by FSDP2"
+    return [
+        result_row(
+            suite="training-speed",
+            task=task,
+            length=config.target,
+            metric=metric,
+            value=value,
+            model=config.shape,
+            method="endprompt",
+            seed=0,
+            what=f"extend from a checkpoint of random weights to its export{sharded}; the median of its steps but the "
+            "first",
+            setting=setting,
+            loss=log[-1]["loss"],
+            environment=about,
+        )
+        for metric, value in values.items()
+    ]
+
+
+def make_checkpoint(config: ManyConfig, directory: Path) -> None:
+    """Random weights in bfloat16, and a tokenizer of one word."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from endprompt.model import new_model
+    from endprompt.shapes import model_config
+
+    model = new_model(model_config(config.shape), seed=0, dtype="bfloat16", attention="sdpa", device=config.device)
+    model.save_pretrained(directory)
+    del model
+    if config.device == "cuda":
+        torch.cuda.empty_cache()  # the run's processes need it
+    words = Tokenizer(models.WordLevel({"end": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(directory)
+
+
+def make_shard(config: ManyConfig, checkpoint: Path, directory: Path) -> None:
+    """Two steps' documents of random tokens, each as long as a row."""
+    import numpy as np
+
+    from endprompt.data import Documents
+    from endprompt.data.shards import tokenizer_sha256, write_shard
+    from endprompt.model import load_tokenizer
+    from endprompt.shapes import SHAPES
+
+    shutil.rmtree(directory, ignore_errors=True)
+    offsets = np.arange(2 * config.rows + 1, dtype=np.int64) * config.row_tokens
+    tokens = np.random.default_rng(0).integers(0, SHAPES[config.shape][0], int(offsets[-1]), dtype=np.uint32)
+    write_shard(Documents(tokens, offsets, offsets[1:]), directory, tokenizer_sha256(load_tokenizer(checkpoint)))
+
+
+def work_of(arguments: dict[str, Any]) -> None:
+    """What each process does: the run, and a note of the most host memory that it had."""
+    from endprompt.config import ExtendConfig
+    from endprompt.train import extend
+
+    extend(ExtendConfig(**arguments["job"]))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    note = Path(arguments["work"]) / f"rank-{os.environ.get('RANK', '0')}.json"
+    note.write_text(json.dumps({"host_gib": most}), encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    from benchmarks.speed.train import table
+    from endprompt.results import append_rows
+
+    if argv[:1] == ["--worker"]:
+        work_of(json.loads(argv[1]))
+        return 0
+    config = ManyConfig(**json.loads(argv[0]))
+    rows = measure(config)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    append_rows(Path(config.output) / "results.jsonl", rows)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""Documents: read from JSON Lines, Parquet or text, and tokenized."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from endprompt.files import parse_object, read_json_lines, read_text, sha256_of
+from endprompt.text import Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+
+HUB = "hub:"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+@dataclass
+class Document:
+    """text and completion as words, or input_ids already tokenised. where: file and line it is from, for messages."""
+
+    text: str = ""
+    completion: str = ""
+    input_ids: Sequence[int] | None = None
+    where: str = field(default="a document", compare=False)
+
+
+def read_documents(path: str | Path) -> Iterator[Document]:
+    """Documents of a JSONL, JSONL.gz, Parquet or plain-text file; `text` (and `completion`) or `input_ids` a record.
+
+    A plain-text file is one document. Raises ValueError naming file and line if a record is broken.
+    """
+    if str(path).startswith(HUB):
+        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={str(path)!r}")
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the data file must exist: data={str(path)!r}")
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        for number, record in _json_lines(path):
+            yield document_of(record, f"{path}, line {number}")
+    elif path.suffix == ".parquet":
+        for number, record in _parquet(path):
+            yield document_of(record, f"{path}, row {number}")
+    elif path.suffix == ".txt":
+        yield Document(read_text(path))
+    else:
+        raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix != ".gz":
+        yield from read_json_lines(path)
+        return
+    with gzip.open(path) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_object(line.strip(), f"{path}, line {number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
+
+
+def document_of(record: Any, where: str) -> Document:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a document must be an object, got {type(record).__name__}")
+    ids = record.get("input_ids")
+    if ids is not None:
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(f"{where}: input_ids must be a list of integers >= 0")
+        return Document(input_ids=ids, where=where)
+    text, completion = record.get("text"), record.get("completion")
+    completion = "" if completion is None else completion  # as Parquet has what a row leaves out
+    if not isinstance(text, str) or not isinstance(completion, str):
+        raise ValueError(f"{where}: a document must have `text` (and may have `completion`) as strings, or `input_ids`")
+    try:
+        (text + completion).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: `text` holds half of a surrogate pair, which no tokenizer takes") from None
+    return Document(text, completion, where=where)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents.
+
+    tokens: integer (total,), all documents one after the other; may be memory-mapped, several of them joined.
+    offsets: int64 (documents + 1,), where each one starts.
+    completions: int64 (documents,), where its completion starts (its end if it has none).
+    weights: uint8 (total,), a loss weight for each token as a target, or None where all are alike.
+    """
+
+    tokens: np.ndarray | Joined
+    offsets: np.ndarray
+    completions: np.ndarray
+    weights: np.ndarray | Joined | None = None
+
+    def target_weights(self, places: np.ndarray, ends: np.ndarray, completion_weight: float) -> np.ndarray:
+        """float32 loss weights of the tokens at `places`; a completion starts at `ends` (which broadcasts)."""
+        weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
+        return weights if self.weights is None else weights * self.weights[places]
+
+    def fingerprint(self) -> str:
+        """Hash of the documents' lengths and of a sample of their tokens, to notice that data have changed."""
+        step = max(1, len(self.tokens) // 65_536)
+        sample = np.asarray(self.tokens[::step], dtype=np.uint32)
+        return sha256_of(self.offsets.tobytes(), self.completions.tobytes(), sample.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Text to token ids as it stands after other text, with no special tokens added."""
+    return Reader(tokenizer).inside
+
+
+def tokens_ending(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens whose text ends in one of the marks, spaces after it aside."""
+    ids = sorted(set(tokenizer.get_vocab().values()))  # which may have holes
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return frozenset(i for i, text in zip(ids, texts) if text.rstrip(" ").endswith(marks))
+
+
+def tokenized(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, batch: int = 512
+) -> Iterator[tuple[list[int], int]]:
+    """(token ids, how many of them are the completion) of each document, in order.
+
+    Text and completion as `Reader.pairs` reads them. append_eos: end each document with the tokenizer's EOS token, if
+    it has one and the document lacks it. Raises ValueError for ids beyond the vocabulary.
+    """
+    eos = tokenizer.eos_token_id if append_eos else None
+    reader = Reader(tokenizer)
+    documents = iter(documents)
+    while group := list(itertools.islice(documents, batch)):
+        encoded = reader.pairs([(document.text, document.completion) for document in group])
+        for document, (ids, completion) in zip(group, encoded):
+            if document.input_ids is not None:
+                ids, completion = list(document.input_ids), 0
+                if ids and max(ids) >= reader.vocabulary:
+                    raise ValueError(
+                        f"{document.where}: input_ids are of another tokenizer: id {max(ids)} is not below its size "
+                        f"{reader.vocabulary} (its largest id + 1)"
+                    )
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids.append(eos)
+                completion += completion > 0
+            yield ids, completion
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+) -> Documents:
+    """All documents in memory; arguments and errors as of `tokenized`."""
+    pieces: list[np.ndarray] = []
+    completions: list[int] = []
+    for ids, completion in tokenized(documents, tokenizer, append_eos=append_eos):
+        pieces.append(np.asarray(ids, dtype=np.uint32))
+        completions.append(completion)
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completions, dtype=np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token shards
+
+
+class Joined:
+    """Arrays end to end that are read as one, by a slice or an array of places; maps of several shards stay maps."""
+
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, wanted: slice | np.ndarray) -> np.ndarray:
+        places = np.arange(*wanted.indices(len(self))) if isinstance(wanted, slice) else np.asarray(wanted)
+        owner = np.searchsorted(self.starts, places, side="right") - 1
+        found = np.empty(places.shape, dtype=np.result_type(*self.parts))
+        for number in np.unique(owner):
+            own = owner == number
+            found[own] = self.parts[number][places[own] - self.starts[number]]
+        return found

@@ -1,0 +1,402 @@
+"""Documents to training rows.
+
+A document is a text, or a text with a completion that must be kept to its end. Documents become one flat token array
+(`Documents`); a row is a window of it, with positions, end prompt and a loss weight per token. What row `index` of a
+run holds is a pure function of (seed, index): resume is exact, and workers do not matter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from endprompt.config import ExtendConfig, prompt_names
+from endprompt.data.documents import Documents, encoder, tokens_ending
+from endprompt.positions import (
+    BY_SENTENCE,
+    PIECES,
+    RELAYS,
+    SCHEMES,
+    WITH_PROMPT,
+    anchor_ends,
+    check_sizes,
+    layout,
+    sample_rng,
+    stratum,
+)
+from endprompt.prompts import READ, Cues, PromptKind, Question, Recall, prompt_kind
+from endprompt.text import Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """How documents become rows.
+
+    row_tokens: physical tokens n of a row, context and end prompt together. target: the window L.
+    scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
+    weights: of context tokens 1, of a completion's, of the end prompt's scored tokens.
+    bos: id or ids put in front of every context, None for none; a context that has them already gets no others.
+    short: what happens to documents shorter than a context: `drop` (counted), or `pack`, one after the other.
+    long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
+    pieces: of a context cut at ends of sentences (schemes BY_SENTENCE), at most.
+    line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
+    sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
+    """
+
+    row_tokens: int
+    target: int
+    scheme: str
+    prompt: PromptKind | None = None
+    anchors: int = 4
+    completion_weight: float = 1.0
+    prompt_weight: float = 0.1
+    bos: int | tuple[int, ...] | None = None
+    short: str = "drop"
+    long: str = "split"
+    seed: int = 0
+    pieces: int = PIECES
+    line_ends: frozenset[int] = frozenset()
+    sentence_ends: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: scheme={self.scheme!r}")
+        if (self.prompt is not None) != (self.scheme in WITH_PROMPT):
+            rule = "needs an end prompt" if self.scheme in WITH_PROMPT else "takes no end prompt (prompt=none)"
+            raise ValueError(f"scheme {self.scheme!r} {rule}")
+        if self.short not in ("drop", "pack"):
+            raise ValueError(f"short_documents must be drop or pack: short_documents={self.short!r}")
+        if self.long not in ("split", "truncate"):
+            raise ValueError(f"long_documents must be split or truncate: long_documents={self.long!r}")
+        longest = self.prompt.longest if self.prompt else 0
+        if longest and longest * 2 > self.row_tokens:
+            raise ValueError(
+                f"the end prompt does not fit: it has {longest} tokens and must be at most half of a row of "
+                f"row_tokens={self.row_tokens}"
+            )
+        check_sizes(self.row_tokens - longest, longest, self.target)
+        if self.scheme == "anchors":
+            anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
+        if self.scheme == "relay" or self.scheme in BY_SENTENCE:
+            stratum(RELAYS if self.scheme == "relay" else self.pieces - 1, self.target - self.row_tokens, self.scheme)
+        if isinstance(self.prompt, Recall) and self.row_tokens - longest - len(self.lead) < self.prompt.span:
+            raise ValueError(
+                f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
+                f"context={self.row_tokens - longest}"
+            )
+        if self.pieces < 2:
+            raise ValueError(f"a context is cut into at least 2 pieces: pieces={self.pieces}")
+        for name in ("completion_weight", "prompt_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Ids that stand in front of every context."""
+        if self.bos is None:
+            return ()
+        return self.bos if isinstance(self.bos, tuple) else (self.bos,)
+
+    @property
+    def needed(self) -> int:
+        """Tokens that a document must have to make a row."""
+        shortest = 0
+        if isinstance(self.prompt, Cues):
+            shortest = min(len(tokens) for tokens in self.prompt.token_lists)
+        elif self.prompt is not None:
+            shortest = self.prompt.longest
+        return self.row_tokens - shortest - len(self.lead)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, position_ids: int64 (B, T). weights: float32 (B, T), weight of predicting the token at that place."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass
+class Rows:
+    """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
+
+    A unit is a stretch of a document with room for one row: a long document has several, one with a completion has one,
+    which is cut at its front if need be. dropped: documents too short to make a row, and their tokens.
+    truncated: tokens of other documents that no row can hold.
+    """
+
+    documents: Documents
+    spec: RowSpec
+    dropped: int = field(init=False)
+    dropped_tokens: int = field(init=False)
+    truncated_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec, needed = self.spec, self.spec.needed
+        if spec.short == "pack":
+            self._refuse_packed_completions()
+            self.documents = pack(self.documents, needed)
+        self._starts = behind_lead(self.documents, spec.lead)
+        lengths = self.documents.offsets[1:] - self._starts
+        has_completion = self.documents.completions < self.documents.offsets[1:]
+        least = np.full(len(lengths), needed)
+        if isinstance(spec.prompt, Question):  # the end prompt is part of these documents
+            least[has_completion] = spec.row_tokens - len(spec.lead)
+        single = has_completion | (spec.long == "truncate")
+        units = np.where(single, np.minimum(lengths // least, 1), lengths // least)
+        self.dropped = int(np.count_nonzero(units == 0))
+        self.dropped_tokens = int(lengths[units == 0].sum())
+        self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
+        self._document = np.repeat(np.arange(len(units)), units)
+        # as arrays once, since every row looks for them
+        self._line_ends = np.array(sorted(spec.line_ends), dtype=np.int64)
+        self._all_ends = np.array(sorted(spec.line_ends | spec.sentence_ends), dtype=np.int64)
+        first = np.repeat(np.cumsum(units) - units, units)
+        self._stretch = np.arange(len(self._document)) - first
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def _refuse_packed_completions(self) -> None:
+        with_completion = self.documents.completions < self.documents.offsets[1:]
+        lost = int(np.count_nonzero(with_completion & (self.documents.lengths < self.spec.needed)))
+        if lost and self.spec.completion_weight != 1.0:
+            raise ValueError(
+                f"packing joins documents and loses where a completion starts, so completion_weight must be 1: "
+                f"completion_weight={self.spec.completion_weight}, {lost} short documents have a completion"
+            )
+
+    def __len__(self) -> int:
+        """Number of units: rows of one pass."""
+        return len(self._document)
+
+    def unit(self, index: int) -> int:
+        epoch, place = divmod(index, len(self))
+        if epoch not in self._permutations:
+            order = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.spec.seed, epoch, 1])))
+            self._permutations = {epoch: order.permutation(len(self)), **dict(list(self._permutations.items())[:1])}
+        return int(self._permutations[epoch][place])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(input_ids int64 (T,), position_ids int64 (T,), weights float32 (T,)) of one row."""
+        spec, rng = self.spec, sample_rng(self.spec.seed, index)
+        unit = self.unit(index)
+        question = self._question(unit) if isinstance(spec.prompt, Question) else 0
+        choice = spec.prompt.choose(rng) if spec.prompt else 0
+        b = question or (spec.prompt.length(choice) if spec.prompt else 0)
+        a = spec.row_tokens - b
+        if spec.scheme in BY_SENTENCE:
+            context, weights = self._context(unit, a + question, None, rng)
+            last = a if question else a - self._question(unit)  # a question in the context stays in one piece
+            starts = self._sentence_starts(context[:a], last, rng)
+            placed = layout(spec.scheme, a, b, spec.target, rng, starts=starts)
+        else:
+            options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
+            placed = layout(spec.scheme, a, b, spec.target, rng, **options)
+            context, weights = self._context(unit, a + question, placed.split, rng)
+        weights[0] = 0.0  # nothing predicts the first token
+        if spec.prompt is not None and not question:
+            prompt = spec.prompt.build(choice, context, rng)
+            context = np.concatenate([context, prompt.tokens])
+            weights = np.concatenate([weights, prompt.scored.astype(np.float32) * spec.prompt_weight])
+        return context, placed.position_ids, weights
+
+    def _question(self, unit: int) -> int:
+        """Tokens of the document's last line before its completion, and of the completion; 0 without a completion.
+
+        At most half a row: a longer line is cut at its front.
+        """
+        _, hi = self._span(unit)
+        completion = int(self.documents.completions[self._document[unit]])
+        if completion == hi:
+            return 0
+        most = self.spec.row_tokens // 2
+        before = np.asarray(self.documents.tokens[max(hi - most, 0) : completion])
+        ends = np.flatnonzero(np.isin(before, self._line_ends))
+        return min(most, hi - completion + len(before) - (int(ends[-1]) + 1 if len(ends) else 0))
+
+    def _sentence_starts(self, context: np.ndarray, last: int, rng: np.random.Generator) -> list[int]:
+        """0 and some places behind ends of sentences and lines, up to `last`; all of them if there are few."""
+        ends = np.isin(context[:-1], self._all_ends)
+        places = np.flatnonzero(ends) + 1
+        places = places[places <= last]
+        return [0, *np.sort(rng.choice(places, min(self.spec.pieces - 1, len(places)), replace=False)).tolist()]
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows first .. first + count - 1."""
+        if self.spec.scheme == "contiguous" and not self.spec.lead:
+            return self._contiguous_batch(first, count)
+        rows = [self.row(index) for index in range(first, first + count)]
+        ids, positions, weights = (np.stack(parts) for parts in zip(*rows))
+        return Batch(ids, positions, weights)
+
+    def _contiguous_batch(self, first: int, count: int) -> Batch:
+        """The same rows without a Python loop over them where a document is exactly one row long."""
+        n = self.spec.row_tokens
+        starts = np.array([self._start(self.unit(i), n, i) for i in range(first, first + count)])
+        places = starts[:, None] + np.arange(n)
+        documents = self._document[[self.unit(i) for i in range(first, first + count)]]
+        ends = self.documents.completions[documents][:, None]
+        weights = self.documents.target_weights(places, ends, self.spec.completion_weight)
+        weights[:, 0] = 0.0
+        ids = np.asarray(self.documents.tokens[places], dtype=np.int64)
+        return Batch(ids, np.broadcast_to(np.arange(n, dtype=np.int64), ids.shape), weights)
+
+    def _start(self, unit: int, need: int, index: int) -> int:
+        lo, hi = self._span(unit)
+        if hi - lo <= need:
+            return hi - need
+        return self._draw_start(unit, lo, hi, need, sample_rng(self.spec.seed, index))
+
+    def _span(self, unit: int) -> tuple[int, int]:
+        document = int(self._document[unit])
+        return int(self._starts[document]), int(self.documents.offsets[document + 1])
+
+    def _draw_start(self, unit: int, lo: int, hi: int, need: int, rng: np.random.Generator) -> int:
+        """Start of a window of `need` tokens: to the end of a completion, else anywhere in the unit's stretch."""
+        if self.documents.completions[self._document[unit]] < hi:
+            return hi - need
+        if self.spec.long == "truncate":
+            return lo
+        stretch = self.spec.needed
+        return lo + min(int(self._stretch[unit]) * stretch + int(rng.integers(stretch)), hi - lo - need)
+
+    def _context(self, unit: int, a: int, split: int | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int64 (a,), loss weights float32 (a,)). With a split, the second chunk is from further on."""
+        lo, hi = self._span(unit)
+        lead = np.asarray(self.spec.lead, dtype=np.int64)
+        need = a - len(lead)
+        if split is None:
+            start = self._draw_start(unit, lo, hi, need, rng)
+            places = np.arange(start, start + need)
+        else:
+            # PoSE: the first chunk from the start of the stretch, the second from anywhere after it in the document;
+            # how much text is skipped is drawn apart from how far the positions jump.
+            head = max(split - len(lead), 0)
+            lo += min(int(self._stretch[unit]) * self.spec.needed, hi - lo - need)
+            skip = int(rng.integers(hi - lo - need, endpoint=True))
+            if self.documents.completions[self._document[unit]] < hi:
+                lo = hi - need - skip  # a completion is kept to its end
+            first = np.arange(lo, lo + head)
+            second = np.arange(lo + head + skip, lo + skip + need)
+            places = np.concatenate([first, second])
+        tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
+        if len(lead) and np.array_equal(tokens[: len(lead)], lead):  # of documents that were joined before
+            if places[-1] + len(lead) < hi:
+                places = places + len(lead)
+            else:
+                places, lead = np.concatenate([places[0] - len(lead) + np.arange(len(lead)), places]), lead[:0]
+            tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
+        end = self.documents.completions[self._document[unit]]
+        weights = self.documents.target_weights(places, end, self.spec.completion_weight)
+        if len(lead):
+            tokens = np.concatenate([lead, tokens])
+            weights = np.concatenate([np.zeros(len(lead), dtype=np.float32), weights])
+        return tokens, weights
+
+
+def behind_lead(documents: Documents, lead: Sequence[int]) -> np.ndarray:
+    """int64 (documents,): where each one starts, behind such ids in front as every context gets anyway."""
+    starts, wanted = documents.offsets[:-1].copy(), np.asarray(lead, dtype=np.int64)
+    open_ = np.arange(len(starts)) if len(lead) else np.zeros(0, dtype=np.int64)
+    while len(open_):
+        open_ = open_[starts[open_] + len(lead) <= documents.offsets[1:][open_]]
+        open_ = open_[(documents.tokens[starts[open_][:, None] + np.arange(len(lead))] == wanted).all(1)]
+        starts[open_] += len(lead)
+    return starts
+
+
+def pack(documents: Documents, needed: int) -> Documents:
+    """The documents shorter than `needed` joined in their order into one, after all others."""
+    short = documents.lengths < needed
+    order = np.concatenate([np.flatnonzero(~short), np.flatnonzero(short)])
+    spans = [slice(documents.offsets[i], documents.offsets[i + 1]) for i in order]
+    lengths = [*documents.lengths[~short], documents.lengths[short].sum()] if short.any() else documents.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    completions = (documents.offsets[1:] - documents.completions)[~short]
+    if short.any():
+        completions = np.append(completions, 0)
+    tokens, weights = (
+        None if values is None else np.concatenate([values[:0], *(values[span] for span in spans)])
+        for values in (documents.tokens, documents.weights)
+    )
+    assert tokens is not None
+    return Documents(tokens, offsets, offsets[1:] - completions, weights)
+
+
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Generator[Any]:
+    """`make(step)` for each step, made in a thread of its own while the device works; errors come through."""
+    queue: Queue[tuple[Any, BaseException | None]] = Queue(ahead)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for step in steps:
+                if stop.is_set():
+                    return
+                queue.put((make(step), None))
+            queue.put((None, StopIteration()))
+        except BaseException as error:
+            queue.put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            while not queue.empty():
+                queue.get_nowait()
+            thread.join(0.01)
+
+
+def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBase) -> RowSpec:
+    """The rows that this configuration trains on."""
+    names = prompt_names(config)
+    prompt = None
+    if names:
+        prompt = prompt_kind(
+            names, encoder(tokenizer), recall_span=config.recall_span, recall_given=config.recall_given
+        )
+    weight = config.prompt_weight
+    if weight is None:
+        weight = 1.0 if READ.keys() & names else 0.1
+    begin = Reader(tokenizer).begin
+    by_sentences = config.scheme in BY_SENTENCE
+    return RowSpec(
+        row_tokens=config.row_tokens or window,
+        target=config.target,
+        scheme=config.scheme,
+        prompt=prompt,
+        anchors=config.anchors,
+        pieces=config.pieces,
+        completion_weight=config.completion_weight,
+        prompt_weight=weight,
+        bos=begin[0] if len(begin) == 1 else tuple(begin) or None,
+        short=config.short_documents,
+        long=config.long_documents,
+        seed=config.seed,
+        line_ends=tokens_ending(tokenizer, ("\n",)) if by_sentences or names == ["question"] else frozenset(),
+        sentence_ends=tokens_ending(tokenizer, (".", "!", "?")) if by_sentences else frozenset(),
+    )
+
+
+def total_steps(config: ExtendConfig, row_tokens: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    assert config.tokens is not None
+    return max(1, round(config.tokens / (config.rows * row_tokens)))

@@ -1,0 +1,537 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels for RMSNorm, SwiGLU and rotations of a decoder layer, for the loss and the lean optimizer's update.
+
+`endprompt.fast.layers`, `endprompt.train.loss` and `endprompt.train.optimizers` decide when they run, and have the same
+work in torch.
+
+They move memory and do little else, so what matters is that each number is read and written once, 16 bytes at a time,
+with enough of them on the way. All arithmetic is in float32, whatever the tensors hold. The launches are for an H200:
+`python -m benchmarks.speed.kernels` measures them beside others.
+
+RMSNorm (Zhang & Sennrich 2019), as Llama rounds it:  r = (mean(x^2) + eps)^-1/2,  n = w * round(x * r)
+    dx = r * (g - x r mean(g x r)),  g = w dn;   dw = sum over tokens of dn * round(x * r)
+SwiGLU (Shazeer 2020):  h = gate * s(gate) * up,  s the logistic function
+    dgate = dh * up * s (1 + gate (1 - s)),  dup = dh * gate * s
+
+RoPE:  y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2  for the halves of a head
+    dx1 = dy1 cos1 + dy2 sin2,  dx2 = dy2 cos2 - dy1 sin1
+Cross-entropy:  l = w (log sum exp z - z[y]),  dz = w (softmax z - onehot y)
+
+Of the update, `optim._update` is the definition. Its logarithms and powers are the GPU's fast ones: a code or a weight
+on the edge between two roundings can fall to the other side.
+
+Imports triton, so it is imported only where that is there.
+Legend: M tokens, D hidden size, F intermediate size, V vocabulary, H query heads, G key/value heads,
+W = (H + 2 G) times a head's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    block: entries a program works on (element-wise kernels); warps: of a program. programs: of the norm's backward
+    kernel, on each multiprocessor at once; stages: of its loop over tokens, more than 1 to load tokens ahead.
+    """
+
+    block: int = 0
+    warps: int = 8
+    programs: int = 1
+    stages: int = 1
+
+
+SWIGLU = Launch(block=2048, warps=8)
+SWIGLU_BACKWARD = Launch(block=2048, warps=8)
+#: Of rows of 4,096 numbers; wider ones take more warps, narrower ones fewer.
+NORM = Launch(warps=4)
+NORM_BACKWARD = Launch(programs=2)
+#: The same with one gradient of the norm, for rows of up to so many bytes: those that are loaded ahead must fit into
+#: 99 KiB of shared memory, which small GPUs have.
+NORM_BACKWARD_OF_ONE, LOADED_AHEAD = Launch(stages=3), 16384
+ROTATE_BACKWARD = Launch(warps=4)
+CROSS_ENTROPY = Launch(block=32768, warps=32)
+#: block: here blocks of the optimizer's moments.
+LEAN_UPDATE = Launch(block=8)
+
+
+def warps_for(width: int, launch: Launch) -> int:
+    """Warps for rows of `width`, a power of two: the launch's at 4,096, in proportion elsewhere, 1 to 16."""
+    return max(1, min(16, launch.warps * width // 4096))
+
+
+def norm_backward_launch(grads: int, row_bytes: int) -> Launch:
+    return NORM_BACKWARD_OF_ONE if grads == 1 and row_bytes <= LOADED_AHEAD else NORM_BACKWARD
+
+
+def swiglu(gate_MF: torch.Tensor, up_MF: torch.Tensor, launch: Launch = SWIGLU) -> torch.Tensor:
+    """Both may be parts of wider rows."""
+    out_MF = torch.empty(gate_MF.shape, dtype=gate_MF.dtype, device=gate_MF.device)
+    rows, size = gate_MF.shape
+    with _on(gate_MF):
+        _swiglu[(rows * triton.cdiv(size, launch.block),)](
+            *(gate_MF, up_MF, out_MF, gate_MF.stride(0), up_MF.stride(0)),
+            F=size,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
+        )
+    return out_MF
+
+
+def swiglu_backward(
+    grad_MF: torch.Tensor,
+    gate_MF: torch.Tensor,
+    up_MF: torch.Tensor,
+    again: bool,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    launch: Launch = SWIGLU_BACKWARD,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor).
+
+    gate and up may be parts of wider rows of one width, and so may `into`, which the gradients are written to.
+    """
+    rows, size = gate_MF.shape
+    grad_gate_MF, grad_up_MF = into or (torch.empty_like(grad_MF), torch.empty_like(grad_MF))
+    out_MF = grad_MF.new_empty((rows, size) if again else 0)
+    with _on(gate_MF):
+        _swiglu_backward[(rows * triton.cdiv(size, launch.block),)](
+            *(grad_MF, gate_MF, up_MF, grad_gate_MF, grad_up_MF, out_MF, gate_MF.stride(0), grad_gate_MF.stride(0)),
+            AGAIN=again,
+            F=size,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
+        )
+    return grad_gate_MF, grad_up_MF, out_MF
+
+
+def rms_norm(
+    x_MD: torch.Tensor, added_MD: torch.Tensor | None, weight_D: torch.Tensor, eps: float, launch: Launch = NORM
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x + added, or an empty tensor without `added`; its norm; float32 (M,): 1 / root mean square of each token)."""
+    rows, size = x_MD.shape
+    out_MD, scale_M = torch.empty_like(x_MD), x_MD.new_empty(rows, dtype=torch.float32)
+    sum_MD = x_MD.new_empty(0) if added_MD is None else torch.empty_like(x_MD)
+    width = triton.next_power_of_2(size)
+    with _on(x_MD):
+        _rms_norm[(rows,)](
+            *(x_MD, x_MD if added_MD is None else added_MD, weight_D, sum_MD, out_MD, scale_M, eps),
+            ADD=added_MD is not None,
+            D=size,
+            WIDTH=width,
+            num_warps=warps_for(width, launch),
+        )
+    return sum_MD, out_MD, scale_M
+
+
+def rms_norm_backward(
+    x_MD: torch.Tensor,
+    scale_M: torch.Tensor,
+    weight_D: torch.Tensor,
+    grad_sum_MD: torch.Tensor,
+    grads_MD: list[torch.Tensor],
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient of x, the norm made again, float32 (D,): gradient of the weight).
+
+    grads_MD: 1 to 3 gradients of the norm, which are added; grad_sum_MD: the gradient of x by another way, added too.
+    """
+    rows, size = x_MD.shape
+    width = triton.next_power_of_2(size)
+    launch = launch or norm_backward_launch(len(grads_MD), width * x_MD.element_size())
+    warps = warps_for(width, launch)
+    programs = min(rows, launch.programs * _multiprocessors(x_MD) * max(1, launch.warps // warps))
+    grad_x_MD, out_MD = torch.empty_like(x_MD), torch.empty_like(x_MD)
+    parts_PD = x_MD.new_empty((programs, size), dtype=torch.float32)
+    one, two, three = (*grads_MD, *(grads_MD[0],) * (3 - len(grads_MD)))
+    with _on(x_MD):
+        _rms_norm_backward[(programs,)](
+            *(x_MD, scale_M, weight_D, grad_sum_MD, one, two, three, grad_x_MD, out_MD, parts_PD, rows),
+            GRADS=len(grads_MD),
+            D=size,
+            WIDTH=width,
+            STAGES=launch.stages,
+            num_warps=warps,
+        )
+    return grad_x_MD, out_MD, parts_PD.sum(0)
+
+
+def rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cos_BTD: torch.Tensor,
+    sin_BTD: torch.Tensor,
+    launch: Launch = ROTATE_BACKWARD,
+) -> torch.Tensor:
+    """[B, T, W]: gradient of queries, keys and values side by side, of those after rotation.
+
+    grads: of queries [B, T, H, D], keys and values [B, T, G, D]. cos, sin: B may be 1.
+    """
+    query, key, value = grads
+    (batch, tokens, heads, width), groups = query.shape, key.shape[2]
+    out_BTW = query.new_empty(batch, tokens, (heads + 2 * groups) * width)
+    with _on(query):
+        _rotate_backward[(batch * tokens,)](
+            *(query, key, value, cos_BTD, sin_BTD, out_BTW, tokens, 0 if cos_BTD.shape[0] == 1 else tokens * width),
+            H=heads,
+            G=groups,
+            HALF=width // 2,
+            HEADS=triton.next_power_of_2(heads),
+            GROUPS=triton.next_power_of_2(groups),
+            LANES=triton.next_power_of_2(width // 2),
+            num_warps=launch.warps,
+        )
+    return out_BTW
+
+
+def cross_entropy(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor, launch: Launch = CROSS_ENTROPY
+) -> torch.Tensor:
+    """float32 (N,): weighted losses. The logits are overwritten by their gradient."""
+    rows, size = logits_NV.shape
+    block = min(launch.block, max(1024, triton.next_power_of_2(size)))
+    losses_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
+    with _on(logits_NV):
+        _cross_entropy[(rows,)](
+            *(logits_NV, labels_N, weights_N, losses_N),
+            V=size,
+            BLOCK=block,
+            SIDE_BY_SIDE=8,
+            num_warps=max(1, launch.warps * block // launch.block),
+        )
+    return losses_N
+
+
+def lean_update(
+    weight_S: torch.Tensor,
+    grad_S: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    number: torch.Tensor,
+    scale: torch.Tensor,
+    seed: torch.Tensor,
+    levels: tuple[int, int],
+    octaves: tuple[float, float],
+    launch: Launch = LEAN_UPDATE,
+) -> None:
+    """One step of the lean optimizer on a whole parameter of S entries, in place.
+
+    moments: codes of the first one and their scales, codes of the root of the second and theirs, in blocks; the last
+    block may be longer than the parameter. levels, octaves: of the two codes.
+    """
+    size, block = weight_S.numel(), moments[0].shape[1]
+    with _on(weight_S):
+        _lean_update[(triton.cdiv(triton.cdiv(size, block), launch.block),)](
+            *(weight_S, grad_S, *moments, number, scale, seed, size),
+            STOCHASTIC=weight_S.dtype == torch.bfloat16,
+            LEVELS_FIRST=levels[0],
+            LEVELS_ROOT=levels[1],
+            OCTAVES_FIRST=octaves[0],
+            OCTAVES_ROOT=octaves[1],
+            BLOCK=block,
+            BLOCKS=launch.block,
+            num_warps=launch.warps,
+        )
+
+
+def _on(x: torch.Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _multiprocessors(x: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 2
+
+
+@triton.jit
+def _swiglu(gate_MF, up_MF, out_MF, gate_row, up_row, F: tl.constexpr, BLOCK: tl.constexpr):
+    blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = None if F % BLOCK == 0 else at < F
+    gate = tl.load(gate_MF + row * gate_row + at, mask=inside).to(tl.float32)
+    up = tl.load(up_MF + row * up_row + at, mask=inside).to(tl.float32)
+    tl.store(out_MF + row * F + at, (gate * tl.sigmoid(gate) * up).to(out_MF.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(
+    grad_MF,
+    gate_MF,
+    up_MF,
+    grad_gate_MF,
+    grad_up_MF,
+    out_MF,
+    row_in,
+    row_out,
+    AGAIN: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = None if F % BLOCK == 0 else at < F
+    grad = tl.load(grad_MF + row * F + at, mask=inside).to(tl.float32)
+    gate = tl.load(gate_MF + row * row_in + at, mask=inside).to(tl.float32)
+    up = tl.load(up_MF + row * row_in + at, mask=inside).to(tl.float32)
+    logistic = tl.sigmoid(gate)
+    silu = gate * logistic
+    grad_gate = grad * up * (logistic + silu * (1.0 - logistic))
+    tl.store(grad_gate_MF + row * row_out + at, grad_gate.to(grad_gate_MF.dtype.element_ty), mask=inside)
+    tl.store(grad_up_MF + row * row_out + at, (grad * silu).to(grad_up_MF.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(out_MF + row * F + at, (silu * up).to(out_MF.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm(
+    x_MD, added_MD, weight_D, sum_MD, out_MD, scale_M, eps, ADD: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = None if WIDTH == D else column < D
+    zero = None if WIDTH == D else 0.0
+    at = row * D  # 64 bits for the row alone: the columns' need but 32
+    x = tl.load(x_MD + at + column, mask=inside, other=zero)
+    dtype = x.dtype
+    if ADD:
+        x = (x.to(tl.float32) + tl.load(added_MD + at + column, mask=inside, other=zero).to(tl.float32)).to(dtype)
+        tl.store(sum_MD + at + column, x, mask=inside)
+    x = x.to(tl.float32)
+    weight = tl.load(weight_D + column, mask=inside, other=zero).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
+    tl.store(scale_M + row, scale)
+    unit = (x * scale).to(dtype).to(tl.float32)
+    tl.store(out_MD + at + column, (weight * unit).to(dtype), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward(
+    x_MD,
+    scale_M,
+    weight_D,
+    grad_sum_MD,
+    one_MD,
+    two_MD,
+    three_MD,
+    grad_x_MD,
+    out_MD,
+    parts_PD,
+    rows,
+    GRADS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)  # and so is the loop's row
+    column = tl.arange(0, WIDTH)
+    inside = None if WIDTH == D else column < D
+    zero = None if WIDTH == D else 0.0
+    weight = tl.load(weight_D + column, mask=inside, other=zero).to(tl.float32)
+    part = tl.zeros([WIDTH], dtype=tl.float32)
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
+        at = row * D
+        stored = tl.load(x_MD + at + column, mask=inside, other=zero)
+        grad = tl.load(one_MD + at + column, mask=inside, other=zero).to(tl.float32)
+        if GRADS > 1:
+            grad += tl.load(two_MD + at + column, mask=inside, other=zero).to(tl.float32)
+        if GRADS > 2:
+            grad += tl.load(three_MD + at + column, mask=inside, other=zero).to(tl.float32)
+        grad_sum = tl.load(grad_sum_MD + at + column, mask=inside, other=zero).to(tl.float32)
+        scale = tl.load(scale_M + row)
+        exact = stored.to(tl.float32) * scale
+        unit = exact.to(stored.dtype).to(tl.float32)
+        part += grad * unit
+        grad = grad * weight
+        along = tl.sum(grad * exact, axis=0) / D
+        tl.store(out_MD + at + column, (weight * unit).to(out_MD.dtype.element_ty), mask=inside)
+        grad_x = scale * (grad - exact * along) + grad_sum
+        tl.store(grad_x_MD + at + column, grad_x.to(grad_x_MD.dtype.element_ty), mask=inside)
+    tl.store(parts_PD + program * D + column, part, mask=inside)
+
+
+@triton.jit
+def _turn_back(
+    grad, out, cos1, cos2, sin1, sin2, lane, N: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    head = tl.arange(0, HEADS)
+    at = head[:, None] * (2 * HALF) + lane[None, :]
+    inside = (head < N)[:, None] & (lane < HALF)[None, :]
+    first = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(grad + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    tl.store(out + at, (first * cos1[None, :] + second * sin2[None, :]).to(kind), mask=inside)
+    tl.store(out + at + HALF, (second * cos2[None, :] - first * sin1[None, :]).to(kind), mask=inside)
+
+
+@triton.jit
+def _rotate_backward(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    out,
+    tokens,
+    batch_row,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    turn = token // tokens * batch_row + token % tokens * (2 * HALF)
+    inside = lane < HALF
+    cos1 = tl.load(cos + turn + lane, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + turn + lane, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    row = out + token * ((H + 2 * G) * 2 * HALF)
+    _turn_back(query + token * (H * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, H, HALF, HEADS)
+    row += H * 2 * HALF
+    _turn_back(key + token * (G * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, G, HALF, GROUPS)
+    row += G * 2 * HALF
+    at = tl.arange(0, GROUPS)[:, None] * (2 * HALF) + tl.arange(0, 2 * LANES)[None, :]
+    inside = (tl.arange(0, GROUPS) < G)[:, None] & (tl.arange(0, 2 * LANES) < 2 * HALF)[None, :]
+    tl.store(row + at, tl.load(value + token * (G * 2 * HALF) + at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _cross_entropy(
+    logits, labels, weights, losses, V: tl.constexpr, BLOCK: tl.constexpr, SIDE_BY_SIDE: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * V
+    label = tl.load(labels + token)
+    weight = tl.load(weights + token)
+    of_label = tl.load(row + label).to(tl.float32)
+    at = tl.arange(0, BLOCK // SIDE_BY_SIDE)[:, None] * SIDE_BY_SIDE + tl.arange(0, SIDE_BY_SIDE)[None, :]
+    scale: tl.constexpr = 1.4426950408889634  # powers of 2 are what the hardware has
+    # a largest and a sum for each thread's numbers, so that threads wait for each other once and not in each block
+    top = tl.full((BLOCK // SIDE_BY_SIDE,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK // SIDE_BY_SIDE,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(row + start + at, mask=start + at < V, other=float("-inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32) * scale
+        higher = tl.maximum(top, tl.max(x, axis=1))
+        # where nothing has been seen yet all is -inf, whose difference is none
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(x - base[:, None]), axis=1)
+        top = higher
+    highest = tl.max(top, axis=0)
+    total = tl.sum(total * tl.exp2(top - highest), axis=0)
+    lse = highest + tl.log2(total)
+    tl.store(losses + token, weight * (lse / scale - of_label))
+    for start in range(0, V, BLOCK):
+        inside = start + at < V
+        x = tl.load(row + start + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * scale
+        grad = (tl.exp2(x - lse) - (start + at == label).to(tl.float32)) * weight
+        tl.store(row + start + at, grad.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _random_bits(index, seed):
+    x = (index * -0x61C88647) ^ seed
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def _unit(bits):
+    return (bits & 0xFFFF).to(tl.float32) * (1.0 / 65536.0)
+
+
+@triton.jit
+def _decode(code, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+    value = tl.exp2((code.to(tl.float32) - 1.0) * (OCTAVES / (LEVELS - 1)) - OCTAVES)
+    return tl.where(code > 0, value, 0.0)
+
+
+@triton.jit
+def _encode(value, uniform, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+    place = 1.0 + (tl.log2(tl.maximum(value, 1e-30)) + OCTAVES) * ((LEVELS - 1) / OCTAVES)
+    below = tl.minimum(tl.maximum(tl.floor(place), 0.0), LEVELS - 1.0)
+    high = tl.exp2(below * (OCTAVES / (LEVELS - 1)) - OCTAVES)
+    low = tl.where(below > 0, tl.exp2((below - 1.0) * (OCTAVES / (LEVELS - 1)) - OCTAVES), 0.0)
+    return below.to(tl.int32) + (uniform * (high - low) < value - low).to(tl.int32)
+
+
+@triton.jit
+def _lean_update(
+    weight_S,
+    grad_S,
+    first_NB,
+    first_scale_N,
+    root_NB,
+    root_scale_N,
+    number,
+    scale,
+    seed,
+    size,
+    STOCHASTIC: tl.constexpr,
+    LEVELS_FIRST: tl.constexpr,
+    LEVELS_ROOT: tl.constexpr,
+    OCTAVES_FIRST: tl.constexpr,
+    OCTAVES_ROOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    lr = tl.load(number)
+    decay = tl.load(number + 1)
+    beta1 = tl.load(number + 2)
+    beta2 = tl.load(number + 3)
+    eps = tl.load(number + 4)
+    inverse1 = 1.0 / tl.load(number + 5)
+    inverse2 = 1.0 / tl.sqrt(tl.load(number + 6))
+    chance = tl.load(seed)
+
+    block_N = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at_NB = block_N[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = at_NB < size
+    there = block_N < (size + BLOCK - 1) // BLOCK
+    there_NB = there[:, None] & (tl.arange(0, BLOCK)[None, :] >= 0)
+    bits = _random_bits(at_NB.to(tl.int32), chance)
+    more = _random_bits(at_NB.to(tl.int32), chance ^ 0x5BD1E995)
+
+    grad = tl.load(grad_S + at_NB, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    code = tl.load(first_NB + at_NB, mask=there_NB, other=0).to(tl.int32)
+    top = tl.load(first_scale_N + block_N, mask=there, other=0.0)
+    first = _decode(tl.abs(code), LEVELS_FIRST, OCTAVES_FIRST) * top[:, None]
+    first = tl.where(code < 0, -first, first)
+    code = tl.load(root_NB + at_NB, mask=there_NB, other=0).to(tl.int32)
+    top = tl.load(root_scale_N + block_N, mask=there, other=0.0)
+    root = _decode(code, LEVELS_ROOT, OCTAVES_ROOT) * top[:, None]
+
+    first = beta1 * first + (1.0 - beta1) * grad
+    root = tl.sqrt(beta2 * root * root + (1.0 - beta2) * grad * grad)
+    step = first * inverse1 / (root * inverse2 + eps)
+    weight = tl.load(weight_S + at_NB, mask=inside, other=0.0).to(tl.float32) * (1.0 - lr * decay) - lr * step
+    if STOCHASTIC:
+        rounded = (weight.to(tl.int32, bitcast=True) + (bits & 0xFFFF)) & -0x10000
+        weight = rounded.to(tl.float32, bitcast=True)
+    tl.store(weight_S + at_NB, weight.to(weight_S.dtype.element_ty), mask=inside)
+
+    # 2e-38 and not less: a constant below float32's normal numbers would make all of it float64
+    size_first = tl.abs(first)
+    top = tl.max(size_first, axis=1)
+    level = _encode(size_first * (1.0 / tl.maximum(top, 2e-38))[:, None], _unit(more), LEVELS_FIRST, OCTAVES_FIRST)
+    level = tl.where(first < 0, -level, tl.where(first > 0, level, 0))
+    tl.store(first_NB + at_NB, level.to(tl.int8), mask=there_NB)
+    tl.store(first_scale_N + block_N, top, mask=there)
+    top = tl.max(root, axis=1)
+    level = _encode(root * (1.0 / tl.maximum(top, 2e-38))[:, None], _unit(more >> 16), LEVELS_ROOT, OCTAVES_ROOT)
+    tl.store(root_NB + at_NB, tl.maximum(level, 1).to(tl.uint8), mask=there_NB)
+    tl.store(root_scale_N + block_N, top, mask=there)

@@ -1,0 +1,514 @@
+"""Decoder layers whose element-wise work is in kernels of its own, with the order of the backward pass written out.
+
+torch.compile makes good kernels for what it sees at once, but in a layer's backward pass matrix products stand between:
+the norm's gradient reads its input twice, sums the products' gradients and the residual's in passes of their own, and
+the norm and SwiGLU that the weight gradients need are made again apart. Here one kernel reads what is there once and
+writes all that comes of it:
+
+    SwiGLU's        grad_h, gate, up                      -> grad_gate, grad_up, h again
+    RMSNorm's       x, its scale, grad_residual, 1 to 3   -> grad_x, the norm again, float32 gradient of its weight
+                    gradients of the norm
+    RoPE's          grad_q, grad_k, grad_v                -> the gradient of all three side by side
+
+`fuse` gives the layers of Llama, Mistral, Qwen2 and Qwen3 a forward pass built on these functions: RMSNorm with the
+linear layers that read it, SwiGLU with the one that reads it, and RoPE where `linears.join` has made one product of q,
+k and v. For the backward pass they keep the residual stream, one number a token, gate and up: nothing that the compiler
+must choose. Names, weights and the exported state stay.
+
+Without triton, or on a CPU, the same operators do the same work in torch.
+
+Legend: B batch, T tokens, D hidden size, F intermediate size, M = B T, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from endprompt.fast.available import kernels_module, triton_kernels
+from endprompt.fast.linears import SummingLinear, add_weight_gradient
+
+#: Classes of a family are these with Attention, MLP, RMSNorm and DecoderLayer behind.
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+#: Rows of the norm that a kernel holds at once; wider ones are torch's.
+WIDEST = 16384
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same work in torch; shapes and results are the operators'
+
+
+def torch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    wide = gate.float()
+    return (wide * wide.sigmoid() * up.float()).to(gate.dtype)
+
+
+def torch_swiglu_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = gate.dtype
+    grad, gate, up = grad.float(), gate.float(), up.float()
+    logistic = gate.sigmoid()
+    silu = gate * logistic
+    out = (silu * up).to(dtype) if again else gate.new_empty(0, dtype=dtype)
+    return (grad * up * (logistic + silu * (1 - logistic))).to(dtype), (grad * silu).to(dtype), out
+
+
+def torch_norm(
+    x_MD: torch.Tensor, added_MD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sum_MD = x_MD if added_MD is None else x_MD + added_MD
+    wide = sum_MD.float()
+    scale_M = torch.rsqrt(wide.square().mean(-1) + eps)
+    return sum_MD, weight_D * (wide * scale_M[:, None]).to(x_MD.dtype), scale_M
+
+
+def torch_norm_backward(
+    x_MD: torch.Tensor,
+    scale_M: torch.Tensor,
+    weight_D: torch.Tensor,
+    grad_sum_MD: torch.Tensor,
+    grads_MD: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, exact = grads_MD[0].float(), x_MD.float() * scale_M[:, None]
+    for one in grads_MD[1:]:
+        grad = grad + one.float()
+    unit = exact.to(x_MD.dtype)
+    grad_weight = (grad * unit.float()).sum(0)
+    grad = grad * weight_D.float()
+    grad_x = scale_M[:, None] * (grad - exact * (grad * exact).mean(-1, keepdim=True)) + grad_sum_MD.float()
+    return grad_x.to(x_MD.dtype), weight_D * unit, grad_weight
+
+
+def torch_rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> torch.Tensor:
+    parts = []
+    (cos1, cos2), (sin1, sin2) = (x[:, :, None].float().chunk(2, dim=-1) for x in (cos_BTD, sin_BTD))
+    for grad in grads[:2]:
+        first, second = grad.float().chunk(2, dim=-1)
+        turned = torch.cat([first * cos1 + second * sin2, second * cos2 - first * sin1], dim=-1)
+        parts.append(turned.to(grad.dtype).flatten(2))
+    return torch.cat([*parts, grads[2].flatten(2)], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+#
+# Opaque to torch.compile on purpose: it would pull them apart again. None writes into what it reads.
+
+
+@torch.library.custom_op("endprompt::swiglu", mutates_args=())
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of two [M, F]; made in float32 and rounded once."""
+    gate, up = _rows(gate), _rows(up)
+    kernels = triton_kernels(gate)
+    return kernels.swiglu(gate, up) if kernels else torch_swiglu(gate, up).contiguous()
+
+
+@swiglu.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _rows(x_MF: torch.Tensor) -> torch.Tensor:
+    """The same matrix with its rows in one piece each, at any distance."""
+    return x_MF if x_MF.stride(1) == 1 else x_MF.contiguous()
+
+
+@torch.library.custom_op("endprompt::swiglu_backward", mutates_args=())
+def swiglu_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient of gate, gradient of up, silu(gate) * up); without `again` the last is empty."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    kernels = triton_kernels(gate)
+    return (kernels.swiglu_backward if kernels else torch_swiglu_backward)(grad, gate, up, again)
+
+
+@torch.library.custom_op("endprompt::joined_swiglu_backward", mutates_args=())
+def joined_swiglu_backward(
+    grad_MF: torch.Tensor, both_M2F: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`swiglu_backward` of gate and up side by side in one matrix; so are their gradients."""
+    grad_MF, both_M2F = grad_MF.contiguous(), both_M2F.contiguous()
+    (gate, up), kernels = both_M2F.chunk(2, dim=1), triton_kernels(grad_MF)
+    if kernels is None:
+        *grads, out = torch_swiglu_backward(grad_MF, gate, up, again)
+        return torch.cat(grads, dim=1), out.contiguous()
+    grad_both = torch.empty_like(both_M2F)
+    out = kernels.swiglu_backward(grad_MF, gate, up, again, into=tuple(grad_both.chunk(2, dim=1)))[2]
+    return grad_both, out
+
+
+@joined_swiglu_backward.register_fake
+def _(grad: torch.Tensor, both: torch.Tensor, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return both.new_empty(both.shape), grad.new_empty(grad.shape if again else 0)
+
+
+@swiglu_backward.register_fake
+def _(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape), gate.new_empty(gate.shape if again else 0)
+
+
+@torch.library.custom_op("endprompt::rms_norm", mutates_args=())
+def rms_norm(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight * round(x * scale), float32 (M,) scale = 1 / root of (mean of squares + eps)), rounded as Llama does."""
+    return _norm(x_MD.contiguous(), None, weight_D, eps)[1:]
+
+
+@rms_norm.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@torch.library.custom_op("endprompt::add_rms_norm", mutates_args=())
+def add_rms_norm(
+    x_MD: torch.Tensor, added_MD: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x + added, its norm, the norm's scale): `rms_norm` of a sum that is made on the way."""
+    return _norm(x_MD.contiguous(), added_MD.contiguous(), weight_D, eps)
+
+
+@add_rms_norm.register_fake
+def _(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _norm(
+    x_MD: torch.Tensor, added_MD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kernels = triton_kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
+    return (kernels.rms_norm if kernels else torch_norm)(x_MD, added_MD, weight_D, eps)
+
+
+@torch.library.custom_op("endprompt::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    x_MD: torch.Tensor,
+    scale_M: torch.Tensor,
+    weight_D: torch.Tensor,
+    grad_sum_MD: torch.Tensor,
+    grads_MD: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient of x, the norm of x again, float32 gradient of the weight).
+
+    grads_MD: 1 to 3 gradients of the norm, which count together; grad_sum_MD: what else comes down to x, added to its
+    gradient. scale_M: what the forward pass gave.
+    """
+    x_MD, grad_sum_MD, grads_MD = x_MD.contiguous(), grad_sum_MD.contiguous(), [one.contiguous() for one in grads_MD]
+    kernels = triton_kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
+    work = kernels.rms_norm_backward if kernels else torch_norm_backward
+    return work(x_MD, scale_M, weight_D, grad_sum_MD, grads_MD)
+
+
+@rms_norm_backward.register_fake
+def _(
+    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, grad_sum: torch.Tensor, grads: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("endprompt::rotate_backward", mutates_args=())
+def rotate_backward(
+    query_BTHD: torch.Tensor,
+    key_BTGD: torch.Tensor,
+    value_BTGD: torch.Tensor,
+    cos_BTD: torch.Tensor,
+    sin_BTD: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient [B, T, (H + 2 G) D] of queries, keys and values side by side, from theirs after RoPE.
+
+    Those of the values pass. cos, sin: as RoPE's forward pass takes them; B may be 1.
+    """
+    query, key, value, cos, sin = (x.contiguous() for x in (query_BTHD, key_BTGD, value_BTGD, cos_BTD, sin_BTD))
+    kernels = triton_kernels(query)
+    return (kernels.rotate_backward if kernels else torch_rotate_backward)((query, key, value), cos, sin)
+
+
+@rotate_backward.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    batch, tokens, heads, width = query.shape
+    return query.new_empty(batch, tokens, (heads + 2 * key.shape[2]) * width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+
+
+class _NormLinears(torch.autograd.Function):
+    """(x + added, and for each weight its product with the norm of that sum); `added` may be None.
+
+    The sum is an output so that its other gradient comes back here, where the kernel adds it. `weights_and_sums`: first
+    the weights [N, K], then as many float32 sums or None: a weight with a sum has its gradient added there, another one
+    that trains has it passed back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MD: torch.Tensor,
+        added_MD: torch.Tensor | None,
+        norm_weight_D: torch.Tensor,
+        eps: float,
+        *weights_and_sums: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        weights: Any = weights_and_sums[: len(weights_and_sums) // 2]
+        if added_MD is None:
+            sum_MD = x_MD.view_as(x_MD)
+            norm_MD, scale_M = rms_norm(x_MD, norm_weight_D, eps)
+            ctx.save_for_backward(x_MD, scale_M, norm_weight_D, *weights_and_sums)
+        else:
+            sum_MD, norm_MD, scale_M = add_rms_norm(x_MD, added_MD, norm_weight_D, eps)
+            ctx.save_for_backward(sum_MD, scale_M, norm_weight_D, *weights_and_sums)
+        ctx.adds = added_MD is not None
+        return sum_MD, *(norm_MD @ weight.t() for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum_MD: torch.Tensor, *grads_MN: torch.Tensor) -> tuple[Any, ...]:
+        x_MD, scale_M, norm_weight_D, *weights_and_sums = ctx.saved_tensors
+        count = len(grads_MN)
+        weights, sums = weights_and_sums[:count], weights_and_sums[count:]
+        grads_MD = [grad_MN @ weight for grad_MN, weight in zip(grads_MN, weights)]
+        grad_x, norm_MD, grad_norm_weight = rms_norm_backward(x_MD, scale_M, norm_weight_D, grad_sum_MD, grads_MD)
+        grad_weights = [
+            _weight_gradient(total, grad_MN, norm_MD, needed)
+            for total, grad_MN, needed in zip(sums, grads_MN, ctx.needs_input_grad[4 : 4 + count])
+        ]
+        grad_norm_weight = grad_norm_weight.to(norm_weight_D.dtype)
+        return grad_x, grad_x if ctx.adds else None, grad_norm_weight, None, *grad_weights, *(None,) * count
+
+
+class _SwigluLinear(torch.autograd.Function):
+    """residual + (silu(gate) * up) @ weight.T; expanded: gate and up [M, F], or both side by side [M, 2 F].
+
+    keep: SwiGLU is kept for the backward pass, where it would be made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual_MN: torch.Tensor,
+        weight_NF: torch.Tensor,
+        total_NF: torch.Tensor | None,
+        keep: bool,
+        *expanded: torch.Tensor,
+    ) -> torch.Tensor:
+        gate_MF, up_MF = expanded if len(expanded) == 2 else expanded[0].chunk(2, dim=1)
+        h_MF = swiglu(gate_MF, up_MF)
+        ctx.keep = keep
+        ctx.save_for_backward(weight_NF, total_NF, h_MF if keep else None, *expanded)
+        return residual_MN + h_MF @ weight_NF.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
+        weight_NF, total_NF, kept_MF, *expanded = ctx.saved_tensors
+        work = swiglu_backward if len(expanded) == 2 else joined_swiglu_backward
+        *grads, again_MF = work(grad_MN @ weight_NF, *expanded, not ctx.keep)
+        h_MF = kept_MF if ctx.keep else again_MF
+        grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1])
+        return grad_MN, grad_weight, None, None, *grads
+
+
+class _Rotated(torch.autograd.Function):
+    """Queries and keys after RoPE, and values, [B, T, heads, D] each, of all three side by side [B, T, W]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, joined_BTW: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, heads: int, groups: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        width = cos_BTD.shape[-1]
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        parts = joined_BTW.split([heads * width, groups * width, groups * width], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, width)) for part in parts)
+        query, key = apply_rotary_pos_emb(query, key, cos_BTD, sin_BTD, unsqueeze_dim=2)
+        return query, key, value.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return rotate_backward(*grads, *ctx.saved_tensors), *(None,) * 4
+
+
+def _weight_gradient(
+    total_NK: torch.Tensor | None, grad_MN: torch.Tensor, x_MK: torch.Tensor, needed: bool
+) -> torch.Tensor | None:
+    """Added to the sum if there is one, else returned if it is needed."""
+    if total_NK is not None:
+        add_weight_gradient(total_NK, grad_MN, x_MK)
+        return None
+    return grad_MN.t() @ x_MK if needed else None
+
+
+def norm_linears(
+    x_BTD: torch.Tensor, added_BTD: torch.Tensor | None, norm: Any, linears: Sequence[nn.Linear]
+) -> tuple[torch.Tensor, ...]:
+    """(x + added [B, T, D], then for each linear layer its output [B, T, N] for the RMSNorm of that sum).
+
+    norm: a module with `weight` and `variance_epsilon`. Raises ValueError for more than 3 linear layers.
+    """
+    if len(linears) > 3:
+        raise ValueError(f"a norm is fused with 3 linear layers at most: {len(linears)}")
+    shape = x_BTD.shape[:-1]
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    added_MD = None if added_BTD is None else added_BTD.reshape(x_MD.shape)
+    weights, sums = [linear.weight for linear in linears], [_sum_of(linear) for linear in linears]
+    outs = _NormLinears.apply(x_MD, added_MD, norm.weight, norm.variance_epsilon, *weights, *sums)
+    return tuple(out.view(*shape, out.shape[-1]) for out in outs)
+
+
+def swiglu_linear(
+    residual_BTN: torch.Tensor, expanded: Sequence[torch.Tensor], linear: nn.Linear, keep: bool = False
+) -> torch.Tensor:
+    """residual [B, T, N] + output of a linear layer for silu(gate) * up.
+
+    expanded: gate and up [B, T, F], or one tensor [B, T, 2 F] with both side by side. keep: see `fuse`.
+    """
+    residual_MN, *parts = (part.reshape(-1, part.shape[-1]) for part in (residual_BTN, *expanded))
+    out_MN = _SwigluLinear.apply(residual_MN, linear.weight, _sum_of(linear), keep, *parts)
+    return out_MN.view(residual_BTN.shape)
+
+
+def _sum_of(linear: nn.Linear) -> torch.Tensor | None:
+    return linear.weight_sum if isinstance(linear, SummingLinear) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def fuse(model: nn.Module, keep: bool = False) -> int:
+    """Give the decoder layers that can have it the fused forward pass in training; how many were changed.
+
+    A layer of FAMILIES can if its MLP is SwiGLU of plain linear layers without biases, converted by `linears.convert`
+    or not. Its first half, up to attention, is fused if q, k and v are plain and without biases, too, else it stays as
+    it is. Other layers, and those in float8, are left alone, and so is a GPU without triton. Call it after
+    `convert`, and after `linears.join` if it is called at all: joined layers are fused as such.
+    keep: keep SwiGLU's output for the backward pass instead of making it again there: 2 bytes a token and intermediate
+    feature in each layer, and one tensor less that the backward kernel writes.
+    """
+    changed = 0
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        family = next((name for name in FAMILIES if type(layer).__name__ == f"{name}DecoderLayer"), None)
+        if family is None or not _fusable(layer, family):
+            continue
+        attention = layer.self_attn
+        projections = _projections(attention)
+        layer.fused_attention = (
+            type(attention).__name__.removeprefix("Joint") == f"{family}Attention"
+            and all(_plain(linear) for linear in projections)
+            and type(layer.input_layernorm).__name__ == f"{family}RMSNorm"
+        )
+        layer.keep_swiglu = keep
+        layer.__class__ = _fused_class(type(layer))
+        changed += 1
+    return changed
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether this device has what fused layers need: triton, if it is a GPU."""
+    return device.type != "cuda" or kernels_module() is not None
+
+
+def _fusable(layer: Any, family: str) -> bool:
+    mlp = layer.mlp
+    if (
+        type(mlp).__name__.removeprefix("Joint") != f"{family}MLP"
+        or type(layer.post_attention_layernorm).__name__ != f"{family}RMSNorm"
+    ):
+        return False
+    parts = (*_expansions(mlp), mlp.down_proj)
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not all(_plain(part) for part in parts):
+        return False
+    return can_fuse(mlp.down_proj.weight.device)
+
+
+def _projections(attention: Any) -> list[Any]:
+    """What makes queries, keys and values: three linear layers, or the one that `linears.join` made of them."""
+    if hasattr(attention, "joint"):
+        return [attention.joint]
+    return [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+
+
+def _expansions(mlp: Any) -> list[Any]:
+    """What makes gate and up: two linear layers or a joined one."""
+    return [mlp.joint] if hasattr(mlp, "joint") else [mlp.gate_proj, mlp.up_proj]
+
+
+def _plain(linear: Any) -> bool:
+    return type(linear) in (nn.Linear, SummingLinear) and linear.bias is None
+
+
+_fused_classes: dict[type, type] = {}
+
+
+def _fused_class(base: Any) -> type:
+    """A subclass with the fused forward, one for all layers: a forward bound to each would be compiled for each."""
+    if base not in _fused_classes:
+        parts = {"forward": _layer, "plain_forward": base.forward}
+        _fused_classes[base] = type(f"Fused{base.__name__}", (base,), parts)
+    return _fused_classes[base]
+
+
+def _layer(
+    module: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The families' own layer, fused; their own forward pass where it is not training, with a cache, or cast."""
+    kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+    kwargs |= {"position_embeddings": position_embeddings}
+    norm, mlp = module.post_attention_layernorm, module.mlp
+    cast = hidden_states.dtype != norm.weight.dtype or torch.is_autocast_enabled(hidden_states.device.type)
+    if not module.training or past_key_values is not None or cast:
+        return module.plain_forward(hidden_states, past_key_values=past_key_values, **kwargs)
+    if module.fused_attention:
+        residual, attended = _attention(module, hidden_states, **kwargs)
+    else:
+        residual = hidden_states
+        attended, _ = module.self_attn(module.input_layernorm(hidden_states), past_key_values=None, **kwargs)
+    residual, *expanded = norm_linears(residual, attended, norm, _expansions(mlp))
+    return swiglu_linear(residual, expanded, mlp.down_proj, module.keep_swiglu)
+
+
+def _attention(
+    layer: Any, hidden_states: torch.Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the residual stream, what attention adds to it)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+    module = layer.self_attn
+    residual, *made = norm_linears(hidden_states, None, layer.input_layernorm, _projections(module))
+    if len(made) == 1:
+        width = module.head_dim
+        counts = module.q_proj.out_features // width, module.k_proj.out_features // width
+        query, key, value = _Rotated.apply(made[0], *position_embeddings, *counts)
+    else:
+        query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in made)
+        if hasattr(module, "q_norm"):  # Qwen3
+            query, key = module.q_norm(query), module.k_norm(key)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    # Qwen's layers say it each, Mistral's for all, Llama's never
+    kwargs["sliding_window"] = getattr(module, "sliding_window", None)
+    if not hasattr(module, "sliding_window"):
+        kwargs["sliding_window"] = getattr(module.config, "sliding_window", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    kwargs |= {"dropout": module.attention_dropout, "scaling": module.scaling}
+    out, _ = attend(module, query, key, value, attention_mask, **kwargs)
+    return residual, module.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous())

@@ -1,0 +1,264 @@
+"""Linear layers for the lean optimizer: weight gradients summed where they are made, products in float8 if asked.
+
+`convert` changes the decoder layers' nn.Linear in place; names, weights and the exported state stay as they are.
+
+The embedding's gradient goes to the sum's rows of the tokens that were read, instead of through a matrix of zeros.
+
+bfloat16: the weight gradient is added to the float32 sum `weight.main_grad` by the matrix product itself (beta = 1), so
+it is never written as a tensor of its own. This saves its memory and one pass over all gradients a micro-batch.
+
+float8: the three products of a layer (output, input gradient, weight gradient) run on float8 tensor cores with one
+scale a tensor, as torchao's "tensorwise" recipe does: e4m3 for activations and weights, e5m2 for gradients, the largest
+magnitude mapped to the format's largest number. Weights are converted once a step, not once a micro-batch. The
+embeddings and attention stay in bfloat16, and so does the head (`float8.Float8Matrix` is for two of its products).
+`exact` accumulation promotes partial sums to float32 in the two backward products; `fast` leaves them in the tensor
+cores' shorter accumulators everywhere.
+
+Legend: M tokens, K input features, N output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from endprompt.fast.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fused, scaled_product, to_float8
+from endprompt.fast.products import add_product
+
+
+def convert(model: nn.Module, float8: str = "none") -> int:
+    """Change every bias-free nn.Linear in the decoder layers that the lean optimizer trains; how many were changed.
+
+    Call it after the optimizer is made (it makes the sums). Raises ValueError for an unknown float8 or none to change.
+    """
+    if float8 not in FLOAT8:
+        raise ValueError(f"float8 must be one of {', '.join(FLOAT8)}: float8={float8!r}")
+    changed = 0
+    replaced = {
+        f"{name.removesuffix('joint')}{part}"
+        for name, _ in model.named_modules()
+        if name.endswith(".joint")
+        for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    }
+    for name, module in model.named_modules():
+        if ".layers." not in f".{name}." or type(module) is not nn.Linear or module.bias is not None:
+            continue
+        if getattr(module.weight, "main_grad", None) is None or name in replaced:
+            continue
+        module.register_buffer("weight_sum", module.weight.main_grad, persistent=False)
+        if float8 == "none":
+            module.__class__ = SummingLinear
+        else:
+            if module.in_features % 16 or module.out_features % 16:
+                raise ValueError(f"float8 needs sizes that are multiples of 16: {name} is {tuple(module.weight.shape)}")
+            module.__class__ = Float8Linear
+            module.fast_backward = float8 == "fast"
+            module.convert_weight()
+        changed += 1
+    for module in model.modules():
+        # a subclass may scale what it gives, and the options count or thin out gradients: those stay as they are
+        if type(module) is not nn.Embedding or getattr(module.weight, "main_grad", None) is None:
+            continue
+        if module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
+            total: Any = module.weight.main_grad  # type: ignore[attr-defined]
+            module.register_buffer("weight_sum", total, persistent=False)
+            module.__class__ = SummingEmbedding
+    if not changed:
+        raise ValueError("no linear layer to convert: the lean optimizer must be made first (optimizer=lean)")
+    return changed
+
+
+def join(model: nn.Module) -> int:
+    """Join q, k, v and gate, up of every Llama or Mistral layer; how many matrices came out. Call it before `convert`.
+
+    Layers of other families, and those with biases, are left as they are.
+    """
+    joined = 0
+    modules: list[Any] = list(model.modules())
+    forward: Any
+    for module in modules:
+        kind = type(module).__name__
+        if kind in ("LlamaAttention", "MistralAttention"):
+            parts, forward = [module.q_proj, module.k_proj, module.v_proj], _joint_attention
+        elif kind in ("LlamaMLP", "MistralMLP"):
+            parts, forward = [module.gate_proj, module.up_proj], _joint_mlp
+        else:
+            continue
+        if any(part.bias is not None for part in parts):
+            continue
+        module.joint = _joint(parts)
+        module.__class__ = _with_forward(type(module), forward)
+        joined += 1
+    return joined
+
+
+_joint_classes: dict[Any, type] = {}
+
+
+def _with_forward(base: Any, forward: Any) -> type:
+    """A subclass with another forward, one for all layers: a forward bound to each would be compiled for each."""
+    key = base, forward
+    if key not in _joint_classes:
+        _joint_classes[key] = type(f"Joint{base.__name__}", (base,), {"forward": forward})
+    return _joint_classes[key]
+
+
+def _joint(parts: list[nn.Linear]) -> nn.Linear:
+    """A linear layer over the parts' weights side by side; the parts' weights and sums become views of its own."""
+    sizes = [part.out_features for part in parts]
+    joint = nn.Linear(parts[0].in_features, sum(sizes), bias=False, device="meta")
+    weight = torch.cat([part.weight.data for part in parts])
+    weight.main_grad = torch.cat([part.weight.main_grad for part in parts])  # type: ignore[attr-defined]
+    del joint.weight  # not a parameter: the parts' own are what is trained and saved
+    joint.register_buffer("weight", weight, persistent=False)
+    for part, view, total in zip(parts, weight.split(sizes), weight.main_grad.split(sizes)):  # type: ignore[attr-defined]
+        part.weight.data = view
+        part.weight.main_grad = total  # type: ignore[attr-defined]
+    return joint
+
+
+def _joint_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.joint(x).chunk(2, dim=-1)
+    return module.down_proj(module.act_fn(gate) * up)
+
+
+def _joint_attention(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The families' own forward pass with one product for q, k and v; for training, so without a cache."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    if past_key_values is not None:
+        raise ValueError("joined layers are for training rows without a cache")
+    sizes = [part.out_features for part in (module.q_proj, module.k_proj, module.v_proj)]
+    heads = (*hidden_states.shape[:-1], -1, module.head_dim)
+    query, key, value = (part.view(heads).transpose(1, 2) for part in module.joint(hidden_states).split(sizes, dim=-1))
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    out, weights = attend(module, query, key, value, attention_mask, scaling=module.scaling, **kwargs)
+    return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def after_step(model: nn.Module) -> None:
+    """Convert the new weights to float8; for models without float8 layers there is nothing to do."""
+    for module in model.modules():
+        if isinstance(module, Float8Linear):
+            module.convert_weight()
+
+
+class SummingLinear(nn.Linear):
+    """nn.Linear whose backward adds the weight gradient to `weight_sum`."""
+
+    weight_sum: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Summing.apply(x, self.weight, self.weight_sum)
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer in float8; weight8_NK and its transpose are copies, made anew after each optimizer step."""
+
+    weight_sum: torch.Tensor
+    fast_backward: bool
+
+    @torch.no_grad()
+    def convert_weight(self) -> None:
+        converted = fused(both_layouts, self.weight.device)(self.weight)
+        for name, value in zip(("weight8_NK", "weight8_KN", "weight_scale"), converted):
+            if name in self._buffers:
+                getattr(self, name).copy_(value)
+            else:
+                self.register_buffer(name, value, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Float8.apply(
+            x,
+            self.weight,
+            self.weight_sum,
+            self.weight8_NK,
+            self.weight8_KN,
+            self.weight_scale,
+            self.fast_backward,
+        )
+
+
+class SummingEmbedding(nn.Embedding):
+    """nn.Embedding whose backward adds to the rows of `weight_sum` that were read, and to no others."""
+
+    weight_sum: torch.Tensor
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return _Lookup.apply(ids, self.weight, self.weight_sum, self.padding_idx)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ids: torch.Tensor, weight_NK: torch.Tensor, total_NK: torch.Tensor, padding: int | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.total_NK, ctx.padding = total_NK, padding  # not saved: a tied head adds to the sum before this does
+        return torch.nn.functional.embedding(ids, weight_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
+        (ids,), total_NK = ctx.saved_tensors, ctx.total_NK
+        if ctx.padding is not None:  # it does not train
+            grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)
+        total_NK.index_add_(0, ids.flatten(), grad.reshape(-1, grad.shape[-1]).to(total_NK.dtype))
+        return (None,) * 4
+
+
+@torch.library.custom_op("endprompt::add_weight_gradient", mutates_args=("total_NK",))
+def add_weight_gradient(total_NK: torch.Tensor, grad_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
+    add_product(total_NK, grad_MN, x_MK)
+
+
+class _Summing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_NK: torch.Tensor, total_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight_NK, total_NK)
+        return (x.reshape(-1, x.shape[-1]) @ weight_NK.t()).view(*x.shape[:-1], weight_NK.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, weight_NK, total_NK = ctx.saved_tensors
+        grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        add_weight_gradient(total_NK, grad_MN, x_MK)
+        return (grad_MN @ weight_NK).view(x.shape), None, None
+
+
+class _Float8(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight_NK: torch.Tensor,
+        total_NK: torch.Tensor,
+        weight8_NK: torch.Tensor,
+        weight8_KN: torch.Tensor,
+        weight_scale: torch.Tensor,
+        fast: bool,
+    ) -> torch.Tensor:
+        x8_MK, x_scale = to_float8(x.reshape(-1, x.shape[-1]), ACTIVATION)
+        ctx.save_for_backward(x8_MK, x_scale, weight8_KN, weight_scale, total_NK)
+        ctx.fast, ctx.shape = fast, x.shape
+        out = scaled_product(x8_MK, weight8_NK.t(), x_scale, weight_scale, x.dtype, True)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
+        x8_MK, x_scale, weight8_KN, weight_scale, total_NK = ctx.saved_tensors
+        grad8_MN, grad_scale = to_float8(grad.reshape(-1, grad.shape[-1]), GRADIENT)
+        grad_x = scaled_product(grad8_MN, weight8_KN.t(), grad_scale, weight_scale, grad.dtype, ctx.fast)
+        grad8_NM, x8_KM = grad8_MN.t().contiguous(), x8_MK.t().contiguous()
+        total_NK.add_(scaled_product(grad8_NM, x8_KM.t(), grad_scale, x_scale, grad.dtype, ctx.fast))
+        return grad_x.reshape(ctx.shape), None, None, None, None, None, None

@@ -1,0 +1,185 @@
+"""Files that are whole or not there: JSON and its lines, sealed files, hashes, one user at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take away a last line that a crash cut off in the middle, and say so; whole lines stay whatever they hold."""
+    if not path.is_file():
+        return
+    with open(path, "rb+") as file:
+        lines = file.read().split(b"\n")
+        try:
+            json.loads(lines[-1] or b"{}")
+        except (ValueError, RecursionError):
+            file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+            print(f"{path}: the last line was cut off by a crash and is written again", file=sys.stderr)
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line. Raises ValueError naming file and line if one is not an object."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if line := decode(raw, where).strip():
+                yield number, parse_object(line, where)
+
+
+MARK = "\ufeff"  # some editors put this byte order mark in front of a text; it is no part of it
+
+
+def decode(data: bytes, where: str) -> str:
+    """UTF-8 to text, without a byte order mark. Raises ValueError that starts with `where`."""
+    try:
+        return data.decode().removeprefix(MARK)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file that came from outside, line ends as newlines. Raises ValueError naming the file and the byte."""
+    return decode(Path(path).read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The JSON value of a text that came from outside. Raises ValueError that starts with `where`."""
+    text = text.removeprefix(MARK) if isinstance(text, str) else decode(text, where)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.lineno > 1:
+            where = f"{where}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """As `parse_json`, for what must be an object."""
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_sealed(path: str | os.PathLike[str], key: Mapping[str, Any], value: Any) -> None:
+    """Write a JSON value with what it was made from and its hash, for `read_sealed`."""
+    body = json.dumps(value, sort_keys=True)
+    write_text(path, json.dumps({"sha256": sha256_of(body), "key": key}, sort_keys=True) + "\n" + body)
+
+
+def read_sealed(path: str | os.PathLike[str], key: Mapping[str, Any]) -> Any:
+    """The value that `write_sealed` wrote with this key. Raises ValueError if the file is not what was written."""
+    head, _, body = Path(path).read_bytes().partition(b"\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        about = json.loads(head)
+        if isinstance(about, dict) and about.get("sha256") == sha256_of(body) and about.get("key") == key:
+            return json.loads(body)
+    raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: str | os.PathLike[str]) -> str:
+    """`file_sha256`, remembered in this process for as long as the file's size and time of change stay."""
+    path = Path(path)
+    stat = path.stat()
+    return _sha256_of_version(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path: str, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)
+
+
+def sha256_of(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an output for this run alone, by a lock on `OUTPUT.lock`, which is gone afterwards.
+
+    The lock is the kernel's: a process that is killed lets go of it, and the file that it leaves behind hinders nobody.
+    Where the file system knows no locks nothing is held. Raises ValueError at once if another run holds the output.
+    """
+    import fcntl
+
+    path = Path(os.path.realpath(output))
+    path = path.with_name(path.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            owner = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise ValueError(
+                f"another run writes to this output now (process {owner}): output={os.fspath(output)!r}"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+            held = False
+        # Its last holder may have removed the file between our opening and locking it: then it is nobody's lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)
+    try:
+        if held:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file complete or not at all: written aside, flushed, renamed."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file of a directory, and the directory itself, to the disk."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,274 @@
+"""Models: load any RoPE decoder of transformers, extend its window, attend over jumped positions, export.
+
+Transformers' own classes do the work, so an export is a plain `save_pretrained` directory that AutoModelForCausalLM,
+lm-eval and vLLM read as it is. What is ours is the causal-only attention and the check of the frequencies.
+
+Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from endprompt import distributed, origin
+from endprompt.files import parse_object
+from endprompt.model import length_rope
+from endprompt.model.attention import PREFIX, register_causal_only
+from endprompt.model.geometry import check_frequencies, rope_geometry, window_of
+from endprompt.model.weights import promise_nothing, settle
+from endprompt.text import vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def checkpoint_path(path: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint, which may be given as `endprompt.origin` has it.
+
+    weights: those of a hub's model are wanted too. Raises ValueError if it is missing, unfinished, or not a checkpoint.
+    """
+    directory = origin.directory_of(path, weights=weights)
+    if directory.name.endswith(".partial"):
+        raise ValueError(f"this directory belongs to an unfinished run: model={str(path)!r}")
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(f"{directory}: the folder holds an adapter (adapter_config.json): merge it first")
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"a checkpoint directory must hold config.json: model={str(path)!r}")
+    return directory
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checkpoint's config. Raises ValueError if it or `generation_config.json` cannot be read."""
+    from transformers import AutoConfig
+
+    directory = checkpoint_path(path, weights=False)
+    generation = directory / "generation_config.json"
+    if generation.exists():  # transformers passes over one that it cannot read, and the end tokens in it are gone
+        parse_object(generation.read_bytes(), str(generation))
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever a damaged file makes its code run into
+        message = " ".join(str(error).split())
+        raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {message}") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    directory = checkpoint_path(path, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises Exception itself
+        message = " ".join(str(error).split())
+        if "trust_remote_code" in message:
+            message = "it needs Python code of its own (auto_map of tokenizer_config.json), which is not run"
+        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {message}") from error
+    # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    device: str = "cpu",
+    config: PretrainedConfig | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, its RoPE checked against our own frequencies, and without memory.
+
+    attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
+    config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
+    """
+    directory = checkpoint_path(path)
+    config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
+    model, report = load_report(
+        directory, directory, config=config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+    )
+    settle(model, report, directory)
+    check_frequencies(model)
+    length_rope.rows_alone(model)
+    model.to(device=torch.device(device))
+    return model.eval()
+
+
+def load_report(
+    source: Path | None, directory: Path, *, config: PretrainedConfig, dtype: str, attention: str, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """(the model as transformers loads it, its report of the weights); nothing of either is checked yet.
+
+    source: the checkpoint, None for a `state_dict` among the options. Raises ValueError in one line, with the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    rope_geometry(config)
+    if attention.startswith(PREFIX):
+        register_causal_only()
+    wanted = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
+    try:
+        with quiet():
+            kind: Any = AutoModelForCausalLM
+            if source is None:
+                with torch.device("meta"):
+                    kind = type(AutoModelForCausalLM.from_config(config, **wanted))
+            return kind.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                **wanted,
+                **options,
+            )
+    except Exception as error:  # as in load_config
+        reason = str(error)
+        if attention.startswith(PREFIX):
+            if isinstance(error, KeyError) and error.args == (attention,):
+                reason = (
+                    f"{config.model_type} has attention classes of its own, which know stock attentions only: this "
+                    "family cannot be trained with the causal-only attentions"
+                )
+            elif "does not support an attention implementation through" in reason:
+                name = attention.removeprefix(PREFIX)
+                reason = f"{config.model_type} takes no attention of torch's: {name!r}; attention=eager is taken"
+        raise ValueError(f"{directory}: the checkpoint does not load: {reason}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar for the milliseconds of a load or a save, no tables of what was loaded, settings as they were."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str, device: str) -> PreTrainedModel:
+    """A model with random weights: the start of a base model, or of a measurement of speed."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=attention)
+    check_frequencies(model)
+    length_rope.rows_alone(model)
+    return model
+
+
+def check_builds(config: PretrainedConfig) -> None:
+    """Make the model of a config without its weights, which takes a second at most for any size.
+
+    Raises ValueError if transformers makes none of it, or one whose RoPE is not what the config says.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # its own may be one of no arithmetic
+    except Exception as error:  # whatever the family's own code runs into
+        where = f"{config.name_or_path}: " if config.name_or_path else ""
+        message = " ".join(str(error).split())
+        raise ValueError(f"{where}transformers makes no model of this config: {message}") from error
+    check_frequencies(model)
+
+
+def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict[str, torch.Tensor]:
+    """All weights on the CPU in `dtype`, tied ones once.
+
+    Sharded ones are gathered, so every process must call it; those that need no result say keep=False.
+    """
+    wanted = torch_dtype(dtype)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name in own:
+            gathered = distributed.whole(tensor.detach())
+            if keep:
+                weights[name] = gathered.to("cpu", wanted)
+    return weights
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    dtype: str,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer.
+
+    weights: default those of the model, in `dtype`. The live model and its config stay as they are.
+    """
+    live = model.config
+    model.config = config = copy.deepcopy(live)
+    config._attn_implementation = "sdpa"
+    config.use_cache = True
+    try:
+        forget_the_source(model, tokenizer)
+        with quiet():
+            model.save_pretrained(directory, state_dict=whole_weights(model, dtype) if weights is None else weights)
+    finally:
+        model.config = live
+    config.dtype = torch_dtype(dtype)  # save_pretrained writes the dtype of the live model, which may be a wider one
+    config.save_pretrained(directory)
+    tokenizer.model_max_length = window_of(config, needed=config.max_position_embeddings).window
+    tokenizer.save_pretrained(directory)
+
+
+#: Keys of a config that name files of the checkpoint that was read; of a tokenizer's only the first.
+CODE_KEYS = ("auto_map", "custom_pipelines")
+
+
+def forget_the_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take out of both configs what points at Python files of the source, where transformers' own classes are used.
+
+    Layers that predict further tokens are counted as 0 where the model that was trained has none of them.
+    """
+    if type(model).__module__.startswith("transformers."):
+        for key in CODE_KEYS:
+            if hasattr(model.config, key):
+                delattr(model.config, key)
+        promise_nothing(model)
+    if type(tokenizer).__module__.startswith("transformers."):
+        tokenizer.init_kwargs.pop("auto_map", None)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in names:
+        raise ValueError(f"dtype must be one of {', '.join(names)}: dtype={name!r}")
+    return names[name]
+
+
+def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer can emit ids that the model has no embedding for."""
+    if (least := vocabulary(tokenizer)) > model_config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the "
+            f"model's vocab_size is {model_config.vocab_size}, and its largest id is {least - 1}"
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """The decoder layers, in order. Raises ValueError for a model that keeps them elsewhere."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise ValueError(f"cannot find the decoder layers of {type(model).__name__} (base_model.layers)")
+    yield from layers

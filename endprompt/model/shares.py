@@ -1,0 +1,166 @@
+"""A checkpoint read in shares: each process reads its rows of each weight, so that no process ever holds the model.
+
+First transformers loads numbers that stand for the files' tensors and take no memory, so that names, ties and faults
+are what it makes of them in one process; then the model is sharded, then `read_shares` reads what this process keeps.
+Host memory of a process is model / processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from endprompt.distributed import say
+from endprompt.model.geometry import check_frequencies
+from endprompt.model.length_rope import rows_alone
+from endprompt.model.load import checkpoint_path, load_model, load_report, torch_dtype
+from endprompt.model.weights import Stored, open_tensors, same_values, settle, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def check_weights(path: str | Path, *, dtype: str, attention: str, config: PretrainedConfig) -> list[str]:
+    """What `load_model` would say and refuse, by the heads of the files: before any work, in a moment.
+
+    Returns a line of each thing that the user should know.
+    """
+    directory = checkpoint_path(path)
+    _, notes, _ = _stand_in(directory, stored_tensors(directory), dtype, attention, config)
+    return notes
+
+
+def model_to_fill(path: str | Path, *, dtype: str, attention: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The checkpoint's model with its weights still on meta, its RoPE checked; arguments as of `load_model`.
+
+    A checkpoint whose tensors are put together or taken apart to make the model's (experts in files of their own) is
+    loaded whole by transformers, which knows how, and a line says so. Raises ValueError as `load_model` does.
+    """
+    from transformers import GenerationConfig
+
+    directory = checkpoint_path(path)
+    stored = stored_tensors(directory)
+    model, _, sources = _stand_in(directory, stored, dtype, attention, config)
+    if sources is None:
+        whole = load_model(directory, dtype=dtype, attention=attention, config=config)
+        say(
+            f"{directory}: its files hold the weights in other parts than the model: every process has read all of them"
+        )
+        return whole
+    for name, buffer in model.named_buffers():
+        if name in sources:
+            with open_tensors(stored[sources[name]].path) as file:
+                value = file.get_tensor(sources[name]).to(buffer.dtype)
+            parent, _, last = name.rpartition(".")
+            model.get_submodule(parent)._buffers[last] = value
+    empty: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in empty:
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                    empty[id(parameter)] = torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
+                module._parameters[name] = empty[id(parameter)]
+    model._stored = {name: (sources[name], stored[sources[name]].path) for name in sources}
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    check_frequencies(model)
+    rows_alone(model)
+    return model
+
+
+def _stand_in(
+    directory: Path, stored: dict[str, Stored], dtype: str, attention: str, config: PretrainedConfig
+) -> tuple[Any, list[str], dict[str, str] | None]:
+    """(the model as transformers loads it from one number a tensor, what to say, the tensor of each of its weights).
+
+    The tensors are None where not each weight is one tensor as it is stored.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    # not a number: so no two are equal, and transformers ties none of those that the files have both
+    numbers = {name: torch.full((), torch.nan, dtype=torch_dtype(dtype)) for name in stored}
+    model, report = load_report(
+        None,
+        directory,
+        config=config,
+        dtype=dtype,
+        attention=attention,
+        state_dict={name: number.expand(stored[name].shape) for name, number in numbers.items()},
+    )
+    by_place = {number.untyped_storage().data_ptr(): name for name, number in numbers.items()}
+    sources: dict[str, str] = {}
+    whole = any(isinstance(one, WeightConverter) for one in model._weight_conversions or [])
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        source = by_place.get(tensor.untyped_storage().data_ptr())
+        if source is None and name in stored and tensor.dtype != torch_dtype(dtype):
+            source = name  # a weight that the family keeps in a dtype of its own
+        if source is not None:
+            sources[name] = source
+        elif isinstance(tensor, torch.nn.Parameter):
+            whole = True
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    twice = [
+        (target, source)
+        for target, source in tied.items()
+        if target in sources and source in sources and sources[target] != sources[source]
+    ]
+    if twice and all(same_values(stored[sources[a]], stored[sources[b]], (sources[a], sources[b])) for a, b in twice):
+        model.all_tied_weights_keys = tied
+        model.tie_weights()
+        sources |= {target: sources[source] for target, source in twice}
+    return model, settle(model, report, directory), None if whole else sources
+
+
+def read_shares(model: torch.nn.Module, device: str) -> None:
+    """Give a sharded model's weights that are on meta their values: this process's rows, read from the checkpoint.
+
+    Weights that are real (those of LoRA) stay. Tied weights stay tied.
+    """
+    from torch.distributed.tensor import DTensor
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not any(parameter.is_meta for parameter in parameters.values()):
+        return
+    places: dict[str, tuple[str, Path]] = model._stored  # type: ignore[assignment]
+    filled: dict[str, torch.nn.Parameter] = {}
+    with contextlib.ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        for names in names_of_weights(model).values():
+            parameter: Any = parameters[names[0]]
+            if not parameter.is_meta:
+                continue
+            # peft puts a weight that has an update into a layer of its own
+            stored, path = places[names[0].replace(".base_layer.", ".")]
+            if path not in opened:
+                opened[path] = stack.enter_context(open_tensors(path))
+            local = parameter.to_local()
+            mesh = parameter.device_mesh
+            # the first dimension is cut as torch.chunk cuts: all shares are equal, the last ones may be less or nothing
+            start = mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size())
+            if local.numel():
+                share = opened[path].get_slice(stored)[start : start + local.shape[0]]
+            else:
+                share = torch.empty(local.shape)
+            whole = DTensor.from_local(
+                share.to(device, parameter.dtype),
+                mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+            value = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            filled |= dict.fromkeys(names, value)
+    model.load_state_dict(filled, strict=False, assign=True)
+
+
+def names_of_weights(model: torch.nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter: tied ones have more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

@@ -1,0 +1,146 @@
+"""What a checkpoint's files hold against what the model takes: one reading for one process and for many.
+
+transformers decides what a weight is called, which are tied, missing or of another shape, and which it leaves out; what
+is a fault and what is not is decided here, from its report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from endprompt.files import parse_object
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+#: Tensors that old checkpoints hold and every model computes by itself: frequencies, causal masks, positions.
+COMPUTED = re.compile(
+    r"(^|\.)((original_)?inv_freq|(attn|attention|self_attn)\.(masked_)?bias|masked_bias|position_ids)$"
+)
+#: Weights of multi-token prediction, by the names that single families give them, and the keys that count its layers.
+PREDICTION = re.compile(r"(^|[._])(mtp|nextn)")
+PREDICTION_LAYER = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+PROMISE = re.compile(r"num.*(mtp|nextn)|(mtp|nextn).*num")
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and its shape."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors checkpoint, of one file or several with an index, by the files' heads.
+
+    Raises ValueError where a file is missing or is no tensor file, or the index names none, or one of another folder.
+    """
+    index = directory / INDEX
+    paths = {directory / WHOLE}
+    if not (directory / WHOLE).is_file() and index.is_file():
+        places = parse_object(index.read_bytes(), str(index)).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{index}: must name a file for every weight: weight_map")
+        for name, place in places.items():
+            if not isinstance(place, str) or Path(place).name != place:
+                raise ValueError(f"{index}: weight_map[{name!r}] must be a file of the same folder: {place!r}")
+        paths = {directory / place for place in places.values()}
+    found: dict[str, Stored] = {}
+    for path in sorted(paths):
+        with open_tensors(path) as file:
+            found |= {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def open_tensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.parent}: the checkpoint does not load: {path.name}: {error}") from error
+
+
+def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | None = None) -> list[str]:
+    """What transformers' loading report and the loaded model say; a line each of what the user should know.
+
+    A head that stands beside the embeddings is not called tied in the model's config any more. Raises ValueError for
+    weights that are missing, that the model does not have, or of other shapes. directory: of a local checkpoint, for
+    names that transformers leaves out unreported.
+    """
+    where = "" if directory is None else f"{directory}: "
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{where}the checkpoint does not load: {name} is {tuple(stored)}, the model's is {tuple(expected)}"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{where}the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}")
+    known = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
+    predicting = predictions(model.config, known)
+    if unknown := sorted(known - predicting):
+        raise ValueError(
+            f"{where}the checkpoint holds {len(unknown)} weights that the model does not have, such as {unknown[0]}"
+        )
+    ignored = re.compile("|".join(f"({p})" for p in model._keys_to_ignore_on_load_unexpected or []) or r"(?!)")
+    own = set(model.state_dict())
+    stored_names = stored_tensors(directory) if directory is not None else {}
+    left_out = predicting | {
+        name for name in stored_names if ignored.search(name) and name not in own and not COMPUTED.search(name)
+    }
+    notes = []
+    if left_out:
+        what = "of multi-token prediction " if left_out == predictions(model.config, left_out) else ""
+        notes.append(
+            f"{len(left_out)} weights {what}are left out, such as {min(left_out)}: {type(model).__name__} has no place "
+            "for them, and what is written will not hold them"
+        )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None)
+    if apart and model.config.get_text_config().tie_word_embeddings:
+        notes.append(
+            "config.json says tie_word_embeddings, but the files hold a head that differs from the embeddings: "
+            "it stays a weight of its own, as in transformers, and what is written says tie_word_embeddings false"
+        )
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    return notes
+
+
+def predictions(config: PretrainedConfig, names: Iterable[str]) -> set[str]:
+    """Those of the names that are weights of multi-token prediction, in modules or layers behind the last."""
+    names = set(names)
+    values = config.get_text_config().to_dict()
+    layers = int(values.get("num_hidden_layers") or 0)
+    promised = sum(v for k, v in values.items() if PROMISE.search(k) and isinstance(v, int) and v > 0)
+    numbers = {name: int(m[1]) for name in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    behind = {n for n in numbers.values() if layers <= n < layers + promised}
+    behind |= {n for name, n in numbers.items() if n >= layers and PREDICTION_LAYER.search(name)}
+    return {name for name in names if numbers.get(name) in behind or PREDICTION.search(name)}
+
+
+def promise_nothing(model: PreTrainedModel) -> None:
+    """Counts of layers for multi-token prediction become 0 in the config of a model that has none."""
+    if any(PREDICTION.search(name) for name, _ in model.named_parameters()):
+        return
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if PROMISE.search(key) and isinstance(value, int) and value > 0:
+                setattr(part, key, 0)
+
+
+def same_values(one: Stored, other: Stored, names: tuple[str, str], rows: int = 4096) -> bool:
+    """Whether two stored tensors hold the same numbers; they are read in parts, up to the first difference."""
+    if one.shape != other.shape:
+        return False
+    with open_tensors(one.path) as left, open_tensors(other.path) as right:
+        parts = left.get_slice(names[0]), right.get_slice(names[1])
+        return all(
+            torch.equal(*(part[start : start + rows] for part in parts)) for start in range(0, one.shape[0], rows)
+        )

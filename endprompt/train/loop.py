@@ -1,0 +1,372 @@
+"""The loop over steps: rates, micro-batches, logs, states, evaluation, divergence.
+
+One step takes `rows` rows of `row_tokens` physical tokens; row i of step s is row s * rows + i of the data, whatever
+the size of the micro-batches. The loss of a step is the weighted sum over all its tokens by their weight total.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._functorch.config
+
+from endprompt import distributed, origin
+from endprompt.config import ExtendConfig, method_name
+from endprompt.data import Batch, Rows
+from endprompt.data.rows import prefetch
+from endprompt.distributed import World, say
+from endprompt.fast import can_fuse, fuse, linears
+from endprompt.model import lora, shares, training_attention
+from endprompt.model.attention import attention_backends
+from endprompt.model.load import decoder_layers
+from endprompt.results import result_row
+from endprompt.runs import RunDirectory, plain
+from endprompt.train import states as checkpoint
+from endprompt.train.evaluate import Evaluation
+from endprompt.train.graph import StepGraph, check_device, recorded_values, shared_graph
+from endprompt.train.objective import Objective, optimizer_of, optimizer_step
+from endprompt.train.parity import check_forward
+from endprompt.train.progress import device_peak, flops_per_token, progress, reporters
+from endprompt.train.recompute import checkpoint_layers, memory_budget
+from endprompt.train.resume import identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def learning_rate(config: ExtendConfig, step: int, steps: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up, then constant, or falling to 0 over the last `decay` of the run."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    start = max(config.warmup, round(steps * (1 - config.decay)))
+    if step < start:
+        return config.lr
+    progress = (step - start) / max(1, steps - start)
+    return config.lr * (1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@contextlib.contextmanager
+def stop_asked(here: World) -> Iterator[Callable[[], bool]]:
+    """`asked()`: whether the user has pressed Ctrl-C, so that a run can end its step and save. A second one ends it.
+
+    A run that was at its last step is ended whole. Only where Ctrl-C would raise KeyboardInterrupt here, and in a
+    single process: several would not stop at one step.
+    """
+    pressed = threading.Event()
+    ours = threading.current_thread() is threading.main_thread() and here.size == 1
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed.is_set
+        return
+
+    def press(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pressed.set()
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+#: Share of a batch's tokens with a weight above which the loss of all is taken.
+DENSE = 0.97
+
+
+class Trainer:
+    """Model, optimizer and rows of one run; `fit` goes from the current step to the last."""
+
+    def __init__(
+        self,
+        config: ExtendConfig,
+        model: PreTrainedModel,
+        rows: Rows,
+        steps: int,
+        log: RunDirectory | None,
+        here: World | None = None,
+    ):
+        here = here or World(device=next(model.parameters()).device.type)
+        self.config, self.model, self.rows, self.steps, self.log, self.here = config, model, rows, steps, log, here
+        self.device = torch.device(here.device)
+        self.step = 0
+        self.seconds = 0.0
+        self.last_loss: float | None = None
+        self.stopped = False
+        self.guard = Guard(config.divergence)
+        self.evaluation: Evaluation | None = None
+        self.notes: list[str] = []  # on the checkpoint's weights
+        model.train()
+        model.config.use_cache = False
+        if here.size == 1:  # before anything is converted, compiled or recorded
+            self.check_forward(Objective(model, autocast=config.autocast))
+        if config.lora_rank:
+            lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
+        self.token_flops = flops_per_token(model, rows.spec.row_tokens)
+        self.peak = device_peak(self.device)
+        compiled = config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda")
+        self.graph: StepGraph | None = None
+        if config.compile.startswith("graph"):
+            self.graph = self.step_graph()
+            self.optimizer = self.graph.optimizer
+        elif here.size == 1:
+            self.optimizer = optimizer_of(config, model)
+        self.budget: dict[str, float] = {}  # settings of torch's compiler while a step runs
+        fused = self.convert_layers() if config.optimizer == "lean" else 0
+        if compiled and config.checkpointing == "selective":
+            self.budget = {"activation_memory_budget": memory_budget(config.float8, bool(fused))}
+        else:
+            checkpoint_layers(decoder_layers(model), config.checkpointing)
+        if compiled:
+            for layer in decoder_layers(model):
+                layer.compile()
+        float8 = config.float8 if config.float8_head else "none"
+        self.loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
+        if here.size > 1:  # the optimizer is over the shares
+            distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
+            shares.read_shares(model, here.device)
+            with torch.compiler.set_stance("force_eager"):  # a compiled layer would be made for the short row first
+                self.check_forward(self.loss)
+            sharded: Any = self.loss  # what is gathered for a forward pass stays so until the backward pass
+            sharded.reshard()
+            self.optimizer = optimizer_of(config, model)
+
+    def check_forward(self, objective: Objective) -> None:
+        with attention_backends(self.device):
+            check_forward(objective, bfloat16=self.config.autocast)
+
+    def convert_layers(self) -> int:
+        """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
+        config, model = self.config, self.model
+        # LoRA's frozen matrices have no sums, and its layers do more than a product
+        wanted = config.fused and config.float8 == "none" and not config.lora_rank and can_fuse(self.device)
+        if wanted:
+            linears.join(model)
+        linears.convert(model, config.float8)
+        fused = fuse(model, keep=config.checkpointing == "none") if wanted else 0
+        if wanted and not fused:
+            say("fused: no layer of this model can be, they stay as they are", self.here)
+        return fused
+
+    def resume(self, state: checkpoint.TrainingState) -> None:
+        checkpoint.restore(self.model, self.optimizer, state)
+        linears.after_step(self.model)
+        self.step = state.step
+        self.guard = Guard(**(state.about["guard"] | {"limit": self.config.divergence}))
+        if self.log:
+            for path in (self.log.path / "log.jsonl", self.log.results):
+                checkpoint.forget_after(path, self.step)
+        self.seconds = float(state.about.get("seconds", 0.0))
+        self.last_loss = state.about.get("loss")
+        say(f"resumed from step {self.step} of {self.steps}", self.here)
+
+    def save(self, directory: Path) -> None:
+        about = {
+            "config": identity(self.config),
+            "documents": self.rows.documents.fingerprint(),
+            "seconds": self.seconds,
+            "guard": vars(self.guard),
+            "loss": self.last_loss,
+        }
+        tensors = checkpoint.collect(self.model, self.optimizer)
+        checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
+
+    @contextlib.contextmanager
+    def kept(self, states: Path) -> Iterator[None]:
+        """Around what comes after a step: if it fails there is a state of that step, and nothing is lost."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            newest = checkpoint.states(states)[-1:]
+            if states.parent.exists() and not (newest and newest[0].name == checkpoint.name_of(self.step)):
+                self.save(states)
+            raise
+
+    def batch(self, step: int) -> Batch:
+        """This process's share of a step's rows: all processes together have rows step * rows + 0, 1, 2 ..."""
+        share = self.config.rows // self.here.size
+        return self.rows.batch(step * self.config.rows + self.here.rank * share, share)
+
+    def fit(self, states: Path) -> None:
+        config = self.config
+        batches = prefetch(self.batch, range(self.step, self.steps))
+        started = last = time.perf_counter()
+        before, since = self.seconds, self.step
+        with (
+            contextlib.closing(batches),
+            progress(self.step, self.steps, self.here) as advance,
+            stop_asked(self.here) as stop,
+            self.reports() as reports,
+        ):
+            if self.evaluation and since == self.steps:  # the last evaluation had failed, or what came after it
+                if self.log:
+                    checkpoint.forget_after(self.log.results, self.step - 1)
+                self.evaluate_kept(reports, states)
+            for batch in batches:
+                rate = learning_rate(config, self.step, self.steps)
+                loss, norm = self.train_step(batch, rate)
+                self.step += 1
+                final = self.step == self.steps
+                self.stopped = stop()
+                stopped = self.stopped and not final
+                save = stopped or (bool(config.save_every) and not final and self.step % config.save_every == 0)
+                log = final or self.step == 1 or self.step % config.log_every == 0
+                if save or log:  # only here the host waits for the device
+                    self.last_loss = float(loss)
+                    wrong = self.guard.check(self.last_loss, float(norm), smooth=log)
+                    if wrong:
+                        raise ValueError(
+                            f"training diverged at step {self.step}: {wrong}; {checkpoint.last_good(states)}"
+                        )
+                    self.seconds = before + time.perf_counter() - started
+                if log:
+                    now = time.perf_counter()
+                    values = self.values(rate, self.last_loss or 0.0, float(norm), self.step - since, now - last)
+                    for report in reports:
+                        report(self.step, values)
+                    advance(self.step, values)
+                    last, since = now, self.step
+                paused = time.perf_counter()
+                if self.evaluation and (final or (config.eval_every and self.step % config.eval_every == 0)):
+                    self.evaluate_kept(reports, states)
+                if save:
+                    self.save(states)
+                if stopped:
+                    raise KeyboardInterrupt
+                last += time.perf_counter() - paused  # tokens/s are those of the steps
+        self.seconds = before + time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def reports(self) -> Iterator[list[Callable[[int, dict[str, float]], None]]]:
+        """Where values go: log.jsonl always, trackers as asked; nowhere but on the main process."""
+        if not self.log:
+            yield []
+            return
+        log = self.log
+        with reporters(self.config.report, log.path, plain(dataclasses.asdict(self.config)), self.step) as asked:
+            yield [lambda step, values: log.log(step=step, **values), *asked]
+
+    def values(self, rate: float, loss: float, norm: float, steps: int, seconds: float) -> dict[str, float]:
+        """What a line of the log says about the last `steps` steps, which took `seconds`."""
+        speed = steps * self.config.rows * self.rows.spec.row_tokens / max(seconds, 1e-9)
+        values = {
+            "loss": round(loss, 6),
+            "lr": rate,
+            "grad_norm": round(norm, 5),
+            "tokens_per_s": round(speed, 1),
+        }
+        if self.peak:
+            values["mfu"] = round(speed * self.token_flops / (self.peak * self.here.size), 4)
+            values["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+        return values
+
+    def evaluate_kept(self, reports: list[Callable[[int, dict[str, float]], None]], states: Path) -> None:
+        """`evaluate`, whose failure (long rows take memory) loses no step; one of several processes may fail alone."""
+        with self.kept(states) if self.here.size == 1 else contextlib.nullcontext():
+            self.evaluate(reports)
+
+    def evaluate(self, reports: list[Callable[[int, dict[str, float]], None]]) -> None:
+        """Append a row of results for each task and length of the held-out text."""
+        assert self.evaluation is not None
+        self.model.eval()
+        if self.config.attention == "shifted":  # sparse in training only
+            self.model.set_attn_implementation(training_attention("sdpa"))
+        with attention_backends(self.device):
+            found = list(self.evaluation.measure(self.loss, self.here))
+        self.model.set_attn_implementation(training_attention(self.config.attention))
+        self.model.train()
+        if not self.log:
+            return
+        name, method = origin.name_of(self.config.model), method_name(self.config)
+        for one in found:
+            row = result_row(
+                suite="training", model=name, method=method, seed=self.config.seed, step=self.step, **vars(one)
+            )
+            self.log.add([row])
+            say(f"step {self.step}: {one.task} at {one.length}: {one.metric} {one.value:.4f}")
+        for report in reports[1:]:
+            report(self.step, {f"{one.task}/{one.length}": one.value for one in found})
+
+    def train_step(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; returns (loss, gradient norm before clipping) as tensors, without waiting for them."""
+        config = self.config
+        if self.graph:
+            return self.graph.step(batch.input_ids, batch.position_ids, batch.weights, rate)
+        ids, positions, weights = (
+            torch.from_numpy(part.copy()).to(self.device, non_blocking=True)
+            for part in (batch.input_ids, batch.position_ids, batch.weights)
+        )
+        # dropout, if the model has any, is a function of the step too
+        seed = (config.seed * 1_000_003 + self.step) * self.here.size + self.here.rank
+        (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micro = config.micro_rows or len(ids)
+        # on a GPU looking for the tokens that count waits for all that went before
+        self.loss.dense = config.optimizer == "lean" and float((batch.weights[:, 1:] > 0).mean()) > DENSE
+        with torch._functorch.config.patch(self.budget):
+            loss, norm = optimizer_step(
+                self.loss, self.optimizer, micro, config.clip, self.here.size, ids, positions, weights
+            )
+        linears.after_step(self.model)
+        return distributed.total(loss), norm
+
+    def step_graph(self) -> StepGraph:
+        """The graph of this run's steps; one that an earlier run of the same shapes has left is used again.
+
+        Raises ValueError for what no graph can hold.
+        """
+        config, model, device = self.config, self.model, self.device
+        check_device(config, model, self.here)
+        tokens, micro = self.rows.spec.row_tokens, config.micro_rows or config.rows
+        layers = config.compile == "graph+layers"
+
+        def make() -> StepGraph:
+            optimizer = optimizer_of(config, model)
+            if layers:
+                for layer in decoder_layers(model):
+                    layer.compile(dynamic=False)
+            objective = Objective(model, config.autocast, every_token=True, fuse=layers)
+            work = functools.partial(optimizer_step, objective, optimizer, micro, config.clip, 1)
+            return StepGraph(model, optimizer, work, (config.rows, tokens), device)
+
+        return shared_graph(recorded_values(config, model, (config.rows, tokens)), model, make)
+
+
+@dataclass
+class Guard:
+    """A loss that is not finite, or one far above the best it had.
+
+    limit: nats that the smoothed loss may be above its best; 0 for no limit. smoothed: running mean over about ten
+    losses. best: its lowest value so far.
+    """
+
+    limit: float
+    smoothed: float | None = None
+    best: float | None = None
+
+    def check(self, loss: float, norm: float, smooth: bool = True) -> str | None:
+        """What is wrong with this loss and gradient norm, or None. smooth: count the loss into the running mean."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"loss={loss} gradient norm={norm}"
+        if not smooth:
+            return None
+        self.smoothed = loss if self.smoothed is None else 0.9 * self.smoothed + 0.1 * loss
+        self.best = self.smoothed if self.best is None else min(self.best, self.smoothed)
+        if self.limit and self.smoothed > self.best + self.limit:
+            return (
+                f"the smoothed loss {self.smoothed:.3f} is over divergence={self.limit} above its best {self.best:.3f}"
+            )
+        return None

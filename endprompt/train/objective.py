@@ -1,0 +1,147 @@
+"""What a step does: the model with its loss, and one update of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from endprompt import distributed
+from endprompt.config import ExtendConfig
+from endprompt.distributed import say
+from endprompt.fast.float8 import Float8Matrix
+from endprompt.model.attention import attention_backends
+from endprompt.train.loss import linear_cross_entropy, logits_cross_entropy, next_tokens
+from endprompt.train.optimizers import clip_gradients, make_optimizer
+from endprompt.train.parity import plain_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Objective(torch.nn.Module):
+    """The model with its loss, so that sharded weights are whole for both."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast: bool,
+        every_token: bool = False,
+        fuse: bool = True,
+        float8: str = "none",
+    ):
+        """every_token, fuse: as in `linear_cross_entropy`. float8: of the head's products, while training."""
+        super().__init__()
+        self.model, self.autocast, self.float8 = model, autocast, float8
+        self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
+        self.plain = plain_head(model)  # tried while the model is whole: sharded it can't be
+        self.dense = False  # nearly all tokens count: those that do not are not worth looking for
+
+    def forward(
+        self,
+        ids_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        weights_BT: torch.Tensor,
+        hits: bool = False,
+        instead: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first.
+
+        hits: instead the number of rows in which each token with a weight is the most likely one. instead: some other
+        work with the model, whose weights are whole in here and nowhere else.
+        """
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
+            if instead is not None:
+                return instead()
+            if hits:
+                return self.hits(ids_BT, positions_BT, weights_BT[:, 1:] > 0)
+            plain, options = self.plain, self.options
+            dense = self.dense and plain and self.model.training
+            if dense:
+                labels, weights = next_tokens(ids_BT, weights_BT)
+                options = options | {"every_token": True}
+            else:
+                labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
+            if not plain:
+                logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+                return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
+            hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
+            head = self.model.get_output_embeddings().weight
+            hidden_ND = (hidden if dense else hidden[:, :-1]).flatten(0, 1)
+            head8 = None
+            if self.float8 != "none" and self.model.training:
+                head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
+            return linear_cross_entropy(
+                hidden_ND, head, labels, weights, head_sum_VD=self.head_sum(), head8=head8, **options
+            )
+
+    def head_sum(self) -> torch.Tensor | None:
+        """The lean optimizer's sum, to which the head's gradient is added at once; None where it is passed back.
+
+        Added at once it is that of the loss as it is given: nothing may scale the loss afterwards.
+        """
+        if not (self.model.training and torch.is_grad_enabled() and self.plain):
+            return None
+        head = self.model.get_output_embeddings().weight
+        return getattr(head, "main_grad", None) if head.requires_grad else None
+
+    def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
+        given = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+        if self.plain:
+            hidden = self.model.base_model(**given)[0]
+            best = self.model.get_output_embeddings()(hidden[:, :-1][scored_BT]).argmax(-1)
+        else:
+            best = self.model(**given).logits[:, :-1][scored_BT].argmax(-1)
+        wrong = torch.zeros(len(ids_BT), device=ids_BT.device)
+        wrong.index_add_(0, scored_BT.nonzero()[:, 0], (best != ids_BT[:, 1:][scored_BT]).float())
+        return (wrong == 0).float().sum()
+
+
+def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """The optimizer over all weights that train."""
+    name = config.optimizer
+    if name == "auto":
+        name = "masters" if config.dtype == "bfloat16" else "adamw"
+    if name == "adamw" and config.dtype == "bfloat16":
+        say("WARNING: adamw on bfloat16 weights rounds to nearest and loses small updates; masters keeps them")
+    return make_optimizer(
+        name,
+        model,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        recorded=config.compile.startswith("graph"),
+    )
+
+
+def optimizer_step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    micro: int,
+    clip: float,
+    processes: int,
+    ids_BT: torch.Tensor,
+    positions_BT: torch.Tensor,
+    weights_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, gradient and update from one process's rows; returns (its share of the loss, norm before clipping).
+
+    micro: rows that go through the model at once.
+    """
+    total = distributed.total(weights_BT.sum())
+    loss = torch.zeros((), device=ids_BT.device)
+    with attention_backends(ids_BT.device):
+        for start in range(0, len(ids_BT), micro):
+            part = slice(start, start + micro)
+            if objective.head_sum() is None:
+                part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
+            else:
+                part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part] / total)
+            (part_loss * processes).backward()  # FSDP takes the mean over the processes, we want the sum
+            loss += part_loss.detach()
+    norm = distributed.whole(clip_gradients(optimizer, clip))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm

@@ -1,0 +1,98 @@
+"""What a run leaves behind: written after the last step, and tried without its weights before the first.
+
+A dtype that no export has, a generation config that transformers refuses to save, a tokenizer that cannot be written or
+a disk that is too small must not be found out when the training is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from endprompt.config import EXPORT_DTYPES, ExtendConfig
+from endprompt.files import write_text
+from endprompt.model import export
+from endprompt.model.load import torch_dtype
+from endprompt.results import RECORD
+from endprompt.shapes import GIB
+from endprompt.train.card import write_card
+from endprompt.train.optimizers import state_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_dtype(config: ExtendConfig, source_dtype: Any) -> str:
+    """The dtype that the finished checkpoint is written in: as set, else the source's, else the training's.
+
+    Raises ValueError for one that no export has.
+    """
+    name = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
+    if name not in (*EXPORT_DTYPES, "float64"):
+        raise ValueError(
+            f"{config.model}: a run cannot be written in the checkpoint's dtype; set export_dtype to one of "
+            f"{', '.join(EXPORT_DTYPES)}: dtype={name!r}"
+        )
+    return name
+
+
+def write(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    weights: dict[str, torch.Tensor],
+    about: Mapping[str, Any],
+) -> None:
+    """A standard checkpoint with the run's record (`about`) and, where a checkpoint was extended, its card."""
+    export(model, tokenizer, directory, dtype, weights)
+    write_text(directory / RECORD, json.dumps(about, indent=2) + "\n")
+    if about["window"] is not None:
+        write_card(directory)
+
+
+def rehearse(
+    work: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    about: Mapping[str, Any],
+) -> None:
+    """`write` without weights into a folder that is gone afterwards.
+
+    Raises ValueError naming the model and what could not be written.
+    """
+    limit = tokenizer.model_max_length
+    try:
+        with tempfile.TemporaryDirectory(dir=work, prefix="rehearsal-") as name:
+            write(Path(name), model, tokenizer, dtype, {}, about)
+    except Exception as error:  # transformers raises whatever its classes run into
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{about['model']}: a run on this checkpoint could not be written: {reason}") from error
+    finally:
+        tokenizer.model_max_length = limit
+
+
+def check_room(
+    work: Path, config: ExtendConfig, steps: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: str
+) -> None:
+    """Raises ValueError if the disk has too little room for the export and the training states at their most."""
+    result = sum(parameter.numel() for parameter in model.parameters()) * torch_dtype(dtype).itemsize
+    state = sum(parameter.nbytes for parameter in model.parameters()) + state_bytes(optimizer)
+    saved = (steps - 1) // config.save_every if config.save_every else 0
+    # the oldest state goes when the next one is whole, and the others when the export is
+    most = max(min(saved, config.keep + 1) * state, min(saved, config.keep) * state + result)
+    there = sum(path.stat().st_size for path in work.glob("states/*/*"))
+    free = shutil.disk_usage(work).free
+    if most - there > free:
+        raise ValueError(
+            f"the disk has too little room for this run: {(most - there) / GIB:,.3g} GiB needed and "
+            f"{free / GIB:,.3g} GiB free: the export takes {result / GIB:,.3g} GiB in {dtype}, a training state "
+            f"{state / GIB:,.3g} GiB: output={config.output!r} save_every={config.save_every} keep={config.keep}"
+        )

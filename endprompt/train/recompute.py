@@ -1,0 +1,61 @@
+"""Activation checkpointing of decoder layers: what is kept for the backward pass and what is computed again.
+
+none keeps everything. full keeps each layer's input and runs the layer's forward pass again. selective keeps what is
+expensive to make (matrix products, attention) and computes the rest again (norms, activations, rotations).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from endprompt.fast.flash4 import flash4
+
+KEPT = (
+    "mm",
+    "addmm",
+    "bmm",
+    "_scaled_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+)
+
+
+@functools.cache
+def _kept_operators() -> frozenset[Any]:
+    aten = (getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name))
+    return frozenset((*aten, flash4._opoverload))
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _kept_operators() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(layers: Iterable[torch.nn.Module], kind: str) -> None:
+    """Change the layers' forward in place. kind: none, selective or full."""
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+
+
+def memory_budget(float8: str, fused: bool = False) -> float:
+    """The share of a compiled layer's activations that torch's partitioner may keep for `selective`.
+
+    Compiled layers need no checkpointing to run their element-wise work again: the partitioner plans it, in steps. A
+    budget just below 1 gives up norms and activation functions and no more, which in bfloat16 leaves 70% of what it
+    would keep at 1; only a budget below that share runs attention and products again. In float8 norms and activation
+    functions are given up already at 1, so every budget below it costs products. Fused layers make their norms and
+    activation functions again themselves: at 1 they keep as much as others at 0.99, and below it attention runs again.
+    """
+    return 1.0 if fused or float8 != "none" else 0.99

@@ -1,0 +1,218 @@
+"""Training states: complete or absent, checked by hash, the last few kept.
+
+A state is a directory `step-00000100` with the files of torch.distributed.checkpoint (weights and optimizer, each
+process its own share) and, written last, `state.json` (step, configuration, sha256 of every file). It is written aside,
+flushed to the disk and renamed, so a crash at any moment leaves the one before. A state can be loaded by another number
+of processes than wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import EnumMeta
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from endprompt import files
+from endprompt.distributed import World, barrier, from_main, gathered
+from endprompt.files import file_sha256, parse_object, write_text
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A whole state on the disk. about: what `save_state` was given."""
+
+    step: int
+    path: Path
+    about: dict[str, Any]
+
+
+def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The live tensors that the next step depends on, by name; tied weights appear once."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    masters = getattr(optimizer, "masters", {})
+    for name, parameter in model.named_parameters():
+        if parameter in masters:
+            tensors[f"optimizer.{name}.master"] = masters[parameter].detach()
+        for key, value in optimizer.state.get(masters.get(parameter, parameter), {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    """Load a state into the model and the optimizer. Raises ValueError if names or shapes are another model's."""
+    _make_optimizer_state(optimizer)
+    check_index(state.path / ".metadata")
+    try:
+        with _one_process_is_meant():
+            dcp.load(collect(model, optimizer), checkpoint_id=state.path)
+    except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{state.path}: the state is of another model or optimizer: {reason}") from error
+
+
+def _member(enum: Any, name: str) -> Any:
+    """What `getattr` stands for in an index: Python before 3.11.4 pickles the members of an enum by it."""
+    if isinstance(enum, EnumMeta) and name in enum.__members__:
+        return enum[name]
+    raise pickle.UnpicklingError(f"it takes {name!r} of {enum!r}")
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index of torch.distributed.checkpoint, which is a pickle, and nothing else that a pickle can hold."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        found = super().find_class(module, name) if "." not in name and module in sys.modules else None
+        own = isinstance(found, type) and found.__module__.startswith("torch.distributed.checkpoint.")
+        plain = module == "torch" and (found is torch.Size or isinstance(found, torch.dtype))
+        path = isinstance(found, type) and issubclass(found, PurePath)
+        if own or plain or path or (module, name) == ("torch.serialization", "_get_layout"):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_index(path: Path) -> None:
+    """Raises ValueError if a state's index holds anything but the places of tensors: a pickle can run code."""
+    try:
+        with open(path, "rb") as file:
+            _Index(file).load()
+    except Exception as error:  # a damaged pickle raises whatever its bytes run into
+        raise ValueError(f"{path}: the state's index is not one that this program wrote: {error}") from None
+
+
+def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its tensors, by a step that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+
+
+def save_state(
+    directory: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    about: dict[str, Any],
+    keep: int,
+    here: World | None = None,
+) -> Path:
+    """Write the state of `step`, keep the last `keep`. Raises OSError (a full disk) with the earlier ones intact."""
+    here = here or World()
+    final, aside = directory / name_of(step), directory / f"{name_of(step)}.partial"
+    if here.main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    try:
+        writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
+        with _one_process_is_meant():
+            dcp.save(tensors, storage_writer=writer)
+        hashes: dict[str, str] = {}
+        for part in gathered(_hashes(sorted(aside.glob(f"__{here.rank}_*")))):
+            hashes |= part
+        if here.main:
+            hashes |= _hashes([aside / ".metadata"])
+            record = {"step": step, "sha256": hashes, **about}
+            (aside / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            files._sync(aside / STATE)
+            files._sync(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            files._sync(directory)
+    except (Exception, dcp.api.CheckpointException) as error:
+        if here.main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{final}: the state could not be written, earlier ones are intact: {_root(error)}") from error
+    if here.main:
+        for old in states(directory)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier()
+    return final
+
+
+@contextlib.contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without a process group torch warns that it assumes a single process, which is what it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _root(error: BaseException) -> BaseException | str:
+    """What went wrong on the first process that failed."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
+
+
+def name_of(step: int) -> str:
+    """The folder of a step's state."""
+    return f"step-{step:08d}"
+
+
+def states(directory: Path) -> list[Path]:
+    """Finished states in rising order of their step."""
+    return sorted(path for path in directory.glob("step-*") if path.is_dir() and path.suffix != ".partial")
+
+
+def last_good(directory: Path) -> str:
+    """Where a run that has to stop can be taken up again, for a message."""
+    kept = states(directory)
+    return f"the last good state is {kept[-1]}" if kept else "no training state was saved (save_every=0)"
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop lines that a run wrote beyond the step that it resumes from, and a line that a crash has cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def newest_state(directory: Path, here: World | None = None) -> TrainingState | None:
+    """The newest whole state; a damaged one is named on stderr and the one before it is used. None if there is none."""
+    found = _newest(directory) if here is None or here.main else None
+    return from_main(found)
+
+
+def _newest(directory: Path) -> TrainingState | None:
+    for path in reversed(states(directory)):
+        try:
+            about = parse_object((path / STATE).read_bytes(), STATE)
+            wanted = about["sha256"]
+            for name, digest in _hashes([path / name for name in wanted]).items():
+                if digest != wanted[name]:
+                    raise ValueError(f"sha256 of {name} differs")
+            return TrainingState(int(about["step"]), path, about)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"endprompt: WARNING: {path} is damaged ({error}); trying the one before", file=sys.stderr)
+    return None
+
+
+def _hashes(paths: list[Path]) -> dict[str, str]:
+    with ThreadPoolExecutor(8) as pool:
+        return {path.name: digest for path, digest in zip(paths, pool.map(file_sha256, paths))}

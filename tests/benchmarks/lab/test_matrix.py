@@ -1,0 +1,284 @@
+"""Lab: the matrix file and the cells that it stands for."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.lab import material, matrix
+from benchmarks.lab.config import LabConfig
+from benchmarks.lab.estimates import MARGIN
+from tests.support.lab_rows import packed_rows
+
+MATRIX = """
+seeds: [0, 1]
+train: {steps: 4, warmup: 1}
+score: {tasks: [niah_single_1], samples: 2}
+arms:
+  base: {train: false}
+  short: {scheme: contiguous}
+  cue: {scheme: endprompt, prompt: EP_1}
+  full: {scheme: contiguous, row_tokens: 2048, rows: 1, method: full}
+blocks:
+  - base: 256
+    target: 2048
+    lengths: [256, 2048]
+    train: {lr: 1.0e-3, rows: 8}
+    runs:
+      - {questions: [7], arms: [base], scaling: [none, yarn]}
+      - {questions: [1], arms: [short, cue], scaling: [linear, yarn]}
+      - {questions: [2], arms: [cue], scaling: linear, steps: [2, 4]}
+      - {questions: [6], arms: [full], scaling: linear}
+"""
+
+
+def made(text=MATRIX, **config):
+    return matrix.cells(yaml.safe_load(text), "matrix", LabConfig(**config))
+
+
+def test_crossed_runs_give_each_arm_once_and_collect_the_questions():
+    cells = made()
+    # 2 untrained + 2 x 2 short + one more number of steps + 1 full, two seeds each
+    assert len(cells) == 2 * (2 + 4 + 1 + 1)
+    asked = {cell.arm: cell.questions for cell in cells}
+    assert asked == {
+        "base+none": (7,),
+        "base+yarn": (7,),
+        "short+linear": (1,),
+        "short+yarn": (1,),
+        "cue+linear": (1, 2),
+        "cue+yarn": (1,),
+        "cue+linear@steps=2": (2,),
+        "full+linear": (6,),
+    }
+    methods = {cell.arm: cell.method for cell in cells}
+    assert methods["base+none"] == "base" and methods["base+yarn"] == "untrained+yarn"
+    assert methods["cue+linear"] == "endprompt+EP_1+linear" == methods["cue+linear@steps=2"]
+    assert methods["full+linear"] == "full+linear"
+
+
+def test_documents_are_shared_by_all_arms_of_a_row_length_and_seed():
+    cells = made()
+    files = {cell.arm: material.parts(cell) for cell in cells if cell.seed == 1}
+    assert files["short+linear"] == files["cue+yarn"] == files["cue+linear@steps=2"] != []
+    assert files["full+linear"] != files["short+linear"] and files["base+none"] == []
+    assert {cell.documents for cell in cells if cell.arm == "short+linear"} == {4 * 8}
+    other = next(cell for cell in cells if cell.arm == "short+linear" and cell.seed == 0)
+    assert material.parts(other) != files["short+linear"]
+
+
+def test_samples_are_shared_by_all_arms_of_a_seed():
+    cells = [cell for cell in made() if cell.seed == 1]
+    assert len({tuple(material.samples(cell)) for cell in cells}) == 1
+    assert {item.seed for item in material.samples(cells[0])} == {1001}
+
+
+def test_the_hash_follows_every_setting_and_not_the_questions():
+    cell = made()[4]
+    assert cell.sha256 == dataclasses.replace(cell, questions=(5,)).sha256
+    scoring = dataclasses.replace(cell.scoring, samples=3)
+    for change in (
+        {"seed": 9},
+        {"settings": {**cell.settings, "lr": 2e-3}},
+        {"scoring": scoring},
+        {"documents": 5},
+        {"lengths": (256, 1024, 2048)},
+    ):
+        assert dataclasses.replace(cell, **change).sha256 != cell.sha256
+
+
+def test_the_factor_of_an_arm_is_that_of_the_model_that_is_scored(monkeypatch):
+    """Linear scaling divides every frequency by its factor: by hand from the base's own."""
+    from benchmarks.lab import cells as work
+
+    text = MATRIX.replace(
+        "  base: {train: false}", "  base: {train: false, factor: 8}\n  far: {train: false, factor: 16, method: far}"
+    )
+    text = text.replace("arms: [base], scaling: [none, yarn]}", "arms: [base, far], scaling: linear}")
+    eight, sixteen = (cell for cell in made(text) if not cell.trained and cell.seed == 0)
+    about = json.loads((Path(eight.model) / "config.json").read_text())
+    omega = about["rope_parameters"]["rope_theta"] ** (-np.arange(0, 64, 2) / 64)
+    assert work.frequencies(sixteen)[0] == pytest.approx(omega / 16) and work.bernstein_constant(sixteen) == 1 / 16
+    assert work.frequencies(eight)[0] == pytest.approx(omega / 8) and eight.sha256 != sixteen.sha256
+    monkeypatch.setattr(work, "load_model", lambda *_, config, **__: config.rope_parameters["factor"])
+    assert work.load(sixteen, Path("nowhere"), "cpu") == 16
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[1]"])
+def test_damaged_samples_of_the_cache_are_named(tmp_path, damage):
+    item = material.Samples(made()[0].model, "niah_single_1", 256, 1, 0, 30, 0, 3)
+    item.make(tmp_path)
+    path = item.path(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path.name}: this file of the cache was changed"):
+        item.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        (["arm=cue*"], 6),
+        (["arm=cue*", "seed=1"], 3),
+        (["question=6,7"], 6),
+        (["base=256", "fold=8"], 16),
+    ],
+)
+def test_only_takes_the_cells_that_hold_all_conditions(only, count):
+    assert len(matrix.chosen(made(), only)) == count
+
+
+@pytest.mark.parametrize("only", [["arms=cue"], ["cue"], ["seed=7"]])
+def test_only_refuses_what_it_does_not_know_or_what_leaves_nothing(only):
+    with pytest.raises(ValueError, match="only"):
+        matrix.chosen(made(), only)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("scheme: contiguous}\n  cue", "scheme: contiguous, colour: 3}\n  cue", "unknown key 'colour'"),
+        ("arms: [short, cue]", "arms: [short, cut]", "no arm has this name: 'cut'"),
+        ("lr: 1.0e-3", "lr: -1.0", "lr must be"),
+        ("lengths: [256, 2048]", "lengths: [256, 1024]", "lengths must hold"),
+        ("base: 256\n", "base: 257\n", "base must be one of 256, 512"),
+        (", method: full}", "}", "same method in the rows"),
+        ("scaling: linear, steps", "scaling: linear, step", "unknown key 'step'"),
+        ("target: 2048\n", "target: 2000\n", "lengths must hold"),
+    ],
+)
+def test_a_wrong_matrix_is_refused_by_file_and_key(old, new, message):
+    assert old in MATRIX
+    with pytest.raises(ValueError, match=message) as error:
+        made(MATRIX.replace(old, new, 1))
+    assert "matrix" in str(error.value) or "base" in str(error.value)
+
+
+def test_settings_of_the_command_replace_the_matrix_s():
+    cells = made(seeds=[7], samples=5, steps=3)
+    assert {cell.seed for cell in cells} == {7}
+    assert {cell.scoring.samples for cell in cells} == {5}
+    assert {cell.steps for cell in cells if cell.trained} == {3}
+
+
+@pytest.mark.parametrize("name", [name for name in matrix.presets() if name != "paper-scale"])
+def test_the_presets_stand_for_cells_that_can_be_trained(name):
+    from benchmarks.lab.runner import check_rows
+
+    config = LabConfig(preset=name)
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), name, config)
+    check_rows(cells)
+    assert all(len({c.sha256 for c in cells if c.seed == seed}) for seed in {c.seed for c in cells})
+    assert len({cell.sha256 for cell in cells}) == len(cells) == len({cell.name for cell in cells})
+
+
+def test_full_length_arms_of_micro_have_the_tokens_of_the_short_ones():
+    config = LabConfig(preset="micro")
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
+
+    def tokens(cell):
+        return cell.steps * cell.rows * cell.row_tokens
+
+    for cell in cells:
+        if cell.method.startswith(("full+", "longlora+")):
+            short = [c for c in cells if (c.base, c.fold, c.arm) == (cell.base, cell.fold, "contiguous+yarn")]
+            assert tokens(cell) == tokens(short[0])
+
+
+def test_micro_answers_every_question_with_ten_seeds():
+    config = LabConfig(preset="micro")
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
+    for question in range(1, 8):
+        asked = [cell for cell in cells if question in cell.questions]
+        assert {cell.seed for cell in asked} == set(range(10)), question
+
+
+def test_the_cells_of_the_committed_rows_are_still_those_of_the_presets():
+    """A changed arm would be another cell, and its published rows would belong to none."""
+    path = Path(__file__).parents[3] / "paper_figures" / "data" / "measured" / "lab_results.jsonl.gz"
+    rows = packed_rows(path)
+    published = {row["cell"]: (row["base"], row["fold"], row["arm"], row["seed"]) for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    made = {}
+    for name in ("micro", "micro-512-32", "search"):
+        config = LabConfig(preset=name, seeds=seeds)
+        for cell in matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), name, config):
+            made[cell.sha256] = (cell.base, cell.fold, cell.arm, cell.seed)
+    assert published == {cell: made.get(cell) for cell in published}
+
+
+def test_micro_has_longlora_where_it_learns_at_the_rate_that_was_found():
+    """On seed 0 no setting of preset longlora is better at the target by the margin of a difference."""
+    rows = [
+        json.loads(line)
+        for line in (
+            Path(__file__).parents[3] / "paper_figures" / "data" / "measured" / "pages" / "lab_longlora.jsonl"
+        ).open()
+    ]
+    scores = {}
+    for row in rows:
+        if row["suite"] == "ruler" and row["length"] == row["target"] and row["seed"] == 0 and row["fold"] == 8:
+            scores.setdefault((row["base"], row["scaling"], row["lora_rank"], row["lr"]), []).append(row["value"])
+    config = LabConfig(preset="micro")
+    cells = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
+    for base in ("256", "512"):
+        tried = {key[1:]: sum(values) / len(values) for key, values in scores.items() if key[0] == base}
+        assert all(score < 15 for key, score in tried.items() if key[0] == "linear")
+        mine = [c for c in cells if c.base == base and c.fold == 8 and c.method == "longlora+yarn"]
+        assert len(mine) == 10 and {c.questions for c in mine} == {(6, 7)}
+        ((*setting,),) = {(c.settings["scaling"], c.settings["lora_rank"], c.settings["lr"]) for c in mine}
+        assert tried[tuple(setting)] > max(70, max(tried.values()) - MARGIN)
+
+
+def test_paper_scale_plans_every_recipe_and_says_what_is_missing(tmp_path, capsys):
+    from benchmarks.lab import runner
+
+    only = ["arm=endprompt-llama3-8b-64k,full-length-llama3-8b-64k"]
+    assert runner.lab(LabConfig(preset="paper-scale", output=str(tmp_path / "run"), only=only)) == 0
+    said = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if "-64k " in line}
+    # a fixed end prompt of 10 tokens or so shows the distances of both parts and those between them
+    assert lines["full-length-llama3-8b-64k"][-2:] == ["65,535", "65,536"]
+    assert lines["endprompt-llama3-8b-64k"][-2] == "65,535"
+    assert 16_300 < int(lines["endprompt-llama3-8b-64k"][-1].replace(",", "")) < 16_384
+    assert "2 trainings" in said and "--model DIRECTORY" in said and "--data FILE" in said
+    script = (tmp_path / "run" / "commands.sh").read_text()
+    assert script.count("torchrun") == 2 and "--recipe full-length-llama3-8b-64k --model MODEL" in script
+
+
+def test_paper_scale_has_the_recommended_scheme_beside_pose():
+    """In the questions of place, cost and window; its recipe is the lab's arm `sliding-long`."""
+    import endprompt
+
+    path = Path(endprompt.__file__).parent / "recipes" / "extend" / "sliding-llama3-8b-64k.yaml"
+    content = matrix.read_matrix(matrix.matrix_files(LabConfig(preset="paper-scale"))[0])
+    for question in (4, 6, 7):
+        assert {"sliding-llama3-8b-64k", "pose-llama3-8b-64k"} <= set(content["questions"][question])
+    arm = matrix.read_matrix(matrix.matrix_files(LabConfig(preset="search"))[0])["arms"]["sliding-long"]
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    shared = ("scheme", "prompt", "recall_span")
+    assert {key: recipe[key] for key in shared} == {key: arm[key] for key in shared}
+
+
+def test_distances_of_a_row_are_those_of_all_pairs():
+    import numpy as np
+
+    from benchmarks.lab.paper_scale import distances
+
+    positions = np.array([0, 1, 2, 9, 14])
+    expected = {abs(int(a) - int(b)) for a in positions for b in positions}
+    assert set(np.flatnonzero(distances(positions, 16)).tolist()) == expected
+
+
+def test_the_command_knows_the_settings_by_name(capsys):
+    from importlib.metadata import EntryPoint
+
+    from endprompt import cli
+
+    entry = EntryPoint("lab", "benchmarks.commands:lab", cli.GROUP)
+    assert cli.run(entry, ["--list-presets"]) == 0
+    assert "smoke" in capsys.readouterr().out
+    assert cli.run(entry, ["--preset", "smoke", "--dry-run", "--only", "arm=recall*", "seed=0", "--device", "cpu"]) == 0
+    assert "1 cells" in capsys.readouterr().out

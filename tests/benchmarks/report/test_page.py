@@ -1,0 +1,391 @@
+"""The report as a page: what it holds, that nothing of a run gets out of its text, that its numbers are right."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shlex
+import statistics
+from html.parser import HTMLParser
+from importlib.metadata import EntryPoint
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from analysis.config import VerifyConfig
+from benchmarks import report
+from benchmarks.config import DemoConfig, ReportConfig
+from benchmarks.report import charts, runs
+from benchmarks.report import page as report_page
+from benchmarks.scoring import ScoreConfig
+from endprompt import cli
+from endprompt.config import ExtendConfig
+from endprompt.results import append_rows, result_row
+from endprompt.runs import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[3]
+EVIL = '</code></pre><script>alert(1)</script><img src=x onerror=alert(2)>"\' onload="alert(3)'
+LENGTHS, TASKS = (256, 2048), ("niah_single_1", "vt")
+
+
+def ruler_row(task, length, value, method, **extra):
+    values = {
+        "model": method,
+        "seed": 0,
+        "n": 4,
+        "samples_sha256": f"{task}{length}",
+        "run_sha256": method,
+        "ci": "wilson",
+    }
+    interval = (max(0.0, value - 20), min(100.0, value + 15))
+    return result_row(
+        suite="ruler", task=task, metric="string_match_all", value=value, ci95=interval, length=length, method=method,
+        **(values | extra),
+    )  # fmt: skip
+
+
+def write_scoring(directory: Path, method: str, hits: dict[tuple[str, int], list[float]], text: str = "no") -> None:
+    run = RunDirectory(directory, ScoreConfig("ckpt", tasks=list(TASKS), lengths=list(LENGTHS), samples=4))
+    run.add(ruler_row(task, length, statistics.fmean(own), method) for (task, length), own in hits.items())
+    entries = [
+        {"run": method, "task": f"{task}@{length}", "index": index, "prompt_sha256": f"{task}{length}{index}",
+         "prediction": text, "score": score, "outputs": ["42"], "depth": [10.0 * index]}
+        for (task, length), own in hits.items()
+        for index, score in enumerate(own)
+    ]  # fmt: skip
+    append_rows(directory / "predictions.jsonl", entries)
+    depth = [
+        {
+            "method": method,
+            "length": length,
+            "depth_from": 10.0 * k,
+            "depth_to": 10.0 * k + 10,
+            "value": 10.0 * k,
+            "n": 3,
+        }
+        for length in LENGTHS
+        for k in range(0, 10, 2 if length == 256 else 1)
+    ]
+    append_rows(directory / "depth.jsonl", depth)
+
+
+def write_training(directory: Path, method: str, scheme: str, prompt: int) -> None:
+    config = ExtendConfig(model="base", data=["a b.jsonl", "c.txt"], output="out", target=2048, scheme=scheme, steps=30)
+    run = RunDirectory(directory, config)
+    for step in range(1, 31):
+        run.log(step=step, loss=2.0 + 3.0 / step, lr=1e-3)
+    about = {"method": method, "model": EVIL, "window": 256, "target": 2048, "row_tokens": 256, "prompt_tokens": prompt,
+             "steps": 30, "tokens": 7680, "seconds": 1.5, "final_loss": 2.1, "config": vars(config)}  # fmt: skip
+    (directory / "endprompt.json").write_text(json.dumps(about))
+
+
+def write_verification(directory: Path, method: str, violated: bool = False) -> None:
+    run = RunDirectory(directory, VerifyConfig(checkpoint="ckpt", pairs=64, formats=("png",)))
+    for bound in report_page.BOUNDS:
+        bad = violated and bound == "bernstein_order1"
+        for metric, value in (
+            (f"largest_over_{bound}", 1.2 if bad else 0.8),
+            (f"share_within_{bound}", 0.5 if bad else 1.0),
+        ):
+            run.add([result_row(suite="analysis", task="bounds", metric=metric, value=value, model="m", method=method,
+                                seed=0, length=2048, scheme="endprompt", context=236, prompt=20)])  # fmt: skip
+
+
+FIRST = {("niah_single_1", 256): [100.0, 100.0, 0.0, 100.0], ("vt", 256): [50.0, 75.0, 100.0, 0.0],
+         ("niah_single_1", 2048): [0.0, 100.0, 0.0, 0.0], ("vt", 2048): [0.0, 25.0, 0.0, 0.0]}  # fmt: skip
+SECOND = {("niah_single_1", 256): [100.0, 100.0, 100.0, 100.0], ("vt", 256): [50.0, 100.0, 100.0, 25.0],
+          ("niah_single_1", 2048): [100.0, 100.0, 100.0, 0.0], ("vt", 2048): [25.0, 50.0, 75.0, 0.0]}  # fmt: skip
+
+
+@pytest.fixture
+def demo_run(tmp_path):
+    """A run as the demo leaves it, whose model writes markup."""
+    run = tmp_path / "a run"
+    RunDirectory(run, DemoConfig(output=str(run), steps=30)).log(seconds=61.0)
+    write_training(run / "control", "contiguous+linear", "contiguous", 0)
+    write_training(run / "random", "endprompt-random+EP_1+linear", "endprompt-random", 20)
+    write_scoring(run / "score" / "control", "contiguous+linear", FIRST, EVIL)
+    write_scoring(run / "score" / "random", "endprompt-random+EP_1+linear", SECOND)
+    write_verification(run / "verify" / "control", "contiguous+linear")
+    rows = [row for path in sorted(run.rglob("results.jsonl")) for row in runs.read_lines(path, [])]
+    append_rows(run / "results.jsonl", [{**row, "window": 256, "target": 2048} for row in rows])
+    return run
+
+
+class Elements(HTMLParser):
+    """Every element as (name, attributes), every text by the elements around it."""
+
+    VOID = ("meta", "br", "img", "link", "input")
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements, self.around, self.texts, self.unclosed = [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        if name not in self.VOID:
+            self.around.append(name)
+
+    def handle_endtag(self, name):
+        if self.around.pop() != name:
+            self.unclosed.append(name)
+
+    def handle_data(self, data):
+        self.texts.append((tuple(self.around), data))
+
+    def named(self, name):
+        return [attributes for own, attributes in self.elements if own == name]
+
+    def text(self, inside):
+        return "".join(data for around, data in self.texts if inside in around)
+
+
+@pytest.fixture
+def page(demo_run):
+    path = report.report(ReportConfig([str(demo_run)]))
+    assert path == demo_run / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_is_whole_and_accessible(page):
+    found = Elements(page)
+    assert not found.unclosed and found.around == []
+    assert found.named("html")[0]["lang"] == "en" and found.named("main") and found.named("nav")
+    levels = [int(name[1]) for name, _ in found.elements if re.fullmatch(r"h[1-6]", name)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in pairwise(levels))
+    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert len(found.named("table")) == len(found.named("caption"))
+    assert all("scope" in attributes for attributes in found.named("th"))
+    charts_ = [a for a in found.named("svg") if a.get("class") == "chart"]
+    assert len(charts_) == 2 + 1 + 3 + 1  # schemes, losses, mean and two tasks, bounds
+    for chart in charts_:
+        assert chart["aria-labelledby"] in ids and chart["aria-describedby"] in ids
+    assert sum("data-v" in a for _, a in found.elements) > 60
+    assert {a["href"][1:] for a in found.named("a")} <= set(ids)
+
+
+def test_nothing_is_loaded_and_only_our_own_script_runs(page):
+    found = Elements(page)
+    assert len(found.named("script")) == 1 and "src" not in found.named("script")[0]
+    for name in ("img", "link", "iframe", "object", "base", "form", "image", "use"):
+        assert not found.named(name)
+    loading = {"src", "srcset", "action", "data", "poster", "background", "xlink:href", "style", "srcdoc"}
+    for name, attributes in found.elements:
+        assert not loading & set(attributes), (name, attributes)
+        assert not [key for key in attributes if key.startswith("on")], (name, attributes)
+    assert "url(" not in page and "@import" not in page and "http" not in found.text("style")
+    policy = next(a["content"] for a in found.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for name in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(found.text(name).encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
+
+
+def test_what_a_model_wrote_stays_text(page, demo_run, tmp_path):
+    found = Elements(page)
+    shown = [data for around, data in found.texts if around[-2:] == ("td", "code")]
+    assert EVIL in "".join(shown)
+    rows = tmp_path / "x&<b>.jsonl"
+    append_rows(rows, [ruler_row(EVIL, 256, 50.0, EVIL, model=EVIL), ruler_row("vt", 256, 50.0, "b")])
+    other = Elements(report_page.render(runs.read_runs([str(rows), str(demo_run)])))
+    assert not other.unclosed and len(other.named("script")) == 1 and not other.named("img") and not other.named("b")
+    assert any(EVIL in attributes.get("data-v", "") for _, attributes in other.elements)
+
+
+def test_scores_and_paired_differences_are_those_of_the_files(page, demo_run):
+    facet = runs.facets(runs.read_runs([str(demo_run)]))[0]
+    assert facet.tasks == list(TASKS) and facet.lengths == list(LENGTHS) and facet.window == 256
+    first = next(method for method in facet.methods if method.label == "contiguous+linear")
+    assert first.cell("vt", 256).value == 56.25 and (first.cell("vt", 256).low, first.cell("vt", 256).high) == (
+        36.25,
+        71.25,
+    )
+    mean = first.mean(256, facet.tasks)
+    assert mean.value == (75 + 56.25) / 2 and mean.low == pytest.approx(mean.value - math.hypot(20, 20) / 2)
+    found = {(one.task, one.length): one for one in runs.differences(facet, None)}
+    one = found["vt", 2048]
+    assert one.reference == "contiguous+linear" and one.how == "paired by sample, 4 samples"
+    assert one.value == pytest.approx(statistics.fmean([25, 25, 75, 0])) and one.low < one.value < one.high
+    assert "+31.2" in Elements(page).text("td")
+
+
+def test_unpaired_intervals_where_prompts_differ(demo_run):
+    path = demo_run / "score" / "random" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"prompt_sha256": "vt', '"prompt_sha256": "other'))
+    facet = runs.facets(runs.read_runs([str(demo_run)]))[0]
+    found = {(one.task, one.length): one for one in runs.differences(facet, None)}
+    assert found["niah_single_1", 256].how.startswith("paired by sample")
+    one = found["vt", 2048]  # 37.5 [17.5, 52.5] less 6.25 [0, 21.25], by hand
+    assert one.how == "not paired" and one.value == 31.25
+    assert one.low == pytest.approx(31.25 - math.hypot(20, 15)) and one.high == pytest.approx(
+        31.25 + math.hypot(15, 6.25)
+    )
+
+
+def test_seeds_give_a_t_interval_and_pairs(tmp_path):
+    rows = [
+        ruler_row("vt", 256, value, method, seed=seed, samples_sha256=f"s{seed}", base="256", fold=8)
+        for method, values in (("contiguous", (10.0, 20.0, 60.0)), ("pose", (15.0, 27.0, 63.0)))
+        for seed, value in enumerate(values)
+    ]
+    append_rows(tmp_path / "lab.jsonl", [*rows, ruler_row("vt", 256, 1.0, "pose", base="512", fold=8)])
+    facets = runs.facets(runs.read_runs([str(tmp_path / "lab.jsonl")]))
+    assert [facet.title for facet in facets] == ["base 256, 8-fold", "base 512, 8-fold"]
+    cell = facets[0].methods[0].cell("vt", 256)
+    assert cell.seeds == 3 and cell.value == 30 and cell.low == 0.0
+    assert cell.high == pytest.approx(30 + 4.302653 * math.sqrt(700) / math.sqrt(3), abs=1e-4)
+    one = runs.differences(facets[0], None)[0]
+    assert one.how == "paired by seed, 3 seeds" and one.value == 5
+    assert one.low == pytest.approx(5 - 4.302653 * 2 / math.sqrt(3), abs=1e-5)
+
+
+def test_methods_of_one_name_are_told_apart(tmp_path):
+    rows = [ruler_row("vt", 256, 50.0 + steps / 100, "pose", steps=steps) for steps in (100, 300)]
+    append_rows(tmp_path / "a.jsonl", rows)
+    append_rows(tmp_path / "b.jsonl", rows[:1])
+    facet = runs.facets(runs.read_runs([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))[0]
+    assert [m.label for m in facet.methods] == ["pose (steps 100, a)", "pose (steps 300, a)", "pose (steps 100, b)"]
+
+
+def test_many_methods_are_split_into_charts_that_can_be_read(tmp_path):
+    rows = [
+        ruler_row(task, length, 50.0, f"method {k}", scheme="endprompt", window=256, target=2048)
+        for k in range(20)
+        for task in TASKS
+        for length in LENGTHS
+    ]
+    append_rows(tmp_path / "lab.jsonl", rows)
+    page = report_page.render(runs.read_runs([str(tmp_path / "lab.jsonl")]))
+    assert len(re.findall("mean over tasks: score against length</title>", page)) == 3  # of 8, 8 and 4 methods
+    assert "The rows do not say how long the end prompt was: drawn with 20 tokens." in page
+    assert "At the longest length only." in page and page.count("<caption>method ") == 19
+
+
+def test_violated_bound_and_broken_lines_are_said(demo_run):
+    write_verification(demo_run / "verify" / "bad", "bad", violated=True)
+    with open(demo_run / "verify" / "bad" / "results.jsonl", "a") as file:
+        file.write('{"suite": "ruler"}\n{"cut o')
+    said = Elements(report_page.render(runs.read_runs([str(demo_run)])))
+    assert "A bound is violated." in said.text("strong") and "1.2000" in said.text("td")
+    bad = demo_run / "verify" / "bad"
+    count = len((bad / "results.jsonl").read_text().splitlines())
+    places = f"results.jsonl, line {count - 1}; results.jsonl, line {count}"
+    assert f"2 lines of this run's files are broken and left out: {places}." in said.text("p")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("config.yaml", "checkpoint: a\n  b: [c\n", "config.yaml, line 2"),
+        ("config.yaml", "just words", "config.yaml"),
+        ("environment.json", '{"revision":\n', "environment.json, line 2"),
+        ("runs.jsonl", "[]\n", "runs.jsonl, line 1"),
+        ("results.jsonl", "[" * 100_000, "results.jsonl, line 1"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, place):
+    append_rows(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}])
+    (tmp_path / name).write_text(content)
+    assert runs.read_part(tmp_path).broken == [place]
+
+
+def test_drawn_scheme_is_the_one_of_the_positions():
+    view = report_page.drawn_scheme(("endprompt", 236, 20, 2048, 4, True), "k")
+    assert dict(view["numbers"])["positions"] == "0–235, 2,028–2,047"
+    assert dict(view["numbers"])["observed distances"] == "0–235, 1,793–2,047"
+    assert dict(view["numbers"])["gap"] == "236–1,792"
+    assert 'aria-label="end prompt: positions 2,028 to 2,047"' in view["svg"]
+    random = report_page.drawn_scheme(("pose", 256, 0, 2048, 4, True), "k")
+    assert sum(name.startswith("positions, row") for name, _ in random["numbers"]) == report_page.DRAWS
+    assert report_page.drawn_scheme(("endprompt", 3000, 20, 2048, 4, True), "k") is None
+
+
+def test_axis_numbers_are_round_and_cover():
+    assert charts.ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert charts.ticks(1.37, 2.21) == pytest.approx([1.4, 1.6, 1.8, 2.0, 2.2])
+    assert [charts.tokens(n) for n in (256, 1024, 65536, 3000, 1 << 20)] == ["256", "1K", "64K", "3,000", "1M"]
+
+
+EXTEND = ExtendConfig(
+    model="m",
+    data=["a b", "c"],
+    target=9,
+    eval_lengths=[4, 8],
+    prompt="text:it's",
+    autocast=True,
+    rope_options={"x": 1},
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "config"),
+    [
+        ("extend", "endprompt.commands:extend", EXTEND),
+        ("score", "benchmarks.commands:score", ScoreConfig("a b", tasks=["vt", "cwe"], lengths=[1, 2], shots=0)),
+        ("verify", "analysis.commands:verify", VerifyConfig("ckpt", against="b c", pairs=7, formats=("png",))),
+        ("demo", "benchmarks.commands:demo", DemoConfig(output="x y", steps=3)),
+    ],
+)  # fmt: skip
+def test_command_to_run_it_again_gives_the_same_configuration(name, module, config, monkeypatch):
+    dumped = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+    assert runs.command_of(dumped) == name
+    words = shlex.split(report_page.command_line(name, dumped))
+    assert words[:2] == ["endprompt", name]
+    given = []
+    entry_point = EntryPoint(name=name, value=module, group=cli.GROUP)
+
+    def stands_in(self):
+        def command(config):
+            given.append(config)
+
+        command.__annotations__ = {"config": type(config)}
+        return command
+
+    monkeypatch.setattr(EntryPoint, "load", stands_in)
+    assert cli.run(entry_point, words[2:]) == 0
+    again = json.loads(json.dumps(dataclasses.asdict(given[0])))
+    assert again == dumped
+
+
+def test_report_command_takes_several_runs(demo_run, tmp_path, capsys, monkeypatch):
+    entry_point = EntryPoint(name="report", value="benchmarks.commands:report", group=cli.GROUP)
+    rows = tmp_path / "rows [1].jsonl"
+    append_rows(rows, [ruler_row("vt", 256, 50.0, "pose")])
+    output = tmp_path / "new" / "page.html"
+    assert cli.run(entry_point, [str(demo_run), str(rows), "--output", str(output), "--reference", "pose"]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    text = output.read_text()
+    assert "<strong>pose</strong>" in text and str(Path.home()) not in text
+    for wrong, rule in (
+        ([str(tmp_path / "none")], "there is no such run"),
+        ([str(tmp_path / "new")], "has no results.jsonl"),
+        ([str(rows), "--reference", "nobody"], "reference must be a method of the runs"),
+    ):
+        assert cli.run(entry_point, [*wrong, "--output", str(tmp_path / "no.html")]) == 1
+        said = capsys.readouterr().err
+        assert rule in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_home_directory_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert (
+        report_page.tidy("--data='/home/somebody/my data' --model=/home/somebody/m") == "--data=~/'my data' --model=~/m"
+    )
+
+
+def test_committed_rows_of_both_seeds_make_a_page():
+    paths = [
+        ROOT / "paper_figures" / "data" / "measured" / "pages" / "demo_seed_1.jsonl",
+        ROOT / "paper_figures" / "data" / "measured" / "demo.jsonl",
+    ]
+    page = report_page.render(runs.read_runs([str(path) for path in paths]))
+    assert not Elements(page).unclosed and "endprompt+recall+yarn (demo_seed_1)" in page
+    assert page == report_page.render(runs.read_runs([str(path) for path in paths]))

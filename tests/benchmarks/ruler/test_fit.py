@@ -1,0 +1,176 @@
+"""RULER samples: budget, seeds, needles, shortest lengths."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import ruler
+from benchmarks.ruler import fit, questions
+from benchmarks.ruler.tokens import counter
+from endprompt.files import remembered_sha256
+from tests.support import ruler_helpers as helpers
+
+NO_DATA = [task for task in ruler.TASKS if ruler.SPECS[task].family != "qa"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    helpers.essay_file(folder)
+    helpers.qa_files(folder)
+    return folder
+
+
+def build(task, length, n, folder, tokenizer=None, seed=0, **options):
+    tokenizer = tokenizer or helpers.tokenizer()
+    return ruler.build_samples(
+        task, length, tokenizer, n, seed, folder, haystack_text=str(folder / "story.txt"), **options
+    )
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("length", [2048, 6000])
+def test_prompt_and_generation_never_exceed_the_budget_and_nearly_fill_it(task, length, folder):
+    tokenizer = helpers.tokenizer()
+    samples = build(task, length, 6, folder)
+    used = [len(tokenizer(s["input"])["input_ids"]) + s["max_new_tokens"] for s in samples]
+    assert max(used) <= length
+    assert [s["length"] for s in samples] == [u - s["max_new_tokens"] for u, s in zip(used, samples)]
+    # Lines of noise are not cut.
+    loose = ruler.SPECS[task].family in ("fwe", "qa") or ruler.SPECS[task].haystack == "noise"
+    assert sum(used) / len(used) >= (0.98 if loose else 0.995) * length
+
+
+ONE_OF_EACH = ["niah_single_1", "niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [(task, kind) for kind in ("bytes", "metaspace", "wordpiece") for task in ruler.TASKS]
+    + [(task, "glued") for task in ONE_OF_EACH],
+)
+def test_sums_are_right_or_replaced_by_a_search_for_every_kind_of_tokenizer(task, kind, folder, monkeypatch):
+    monkeypatch.setattr(fit, "EXACT_TOKENS", 0)  # as in a large cell: only a few prompts are tokenized whole
+    tokenizer = helpers.tokenizer(kind)
+    length, n = (2500, 6) if kind == "glued" else (6000, 10)  # merges across words make that one slow
+    samples = build(task, length, n, folder, tokenizer)
+    used = [len(tokenizer(s["input"])["input_ids"]) + s["max_new_tokens"] for s in samples]
+    assert max(used) <= length
+    assert [s["length"] + s["max_new_tokens"] for s in samples] == used
+    loose = ruler.SPECS[task].family in ("fwe", "qa") or ruler.SPECS[task].haystack == "noise"
+    least = 0.95 if kind == "glued" else 0.98 if loose else 0.995
+    assert sum(used) / len(used) >= least * length
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_1"])
+def test_windows_of_256_tokens_hold_a_needle(task, folder):
+    samples = build(task, 256, 12, folder, max_new_tokens=16)
+    for s in samples:
+        assert s["max_new_tokens"] == 16 and s["length"] + 16 <= 256
+        assert all(re.search(rf"is: {re.escape(value)}\.", s["input"]) for value in s["outputs"])
+
+
+def test_a_length_too_short_names_the_shortest_and_that_one_works(folder):
+    for task in ruler.TASKS:
+        with pytest.raises(ValueError, match="too short") as caught:
+            build(task, 100, 3, folder)
+        shortest = int(re.search(r"shortest possible is (\d+)", str(caught.value)).group(1))
+        samples = build(task, shortest, 3, folder)
+        assert max(s["length"] + s["max_new_tokens"] for s in samples) <= shortest
+
+
+def test_samples_do_not_depend_on_count_order_or_other_cells(folder):
+    first = build("niah_multikey_1", 1024, 8, folder)
+    build("vt", 2048, 2, folder)
+    build("niah_multikey_1", 512, 2, folder)
+    assert build("niah_multikey_1", 1024, 4, folder) == first[:4]
+
+
+def test_seed_and_length_change_the_samples(folder):
+    base = build("niah_single_1", 1024, 4, folder)
+    other_seed = build("niah_single_1", 1024, 4, folder, seed=1)
+    longer = build("niah_single_1", 1100, 4, folder)
+    assert all(a["outputs"] != b["outputs"] for a, b in zip(base, other_seed))
+    assert all(a["outputs"] != b["outputs"] for a, b in zip(base, longer))
+    assert len({s["outputs"][0] for s in base}) == 4
+
+
+def test_the_hash_seed_of_python_plays_no_part(folder):
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1]]; from tests.support import ruler_helpers as h\n"
+        "from benchmarks.ruler import build_samples, cell\n"
+        "print([cell.samples_sha256(build_samples(t, 1024, h.tokenizer(), 2, 3, sys.argv[2],"
+        " haystack_text=sys.argv[2] + '/story.txt', max_new_tokens=8))"
+        " for t in ('niah_multikey_2', 'vt', 'fwe', 'qa_2')])"
+    )
+    seen = set()
+    for hash_seed in ("0", "77"):
+        command = [sys.executable, "-c", script, helpers.__file__.rsplit("/", 3)[0], str(folder)]
+        out = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        )
+        seen.add(out.stdout.strip().splitlines()[-1])
+    assert len(seen) == 1
+
+
+def test_a_needle_stands_at_the_depth_that_the_sample_says(folder):
+    for task in ("niah_single_1", "niah_single_2", "niah_multikey_2", "niah_multivalue"):
+        for s in build(task, 4096, 5, folder):
+            context = s["input"].split("\n", 1)[1].rsplit("\n", 1)[0]
+            for value, depth in zip(s["outputs"], s["depth"], strict=True):
+                found = 100 * context.index(f"is: {value}") / len(context)
+                assert abs(found - depth) < 6, (task, depth, found)
+
+
+def test_key_words_are_indexed_not_made():
+    from benchmarks.ruler import texts
+
+    adjectives, nouns = texts.word_list("adjective"), texts.word_list("noun")
+    assert texts.key_words() == len(adjectives) * len(nouns) > 6_000_000
+    assert texts.key_word(0) == f"{adjectives[0]}-{nouns[0]}"
+    assert texts.key_word(texts.key_words() - 1) == f"{adjectives[-1]}-{nouns[-1]}"
+    assert texts.key_word(len(nouns) + 5) == f"{adjectives[1]}-{nouns[5]}"
+
+
+def test_importing_the_module_loads_nothing_heavy():
+    heavy = ("lm_eval", "datasets", "wonderwords", "torch")
+    code = f"import benchmarks.ruler.cell, sys; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_without_a_text_of_the_users_the_haystack_is_the_unseen_half_of_the_sample():
+    from benchmarks.base import documents
+    from benchmarks.ruler import texts
+
+    s = ruler.build_samples("niah_single_2", 1024, helpers.tokenizer(), 1)[0]
+    assert s["haystack"] == "sample.txt, second half"
+    assert s["haystack_sha256"] == remembered_sha256(texts.shipped_sample())
+    context = s["input"].split("\n", 1)[1]
+    unseen, seen = documents.sample_haystack_sentences(), documents.sample_training_sentences()
+    assert any(sentence in context for sentence in unseen[:10])
+    assert not any(sentence in context for sentence in seen if len(sentence) > 60)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "wordpiece", "glued"])
+def test_documents_cost_what_the_tokenizer_says(kind, monkeypatch):
+    monkeypatch.setattr(questions, "CHECKED_DOCUMENTS", 8)
+    story = helpers.STORY.split()
+    documents = [f"Title {i}\n" + " ".join(story[i : i + 5 + i % 40]) for i in range(40)]
+    documents += ["Two  spaces in a text of words", "Café and naïve words, été", "one", "a b"]
+    tokenizer = helpers.tokenizer(kind)
+    costs = questions.DocumentCosts(tokenizer, documents)
+    count = counter(tokenizer)
+    bare = count(["a\n\nDocument"])[0]
+    blocks = [f"a\n\nDocument 1:\n{document}\n\nDocument" for document in documents]
+    assert costs.of(range(len(documents))).tolist() == [tokens - bare for tokens in count(blocks)]
+    assert costs.words_add_up == (kind != "glued")

@@ -1,0 +1,194 @@
+"""Samples held against those of RULER's own generator: tests/benchmarks/ruler/ruler_golden.json, which
+docs/parity.md explains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import benchmarks
+from benchmarks import ruler
+from benchmarks.ruler import tasks
+from benchmarks.ruler import texts as haystack
+from benchmarks.ruler.cell import samples_sha256
+from endprompt.files import file_sha256
+from endprompt.model import load_tokenizer
+from tests.support import ruler_helpers as helpers
+
+GOLDEN = json.loads((Path(__file__).parent / "ruler_golden.json").read_text(encoding="utf-8"))
+BASE = Path(benchmarks.__file__).parent / "base" / "256"
+# What RULER's "meta-chat" template is, in a tokenizer's own form.
+META_CHAT = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+
+
+def cells(data: str) -> list:
+    chosen = [cell for cell in GOLDEN["cells"] if cell["data"] == data]
+    names = ("edition", "task", "length", "template", "random_seed")
+    return [pytest.param(cell, id="-".join(str(cell[name]) for name in names)) for cell in chosen]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Essays and question sets that can be made anywhere."""
+    folder = helpers.qa_files(tmp_path_factory.mktemp("own"))
+    paragraphs = haystack.shipped_sample().read_text(encoding="utf-8").split("\n\n")
+    text = "\n\n".join(paragraphs[len(paragraphs) // 2 :]).strip()
+    (folder / "PaulGrahamEssays.json").write_text(json.dumps({"text": text}))
+    return folder
+
+
+def known_sentences(text: str) -> list[str]:
+    """As NLTK splits the essays of `own`: by the ends that are written down."""
+    words = text.split(" ")
+    ends = [end for end in GOLDEN["sentence_ends"] if end < len(words)] + [len(words)]
+    return [" ".join(words[a:b]) for a, b in zip([0, *ends], ends)]
+
+
+def tokenizer_for(template: str):
+    tokenizer = load_tokenizer(BASE)
+    if template == "meta-chat":
+        tokenizer.chat_template = META_CHAT
+    return tokenizer
+
+
+def built(cell, folder):
+    tokenizer, n = tokenizer_for(cell["template"]), len(cell["sha256"])
+    options = {"edition": cell["edition"], "chat": cell["template"] != "base"}
+    return ruler.build_samples(cell["task"], cell["length"], tokenizer, n, cell["random_seed"] - 42, folder, **options)
+
+
+@pytest.mark.parametrize("cell", cells("own"))
+def test_samples_are_those_of_rulers_generator(cell, own, monkeypatch):
+    monkeypatch.setattr(haystack, "sentences", known_sentences)
+    samples = built(cell, own)
+    assert [samples_sha256([sample])[:16] for sample in samples] == cell["sha256"]
+
+
+@pytest.mark.parametrize("cell", cells("real"))
+def test_samples_of_real_data_are_those_of_rulers_generator(cell):
+    """ENDPROMPT_RULER_DATA: a folder with the files whose sha256 stand in the golden file."""
+    folder = Path(os.environ.get("ENDPROMPT_RULER_DATA", "none"))
+    name = {"qa_1": "squad.json", "qa_2": "hotpotqa.json"}.get(cell["task"], "PaulGrahamEssays.json")
+    if not (folder / name).is_file() or file_sha256(folder / name) != GOLDEN["data"]["real"][name]:
+        pytest.skip(f"needs {name} of this very content in ENDPROMPT_RULER_DATA")
+    if name == "PaulGrahamEssays.json" and not haystack.has_punkt():
+        pytest.skip("needs NLTK's punkt_tab")
+    assert [samples_sha256([sample])[:16] for sample in built(cell, folder)] == cell["sha256"]
+
+
+def test_every_task_and_both_generators_are_held():
+    held = {(cell["edition"], cell["task"]) for cell in GOLDEN["cells"] if cell["data"] == "own"}
+    assert held == {(edition, task) for edition in ("2024", "2025-ruler") for task in ruler.TASKS}
+
+
+# What the default edition, which draws for itself, has in common with RULER's samples: all that is not drawn.
+
+
+def shape(prompt: str) -> set[str]:
+    """Lines of the prompt without what is drawn: words, names, numbers."""
+    prompt = re.sub(r"(?<=coded words\. )[a-z. ]+(?=\nQ)", "CODED", prompt)
+    prompt = re.sub(r"(?:\d+\. [^.?\n]+ )+\d+\. [^.?\n]+(?=\n)", "LIST", prompt)
+    prompt = re.sub(r"(?<=in the list are: )LIST", "ANSWER", prompt)
+    prompt = re.sub(r"\b[A-Z]{5}\b", "NAME", re.sub(r"\b(?!VAR\b)[A-Z]{3}\b", "NAM", prompt))
+    prompt = re.sub(r"\b\d{5,7}\b", "NUMBER", re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "UUID", prompt))
+    prompt = re.sub(r"(magic \w+ for ).+?(?= is: | mentioned)", r"\1KEY", prompt)
+    return set(prompt.split("\n"))
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"])
+def test_the_default_edition_has_the_lines_of_rulers_samples(task, own):
+    """Line for line what is not drawn: wording, spaces, line ends, the worked example and its size."""
+    tokenizer, length = load_tokenizer(BASE), 2048
+    mine = ruler.build_samples(task, length, tokenizer, 3, 0, own)
+    theirs = ruler.build_samples(task, length, tokenizer, 3, 0, own, edition="2025-ruler")
+    for a, b in zip(mine, theirs):
+        assert shape(a["input"]) == shape(b["input"])
+        if task == "vt":
+            example = [sample["input"].split("Answer:")[0].count("The grass is green.") for sample in (a, b)]
+            assert example[0] == example[1]
+            assert re.search(r"they are:  [A-Z]{3}(?: [A-Z]{3}){4}\n\nMemorize", a["input"])
+            assert a["input"].endswith("they are: ")
+
+
+def test_the_default_edition_asks_questions_as_ruler_does(own):
+    tokenizer = load_tokenizer(BASE)
+    for task in ("qa_1", "qa_2"):
+        mine, theirs = (
+            ruler.build_samples(task, 4096, tokenizer, 2, 0, own, edition=edition)[1]["input"]
+            for edition in ("2025", "2025-ruler")
+        )
+        inner = re.compile(r"Document \d+:\n.*?(?=\n\nDocument \d+:|\n\nAnswer the)", re.S)
+        assert inner.sub("D", mine).replace("D\n\n", "") == inner.sub("D", theirs).replace("D\n\n", "")
+        texts = [{text.split(":\n", 1)[1] for text in inner.findall(prompt)} for prompt in (mine, theirs)]
+        assert texts[0] <= set(haystack.library("squad" if task == "qa_1" else "hotpotqa", own, task).documents)
+        assert texts[0] & texts[1]
+
+
+def test_the_keys_are_drawn_from_rulers_list(monkeypatch):
+    """Alphabetical over whole pairs: adjectives that begin with another adjective mix with it."""
+    lists = {
+        "noun": ("ant", "bee", "free-for-all", "zoo"),
+        "adjective": ("able", "able-bodied", "ill", "well", "well-bred"),
+    }
+    monkeypatch.setattr(haystack, "word_list", lists.__getitem__)
+    haystack._word_blocks.cache_clear()
+    every = sorted({f"{a}-{b}" for a in lists["adjective"] for b in lists["noun"]})
+    assert [haystack.sorted_key_word(i) for i in range(haystack.sorted_key_words())] == every
+    haystack._word_blocks.cache_clear()
+
+
+def test_a_sample_is_made_again_alone(own):
+    """From a recipe, in any order: the bytes that the whole cell had."""
+    tokenizer = load_tokenizer(BASE)
+    for task, edition in (("vt", "2024"), ("vt", "2025-ruler"), ("qa_1", "2024"), ("cwe", "2025-ruler")):
+        cell = ruler.Cell.build(task, 2048, tokenizer, 4, 1, own, ruler.Options(edition=edition))
+        whole = list(cell)
+        again = ruler.Cell(json.loads(json.dumps(cell.recipe)), tokenizer, own)
+        assert [again[i] for i in (3, 0, 2)] == [whole[i] for i in (3, 0, 2)]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:affcd6d45fdf3cc8\nsize 8564991\n"
+
+
+def test_missing_files_and_pointers_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"huggingface.co/datasets/namlh2004/hotpotqa/\S+, the mirror"):
+        haystack.library("hotpotqa", tmp_path, "qa_2")
+    for name, read in (
+        ("squad.json", lambda: haystack.library("squad", tmp_path, "qa_1")),
+        ("english_words.json", lambda: haystack.data_file("words", tmp_path, "cwe")),
+        ("PaulGrahamEssays.json", lambda: haystack.essay(None, tmp_path)),
+        ("story.txt", lambda: haystack.essay(tmp_path / "story.txt", None)),
+    ):
+        (tmp_path / name).write_text(POINTER)
+        with pytest.raises(ValueError, match=rf"{name}: must hold the data, and is a Git LFS pointer .*git lfs pull"):
+            read()
+
+
+def test_a_part_of_a_question_set_is_told_from_the_whole(own, monkeypatch):
+    """By its hash or by the number of its questions."""
+    assert not haystack.library("squad", own, "qa_1").whole
+    cell = ruler.Cell.build("qa_1", 2048, helpers.tokenizer(), 1, 0, own)
+    assert cell.recipe["questions"] == {"count": 48, "whole": False}
+    known = dict(haystack.SOURCES)
+    source = known["squad"]
+    for change in ({"questions": 48}, {"whole": frozenset({file_sha256(own / "squad.json")})}):
+        monkeypatch.setitem(haystack.SOURCES, "squad", tasks.dataclasses.replace(source, **change))
+        haystack._library.cache_clear()
+        assert haystack.library("squad", own, "qa_1").whole
+    haystack._library.cache_clear()
+
+
+def test_an_edition_that_cannot_be_is_named():
+    tokenizer = helpers.tokenizer()
+    with pytest.raises(ValueError, match=r"edition must be one of 2025, 2025-ruler, 2024, lab-2026: '2023'"):
+        ruler.build_samples("vt", 4096, tokenizer, 1, edition="2023")
+    with pytest.raises(ValueError, match=r"shots must be 1 with edition 2024"):
+        ruler.build_samples("vt", 4096, tokenizer, 1, edition="2024", shots=0)
+    for task in ("vt", "niah_single_1", "fwe", "cwe"):
+        with pytest.raises(ValueError, match=rf"too short for task {task} of edition 2024"):
+            ruler.build_samples(task, 120, tokenizer, 1, edition="2024")

@@ -1,0 +1,272 @@
+"""The arithmetic of the benchmark by hand, and its parts on toy sizes."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+
+from benchmarks.speed import learning, step, train
+from benchmarks.speed.config import BenchConfig
+from benchmarks.speed.learning import learning_rows
+from benchmarks.speed.rates import attention_rates, backend_errors, installed
+from benchmarks.speed.step import flops_per_token, kind_of_kernel, multiplied_parameters
+from benchmarks.speed.train import check
+from endprompt import shapes
+
+
+def test_llama_3_8b_s_parameters_and_flops_by_hand():
+    layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336  # q, o; k, v; gate, up, down
+    assert multiplied_parameters("llama3-8b") == 32 * layer + 128256 * 4096 == 7_504_658_432
+    # a token at place t attends to t keys: 4 t h d FLOPs forward, 8 backward, 32 layers, t = 4096 on average
+    assert flops_per_token("llama3-8b", 8192) == 6 * 7_504_658_432 + 12 * 4096 * 4096 * 32
+    assert flops_per_token("llama3-8b", 8192) / 1e9 == pytest.approx(51.47, abs=0.01)
+
+
+def test_longlora_s_flops_are_those_of_its_attention_and_of_unfrozen_gradients():
+    tokens = 64
+    allowed = np.zeros((2, tokens, tokens), bool)  # plain and moved borders, [query, key]
+    for kind, starts in enumerate(([0, 16, 32, 48], [0, 8, 24, 40, 56])):
+        for start, end in zip(starts, [*starts[1:], tokens]):
+            allowed[kind, start:end, start:end] = True
+    share = (np.tril(allowed - 0.5 * np.eye(tokens) * allowed)).sum() / (2 * tokens * tokens / 2)
+    dense = flops_per_token("llama3-8b", 8192) - 6 * 7_504_658_432
+    flops = flops_per_token("llama3-8b", 8192, "longlora")
+    assert flops == pytest.approx(4 * 7_504_658_432 + share * dense)
+
+
+def test_adamw_is_measured_with_gradients_and_moments():
+    import torch
+
+    config = BenchConfig(
+        shape="tiny", method="reference", row_tokens=32, target=64, rows=2, optimizer="adamw", fused_sums=False
+    )
+    run = step.Run(config, torch.device("cpu"))
+    parameters = list(run.model.parameters())
+    assert all("exp_avg" in run.optimizer.state[parameter] for parameter in parameters)
+    run.micro_batch()
+    run.optimizer_step()
+    before = [parameter.detach().clone() for parameter in parameters]
+    assert all(parameter.grad is not None for parameter in parameters)
+    run.optimizer_step()  # the moments move the weights though the gradients are zero
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters))
+
+
+def test_the_shapes_are_the_models_parameter_counts():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for shape, billions in {"llama3-8b": 8.030, "llama2-7b": 6.738, "mistral-7b": 7.248, "llama3-1b": 1.236}.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shapes.model_config(shape))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=6e-4), shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "llama9"}, "shape='llama9'"),
+        ({"method": "magic"}, "method='magic'"),
+        ({"micro_rows": 3}, "micro_rows=3 rows=64"),
+        ({"memory_budget": 1.5}, "memory_budget=1.5"),
+        ({"warm_layers": -1}, "warm_layers=-1"),
+        ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
+        ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
+        ({"float8_head": True}, "float8_head=True float8='none'"),
+        ({"method": "reference"}, "fused_sums=false"),
+        ({"suite": "h999"}, "suite='h999'"),
+    ],
+)
+def test_impossible_settings_name_key_and_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(BenchConfig(**changes))
+
+
+@pytest.mark.parametrize("method", ["endprompt", "full", "longlora", "reference"])
+def test_one_measurement_of_each_method(method, tmp_path, capsys):
+    own = {"optimizer": "none", "fused_sums": False} if method == "reference" else {}
+    recompute = "full" if method != "endprompt" else "none"
+    config = BenchConfig(
+        output=str(tmp_path),
+        shape="tiny",
+        method=method,
+        row_tokens=32 if method == "endprompt" else 128,
+        target=128,
+        rows=4,
+        compile=False,
+        timed=1,
+        recompute=recompute,
+        **own,
+    )
+    assert train.bench(config) == 0
+    rows = {row["metric"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    speed = rows["tokens_per_s"]["value"]
+    seconds = 2 * rows["micro_batch_seconds"]["value"] + rows.get("optimizer_seconds", {"value": 0})["value"]
+    assert speed == pytest.approx(4 * config.row_tokens / seconds)
+    assert rows["hours_per_1b_tokens"]["value"] == pytest.approx(1e9 / speed / 3600)
+    assert rows["tokens_per_s"]["setting"]["row_tokens"] == config.row_tokens
+    assert rows["tokens_per_s"]["loss"] == pytest.approx(np.log(256), abs=0.3)  # random weights know nothing
+    assert f"{speed:,.4g}" in capsys.readouterr().out
+
+
+def test_a_part_that_dies_or_hangs_does_not_take_the_others_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.PARTS, "die", lambda: os._exit(9))
+    monkeypatch.setitem(train.PARTS, "hang", lambda: __import__("time").sleep(60))
+    row = {"suite": "training-speed", "task": "fine", "length": 8, "metric": "tokens_per_s", "value": 7.0}
+    monkeypatch.setitem(train.PARTS, "fine", lambda: [row])
+    suite = train.Suite(BenchConfig(seconds=100), tmp_path)
+    assert suite.part("a", 5, "die", {}) == []
+    assert suite.part("b", 0.5, "hang", {}) == []
+    assert suite.part("c", 5, "fine", {}) == [row]
+    assert suite.part("d", 1000, "fine", {}) == []  # no time for it
+    assert suite.failed == ["a", "b", "d"]
+    assert (tmp_path / "results.jsonl").read_text() == json.dumps(row) + "\n"
+    assert "left out" in capsys.readouterr().err
+
+
+def test_a_part_in_a_process_of_its_own_imports_for_itself(tmp_path):
+    aside = tmp_path / "part.jsonl"
+    arguments = {"arm": "lean", "steps": 2, "rows": 2, "lr": 1e-3, "shape": "tiny"}
+    assert train.in_process("loss_curve", arguments, aside, 120, fork=False) == 0
+    assert [json.loads(line)["step"] for line in aside.read_text().splitlines()] == [1]
+
+
+def test_learning_rows_copy_and_walk():
+    rows = learning_rows(5, 20, 50, 0)
+    assert np.array_equal(rows[:, :10], rows[:, 10:])
+    ways = {}
+    for row in learning_rows(400, 20, 50, 1)[:, :10]:
+        for here, there in itertools.pairwise(row):
+            ways.setdefault(int(here), set()).add(int(there))
+    assert max(map(len, ways.values())) <= 4
+
+
+def test_bfloat16_sums_lose_what_float32_sums_keep():
+    errors = {row["method"]: row["value"] for row in learning.sum_errors(8, "tiny")}
+    assert errors["float32"] < 1e-4
+    assert 0.05 < errors["bfloat16"] < 2  # percent
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopB_NTN", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3", "attention"),
+        ("triton_poi_fused_add_mul_silu_0", "other"),
+    ],
+)
+def test_kernels_by_kind(name, kind):
+    assert kind_of_kernel(name) == kind
+
+
+def test_warm_layers_leave_the_model_as_it_was():
+    import torch
+
+    config = BenchConfig(
+        shape="tiny", row_tokens=32, target=128, rows=4, compile=False, warm_layers=1, optimizer="none"
+    )
+    config.fused_sums = False
+    run = step.Run(config, torch.device("cpu"))
+    with run.few_layers():
+        run.micro_batch()
+    used = [layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers]
+    run.micro_batch()
+    assert used == [True, False]
+    assert all(layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers)
+
+
+def test_the_backends_agree_at_jumped_positions():
+    rows = backend_errors("tiny", 2, 64)
+    assert {(row["task"], row["method"], row["n"]) for row in rows} == {
+        (what, "sdpa", batch) for what in ("logits", "gradient") for batch in (1, 2)
+    }
+    assert all(0 < row["value"] < 2 for row in rows)  # percent; bfloat16 rounds by 0.4
+
+
+@pytest.mark.parametrize(
+    ("fastest", "goes_on"), [("flash_attention_4", "flash_attention_4"), ("cudnn", "sdpa"), ("sdpa", "sdpa")]
+)
+def test_the_faster_attention_of_both_passes_goes_on(fastest, goes_on):
+    rates = {name: 5.0 for name in ("sdpa", "cudnn", "flash_attention_4")} | {fastest: 6.0}
+    rows = [{"task": f"attention {name}: forward and backward", "value": rate} for name, rate in rates.items()]
+    rows += [{"task": "attention flash_attention_2: forward", "value": 9.0}]
+    assert train.faster_attention(rows, "eager") == goes_on
+    assert train.faster_attention([], "eager") == "eager"
+
+
+def test_rates_of_the_attentions_that_are_there():
+    rows = attention_rates("tiny", 64)
+    assert [row["task"] for row in rows] == ["attention sdpa: forward", "attention sdpa: forward and backward"]
+    assert all(row["value"] > 0 for row in rows)
+
+
+def test_an_empty_namespace_is_no_flash_attention_2(tmp_path, monkeypatch):
+    """flash-attn-4 puts its modules below `flash_attn`, of which the older package is the whole."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed("flash_attention_4")
+    assert not installed("flash_attention_2") and not installed("flash_attention_3")
+
+
+def test_gaps_of_a_time_line_are_what_no_kernel_covers():
+    spans = [(5.0, 6.0, "d"), (0.0, 2.0, "a"), (1.0, 1.5, "b"), (1.9, 3.0, "c"), (6.0, 7.0, "e"), (7.25, 8.0, "f")]
+    assert step.gaps_between(spans) == [(2.0, "c", "d"), (0.25, "e", "f")]
+    assert step.gaps_between([]) == step.gaps_between(spans[:1]) == []
+    covered = np.zeros(800, bool)  # by counting hundredths
+    for start, end, _ in spans:
+        covered[round(100 * start) : round(100 * end)] = True
+    assert sum(gap[0] for gap in step.gaps_between(spans)) == pytest.approx((~covered).sum() / 100)
+
+
+def test_a_profile_is_of_one_micro_batch_and_one_update(monkeypatch, capsys):
+    """With torch's profiler stood in for: two micro-batches of a product and a norm with a gap, then an update."""
+    from types import SimpleNamespace
+
+    from torch.autograd import DeviceType
+
+    class Profiler:
+        def __init__(self, **settings):
+            self.made = []
+
+        def __enter__(self):
+            done.clear()
+            return self
+
+        def __exit__(self, *_):
+            at = 1000.0
+            for name, length, wait in done:
+                self.made.append((name, at + wait, at + wait + length))
+                at += wait + length
+
+        def events(self):
+            def event(kind, name, start, end):
+                return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+            return [event(DeviceType.CPU, "launch", 0, 9e9), *(event(DeviceType.CUDA, *one) for one in self.made)]
+
+        def key_averages(self):
+            spent = {"launch": [0]}
+            for name, start, end in self.made:
+                spent.setdefault(name, []).append(end - start)
+            return [
+                SimpleNamespace(key=name, count=len(each), self_device_time_total=sum(each))
+                for name, each in spent.items()
+            ]
+
+    done = []
+    monkeypatch.setattr("torch.profiler.profile", Profiler)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    run = object.__new__(step.Run)
+    run.device, run.optimizer = SimpleNamespace(type="cuda"), object()
+    run.micro_batch = lambda: done.extend([("nvjet_product", 3000.0, 500.0), ("triton_red_norm", 1000.0, 0.0)])
+    run.optimizer_step = lambda: done.extend([("triton_update", 7000.0, 0.0), ("triton_update", 7000.0, 250.0)])
+    found = run.profile()
+    of_a_batch = {"matmul_ms": 3.0, "attention_ms": 0.0, "other_ms": 1.0, "idle_ms": 0.25}
+    assert found == of_a_batch | {"update_ms": 14.0, "update_idle_ms": 0.25}
+    said = capsys.readouterr().err
+    assert "3.00 ms     1 x nvjet_product" in said and "0.500 ms without a kernel, triton_red_norm | nvjet" in said
+    run.optimizer = None
+    assert "update_ms" not in run.profile()

@@ -1,0 +1,652 @@
+"""Fused layers against plain ones in float64, their kernels against torch, and what they keep for the backward pass."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+
+from endprompt import fast
+from endprompt.fast import LeanAdamW, linears
+from endprompt.fast import layers as fused
+from endprompt.model import new_model, training_attention
+from endprompt.results import read_rows
+from endprompt.train import Trainer, extend
+from endprompt.train.recompute import checkpoint_layers, memory_budget
+from tests.support.checkpoints import make_checkpoint
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 72,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "use_cache": False,
+}
+
+
+def small_model(family="Llama", dtype="float32", **changes):
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    model = new_model(config, seed=0, dtype=dtype, attention=training_attention("sdpa"), device="cpu").train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # ones would hide a weight that is left out
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            elif name.endswith("bias"):
+                parameter.add_(0.1)
+    return model
+
+
+def lean(model, keep=False, fuse=True):
+    """The model as the lean optimizer trains it; how many layers were fused."""
+    model.optimizer = LeanAdamW(model.parameters())
+    linears.convert(model)
+    return fast.fuse(model, keep) if fuse else 0
+
+
+def output_and_gradients(model, sums=True):
+    """Of one pass over 2 rows of 17 tokens; each name's gradient, or the sum where the lean optimizer has it."""
+    ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(12), torch.arange(50, 55)]).expand(2, -1)
+    out = model.model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out.to(direction.dtype) * direction).sum().backward()
+    named = {name: p.main_grad if sums else p.grad for name, p in model.named_parameters() if "lm_head" not in name}
+    return out.detach(), named
+
+
+def exact(model_of):
+    """What a plain model gives in float64."""
+    return output_and_gradients(model_of().double(), sums=False)
+
+
+def distance(one, other):
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def assert_close(found, expected, limit):
+    assert distance(found[0], expected[0]) < limit
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert distance(found[1][name], gradient) < limit, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+
+
+@pytest.mark.parametrize("summing", [True, False])
+@pytest.mark.parametrize(("rows", "size", "outs"), [(7, 48, (5, 9, 3)), (1, 20, (6,)), (64, 33, (8, 8))])
+def test_norm_and_linears_are_those_of_float64(rows, size, outs, summing):
+    torch.manual_seed(0)
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(size, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    layers = torch.nn.ModuleList(torch.nn.Linear(size, out, bias=False) for out in outs)
+    whole = torch.nn.ModuleDict({"norm": norm, "layers": layers})
+    x, added = (torch.randn(1, rows, size, requires_grad=True) for _ in range(2))
+    grads = [torch.randn(1, rows, out) for out in (size, *outs)]
+
+    wide = {name: parameter.detach().double().requires_grad_() for name, parameter in whole.named_parameters()}
+    x64, added64 = x.detach().double().requires_grad_(), added.detach().double().requires_grad_()
+    stream = x64 + added64
+    unit = stream / (stream.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    results = [stream, *(unit * wide["norm.weight"] @ wide[f"layers.{i}.weight"].t() for i in range(len(outs)))]
+    expected = torch.autograd.grad(results, [x64, added64, *wide.values()], [grad.double() for grad in grads])
+
+    if summing:
+        LeanAdamW([layer.weight for layer in layers])
+        linears.convert(whole)
+    found = fused.norm_linears(x, added, norm, list(layers))
+    torch.autograd.backward(found, grads)
+    for ours, theirs in zip(found, results):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    ours = [layer.weight.main_grad if summing else layer.weight.grad for layer in layers]
+    for one, other in zip((x.grad, added.grad, norm.weight.grad, *ours), expected):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-5)
+
+
+def test_a_norm_is_fused_with_three_linear_layers_at_most():
+    layers = [torch.nn.Linear(4, 4, bias=False)] * 4
+    with pytest.raises(ValueError, match="3 linear layers at most: 4"):
+        fused.norm_linears(torch.randn(1, 2, 4), None, torch.nn.Module(), layers)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+def test_swiglu_and_its_linear_layer_are_those_of_float64(keep, trains):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(23, 6, bias=False).requires_grad_(trains)
+    gate, up = (torch.randn(2, 5, 23, requires_grad=True) for _ in range(2))
+    residual, grad = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
+    parts = [part.detach().double().requires_grad_() for part in (gate, up, linear.weight, residual)]
+    expected = parts[3] + F.silu(parts[0]) * parts[1] @ parts[2].t()
+    expected.backward(grad.double())
+    found = fused.swiglu_linear(residual, [gate, up], linear, keep)
+    found.backward(grad)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip((gate, up, linear.weight, residual), parts):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+    assert trains or linear.weight.grad is None
+
+
+def test_the_norm_rounds_as_llama_does():
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(96).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    x, added = torch.randn(2, 50, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(fused.rms_norm(x, norm.weight, norm.variance_epsilon)[0], norm(x))
+    total, out, _ = fused.add_rms_norm(x, added, norm.weight, norm.variance_epsilon)
+    assert torch.equal(total, x + added) and torch.equal(out, norm(x + added))
+
+
+def test_operators_keep_torchs_rules():
+    x, y, weight, scale = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8), torch.rand(6)
+    rules = ("test_schema", "test_faketensor")
+    for name, arguments in {
+        "swiglu": (x, y),
+        "swiglu_backward": (x, y, x, True),
+        "joined_swiglu_backward": (x, torch.randn(6, 16), True),
+        "rotate_backward": tuple(
+            torch.randn(s) for s in ((2, 3, 4, 6), (2, 3, 2, 6), (2, 3, 2, 6), (1, 3, 6), (1, 3, 6))
+        ),
+        "rms_norm": (x, weight, 1e-5),
+        "add_rms_norm": (x, y, weight, 1e-5),
+        "rms_norm_backward": (x, scale, weight, y, [x, y]),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.endprompt, name).default, arguments, test_utils=rules)
+    torch.library.opcheck(torch.ops.endprompt.swiglu_backward.default, (x, y, x, False), test_utils=rules)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@pytest.mark.parametrize("family", fused.FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fused_model_has_the_gradients_of_float64(family, dtype):
+    model = small_model(family, dtype)
+    names = list(model.state_dict())
+    assert lean(model) == 2
+    assert all(layer.fused_attention == (family != "Qwen2") for layer in model.model.layers)  # its q, k, v have biases
+    expected = exact(lambda: small_model(family, dtype))
+    found = output_and_gradients(model)
+    assert list(model.state_dict()) == names
+    plain = small_model(family, dtype)
+    lean(plain, fuse=False)
+    as_plain = output_and_gradients(plain)
+    limit = 1e-5 if dtype == "float32" else 0.06
+    assert_close(found, expected, limit)
+    if dtype == "bfloat16":  # roundings are fewer, so on the whole it is no further off than a plain one
+        sizes = [sum(distance(one[1][n], expected[1][n]) for n in expected[1]) for one in (found, as_plain)]
+        assert sizes[0] < 1.1 * sizes[1]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_joined_layers_are_fused_with_the_same_gradients(family, keep, compiled):
+    """q, k, v and gate, up are one product each; the parts' sums are those of float64, compiled in one graph too."""
+    torch._dynamo.reset()
+    model = small_model(family)
+    names = list(model.state_dict())
+    model.optimizer = LeanAdamW(model.parameters())
+    assert linears.join(model) == 4 and linears.convert(model) == 8
+    assert fast.fuse(model, keep) == 2 and all(layer.fused_attention for layer in model.model.layers)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    assert_close(output_and_gradients(model), exact(lambda: small_model(family)), 1e-5)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(("biases", "joined"), [(("attention",), 2), (("mlp",), 2), (("attention", "mlp"), 0)])
+def test_layers_with_biases_are_not_joined(biases, joined):
+    model = small_model(**{f"{part}_bias": True for part in biases})
+    model.optimizer = LeanAdamW(model.parameters())
+    assert linears.join(model) == joined
+    found, expected = output_and_gradients(model), exact(lambda: small_model(**{f"{p}_bias": True for p in biases}))
+    assert distance(found[0], expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_with_checkpointing_the_gradients_are_the_same(kind, keep):
+    model = small_model()
+    lean(model, keep)
+    expected = output_and_gradients(model)
+    other = small_model()
+    lean(other, keep)
+    checkpoint_layers(other.model.layers, kind)
+    assert_close(output_and_gradients(other), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_compiled_layer_is_one_graph_with_the_same_gradients(family, keep):
+    torch._dynamo.reset()
+    expected = exact(lambda: small_model(family))
+    model = small_model(family)
+    lean(model, keep)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    assert_close(output_and_gradients(model), expected, 1e-5)
+
+
+def kept_bytes(family, fuse, keep=False):
+    """Bytes that a compiled layer keeps for the backward pass beside its inputs, and the backward graph's operators."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "head_dim": 32}
+    model = small_model(family, "bfloat16", num_hidden_layers=1, max_position_embeddings=512, **sizes)
+    count = lean(model, keep, fuse)
+    kept, calls = 0, []
+
+    def forward(graph, inputs):
+        nonlocal kept
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0][1:]
+        seen = set()
+        for node in outputs:
+            while node.op == "call_function" and getattr(node.target, "is_view", False):
+                node = node.args[0]
+            if node.op == "call_function" and node not in seen:
+                value = node.meta["val"]
+                kept += value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+            seen.add(node)
+        return lambda *values: graph(*values)
+
+    def backward(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return lambda *values: graph(*values)
+
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=min_cut_rematerialization_partition)
+    with torch._functorch.config.patch(activation_memory_budget=memory_budget("none", bool(count))):
+        model.model.layers[0].compile(backend=backend, dynamic=False, fullgraph=True)
+        model.model(input_ids=torch.randint(64, (1, 512)), use_cache=False)[0].sum().backward()
+    return kept, calls
+
+
+def test_the_backward_pass_repeats_no_product_and_no_attention_and_keeps_no_more():
+    plain, _ = kept_bytes("Llama", False)
+    kept, calls = kept_bytes("Llama", True)
+    assert kept <= 1.01 * plain
+    assert calls.count("aten.mm.default") == 7  # input gradients; weight gradients are operators of their own
+    assert not [call for call in calls if "flash_attention" in call and "backward" not in call]
+    ours = [call for call in calls if "swiglu" in call or "rms_norm" in call]
+    assert sorted(ours) == ["endprompt.rms_norm_backward.default"] * 2 + ["endprompt.swiglu_backward.default"]
+    more, _ = kept_bytes("Llama", True, keep=True)
+    assert more - kept == 512 * 896 * 2
+
+
+def test_what_cannot_be_fused_is_left_alone():
+    for family, changes in (("Gemma", {}), ("Llama", {"mlp_bias": True}), ("Llama", {"hidden_act": "gelu"})):
+        model = small_model(family, **changes)
+        before = [type(layer) for layer in model.model.layers]
+        assert fast.fuse(model) == 0 and before == [type(layer) for layer in model.model.layers]
+    model = small_model(hidden_size=48, intermediate_size=80, head_dim=16)
+    model.optimizer = LeanAdamW(model.parameters())
+    linears.convert(model, "fast")
+    assert fast.fuse(model) == 0
+
+
+def test_out_of_training_a_layer_runs_its_own_forward_pass():
+    model, plain = small_model().eval(), small_model().eval()
+    lean(model)
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(input_ids=ids).logits, plain.train()(input_ids=ids).logits)
+
+
+def test_without_triton_a_gpu_keeps_its_layers(monkeypatch):
+    monkeypatch.setattr(fused, "kernels_module", lambda: None)
+    model = small_model()
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    assert fast.fuse(model) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+CHECK = """
+    import sys
+    import torch
+    from endprompt import fast
+    from endprompt.fast import layers, kernels, lean, available
+    from endprompt.train import optimizers
+    from endprompt.train.loss import _chunk_eager, _chunk
+
+    device = sys.argv[1]
+    torch.manual_seed(0)
+    assert available.triton_kernels(torch.empty(0, device=device)) is kernels
+
+
+    def same(found, expected, dtype, what):
+        for one, other in zip(found, expected):
+            if other.numel() and one.numel():
+                error = float((one.double() - other.double()).norm() / other.double().norm())
+                # triton's interpreter cuts bfloat16 off where a GPU rounds; a GPU's powers of two are near, not
+                # exact, 7e-6 of a gradient where the label has nearly all weight
+                exact = dtype == torch.float32
+                limit = (5e-6 if exact else 0.02) if device == "cpu" else 2e-5 if exact else 0.004
+                assert error < limit, (what, dtype, error)
+
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, size in ((1, 16), (5, 48), (37, 128), (9, 257)):
+            def random(*shape):
+                return torch.randn(*shape, device=device).to(dtype)
+
+            x, y, z, g, h, weight = *(random(rows, size) for _ in range(5)), random(size)
+            same([kernels.swiglu(x, y)], [layers.torch_swiglu(x, y)], dtype, "swiglu")
+            for again in (True, False):
+                got = kernels.swiglu_backward(z, x, y, again)
+                same(got, layers.torch_swiglu_backward(z, x, y, again), dtype, "swiglu backward")
+                assert again or not got[2].numel()
+                both = torch.cat([x, y], dim=1)
+                grads, out = layers.joined_swiglu_backward(z, both, again)
+                assert torch.equal(grads, torch.cat(got[:2], dim=1)) and torch.equal(out, got[2])
+                assert torch.equal(layers.swiglu(*both.chunk(2, dim=1)), kernels.swiglu(x, y))
+            for added in (None, y):
+                got, want = kernels.rms_norm(x, added, weight, 1e-3), layers.torch_norm(x, added, weight, 1e-3)
+                same(got, want, dtype, "norm")
+                assert got[2].dtype == torch.float32
+            for grads in ([g], [g, h], [g, h, z]):
+                for launch in (None, kernels.Launch(warps=4, programs=1, stages=2)):
+                    got = kernels.rms_norm_backward(x, want[2], weight, y, grads, launch)
+                    same(got, layers.torch_norm_backward(x, want[2], weight, y, grads), dtype, "norm backward")
+
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for sizes in ((1, 5, 4, 2, 16, 1), (2, 7, 3, 1, 12, 2), (2, 3, 8, 8, 32, 1)):
+            batch, tokens, heads, groups, width, several = sizes
+            shapes = [(batch, tokens, count, width) for count in (heads, groups, groups)]
+            grads = tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+            cos, sin = (torch.randn(several, tokens, width, device=device).to(dtype) for _ in range(2))
+            got = kernels.rotate_backward(grads, cos, sin)
+            same([got], [layers.torch_rotate_backward(grads, cos, sin)], dtype, "rotate backward")
+            assert torch.equal(got[..., (heads + groups) * width :], grads[2].flatten(2))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for count, vocabulary, block in ((3, 40, 64), (5, 700, 256), (2, 512, 128), (2, 3000, 0), (2, 700, 0)):
+            logits = (4 * torch.randn(count, vocabulary, device=device)).to(dtype)
+            logits[0, :-9] = float("-inf")  # a whole block without a number
+            labels = torch.randint(vocabulary - 9, vocabulary, (count,), device=device)
+            weights = torch.rand(count, device=device)
+            weights[-1] = 0
+            loss, grad = _chunk_eager(logits, labels, weights)
+            turned = logits.t().contiguous().t()  # columns in one piece
+            same(_chunk(turned, labels, weights), [loss, grad], dtype, "cross-entropy, turned")
+            launches = [kernels.Launch(block=block, warps=4)] if block else []  # else its own
+            losses = kernels.cross_entropy(logits, labels, weights, *launches)
+            assert losses.dtype == torch.float32 and losses[-1] == 0 and not logits[-1].any()
+            same([losses.sum(), logits], [loss, grad], dtype, "cross-entropy")
+
+
+    def trained(dtype, own):
+        lean.triton_kernels = lambda x: kernels if own else None
+        torch.manual_seed(0)
+        sizes = (100, 256, 3001, 2 * 2048)
+        weights = [torch.nn.Parameter(torch.randn(size).to(device, dtype)) for size in sizes]
+        optimizer = fast.LeanAdamW(weights, lr=0.01, weight_decay=0.1, seed=3)
+        for step in range(4):
+            for weight in weights:
+                weight.main_grad.copy_(torch.randn(weight.shape) * 10.0 ** (step - 2))
+            optimizers.clip_gradients(optimizer, 20.0)
+            optimizer.step()
+        values = [part.detach().float().flatten().cpu() for part in weights]
+        for name in lean.MOMENTS:
+            values.append(torch.cat([optimizer.state[weight][name].float().flatten().cpu() for weight in weights]))
+        return torch.cat(values[: len(sizes)]), *values[len(sizes) :]
+
+
+    for dtype in (torch.float32, torch.bfloat16):
+        (weight, *codes), (plain, *plain_codes) = trained(dtype, True), trained(dtype, False)
+        # the same random bits: only what lies on the edge between two roundings may fall to the other side
+        torch.testing.assert_close(weight, plain, rtol=2**-6 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
+        if dtype == torch.bfloat16:
+            assert float((weight != plain).double().mean()) < 0.01
+        for one, other in zip(codes, plain_codes):
+            assert float(((one - other).abs() > 1e-5 * other.abs()).double().mean()) < 0.01
+            assert float((one - other).abs().max()) <= 2
+    print("checked")
+"""
+
+
+def check_kernels(device, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHECK), device],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this triton's interpreter does not know this numpy")
+    assert done.returncode == 0 and "checked" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, whose interpreter runs on a CPU")
+def test_the_kernels_do_what_torch_does():
+    check_kernels("cpu", TRITON_INTERPRET="1")
+
+
+COMPILE = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from endprompt.fast import kernels, lean
+
+    BF16, F32, I32 = "*bf16", "*fp32", "i32"
+    SMALL = 99 * 1024  # shared memory that small GPUs have
+    codes = {"LEVELS_FIRST": lean.LEVELS_FIRST, "LEVELS_ROOT": lean.LEVELS_ROOT, "BLOCK": lean.BLOCK}
+    codes |= {"OCTAVES_FIRST": lean.OCTAVES_FIRST, "OCTAVES_ROOT": lean.OCTAVES_ROOT, "STOCHASTIC": True}
+    heads = {"H": 32, "G": 8, "HALF": 64, "HEADS": 32, "GROUPS": 8, "LANES": 64}
+    norm, three = {"D": 4096, "WIDTH": 4096}, kernels.norm_backward_launch(3, 8192)
+    loss, update = kernels.CROSS_ENTROPY, kernels.LEAN_UPDATE
+
+
+    def compiled(kernel, kinds, launch, warps=0, **constants):
+        free = iter(kinds)
+        types = {name: "constexpr" if name in constants else next(free) for name in kernel.arg_names}
+        assert next(free, None) is None
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] in "*i"}
+        source = ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps or launch.warps})
+        assert made.metadata.shared <= SMALL, (kernel, constants)
+        return made.asm
+
+
+    for kernel, kinds, launch, constants in (
+        (kernels._swiglu, [BF16] * 3 + [I32] * 2, kernels.SWIGLU, {"F": 14336, "BLOCK": kernels.SWIGLU.block}),
+        (
+            *(kernels._swiglu_backward, [BF16] * 6 + [I32] * 2, kernels.SWIGLU_BACKWARD),
+            {"F": 14336, "BLOCK": kernels.SWIGLU_BACKWARD.block, "AGAIN": True},
+        ),
+        (kernels._rms_norm, [BF16] * 5 + [F32, "fp32"], kernels.NORM, norm | {"ADD": True}),
+        (
+            *(kernels._rms_norm_backward, [BF16, F32] + [BF16] * 7 + [F32, I32], three),
+            norm | {"GRADS": 3, "STAGES": three.stages},
+        ),
+        (kernels._rotate_backward, [BF16] * 6 + [I32] * 2, kernels.ROTATE_BACKWARD, heads),
+        (
+            *(kernels._cross_entropy, [BF16, "*i64", F32, F32], loss),
+            {"V": 128256, "BLOCK": loss.block, "SIDE_BY_SIDE": 8},
+        ),
+        (
+            *(kernels._lean_update, [BF16, F32, "*i8", F32, "*u8", F32, F32, F32, "*i32", I32], update),
+            codes | {"BLOCKS": update.block},
+        ),
+    ):
+        made = compiled(kernel, kinds, launch, **constants)
+        assert made["cubin"] and ".f64" not in made["ptx"], kernel
+        assert "ld.global.v4" in made["ptx"] or ".v4.b32" in made["ptx"], kernel
+    for width in (4096, 8192, 16384):  # the launches that a width takes
+        for kind, size in ((BF16, 2), (F32, 4)):
+            for grads in (1, 2):
+                launch = kernels.norm_backward_launch(grads, width * size)
+                constants = {"D": width, "WIDTH": width, "GRADS": grads, "STAGES": launch.stages}
+                kinds, warps = [kind, F32] + [kind] * 7 + [F32, I32], kernels.warps_for(width, launch)
+                compiled(kernels._rms_norm_backward, kinds, launch, warps, **constants)
+    print("compiled")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which compiles without a GPU")
+def test_the_kernels_compile_for_a_gpu_in_float32_and_16_bytes_at_a_time():
+    """A constant below what float32 holds would make a kernel float64; rows of unknown size would make loads narrow."""
+    program = [sys.executable, "-c", textwrap.dedent(COMPILE)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_kernels_do_what_torch_does():
+    check_kernels("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", [True, False])
+def test_on_the_gpu_compiled_fused_layers_sum_the_cpu_s_gradients(keep):
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "head_dim": 64}
+    expected = exact(lambda: small_model(dtype="bfloat16", **sizes))
+    model = small_model(dtype="bfloat16", **sizes).cuda()
+    lean(model, keep)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False)
+    ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)).cuda()
+    positions = torch.cat([torch.arange(12), torch.arange(50, 55)]).expand(2, -1).cuda()
+    out = model.model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cuda()
+    (out * direction).sum().backward()
+    found = {name: p.main_grad.cpu() for name, p in model.named_parameters() if "lm_head" not in name}
+    assert_close((out.detach().cpu(), found), expected, 0.06)
+
+
+def test_the_bench_of_the_kernels_writes_rows(tmp_path, monkeypatch, capsys):
+    """On a CPU a rehearsal: torch's own and the copy, no kernels."""
+    from benchmarks.speed import kernels
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    sizes = ["--tokens", "8", "--hidden", "16", "--intermediate", "24", "--vocabulary", "40", "--seconds", "0.001"]
+    kernels.main(["--output", str(tmp_path), *sizes])
+    rows = read_rows(tmp_path / "results.jsonl")
+    tasks = {row["task"] for row in rows}
+    assert {"copy", "swiglu backward", "add and norm", "norm backward, 3", "cross-entropy", "rotate backward"} <= tasks
+    assert {row["metric"] for row in rows} == {"milliseconds", "gb_per_s", "relative_error_percent"}
+    assert "norm backward, 2" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the trainer
+
+
+def test_extend_fuses_unless_told_otherwise_and_says_where_it_cannot(extend_config, tmp_path, capsys):
+    lean = {"optimizer": "lean", "dtype": "bfloat16", "checkpointing": "selective"}
+    losses = {}
+    for name, changes in {"plain": {"fused": False}, "fused": {}, "float8": {"float8": "exact"}}.items():
+        output = tmp_path / name
+        extend(extend_config(**lean, **changes, output=str(output)))
+        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+        assert "no layer of this model can be" not in capsys.readouterr().err
+        model = transformers.AutoModelForCausalLM.from_pretrained(output)
+        assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
+    assert len(losses["plain"]) == 4 and losses["fused"] != losses["plain"]
+    assert losses["fused"] == pytest.approx(losses["plain"], rel=0.01)
+    gemma = make_checkpoint(tmp_path / "gemma", "Gemma")
+    extend(extend_config(**lean, model=str(gemma), steps=1, output=str(tmp_path / "unfused")))
+    assert "fused: no layer of this model can be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_a_fused_run_resumes_bit_by_bit_and_exports_each_weight(extend_config, tmp_path, family):
+    """q, k and v share one matrix while they train; states and exports have them apart, as they were."""
+    source = make_checkpoint(tmp_path / "model", family)
+    lean = {"model": str(source), "optimizer": "lean", "dtype": "bfloat16", "lr": 0.01, "save_every": 1, "keep": 9}
+
+    def run(name, **changes):
+        return extend(extend_config(**lean, output=str(tmp_path / name), **changes))
+
+    whole = run("whole", steps=4)
+    step = Trainer.train_step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+
+        def breaks(self, *arguments):
+            if self.step == 2:
+                raise RuntimeError("power cut")
+            return step(self, *arguments)
+
+        patch.setattr(Trainer, "train_step", breaks)
+        run("cut", steps=4)
+    resumed = run("cut", steps=4, resume=True)
+    before, (one, other) = (
+        load_file(source / "model.safetensors"),
+        (load_file(output / "model.safetensors") for output in (whole, resumed)),
+    )
+    assert one.keys() == other.keys() == before.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+        assert weight.shape == before[name].shape and not torch.equal(weight, before[name].to(weight.dtype)), name
+    sizes = sum(weight.numel() * weight.element_size() for weight in one.values())
+    assert (whole / "model.safetensors").stat().st_size < sizes + 20000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page says of the kernels' speed
+
+NAMES = {
+    "SwiGLU": "swiglu",
+    "SwiGLU backward, SwiGLU made again": "swiglu backward",
+    "SwiGLU backward, SwiGLU kept": "swiglu backward, h kept",
+    "norm": "norm",
+    "sum and norm": "add and norm",
+    "norm backward, one gradient": "norm backward, 1",
+    "norm backward, two gradients summed": "norm backward, 2",
+    "norm backward, three gradients summed": "norm backward, 3",
+    "loss and its gradient": "cross-entropy",
+    "RoPE backward of queries, keys, values": "rotate backward",
+}
+
+
+def test_the_page_has_the_measured_times_of_the_kernels():
+    root = Path(__file__).parents[3]
+    rows = read_rows(root / "paper_figures" / "data" / "measured" / "pages" / "h200_kernels.jsonl")
+    later = ("cross-entropy", "rotate backward")
+    rows += [
+        row
+        for row in read_rows(root / "paper_figures" / "data" / "measured" / "pages" / "h200_loss_kernels.jsonl")
+        if row["task"] in later
+    ]
+    page = (root / "docs" / "speed.md").read_text(encoding="utf-8")
+    page = page.split("## Norms and SwiGLU alone")[1].split("\n## ")[0]
+    lines = re.findall(r"(?m)^\| (.+?)" + r" \| ([\d.]+)" * 4 + r" \|$", page)
+    table = {name: cells for name, *cells in lines}
+    assert table.keys() == NAMES.keys()
+    for name, cells in table.items():
+        times, rates = {}, {}
+        for row in rows:
+            if row["task"] == NAMES[name]:
+                {"milliseconds": times, "gb_per_s": rates}.get(row["metric"], {})[row["method"]] = row["value"]
+        own = min((method for method in times if method != "torch.compile"), key=times.__getitem__)
+        found = [f"{times[by]:.3f} {rates[by] / 1000:.2f}" for by in ("torch.compile", own)]
+        assert " ".join(cells) == " ".join(found), name
+    reference = next(r["value"] for r in rows if r["metric"] == "tokens_per_s")
+    assert f"{reference:,.0f} tokens/s" in page

@@ -1,0 +1,149 @@
+"""LoRA with trained embeddings and norms: what trains, and that the export has it merged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from endprompt import model as models
+from endprompt import train
+from endprompt.model import load, lora
+from endprompt.train import run as training
+from tests.support.checkpoints import make_checkpoint
+
+
+def test_only_updates_embeddings_and_norms_train(llama):
+    model = models.load_model(llama)
+    lora.add_lora(model, 4, 16, ["embed", "norm"], seed=0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "model.embed_tokens.weight" in trained and "model.norm.weight" in trained
+    assert {n.rpartition(".")[0].rpartition(".layers.")[2] for n in trained if "lora_A" in n} == {
+        f"{layer}.self_attn.{part}_proj.lora_A.default" for layer in (0, 1) for part in "qkvo"
+    }
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert all("base_layer" in name or "mlp" in name for name in frozen) and len(frozen) == 2 * 7
+
+
+def test_merge_equals_pefts_own(llama):
+    from peft import LoraConfig, get_peft_model
+
+    base = models.load_model(llama)
+    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    weights = {name: x.clone() for name, x in tuned.base_model.model.state_dict().items()}
+    merged = lora.merge(weights, 16 / 4)
+    expected = tuned.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    for name in merged:
+        torch.testing.assert_close(merged[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(expected["model.layers.0.self_attn.q_proj.weight"], load_base(llama))
+
+
+def load_base(llama):
+    return load_file(llama / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Phi3"])
+def test_trained_updates_are_merged_at_export(checkpoints, extend_config, architecture):
+    caught = {}
+    original = training.finish
+
+    def keep(config, trainer, *rest):
+        trainer.model.eval()
+        with torch.no_grad():
+            caught["logits"] = trainer.model(input_ids=ids, use_cache=False).logits
+        return original(config, trainer, *rest)
+
+    ids = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(2))
+    base = checkpoints(architecture)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "finish", keep)
+        scaling = "longrope" if architecture == "Phi3" else "linear"
+        output = train.extend(extend_config(model=str(base), scaling=scaling, lora_rank=4, steps=3, lr=1e-2))
+    before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("mlp" in name for name in changed)
+    assert any("self_attn" in name for name in changed) and any("norm" in name for name in changed)
+    loaded = AutoModelForCausalLM.from_pretrained(output).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, caught["logits"], rtol=1e-4, atol=2e-5)
+    assert "lora" not in json.dumps(json.loads((output / "config.json").read_text()))
+
+
+def test_lora_resumes_bitwise(extend_config, tmp_path):
+    options = {"lora_rank": 4, "steps": 4, "save_every": 2}
+    whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
+    config = extend_config(output=str(tmp_path / "broken"), **options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "finish", interrupted)
+        train.extend(config)
+    config.resume = True
+    resumed = train.extend(config)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (whole, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("also", [["embed", "norm"], []])
+def test_the_lean_optimizer_trains_lora_as_float32_masters_do(checkpoints, extend_config, tmp_path, architecture, also):
+    """Llama's layers would be joined and fused, but for the frozen matrices in them."""
+    options = {"model": str(checkpoints(architecture)), "lora_rank": 4, "lora_also": also, "dtype": "bfloat16"}
+    runs = [
+        train.extend(extend_config(output=str(tmp_path / name), optimizer=name, steps=6, lr=1e-2, **options))
+        for name in ("lean", "masters")
+    ]
+    logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in runs]
+    for lean, masters in zip(*logs, strict=True):
+        assert lean["loss"] == pytest.approx(masters["loss"], rel=5e-3)
+        assert lean["grad_norm"] == pytest.approx(masters["grad_norm"], rel=0.1)
+    assert logs[0][-1]["loss"] < logs[0][0]["loss"] - 0.1
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoints(architecture), runs[0]))
+    changed = {name for name in before if not torch.equal(before[name].bfloat16().float(), after[name])}
+    wanted = {name for name in before if "_proj.weight" in name and "self_attn" in name}
+    wanted |= {name for name in before if any(word in name for word in also)}
+    assert changed == wanted
+
+
+def test_float8_of_frozen_matrices_is_refused(extend_config):
+    options = {"optimizer": "lean", "dtype": "bfloat16", "float8": "fast", "lora_rank": 4}
+    with pytest.raises(ValueError, match="float8 is for matrices that train, and LoRA freezes them"):
+        train.extend(extend_config(**options))
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_model_without_such_projections_is_refused(tmp_path):
+    model = models.load_model(make_checkpoint(tmp_path / "m"))
+    for layer in load.decoder_layers(model):
+        layer.self_attn = torch.nn.Identity()
+    with pytest.raises(ValueError, match="lora_rank=4: LlamaForCausalLM has none of the projections"):
+        lora.add_lora(model, 4, 16, [], seed=0)
+
+
+def test_shifted_attention_trains_and_whole_attention_evaluates(extend_config, documents, tmp_path):
+    """Two groups' tokens do not see each other in training; held-out loss and export attend to everything."""
+    held = {
+        "eval_data": [str(documents)],
+        "eval_lengths": [27],
+        "eval_rows": 2,
+        "eval_every": 1,
+    }  # 27: no 8 equal parts
+    options = {"scheme": "contiguous", "prompt": None, "lora_rank": 4, "steps": 2}
+    runs = [
+        train.extend(extend_config(output=str(tmp_path / name), attention=name, **options, **held))
+        for name in ("shifted", "sdpa")
+    ]
+    losses = [[json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in runs]
+    assert losses[0] != losses[1]
+    values = [[json.loads(line)["value"] for line in (run / "results.jsonl").open()] for run in runs]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert json.loads((runs[0] / "config.json").read_text()).get("_attn_implementation") in (None, "sdpa")

@@ -1,0 +1,333 @@
+"""The script as a user runs it: exit codes, one-line errors, no torch for its help."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import typing
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import yaml
+
+from endprompt import cli
+from endprompt.config import ExtendConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def endprompt(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "endprompt.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        timeout=120,
+    )
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from endprompt import cli; assert cli.main(['--help']) == 0;"
+        "heavy = {'torch', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "extend" in done.stdout and "Train: extend a checkpoint's window" in done.stdout
+
+
+def test_unknown_command_is_bad_usage(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["extnd"]) == 2
+    assert "did you mean extend" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("extend --targt 4", "unrecognized arguments: --targt 4; did you mean --target?"),
+        ("extend --micro-row 4", "unrecognized arguments: --micro-row 4; did you mean --micro-rows?"),
+        ("extend --target far", "target must be a whole number: target=far"),
+        ("extend --lr fast", "lr must be a number: lr=fast"),
+        ("extend --factor x", "factor must be a number: factor=x"),
+        ("extend --eval-lengths a b", "eval_lengths must be whole numbers: eval_lengths=['a', 'b']"),
+        ("extend --rope-options 3", "rope_options must be a mapping: rope_options=3"),
+        ("extend --data", "--data: expected one argument"),
+        ("score x --suite foo", "suite must be one of ruler, longbench, short: suite=foo"),
+        ("score", "the following arguments are required: checkpoint"),
+        ("completion fish", "shell must be one of bash, zsh: shell=fish"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_with_2(arguments, said, capsys):
+    name = arguments.split()[0]
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments.split())
+    assert raised.value.code == 2
+    assert capsys.readouterr() == ("", f"endprompt {name}: {said} (see endprompt {name} --help)\n")
+
+
+def test_unknown_recipe_names_near_ones(capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--recipe", "pose-llama3"])
+    assert raised.value.code == 2
+    assert "recipe='pose-llama3'; did you mean pose-llama3-8b-64k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(ep.name for ep in cli.entry_points(group=cli.GROUP)))
+def test_help_fits_80_columns_and_shows_flags_as_they_are_written(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    (entry_point,) = [ep for ep in cli.entry_points(group=cli.GROUP) if ep.name == name]
+    config = typing.get_type_hints(entry_point.load())["config"]
+    for field in dataclasses.fields(config):
+        flag = f"--{field.name.replace('_', '-')}"
+        where = field.name.upper() if cli.is_positional(field) else rf"^  {flag}\b"
+        assert re.search(where, shown, re.MULTILINE), flag
+        if field.default is False:  # a switch: nothing stands behind it
+            assert re.search(rf"^  {flag}(  .*)?$", shown, re.MULTILINE), flag
+        elif isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            assert f"default: {field.default}" in " ".join(shown.split()), flag
+
+
+def test_commands_are_wrapped_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = lines[lines.index("") + 3 :]
+    assert max(map(len, listed)) <= 60
+    assert any(line.startswith(" " * 14) for line in listed)  # words go on below words
+
+
+def test_extend_runs_through_the_script(llama, documents, tmp_path):
+    output = tmp_path / "with a space" / "out"
+    done = endprompt(
+        "extend", "--model", llama, "--data", documents, "--output", output, "--target", 128, "--prompt", "EP_3",
+        "--rows", 2, "--steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(output)
+    assert "Warning" not in done.stderr
+    assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 128
+    assert cli.main(["extend", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "second")]) == 0
+    first, second = ((path / "model.safetensors").read_bytes() for path in (output, tmp_path / "second"))
+    assert first == second  # the resolved configuration is the whole of it
+
+
+def test_broken_data_file_is_named_with_its_line(llama, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": 3}\n')
+    usual = ["--model", str(llama), "--data", str(broken), "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    assert cli.main(["extend", *usual, "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"endprompt: {broken}, line 2: a document must have `text`")
+    assert len(said.err.splitlines()) == 1 and said.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--model", "nowhere"], "model='nowhere'"),
+        (["--target", "16"], "target=16 window=32"),
+        (["--prompt", "EP_1"], "the end prompt does not fit: it has"),
+        (["--rows", "5000"], "fewer documents than one batch"),
+        (["--prompt", "none"], "scheme 'endprompt' needs an end prompt"),
+    ],
+)
+def test_bad_values_give_one_line(llama, documents, tmp_path, capsys, arguments, rule):
+    usual = ["--model", str(llama), "--data", str(documents), "--target", "128", "--prompt", "EP_3", "--steps", "1"]
+    assert cli.main(["extend", *usual, "--output", str(tmp_path / "out"), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("endprompt: ") and rule in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_file_and_flags(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"lr": 1e-4, "scheme": "pose", "prompt": ["EP_1", "EP_3"]}))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml"), "--lr", "3e-4", "--print_config"])
+    assert raised.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["lr"] == 3e-4 and shown["scheme"] == "pose" and shown["prompt"] == ["EP_1", "EP_3"]
+    (tmp_path / "run.yaml").write_text("lrr: 1\n")
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml")])
+    assert raised.value.code == 2
+    assert "lrr" in capsys.readouterr().err
+
+
+TYPES = typing.get_type_hints(ExtendConfig)
+
+
+def test_flags_may_be_written_with_hyphens():
+    given = ["--save-every", "5", "--eval-lengths=[8]", "--print-config", "a-b"]
+    assert cli.with_underscores(given, TYPES) == [
+        "--save_every", "5", "--eval_lengths=[8]", "--print-config", "a-b",
+    ]  # fmt: skip
+
+
+def test_switches_need_no_value():
+    given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "runs/x", "--autocast"]
+    assert cli.as_shells_write(given, TYPES) == [
+        "--resume", "true", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "true", "runs/x",
+        "--autocast", "true",
+    ]  # fmt: skip
+
+
+def test_lists_need_no_brackets():
+    given = ["--data", "a b.jsonl", "c.txt", "--eval_lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
+    assert cli.as_shells_write(given, TYPES) == [
+        "--data", '["a b.jsonl","c.txt"]', "--eval_lengths", "[64,128]", "--report", "[wandb]", "--prompt", "EP_1",
+    ]  # fmt: skip
+
+    @dataclasses.dataclass
+    class Positional:
+        checkpoint: str
+        tasks: list[str] = dataclasses.field(default_factory=list)
+
+    assert cli.has_positionals(Positional) and not cli.has_positionals(ExtendConfig)
+    assert cli.as_shells_write(["--tasks", "vt", "runs/x"], {"tasks": list[str]}, True) == [
+        "--tasks",
+        '["vt"]',
+        "runs/x",
+    ]
+
+
+def test_prepare_runs_through_the_script(llama, documents, tmp_path, capsys):
+    command = EntryPoint(name="prepare", value="endprompt.commands:prepare", group=cli.GROUP)
+    output = str(tmp_path / "shard")
+    arguments = ["--data", str(documents), "--tokenizer", str(llama), "--output", output]
+    assert cli.run(command, arguments) == 0
+    assert capsys.readouterr().out.strip() == output
+    assert cli.run(command, arguments) == 1
+    assert capsys.readouterr().err.startswith("endprompt: the output exists already")
+    assert cli.run(command, [*arguments, "--overwrite"]) == 0
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys; from endprompt import cli\n"
+        "try: cli.main(['extend', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "scaling factor; default target / window" in done.stdout
+
+
+def test_every_command_has_a_summary(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {"extend"} <= {words[0] for words in lines}
+
+
+def test_lists_may_be_written_with_an_equals_sign():
+    types = {"only": list[str], "lengths": list[int] | None, "formats": tuple[str, ...], "name": str}
+    assert cli.as_shells_write(["--only=a", "--name=a"], types) == ['--only=["a"]', "--name=a"]
+    assert cli.as_shells_write(["--lengths=5", '--only=["a"]'], types) == ["--lengths=[5]", '--only=["a"]']
+    assert cli.as_shells_write(["--formats", "png", "pdf"], types) == ["--formats", '["png","pdf"]']
+
+
+class Odd(Exception):
+    """What a package may raise."""
+
+
+@dataclasses.dataclass
+class RaisingConfig:
+    """Settings.
+
+    Args:
+        what: which error
+        output: a run's directory
+    """
+
+    what: str = "key"
+    output: str = ""
+
+
+def raising(config: RaisingConfig) -> int:
+    """Raise what a package, or a fault of ours, would."""
+    import jinja2
+
+    raise {
+        "key": KeyError("layers"),
+        "jinja": jinja2.TemplateSyntaxError("unexpected '}'", 1),
+        "memory": RuntimeError("CUDA error:\n  out of memory"),
+        "bare": Odd(),
+        "assert": AssertionError("two lists of one length"),
+        "own": ValueError("steps must be at least 1: steps=0"),
+        "file": FileNotFoundError(2, "No such file or directory", "x.json"),
+    }[config.what]
+
+
+@pytest.fixture
+def raises(monkeypatch):
+    entry = EntryPoint("raising", f"{__name__}:raising", cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("key", "KeyError: 'layers' (--debug shows where)"),
+        ("jinja", "TemplateSyntaxError: unexpected '}' line 1 (--debug shows where)"),
+        ("memory", "RuntimeError: CUDA error: out of memory (--debug shows where)"),
+        ("bare", "Odd (--debug shows where)"),
+        ("assert", "AssertionError: two lists of one length (--debug shows where)"),
+        ("own", "steps must be at least 1: steps=0"),
+        ("file", "x.json: No such file or directory"),
+    ],
+)
+def test_whatever_is_raised_is_one_line_that_names_its_type(raises, capsys, monkeypatch, what, said):
+    monkeypatch.delenv("ENDPROMPT_TRACEBACK", raising=False)
+    assert cli.main(["raising", "--what", what]) == 1
+    assert capsys.readouterr() == ("", f"endprompt: {said}\n")
+    for arguments in (["--debug", "--what", what], ["--what", what, "--debug"]):
+        with pytest.raises(Exception) as raised:
+            cli.main(["raising", *arguments])
+        assert raised.traceback[-1].name == "raising"  # of the place that raised
+    monkeypatch.setenv("ENDPROMPT_TRACEBACK", "1")
+    with pytest.raises(Exception) as raised:
+        cli.main(["raising", "--what", what])
+    assert raised.traceback[-1].name == "raising"
+
+
+@pytest.mark.parametrize("folder", ["out", "out.partial"])
+def test_the_traceback_is_in_the_log_of_a_run_that_has_begun(raises, capsys, tmp_path, folder):
+    log = tmp_path / folder / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 1}\n')
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "log.jsonl").write_text('{"step": 1}\n')
+    os.utime(tmp_path / "old" / "log.jsonl", (0, 0))
+    assert cli.main(["raising", "--output", str(tmp_path / "old")]) == 1  # the log of a run before this one
+    assert capsys.readouterr().err.endswith("(--debug shows where)\n")
+    assert cli.main(["raising", "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"endprompt: KeyError: 'layers' (the traceback is in {log})\n"
+    first, second = map(json.loads, log.read_text().splitlines())
+    assert first == {"step": 1} and second["error"] == "KeyError"
+    assert "in raising\n" in "".join(second["traceback"])
+    assert cli.main(["raising", "--what", "own", "--output", str(tmp_path / "out")]) == 1  # has said it all
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_command_that_cannot_be_imported_is_one_line(monkeypatch, capsys):
+    entry = EntryPoint("broken", "endprompt.cli:nothing", cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    assert cli.main(["broken"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "endprompt: AttributeError: module 'endprompt.cli' has no attribute 'nothing'"
+    )
+    with pytest.raises(AttributeError):
+        cli.main(["broken", "--debug"])

@@ -1,0 +1,420 @@
+"""Two gloo processes on the CPU under torchrun against one process."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from endprompt import data, distributed, train
+from endprompt.config import ExtendConfig
+from endprompt.model import load_config, load_tokenizer
+from endprompt.train import states
+from tests.support.checkpoints import make_checkpoint, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What each of the processes does: whole runs, of which `compiled` goes through torch.compile but for the code that it
+#: writes (a minute of C++), a run that one process has begun, one that is cut off after the second step for one process
+#: to resume, one that both resume, and some that must fail. Of `whole` it counts what is read of the checkpoint.
+WORKER = """
+import json, sys
+import safetensors, torch
+import torch.distributed as dist
+from endprompt import train, config, model
+
+class Counted:
+    def __init__(self, *args, **kwargs):
+        self.file = opened(*args, **kwargs)
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+    def keys(self):
+        return self.file.keys()
+    def get_slice(self, name):
+        return CountedSlice(self.file.get_slice(name))
+
+class CountedSlice:
+    def __init__(self, stored):
+        self.stored = stored
+    def get_shape(self):
+        return self.stored.get_shape()
+    def __getitem__(self, place):
+        part = self.stored[place]
+        read.append(part.nbytes)
+        return part
+
+jobs = json.load(open(sys.argv[1]))
+
+def extend(name, **changes):
+    return train.extend(config.ExtendConfig(**jobs[name] | changes))
+
+opened, read = safetensors.safe_open, []
+safetensors.safe_open = Counted
+extend("whole")
+safetensors.safe_open = opened
+print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
+for name in ("rounded", "masters", "lora", "odd", "phi", "renamed", "apart", "experts", "full"):
+    extend(name)
+for name in ("longlora", "selective", "pose"):
+    extend(name)
+for name in ("dynamic", "longrope"):
+    extend(name)
+job, source = config.ExtendConfig(**jobs["pretrained"]), jobs["whole"]["model"]
+train.pretrain(job, model.load_config(source), model.load_tokenizer(source))
+real = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=False)
+extend("compiled")
+torch.nn.Module.compile = real
+extend("begun", resume=True)
+
+step = train.Trainer.train_step
+def cut(self, batch, rate):
+    if self.step == 2:
+        raise KeyboardInterrupt
+    return step(self, batch, rate)
+train.Trainer.train_step = cut
+for name in ("broken", "again"):
+    try:
+        extend(name)
+    except KeyboardInterrupt:
+        pass
+train.Trainer.train_step = step
+extend("again", resume=True)
+for name in ("uneven", "lean", "float8", "graph", "damaged", "shapes"):
+    try:
+        extend(name)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def log_of(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def results_of(directory):
+    path = directory / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def two_processes(llama, checkpoints, documents, tmp_path_factory):
+    """(directory with the outputs that two processes have made, their configurations by name, what they printed)."""
+    tmp = tmp_path_factory.mktemp("two")
+    config = ExtendConfig(
+        model=str(llama), data=[str(documents)], output="", target=128, prompt="EP_3", rows=4, steps=4,
+        warmup=2, lr=1e-3, device="cpu", log_every=1, weight_decay=0.1, clip=0.5, micro_rows=1,
+        eval_data=[str(documents)], eval_lengths=[96], eval_rows=3, eval_needles=3,
+    )  # fmt: skip
+    in_bfloat16 = {"dtype": "bfloat16", "export_dtype": "float32"}
+    recall = {"row_tokens": 64, "prompt": "recall", "recall_span": 8, "recall_given": 2}
+    long = {"scheme": "contiguous", "prompt": None, "row_tokens": 128}
+    changes = {
+        "whole": {},
+        "rounded": {"autocast": True},
+        "masters": in_bfloat16,
+        "lora": {"lora_rank": 4},
+        "odd": {"model": str(odd_checkpoint(tmp / "odd-model"))},
+        "phi": {"model": str(checkpoints("Phi3")), "scaling": "longrope"},
+        "renamed": {"model": str(renamed_checkpoint(llama, tmp / "renamed-model"))},
+        "apart": {"model": str(checkpoint_with_a_head_of_its_own(tmp / "apart-model"))},
+        "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))},
+        "full": long | {"checkpointing": "full"},
+        "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
+        "selective": recall | {"checkpointing": "selective"},
+        "pose": {"scheme": "endprompt-pose", "scaling": "yarn"},
+        "dynamic": {"scheme": "pose", "prompt": None, "scaling": "dynamic", "micro_rows": None},
+        "longrope": {"scheme": "pose", "prompt": None, "scaling": "longrope", "micro_rows": None},
+        "pretrained": {
+            "model": "random weights",
+            "scheme": "contiguous",
+            "prompt": None,
+            "scaling": "none",
+            "target": 32,
+        }
+        | {"eval_data": []},
+        "compiled": {"compile": "layers"},
+        "begun": {"save_every": 2},
+        "broken": {"save_every": 2},
+        "again": {"save_every": 2},
+        "uneven": {"rows": 3},
+        "lean": {"optimizer": "lean", "dtype": "bfloat16"},
+        "float8": {"optimizer": "lean", "dtype": "bfloat16", "float8": "fast"},
+        "graph": {"compile": "graph", "device": "auto"},
+        "damaged": {"model": str(damaged_checkpoint(tmp / "damaged-model"))},
+        "shapes": {"model": str(checkpoint_of_other_shapes(tmp / "shapes-model"))},
+    }
+    jobs = {name: dataclasses.replace(config, output=str(tmp / name), **change) for name, change in changes.items()}
+    stop_before_the_end(jobs["begun"])
+    (tmp / "jobs.json").write_text(json.dumps({name: dataclasses.asdict(job) for name, job in jobs.items()}))
+    (tmp / "worker.py").write_text(WORKER)
+    # Each process prints into files of its own: in one pipe, their lines may run into each other.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--redirects", "3", "--log-dir", str(tmp / "printed")]
+    done = subprocess.run(
+        [*command, str(tmp / "worker.py"), str(tmp / "jobs.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    printed = [path.read_text() for path in sorted((tmp / "printed").rglob("std*.log"))]
+    assert done.returncode == 0, "\n".join([done.stderr, *printed])[-3000:]
+    assert len(printed) == 4  # both streams of both processes
+    return tmp, jobs, "\n".join(printed)
+
+
+def odd_checkpoint(directory):
+    """Biases, an untied head, a vocabulary that two processes cannot halve, and several files with an index."""
+    from transformers import AutoModelForCausalLM
+
+    make_checkpoint(directory, "Qwen2", vocab_size=321)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.25, True
+    model.save_pretrained(directory, max_shard_size="40KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def renamed_checkpoint(source, directory):
+    """The base model's own names, without `model.`: transformers knows what they mean."""
+    shutil.copytree(source, directory)
+    weights = load_file(directory / "model.safetensors")
+    renamed = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(renamed, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def checkpoint_with_a_head_of_its_own(directory):
+    """The config says that head and embeddings are one, the file has both and they differ."""
+    make_checkpoint(directory, tie_word_embeddings=False)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return directory
+
+
+def checkpoint_of_experts(directory):
+    """A weight of the model is put together from several tensors of the file, one an expert."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "sliding_window": None}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads, **experts)).save_pretrained(directory)
+    assert any("experts.3." in name for name in load_file(directory / "model.safetensors"))
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def damaged_checkpoint(directory):
+    path = make_checkpoint(directory) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    return directory
+
+
+def checkpoint_of_other_shapes(directory):
+    path = make_checkpoint(directory) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    save_file(weights, path, {"format": "pt"})
+    return directory
+
+
+def stop_before_the_end(config):
+    """A run of one process that leaves its state of step 2."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        step = train.Trainer.train_step
+        patch.setattr(
+            train.Trainer, "train_step", lambda self, *rest: interrupted() if self.step == 3 else step(self, *rest)
+        )
+        train.extend(config)
+
+
+@pytest.fixture(scope="module")
+def one_process(two_processes):
+    """`one_process(name)`: the output of the same configuration by one process, made once."""
+    tmp, jobs, _ = two_processes
+    made = {}
+
+    def get(name: str = "whole", **changes) -> Path:
+        if name not in made:
+            made[name] = train.extend(dataclasses.replace(jobs[name], output=str(tmp / f"one-{name}"), **changes))
+        return made[name]
+
+    return get
+
+
+def assert_equal_runs(left: Path, right: Path) -> None:
+    for a, b in zip(log_of(left), log_of(right), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    for a, b in zip(results_of(left), results_of(right), strict=True):
+        assert (a["task"], a["step"], a["n"]) == (b["task"], b["step"], b["n"])
+        assert a["value"] == pytest.approx(b["value"], abs=1e-5)
+    ours, theirs = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(two_processes, one_process):
+    assert_equal_runs(two_processes[0] / "whole", one_process(micro_rows=None))
+
+
+EACH = [
+    "lora",
+    "odd",
+    "phi",
+    "renamed",
+    "apart",
+    "experts",
+    "full",
+    "longlora",
+    "selective",
+    "pose",
+    "dynamic",
+    "longrope",
+]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_method_and_checkpoint_trains_as_by_one_process(two_processes, one_process, name):
+    directory = two_processes[0] / name
+    assert_equal_runs(directory, one_process(name))
+    for file in ("config.json", "generation_config.json"):
+        assert (directory / file).read_text() == (one_process(name) / file).read_text()
+
+
+def test_a_head_of_its_own_is_kept_and_said_once(two_processes):
+    """By transformers' own reading of what was written: apart from the embeddings, and no longer called tied."""
+    from transformers import AutoModelForCausalLM
+
+    directory, _, printed = two_processes
+    assert printed.count("apart-model: config.json says tie_word_embeddings, but the files hold a head") == 1
+    model = AutoModelForCausalLM.from_pretrained(directory / "apart")
+    assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+    assert json.loads((directory / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_base_is_trained_from_the_same_random_weights(two_processes):
+    tmp, jobs, _ = two_processes
+    source = jobs["whole"].model
+    one = train.pretrain(
+        dataclasses.replace(jobs["pretrained"], output=str(tmp / "one-pretrained")),
+        load_config(source),
+        load_tokenizer(source),
+    )
+    assert_equal_runs(tmp / "pretrained", one)
+
+
+def test_compiled_layers_are_sharded_too(two_processes, one_process):
+    assert_equal_runs(two_processes[0] / "compiled", one_process(micro_rows=None))
+
+
+def test_each_process_reads_its_share_of_the_checkpoint(two_processes, llama):
+    """Half of every tensor's bytes each; and only what is put together anew is read whole, with a word."""
+    _, _, printed = two_processes
+    counts = {found["rank"]: found["read"] for found in map(json.loads, re.findall(r'^{"rank".*}$', printed, re.M))}
+    stored = sum(weight.nbytes for weight in load_file(llama / "model.safetensors").values())
+    assert counts == {0: stored // 2, 1: stored // 2}
+    assert re.findall(r"(\S+): its files hold the weights in other parts than the model", printed) == [
+        str(two_processes[0] / "experts-model")
+    ]
+
+
+def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(two_processes, one_process):
+    tmp, _, _ = two_processes
+    exact, rounded = ([row["loss"] for row in log_of(run)] for run in (one_process(), tmp / "rounded"))
+    assert rounded == pytest.approx(exact, rel=2e-2) and rounded != pytest.approx(exact, rel=1e-6)
+    weights = load_file(tmp / "rounded" / "model.safetensors")
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
+
+
+def test_bfloat16_weights_have_sharded_float32_masters(two_processes, one_process):
+    """One rounding of each gradient to bfloat16 is elsewhere than in one process, so equality is up to that."""
+    ours, theirs = two_processes[0] / "masters", one_process("masters")
+    for a, b in zip(log_of(ours), log_of(theirs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    left, right = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    start = load_file(Path(two_processes[1]["masters"].model) / "model.safetensors")
+    moved = sum((right[name] - start[name].bfloat16().float()).square().sum() for name in right) ** 0.5
+    apart = sum((left[name] - right[name]).square().sum() for name in right) ** 0.5
+    assert left.keys() == right.keys() and float(apart) < 0.1 * float(moved)
+
+
+def test_state_of_two_processes_is_resumed_by_one(two_processes, one_process):
+    tmp, jobs, _ = two_processes
+    state = states.newest_state(tmp / "broken.partial" / "states")
+    assert state.step == 2
+    assert len(list(state.path.glob("__*.distcp"))) == 2  # each process wrote its own share
+    resumed = train.extend(dataclasses.replace(jobs["broken"], resume=True))
+    assert_equal_runs(resumed, one_process())
+
+
+def test_state_of_one_process_is_resumed_by_two(two_processes, one_process):
+    tmp, _, printed = two_processes
+    assert printed.count("resumed from step 2 of 4") == 2  # this and the next one, each said once
+    assert_equal_runs(tmp / "begun", one_process())
+
+
+def test_two_processes_resume_bitwise(two_processes):
+    tmp, _, _ = two_processes
+    whole, again = ((tmp / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
+    assert whole == again
+
+
+def test_processes_take_the_rows_of_one(two_processes, documents):
+    """Whatever the number of processes, together they have the same rows in the same order."""
+    config = two_processes[1]["whole"]
+    trainers = []
+    for size in (1, 2, 4):
+        rows = make_rows(config, documents)
+        shares = [row_share(rows, config, distributed.World(rank, size), step=3) for rank in range(size)]
+        trainers.append(torch.cat(shares))
+    assert all(torch.equal(trainers[0], other) for other in trainers[1:])
+
+
+def make_rows(config, documents):
+    tokenizer = load_tokenizer(config.model)
+    return data.Rows(data.load_documents([str(documents)], tokenizer), data.row_spec(config, 32, tokenizer))
+
+
+def row_share(rows, config, here, step):
+    trainer = train.Trainer.__new__(train.Trainer)
+    trainer.rows, trainer.config, trainer.here = rows, config, here
+    return torch.from_numpy(trainer.batch(step).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("uneven", "rows must be a multiple of the number of processes: rows=3, 2"),
+        ("lean", "take adamw or masters: optimizer='lean' float8='none', 2 processes"),
+        ("float8", "take adamw or masters: optimizer='lean' float8='fast', 2 processes"),
+        ("graph", "take compile=layers: compile='graph', 2 processes"),
+        ("damaged", "damaged-model: the checkpoint does not load: model.safetensors: "),
+        ("shapes", "does not load: model.norm.weight is (31,), the model's is (32,)"),
+    ],
+)
+def test_what_the_processes_cannot_share_is_refused_by_both(two_processes, name, rule):
+    tmp, _, printed = two_processes
+    assert printed.count(rule) == 2
+    assert not (tmp / name).exists()

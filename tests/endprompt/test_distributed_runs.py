@@ -1,0 +1,172 @@
+"""Runs of several processes as users start them: on two nodes, killed in the middle of a save, and on two GPUs."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from benchmarks.speed import extend
+from endprompt import train
+from endprompt.runs import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+#: Trains as it is told; the second process kills itself when it has written its share of the second state.
+KILLED_IN_SAVE = """
+import json, os, signal, sys
+import torch.distributed.checkpoint as dcp
+from benchmarks.speed import extend
+from endprompt import train, config
+
+save, saves = dcp.save, []
+def saved(*args, **kwargs):
+    save(*args, **kwargs)
+    saves.append(1)
+    if len(saves) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+dcp.save = saved
+train.extend(config.ExtendConfig(**json.load(open(sys.argv[1]))))
+"""
+
+#: Runs what it is given, one after the other.
+RUNS = """
+import json, sys
+from endprompt import train, config
+for job in json.load(open(sys.argv[1])):
+    train.extend(config.ExtendConfig(**job))
+"""
+
+
+def launched(*arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def losses_of(directory):
+    return [json.loads(line)["loss"] for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_process_train_as_one(extend_config, tmp_path):
+    """Two launchers meet at an address, as on two machines; what is written is in a folder that both see."""
+    config = extend_config(output=str(tmp_path / "nodes"), save_every=2)
+    RunDirectory(tmp_path, config)  # writes config.yaml
+    meeting = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "run"]
+    meeting += ["--rdzv-endpoint", f"localhost:{free_port()}"]
+    command = ["-m", "endprompt.cli", "extend", "--config", tmp_path / "config.yaml"]
+    nodes = [launched(*meeting, *command) for _ in range(2)]
+    printed = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "".join(out for out, _ in printed) == f"{tmp_path / 'nodes'}\n"  # one of all processes says it
+    one = train.extend(dataclasses.replace(config, output=str(tmp_path / "one")))
+    assert losses_of(tmp_path / "nodes") == pytest.approx(losses_of(one), abs=1e-5)
+    left, right = (load_file(path / "model.safetensors") for path in (tmp_path / "nodes", one))
+    for name in right:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_in_a_save_and_both_resumed_bitwise(extend_config, tmp_path):
+    config = extend_config(output=str(tmp_path / "killed"), steps=6, save_every=2)
+    (tmp_path / "worker.py").write_text(KILLED_IN_SAVE)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    two = ["--standalone", "--nproc-per-node", 2]
+    process = launched(*two, tmp_path / "worker.py", tmp_path / "config.json")
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 1 and f"Signal {int(signal.SIGKILL)} (SIGKILL)" in said, said
+    states = tmp_path / "killed.partial" / "states"
+    assert {path.name for path in states.iterdir()} - {"step-00000004.partial"} == {"step-00000002"}
+    for name, flags in (("killed", ["--resume", "true"]), ("whole", ["--output", tmp_path / "whole"])):
+        RunDirectory(tmp_path, config)
+        process = launched(*two, "-m", "endprompt.cli", "extend", "--config", tmp_path / "config.yaml", *flags)
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0 and ("resumed from step 2 of 6" in said) == (name == "killed"), said
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1]
+
+
+def two_against_one(config, tmp_path, device):
+    """Losses of two processes and of one, by kind of run."""
+    (tmp_path / "worker.py").write_text(RUNS)
+    long = {"scheme": "contiguous", "prompt": None, "row_tokens": 128, "checkpointing": "full"}
+    kinds = {
+        "plain": {},
+        "autocast": {"autocast": True},
+        "compiled": {"compile": "layers", "checkpointing": "selective"},
+        "masters": {"dtype": "bfloat16"},
+        "longlora": {**long, "attention": "shifted", "lora_rank": 4, "autocast": True},
+    }
+    jobs = {
+        name: dataclasses.replace(config, device=device, **{"compile": "none", **changes})
+        for name, changes in kinds.items()
+    }
+    losses = {}
+    for processes in (2, 1):
+        outputs = {name: tmp_path / f"{name}-{processes}" for name in jobs}
+        made = [dataclasses.asdict(dataclasses.replace(job, output=str(outputs[name]))) for name, job in jobs.items()]
+        (tmp_path / "jobs.json").write_text(json.dumps(made))
+        several = ["--standalone", "--nproc-per-node", processes]
+        process = launched(*several, tmp_path / "worker.py", tmp_path / "jobs.json")
+        _, said = process.communicate(timeout=280)
+        assert process.returncode == 0, said
+        losses[processes] = {name: losses_of(output) for name, output in outputs.items()}
+    return losses[2], losses[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_as_one(extend_config, tmp_path):
+    """Over NCCL: shares read onto the devices, gathered in bfloat16, compiled layers, fused updates of shares."""
+    two, one = two_against_one(extend_config(micro_rows=1, steps=4), tmp_path, "cuda")
+    for name in two:
+        exact = name in ("plain", "compiled")
+        assert two[name] == pytest.approx(one[name], rel=1e-4 if exact else 1e-2), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"), [({"shape": "llama9"}, "shape='llama9'"), ({"steps": 1}, "at least 2: steps=1")]
+)
+def test_impossible_measurements_name_key_and_value(changes, rule, tmp_path):
+    with pytest.raises(ValueError, match=rule):
+        extend.measure(extend.ManyConfig(work=str(tmp_path), **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "changes", "task"),
+    [
+        (2, {}, "extend, 2 processes"),
+        (1, {"dtype": "bfloat16", "optimizer": "lean", "attention": "eager"}, "extend, one process"),
+    ],
+)
+def test_measurement_is_a_real_run(processes, changes, task, tmp_path):
+    tiny = {"shape": "tiny", "device": "cpu", "row_tokens": 32, "target": 128, "rows": 4, "compile": "none"}
+    config = extend.ManyConfig(work=str(tmp_path), processes=processes, **tiny | changes)
+    rows = {row["metric"]: row for row in extend.measure(config)}
+    assert {row["task"] for row in rows.values()} == {task}
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows["tokens_per_s"]["value"] == pytest.approx((log[1]["tokens_per_s"] + log[2]["tokens_per_s"]) / 2)
+    assert rows["tokens_per_s_a_process"]["value"] == rows["tokens_per_s"]["value"] / processes
+    assert 0.1 < rows["host_gib_least"]["value"] <= rows["host_gib"]["value"] < 4
+    assert rows["tokens_per_s"]["loss"] == pytest.approx(math.log(256), abs=0.3)  # random weights know nothing
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_position_embeddings"] == 128
+    trained = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {key: trained[key] for key in changes} == changes

@@ -1,0 +1,131 @@
+"""Ctrl-C for real: exit code 130, what is done kept, and the printed command goes on to the same result."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from endprompt import cli, train
+from endprompt.train import loop, run
+from tests.support import ruler_helpers
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def interrupted(arguments, begun, cwd):
+    """(exit code, stdout, stderr) of the command, interrupted as soon as `begun()`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "endprompt.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not begun() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def go_on(said, cwd):
+    """Run the command that the last line says."""
+    line = said.splitlines()[-1]
+    assert line.startswith("endprompt: interrupted, what is done is kept; go on with: ") and "Traceback" not in said
+    command = shlex.split(line.partition("go on with: ")[2])
+    return command, subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=100)
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(llama, documents, tmp_path):
+    output = tmp_path / "with a space"
+    usual = ["extend", "--model", llama, "--data", documents, "--target", 128, "--prompt", "EP_3", "--rows", 2,
+             "--steps", 120, "--device", "cpu", "--log-every", 1]  # fmt: skip
+    log = output.with_name("with a space.partial") / "log.jsonl"
+    code, out, said = interrupted([*usual, "--output", output], lambda: lines(log) > 3, tmp_path)
+    assert code == 130 and out == "" and not output.exists()
+    (state,) = (log.parent / "states").iterdir()
+    stopped = int(state.name.removeprefix("step-"))
+    assert 3 < stopped < 120
+    command, done = go_on(said, tmp_path)
+    assert command[-1] == "--resume" and done.returncode == 0, done.stderr
+    assert f"resumed from step {stopped} of 120" in done.stderr
+    assert "step 120/120  loss" in done.stderr and "\x1b" not in said + done.stdout + done.stderr  # through a pipe
+    whole = tmp_path / "whole"
+    assert cli.main([*map(str, usual), "--output", str(whole)]) == 0
+    assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 121))
+
+
+def test_score_keeps_its_predictions(tmp_path):
+    ruler_helpers.checkpoint(tmp_path / "tiny")
+    arguments = ["score", "tiny", "--tasks", "niah_single_1", "--lengths", 512, "--samples", 60, "--batch-size", 1,
+                 "--max-new-tokens", 16, "--cache-dir", "cache", "--device", "cpu", "--quiet", "--output", "run",
+                 "--overwrite"]  # fmt: skip
+    predictions = tmp_path / "run" / "predictions.jsonl"
+    code, out, said = interrupted(arguments, lambda: lines(predictions) > 2, tmp_path)
+    assert code == 130 and out == "", said
+    kept = predictions.read_text().splitlines()
+    assert 2 < len(kept) < 60
+    command, done = go_on(said, tmp_path)
+    assert command[-2:] == ["--overwrite", "false"] and done.returncode == 0, done.stderr
+    after = predictions.read_text().splitlines()
+    assert len(after) == 60 and after[: len(kept)] == kept
+
+
+def test_nothing_saved_means_the_same_command(extend_config, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "fit", pressed)
+    with pytest.raises(run.Interrupted) as stopped:
+        train.extend(extend_config())
+    assert stopped.value.flags == {}
+
+
+def test_interrupt_at_the_last_step_leaves_a_whole_run(extend_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "stop_asked", lambda here: contextlib.nullcontext(lambda: True))
+    config = extend_config(steps=1)
+    with pytest.raises(run.Interrupted) as stopped:
+        train.extend(config)
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out.partial").exists()
+    assert stopped.value.flags == {"resume": True}
+    assert train.extend(dataclasses.replace(config, resume=True)) == tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["demo", "lab"])
+def test_demo_and_lab_say_how_to_go_on(name, monkeypatch, capsys):
+    def pressed(config):
+        raise KeyboardInterrupt
+
+    module = "benchmarks.demo.demo" if name == "demo" else "benchmarks.lab.runner.lab"
+    monkeypatch.setattr(module, pressed)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/endprompt"])
+    assert cli.main([name, "--output", "a b"]) == 130
+    assert capsys.readouterr().err == (
+        f"endprompt: interrupted, what is done is kept; go on with: endprompt {name} --output 'a b'\n"
+    )
+
+
+def test_interrupt_before_a_command_has_begun(monkeypatch, capsys):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", pressed)
+    assert cli.main(["audit"]) == 130
+    assert capsys.readouterr().err == "endprompt: interrupted\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["audit"]) == 130
+    assert capsys.readouterr().err == ""

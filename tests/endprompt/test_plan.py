@@ -1,0 +1,265 @@
+"""The plan against measured runs of one H200 and against counts made another way."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paper_figures
+from endprompt.plan import PlanConfig, attention_seconds, counted, memory, plan, plans, seconds_per_token, shape_of
+from endprompt.shapes import GIB
+
+DATA = Path(paper_figures.__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "llama2-7b", "llama3-1b"])
+def test_parameters_are_counted_as_transformers_makes_them(name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from endprompt.shapes import model_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(name))
+    assert shape_of(name).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+#: As published on the models' cards -> the config's class, what differs from its defaults, parameters in billions.
+PUBLISHED = {
+    "Mixtral-8x7B": ("MixtralConfig", {"sliding_window": None}, 46.703, 12.879),
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeConfig",
+        {"num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128, "max_position_embeddings": 40960},
+        30.532,
+        3.353,
+    ),
+    "Qwen3-0.6B": (
+        "Qwen3Config",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+        0.596,
+        0.596,
+    ),
+    "Starcoder2-7B": (
+        "Starcoder2Config",
+        {
+            "hidden_size": 4608,
+            "intermediate_size": 18432,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 36,
+            "num_key_value_heads": 4,
+            "sliding_window": None,
+        },
+        7.174,
+        7.174,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_a_checkpoint_are_those_of_its_card(name, tmp_path):
+    """Total and active parameters; cards count the embedding among a token's, though it is looked up."""
+    import transformers
+
+    kind, changes, total, active = PUBLISHED[name]
+    getattr(transformers, kind)(**changes).save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape.parameters / 1e9 == pytest.approx(total, abs=5e-4)
+    looked_up = 0 if shape.tied else shape.vocabulary * shape.hidden
+    assert (shape.multiplied + looked_up) / 1e9 == pytest.approx(active, abs=2e-3)
+
+
+def test_all_experts_take_memory_and_a_few_take_time(tmp_path):
+    import transformers
+
+    transformers.MixtralConfig(sliding_window=None, max_position_embeddings=32768).save_pretrained(tmp_path)
+    shape, config = shape_of(str(tmp_path)), PlanConfig(model=str(tmp_path))
+    assert memory(shape, config, 8192, 1, "full")["weights"] / GIB == pytest.approx(87.0, abs=0.05)
+    dense = dataclasses.replace(shape, active=shape.stored)
+    assert seconds_per_token(dense, config, 8192, "none") > 3 * seconds_per_token(shape, config, 8192, "none")
+    assert not any(one.fits for one in plans(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("DeepseekV3Config", {"num_hidden_layers": 2}, "attention by query, key, value and output matrices"),
+        ("Qwen3NextConfig", {"num_hidden_layers": 2}, "layer 0 of 'qwen3_next'"),
+        ("MistralConfig", {"sliding_window": 4096}, "sliding_window=4096"),
+    ],
+)
+def test_what_the_formulas_do_not_hold_for_is_refused(tmp_path, kind, changes, message):
+    import transformers
+
+    getattr(transformers, kind)(**changes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        shape_of(str(tmp_path))
+
+
+def test_experts_that_no_key_counts_are_refused(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr("endprompt.plan.EXPERTS_OF_A_TOKEN", ("taken",))
+    with pytest.raises(ValueError, match="how many of 8 experts a token is sent to: 'mixtral' states none of taken"):
+        counted(transformers.MixtralConfig())
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "recompute", "measured"),
+    [(8192, "none", 11634), (8212, "full", 8627), (65536, "full", 4230)],  # forward and backward, one H200
+)
+def test_speed_is_within_ten_percent_of_what_was_measured(row_tokens, recompute, measured):
+    speed = 1 / seconds_per_token(shape_of("llama3-8b"), PlanConfig(), row_tokens, recompute)
+    assert speed == pytest.approx(measured, rel=0.1)
+
+
+#: Measurements on one H200, and one on two, as the files of data/measured have them -> the plan's settings for them.
+#: Not `float8 fast` of the older file: its layers could keep less than `selective` lets them keep now.
+MEASURED = {
+    ("h200_training", "tune: 2 rows, float32 sums"): (PlanConfig(), 2, "selective"),
+    ("h200_training", "tune: 1 row, float32 sums, unfused"): (PlanConfig(fused=False), 1, "none"),
+    ("h200_training", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_methods", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_methods", "full, 32,768"): (PlanConfig(method="full", rows=16, target=32768), 1, "full"),
+    ("h200_methods", "longlora, 65,536"): (PlanConfig(method="longlora", rows=8), 1, "full"),
+    ("h200_methods", "longlora, 32,768"): (PlanConfig(method="longlora", rows=16, target=32768), 1, "full"),
+    ("h200_methods", "short rows, target 32,768"): (PlanConfig(target=32768), 2, "selective"),
+    ("h200_methods", "float8"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_methods", "float8, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_methods", "float8, joint"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "endprompt, whole step"): (PlanConfig(), 2, "selective"),
+    ("h200_attention", "endprompt, sdpa"): (PlanConfig(), 2, "selective"),
+    ("h200_attention", "float8, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "float8 with the head, whole step"): (PlanConfig(float8="fast"), 2, "selective"),
+    ("h200_attention", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_attention", "full, 65,536, sdpa"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_attention", "full, 65,536, float8"): (PlanConfig(method="full", rows=8, float8="fast"), 1, "full"),
+    ("h200_attention", "full, 32,768"): (PlanConfig(method="full", rows=16, target=32768), 1, "full"),
+    ("h200_attention", "longlora, 65,536"): (PlanConfig(method="longlora", rows=8), 1, "full"),
+    ("h200_attention", "longlora, 32,768"): (PlanConfig(method="longlora", rows=16, target=32768), 1, "full"),
+    ("h200_attention", "short rows, target 32,768"): (PlanConfig(target=32768), 2, "selective"),
+    ("h200_fused", "endprompt, whole step"): (PlanConfig(), 2, "none"),
+    ("h200_fused", "joined, torch's products"): (PlanConfig(), 2, "none"),
+    ("h200_fused", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("h200_again", "endprompt, whole step"): (PlanConfig(), 2, "none"),
+    ("h200_again", "joined, torch's products"): (PlanConfig(), 2, "none"),
+    ("h200_target", "endprompt, whole step"): (PlanConfig(), 2, "none"),
+    ("h200_target", "extend, one process"): (PlanConfig(), 2, "none"),
+    ("h200_target", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    # the plan's figures stood before this was run
+    ("h200_two_gpus", "extend, 2 processes"): (PlanConfig(gpus=2, optimizer="adamw", rows=32), 2, "selective"),
+}
+
+
+@pytest.mark.parametrize(("file", "task"), MEASURED)
+def test_speed_and_memory_are_within_ten_percent_of_the_measured_rows(file, task):
+    config, micro_rows, recompute = MEASURED[file, task]
+    lines = (DATA / "measured" / f"{file}.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["task"] == task]
+    measured = {row["metric"]: row["value"] for row in rows}
+    attention = rows[0]["setting"].get("attention", "sdpa")
+    config = dataclasses.replace(config, attention=attention if config.method != "longlora" else "sdpa")
+    (planned,) = [one for one in plans(config) if (one.micro_rows, one.recompute) == (micro_rows, recompute)]
+    assert planned.tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
+    assert planned.total_gib == pytest.approx(measured["peak_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("file", "task", "attention"),
+    [
+        ("h200_target", "endprompt, whole step", "flash_attention_4"),
+        ("h200_attention", "endprompt, sdpa", "sdpa"),
+    ],
+)
+def test_attention_takes_what_the_profile_of_a_micro_batch_says(file, task, attention):
+    rows = [json.loads(line) for line in (DATA / "measured" / f"{file}.jsonl").read_text().splitlines()]
+    (measured,) = [row["value"] for row in rows if (row["task"], row["metric"]) == (task, "attention_ms")]
+    planned = attention_seconds(shape_of("llama3-8b"), PlanConfig(attention=attention), 8192, "none")
+    assert 1e3 * 2 * 8192 * planned == pytest.approx(measured, rel=0.03)
+
+
+def test_full_length_is_as_much_slower_as_was_measured():
+    rows = [json.loads(line) for line in (DATA / "measured" / "h200_target.jsonl").read_text().splitlines()]
+    speed = {row["task"]: row["value"] for row in rows if row["metric"] == "tokens_per_s"}
+    planned = [
+        max(one.tokens_per_s for one in plans(PlanConfig(method=method, attention="flash_attention_4")) if one.fits)
+        for method in ("endprompt", "full")
+    ]
+    measured = speed["endprompt, whole step"] / speed["full, 65,536"]
+    assert planned[0] / planned[1] == pytest.approx(measured, rel=0.03)
+
+
+def test_memory_is_within_ten_percent_of_what_was_measured():
+    """Forward and backward of 1, 2 and 3 rows without recomputation, not fused, took 50.6, 85.1 and 119 GiB."""
+    for rows, measured in ((1, 50.6), (2, 85.1), (3, 119.0)):
+        parts = memory(shape_of("llama3-8b"), PlanConfig(fused=False), 8212, rows, "none")
+        held = parts["weights"] + parts["activations"] + parts["loss and work space"]
+        assert held / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_the_lean_optimizer_s_bytes_by_hand():
+    parts = memory(shape_of("llama3-8b"), PlanConfig(), 8192, 1, "selective")
+    assert parts["weights"] == 2 * 8030261248
+    assert parts["gradients"] == 4 * 8030261248
+    assert parts["moments"] == pytest.approx(8030261248 * (2 + 2 * 4 / 256))  # a byte each and a scale a block of 256
+
+
+def test_the_bytes_of_several_gpus_by_hand():
+    """Float32 weights, gradients and moments in shards; two layers, the gradients of one, both embeddings gathered."""
+    parts = memory(shape_of("llama3-8b"), PlanConfig(gpus=8, optimizer="adamw"), 8192, 1, "full")
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 8030261248 / 8
+    assert parts["gathered layers"] == (2 * 2 + 2 + 4) * (layer + 2 * 4096)
+    assert parts["gathered embeddings"] == (2 + 2 + 4) * 2 * 128256 * 4096
+
+
+def test_the_best_setting_comes_first_and_short_rows_beat_full_length():
+    short, full = plans(PlanConfig()), plans(PlanConfig(method="full"))
+    fitting = [one for one in short if one.fits]
+    assert fitting == short[: len(fitting)]
+    assert fitting[0].tokens_per_s == max(one.tokens_per_s for one in fitting)
+    assert short[0].tokens_per_s > 2.5 * full[0].tokens_per_s
+    assert fitting[0].hours == pytest.approx(1e9 / fitting[0].tokens_per_s / 3600)
+
+
+def test_what_does_not_fit_says_so(capsys):
+    assert plan(PlanConfig(device="A100", optimizer="adamw")) == 1
+    assert "nothing fits into 77 GiB" in capsys.readouterr().out
+    assert plan(PlanConfig(json=True)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "TPU"}, "device='TPU'"),
+        ({"attention": "flex"}, "attention must be one of sdpa, flash_attention_4: attention='flex'"),
+        ({"method": "longlora", "attention": "flash_attention_4"}, "longlora .* attention='flash_attention_4'"),
+        ({"gpus": 3, "optimizer": "adamw"}, "gpus=3 rows=64"),
+        ({"gpus": 2}, "optimizer=adamw"),
+        ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
+        ({"tokens": 0}, "tokens=0"),
+        ({"model": "nowhere"}, "nowhere"),
+    ],
+)
+def test_impossible_plans_name_key_and_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plans(PlanConfig(**changes))
+
+
+def test_a_plan_of_a_named_shape_waits_for_no_torch():
+    code = (
+        "import sys; from endprompt.plan import PlanConfig, plan; plan(PlanConfig()); "
+        "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

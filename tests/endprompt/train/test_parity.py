@@ -1,0 +1,190 @@
+"""Training's loss and logits against transformers' own, for families that have something beside the plain decoder."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM
+
+from endprompt import model as models
+from endprompt.model import geometry
+from endprompt.model.attention import registered_name
+from endprompt.train import Objective, parity
+
+COMMON = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+SPARSE = {
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1,
+    "first_k_dense_replace": 1, "topk_group": 1, "n_shared_experts": 1,
+}  # fmt: skip
+MAMBA = {
+    "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 1,
+    "mamba_n_groups": 1, "mamba_chunk_size": 16, "head_dim": 8,
+}  # fmt: skip
+
+
+def random_model(family: str, attention: str, **changes):
+    config = getattr(transformers, f"{family}Config")(**(COMMON | changes))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=models.training_attention(attention))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def objective_of(family: str, attention: str = "sdpa", **changes) -> Objective:
+    return Objective(random_model(family, attention, **changes), autocast=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_checked_before(monkeypatch):
+    monkeypatch.setattr(parity, "_checked", set())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "plain"),
+    [
+        ("Llama", {}, True),
+        ("Llama", {"tie_word_embeddings": True}, True),
+        ("Mixtral", {"num_local_experts": 4}, True),
+        ("Phi", {}, False),  # its head has a bias
+        ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}, False),
+        ("Gemma2", {"head_dim": 8, "final_logit_softcapping": None}, True),
+        ("Granite", {"logits_scaling": 8.0}, False),
+        ("Granite", {"logits_scaling": 1.0}, True),
+        ("Cohere", {"logit_scale": 0.0625}, False),
+        ("FalconH1", MAMBA | {"lm_head_multiplier": 0.05}, False),
+        ("FalconH1", MAMBA | {"lm_head_multiplier": 1.0}, True),
+        ("MiniCPM3", SPARSE | {"hidden_size": 32, "dim_model_base": 8}, False),
+    ],
+)
+def test_a_head_is_plain_if_logits_are_the_product(family, changes, plain):
+    """By the numbers of the family's own forward: also on meta, where there are no weights to multiply."""
+    model = random_model(family, "eager", **changes)
+    assert parity.plain_head(model) is plain
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    assert parity.plain_head(empty) is plain
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        product = model.base_model(input_ids=ids)[0] @ model.get_output_embeddings().weight.T
+        assert torch.allclose(product, model(input_ids=ids).logits, rtol=1e-5, atol=1e-6) is plain
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("GptOss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+         | {"layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("Gemma2", {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 64}),
+        ("FalconH1", MAMBA | {"lm_head_multiplier": 0.05}),
+        ("Granite", {"logits_scaling": 8.0, "attention_multiplier": 0.5}),
+    ],
+)  # fmt: skip
+def test_eager_trains_with_transformers_loss(family, changes):
+    """Sinks, caps and multipliers: the loss of a row at jumped positions, and its gradient, are transformers' own."""
+    objective = objective_of(family, "eager", **changes)
+    model = objective.model
+    parity.check_forward(objective)
+    ids = torch.randint(1, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(16), torch.arange(40, 48)]).expand(2, -1)
+    weights = torch.rand(2, 24, generator=torch.Generator().manual_seed(2))
+    weights[:, 0] = 0
+    loss = objective(ids, positions, weights)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    expected = (losses * weights[:, 1:].flatten()).sum()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("DeepseekV32", SPARSE, "deepseek_v32: this family cannot be trained with the causal-only attentions"),
+        ("GlmMoeDsa", SPARSE, "glm_moe_dsa: this family cannot be trained with the causal-only attentions"),
+        ("Llama4Text", {"head_dim": 8, "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 48},
+         r"llama4_text: training does not compute this model as transformers does \(contiguous positions, att"),
+        ("Mistral", {"sliding_window": 16}, "mistral: .* sliding window: window=16 is below the row's 48"),
+        ("Doge", {"num_experts": 4}, "doge: .* has one of its own"),
+    ],
+)  # fmt: skip
+def test_what_needs_a_mask_of_its_own_is_refused_in_one_line(family, changes, said):
+    objective = objective_of(family, "eager", **changes)
+    with pytest.raises(ValueError, match=said) as raised:
+        parity.check_forward(objective)
+    assert "\n" not in str(raised.value)
+    assert objective.model.config._attn_implementation == registered_name("eager")
+
+
+def test_chunks_below_the_target_are_refused_however_long():
+    """A short row fits into one chunk and shows nothing: the config says it, before any work."""
+    own = {"attention_chunk_size": 128, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}
+    config = transformers.Llama4TextConfig(**(COMMON | own))
+    geometry.check_whole_attention(config, 128)
+    with pytest.raises(ValueError, match=r"attention_chunk_size=128 target=129"):
+        geometry.check_whole_attention(config, 129)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "GPTNeoX"])
+def test_rounding_in_bfloat16_is_no_difference(family):
+    objective = objective_of(family)
+    frequencies = objective.model.base_model.rotary_emb.inv_freq.clone()
+    objective.model.to(torch.bfloat16)
+    objective.model.base_model.rotary_emb.inv_freq = frequencies
+    parity.check_forward(objective)
+
+
+def test_a_fault_of_the_attention_is_found(monkeypatch):
+    """Each in turn: another scale in one layer, a row that is not causal, and one that is cut at the jump."""
+    right = models.ATTENTIONS["sdpa"]
+
+    def scaled(module, q, k, v, mask=None, **kwargs):
+        return right(module, q, k, v, mask, **(kwargs | {"scaling": 1.01 * kwargs["scaling"]}))
+
+    def seeing_all(module, q, k, v, mask=None, **kwargs):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=kwargs["scaling"]).transpose(1, 2), None
+
+    for wrong in (scaled, seeing_all):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(models.ATTENTIONS, "sdpa", wrong)
+            with pytest.raises(ValueError, match="training does not compute this model as transformers does"):
+                parity.check_forward(objective_of("Llama"))
+    objective = objective_of("Llama")
+    own = objective.model.base_model.forward
+
+    def cut(input_ids, position_ids=None, **kwargs):  # each document by itself, whatever the mask says
+        jump = 0 if position_ids is None else int((position_ids[0].diff() != 1).nonzero().sum())
+        if not jump:
+            return own(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        kwargs.pop("attention_mask", None)
+        parts = slice(0, jump + 1), slice(jump + 1, None)
+        outs = [own(input_ids=input_ids[:, p], position_ids=position_ids[:, p], **kwargs) for p in parts]
+        outs[0].last_hidden_state = torch.cat([out[0] for out in outs], dim=1)
+        return outs[0]
+
+    monkeypatch.setattr(objective.model.base_model, "forward", cut)
+    with pytest.raises(ValueError, match="tokens after a jump of the positions do not see those before it"):
+        parity.check_forward(objective)
+
+
+def test_the_check_leaves_model_and_numbers_as_they_were():
+    objective = objective_of("Llama", "shifted")
+    objective.model.train()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    parity.check_forward(objective)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert objective.model.training and objective.model.config._attn_implementation == registered_name("shifted")
+    assert all(parameter.grad is None for parameter in objective.model.parameters())

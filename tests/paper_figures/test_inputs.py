@@ -1,0 +1,550 @@
+"""What the figures read and refuse, and the numbers that they draw, against values worked out by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import endprompt
+from endprompt import results
+from endprompt.cli import as_shells_write, main
+from paper_figures import averages, catalog, inputs, names, pages, questions, style
+from paper_figures.figures import bound_against_measured, figure_4
+from paper_figures.figures.score_against_length import spread
+from tests.support.figures_rows import demo_rows, lab_rows, longbench_rows, row, write_run
+
+PUBLISHED = inputs.DATA / "published"
+
+
+def figures(*arguments):
+    return main(["figures", *map(str, arguments)])
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_those_that_the_runs_write():
+    assert inputs.REQUIRED == results.REQUIRED
+    assert inputs.SCHEMA == results.SCHEMA
+
+
+def test_rows_that_a_run_writes_can_be_read(tmp_path):
+    made = results.result_row(
+        suite="ruler",
+        task="vt",
+        length=512,
+        metric="m",
+        value=40.0,
+        ci95=[30, 51],
+        n=50,
+        model="m",
+        method="base",
+        seed=3,
+    )
+    results.append_rows(tmp_path / "results.jsonl", [made])
+    frame = inputs.read_results([tmp_path])
+    assert frame.loc[0, ["value", "lo", "hi", "seed"]].tolist() == [40.0, 30.0, 51.0, 3]
+    assert frame.loc[0, "origin"] == f"{tmp_path / 'results.jsonl'}, line 1"
+
+
+def refused(capsys, *arguments):
+    assert figures(*arguments) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("endprompt: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 2}, ["schema 2", "must be 1"]),
+        ({"samples_sha256": None, "drop": "samples_sha256"}, ["must have the column 'samples_sha256'"]),
+        ({"value": None, "drop": "value"}, ["must have the column 'value'"]),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path, capsys, change, words):
+    rows = demo_rows()
+    change = dict(change)
+    dropped = change.pop("drop", None)
+    rows[6] |= change
+    if dropped:
+        del rows[6][dropped]
+    run = write_run(tmp_path / "run", rows)
+    message = refused(capsys, "--results", run, "--output", tmp_path / "out", "--only", "table_1")
+    for word in [*words, f"{run / 'results.jsonl'}, line 7"]:
+        assert word in message
+
+
+def test_rows_scored_on_other_samples_are_not_compared(tmp_path, capsys):
+    rows = demo_rows()
+    rows[20]["samples_sha256"] = "0" * 64
+    run = write_run(tmp_path / "run", rows)
+    message = refused(capsys, "--results", run, "--output", tmp_path / "out", "--only", "table_1")
+    assert "results.jsonl, line 21" in message and "samples_sha256 must be the same" in message
+
+
+def test_samples_of_another_seed_or_task_may_differ(tmp_path):
+    run = write_run(tmp_path / "run", demo_rows(seeds=(0, 1)))
+    assert figures("--results", run, "--output", tmp_path / "out", "--only", "table_1") == 0
+
+
+def test_two_values_for_one_cell_are_refused(tmp_path, capsys):
+    rows = demo_rows()
+    one, two = write_run(tmp_path / "one", rows), write_run(tmp_path / "two", [{**rows[3], "value": 1.5}])
+    message = refused(capsys, "--results", one, two, "--only", "table_1")
+    assert "two/results.jsonl, line 1" in message and "one/results.jsonl, line 4" in message
+
+
+@pytest.mark.parametrize("broken", ["{", "[1]", '"a"'])
+def test_a_broken_line_is_named(tmp_path, capsys, broken):
+    run = write_run(tmp_path / "run", demo_rows())
+    with open(run / "results.jsonl", "a") as file:
+        file.write(broken + "\n")
+    assert f"{run / 'results.jsonl'}, line 65" in refused(capsys, "--results", run, "--output", tmp_path / "out")
+
+
+def test_a_directory_without_results_is_named(tmp_path, capsys):
+    assert f"{tmp_path / 'results.jsonl'}: no such file" in refused(capsys, "--results", tmp_path)
+    assert "no such file" in refused(capsys, "--results", tmp_path / "absent")
+
+
+def test_a_figure_asked_for_without_data_names_file_and_column(tmp_path, capsys):
+    write_run(tmp_path / "empty", [])
+    message = refused(capsys, "--only", "score_against_length", "--results", tmp_path / "empty")
+    for word in ("score_against_length", "suite 'ruler'", "results.jsonl", "length"):
+        assert word in message
+
+
+def test_an_unknown_figure_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    message = refused(capsys, "--only", "table_1", "table_99", "--output", tmp_path / "out")
+    assert "only='table_99'" in message and "figure_2" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_only_what_has_no_data_is_listed(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "empty", [])
+    monkeypatch.setattr(catalog, "NAMES", ("cost", "depth_by_length", "table_5"))
+    assert figures("--results", tmp_path / "empty", "--output", tmp_path / "out") == 0
+    output = capsys.readouterr()
+    lines = [line.split(":")[0].strip() for line in output.err.splitlines()[1:]]
+    assert lines == ["cost", "depth_by_length"] and output.err.count("needs rows of suite") == 2
+    assert [Path(line).name for line in output.out.splitlines()] == ["table_5.tex", "table_5.md", "table_5.csv"]
+
+
+def test_a_figure_whose_rows_lack_a_column_names_it(tmp_path, capsys):
+    run = write_run(tmp_path / "run", demo_rows())
+    message = refused(capsys, "--only", "cost", "--results", run, "--output", tmp_path / "out")
+    assert "train_tokens" in message and "gpu_seconds" in message and f"{run / 'results.jsonl'}, line 1" in message
+
+
+def test_a_published_file_without_a_column_is_named(tmp_path, monkeypatch):
+    broken = tmp_path / "published" / "figure_2.csv"
+    broken.parent.mkdir()
+    broken.write_text("panel,x,source\nruler,EP_1,Figure 2\n")
+    monkeypatch.setattr(inputs, "DATA", tmp_path)
+    with pytest.raises(ValueError, match=r"figure_2\.csv: must have the column 'value'"):
+        inputs.load(catalog.module("figure_2").INPUTS, inputs.read_results([]))
+    with pytest.raises(inputs.NoData, match=r"figure_3\.csv with the columns panel, x, value"):
+        inputs.load(catalog.module("figure_3").INPUTS, inputs.read_results([]))
+
+
+def test_rows_of_one_method_under_two_conditions_are_told_apart():
+    rows = [row("pose+yarn", "vt", 256, 90, steps=300), row("pose+yarn", "vt", 256, 70, steps=1000)]
+    rows.append(row("base", "vt", 256, 100))
+    frame = frame_of(rows)
+    inputs.check_cells(frame)
+    told = inputs.distinguish(frame)["method"].tolist()
+    assert told == ["pose+yarn@steps=300", "pose+yarn@steps=1000", "base"]
+    assert names.parse_method(told[0]).label == "pose, YaRN, steps 300"
+    assert inputs.distinguish(frame[frame["steps"] != 300])["method"].tolist() == ["pose+yarn", "base"]
+
+
+def test_readme_is_current():
+    assert (pages.HERE / "README.md").read_text() == pages.readme(), "run python -m paper_figures.pages"
+
+
+def test_the_lab_page_is_current():
+    """Written from the committed verdicts, and not there without them."""
+    frames, page = pages.lab_frames(), pages.HERE / "LAB.md"
+    assert page.is_file() == (frames is not None)
+    assert frames is None or page.read_text() == pages.lab_page(frames), "run python -m paper_figures.pages"
+
+
+def test_the_lab_page_says_what_the_verdicts_say(tmp_path):
+    from benchmarks.lab import verdicts
+    from tests.support.lab_rows import lab_run
+
+    rows = verdicts.write(lab_run(tmp_path, bases=((256, 8), (256, 32))))
+    frames = inputs.load(questions.INPUTS, inputs.read_results([tmp_path]))
+    text = pages.lab_page(frames)
+    for said in rows:
+        if said["metric"] == "claim":
+            assert said["sentence"].partition("; this ")[0] in text and said["claim"] in text
+    for number, question in questions.QUESTIONS.items():
+        assert f"## {number}. {question}" in text and verdicts.QUESTIONS[number] == question
+        table = catalog.module(f"question_{number}").build(frames)
+        shown = sum(len(section.rows) for section in table.sections)
+        estimates = [r for r in rows if r["task"] == f"q{number}" and r["primary"] and r["metric"] != "claim"]
+        left_out = [r for r in estimates if r.get("pareto_share", 1) < questions.PARETO_SHOWN]
+        assert shown == len(estimates) - len(left_out) > 0
+    one = next(r for r in rows if r["task"] == "q1" and r["primary"] and r["metric"] == "score_difference")
+    low, high = one["ci95"]
+    assert f"{one['value']:+.1f} [{low:+.1f}, {high:+.1f}] {one['verdict']}" in text
+
+
+def test_a_lab_beside_other_rows_goes_to_its_own_figures(tmp_path):
+    from tests.support.lab_rows import lab_run
+
+    write_run(tmp_path / "demo", demo_rows(window=256))
+    lab_run(tmp_path / "lab", bases=((256, 8), (256, 32)))
+    rows = inputs.read_results([tmp_path / "demo", tmp_path / "lab"])
+
+    def arms(name):
+        frame = inputs.load(catalog.module(name).INPUTS, rows)["ruler"]
+        return frame["arm"].notna() if "arm" in frame else frame["method"].isna()
+
+    assert not arms("score_against_length").any() and not arms("table_1").any()
+    assert arms("lab_scores").all() and arms("cost").all() and arms("figure_3").all()
+    assert set(inputs.load(catalog.module("figure_3").INPUTS, rows)["ruler"]["fold"]) == {8}
+    assert set(inputs.load(catalog.module("lab_scores").INPUTS, rows)["ruler"]["fold"]) == {8, 32}
+
+
+def test_every_figure_is_in_the_readme_with_its_data():
+    text = pages.readme()
+    for name in catalog.NAMES:
+        module = catalog.module(name)
+        assert f"({catalog.source(name)})" in text and (pages.HERE / catalog.source(name)).is_file()
+        for file in module.INPUTS.files:
+            assert (inputs.DATA / f"{file}.csv").is_file() and f"data/{file}.csv" in text
+    modules = {path.stem for path in (pages.HERE / "figures").glob("*.py")} - {"__init__"}
+    assert modules == set(catalog.FIGURES)
+    beyond = {
+        column for name in catalog.NAMES for extras in catalog.module(name).INPUTS.rows.values() for column in extras
+    }
+    assert all(f"`{column}`" in text for column in beyond)
+
+
+def test_figures_read_only_the_columns_that_they_declare():
+    """Frames cut down to the declared columns draw the same figure: README.md tells the whole."""
+    rows = frame_of(demo_rows(window=256)).assign(suite="ruler")
+    for name in ("figure_1", "figure_2", "figure_4", "coverage", "gap_rms_against_k", "table_3", "table_9"):
+        module = catalog.module(name)
+        frames = inputs.load(module.INPUTS, rows)
+        cut = {k: f[list(module.INPUTS.files[k])] if k in module.INPUTS.files else f for k, f in frames.items()}
+        with style.journal():
+            getattr(module, "draw" if name in catalog.FIGURES else "build")(cut)
+
+
+def test_flags_as_a_shell_gives_them():
+    types = {"results": list[str], "lengths": list[int], "output": str, "json": bool, "dry_run": bool}
+
+    def given(line):
+        return as_shells_write(line, types)
+
+    assert given(["--results", "a b", "c,d", "--output", "x"]) == ["--results", '["a b","c,d"]', "--output", "x"]
+    assert given(["--lengths", "256", "512"]) == ["--lengths", "[256,512]"]
+    assert given(["--lengths", "[256,512]"]) == ["--lengths", "[256,512]"]
+    assert given(["base", "--output=x", "--json"]) == ["base", "--output=x", "--json", "true"]
+    assert given(["--json", "checkpoint"]) == ["--json", "true", "checkpoint"]
+    assert given(["--dry-run", "--json", "false"]) == ["--dry-run", "true", "--json", "false"]
+
+
+# --- averages -------------------------------------------------------------------------------------------------------
+
+
+def frame_of(rows):
+    frame = pd.DataFrame(rows)
+    frame[["lo", "hi"]] = frame["ci95"].tolist()
+    return frame.assign(origin="rows")
+
+
+def test_one_seed_combines_the_intervals_of_the_cells_by_squares():
+    rows = [row("base", "vt", 256, 40, half=3), row("base", "vt", 512, 60, half=4)]
+    mean = averages.average(frame_of(rows), ["method"]).iloc[0]
+    assert mean["value"] == 50
+    assert (mean["lo"], mean["hi"]) == pytest.approx((47.5, 52.5))  # sqrt(3^2 + 4^2) / 2
+
+
+def test_an_interval_at_the_border_stays_one_sided():
+    rows = [row("base", "vt", 256, 100, half=6), row("base", "vt", 512, 100, half=8)]
+    mean = averages.average(frame_of(rows), ["method"]).iloc[0]
+    assert (mean["lo"], mean["hi"]) == pytest.approx((95, 100))
+
+
+@pytest.mark.parametrize(
+    "name", ["anchor_place", "cost", "lab_scores", "score_against_steps", "smoothness_against_score"]
+)
+@pytest.mark.parametrize("fewer", [8, 32])
+def test_captions_of_the_lab_tell_the_least_and_the_most_seeds(name, fewer, tmp_path):
+    """Whichever base and fold is drawn last, or, where one alone has several lengths of training, which scaling."""
+    from tests.support.lab_rows import lab_run
+
+    rows = inputs.read_results([lab_run(tmp_path, bases=((256, 8), (256, 32)), seeds=(0, 1, 2))])
+    scaling = {8: "linear", 32: "yarn"}[fewer]
+    chosen = rows["scaling"] == scaling if name == "score_against_steps" else rows["fold"] == fewer
+    rows = rows[~chosen | (rows["seed"] != 2)]
+    module = catalog.module(name)
+    with style.journal():
+        note = module.draw(inputs.load(module.INPUTS, rows)).get_suptitle()
+    assert "95% intervals over 2 to 3 seeds" in note
+
+
+def test_seeds_give_students_interval():
+    rows = [row("base", "vt", 256, value, seed) for seed, value in enumerate((10, 12, 14))]
+    mean = averages.average(frame_of(rows), ["method"]).iloc[0]
+    half = 4.302652729911275 * 2 / math.sqrt(3)  # t(0.975, 2) from a printed table, s = 2
+    assert (mean["value"], mean["lo"], mean["hi"], mean["seeds"]) == pytest.approx((12, 12 - half, 12 + half, 3))
+
+
+def test_a_method_that_lacks_a_cell_gets_no_average():
+    rows = [row("base", "vt", 256, 10), row("base", "vt", 512, 10), row("pose+yarn", "vt", 256, 90)]
+    assert averages.average(frame_of(rows), ["method"])["method"].tolist() == ["base"]
+    by_length = averages.average(frame_of(rows), ["method", "length"], ["task"])
+    assert len(by_length) == 3
+
+
+def test_small_scale_is_what_stops_short_of_the_papers_lengths():
+    assert averages.is_small_scale(frame_of([row("base", "vt", 16384, 1)]))
+    assert not averages.is_small_scale(frame_of([row("base", "vt", 65536, 1)]))
+    assert averages.is_small_scale(frame_of([row("base", "qasper", None, 1, target=2048)]))
+    assert not averages.is_small_scale(frame_of([row("base", "qasper", None, 1, target=65536)]))
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "arm", "label"),
+    [
+        ("base", "base", "base, unextended"),
+        ("base+yarn", "base", "base, YaRN"),
+        ("contiguous+linear", "contiguous", "contiguous, PI"),
+        ("endprompt+EP_1+linear", "endprompt", "endprompt EP_1, PI"),
+        ("endprompt+recall+yarn", "recall", "recall, YaRN"),
+        ("recall+yarn", "recall", "recall, YaRN"),
+        ("endprompt-random+recall+none", "endprompt-random recall", "endprompt-random recall, no scaling"),
+        ("pose+ntk", "pose", "pose, NTK"),
+        ("anchors4+EP_1/EP_2+linear", "anchors", "anchors4 EP_1/EP_2, PI"),
+    ],
+)
+def test_method_names(method, arm, label):
+    parsed = names.parse_method(method)
+    assert (parsed.arm, parsed.label) == (arm, label)
+
+
+def test_figures_keep_the_rows_that_they_read(tmp_path):
+    run = write_run(tmp_path / "run", demo_rows())
+    (run / "environment.json").write_text('{"revision": "abc-dirty"}')
+    paths = catalog.make("figure_3", inputs.read_results([run]), tmp_path / "out")
+    kept = pd.read_csv(paths[-1])
+    assert [path.name for path in paths] == ["figure_3.pdf", "figure_3.png", "figure_3.rows.csv"]
+    assert len(kept) == 64 and set(kept["revision"]) == {"abc-dirty"}
+    assert kept["origin"].iloc[-1].endswith("results.jsonl, line 64")
+    assert len(catalog.make("figure_3", inputs.read_results([]), tmp_path / "published")) == 2
+
+
+def test_depths_of_a_scoring_run_are_read(tmp_path):
+    run = write_run(tmp_path / "run", demo_rows())
+    cell = {"suite": "ruler", "model": "m", "method": "base", "seed": 0, "length": 512, "value": 40.0, "n": 5}
+    (run / "depth.jsonl").write_text(json.dumps({**cell, "depth_from": 10.0, "depth_to": 20.0}) + "\n")
+    frames = inputs.load(catalog.module("depth_by_length").INPUTS, inputs.read_results([run]))
+    assert frames["ruler_depth"][["length", "depth", "value"]].to_numpy().tolist() == [[512, 15, 40]]
+    (run / "depth.jsonl").write_text(json.dumps(cell) + "\n")
+    with pytest.raises(ValueError, match=r"depth.jsonl, line 1: a row must have the column 'depth_from'"):
+        inputs.read_results([run])
+
+
+def test_packed_rows_are_read_as_plain_ones_and_a_damaged_file_is_named(tmp_path):
+    plain = write_run(tmp_path / "run", demo_rows()) / "results.jsonl"
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+    one, other = (inputs.read_results([path]) for path in (plain, packed))
+    pd.testing.assert_frame_equal(one.drop(columns=["origin", "revision"]), other.drop(columns=["origin", "revision"]))
+    assert other["origin"].iloc[2] == f"{packed}, line 3"
+    for content in (packed.read_bytes()[:-20], packed.read_bytes()[:40] + b"?" + packed.read_bytes()[41:], b"{}"):
+        packed.write_bytes(content)
+        with pytest.raises(ValueError, match=r"rows.jsonl.gz: not whole gzip data"):
+            inputs.read_results([packed])
+
+
+def test_figure_4_takes_the_fastest_measurement_of_each_method(tmp_path):
+    def timing(task, metric, value, length=65536, method="full"):
+        made = row(method, task, length, value, suite="training-speed")
+        return {**made, "metric": metric, "samples_sha256": None, "environment": {"device": {"gpu": "X"}}}
+
+    rows = [timing("slow", "peak_gib", 30), timing("slow", "hours_per_1b_tokens", 50)]
+    rows += [timing("fast", "peak_gib", 40), timing("fast", "hours_per_1b_tokens", 20)]
+    rows += [timing("short", "peak_gib", 1, length=8192), timing("half", "hours_per_1b_tokens", 1)]
+    others = {"fp8": {"float8": "fast"}, "sums": {"float8": "none", "sums": "bfloat16"}, "two": {"processes": 2}}
+    for task, setting in others.items():
+        rows += [
+            {**timing(task, metric, 1), "setting": setting} for metric in ("peak_gib", "hours_per_1b_tokens")
+        ]  # faster, and not comparable
+    chosen = figure_4.fastest(frame_of(rows))
+    assert chosen[["method", "task", "peak_gib", "hours_per_1b_tokens", "device"]].to_numpy().tolist() == [
+        ["full", "fast", 40, 20, "X"]
+    ]
+
+
+def test_figure_4_has_the_shorter_window_first_whichever_is_faster():
+    def timing(metric, value, length):
+        made = row("endprompt", f"at {length}", length, value, suite="training-speed")
+        return {**made, "metric": metric, "environment": {"device": {"gpu": "X"}}}
+
+    for hours in ({32768: 30, 65536: 20}, {32768: 20, 65536: 30}):
+        rows = [timing("hours_per_1b_tokens", value, length) for length, value in hours.items()]
+        rows += [timing("peak_gib", 1, length) for length in hours]
+        axes = figure_4.draw(inputs.load(figure_4.INPUTS, frame_of(rows))).axes
+        ticks = [[label.get_text() for label in ax.get_xticklabels()] for ax in axes]
+        assert len(ticks) == 4 and all(one == ["32K", "64K"] for one in ticks)
+
+
+def test_figure_4_tells_measurements_of_one_task_apart_and_marks_peaks_that_are_bounds():
+    def timing(time, metric, value, method="full", optimizer="lean"):
+        made = row(method, f"{method}, 65,536", 65536, value, suite="training-speed")
+        about = {"device": {"gpu": "X"}, "time": time}
+        return {**made, "metric": metric, "environment": about, "setting": {"optimizer": optimizer}}
+
+    rows = [timing("1", "peak_gib", 30), timing("1", "hours_per_1b_tokens", 20)]
+    rows += [timing("2", "peak_gib", 40), timing("2", "hours_per_1b_tokens", 50)]  # later, and slower
+    for time, hours in (("1", 60), ("2", 70)):
+        rows += [timing(time, "peak_gib", 59, "reference", "adamw")]
+        rows += [timing(time, "hours_per_1b_tokens", hours, "reference", "adamw")]
+    columns = ["method", "peak_gib", "hours_per_1b_tokens", "least"]
+    chosen = figure_4.fastest(frame_of(rows))
+    assert chosen[columns].to_numpy().tolist() == [["full", 30, 20, False], ["reference", 59, 60, True]]
+    rows.append(timing("1", "held_gib", 58, "reference", "adamw"))
+    chosen = figure_4.fastest(frame_of(rows))
+    assert chosen[columns].to_numpy().tolist() == [["full", 30, 20, False], ["reference", 59, 60, False]]
+
+
+def test_longbench_bars_show_the_averages_of_the_scoring_run(tmp_path):
+    """Category means and both English averages as the suite's own summary has them; an incomplete one is not drawn."""
+    from benchmarks.longbench import TASKS
+    from benchmarks.longbench.averages import averages
+
+    module = catalog.module("longbench_bars")
+    rows = longbench_rows(("base", "pose+yarn"), TASKS)
+    shown = module.categories(inputs.load(module.INPUTS, inputs.read_results([write_run(tmp_path, rows)]))["longbench"])
+    for k, method in enumerate(("base", "pose+yarn")):
+        expected = averages({name: max(0, 90 - 10 * k - i) for i, name in enumerate(TASKS)})
+        means = {label: frame.set_index("method").loc[method, "value"] for label, frame in shown.items()}
+        assert means["mean of\n6 categories"] == pytest.approx(expected["english_category_mean"])
+        assert means["mean of\n16 sets"] == pytest.approx(expected["english_16_mean"])
+        for category, label in module.CATEGORIES.items():
+            assert means[label] == pytest.approx(expected[f"english:{category}"])
+    half = (shown["mean of\n6 categories"]["hi"] - shown["mean of\n6 categories"]["value"])[0]
+    # half-widths of 5 a set: a category of k sets has 5 / sqrt(k), their mean the root of the squares' sum over 6
+    assert half == pytest.approx((4 * 25 / 3 + 2 * 25 / 2) ** 0.5 / 6)
+    fewer = [row for row in rows if row["task"] != "lcc"]
+    shown = module.categories(
+        inputs.load(module.INPUTS, inputs.read_results([write_run(tmp_path / "fewer", fewer)]))["longbench"]
+    )
+    assert list(shown) == [label for category, label in module.CATEGORIES.items() if category != "code"]
+
+
+def test_bounds_of_parts_are_left_out_and_a_missing_metric_is_named(tmp_path):
+    rows = [r for r in lab_rows({"base": (100, 0, 0, 0)}) if r["suite"] == "analysis"]
+    frames = inputs.load(catalog.module("bound_against_measured").INPUTS, frame_of(rows))
+    with style.journal():
+        medians = [line.get_xdata()[0] for line in bound_against_measured.draw(frames).axes[0].lines[1:4:2]]
+        assert medians == [0.34, 0.03]  # and not 0.42, the mean with the stratum's
+        broken = {"analysis": frames["analysis"][frames["analysis"]["metric"] != "slope_over_bernstein_bound_q99"]}
+        with pytest.raises(ValueError, match=r"rows of 'base' must have 'slope_over_bernstein_bound_q99'"):
+            bound_against_measured.draw(broken)
+
+
+def test_two_metrics_of_one_task_are_not_averaged(tmp_path, capsys):
+    rows = demo_rows()
+    rows[9] = {**rows[9], "metric": "string_match_part"}
+    run = write_run(tmp_path / "run", rows)
+    message = refused(capsys, "--results", run, "--output", tmp_path / "out", "--only", "table_1")
+    assert "line 10" in message and "metric='string_match_part'" in message
+
+
+def test_labels_are_moved_apart_as_little_as_possible():
+    assert spread([10, 50, 90], 8, 0, 100) == [10, 50, 90]
+    assert spread([50, 50], 8, 0, 100) == [46, 54]
+    assert spread([99, 100, 100], 8, 0, 100) == [84, 92, 100]
+    assert spread([0, 1], 8, 0, 100) == [0, 8]
+
+
+# --- published numbers ----------------------------------------------------------------------------------------------
+
+
+def test_every_published_number_says_where_it_is_printed():
+    for path in sorted(PUBLISHED.glob("*.csv")):
+        frame = pd.read_csv(path)
+        assert frame["source"].notna().all(), path.name
+        number = frame["value" if "value" in frame else "score"]
+        assert np.isfinite(number).all(), path.name
+        if path.stem.startswith("table"):
+            assert set(frame["source"]) == {path.stem.replace("table_", "Table ")}
+
+
+def test_table_1_holds_the_abstracts_averages(tmp_path):
+    catalog.make("table_1", inputs.read_results([]), tmp_path)
+    table = pd.read_csv(tmp_path / "table_1.csv").set_index("method")
+    claims = pd.read_csv(PUBLISHED / "claims.csv")
+    abstract = claims[claims["source"] == "abstract"].set_index("subject")["value"]
+    assert table["avg"].to_dict() == abstract.to_dict()
+    assert (table["origin"] == "published: Table 1").all()
+
+
+def test_measured_rows_stand_below_the_published_ones(tmp_path):
+    rows = inputs.read_results([write_run(tmp_path / "run", demo_rows())])
+    catalog.make("table_1", rows, tmp_path)
+    table = pd.read_csv(tmp_path / "table_1.csv").set_index("method")
+    recall = table.loc["recall, YaRN"]
+    assert "small scale" in recall["section"] and "line 49" in recall["origin"]
+    # 100 98 98 96 averages 98, each further task 2 lower
+    assert recall[["niah_s1", "niah_s2", "niah_m1", "vt", "avg"]].tolist() == [98, 96, 94, 92, 95]
+    assert math.isnan(recall["cwe"])
+    assert "small scale" in (tmp_path / "table_1.md").read_text()
+
+
+def test_latex_escapes_and_marks_the_best():
+    from paper_figures.table import Row, Section, Table, latex, markdown
+
+    table = Table(
+        "t",
+        "100% of a_b",
+        "method",
+        ["x_1", "y"],
+        [Section("s", [Row("a&b", [1, None], "o"), Row("c", [2, "–"], "o")])],
+    )
+    text = latex(table)
+    assert "100\\% of a\\_b" in text and "a\\&b & 1.00 & --" in text and "c & \\textbf{2.00} & --" in text
+    assert "| c | **2.00** | – |" in markdown(table)
+
+
+# --- what the package needs -----------------------------------------------------------------------------------------
+
+
+def test_figures_need_no_torch_and_nothing_else_of_the_project():
+    code = (
+        "import sys; from paper_figures import catalog\n"
+        "for name in catalog.NAMES: catalog.module(name)\n"
+        "loaded = {m.partition('.')[0] for m in sys.modules}\n"
+        "assert not loaded & {'torch', 'transformers', 'endprompt', 'analysis', 'benchmarks'}, loaded\n"
+    )
+    root = Path(endprompt.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_figures_work_as_files_alone(tmp_path):
+    """A run directory with a space in its path, rows with further columns and an empty line."""
+    run = write_run(tmp_path / "my run", demo_rows(haystack="noise"))
+    with open(run / "results.jsonl", "a") as file:
+        file.write("\n" + json.dumps({**row("base", "mmlu", None, 30.0, suite="short"), "extra": [1, 2]}) + "\n")
+    chosen = ("--only", "score_against_length", "table_5")
+    assert figures("--results", run, "--output", tmp_path / "my figures", *chosen) == 0
+    assert (tmp_path / "my figures" / "score_against_length.pdf").stat().st_size > 10_000

@@ -1,0 +1,273 @@
+"""The README and the pages: links lead somewhere, every command is one that the script takes, the site builds."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+
+from endprompt import cli
+from tests.support import longbench_fixtures, ruler_helpers
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "analysis" / "README.md",
+        ROOT / "paper_figures" / "README.md",
+        ROOT / "paper_figures" / "AUDIT.md",
+        ROOT / "benchmarks" / "base" / "README.md",
+    ]
+)
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def code_lines(text: str) -> list[str]:
+    """Lines of indented and fenced code, continued ones joined, and code within a sentence that is a command."""
+    lines, fenced, prose = [], False, True
+    for line in text.split("\n"):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or (line.startswith("    ") and not prose):
+            lines.append(line.strip())
+        else:
+            prose = bool(line.strip())
+    joined = re.sub(r"\\\n", " ", "\n".join(lines))
+    inline = re.findall(r"`(endprompt [a-z-]+(?: [^`]*)?)`", re.sub(r"(?m)^(    |```).*$", "", text))
+    return [*joined.split("\n"), *inline]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Arguments of every `endprompt ...`, `python -m endprompt.cli ...` and the same under torchrun."""
+    found = []
+    for line in code_lines(text):
+        line = re.sub(r"\s{2,}[a-z#(].*$", "", line) if line.startswith("endprompt ") else line  # a remark beside it
+        match = re.match(r"(?:endprompt|.*-m endprompt\.cli) (.*)", line.partition(" #")[0])
+        if match and "<" not in line:
+            found.append(shlex.split(match[1]))
+    return found
+
+
+ALL = [
+    (name, arguments) for name, page in zip(NAMES, PAGES) for arguments in commands(page.read_text(encoding="utf-8"))
+]
+
+
+def test_commands_are_found():
+    assert len(ALL) > 35
+    named = {arguments[0] for _, arguments in ALL}
+    every = {ep.name for ep in cli.entry_points(group=cli.GROUP)}
+    assert named >= every - {"bench"}, "a command that no page shows"
+    assert commands("    endprompt plan --target 5 \\\n        --rows 2   # so\n") == []  # no blank line: a list item
+    assert commands("\n    endprompt plan --target 5 \\\n        --rows 2   # so\n") == [
+        ["plan", "--target", "5", "--rows", "2"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "arguments"), ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
+def test_command_on_a_page_is_one_that_the_script_takes(page, arguments):
+    if {"--help", "--list-recipes"} & set(arguments):
+        arguments = [argument for argument in arguments if argument not in ("--help", "--list-recipes")]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        cli.main([argument for argument in arguments if argument != "..."] + ["--print_config"])
+    assert ended.value.code == 0, err.getvalue()
+    assert isinstance(yaml.safe_load(out.getvalue()), dict)
+
+
+CHEAP = ("audit", "plan", "positions", "tasks-path", "figures", "env", "completion")
+#: Commands of the README that are run one after the other, in this order, with fewer of everything.
+WALK = (
+    "extend --model",
+    "prepare --data a.",
+    "verify extended",
+    "score extended --tasks niah",
+    "score extended --show",
+    "score runs/",
+    "score extended --suite longbench --tasks qasper,hotpotqa_e",
+    "figures --results runs/score",
+    "card extended",
+)
+#: Commands that are not run as they stand, why, and the tests that run what they are made of.
+ELSEWHERE = {
+    "extend --recipe": ("needs a checkpoint of 8B", "endprompt/test_recipes.py", "endprompt/train/test_loop.py"),
+    "prepare --data hub:": ("needs the network", "endprompt/data/test_shards.py"),
+    "score extended --suite short": ("needs the network", "benchmarks/scoring/test_short.py"),
+    "score extended --chat": ("needs a chat template", "benchmarks/scoring/test_runs.py"),
+    "score extended --backend vllm": (
+        "needs vLLM",
+        "benchmarks/scoring/test_vllm.py",
+        "benchmarks/scoring/test_vllm_engine.py",
+    ),
+    "score extended --tasks all": (
+        "needs RULER's own data",
+        "benchmarks/scoring/test_run.py",
+        "benchmarks/ruler/test_upstream.py",
+    ),
+    "score extended --suite longbench --tasks e": (
+        "needs LongBench's own data",
+        "benchmarks/tasks/test_longbench_task.py",
+    ),
+    "score CHECKPOINT --suite longbench": ("needs LongBench's own data", "benchmarks/tasks/test_longbench_task.py"),
+    "score benchmarks/base/512": ("takes minutes", "benchmarks/scoring/test_run.py"),
+    "base --window": ("takes a GPU minutes, two cores days", "benchmarks/base/test_rebuild.py"),
+    "demo": ("takes minutes", "benchmarks/test_demo.py", "project/test_packaging.py"),
+    "lab --": ("takes minutes or a GPU", "benchmarks/lab/test_runner.py", "benchmarks/lab/test_matrix.py"),
+    "report runs/": ("needs finished runs", "benchmarks/report/test_page.py"),
+    "verify CHECKPOINT --against BASE": ("the README's in other words", "analysis/test_verify.py"),
+    "figures --results runs/demo": ("needs finished runs", "paper_figures/test_layout.py"),
+}
+
+
+def runs_as_it_stands(arguments: list[str]) -> bool:
+    return (arguments[0] in CHEAP and "runs" not in " ".join(arguments)) or "--list-recipes" in arguments
+
+
+def test_every_command_on_a_page_is_run_by_a_test_or_named_with_its_reason():
+    used = set()
+    for page, arguments in ALL:
+        line = " ".join(arguments)
+        if len(arguments) == 1 or runs_as_it_stands(arguments) or line.startswith(WALK):
+            continue  # a name alone is no command that a reader would copy
+        keys = [key for key in ELSEWHERE if line.startswith(key)]
+        assert keys, f"{page}: {line}"
+        used |= set(keys)
+    assert used == set(ELSEWHERE)
+    assert all((ROOT / "tests" / name).is_file() for _, *names in ELSEWHERE.values() for name in names)
+
+
+@pytest.mark.parametrize("arguments", [a for _, a in ALL if runs_as_it_stands(a)], ids=" ".join)
+def test_cheap_command_runs_as_it_stands(arguments, tmp_path, monkeypatch, capsys):
+    if arguments[0] == "figures" and "--only" not in arguments:
+        arguments = [*arguments, "--only", "table_1"]  # the rest is drawn by the figures' own tests
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_readme_from_extend_to_figures(tmp_path, monkeypatch, capsys):
+    """The README's own lines, one after the other, with a tiny checkpoint and fewer of everything."""
+    ruler_helpers.checkpoint(tmp_path / "CHECKPOINT")
+    text = [{"text": ruler_helpers.STORY * 12} for _ in range(30)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "prepare": ["--data", "documents.jsonl"],
+        "extend": ["--target", "4096", "--steps", "2", "--rows", "2", "--device", "cpu", "--overwrite"],
+        "verify": ["--pairs", "8", "--tokens", "64", "--target", "4096"],
+        "score": ["--lengths", "1024", "--samples", "2", "--dtype", "float32", "--device", "cpu", "--quiet",
+                  "--cache-dir", "cache", "--max-new-tokens", "8", "--shots", "0"],
+        "figures": ["--only", "score_against_length"],
+    }  # fmt: skip
+    page = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    longbench_fixtures.write_data(tmp_path / "longbench", tasks=("qasper", "hotpotqa_e"), n=1, words=60)
+    other = ["score", "extended", "--tasks", "niah_single_2,vt", "--output", "runs/score/other", *small["score"]]
+    for start in WALK:
+        for arguments in (found for found in page if " ".join(found).startswith(start)):
+            name = arguments[0]
+            more = small.get(name, [])
+            if "--compare" in arguments:
+                assert cli.main(other) == 0
+            if "longbench" in arguments:
+                more = ["--device", "cpu", "--quiet", "--output", "runs/longbench"]
+            capsys.readouterr()
+            assert cli.main([*arguments, *more]) == 0, capsys.readouterr().err
+            assert capsys.readouterr().out, arguments
+    scored = yaml.safe_load((tmp_path / "extended" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    (model,) = scored["model-index"]
+    assert {result["dataset"]["name"] for result in model["results"]} and len(model["results"]) == 2
+    assert (tmp_path / "figures" / "score_against_length.png").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    text = re.sub(r"(?m)^    .*$|`[^`]*`", "", page.read_text(encoding="utf-8"))
+    targets = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
+    if name == "README.md":
+        assert len(targets) > 10
+    for target in targets:
+        generated = target.startswith("api/")  # the reference is made when the site is built
+        assert generated or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_left_to_be_filled_in(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(r"\b(TODO|FIXME|TBD|XXX|lorem)\b", text, re.IGNORECASE)
+
+
+def test_readme_fits_a_terminal():
+    shown = re.sub(r"<!-- .*? -->", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert not [line for line in shown.split("\n") if len(line) > 120]
+
+
+def test_files_that_pages_name_exist():
+    """Paths in backticks that look like files of the repository."""
+    missing = []
+    for name, page in zip(NAMES, PAGES):
+        for path in re.findall(
+            r"`((?:docs|tests|endprompt|analysis|benchmarks|paper_figures)/[\w./-]+)`", page.read_text(encoding="utf-8")
+        ):
+            if not (ROOT / path).exists():
+                missing.append((name, path))
+    assert not missing
+
+
+def test_citation_file_is_in_the_format():
+    """Keys and types of the Citation File Format 1.2.0, as far as this file uses them."""
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cff)
+    known = {
+        "cff-version", "message", "title", "authors", "abstract", "type", "version", "license", "keywords",
+        "references", "date-released", "doi", "url", "repository-code", "identifiers", "commit", "contact",
+        "preferred-citation",
+    }  # fmt: skip
+    assert set(cff) <= known
+    assert cff["cff-version"] == "1.2.0" and cff["type"] in ("software", "dataset")
+    assert all(isinstance(cff[key], str) for key in ("message", "title", "version", "license", "abstract"))
+    for entry in [cff, *cff["references"]]:
+        assert entry["authors"] and all(
+            {"name"} == set(a) or {"family-names", "given-names"} <= set(a) for a in entry["authors"]
+        )
+    assert all({"type", "title", "authors"} <= set(reference) for reference in cff["references"])
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cff["version"], cff["license"]) == (project["version"], project["license"])
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    site = tmp_path / "site"
+    pages = {path.name for path in site.glob("*.html")}
+    assert {"index.html", "drills.html", "analysis.html", "audit.html", "figures.html", "install.html"} <= pages
+    for package in ("endprompt", "analysis", "benchmarks", "paper_figures"):
+        html = (site / "api" / f"{package}.html").read_text(encoding="utf-8")
+        assert html.count('class="doc doc-heading"') > 20
+    html = (site / "api" / "endprompt.html").read_text(encoding="utf-8")
+    assert 'id="endprompt.positions.observed_distances"' in html and "where it starts to" not in html
+    assert 'href="audit.html"' in (site / "index.html").read_text(encoding="utf-8")
+    for page in site.rglob("*.html"):  # nothing is fetched by the pages
+        loaded = re.findall(
+            r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text(encoding="utf-8")
+        )
+        assert not loaded, (page, loaded)
