@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "paper_figures" / "data" / "measured"
-MARK = re.compile(r"([-+]?[\d,]+(?:\.\d+)?)<!-- (.+?) -->")
+MARK = re.compile(r"([-+]?[\d,]+(?:\.\d+)?)<!--\s(.+?)\s-->", re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKS = [(page.name, *found) for page in PAGES for found in MARK.findall(page.read_text(encoding="utf-8"))]
 
@@ -43,7 +43,7 @@ def value_of(words: str, before: list[str]) -> tuple[float, list[str]]:
 
 def evaluated(mark: str) -> float:
     """The value that a mark stands for."""
-    scale, words = re.fullmatch(r"(?:([\d.]+) \* )?(.+)", mark).groups()
+    scale, words = re.fullmatch(r"(?:([\d.]+) \* )?(.+)", " ".join(mark.split())).groups()
     first, *others = words.split(" / ")
     value, parts = value_of(first, [])
     for other in others:
@@ -56,6 +56,24 @@ def evaluated(mark: str) -> float:
 def test_a_marked_number_is_that_of_its_row(page, printed, mark):
     decimals = len(printed.partition(".")[2])
     assert printed.lstrip("+") == f"{evaluated(mark):,.{decimals}f}"
+
+
+def test_the_demo_table_is_that_of_its_rows():
+    """Scores with their intervals; a row's method, length and task are those of the table."""
+    lines = [
+        line[1:-1].split("|")
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").split("\n")
+        if line[:1] == "|"
+    ]
+    head, _, *lines = [[cell.strip() for cell in line] for line in lines]
+    assert head[:2] == ["method", "length"] and len(lines) == 5
+    for method, length, *cells in lines:
+        for task, cell in zip(head[2:], cells, strict=True):
+            name = task if task == "vt" else f"niah_{task}"
+            (row,) = [
+                r for r in rows_of("demo") if (r["method"], r["task"], r["length"]) == (method, name, int(length))
+            ]
+            assert cell == f"{row['value']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]", (method, length, task)
 
 
 def test_pages_have_marks():

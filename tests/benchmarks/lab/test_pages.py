@@ -95,7 +95,7 @@ def test_every_other_estimate_on_the_pages_is_one_of_the_questions(questions):
         for digits in (1, 2)
     }
     texts = {
-        "README.md": part("README.md", "- **The lab, small scale**", "## Shell completion"),
+        "README.md": part("README.md", "- **The lab, small scale**", "## The demonstration"),
         "docs/lab.md": part("docs/lab.md", "## LongLoRA", "## A matrix"),
         "docs/schemes.md": part("docs/schemes.md", "Which scheme is the best cannot", "Before seeds 10 to 19"),
     }
