@@ -216,7 +216,7 @@ def test_what_determinism_costs_is_that_of_the_rows(rows, again):
         seconds = {row["cell"]: row["gpu_seconds"] for row in run if row.get("gpu_seconds")}
         assert len(seconds) == 720
         spent.append(sum(seconds.values()))
-    text = " ".join(part("docs/training.md", "## The same again", "## Watching").split())
+    text = " ".join(part("docs/training.md", "## Reproducibility", "## Watching").split())
     assert f"{spent[0] / spent[1]:.2f} times as long" in text and f"{spent[0]:,.0f} against {spent[1]:,.0f}" in text
 
 
