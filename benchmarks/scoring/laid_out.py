@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -223,17 +224,33 @@ def of_step(
 ) -> torch.Tensor:
     """[B, H, 1, D]: one token of each row, keys and values not repeated.
 
-    torch's grouped kernel on CUDA reads them at the memory's speed; elsewhere the heads of a group are queries of it.
+    With a mask and grouped heads torch's own order of kernels ends at the plain one, which repeats and converts all
+    keys; cuDNN's reads them at the memory's speed. Elsewhere the heads of a group are queries of their key head.
     """
     batch, heads, _, width = query_BH1D.shape
     groups = key_BGSD.shape[1]
-    if query_BH1D.is_cuda or heads == groups:
-        return F.scaled_dot_product_attention(
-            query_BH1D, key_BGSD, value_BGSD, attn_mask=mask_B11S, scale=scaling, enable_gqa=heads != groups
-        )
+    if heads == groups or takes_cudnn(query_BH1D, key_BGSD, value_BGSD, mask_B11S):
+        with step_kernels(query_BH1D.device):
+            return F.scaled_dot_product_attention(
+                query_BH1D, key_BGSD, value_BGSD, attn_mask=mask_B11S, scale=scaling, enable_gqa=heads != groups
+            )
     folded = query_BH1D.reshape(batch, groups, heads // groups, width)
     out = F.scaled_dot_product_attention(folded, key_BGSD, value_BGSD, attn_mask=mask_B11S, scale=scaling)
     return out.reshape(batch, heads, 1, -1)
+
+
+def takes_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether cuDNN has a kernel for grouped heads under this mask."""
+    if not query.is_cuda:
+        return False
+    parts = torch.backends.cuda.SDPAParams(query, key, value, mask, 0.0, False, query.shape[1] != key.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(parts)
+
+
+def step_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def of_prompt(

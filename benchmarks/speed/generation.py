@@ -87,12 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", default="step,ruler", help="step, ruler or both")
     parser.add_argument("--model", help="only this model's parts")
     parser.add_argument("--their-samples", type=int, default=1, help="prompts a task that lm-eval's model answers")
+    parser.add_argument("--now", action="store_true", help="leave out the loop before")
     parser.add_argument("--tiny", action="store_true", help="a very small model and lengths on the CPU")
     args = parser.parse_args(argv)
     steps, suites, new = STEPS, RULER, NEW_TOKENS
     if args.tiny:
         steps, suites, new = [("tiny", 3, 256, True)], [("tiny", 256, 1)], 16
-    bench = Bench(args.out, "cpu" if args.tiny else "cuda", new)
+    bench = Bench(args.out, "cpu" if args.tiny else "cuda", new, not args.now)
     tasks = [(suite[0], partial(bench.ruler, *suite, args.their_samples)) for suite in suites if "ruler" in args.parts]
     batches = [(step[0], partial(bench.step, *step)) for step in steps if "step" in args.parts]
     parts = [*tasks[:1], *batches, *tasks[1:]]
@@ -105,8 +106,9 @@ def main(argv: list[str] | None = None) -> None:
 class Bench:
     """Models, rows and the device's own speeds."""
 
-    def __init__(self, out: Path, device: str, new_tokens: int):
+    def __init__(self, out: Path, device: str, new_tokens: int, before: bool = True):
         self.began, self.out, self.device, self.new = time.perf_counter(), out, device, new_tokens
+        self.before = before
         self.made: list[dict[str, Any]] = []
         self.environment = runs.environment()
         self.bytes_per_second = copy_speed(device, 2**24 if device == "cpu" else 2**32)
@@ -158,7 +160,7 @@ class Bench:
         found = generate.way(model)
         if found.reason:
             raise ValueError(f"{name} must run on the laid-out cache: {found.reason}")
-        for method in ("now", "before")[: 1 + before]:
+        for method in ("now", "before")[: 1 + (before and self.before)]:
             run = now if method == "now" else old
             run(model, [jobs[0]._replace(new_tokens=generate.RECORD + 2)], found)  # kernels are set up at the shapes
             reading, whole = run(model, jobs, found)
@@ -183,18 +185,20 @@ class Bench:
         jobs = {task: [generate.Job(prompt, tasks[task]) for prompt in made[task]] for task in tasks}
         every = [job for task in tasks for job in jobs[task]]
         found = generate.way(model)
-        old_reading = old_whole = 0.0
         now(model, [every[0]._replace(new_tokens=generate.RECORD + 2)], found)
         reading, whole = now(model, every, found)
         about = {"max_new_tokens": sum(tasks.values()) / len(tasks)}
         share = {"prompt_share": reading / whole, "answers_over_prompts": whole / reading - 1}
         self.add("ruler", name, "now", length, len(every), whole, prompt_seconds=reading, **share, **about)
-        for task in tasks:
-            for first in range(0, samples, 8):  # its batch size
-                one, both = old(model, jobs[task][first : first + 8], found)
-                old_reading, old_whole = old_reading + one, old_whole + both
-        share = {"prompt_share": old_reading / old_whole, "answers_over_prompts": old_whole / old_reading - 1}
-        self.add("ruler", name, "before", length, len(every), old_whole, prompt_seconds=old_reading, **share, **about)
+        if self.before:
+            old_reading = old_whole = 0.0
+            for task in tasks:
+                for first in range(0, samples, 8):  # its batch size
+                    one, both = old(model, jobs[task][first : first + 8], found)
+                    old_reading, old_whole = old_reading + one, old_whole + both
+            share = {"prompt_share": old_reading / old_whole, "answers_over_prompts": old_whole / old_reading - 1}
+            n = len(every)
+            self.add("ruler", name, "before", length, n, old_whole, prompt_seconds=old_reading, **share, **about)
         theirs = hflm(model)
         if theirs is None:
             self.note("lm_eval is not installed: no rows of its model")
