@@ -21,17 +21,20 @@ from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
 from benchmarks.lab.matrix import Cell
-from endprompt import results, train
+from endprompt import origin, results, train
 from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
+from endprompt.files import drop_cut_line
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
 from endprompt.positions import TEXT_WHOLE
-from endprompt.results import result_row
+from endprompt.results import append_rows, result_row
 
 #: Standard deviation of an observed score in the predicted gap RMS, as `endprompt positions` has it.
 NOISE = 0.1
 #: Rows whose pairs are counted where positions are drawn.
 COUNTED_ROWS = 64
+#: Pairs of all these rows together, at most.
+COUNTED_PAIRS = 2**24
 VERIFIED_PAIRS = 16
 
 
@@ -79,14 +82,18 @@ def run(cell: Cell, place: Workplace) -> Outcome:
     made = Outcome()
     checkpoint = place.output / "checkpoints" / cell.name
     about: dict[str, Any] = {}
+    begun = Begun(place.output / "unfinished" / f"{cell.name}.jsonl", cell.sha256)
     with made.phase("train"):
-        if cell.trained:
+        if cell.trained and not (begun.trained and (checkpoint / results.RECORD).is_file()):
+            begun.forget()
             shutil.rmtree(checkpoint, ignore_errors=True)
             shutil.rmtree(checkpoint.with_name(checkpoint.name + ".partial"), ignore_errors=True)
             data = [str(part.path(place.cache)) for part in material.parts(cell)]
             compiled = place.compile_of(cell)
             config = cell.config(data, str(checkpoint), place.device, compiled, place.deterministic)
             train.extend(config)
+            begun.add({"trained": True})
+        if cell.trained:
             about = json.loads((checkpoint / results.RECORD).read_text(encoding="utf-8"))
     with made.phase("load"):
         model = load(cell, checkpoint, place.device)
@@ -94,9 +101,17 @@ def run(cell: Cell, place: Workplace) -> Outcome:
     columns = columns_of(cell, place, about, str(model.dtype).removeprefix("torch."))
     with made.phase("score"):
         for item in material.samples(cell):
-            scored(made, cell, item, model, tokenizer, place, columns)
+            key = f"{item.task}@{item.length}"
+            if key not in begun.done:
+                single = Outcome()
+                scored(single, cell, item, model, tokenizer, place, columns)
+                begun.add({"key": key, "rows": single.rows, "scores": single.scores})
+            made.rows += begun.done[key]["rows"]
+            made.scores += begun.done[key]["scores"]
     with made.phase("loss"):
-        for length in sorted({cell.window, cell.target}):
+        if (text := material.held_out(cell)) is not None:
+            made.rows += held_out_rows(cell, columns, model, text.read(place.cache), place.batch_tokens)
+        for length in sorted({cell.window, cell.target}) if text is None else ():
             loss = predict.losses(
                 model, tokenizer, [held_out(cell.model)], length, rows=cell.scoring.loss_rows,
                 max_batch_tokens=place.batch_tokens,
@@ -108,9 +123,58 @@ def run(cell: Cell, place: Workplace) -> Outcome:
             made.rows.append(verified(cell, checkpoint, columns))
     if not place.keep_checkpoints:
         shutil.rmtree(checkpoint, ignore_errors=True)
+    begun.forget()
     for one in made.rows:
         one["cell_rows"] = len(made.rows)
     return made
+
+
+class Begun:
+    """What an interrupted attempt at a cell has done already: its training, and the tasks that were scored.
+
+    The file names the cell by its hash; lines of another cell, or one that was cut off, count for nothing.
+    """
+
+    def __init__(self, path: Path, sha256: str):
+        self.path, self.sha256 = path, sha256
+        self.trained, self.done = False, {}  # type: bool, dict[str, Any]
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
+            self._take(json.loads(line))
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if line["cell"] == self.sha256:
+            self.trained = self.trained or bool(line.get("trained"))
+            if "key" in line:
+                self.done[line["key"]] = line
+
+    def add(self, line: dict[str, Any]) -> None:
+        line["cell"] = self.sha256
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        drop_cut_line(self.path)
+        append_rows(self.path, [line])
+        self._take(line)
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.trained, self.done = False, {}
+
+
+def held_out_rows(
+    cell: Cell, columns: Mapping[str, Any], model: Any, text: np.ndarray, batch_tokens: int
+) -> list[dict[str, Any]]:
+    """Rows of the loss on given held-out text: by length, and at the longest by position (`bins` ranges, by their end).
+
+    text (rows, tokens): the same beginnings at every length.
+    """
+    found = []
+    for length in sorted({*cell.lengths, cell.window, cell.target}):
+        mean = predict.position_losses(model, text[:, :length], max_batch_tokens=batch_tokens)
+        values = {"suite": "lab", "metric": "loss", "n": len(text)}
+        found.append(row(cell, columns, task="loss", length=length, value=float(mean.mean()), **values))
+    for part in np.array_split(np.arange(len(mean)), cell.scoring.bins) if cell.scoring.bins else ():
+        about = {"task": "loss_by_position", "length": int(part[-1]) + 2, "first": int(part[0]) + 1}
+        found.append(row(cell, columns, **about, value=float(mean[part].mean()), **values))
+    return found
 
 
 def load(cell: Cell, checkpoint: Path, device: str) -> Any:
@@ -162,6 +226,7 @@ def scored(
             fill=about["fill"],
             edition=item.edition,
             max_new_tokens=samples[0]["max_new_tokens"],
+            empty=100 * sum(not text.strip() for text in texts) / len(texts),
         )
     )
     keys = {"cell": cell.sha256, "base": cell.base, "fold": cell.fold, "arm": cell.arm, "method": cell.method}
@@ -207,6 +272,10 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
         "deterministic": place.deterministic,
         "cell": cell.sha256,
     }
+    if source := origin.told(origin.about(cell.model)):
+        columns["origin"] = source
+    if cell.sources:
+        columns |= {"sources": dict(cell.sources), "retrieval": cell.retrieval}
     if not cell.trained:
         return columns
     config = cell.config([], "")
@@ -268,10 +337,11 @@ def pair_counts(cell: Cell, place: Workplace, spec: Any) -> np.ndarray:
     data = [str(part.path(place.cache)) for part in material.parts(cell)[:1]]
     rows = Rows(load_documents(data, material.tokenizer_of(cell.model)), spec)
     lower = np.tril_indices(n)
-    for index in range(COUNTED_ROWS):
+    fewer = min(COUNTED_ROWS, max(2, COUNTED_PAIRS // n**2))
+    for index in range(fewer):
         positions = rows.row(index)[1]
         counts += np.bincount((positions[:, None] - positions)[lower], minlength=cell.target)
-    return counts / COUNTED_ROWS
+    return counts / fewer
 
 
 def verified(cell: Cell, checkpoint: Path, columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,12 @@ class LabConfig:
         compile: the trainer's own setting of this name; auto is what is fastest for such small models.
         deterministic: the trainer's own setting of this name: cells repeat bit for bit on the same GPU and versions.
         mps: try NVIDIA's multi-process service, so that workers run on a GPU at the same time.
-        model: checkpoint of preset paper-scale.
+        model: checkpoint of preset paper-scale; of a matrix on a published base the checkpoint in that base's place.
+        documents: JSON lines with `text` to train on, where the matrix asks for them by `inputs`.
+        held_out: JSON lines with `text` for the loss, likewise.
+        data_dir: folder of the other inputs: RULER's essays and question sets.
+        rates: a file `rates.json` of a run of the matrix's rates: the learning rate of each arm.
+        prepare_only: make the documents and samples, and stop; a copy of the cache is then enough to run elsewhere.
         data: its training data.
         list_presets: print the presets and stop.
     """
@@ -50,6 +55,11 @@ class LabConfig:
     deterministic: bool = True
     mps: bool = True
     model: str | None = None
+    documents: str | None = None
+    held_out: str | None = None
+    data_dir: str | None = None
+    rates: str | None = None
+    prepare_only: bool = False
     data: list[str] = field(default_factory=list)
     list_presets: bool = False
 

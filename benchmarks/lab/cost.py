@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from benchmarks.lab.matrix import Cell, base_shape
 
@@ -25,6 +26,35 @@ PLAIN_STEPS = 3.0
 RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.0e13, 0.010, 1.5, 15.0)}
 
 
+#: Models from this many parameters on keep a GPU busy by themselves.
+ALONE = 50_000_000
+#: FLOP/s of reading prompts, and seconds of a step of generation with the caches of its batch, of such a model on an
+#: H200: SmolLM2-135M's first trial.
+READING, GENERATED_STEP = 1.5e14, 0.03
+
+
+def fills_a_gpu(cell: Cell) -> bool:
+    """Whether the base is so large that a cell has a GPU to itself."""
+    return base_shape(cell.model).parameters >= ALONE
+
+
+@cache
+def planned_speed(model: str, target: int, row_tokens: int, rows: int) -> float:
+    """Tokens/s of training on one H200, by `plan` with float32 masters."""
+    from endprompt.plan import PlanConfig, plans
+
+    return plans(PlanConfig(model, target=target, row_tokens=row_tokens, rows=rows, optimizer="adamw"))[0].tokens_per_s
+
+
+def alone_seconds(cell: Cell) -> float:
+    """Of a cell that has an H200 to itself: training as planned, prompts, and steps of generation by their memory."""
+    tokens = cell.steps * cell.rows * cell.row_tokens
+    training = tokens / planned_speed(cell.model, cell.target, cell.row_tokens, cell.rows) if tokens else 0.0
+    batches = sum(len(cell.scoring.tasks) * -(-cell.scoring.count(length) * length // 2**19) for length in cell.lengths)
+    new = cell.scoring.max_new_tokens or 96
+    return 30.0 + training + score_flops(cell) / READING + batches * new * GENERATED_STEP
+
+
 def train_flops(cell: Cell) -> float:
     """Floating-point operations of a cell's training: 6 a parameter and token, and causal attention."""
     shape = base_shape(cell.model)
@@ -37,13 +67,15 @@ def score_flops(cell: Cell) -> float:
     shape, scoring = base_shape(cell.model), cell.scoring
     total = 0.0
     for length in cell.lengths:
-        tokens = length * (len(scoring.tasks) * scoring.samples + scoring.loss_rows)
+        tokens = length * (len(scoring.tasks) * scoring.count(length) + scoring.loss_rows)
         total += tokens * (2 * shape.parameters + 2 * shape.layers * shape.width * length)
     return total
 
 
 def seconds(cell: Cell, device: str) -> float:
     """What a worker is expected to need for a cell."""
+    if device == "cuda" and fills_a_gpu(cell):
+        return alone_seconds(cell)
     rate = RATES[device]
     training = max(train_flops(cell) / rate.flops, cell.steps * rate.step)
     if device == "cuda" and cell.settings.get("lora_rank"):

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lab.inputs import NOTHING, Inputs, piece, texts
 from benchmarks.lab.matrix import Cell
+from endprompt import origin
 from endprompt.files import sha256_of
 
 #: Half text, half questions in RULER's manner.
@@ -32,6 +34,10 @@ MIXTURE: Mapping[str, float] = {
 }
 #: Tokens of one file of documents: a few seconds' work.
 PART_TOKENS = 500_000
+#: Characters of given documents that make one file of tokens, about three million tokens of English.
+PIECE_CHARACTERS = 12_000_000
+#: Fewest characters that a token of text is counted for, to have documents enough.
+TOKEN_CHARACTERS = 5.0
 #: Apart from the training seeds, so that no sample is drawn by a generator that drew documents.
 SAMPLE_SEED = 1000
 
@@ -46,13 +52,18 @@ class Part:
     longest: int
     seed: int
     number: int
+    questions_only: bool = False
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        return {kind: share for kind, share in MIXTURE.items() if kind != "text" or not self.questions_only}
 
     def path(self, folder: Path) -> Path:
         about = [tokenizer_sha256(self.model), self.count, self.tokens, self.longest, self.seed, self.number]
-        name = sha256_of(json.dumps([*about, dict(MIXTURE), "documents-1"]))[:12]
+        name = sha256_of(json.dumps([*about, self.mixture, "documents-1"]))[:12]
         return folder / "documents" / f"{self.tokens}-seed{self.seed}-{self.number}-{name}"
 
-    def make(self, folder: Path) -> None:
+    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
         """Write the documents as a token shard."""
         from benchmarks.base import documents
         from endprompt.config import PrepareConfig
@@ -71,12 +82,78 @@ class Part:
                     tokenizer,
                     seed,
                     self.tokens,
-                    MIXTURE,
+                    self.mixture,
                     prose=training_prose(self.model),
                     longest=self.longest,
                 )
                 prepare(PrepareConfig(data=[str(text)], output=str(Path(aside) / "shard"), tokenizer=self.model))
                 os.replace(Path(aside) / "shard", path)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of the given documents' tokens, as they are: those that begin in its stretch of characters."""
+
+    model: str
+    sha256: str
+    number: int
+
+    def path(self, folder: Path) -> Path:
+        about = [tokenizer_sha256(self.model), self.sha256, self.number, PIECE_CHARACTERS, "piece-1"]
+        return folder / "documents" / f"given-{self.number}-{sha256_of(json.dumps(about))[:12]}"
+
+    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
+        """Write the documents as a token shard. Raises ValueError if the file is not on this machine."""
+        from endprompt.config import PrepareConfig
+        from endprompt.data import prepare
+
+        path = self.path(folder)
+        with locked(path):
+            if path.exists():
+                return
+            source = needed_file(given, "documents", path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+                text = Path(aside) / "documents.jsonl"
+                with text.open("w", encoding="utf-8") as file:
+                    for one in piece(source, self.number, PIECE_CHARACTERS):
+                        file.write(json.dumps({"text": one}) + "\n")
+                prepare(PrepareConfig(data=[str(text)], output=str(Path(aside) / "shard"), tokenizer=self.model))
+                os.replace(Path(aside) / "shard", path)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The first `tokens` tokens of each of `rows` given texts that are at least so long."""
+
+    model: str
+    sha256: str
+    tokens: int
+    rows: int
+
+    def path(self, folder: Path) -> Path:
+        about = [tokenizer_sha256(self.model), self.sha256, self.tokens, self.rows, "held-out-1"]
+        return folder / "documents" / f"held-out-{self.tokens}-{sha256_of(json.dumps(about))[:12]}.npy"
+
+    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
+        """Write them as an array (rows, tokens). Raises ValueError if there are too few, or no file."""
+        path = self.path(folder)
+        with locked(path):
+            if path.exists():
+                return
+            backend, found = tokenizer_of(self.model).backend_tokenizer, []
+            for text in texts(needed_file(given, "held_out", path)):
+                ids = backend.encode(text[: 12 * self.tokens], add_special_tokens=False).ids[: self.tokens]
+                found += [ids] if len(ids) == self.tokens else []
+                if len(found) == self.rows:
+                    break
+            if len(found) < self.rows:
+                raise ValueError(f"held_out has {len(found)} texts of {self.tokens} tokens, {self.rows} are needed")
+            aside = path.with_name(path.name + ".partial.npy")
+            np.save(aside, np.array(found, dtype=np.uint16 if np.max(found) < 2**16 else np.int32))
+            os.replace(aside, path)
+
+    def read(self, folder: Path) -> np.ndarray:
+        return np.load(self.path(folder)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -92,16 +169,19 @@ class Samples:
     shots: int
     hops: int
     edition: str = "lab-2026"
+    data: tuple[tuple[str, str], ...] = ()
 
     def path(self, folder: Path) -> Path:
         from benchmarks.ruler import tasks
 
         about = [tokenizer_sha256(self.model), *vars(self).values(), tasks.GENERATOR, "samples-1"]
         about.remove(self.model)
+        if not self.data:
+            about.remove(())
         name = sha256_of(json.dumps(about))[:12]
         return folder / "samples" / f"{self.task}-{self.length}-seed{self.seed}-{name}.npz"
 
-    def make(self, folder: Path) -> None:
+    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
         """Write the prompts' tokens, the answers, and the hash of the texts."""
         from benchmarks import ruler
         from benchmarks.lab import predict
@@ -114,7 +194,12 @@ class Samples:
             tokenizer = tokenizer_of(self.model)
             options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
             options["edition"] = self.edition
-            made = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, **options)
+            folder_of_data = given.data_dir if self.data else None
+            if self.data and folder_of_data is None:
+                raise ValueError(f"{path} is not in the cache, and to make it data_dir must be given")
+            made = ruler.build_samples(
+                self.task, self.length, tokenizer, self.count, self.seed, folder_of_data, **options
+            )
             ids = predict.prompt_ids(tokenizer, made)
             about = {
                 "sha256": samples_sha256(made),
@@ -126,7 +211,9 @@ class Samples:
             aside = path.with_name(path.name + ".partial.npz")
             np.savez(
                 aside,
-                ids=np.concatenate([np.asarray(one, dtype=np.int32) for one in ids]),
+                ids=np.concatenate(
+                    [np.asarray(one, dtype=np.uint16 if len(tokenizer) < 2**16 else np.int32) for one in ids]
+                ),
                 lengths=np.array([len(one) for one in ids]),
                 about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
             )
@@ -138,7 +225,7 @@ class Samples:
         try:
             with np.load(path) as file:
                 about = json.loads(file["about"].tobytes())
-                ids = np.split(file["ids"], np.cumsum(file["lengths"])[:-1])
+                ids = np.split(file["ids"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
             samples = [
                 {**sample, "task": self.task, "input_ids": one}
                 for sample, one in zip(about.pop("samples"), ids, strict=True)
@@ -148,24 +235,50 @@ class Samples:
         return samples, about
 
 
-Material = Part | Samples
+Material = Part | Piece | HeldOut | Samples
 
 
-def parts(cell: Cell) -> list[Part]:
+def parts(cell: Cell) -> list[Part | Piece]:
     """The files of documents that a cell trains on."""
     if not cell.trained:
         return []
+    if "documents" in cell.sources:
+        return given_parts(cell)
     each = min(cell.documents, max(1, PART_TOKENS // cell.row_tokens))
     numbers = range(-(-cell.documents // each))
     return [Part(cell.model, each, cell.row_tokens, cell.longest, cell.seed, number) for number in numbers]
 
 
+def given_parts(cell: Cell) -> list[Part | Piece]:
+    """Of the given documents as many as the cell reads, and questions for its share of rows with one."""
+    rows = cell.steps * cell.rows
+    characters = int(cell.sources["documents_characters"])
+    wanted = min(characters, round(rows * cell.row_tokens * TOKEN_CHARACTERS))
+    found: list[Part | Piece] = [
+        Piece(cell.model, cell.sources["documents"], number) for number in range(max(1, -(-wanted // PIECE_CHARACTERS)))
+    ]
+    if cell.retrieval:
+        count = max(1, round(cell.retrieval * rows))
+        each = min(count, max(1, PART_TOKENS // cell.row_tokens))
+        common = (cell.model, each, cell.row_tokens, cell.longest, cell.seed)
+        found += [Part(*common, number, questions_only=True) for number in range(-(-count // each))]
+    return found
+
+
+def held_out(cell: Cell) -> HeldOut | None:
+    """The given held-out text at the target's length, None if the matrix names none."""
+    if "held_out" not in cell.sources:
+        return None
+    return HeldOut(cell.model, cell.sources["held_out"], max(cell.target, *cell.lengths), cell.scoring.loss_rows)
+
+
 def samples(cell: Cell) -> list[Samples]:
     """The files of samples that a cell is scored on."""
     scoring = cell.scoring
+    data = tuple((name, digest) for name, digest in sorted(cell.sources.items()) if name.endswith(".json"))
     options = (scoring.max_new_tokens, scoring.shots, scoring.hops, scoring.edition)
     return [
-        Samples(cell.model, task, length, scoring.samples, SAMPLE_SEED + cell.seed, *options)
+        Samples(cell.model, task, length, scoring.count(length), SAMPLE_SEED + cell.seed, *options, data)
         for length in cell.lengths
         for task in scoring.tasks
     ]
@@ -177,11 +290,20 @@ def needed(cells: Sequence[Cell]) -> list[Material]:
     for cell in cells:
         found |= dict.fromkeys(parts(cell))
         found |= dict.fromkeys(samples(cell))
+        if (text := held_out(cell)) is not None:
+            found[text] = None
     return list(found)
 
 
-def make(item: Material, folder: Path) -> None:
-    item.make(folder)
+def make(item: Material, folder: Path, given: Inputs = NOTHING) -> None:
+    item.make(folder, given)
+
+
+def needed_file(given: Inputs, name: str, made: Path) -> Path:
+    path = given.path(name)
+    if path is None:
+        raise ValueError(f"{made} is not in the cache, and to make it {name} must be given")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +319,9 @@ def tokenizer_of(model: str) -> Any:
 
 @cache
 def tokenizer_sha256(model: str) -> str:
-    return sha256_of((Path(model) / "tokenizer.json").read_bytes())
+    """Of a checkpoint's tokenizer; of a dequantised one the GGUF file's, however its tokenizer is written."""
+    source = origin.about(model).get("sha256")
+    return str(source or sha256_of((Path(model) / "tokenizer.json").read_bytes()))
 
 
 @cache

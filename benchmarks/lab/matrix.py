@@ -34,7 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lab.config import LabConfig
+from benchmarks.lab.inputs import sources
+from benchmarks.lab.rates import rate_key, read_rates
 from benchmarks.ruler.texts import EDITIONS
+from endprompt import origin
 from endprompt.config import ExtendConfig, check_config, method_name
 from endprompt.files import file_sha256, read_text, sha256_of
 from endprompt.runs import plain
@@ -60,7 +63,10 @@ FILTERS = ("arm", "base", "fold", "seed", "question")
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a cell is scored: tasks of RULER with options for small windows, and rows of held-out text a length."""
+    """How a cell is scored: tasks of RULER with options for small windows, and rows of held-out text a length.
+
+    samples_at: other numbers of samples at some lengths. bins: of positions, for the held-out loss by position.
+    """
 
     tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
     samples: int = 64
@@ -69,6 +75,12 @@ class Scoring:
     hops: int = 3
     edition: str = "lab-2026"
     loss_rows: int = 8
+    samples_at: Mapping[int, int] = field(default_factory=dict)
+    bins: int = 0
+
+    def count(self, length: int) -> int:
+        """Samples of a task at a length."""
+        return self.samples_at.get(length, self.samples)
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class Cell:
     arm: unique for a base and target. method: its name in the rows. settings: of the trainer, beside the lab's own.
     documents: how many there are in the training file that all arms of this row length and seed share.
     longest: tokens of the longest question with its answer in them.
+    sources: hashes of the inputs that the matrix names. retrieval: rows with a question for each row of such documents.
     """
 
     base: str
@@ -105,6 +118,8 @@ class Cell:
     longest: int
     verified: bool = False
     questions: tuple[int, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    retrieval: float = 0.0
 
     @property
     def fold(self) -> int:
@@ -139,6 +154,10 @@ class Cell:
         about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key not in ("questions",)}
         if self.scoring.edition == Scoring.edition:  # rows from before it had a name were made with it
             del about["scoring"]["edition"]
+        for where, keys in ((about, ("sources", "retrieval")), (about["scoring"], ("samples_at", "bins"))):
+            for key in keys:  # likewise
+                if not where[key]:
+                    del where[key]
         # Rows of a factor that was set were once those of target / window.
         version = VERSION if self.settings.get("factor") is None else VERSION + 1
         about |= {"model": base_sha256(self.model), "version": version}
@@ -209,11 +228,13 @@ def read_matrix(path: Path) -> dict[str, Any]:
     return content
 
 
-def base_directory(base: str) -> Path:
+def base_directory(base: str, weights: bool = True) -> Path:
     """Directory of one of the project's own bases by its window, or of a checkpoint. Raises ValueError for neither."""
     for path in (BASES / base, Path(base)):
         if (path / "config.json").is_file():
             return path
+    if "/" in base or base.endswith(".gguf"):
+        return origin.directory_of(base, weights=weights)
     own = ", ".join(sorted(path.name for path in BASES.iterdir() if path.is_dir()))
     raise ValueError(f"base must be one of {own}, or a checkpoint's directory: base={base!r}")
 
@@ -238,6 +259,9 @@ def base_sha256(model: str) -> str:
     """Hash of a base's configuration and weights."""
     import hashlib
 
+    source = origin.about(model)
+    if source.get("sha256") or source.get("revision"):  # whatever release of transformers has written the files
+        return str(source.get("sha256") or sha256_of(source["hub"], source["revision"]))
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*")):
         if path.name in ("config.json", "tokenizer.json") or path.suffix in (".safetensors", ".bin"):
@@ -269,17 +293,19 @@ def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> l
 
 def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Cell]:
     """All cells of a matrix, in its order. Raises ValueError naming file, key and rule."""
-    known = {"seeds", "train", "score", "arms", "blocks", "questions"}
+    known = {"seeds", "train", "score", "arms", "blocks", "questions", "inputs", "retrieval"}
     check_keys(content, known, source)
     for needed in ("arms", "blocks"):
         if not content.get(needed):
             raise ValueError(f"{source}: a matrix must have {needed}")
     scoring = scoring_of(content.get("score", {}), source, config)
+    found = sources(content.get("inputs", ()), config)
     made: dict[tuple[Any, ...], Cell] = {}
     names: dict[tuple[Any, ...], tuple[str, str]] = {}
     for number, block in enumerate(content["blocks"], 1):
         where = f"{source}, block {number}"
         for cell in block_cells(block, content, scoring, where, config):
+            cell = dataclasses.replace(cell, sources=found, retrieval=float(content.get("retrieval", 0.0)))
             key = (cell.base, cell.target, cell.arm, cell.seed)
             earlier = made.get(key)
             if earlier is not None:
@@ -316,6 +342,8 @@ def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scor
     check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     made = Scoring(**values)
+    if config.samples:
+        made = dataclasses.replace(made, samples_at={})
     if made.edition not in EDITIONS:
         raise ValueError(f"{source}, score: edition must be one of {', '.join(EDITIONS)}: {made.edition!r}")
     return dataclasses.replace(made, samples=config.samples) if config.samples else made
@@ -334,13 +362,17 @@ def block_cells(
         if key not in block:
             raise ValueError(f"{where}: a block must have {key}")
     base = str(block["base"])
-    model = str(base_directory(base))
+    own = (BASES / base).is_dir()
+    model = str(base_directory(base if own else config.model or base, weights=not config.dry_run))
+    if not own and (config.model or not Path(base).is_dir()):
+        base = origin.name_of(config.model or base)
     window, target = base_shape(model).window, int(block["target"])
     lengths = tuple(int(length) for length in block["lengths"])
     if target not in lengths or window not in lengths:
         raise ValueError(f"{where}: lengths must hold the window {window} and the target {target}: {list(lengths)}")
     if target <= window or target % window:
         raise ValueError(f"{where}: the target must be a multiple of the window {window}: target={target}")
+    rates = read_rates(config.rates)
     common = {**content.get("train", {}), **block.get("train", {})}
     fewest = {int(tokens): int(count) for tokens, count in block.get("documents", {}).items()}
     for run in block["runs"]:
@@ -358,6 +390,9 @@ def block_cells(
                 settings |= changes
                 if config.steps:
                     settings["steps"] = config.steps
+                chosen_rate = rates.get(rate_key(name, settings))
+                if chosen_rate is not None and "lr" not in changes:
+                    settings["lr"] = chosen_rate
                 trained = bool(arm.get("train", True))
                 scaling = settings.get("scaling", ExtendConfig.scaling)
                 full_name = "".join([name, f"+{scaling}", *(f"@{k}={v}" for k, v in told.items())])

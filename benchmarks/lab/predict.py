@@ -128,6 +128,30 @@ def losses(
     return total / (len(windows) * (length - 1))
 
 
+@torch.inference_mode()
+def position_losses(model: PreTrainedModel, ids_BT: np.ndarray, *, max_batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+    """Next-token loss at each position, nats, mean over the rows: float64 (T - 1,)."""
+    check_precision(model)
+    rows, length = ids_BT.shape
+    total_T = torch.zeros(length - 1, dtype=torch.float64, device=model.device)
+    head = model.get_output_embeddings() if plain_head(model) else None
+    count = max(1, max_batch_tokens // length)
+    with scoring(model), generate.prompt_kernels(model.device):
+        for start in range(0, rows, count):
+            ids = torch.from_numpy(ids_BT[start : start + count].astype(np.int64)).to(model.device)
+            for one_T in ids if head is None else ():
+                logits_TV = model(input_ids=one_T[None], use_cache=False).logits[0, :-1]
+                total_T += F.cross_entropy(logits_TV.float(), one_T[1:], reduction="none")
+            if head is None:
+                continue
+            hidden_BTD = model.base_model(input_ids=ids, use_cache=False)[0][:, :-1]
+            chunk = max(1, LOGITS // head.weight.shape[0])
+            for hidden_TD, labels_T in zip(hidden_BTD, ids[:, 1:]):
+                parts = zip(hidden_TD.split(chunk), labels_T.split(chunk))
+                total_T += torch.cat([F.cross_entropy(head(h).float(), l, reduction="none") for h, l in parts])
+    return (total_T / rows).cpu().numpy()
+
+
 def loss_sum(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
     """Sum of next-token losses, float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=ids_BT.device)

@@ -23,8 +23,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.lab import cost, material, matrix
+from benchmarks.lab import cost, material, matrix, rates
 from benchmarks.lab.config import LabConfig
+from benchmarks.lab.inputs import Inputs
 from benchmarks.lab.matrix import Cell
 from benchmarks.lab.worker import Answer, settle, work
 from endprompt.files import parse_object, sole_use, write_text
@@ -65,24 +66,28 @@ def lab(config: LabConfig) -> int:
                 )
             return paper_scale.run(content, config)
     cells = matrix.chosen(matrix.all_cells(matrices, config), config.only)
-    device = device_of(config)
-    jobs = jobs_of(config, device, len(cells))
+    if config.dry_run and config.device != "cpu" and any(cost.fills_a_gpu(cell) for cell in cells):
+        device = "cuda"  # such a study is planned where it is not run
+    else:
+        device = device_of(config)
+    gpus = gpus_of(device)
+    jobs = jobs_of(config, device, cells, len(gpus))
     if config.dry_run:
         output = Path(config.output)
         done = finished(output / "results.jsonl", cells) if (output / "results.jsonl").is_file() else set()
-        print(plan_text(cells, done, device, jobs))
+        print(plan_text(cells, done, device, jobs, max(1, len(gpus))))
         return 0
     check_rows(cells, config.deterministic)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_use(config.output))
-        if device == "cuda" and jobs > 1 and config.mps:
+        if device == "cuda" and jobs > len(gpus) == 1 and config.mps and not config.prepare_only:
             from benchmarks.lab import mps
 
             reason = stack.enter_context(mps.service())
             say(
                 "workers share the GPU by MPS" if reason is None else f"workers take turns on the GPU, no MPS: {reason}"
             )
-        return Runner(config, cells, device, jobs).run()
+        return Runner(config, cells, device, jobs, gpus).run()
 
 
 def say(message: str) -> None:
@@ -101,9 +106,22 @@ def device_of(config: LabConfig) -> str:
     return "cuda" if found else "cpu"
 
 
-def jobs_of(config: LabConfig, device: str, cells: int) -> int:
+def gpus_of(device: str) -> list[str]:
+    """The GPUs that workers are spread over, as CUDA_VISIBLE_DEVICES names them."""
+    if device != "cuda":
+        return []
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named or [str(number) for number in range(torch.cuda.device_count())] or ["0"]
+
+
+def jobs_of(config: LabConfig, device: str, cells: Sequence[Cell], gpus: int) -> int:
+    """Workers: one a core, eight a GPU, which the small bases share, or one a GPU for a published base."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(config.jobs or (min(GPU_JOBS, cores) if device == "cuda" else cores), cells)
+    alone = any(cost.fills_a_gpu(cell) for cell in cells)
+    usual = cores if device == "cpu" else gpus if alone else min(GPU_JOBS * gpus, cores)
+    return min(config.jobs or usual, len(cells))
 
 
 def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
@@ -207,6 +225,21 @@ def abandon(pool: ProcessPoolExecutor) -> None:
         process.terminate()
 
 
+@contextlib.contextmanager
+def visible(gpu: str | None) -> Iterator[None]:
+    """What starts inside sees this GPU alone."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield
+    finally:
+        if gpu is not None and before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        elif gpu is not None and before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 @dataclass
 class Worker:
     """A process, the pipe to it, and the cell that it has; shape is that of its last cell."""
@@ -226,6 +259,7 @@ class Runner:
     cells: list[Cell]
     device: str
     jobs: int
+    gpus: list[str] = field(default_factory=list)
     done: int = 0
     failed: int = 0
     known: int = 0  # finished by an earlier run
@@ -252,6 +286,9 @@ class Runner:
                 setting = f"deterministic={self.config.deterministic}"
                 if other:
                     say(f"{other} of them were not trained with {setting}, as the others will be")
+        if self.config.prepare_only:
+            self.prepare()
+            return 0
         if self.waiting:
             self.work_off()
         if self.done + self.known:
@@ -262,21 +299,36 @@ class Runner:
         print(self.directory.results)
         return 1 if self.failed else 0
 
-    def work_off(self) -> None:
-        """Give out cells until none is left. On Ctrl-C the workers are stopped and what is done is kept."""
-        cores = os.cpu_count() or 1
-        aside = ProcessPoolExecutor(
-            max(1, min(cores, 16)),
+    def aside(self) -> ProcessPoolExecutor:
+        """Processes that make documents and samples."""
+        return ProcessPoolExecutor(
+            max(1, min(os.cpu_count() or 1, 16)),
             mp_context=self.context,
             initializer=settle,
             initargs=(self.output / "workers" / "material.log", 1),
         )
+
+    def prepare(self) -> None:
+        """Make all documents and samples of the cells that are to be done, and nothing else."""
+        missing = [item for item in material.needed(self.waiting) if not item.path(self.cache).exists()]
+        with contextlib.ExitStack() as stack:
+            pool = self.aside()
+            stack.callback(abandon, pool)
+            made = [pool.submit(material.make, item, self.cache, Inputs.of(self.config)) for item in missing]
+            for number, future in enumerate(made, 1):
+                future.result()
+                say(f"{number} of {len(made)} files of documents and samples made")
+        print(self.cache)
+
+    def work_off(self) -> None:
+        """Give out cells until none is left. On Ctrl-C the workers are stopped and what is done is kept."""
+        aside = self.aside()
         with contextlib.ExitStack() as stack:
             stack.callback(abandon, aside)
             stack.callback(self.stop)
             for item in material.needed(self.waiting):
                 if not item.path(self.cache).exists():
-                    self.making[item] = aside.submit(material.make, item, self.cache)
+                    self.making[item] = aside.submit(material.make, item, self.cache, Inputs.of(self.config))
             self.workers = [self.start(number) for number in range(min(self.jobs, len(self.waiting)))]
             show = stack.enter_context(self.display())
             while self.waiting or any(worker.cell for worker in self.workers):
@@ -289,7 +341,7 @@ class Runner:
     def start(self, number: int) -> Worker:
         from benchmarks.lab.cells import Workplace
 
-        tokens = SHARED_BATCH_TOKENS if self.jobs > 1 else 2 * SHARED_BATCH_TOKENS
+        tokens = SHARED_BATCH_TOKENS if self.jobs > max(1, len(self.gpus)) else 2 * SHARED_BATCH_TOKENS
         place: Workplace = Workplace(
             output=self.output,
             cache=self.cache,
@@ -304,7 +356,8 @@ class Runner:
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.device == "cpu" else 1
         log = str(self.output / "workers" / f"worker-{number}.log")
         process = self.context.Process(target=work, args=(there, log, place, threads), name=f"lab-{number}")
-        process.start()
+        with visible(self.gpus[number % len(self.gpus)] if len(self.gpus) > 1 else None):
+            process.start()
         there.close()
         return Worker(number, process, here)
 
@@ -504,7 +557,8 @@ class Runner:
         means = []
         for length in cell.lengths:
             values = [row["value"] for row in rows if row["suite"] == "ruler" and row["length"] == length]
-            means.append(f"{length}: {sum(values) / len(values):.1f}")
+            if values:
+                means.append(f"{length}: {sum(values) / len(values):.1f}")
         self.tell(f"[{self.state()}] {cell.name}  {'  '.join(means)}  ({seconds:.1f} s)")
 
     def tell(self, message: str) -> None:
@@ -518,6 +572,8 @@ class Runner:
         from benchmarks.lab import depth, verdicts
 
         depth.write(self.output)
+        for arm, rate in rates.write_rates(self.output / "rates.json", read_rows(self.directory.results)).items():
+            say(f"lowest held-out loss of {arm}: lr {rate:g}")
         if not any(cell.questions for cell in self.cells):
             return
         found = verdicts.write(self.output)
@@ -531,7 +587,7 @@ class Runner:
 # Before it
 
 
-def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> str:
+def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int, gpus: int = 1) -> str:
     """The cells by arm, and what they are expected to take."""
     from endprompt.train.progress import clock
 
@@ -555,4 +611,6 @@ def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int) -> 
         f"{len(cells)} cells, {len(cells) - len(left)} done; about {clock(expected)} with {jobs} workers on "
         f"{'a GPU' if device == 'cuda' else 'the CPU'} (estimated)"
     )
+    if any(cost.fills_a_gpu(cell) for cell in left):
+        lines.append(f"{total / 3600:.1f} GPU-hours on H200, {expected / 3600:.1f} hours on {gpus} (estimated)")
     return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""Files of the user's that a matrix asks for by `inputs`: what they hold, and where they are.
+
+    inputs: [documents, held_out, PaulGrahamEssays.json, squad.json, hotpotqa.json]
+
+`documents` and `held_out` are given by the flags of these names, everything else lies in --data-dir. What was made of
+them is kept in the cache folder together with their hashes (`inputs.json`), so that a run goes on from the cache alone
+on a machine that has none of the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from endprompt.files import parse_object, read_json_lines, remembered_sha256, write_text
+
+if TYPE_CHECKING:
+    from benchmarks.lab.config import LabConfig
+
+KEPT = "inputs.json"
+FLAGS = ("documents", "held_out")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the files are; None for those that are not on this machine."""
+
+    documents: str | None = None
+    held_out: str | None = None
+    data_dir: str | None = None
+
+    @classmethod
+    def of(cls, config: LabConfig) -> Inputs:
+        return cls(config.documents, config.held_out, config.data_dir)
+
+    def path(self, name: str) -> Path | None:
+        given = getattr(self, name) if name in FLAGS else self.data_dir and str(Path(self.data_dir, name))
+        return Path(given) if given else None
+
+
+NOTHING = Inputs()
+
+
+def sources(names: Sequence[str], config: LabConfig) -> dict[str, str]:
+    """The sha256 of each input, and `documents_characters`; from the files, else from the cache that they were put in.
+
+    Raises ValueError naming what is missing and how it is given; with dry_run what is missing is left out.
+    """
+    if not names:
+        return {}
+    kept = config.cache_directory / KEPT
+    known: dict[str, str] = parse_object(kept.read_bytes(), str(kept)) if kept.is_file() else {}
+    given, found = Inputs.of(config), {}
+    for name in names:
+        path = given.path(name)
+        if path is not None and path.is_file():
+            found[name] = remembered_sha256(path)
+            if name == "documents" and known.get(name) != found[name]:
+                known["documents_characters"] = str(sum(len(text) for text in texts(path)))
+        elif path is not None and name in FLAGS:
+            raise ValueError(f"{name} must be a file of JSON lines with text: {name}={str(path)!r}")
+        elif name in known:
+            found[name] = known[name]
+        elif not config.dry_run:
+            flag = name if name in FLAGS else "data_dir"
+            where = f": it is not in data_dir={config.data_dir!r}" if flag == "data_dir" and config.data_dir else ""
+            raise ValueError(f"this matrix needs {name}{where}, and {kept} does not have it: give {flag}")
+        if name == "documents" and name in found:
+            found["documents_characters"] = known["documents_characters"]
+    if not config.dry_run and known != found:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, json.dumps({**known, **found}, indent=2) + "\n")
+    return found
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The texts of a file of JSON lines. Raises ValueError naming file and line for a record without one."""
+    for number, record in read_json_lines(path):
+        if not isinstance(record.get("text"), str):
+            raise ValueError(f"{path}, line {number}: must hold `text`")
+        yield record["text"]
+
+
+def piece(path: Path, number: int, characters: int) -> list[str]:
+    """The texts that begin in the number-th stretch of so many characters of all texts together."""
+    found, start = [], 0
+    for text in texts(path):
+        if start // characters == number:
+            found.append(text)
+        start += len(text)
+    return found

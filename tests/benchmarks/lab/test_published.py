@@ -1,0 +1,199 @@
+"""The lab on a base that others trained: inputs of the user's, prepared apart, cells that go on, rates by the loss."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from benchmarks.base import documents
+from benchmarks.lab import cells as cell_runs
+from benchmarks.lab import inputs, material, matrix, predict, runner
+from benchmarks.lab.config import LabConfig
+from endprompt.model import load_model, load_tokenizer
+from endprompt.results import append_rows, read_rows
+from tests.benchmarks.lab.test_runner import make_base
+
+MATRIX = {
+    "inputs": ["documents", "held_out", "PaulGrahamEssays.json"],
+    "retrieval": 0.5,
+    "seeds": [7],
+    "train": {"steps": 2, "warmup": 1, "rows": 2, "lr": 1e-3},
+    "score": {
+        "tasks": ["niah_single_2"], "samples": 2, "samples_at": {512: 1}, "loss_rows": 2, "bins": 4, "hops": 3,
+        "shots": 0,
+    },
+    "arms": {"base": {"train": False}, "pose": {"scheme": "pose"}},
+    "blocks": [
+        {
+            "base": "org/published",
+            "target": 512,
+            "lengths": [256, 512],
+            "runs": [
+                {"arms": ["base"], "scaling": "none"},
+                {"arms": ["pose"], "scaling": "yarn", "lr": [1e-3, 1e-2]},
+            ],
+        }
+    ],
+}  # fmt: skip
+#: Hashes of the first cells of preset smoke, as rows made before there were published bases carry them.
+SMOKE = ("fbe637dafde8a9891d5d525b", "5f18bdc8d22a0a92518bf446", "9d37a0c07b9da1cfcd643200")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base, the inputs and the matrix."""
+    folder = tmp_path_factory.mktemp("published")
+    make_base(folder / "published")
+    note = {"file": "published.gguf", "sha256": "ab" * 32, "quantisation": "Q4_1"}
+    (folder / "published" / "origin.json").write_text(json.dumps(note))
+    text = " ".join(documents.sample_training_sentences())
+    append_rows(folder / "books.jsonl", [{"text": text[start : start + 6000]} for start in range(0, 30000, 6000)])
+    append_rows(folder / "held.jsonl", [{"text": "short"}, *({"text": text[k:]} for k in (31000, 33000, 35000))])
+    (folder / "data").mkdir()
+    essays = " ".join(documents.sample_haystack_sentences())
+    (folder / "data" / "PaulGrahamEssays.json").write_text(json.dumps({"text": essays}))
+    (folder / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
+    return folder
+
+
+def config_of(place, **changes):
+    given = {
+        "documents": str(place / "books.jsonl"),
+        "held_out": str(place / "held.jsonl"),
+        "data_dir": str(place / "data"),
+    }
+    common = {"matrix": str(place / "matrix.yaml"), "model": str(place / "published"), "output": str(place / "run")}
+    return LabConfig(**{**given, **common, "device": "cpu", "jobs": 1, "cache": str(place / "cache"), **changes})
+
+
+def cells_of(config):
+    return matrix.cells(matrix.read_matrix(Path(config.matrix)), "m", config)
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """Prepared with the inputs at hand, then run elsewhere from the cache alone."""
+    assert runner.lab(config_of(place, prepare_only=True, output=str(place / "first"))) == 0
+    assert not (place / "first" / "results.jsonl").exists()
+    shutil.copytree(place / "cache", place / "carried")
+    elsewhere = config_of(place, documents=None, held_out=None, data_dir=None, cache=str(place / "carried"))
+    assert runner.lab(elsewhere) == 0
+    return elsewhere, read_rows(place / "run" / "results.jsonl")
+
+
+def test_rows_say_what_they_were_made_from(run, place):
+    _, rows = run
+    assert {(row["method"], row["base"]) for row in rows} == {
+        ("base", "published"), ("pose+lr-0.01+yarn", "published"), ("pose+yarn", "published"),
+    }  # fmt: skip
+    for row in rows:
+        assert row["origin"] == f"dequantised from Q4_1, published.gguf, sha256 {'ab' * 32}"
+        assert row["sources"]["documents"] == inputs.remembered_sha256(place / "books.jsonl")
+    scored = [row for row in rows if row["suite"] == "ruler"]
+    assert {(row["length"], row["n"]) for row in scored} == {(256, 2), (512, 1)}
+    assert all(0 <= row["empty"] <= 100 for row in scored)
+
+
+def test_the_loss_by_length_and_position_is_transformers_own(run, place):
+    _, rows = run
+    model = load_model(place / "published")
+    tokenizer = load_tokenizer(place / "published")
+    texts = [json.loads(line)["text"] for line in (place / "held.jsonl").read_text().splitlines()]
+    long = [ids for text in texts if len(ids := tokenizer(text, add_special_tokens=False)["input_ids"]) >= 512][:2]
+    ids = torch.tensor([one[:512] for one in long])
+    with torch.no_grad():
+        each = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(0).numpy()
+    base = {(row["task"], row["length"]): row for row in rows if row["method"] == "base" and row["suite"] == "lab"}
+    assert base["loss", 512]["value"] == pytest.approx(each.mean(), rel=1e-5)
+    assert base["loss", 256]["value"] == pytest.approx(each[:255].mean(), rel=1e-5)
+    ends = sorted(length for task, length in base if task == "loss_by_position")
+    assert ends == [129, 257, 385, 512] and base["loss_by_position", 512]["first"] == 385
+    assert base["loss_by_position", 257]["value"] == pytest.approx(each[128:256].mean(), rel=1e-5)
+
+
+def test_training_reads_the_given_documents_and_the_share_of_questions(run, place):
+    config, _ = run
+    cell = next(cell for cell in cells_of(config) if cell.trained)
+    given, asked = material.parts(cell)
+    from endprompt.data import read_shard, tokenizer_sha256
+
+    tokenizer = load_tokenizer(cell.model)
+    read = read_shard(given.path(place / "carried"), tokenizer_sha256(tokenizer))
+    first = json.loads((place / "books.jsonl").read_text().splitlines()[0])["text"]
+    ids = tokenizer(first, add_special_tokens=False)["input_ids"]
+    assert list(read.tokens[: len(ids)]) == ids
+    assert asked.count == 2 and not any(kind == "text" for kind in asked.mixture)  # half of 2 steps of 2 rows
+
+
+def test_an_interrupted_cell_goes_on_behind_its_training_and_its_scored_tasks(place, tmp_path, monkeypatch, run):
+    config, rows = run
+    cell = next(cell for cell in cells_of(config) if cell.arm == "pose+yarn")
+    spot = cell_runs.Workplace(tmp_path, place / "carried", "cpu")
+    real, calls = cell_runs.scored, []
+
+    def broken(made, cell, item, *rest):
+        if item.length == 512:
+            raise KeyboardInterrupt
+        real(made, cell, item, *rest)
+
+    monkeypatch.setattr(cell_runs, "scored", broken)
+    with pytest.raises(KeyboardInterrupt):
+        cell_runs.run(cell, spot)
+    monkeypatch.setattr(
+        cell_runs, "scored", lambda made, cell, item, *rest: (calls.append(item.length), real(made, cell, item, *rest))
+    )
+    monkeypatch.setattr(cell_runs.train, "extend", lambda config: pytest.fail("trained again"))
+    made = cell_runs.run(cell, spot)
+    assert calls == [512]
+    before = {(r["task"], r["length"]): r["value"] for r in rows if r["cell"] == cell.sha256}
+    assert {(r["task"], r["length"]): r["value"] for r in made.rows} == pytest.approx(before)
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_rates_are_chosen_by_the_held_out_loss_and_taken_over(run, place):
+    _, rows = run
+    losses = {
+        row["lr"]: row["value"] for row in rows if row["task"] == "loss" and row["length"] == 512 and row.get("lr")
+    }
+    best = min(losses, key=losses.get)
+    assert json.loads((place / "run" / "rates.json").read_text()) == {"pose+yarn": best}
+    content = json.loads(json.dumps(MATRIX))
+    del content["blocks"][0]["runs"][1]["lr"]
+    (place / "rates.json").write_text('{"pose+yarn": 0.5}')
+    made = matrix.cells(content, "m", config_of(place, rates=str(place / "rates.json")))
+    assert [cell.settings["lr"] for cell in made if cell.trained] == [0.5]
+
+
+def test_missing_inputs_are_one_line(place, tmp_path):
+    for key, said in (
+        ("documents", "needs documents, and .*: give documents"),
+        ("data_dir", "needs PaulGrahamEssays.json, and .*: give data_dir"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            runner.lab(config_of(place, **{key: None}, cache=str(tmp_path / "empty"), output=str(tmp_path / "run")))
+    (tmp_path / "no.jsonl").write_text('{"title": "x"}\n')
+    with pytest.raises(ValueError, match=r"no.jsonl, line 1: must hold `text`"):
+        runner.lab(config_of(place, documents=str(tmp_path / "no.jsonl"), cache=str(tmp_path / "c")))
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+
+
+def test_position_losses_go_by_pieces_without_a_difference(place):
+    model = load_model(place / "published")
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (3, 40))
+    whole = predict.position_losses(model, ids)
+    torch.testing.assert_close(
+        torch.from_numpy(whole), torch.from_numpy(predict.position_losses(model, ids, max_batch_tokens=40))
+    )
+    assert whole.mean() == pytest.approx(predict.losses(model, None, list(ids), 40), rel=1e-5)
+
+
+def test_hashes_of_earlier_cells_stay():
+    """Rows that the package ships are those of the cells that its presets have now."""
+    content = matrix.read_matrix(matrix.presets()["smoke"])
+    made = matrix.cells(content, "smoke", LabConfig())
+    assert {cell.sha256 for cell in made} >= set(SMOKE)
