@@ -14,6 +14,7 @@ from benchmarks.base import documents
 from benchmarks.lab import cells as cell_runs
 from benchmarks.lab import inputs, material, matrix, predict, runner
 from benchmarks.lab.config import LabConfig
+from endprompt.data.shards import read_shard, tokenizer_sha256
 from endprompt.model import load_model, load_tokenizer
 from endprompt.results import append_rows, read_rows
 from tests.benchmarks.lab.test_runner import make_base
@@ -118,8 +119,6 @@ def test_training_reads_the_given_documents_and_the_share_of_questions(run, plac
     config, _ = run
     cell = next(cell for cell in cells_of(config) if cell.trained)
     given, asked = material.parts(cell)
-    from endprompt.data import read_shard, tokenizer_sha256
-
     tokenizer = load_tokenizer(cell.model)
     read = read_shard(given.path(place / "carried"), tokenizer_sha256(tokenizer))
     first = json.loads((place / "books.jsonl").read_text().splitlines()[0])["text"]
