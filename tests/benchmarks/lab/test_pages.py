@@ -48,6 +48,16 @@ def lines_of(text):
     return [cells for cells in found if not set("".join(cells)) <= {"-"}]
 
 
+def counts(path="docs/lab.md", first="## Appendix: reproducibility", last="### The same seeds"):
+    """{first cell of a line: the others as numbers} of the tables of counts."""
+    lines = {name: cells for name, *cells in lines_of(part(path, first, last))}
+    return {
+        name: [float(cell.replace(",", "")) for cell in cells]
+        for name, cells in lines.items()
+        if all(re.fullmatch(r"[-\d,.]+", cell) for cell in cells)
+    }
+
+
 def shown(value, low, high):
     return tuple(f"{v:+.1f}" for v in (value, low, high))
 
@@ -96,7 +106,7 @@ def test_every_other_estimate_on_the_pages_is_one_of_the_questions(questions):
     }
     texts = {
         "README.md": part("README.md", "- **The lab, small scale**", "## The demonstration"),
-        "docs/lab.md": part("docs/lab.md", "## LongLoRA", "## A matrix"),
+        "docs/lab.md": part("docs/lab.md", "## LongLoRA"),
         "docs/schemes.md": part("docs/schemes.md", "Which scheme is the best cannot", "Before seeds 10 to 19"),
     }
     for path, text in texts.items():
@@ -145,23 +155,26 @@ def runs(rows, again, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("second", "section", "end"),
-    [("10-19", "### Other seeds", "## LongLoRA"), ("again", "### The same seeds", "### Other seeds")],
+    ("second", "column", "section", "end"),
+    [("10-19", 1, "### Other seeds", "## LongLoRA"), ("again", 0, "### The same seeds", "### Other seeds")],
 )
-def test_two_runs_end_as_the_page_says(runs, second, section, end):
+def test_two_runs_end_as_the_page_says(runs, second, column, section, end):
     """How many claims and estimates end alike, that none is reversed, and each that differs with its interval."""
     page = part("docs/lab.md", section, end)
-    text = " ".join(page.split())
+    said = {name: cells[column] for name, cells in counts().items() if len(cells) == 2}
     lines = verdicts.compare(runs / "0-9", runs / second)
     judged = [line for line in lines if line["metric"] == "claim"]
     others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
     same = sum(line["same"] for line in judged)
-    assert re.search(rf"\b{len(judged)} claims (of `LAB.md`: )?{same} end alike", text)
-    assert f"the {len(others)} estimates" in text and f"{sum(x['same'] for x in others)} have the same" in text
+    assert (said["claims of `LAB.md`"], said["claims with the same verdict"]) == (len(judged), same)
+    assert said["estimates, at all lengths"] == len(others)
+    assert said["estimates with the same verdict"] == sum(x["same"] for x in others)
+    assert said["claims reversed"] == said["estimates from helps to hurts or the other way"] == 0
     assert not [x for x in judged if {x["first"], x["second"]} == {verdicts.AGREES, verdicts.DISAGREES}]
     turned = [{"helps", "hurts"}, {"rises", "falls"}, {"larger", "smaller"}, {"predicts", "contradicts"}]
     assert not [x for x in others if {x["first"], x["second"]} in turned]
-    assert sum({x["first"], x["second"]} == {"lost", "kept"} for x in others) == 1
+    lost = sum({x["first"], x["second"]} == {"lost", "kept"} for x in others)
+    assert said["estimates from lost to kept or the other way"] == lost
     told = [read_rows(runs / run / "questions.jsonl") for run in ("0-9", second)]
     claims = [{(row["source"], row["claim"]): row for row in run if row["metric"] == "claim"} for run in told]
     words = {verdicts.AGREES: "holds", verdicts.DISAGREES: "does not hold", estimates.OPEN: "not decided"}
@@ -170,11 +183,11 @@ def test_two_runs_end_as_the_page_says(runs, second, section, end):
     for line in judged:
         key = line["source"], line["claim"]
         if not line["same"]:
-            said = [
+            expected = [
                 f"{words[x[key]['agrees']]}: {verdicts.estimate_text(x[key]).replace(' points', '')}" for x in claims
             ]
             short = line["claim"].replace("recall with YaRN keeps it", "recall with YaRN keeps the short window")
-            assert table[short] == said
+            assert table[short] == expected
 
 
 def average(rows, fold=None):
@@ -187,7 +200,7 @@ def average(rows, fold=None):
 
 
 def test_the_same_seeds_differ_by_as_much_as_the_page_says(rows, again):
-    text = " ".join(part("docs/lab.md", "### The same seeds", "### Other seeds").split())
+    said = {name: cells[0] for name, cells in counts().items()}
     micro = micro_cells(range(10))
     first = [row for row in rows if row["cell"] in micro]
     samples = [
@@ -200,13 +213,16 @@ def test_the_same_seeds_differ_by_as_much_as_the_page_says(rows, again):
         a, b = average(first, fold), average(again, fold)
         assert a.keys() == b.keys()
         apart[fold] = np.sqrt(np.mean([(a[key] - b[key]) ** 2 for key in a]))
-    assert f"differs by {apart[8]:.1f} points at 8-fold and {apart[32]:.1f} at 32-fold" in text
+    for fold, points in apart.items():
+        assert said[f"difference at {fold}-fold, root mean square, points"] == round(points, 1)
     a, b = average(first), average(again)
     arms = {key[:3] for key in a}
     spreads = np.array([[np.std([run[(*arm, seed)] for seed in range(10)]) for arm in arms] for run in (a, b)])
     spreads = spreads[:, (spreads > 0).all(axis=0)]
-    assert f"({np.exp(np.log(spreads[1] / spreads[0]).mean()):.2f} times, geometric mean)" in text
-    assert f"({np.mean(list(a.values())) - np.mean(list(b.values())):.1f} points less)" in text
+    ratio = np.exp(np.log(spreads[1] / spreads[0]).mean())
+    assert said["spread over seeds, ratio, geometric mean"] == round(ratio, 2)
+    less = np.mean(list(b.values())) - np.mean(list(a.values()))
+    assert said["mean score less that without, points"] == round(less, 1)
 
 
 def test_what_determinism_costs_is_that_of_the_rows(rows, again):
@@ -237,12 +253,9 @@ def test_the_whole_preset_was_run_twice_with_the_same_rows_and_verdicts(again, r
     others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
     changed = [line for line in others if not line["same"]]
     assert all(line["same"] for line in claims) and {line["metric"] for line in changed} == {"score_by_seconds"}
-    text = " ".join(part("docs/lab.md", "### The same seeds").split())
-    assert f"All {len(again):,} rows" in text and f"all {len(claims)} claims" in text
-    assert (
-        f"of {len(others)} estimates all but {('no', 'one', 'two', 'three', 'four', 'five', 'six')[len(changed)]}"
-        in text
-    )
+    said = counts()
+    assert said["rows, every column but the seconds"] == [len(again)] * 2 and said["claims"] == [len(claims)] * 2
+    assert said["other estimates"] == [len(others), len(others) - len(changed)]
 
 
 def test_cells_that_were_done_twice_are_the_same(again):
@@ -254,7 +267,7 @@ def test_cells_that_were_done_twice_are_the_same(again):
         return {tuple(row[key] for key in keys): (row["value"], row.get("final_loss"), row["jobs"]) for row in rows}
 
     second, first = values(twice), values(again)
-    assert f"all {len(second)} rows have the same values" in " ".join(part("docs/lab.md", "### The same seeds").split())
+    assert counts()["rows of eight cells, other workers and order"] == [len(second)] * 2
     assert len({row["cell"] for row in twice}) == 8 and all(row["deterministic"] for row in twice + again)
     assert {key: value[:2] for key, value in second.items()} == {key: first[key][:2] for key in second}
     assert {value[2] for value in second.values()} == {3} and {first[key][2] for key in second} == {8}
