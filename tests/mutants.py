@@ -146,8 +146,8 @@ MUTANTS = [
     (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "endprompt/rope"),
     # before the first step and after the last
     ("endprompt/train/outcome.py", "min(saved, config.keep + 1)", "min(saved, config.keep)", "endprompt/train/outcome"),
-    ("endprompt/train/resume.py", "replaced = config.overwrite and", "replaced = False and", "endprompt/train/outcome"),
-    ("endprompt/train/run.py", "or not work.exists()  #", "or False  #", "endprompt/train/outcome"),
+    ("endprompt/train/output.py", "or (config.overwrite and self.work.exists())", "or False", "endprompt/train/outcome"),
+    ("endprompt/train/output.py", "or not self.work.exists()  #", "or False  #", "endprompt/train/outcome"),
     ("endprompt/model/length_rope.py", "positions_T.max() + 1", "position_ids.max() + 1", "endprompt/model/length_rope"),
     ("endprompt/model/length_rope.py", "torch.where(length > window", "torch.where(length >= window", "endprompt/model/length_rope"),
     # bounds

@@ -36,10 +36,10 @@ from endprompt.train import states as checkpoint
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.train.objective import Objective, optimizer_of, optimizer_step
+from endprompt.train.output import identity
 from endprompt.train.parity import check_forward
 from endprompt.train.progress import device_peak, flops_per_token, progress, reporters
 from endprompt.train.recompute import checkpoint_layers, memory_budget
-from endprompt.train.resume import identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt import distributed, files, origin
+from endprompt import distributed, origin
 from endprompt.config import ExtendConfig, check_config, check_processes, method_name
 from endprompt.data import Rows, RowSpec, encoder, load_documents
 from endprompt.data.rows import row_spec, total_steps
@@ -35,11 +32,10 @@ from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
 from endprompt.text import Reader
 from endprompt.train import determinism, outcome
-from endprompt.train import states as checkpoint
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.loop import Trainer
+from endprompt.train.output import Output
 from endprompt.train.progress import check_reports, device_memory
-from endprompt.train.resume import check_claim, check_identity, finished_before
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -99,22 +95,20 @@ def run(
     window: int | None = None,
     notes: Callable[[], list[str]] = list,
 ) -> Path:
-    """Everything that a run writes goes to OUTPUT.partial, which is renamed to OUTPUT when it is whole.
+    """Claim the output, read the material, make the trainer, fit, finish.
 
     make_model: the model on a device; on meta, where several processes will each read their share, it need not have
     its weights yet. window: of the checkpoint that is extended, None for a model from random weights. notes: checks
     the checkpoint's weights before there is work to lose; what the user should know of them.
     """
-    output = Path(config.output)
-    work = output.with_name(output.name + ".partial")
     here = distributed.world(config.device)
-    with distributed.only_run(output, here):
-        check_processes(config, here.size)
-        dtype = outcome.export_dtype(config, source_dtype)
-        if finished_before(output, config):
-            say(f"this run is finished already: {output}", here)
-            return output
-        check_claim(output, work, config)
+    check_processes(config, here.size)
+    dtype = outcome.export_dtype(config, source_dtype)
+    output = Output(config, here)
+    with output.claim() as finished:
+        if finished:
+            say(f"this run is finished already: {output.path}", here)
+            return output.path
         check_reports(config.report)
         about_weights = notes()
         for note in about_weights:
@@ -126,16 +120,9 @@ def run(
                 f"shorter ones), rows={config.rows}"
             )
         evaluation = held_out(config, spec, tokenizer)
-        state = checkpoint.newest_state(work / "states", here) if config.resume else None
-        if state is not None:
-            check_identity(config, rows, state.about)
-        distributed.barrier()  # nothing is written before every process has made its checks
-        if here.main and state is None and work.exists():
-            if config.resume:
-                say(f"no whole training state in {work / 'states'}: starting at the first step")
-            shutil.rmtree(work)
-        with resumable(config, work):
-            log = RunDirectory(work, config) if here.main else None
+        state = output.resume(rows)
+        with output.resumable():
+            log = RunDirectory(output.work, config) if here.main else None
             steps = total_steps(config, spec.row_tokens)
             say(
                 f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; "
@@ -146,45 +133,28 @@ def run(
             with determinism.repeatable(config.deterministic):
                 trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
                 trainer.evaluation, trainer.notes = evaluation, about_weights
-                distributed.by_main(here, lambda: check_end(trainer, tokenizer, work, dtype, window))
+                distributed.by_main(here, lambda: check_end(trainer, tokenizer, output, dtype, window))
                 if state is not None:
                     trainer.resume(state)
                 try:
-                    trainer.fit(work / "states")
+                    trainer.fit(output.states)
                 except torch.OutOfMemoryError as error:
                     raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-            path = finish(config, trainer, tokenizer, work, output, dtype, window)
+            finish(trainer, tokenizer, output, dtype, window)
             if trainer.stopped:  # at its last step: what called this run is to stop
                 raise KeyboardInterrupt
-            return path
+            return output.path
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run. flags: what the run goes on with, beside its own."""
-
-    def __init__(self, flags: dict[str, bool]):
-        super().__init__()
-        self.flags = flags
-
-
-@contextlib.contextmanager
-def resumable(config: ExtendConfig, work: Path) -> Iterator[None]:
-    """From where an output is this run's: Ctrl-C tells how to go on with it, not with one that was there before."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = checkpoint.states(work / "states") or not work.exists()  # it is renamed when it is whole
-        raise Interrupted({"resume": True} if kept and not config.resume else {}) from None
-
-
-def check_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, work: Path, dtype: str, window: int | None) -> None:
+def check_end(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output: Output, dtype: str, window: int | None
+) -> None:
     """Raises ValueError if what the run is to leave could not be written; one without a state leaves nothing then."""
     try:
-        outcome.check_room(work, trainer.config, trainer.steps, trainer.model, trainer.optimizer, dtype)
-        outcome.rehearse(work, trainer.model, tokenizer, dtype, record_of(trainer, window))
+        outcome.check_room(output.work, trainer.config, trainer.steps, trainer.model, trainer.optimizer, dtype)
+        outcome.rehearse(output.work, trainer.model, tokenizer, dtype, record_of(trainer, window))
     except ValueError:
-        if not checkpoint.states(work / "states"):
-            shutil.rmtree(work)
+        output.drop_unless_kept()
         raise
 
 
@@ -248,26 +218,15 @@ def record_of(trainer: Trainer, window: int | None) -> dict[str, Any]:
 
 
 def finish(
-    config: ExtendConfig,
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
-    work: Path,
-    output: Path,
-    dtype: str,
-    window: int | None,
-) -> Path:
-    """Write the checkpoint and rename OUTPUT.partial to OUTPUT. If that fails, a state of the last step is left."""
-    with trainer.kept(work / "states"):
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output: Output, dtype: str, window: int | None
+) -> None:
+    """Write the checkpoint and commit the output. If that fails, a state of the last step is left."""
+    config = trainer.config
+    with trainer.kept(output.states):
         weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
 
         def write() -> None:
             merged = lora.merge(weights, config.lora_alpha / config.lora_rank) if config.lora_rank else weights
-            outcome.write(work, trainer.model, tokenizer, dtype, merged, record_of(trainer, window))
-            files.sync_tree(work)
-            if output.exists():
-                shutil.rmtree(output)
-            os.replace(work, output)
-            shutil.rmtree(output / "states", ignore_errors=True)  # last, so that a crash before can be resumed
+            outcome.write(output.work, trainer.model, tokenizer, dtype, merged, record_of(trainer, window))
 
-        distributed.by_main(trainer.here, write)
-    return output
+        output.commit(write)

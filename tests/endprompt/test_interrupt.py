@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from endprompt import cli, train
-from endprompt.train import loop, run
+from endprompt.train import loop
+from endprompt.train.output import Interrupted
 from tests.support import ruler_helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_nothing_saved_means_the_same_command(extend_config, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.Trainer, "fit", pressed)
-    with pytest.raises(run.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         train.extend(extend_config())
     assert stopped.value.flags == {}
 
@@ -98,7 +99,7 @@ def test_nothing_saved_means_the_same_command(extend_config, monkeypatch):
 def test_interrupt_at_the_last_step_leaves_a_whole_run(extend_config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "stop_asked", lambda here: contextlib.nullcontext(lambda: True))
     config = extend_config(steps=1)
-    with pytest.raises(run.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         train.extend(config)
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out.partial").exists()
     assert stopped.value.flags == {"resume": True}

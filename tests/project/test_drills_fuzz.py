@@ -23,8 +23,9 @@ from benchmarks.ruler import texts
 from benchmarks.scoring import checkpoint, compare
 from endprompt import cli, data, model, results
 from endprompt.config import ExtendConfig
+from endprompt.distributed import World
 from endprompt.model import load
-from endprompt.train import resume
+from endprompt.train.output import Output
 from paper_figures.inputs import read_results
 from tests.support import longbench_fixtures, ruler_helpers
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
@@ -88,7 +89,7 @@ def read_longbench(path: Path):
 
 def read_record(path: Path):
     checkpoint.method_of(scoring.ScoreConfig(str(path.parent)))
-    resume.finished_before(path.parent, ExtendConfig(model="m", data=["d"], output="o", resume=True))
+    Output(ExtendConfig(model="m", data=["d"], output=str(path.parent), resume=True), World()).finished()
 
 
 def read_state(path: Path):

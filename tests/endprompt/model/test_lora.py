@@ -54,11 +54,11 @@ def test_trained_updates_are_merged_at_export(checkpoints, extend_config, archit
     caught = {}
     original = training.finish
 
-    def keep(config, trainer, *rest):
+    def keep(trainer, *rest):
         trainer.model.eval()
         with torch.no_grad():
             caught["logits"] = trainer.model(input_ids=ids, use_cache=False).logits
-        return original(config, trainer, *rest)
+        return original(trainer, *rest)
 
     ids = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(2))
     base = checkpoints(architecture)
