@@ -3,114 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from endprompt import distributed, origin
-from endprompt.config import ExtendConfig, check_config, check_processes, method_name
+from endprompt.config import ExtendConfig, check_processes, method_name
 from endprompt.data import Rows, RowSpec, encoder, load_documents
-from endprompt.data.rows import row_spec, total_steps
+from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
-from endprompt.model import (
-    extended_config,
-    load_config,
-    load_model,
-    load_tokenizer,
-    lora,
-    new_model,
-    rope_geometry,
-    shares,
-    training_attention,
-)
-from endprompt.model.geometry import window_of
-from endprompt.model.load import check_builds, check_vocabulary, checkpoint_path, torch_dtype, whole_weights
+from endprompt.model import lora
+from endprompt.model.load import whole_weights
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
-from endprompt.text import Reader
 from endprompt.train import determinism, outcome
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.loop import Trainer
 from endprompt.train.output import Output
 from endprompt.train.progress import check_reports, device_memory
+from endprompt.train.start import Checkpoint, to_extend, to_pretrain
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
-    check_config(config)
-    attention = training_attention(config.attention)
-    config = dataclasses.replace(config, model=str(checkpoint_path(config.model)))
-    source = load_config(config.model)
-    rope_geometry(source)  # says what a model without RoPE is before its window is asked for
-    window = window_of(source, config.window).window
-    options = {"window": window} | (config.rope_options or {})
-    new_config = extended_config(source, config.scaling, config.target, config.factor, **options)
-    check_builds(new_config)
-    before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
-    if before and config.scaling != "none":
-        say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
-    tokenizer = load_tokenizer(config.model)
-    check_vocabulary(source, tokenizer)
-    for note in Reader(tokenizer).notes(documents_end=True):
-        say(note)
-    spec = row_spec(config, window, tokenizer)
-
-    def make_model(device: str) -> PreTrainedModel:
-        if device == "meta":
-            return shares.model_to_fill(config.model, dtype=config.dtype, attention=attention, config=new_config)
-        return load_model(config.model, dtype=config.dtype, attention=attention, device=device, config=new_config)
-
-    def notes() -> list[str]:
-        return shares.check_weights(config.model, dtype=config.dtype, attention=attention, config=new_config)
-
-    return run(config, spec, tokenizer, make_model, source_dtype=source.dtype, window=window, notes=notes)
+    return run(to_extend(config))
 
 
 def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Train a model from random weights on rows of its own window: how a base model is made."""
-    check_config(config)
-    attention = training_attention(config.attention)
-    check_vocabulary(model_config, tokenizer)
-    spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
-
-    def make_model(device: str) -> PreTrainedModel:
-        device = "cpu" if device == "meta" else device  # every process makes the same random weights, whole
-        return new_model(model_config, seed=config.seed, dtype=config.dtype, attention=attention, device=device)
-
-    return run(config, spec, tokenizer, make_model, source_dtype=torch_dtype(config.dtype))
+    return run(to_pretrain(config, model_config, tokenizer))
 
 
-def run(
-    config: ExtendConfig,
-    spec: RowSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    make_model: Callable[[str], PreTrainedModel],
-    source_dtype: Any,
-    window: int | None = None,
-    notes: Callable[[], list[str]] = list,
-) -> Path:
-    """Claim the output, read the material, make the trainer, fit, finish.
-
-    make_model: the model on a device; on meta, where several processes will each read their share, it need not have
-    its weights yet. window: of the checkpoint that is extended, None for a model from random weights. notes: checks
-    the checkpoint's weights before there is work to lose; what the user should know of them.
-    """
+def run(start: Checkpoint) -> Path:
+    """Claim the output, read the material, make the trainer, fit, finish."""
+    config, tokenizer, spec = start.config, start.tokenizer, start.spec
     here = distributed.world(config.device)
     check_processes(config, here.size)
-    dtype = outcome.export_dtype(config, source_dtype)
+    dtype = outcome.export_dtype(config, start.source_dtype)
     output = Output(config, here)
     with output.claim() as finished:
         if finished:
             say(f"this run is finished already: {output.path}", here)
             return output.path
         check_reports(config.report)
-        about_weights = notes()
+        about_weights = start.check_weights()
         for note in about_weights:
             say(f"{config.model}: {note}", here)
         rows = Rows(load_documents(config.data, tokenizer), spec)
@@ -131,28 +72,27 @@ def run(
                 here,
             )
             with determinism.repeatable(config.deterministic):
-                trainer = Trainer(config, make_model("meta" if here.size > 1 else here.device), rows, steps, log, here)
+                model = start.to_fill() if here.size > 1 else start.load(here.device)
+                trainer = Trainer(config, model, rows, steps, log, here)
                 trainer.evaluation, trainer.notes = evaluation, about_weights
-                distributed.by_main(here, lambda: check_end(trainer, tokenizer, output, dtype, window))
+                distributed.by_main(here, lambda: check_end(trainer, start, output, dtype))
                 if state is not None:
                     trainer.resume(state)
                 try:
                     trainer.fit(output.states)
                 except torch.OutOfMemoryError as error:
                     raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-            finish(trainer, tokenizer, output, dtype, window)
+            finish(trainer, start, output, dtype)
             if trainer.stopped:  # at its last step: what called this run is to stop
                 raise KeyboardInterrupt
             return output.path
 
 
-def check_end(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output: Output, dtype: str, window: int | None
-) -> None:
+def check_end(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> None:
     """Raises ValueError if what the run is to leave could not be written; one without a state leaves nothing then."""
     try:
         outcome.check_room(output.work, trainer.config, trainer.steps, trainer.model, trainer.optimizer, dtype)
-        outcome.rehearse(output.work, trainer.model, tokenizer, dtype, record_of(trainer, window))
+        outcome.rehearse(output.work, trainer.model, start.tokenizer, dtype, record_of(trainer, start.window))
     except ValueError:
         output.drop_unless_kept()
         raise
@@ -217,9 +157,7 @@ def record_of(trainer: Trainer, window: int | None) -> dict[str, Any]:
     }
 
 
-def finish(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output: Output, dtype: str, window: int | None
-) -> None:
+def finish(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> None:
     """Write the checkpoint and commit the output. If that fails, a state of the last step is left."""
     config = trainer.config
     with trainer.kept(output.states):
@@ -227,6 +165,6 @@ def finish(
 
         def write() -> None:
             merged = lora.merge(weights, config.lora_alpha / config.lora_rank) if config.lora_rank else weights
-            outcome.write(output.work, trainer.model, tokenizer, dtype, merged, record_of(trainer, window))
+            outcome.write(output.work, trainer.model, start.tokenizer, dtype, merged, record_of(trainer, start.window))
 
         output.commit(write)

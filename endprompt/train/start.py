@@ -1,0 +1,107 @@
+"""What a run trains: a checkpoint with new frequencies, or random weights; its rows, and how it comes onto a device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from endprompt.config import ExtendConfig, check_config
+from endprompt.data import RowSpec
+from endprompt.data.rows import row_spec
+from endprompt.distributed import say
+from endprompt.model import (
+    extended_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_model,
+    rope_geometry,
+    shares,
+    training_attention,
+)
+from endprompt.model.geometry import window_of
+from endprompt.model.load import check_builds, check_vocabulary, checkpoint_path, torch_dtype
+from endprompt.text import Reader
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is extended.
+
+    model_config: with the new frequencies. source_dtype: of its files. window: its own, in tokens.
+    """
+
+    config: ExtendConfig
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    spec: RowSpec
+    source_dtype: Any
+    window: int | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        attention = training_attention(self.config.attention)
+        return {"dtype": self.config.dtype, "attention": attention, "config": self.model_config}
+
+    def load(self, device: str) -> PreTrainedModel:
+        """The model with its weights on a device."""
+        return load_model(self.config.model, device=device, **self.options)
+
+    def to_fill(self) -> PreTrainedModel:
+        """The model for several processes: its weights on meta, each process will read its share of them."""
+        return shares.model_to_fill(self.config.model, **self.options)
+
+    def check_weights(self) -> list[str]:
+        """Check the checkpoint's weights before there is work to lose; what the user should know of them."""
+        return shares.check_weights(self.config.model, **self.options)
+
+
+@dataclass(frozen=True)
+class RandomWeights(Checkpoint):
+    """A model that starts from random weights; it has no window that was extended."""
+
+    def load(self, device: str) -> PreTrainedModel:
+        options = {"dtype": self.config.dtype, "attention": training_attention(self.config.attention)}
+        return new_model(self.model_config, seed=self.config.seed, device=device, **options)
+
+    def to_fill(self) -> PreTrainedModel:
+        return self.load("cpu")  # every process makes the same random weights, whole
+
+    def check_weights(self) -> list[str]:
+        return []
+
+
+def to_extend(config: ExtendConfig) -> Checkpoint:
+    """The checkpoint that a configuration extends. Raises ValueError for what can't be, before any weight is read."""
+    check_config(config)
+    training_attention(config.attention)  # says what this one lacks
+    config = dataclasses.replace(config, model=str(checkpoint_path(config.model)))
+    source = load_config(config.model)
+    rope_geometry(source)  # says what a model without RoPE is before its window is asked for
+    window = window_of(source, config.window).window
+    options = {"window": window} | (config.rope_options or {})
+    new_config = extended_config(source, config.scaling, config.target, config.factor, **options)
+    check_builds(new_config)
+    before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
+    if before and config.scaling != "none":
+        say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(source, tokenizer)
+    for note in Reader(tokenizer).notes(documents_end=True):
+        say(note)
+    return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), source.dtype, window)
+
+
+def to_pretrain(
+    config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> RandomWeights:
+    """A model of this configuration with random weights, on rows of its own window."""
+    check_config(config)
+    training_attention(config.attention)  # says what this one lacks
+    check_vocabulary(model_config, tokenizer)
+    spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
+    return RandomWeights(config, model_config, tokenizer, spec, torch_dtype(config.dtype), None)
