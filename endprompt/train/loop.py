@@ -26,7 +26,7 @@ from endprompt.config import ExtendConfig, method_name
 from endprompt.data import Batch, Rows
 from endprompt.data.rows import prefetch
 from endprompt.distributed import World, say
-from endprompt.fast import can_fuse, fuse, linears
+from endprompt.fast import linears
 from endprompt.model import lora, shares, training_attention
 from endprompt.model.attention import attention_backends
 from endprompt.model.load import decoder_layers
@@ -34,12 +34,12 @@ from endprompt.results import result_row
 from endprompt.runs import RunDirectory, plain
 from endprompt.train import states as checkpoint
 from endprompt.train.evaluate import Evaluation
+from endprompt.train.faster import make_fast
 from endprompt.train.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.train.objective import Objective, optimizer_of, optimizer_step
 from endprompt.train.output import identity
 from endprompt.train.parity import check_forward
 from endprompt.train.progress import device_peak, flops_per_token, progress, reporters
-from endprompt.train.recompute import checkpoint_layers, memory_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,49 +116,21 @@ class Trainer:
             lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
-        compiled = config.compile == "layers" or (config.compile == "auto" and self.device.type == "cuda")
-        self.graph: StepGraph | None = None
-        if config.compile.startswith("graph"):
-            self.graph = self.step_graph()
-            self.optimizer = self.graph.optimizer
-        elif here.size == 1:
-            self.optimizer = optimizer_of(config, model)
-        self.budget: dict[str, float] = {}  # settings of torch's compiler while a step runs
-        fused = self.convert_layers() if config.optimizer == "lean" else 0
-        if compiled and config.checkpointing == "selective":
-            self.budget = {"activation_memory_budget": memory_budget(config.float8, bool(fused))}
-        else:
-            checkpoint_layers(decoder_layers(model), config.checkpointing)
-        if compiled:
-            for layer in decoder_layers(model):
-                layer.compile()
         float8 = config.float8 if config.float8_head else "none"
         self.loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
-        if here.size > 1:  # the optimizer is over the shares
+        if here.size > 1:  # from here on the model's weights are shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
             shares.read_shares(model, here.device)
-            with torch.compiler.set_stance("force_eager"):  # a compiled layer would be made for the short row first
-                self.check_forward(self.loss)
+            self.check_forward(self.loss)
             sharded: Any = self.loss  # what is gathered for a forward pass stays so until the backward pass
             sharded.reshard()
-            self.optimizer = optimizer_of(config, model)
+        self.graph = self.step_graph() if config.compile.startswith("graph") else None
+        self.optimizer = self.graph.optimizer if self.graph else optimizer_of(config, model)
+        self.budget = make_fast(model, config, self.device)
 
     def check_forward(self, objective: Objective) -> None:
         with attention_backends(self.device):
             check_forward(objective, bfloat16=self.config.autocast)
-
-    def convert_layers(self) -> int:
-        """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
-        config, model = self.config, self.model
-        # LoRA's frozen matrices have no sums, and its layers do more than a product
-        wanted = config.fused and config.float8 == "none" and not config.lora_rank and can_fuse(self.device)
-        if wanted:
-            linears.join(model)
-        linears.convert(model, config.float8)
-        fused = fuse(model, keep=config.checkpointing == "none") if wanted else 0
-        if wanted and not fused:
-            say("fused: no layer of this model can be, they stay as they are", self.here)
-        return fused
 
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)

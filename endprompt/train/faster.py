@@ -1,0 +1,48 @@
+"""What makes a model train fast, in one call: fused and summing layers, float8, recomputation, compilation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from endprompt.config import ExtendConfig
+from endprompt.distributed import say
+from endprompt.fast import can_fuse, fuse, linears
+from endprompt.model.load import decoder_layers
+from endprompt.train.recompute import checkpoint_layers, memory_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_fast(model: PreTrainedModel, config: ExtendConfig, device: torch.device) -> dict[str, float]:
+    """Change the model's layers in place as the configuration asks; settings of torch's compiler while a step runs.
+
+    Call it when the optimizer is made: the lean one has the sums that converted layers add to. Fused layers come before
+    recomputation, which wraps the forward pass that they have by then.
+    """
+    fused = _converted(model, config, device) if config.optimizer == "lean" else 0
+    compiled = config.compile == "layers" or (config.compile == "auto" and device.type == "cuda")
+    budget: dict[str, float] = {}
+    if compiled and config.checkpointing == "selective":
+        budget = {"activation_memory_budget": memory_budget(config.float8, bool(fused))}
+    else:
+        checkpoint_layers(decoder_layers(model), config.checkpointing)
+    if compiled:
+        for layer in decoder_layers(model):
+            layer.compile()
+    return budget
+
+
+def _converted(model: PreTrainedModel, config: ExtendConfig, device: torch.device) -> int:
+    """Change the layers for the lean optimizer, and fuse those that can be if that is asked for; how many were."""
+    # LoRA's frozen matrices have no sums, and its layers do more than a product
+    wanted = config.fused and config.float8 == "none" and not config.lora_rank and can_fuse(device)
+    if wanted:
+        linears.join(model)
+    linears.convert(model, config.float8)
+    fused = fuse(model, keep=config.checkpointing == "none") if wanted else 0
+    if wanted and not fused:
+        say("fused: no layer of this model can be, they stay as they are")
+    return fused
