@@ -148,11 +148,15 @@ def resolved(config: VerifyConfig, settings: Any, base: Any | None) -> tuple[Ver
 
 
 def load(path: str, config: VerifyConfig) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     from endprompt import model as models
 
     settings = models.load_config(path)
-    # torch's fused attention has no soft-capping of logits, so those families run their own
-    attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
+    # torch's fused attention has no soft-capping of logits and no sinks, so those families run their own
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    fused = getattr(family, "_supports_sdpa", True) and not getattr(settings, "attn_logit_softcapping", None)
+    attention = "sdpa" if fused else "eager"
     return models.load_model(path, dtype=config.dtype, attention=attention, device=config.device)
 
 

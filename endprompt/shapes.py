@@ -55,17 +55,18 @@ class Shape:
     intermediate: int
     window: int
     tied: bool
-    query: int = 0
-    stored: int = 0
-    active: int = 0
-    other: int = 0
+    query: int = -1
+    stored: int = -1
+    active: int = -1
+    other: int = -1
 
     def __post_init__(self) -> None:
         matrices = self.layers * (2 * self.hidden * (self.hidden + self.kv) + 3 * self.hidden * self.intermediate)
         norms = 2 * self.layers * self.hidden
         defaults = {"query": self.hidden, "stored": matrices + norms, "active": matrices, "other": self.hidden}
         for key, value in defaults.items():
-            object.__setattr__(self, key, getattr(self, key) or value)
+            if getattr(self, key) < 0:  # 0 is a number of parameters: OLMo's norms have none
+                object.__setattr__(self, key, value)
 
     @property
     def embeddings(self) -> int:

@@ -73,6 +73,7 @@ MUTANTS = [
     (ATTENTION, "if value is None or name in HARMLESS or", "if name or", "endprompt/model/attention"),
     (ATTENTION, "if mask is not None:", "if False:", "endprompt/model/attention"),
     ("endprompt/train/parity.py", "torch.linspace(-1000, 1000, 2 * size)", "torch.zeros(2 * size)", "endprompt/train/parity"),
+    ("endprompt/train/parity.py", 'if model.config._attn_implementation != "eager":', "if False:", "endprompt/train/parity"),
     ("endprompt/train/parity.py", "if not (apart <= allowed and", "if False and not (apart <= allowed and", "endprompt/train/parity"),
     (WEIGHTS, "if unknown := sorted(known - predicting):", "if unknown := []:", "endprompt/model/weights"),
     (WEIGHTS, "config.tie_word_embeddings = False", "pass", "endprompt/model/weights"),

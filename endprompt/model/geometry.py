@@ -130,7 +130,10 @@ def _named(config: PretrainedConfig) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         where = f"{config.name_or_path}: " if config.name_or_path else ""
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}{error}") from error
+        said = str(error)
+        if isinstance(error, AttributeError) and error.name:
+            said = f"the config must state {error.name}, and it does not: model_type={config.model_type!r}"
+        raise ValueError(said if said.startswith(where) else f"{where}{said}") from error
 
 
 def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
@@ -252,7 +255,7 @@ def extended_config(
         extended.original_max_position_embeddings = original or extended.max_position_embeddings
     try:
         extended.validate_rope()
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config.model_type} does not take this scaling: {scaling=}: {error}") from error
     return extended
 

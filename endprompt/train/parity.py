@@ -134,6 +134,8 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
         found = {where: _ours(objective, row, positions) for where, positions in places.items()}
         elsewhere, _ = _ours(objective, other, jumped)
         model.set_attn_implementation("eager")
+        if model.config._attn_implementation != "eager":  # both would be without a mask, and not causal
+            raise ValueError("its attention is its own and cannot be chosen: this family cannot be trained")
         expected = {where: _theirs(objective, row, positions) for where, positions in places.items()}
         nudged, _ = _theirs(objective, row, contiguous, nudge=torch.finfo(dtype).eps)
     except (ValueError, torch.OutOfMemoryError) as error:

@@ -79,6 +79,15 @@ def test_parameters_of_a_checkpoint_are_those_of_its_card(name, tmp_path):
     assert (shape.multiplied + looked_up) / 1e9 == pytest.approx(active, abs=2e-3)
 
 
+def test_a_last_norm_without_weights_counts_nothing():
+    """By hand: 320 embeddings of 32, tied; two layers of 4 matrices 32 x 32 and 3 of 32 x 48, no norm has weights."""
+    import transformers
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.OlmoConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)
+    assert counted(config).parameters == 320 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48)
+
+
 def test_all_experts_take_memory_and_a_few_take_time(tmp_path):
     import transformers
 

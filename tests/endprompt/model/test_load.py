@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, BltConfig, GPT2Config, PhimoeConfig
 
 from endprompt import model as models
 from endprompt import positions
@@ -168,6 +168,10 @@ def test_what_cannot_be_extended_is_refused(llama, tmp_path):
         models.rope_geometry(GPT2Config())
     with pytest.raises(ValueError, match="phi3 does not take this scaling"):
         models.extended_config(tiny_config("Phi3"), "yarn", TARGET)
+    with pytest.raises(ValueError, match=r"phimoe does not take this scaling: scaling='longrope': .*short_mscale"):
+        models.extended_config(PhimoeConfig(max_position_embeddings=WINDOW), "longrope", TARGET)
+    with pytest.raises(ValueError, match="the config must state hidden_size, and it does not: model_type='blt'"):
+        models.rope_geometry(BltConfig())
     with pytest.raises(ValueError, match="has no option 'beta'"):
         models.extended_config(models.load_config(llama), "yarn", TARGET, beta=3)
     with pytest.raises(ValueError, match="sliding_window=16"):

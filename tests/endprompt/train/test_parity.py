@@ -118,6 +118,7 @@ def test_eager_trains_with_transformers_loss(family, changes):
          r"llama4_text: training does not compute this model as transformers does \(contiguous positions, att"),
         ("Mistral", {"sliding_window": 16}, "mistral: .* sliding window: window=16 is below the row's 48"),
         ("Doge", {"num_experts": 4}, "doge: .* has one of its own"),
+        ("GPTNeoXJapanese", {}, "gpt_neox_japanese: its attention is its own and cannot be chosen"),
     ],
 )  # fmt: skip
 def test_what_needs_a_mask_of_its_own_is_refused_in_one_line(family, changes, said):
