@@ -32,6 +32,7 @@ NAV = {
     "install.md": "Installing",
     "training.md": "Training",
     "scoring.md": "Scoring",
+    "models.md": "Which models work",
     "parity.md": "Checked against the originals",
     "lab.md": "The lab",
     "analysis.md": "The analysis",

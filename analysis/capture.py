@@ -245,7 +245,7 @@ def _wrapped(
     measured: dict[tuple[Any, int], Any] = {}
 
     def recording(rotate: Callable[..., Any]) -> Callable[..., Any]:
-        def record(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def record(q: torch.Tensor, k: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             def heads_first(x: torch.Tensor) -> torch.Tensor:  # some rotate before they swap heads and tokens
                 return x if q.shape[2] == tokens else x.transpose(1, 2)
 
@@ -253,8 +253,8 @@ def _wrapped(
                 x = heads_first(x)
                 return heads_first(rotate(x, x, *args, **kwargs)[0])
 
-            out = rotate(q, k, *args, **kwargs)
-            if not (isinstance(out, tuple) and len(out) == 2):
+            out = None if k is None else rotate(q, k, *args, **kwargs)
+            if k is None or not (isinstance(out, tuple) and len(out) == 2):
                 raise ValueError(
                     f"q and k cannot be captured: {rotate.__module__}.{rotate.__name__} does not turn the two together"
                 )

@@ -1,0 +1,34 @@
+"""Families of transformers taken the whole way; the page says what the rows say."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import families, models_page
+
+
+def test_the_page_is_written_from_the_rows():
+    page = models_page.page(models_page.read_rows())
+    assert families.PAGE.read_text(encoding="utf-8") == page, "run python -m tests.support.models_page"
+
+
+def test_no_row_is_wrong_or_a_traceback():
+    rows = models_page.read_rows()
+    assert len({row["family"] for row in rows}) == len(rows) >= 180
+    assert [row for row in rows if any(str(value).startswith(("WRONG", "FAILS")) for value in row.values())] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next", "gemma3_text", "gpt2"])
+def test_some_families_are_as_their_rows_say(family):
+    (row,) = [row for row in models_page.read_rows() if row["family"] == family]
+    (now,) = families.sweep([family])
+    assert now | {"versions": None} == row | {"versions": None}
+
+
+@pytest.mark.slow
+def test_every_family_is_as_its_row_says():
+    """A family that transformers has added since has no row: sweep it and write the page again."""
+    rows = {row["family"]: row | {"versions": None} for row in models_page.read_rows()}
+    found = {row["family"]: row | {"versions": None} for row in families.sweep(families.families())}
+    assert [name for name in found if rows.get(name) != found[name]] == []
+    assert sorted(rows) == sorted(found)

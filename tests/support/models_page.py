@@ -1,0 +1,131 @@
+"""docs/models.md from the rows of the sweep over families, which writes it.
+
+`python -m tests.support.models_page` writes it again from rows that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from tests.support.families import PAGE, ROWS
+
+STEPS = {"extend": "extend", "score": "score", "verify": "verify", "plan": "plan"}
+
+HEAD = """# Which models work
+
+Every causal family of transformers {transformers}, {count} by their `model_type`, made tiny with random weights and
+taken the whole way (torch {torch}, CPU). {rope} were tried, the others have no RoPE in their own config; {tried}
+could be made tiny. Of these {extended} can be extended, {scored} scored, {verified} read by `verify` and {planned}
+planned. Everything else is an error of one line, and these are below. The page is written from
+`paper_figures/data/measured/pages/models.jsonl`; the sweep makes both again:
+
+    python -m tests.support.families
+
+What a yes means, each against transformers' own code on the same weights:
+
+- **extend**: YaRN times 4, longrope where the family takes that alone. The training loss at positions that jump over
+  three quarters of the target is that of transformers' eager attention under a causal mask that is written out (for
+  layers that know no such mask, one of ones), the gradient is finite, the export loads with the same logits and says
+  the new window. "eager" is `--attention eager`.
+- **score**: answers of prompts alone and in one batch are those of `generate()`, and `endprompt score` gives a row.
+  "eager" is `--attn eager`; * marks families that transformers generates by itself, one prompt at a time, which is
+  slower.
+- **verify**: the score of query and key as RoPE's theory has it is the layer's own. With a fraction, so many layers
+  have it, and the others, which turn nothing, are left out.
+- **plan**: its count of parameters is the model's.
+
+Random weights and four small layers show that the arithmetic is the same, not that an extension of such a model is any
+good. Not tried: weights of real checkpoints, families that bring code of their own, several processes.
+
+"""
+
+
+def cell(row: dict[str, Any], step: str) -> str:
+    said = row.get(step, "")
+    if step == "score" and not row.get("generate", "works").startswith("works"):
+        said = row["generate"]
+    if not said.startswith("works"):
+        return "no" if said else ""
+    if part := re.search(r"less (\d+) of (\d+)", said):
+        return f"{int(part[2]) - int(part[1])} of {part[2]}"
+    star = "\\*" if step == "score" and row.get("loop") != "own" else ""
+    return ("eager" if "eager" in said else "yes") + (", longrope" if "longrope" in said else "") + star
+
+
+def reasons(rows: list[dict[str, Any]], steps: list[str]) -> list[str]:
+    """One line a reason, with the families that have it; a family's own name and numbers do not tell reasons apart."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for row in rows:
+        for step in steps:
+            said = row.get(step, "works")
+            if said.startswith("works"):
+                continue
+            text = said.removeprefix("refused: ").removeprefix("no: ")
+            key = re.sub(r"\d[\d,]*", "N", re.sub(rf"\b{re.escape(row['family'])}\b", "F", text))
+            names = found.setdefault(key, (text, []))[1]
+            if row["family"] not in names:
+                names.append(row["family"])
+    made = []
+    for text, names in sorted(found.values(), key=lambda one: (-len(one[1]), one[1])):
+        more = ", ".join(f"`{name}`" for name in names)
+        made.append(f"- {more}: {plain(text)}")
+    return made
+
+
+def plain(text: str) -> str:
+    """A message as text of a page: nothing of it is a mark."""
+    return re.sub(r"([*_<>|`\[\]])", r"\\\1", text)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    tried = [row for row in rows if row["built"] == "yes"]
+    rope = [row for row in rows if row["built"] != "no: not tried"]
+    good = {step: sum(cell(row, step) not in ("no", "") for row in tried) for step in STEPS}
+    text = HEAD.format(
+        **rows[0]["versions"],
+        count=len(rows),
+        rope=len(rope),
+        tried=len(tried),
+        extended=good["extend"],
+        scored=good["score"],
+        verified=good["verify"],
+        planned=good["plan"],
+    )
+    lines = ["| family | extend | score | verify | plan |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join([row["family"], *(cell(row, step) for step in STEPS)]) + " |" for row in tried]
+    for title, steps, some in (
+        ("Not extended", ["extend"], tried),
+        ("Not scored", ["generate", "score"], tried),
+        ("Not read by verify", ["verify"], tried),
+        ("Not planned", ["plan"], tried),
+    ):
+        if made := reasons(some, steps):
+            lines += ["", f"## {title}", "", *made]
+    windows = [
+        f"`{row['family']}` ({row.get('sliding_window') or row.get('attention_chunk_size'):,})"
+        for row in tried
+        if (row.get("sliding_window") or row.get("attention_chunk_size")) and cell(row, "extend") != "no"
+    ]
+    lines += ["", "## Layers that see a window", ""]
+    lines += ["The default config of these families has a sliding window or chunks, in tokens. Where layers use it,"]
+    lines += ["`extend` refuses a target above it; the sweep tried the families with a window of the target's size."]
+    lines += ["", ", ".join(windows) + "."]
+    lines += ["", "## Not built", ""]
+    lines += [
+        "No tiny model of these could be made: transformers' words, or sizes that the sweep cannot shrink.",
+        "",
+    ]
+    lines += reasons([row for row in rope if row["built"] != "yes"], ["built"])
+    lines += ["", "## Families without RoPE of their own", "", "Nothing of these was tried:", ""]
+    lines += reasons([row for row in rows if row["built"] == "no: not tried"], ["extend"])
+    return text + "\n".join(lines) + "\n"
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read_rows()), encoding="utf-8")
