@@ -63,7 +63,7 @@ class Options:
         hops: assignments after the first one in a chain of vt (RULER: 4).
         date: day that a chat template which reads one is given, YYYY-MM-DD; today if None.
         template_args: further arguments of the chat template, NAME=VALUE,NAME=VALUE.
-        edition: state of RULER's tasks, one of `haystack.EDITIONS`.
+        edition: state of RULER's tasks, one of `texts.EDITIONS`.
         chat_layout: of chats: "one-turn" (the worked example and the question in one turn, no space in front of the
             answer prefix) or "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept); the
             edition's if None.
@@ -91,13 +91,6 @@ class Options:
         if self.template_args and not self.chat:
             raise ValueError(f"template_args are for a chat template: they need chat: {self.template_args!r}")
         chat.parse_arguments(self.template_args)
-
-    def dated(self, tokenizer: Any) -> Options:
-        """With the day that prompts are made for: None where no template reads it."""
-        day = None
-        if self.chat:
-            day = chat.day_read(tokenizer, self.date, self.template_args, lambda: chat.today(tokenizer))
-        return dataclasses.replace(self, date=day)
         if self.edition not in texts.EDITIONS:
             raise ValueError(f"edition must be one of {', '.join(texts.EDITIONS)}: {self.edition!r}")
         if self.chat_layout not in (None, *LAYOUTS):
@@ -106,6 +99,13 @@ class Options:
             raise ValueError(
                 f"shots must be 1 with edition {self.edition}, whose samples are RULER's own: {self.shots}"
             )
+
+    def dated(self, tokenizer: Any) -> Options:
+        """With the day that prompts are made for: None where no template reads it."""
+        day = None
+        if self.chat:
+            day = chat.day_read(tokenizer, self.date, self.template_args, lambda: chat.today(tokenizer))
+        return dataclasses.replace(self, date=day)
 
     @property
     def rules(self) -> texts.Edition:

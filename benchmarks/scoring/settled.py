@@ -12,22 +12,19 @@ from typing import Any
 from benchmarks import ruler
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-#: Characters at the end that tidying of spaces may still draw together with what follows.
-TIDIED = 8
 
 
 def settled_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The part of the tokens' text that no further token changes.
 
-    Not in it: tokens that stand for single bytes, which are decoded together with the bytes after them; a character
-    that is not whole; where the tokenizer tidies up spaces, the last few characters.
+    Not in it: tokens that stand for single bytes, which are decoded together with the bytes after them, and a character
+    that is not whole. Answers are decoded without tidying of spaces.
     """
     end, special = len(tokens), set(tokenizer.all_special_ids)
     while end and (tokens[end - 1] in special or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[end - 1])))):
         end -= 1
     made = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    text = str(made).rstrip("\ufffd")
-    return text[:-TIDIED] if getattr(tokenizer, "clean_up_tokenization_spaces", False) else text
+    return str(made).rstrip("\ufffd")
 
 
 def settled(sample: Mapping[str, Any], prompt: str, text: str) -> bool:

@@ -174,7 +174,12 @@ def verification(options: Any) -> Iterator[dict[str, Any]]:
         num_key_value_heads=groups,
         intermediate_size=intermediate,
         max_position_embeddings=FACTOR * WINDOW,
-        rope_parameters={"rope_type": "linear", "rope_theta": BASE, "factor": float(FACTOR)},
+        rope_parameters={
+            "rope_type": "linear",
+            "rope_theta": BASE,
+            "factor": float(FACTOR),
+            "original_max_position_embeddings": WINDOW,
+        },
         bos_token_id=0,
         eos_token_id=1,
     )

@@ -59,7 +59,7 @@ def played(monkeypatch, tmp_path):
             return types.SimpleNamespace(shares={"bernstein": 0.5 if name == violated else 1.0}, holds=name != violated)
 
         for name, part in (("extend", extend), ("verify", verify), ("score", score)):
-            monkeypatch.setattr({"extend": demo.train, "verify": demo, "score": demo.score}[name], name, part)
+            monkeypatch.setattr({"extend": demo.train, "verify": demo, "score": demo.scoring}[name], name, part)
         run = tmp_path / "run"
         for name in ("base", *(arm.name for arm in demo.ARMS)):
             (run / "verify" / name).mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ GOOD = documents("qasper", n=1)[0]
     ("line", "message"),
     [
         (b'{"input": "x", "cont', r"line 2: not valid JSON"),
-        (b"\xff\xfe", r"line 2: not valid"),
+        (b"\xff\xfe", r"line 2: not UTF-8"),
         (b'"text"', r"line 2: a document must be a JSON object, got str"),
         (json.dumps({**GOOD, "context": None}).encode(), r"line 2: context must be str, got NoneType"),
         (json.dumps({**GOOD, "answers": "yes"}).encode(), r"line 2: answers must be list, got str"),

@@ -3,11 +3,9 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -607,46 +605,3 @@ def test_a_fused_run_resumes_bit_by_bit_and_exports_each_weight(extend_config, t
         assert weight.shape == before[name].shape and not torch.equal(weight, before[name].to(weight.dtype)), name
     sizes = sum(weight.numel() * weight.element_size() for weight in one.values())
     assert (whole / "model.safetensors").stat().st_size < sizes + 20000
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the page says of the kernels' speed
-
-NAMES = {
-    "SwiGLU": "swiglu",
-    "SwiGLU backward, SwiGLU made again": "swiglu backward",
-    "SwiGLU backward, SwiGLU kept": "swiglu backward, h kept",
-    "norm": "norm",
-    "sum and norm": "add and norm",
-    "norm backward, one gradient": "norm backward, 1",
-    "norm backward, two gradients summed": "norm backward, 2",
-    "norm backward, three gradients summed": "norm backward, 3",
-    "loss and its gradient": "cross-entropy",
-    "RoPE backward of queries, keys, values": "rotate backward",
-}
-
-
-def test_the_page_has_the_measured_times_of_the_kernels():
-    root = Path(__file__).parents[3]
-    rows = read_rows(root / "paper_figures" / "data" / "measured" / "pages" / "h200_kernels.jsonl")
-    later = ("cross-entropy", "rotate backward")
-    rows += [
-        row
-        for row in read_rows(root / "paper_figures" / "data" / "measured" / "pages" / "h200_loss_kernels.jsonl")
-        if row["task"] in later
-    ]
-    page = (root / "docs" / "speed.md").read_text(encoding="utf-8")
-    page = page.split("## Norms and SwiGLU alone")[1].split("\n## ")[0]
-    lines = re.findall(r"(?m)^\| (.+?)" + r" \| ([\d.]+)" * 4 + r" \|$", page)
-    table = {name: cells for name, *cells in lines}
-    assert table.keys() == NAMES.keys()
-    for name, cells in table.items():
-        times, rates = {}, {}
-        for row in rows:
-            if row["task"] == NAMES[name]:
-                {"milliseconds": times, "gb_per_s": rates}.get(row["metric"], {})[row["method"]] = row["value"]
-        own = min((method for method in times if method != "torch.compile"), key=times.__getitem__)
-        found = [f"{times[by]:.3f} {rates[by] / 1000:.2f}" for by in ("torch.compile", own)]
-        assert " ".join(cells) == " ".join(found), name
-    reference = next(r["value"] for r in rows if r["metric"] == "tokens_per_s")
-    assert f"{reference:,.0f} tokens/s" in page

@@ -345,7 +345,7 @@ def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsy
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"model": "nowhere"}, "must exist: model='nowhere'"),
+        ({"model": "nowhere"}, r"must exist \(or be .*\): model='nowhere'"),
         ({"model": ""}, "model must be given"),
         ({"data": ["nowhere.jsonl"]}, "must exist: data='nowhere.jsonl'"),
         ({"data": []}, "data must name at least one"),
