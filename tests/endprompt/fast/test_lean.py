@@ -245,6 +245,7 @@ def test_float8_layers_are_near_exact_ones():
         assert float((got - want).norm() / want.norm()) < limit
 
 
+@pytest.mark.slow
 def test_the_lean_losses_stay_with_the_exact_ones():
     from benchmarks.speed.learning import loss_curve
 
