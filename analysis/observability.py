@@ -92,19 +92,12 @@ def pair_counts(scheme: str, context: int, prompt: int, target: int, *, count: i
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}: {scheme=}")
     n = context + prompt
-    if scheme == "randomised":
-        # 0 is in every row, any other place in a share of them, any two others in the product's
-        share = (n - 1) / max(1, target - 1)
-        both = share * max(0, n - 2) / max(1, target - 2)
-        return np.concatenate([[n], share + both * np.arange(target - 2, -1, -1)])
     counter = _Counter(target)
     outcomes = 1
     if scheme == "contiguous":
         counter.within(n)
     elif scheme == "pose":
         outcomes = _add_two_chunks(counter, n, target - n)
-    elif scheme == "relay":
-        outcomes = _add_spread(counter, positions.relay_starts(context, prompt), n, target - n, scheme)
     elif scheme == "sentences":
         outcomes = _add_spread(counter, positions.sentence_starts(n), n, target - n, scheme)
     elif scheme == "endprompt-sentences":

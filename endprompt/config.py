@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt.positions import WITH_PROMPT
+from endprompt.positions import PIECES, SCHEMES, WITH_PROMPT
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ExtendConfig:
         output: directory of the extended checkpoint; it appears when the run is finished
         target: the extended window L, in tokens
         scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors, sliding,
-            relay, sentences, endprompt-sentences, randomised
+            sentences, endprompt-sentences
         scaling: RoPE scaling: none, linear (position interpolation), ntk, dynamic, yarn, llama3,
             longrope
         factor: scaling factor; default target / window; of a checkpoint that is scaled already, by how much more
@@ -29,14 +29,13 @@ class ExtendConfig:
         rope_options: the scaling's own options, such as beta_fast and beta_slow of yarn, low_freq_factor and
             high_freq_factor of llama3, short_factor and long_factor (a divisor a frequency) of longrope, which default
             to 1 and to ntk's divisors
-        prompt: the end prompt: EP_1, EP_2, EP_3, "text:YOUR WORDS", or a list of cues drawn from; recall, recall-2
-            (quoted twice) or question (a document's own, else recall); none for schemes without one; default EP_1
+        prompt: the end prompt: EP_1, EP_2, EP_3, "text:YOUR WORDS", or a list of cues drawn from; recall or
+            question (a document's own, else recall); none for schemes without one; default EP_1
             where the scheme needs one
         prompt_weight: loss weight of the end prompt's scored tokens; default 0.1 for cues, 1 for what quotes
         recall_span: tokens that a recall prompt copies from the context
         recall_given: how many of them carry no loss
         anchors: number of anchors of the anchors scheme
-        pieces: of the context that the schemes sentences and endprompt-sentences move apart
         row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
         rows: rows of one step
         micro_rows: rows that go through the model at once; default all of a step
@@ -105,7 +104,6 @@ class ExtendConfig:
     recall_span: int = 40
     recall_given: int = 12
     anchors: int = 4
-    pieces: int = 3
     row_tokens: int | None = None
     rows: int = 64
     micro_rows: int | None = None
@@ -169,6 +167,7 @@ def check_config(config: ExtendConfig) -> None:
         if not getattr(config, key):
             raise ValueError(f"{key} must be given: {key}=''")
     rules: dict[str, tuple[Any, bool, str]] = {
+        "scheme": (config.scheme, config.scheme in SCHEMES, f"one of {', '.join(SCHEMES)}"),
         "factor": (config.factor, config.factor is None or config.factor >= 1, "at least 1"),
         "prompt_weight": (
             config.prompt_weight,
@@ -280,7 +279,7 @@ def check_recordable(config: ExtendConfig) -> None:
 
 def method_name(config: ExtendConfig) -> str:
     """`scheme+prompt+scaling`, the `method` of result rows."""
-    number = {"anchors": config.anchors, "sentences": config.pieces, "endprompt-sentences": config.pieces}
+    number = {"anchors": config.anchors, "sentences": PIECES, "endprompt-sentences": PIECES}
     scheme = f"{config.scheme}{number.get(config.scheme, '')}"
     names = prompt_names(config)
     return "+".join([scheme, *(["/".join(names)] if names else []), config.scaling])

@@ -102,21 +102,7 @@ def sliding(context: int, prompt: int, target: int, rng: np.random.Generator | N
     return Layout(_with_terminal(positions, prompt, target - prompt))
 
 
-#: Parts of the end prompt in the relay scheme, and pieces of a context cut at ends of sentences unless said otherwise.
-RELAYS, PIECES = 2, 3
-
-
-def relay(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
-    """Context at 0..a-1, then the end prompt in two parts, each at a random place of its own half of the rest (ours).
-
-    So each row shows a near distance and a far one. With the prompt `recall-2` a part is a quotation.
-    """
-    return _spread(relay_starts(context, prompt), context + prompt, target, _need(rng, "relay"), "relay")
-
-
-def relay_starts(context: int, prompt: int) -> list[int]:
-    """Where the context and the parts of the end prompt begin; the first parts take what does not divide."""
-    return [0, *(context + (part * prompt + RELAYS - 1) // RELAYS for part in range(min(RELAYS, prompt)))]
+PIECES = 3  # of a context cut at ends of sentences
 
 
 def sentences(
@@ -157,15 +143,6 @@ def sentence_starts(n: int) -> list[int]:
     return [piece * n // pieces for piece in range(pieces)]
 
 
-def randomised(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
-    """Randomised positions (Ruoss et al. 2023, arXiv:2305.16843): a sorted random subset of 0..L-1, here with 0 in it.
-
-    No two tokens keep their distance: the control for schemes that leave the text in one piece.
-    """
-    chosen = _need(rng, "randomised").choice(target - 1, context + prompt - 1, replace=False)
-    return Layout(np.concatenate([[0], np.sort(chosen) + 1]).astype(np.int64))
-
-
 SCHEMES: dict[str, Callable[..., Layout]] = {
     "contiguous": contiguous,
     "endprompt": endprompt,
@@ -174,19 +151,17 @@ SCHEMES: dict[str, Callable[..., Layout]] = {
     "endprompt-pose": endprompt_pose,
     "anchors": anchors,
     "sliding": sliding,
-    "relay": relay,
     "sentences": sentences,
     "endprompt-sentences": endprompt_sentences,
-    "randomised": randomised,
 }
 #: Schemes whose end prompt has a place of its own; the others train without one.
 WITH_PROMPT = frozenset(
-    {"endprompt", "endprompt-random", "endprompt-pose", "anchors", "sliding", "relay", "endprompt-sentences"}
+    {"endprompt", "endprompt-random", "endprompt-pose", "anchors", "sliding", "endprompt-sentences"}
 )
 #: Schemes that move pieces of the context, cut at ends of sentences, apart.
 BY_SENTENCE = frozenset({"sentences", "endprompt-sentences"})
 #: Schemes whose text keeps its distances from the second token on: a jump only stands where a text ends.
-TEXT_WHOLE = frozenset({"contiguous", "endprompt", "endprompt-random", "anchors", "sliding", "relay"})
+TEXT_WHOLE = frozenset({"contiguous", "endprompt", "endprompt-random", "anchors", "sliding"})
 
 
 def layout(

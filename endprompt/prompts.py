@@ -2,8 +2,8 @@
 
 A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn to predict
 it without looking at the context. Ours must be read from the context. `recall` is a cue and a span copied from the
-context, with loss on the span after its first few tokens; `recall-2` is that twice. `question` takes the last line of a
-document with a completion, its question, as the end prompt, and is `recall` for the others.
+context, with loss on the span after its first few tokens. `question` takes the last line of a document with a
+completion, its question, as the end prompt, and is `recall` for the others.
 """
 
 from __future__ import annotations
@@ -60,12 +60,11 @@ class Cues:
 
 @dataclass(frozen=True)
 class Recall:
-    """A cue and a span of the context, `times` over; the cue and a span's first `given` tokens carry no loss."""
+    """A cue and a span of the context; the cue and the span's first `given` tokens carry no loss."""
 
     cue: tuple[int, ...]
     span: int
     given: int
-    times: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.given < self.span:
@@ -76,7 +75,7 @@ class Recall:
 
     @property
     def longest(self) -> int:
-        return self.times * (len(self.cue) + self.span)
+        return len(self.cue) + self.span
 
     def choose(self, rng: np.random.Generator) -> int:
         return 0
@@ -85,15 +84,12 @@ class Recall:
         return self.longest
 
     def build(self, choice: int, context: np.ndarray, rng: np.random.Generator) -> EndPrompt:
-        """`context`: int64 (a,), of at least `span` tokens; a span starts anywhere in it."""
+        """`context`: int64 (a,), of at least `span` tokens; the span starts anywhere in it."""
         if len(context) < self.span:
             raise ValueError(f"recall copies {self.span} tokens, the context has only {len(context)}")
-        parts = []
-        for _ in range(self.times):
-            start = int(rng.integers(len(context) - self.span, endpoint=True))
-            parts += [np.asarray(self.cue, dtype=np.int64), context[start : start + self.span]]
-        scored = np.arange(len(self.cue) + self.span) >= len(self.cue) + self.given
-        return EndPrompt(np.concatenate(parts), np.tile(scored, self.times))
+        start = int(rng.integers(len(context) - self.span, endpoint=True))
+        tokens = np.concatenate([np.asarray(self.cue, dtype=np.int64), context[start : start + self.span]])
+        return EndPrompt(tokens, np.arange(len(tokens)) >= len(self.cue) + self.given)
 
 
 @dataclass(frozen=True)
@@ -106,11 +102,11 @@ class Question(Recall):
 
 PromptKind = Cues | Recall
 #: Prompts that must be read from the context; they are scored in full by default, and not mixed with cues.
-READ = {"recall": Recall, "recall-2": Recall, "question": Question}
+READ = {"recall": Recall, "question": Question}
 
 
 def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, recall_given: int = 12) -> PromptKind:
-    """The end prompt by name: `recall`, `recall-2`, `question`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...`.
+    """The end prompt by name: `recall`, `question`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...`.
 
     text: the user's own words.
 
@@ -123,8 +119,7 @@ def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, 
     if read:
         if len(names) > 1:
             raise ValueError(f"{read[0]} cannot be mixed with other prompts: prompt={list(names)}")
-        times = 2 if read[0] == "recall-2" else 1
-        return READ[read[0]](tuple(encode(RECALL_CUE)), recall_span, recall_given, times)
+        return READ[read[0]](tuple(encode(RECALL_CUE)), recall_span, recall_given)
     lists = []
     for name in names:
         if name.startswith(LITERAL):

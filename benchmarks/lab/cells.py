@@ -26,7 +26,7 @@ from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
 from endprompt.files import drop_cut_line
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
-from endprompt.positions import TEXT_WHOLE
+from endprompt.positions import PIECES, TEXT_WHOLE
 from endprompt.results import append_rows, result_row
 
 #: Standard deviation of an observed score in the predicted gap RMS, as `endprompt positions` has it.
@@ -288,7 +288,7 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
         "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "anchors": config.anchors if config.scheme == "anchors" else None,
         "recall_span": config.recall_span if set(prompt_names(config)) & {"recall", "recall-2", "question"} else None,
-        "pieces": config.pieces if "sentences" in config.scheme else None,
+        "pieces": PIECES if "sentences" in config.scheme else None,
         "lr": config.lr,
         "attention": config.attention,
         "lora_rank": config.lora_rank,

@@ -20,7 +20,6 @@ from endprompt.data.documents import Documents, encoder, tokens_ending
 from endprompt.positions import (
     BY_SENTENCE,
     PIECES,
-    RELAYS,
     SCHEMES,
     WITH_PROMPT,
     anchor_ends,
@@ -46,7 +45,6 @@ class RowSpec:
     bos: id or ids put in front of every context, None for none; a context that has them already gets no others.
     short: what happens to documents shorter than a context: `drop` (counted), or `pack`, one after the other.
     long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
-    pieces: of a context cut at ends of sentences (schemes BY_SENTENCE), at most.
     line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
     sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
     """
@@ -62,7 +60,6 @@ class RowSpec:
     short: str = "drop"
     long: str = "split"
     seed: int = 0
-    pieces: int = PIECES
     line_ends: frozenset[int] = frozenset()
     sentence_ends: frozenset[int] = frozenset()
 
@@ -85,15 +82,13 @@ class RowSpec:
         check_sizes(self.row_tokens - longest, longest, self.target)
         if self.scheme == "anchors":
             anchor_ends(self.row_tokens - longest, longest, self.target, self.anchors)
-        if self.scheme == "relay" or self.scheme in BY_SENTENCE:
-            stratum(RELAYS if self.scheme == "relay" else self.pieces - 1, self.target - self.row_tokens, self.scheme)
+        if self.scheme in BY_SENTENCE:
+            stratum(PIECES - 1, self.target - self.row_tokens, self.scheme)
         if isinstance(self.prompt, Recall) and self.row_tokens - longest - len(self.lead) < self.prompt.span:
             raise ValueError(
                 f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
                 f"context={self.row_tokens - longest}"
             )
-        if self.pieces < 2:
-            raise ValueError(f"a context is cut into at least 2 pieces: pieces={self.pieces}")
         for name in ("completion_weight", "prompt_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
@@ -227,7 +222,7 @@ class Rows:
         ends = np.isin(context[:-1], self._all_ends)
         places = np.flatnonzero(ends) + 1
         places = places[places <= last]
-        return [0, *np.sort(rng.choice(places, min(self.spec.pieces - 1, len(places)), replace=False)).tolist()]
+        return [0, *np.sort(rng.choice(places, min(PIECES - 1, len(places)), replace=False)).tolist()]
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""
@@ -383,7 +378,6 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
         scheme=config.scheme,
         prompt=prompt,
         anchors=config.anchors,
-        pieces=config.pieces,
         completion_weight=config.completion_weight,
         prompt_weight=weight,
         bos=begin[0] if len(begin) == 1 else tuple(begin) or None,

@@ -61,13 +61,6 @@ def test_positions_sliding_typed():
     assert positions.position_ids("sliding", 5, 3, 32, Draws(24)).tolist() == [0, 25, 26, 27, 28, 29, 30, 31]
 
 
-def test_positions_relay_typed():
-    draws = Draws(3, 12)  # 32 - 9 = 23: strata of 12 places
-    ids = positions.position_ids("relay", 4, 5, 32, draws)
-    assert ids.tolist() == [0, 1, 2, 3, 7, 8, 9, 7 + 24, 8 + 24]
-    assert draws.asked == [(0, 11), (0, 11)]
-
-
 def test_positions_sentences_typed():
     draws = Draws(0, 4)
     ids = positions.position_ids("sentences", 6, 0, 20, draws, starts=[0, 1, 4])
@@ -83,14 +76,6 @@ def test_positions_endprompt_sentences_typed():
     ids = positions.position_ids("endprompt-sentences", 5, 3, 20, draws, starts=[0, 1, 4])
     assert ids.tolist() == [0, 1 + 2, 2 + 2, 3 + 2, 4 + 6 + 5, 17, 18, 19]
     assert draws.asked == [(0, 5), (0, 5)]
-
-
-def test_positions_randomised_draw_every_place_alike():
-    rng = np.random.default_rng(0)
-    drawn = np.array([positions.position_ids("randomised", 5, 0, 33, rng) for _ in range(2000)])
-    counts = np.bincount(drawn.ravel(), minlength=33)
-    assert counts[0] == 2000
-    assert np.abs(counts[1:] - 250).max() < 5 * np.sqrt(2000 * 1 / 8 * 7 / 8)  # five standard deviations
 
 
 def test_whole_text_is_moved_in_one_piece():
@@ -163,7 +148,7 @@ def test_observed_distances_and_gap_by_brute_force():
         ),
         (("zigzag", 4, 2, 8), "scheme must be one of"),
         (("pose", 4, 0, 8), "give it rng"),
-        (("relay", 4, 4, 8, np.random.default_rng(0)), "moves 2 pieces apart"),
+        (("relay", 4, 4, 8), "scheme must be one of"),
         (("sentences", 9, 0, 9, np.random.default_rng(0)), "moves 2 pieces apart"),
     ],
 )

@@ -39,24 +39,11 @@ def test_recall_copies_a_span_and_scores_it_after_its_first_tokens():
     assert {1000, 1042} <= starts  # both ends can be drawn
 
 
-def test_recall_twice_quotes_two_places():
-    kind = prompts.prompt_kind(["recall-2"], letters, recall_span=6, recall_given=2)
-    once = len(prompts.RECALL_CUE) + 6
-    assert kind.longest == kind.length(0) == 2 * once
-    built = [kind.build(0, np.arange(1000, 1050), np.random.default_rng(seed)) for seed in range(50)]
-    starts = np.array([[b.tokens[once - 6], b.tokens[-6]] for b in built])
-    assert abs(np.corrcoef(starts.T)[0, 1]) < 5 / np.sqrt(50)
-    for b in built:
-        assert (b.tokens[: once - 6] == letters(prompts.RECALL_CUE)).all()
-        assert (np.diff(b.tokens[once - 6 : once]) == 1).all() and (np.diff(b.tokens[-6:]) == 1).all()
-        assert b.scored.tolist() == ([False] * (once - 4) + [True] * 4) * 2
-
-
 @pytest.mark.parametrize(
     ("names", "rule"),
     [
         ([], "at least one end prompt"),
-        (["EP_9"], "prompt must be recall, recall-2, question, EP_1"),
+        (["EP_9"], "prompt must be recall, question, EP_1"),
         (["recall", "EP_1"], "recall cannot be mixed"),
         (["EP_1", "question"], "question cannot be mixed"),
         (["text:"], "at least one token"),

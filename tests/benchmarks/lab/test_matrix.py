@@ -201,7 +201,7 @@ def test_micro_answers_every_question_with_ten_seeds():
 
 
 def test_the_cells_of_the_committed_rows_are_still_those_of_the_presets():
-    """A changed arm would be another cell, and its published rows would belong to none."""
+    """A changed arm would be another cell, and its published rows would belong to none, as those of arms that went."""
     path = Path(__file__).parents[3] / "paper_figures" / "data" / "measured" / "lab_results.jsonl.gz"
     rows = packed_rows(path)
     published = {row["cell"]: (row["base"], row["fold"], row["arm"], row["seed"]) for row in rows}
@@ -211,7 +211,9 @@ def test_the_cells_of_the_committed_rows_are_still_those_of_the_presets():
         config = LabConfig(preset=name, seeds=seeds)
         for cell in matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), name, config):
             made[cell.sha256] = (cell.base, cell.fold, cell.arm, cell.seed)
-    assert published == {cell: made.get(cell) for cell in published}
+    gone = {"relay+linear", "relay+yarn", "sentences-8+yarn", "randomised+yarn"}
+    assert published.keys() & made.keys() == {cell for cell, (*_, arm, _) in published.items() if arm not in gone}
+    assert published == published | {cell: made[cell] for cell in published.keys() & made.keys()}
 
 
 def test_micro_has_longlora_where_it_learns_at_the_rate_that_was_found():
