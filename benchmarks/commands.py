@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import BaseConfig, CardConfig, DemoConfig, ReportConfig, TasksPathConfig
+from benchmarks.config import CardConfig, DemoConfig, ReportConfig, TasksPathConfig
 from benchmarks.lab.config import LabConfig
 from benchmarks.scoring import ScoreConfig
 
@@ -100,14 +100,6 @@ def report(config: ReportConfig) -> int | None:
     print(page)
     if config.open:
         work.show(page)
-    return None
-
-
-def base(config: BaseConfig) -> int | None:
-    """Rebuild one of the project's own base models from nothing (minutes on a GPU)."""
-    from benchmarks.base.rebuild import rebuild
-
-    print(rebuild(config.window, config.output, config.data))
     return None
 
 

@@ -1,4 +1,4 @@
-"""Settings of the commands `card`, `demo`, `report`, `base` and `tasks-path`."""
+"""Settings of the commands `card`, `demo`, `report` and `tasks-path`."""
 
 from __future__ import annotations
 
@@ -56,21 +56,6 @@ class ReportConfig:
     output: str | None = None
     reference: str | None = None
     open: bool = False
-
-
-@dataclass
-class BaseConfig:
-    """Settings of `endprompt base`.
-
-    Args:
-        window: 256 or 512, the two recipes.
-        output: directory of the model.
-        data: folder of the prepared text; it is made if it is not there.
-    """
-
-    window: int = 256
-    output: str = "runs/base"
-    data: str = "runs/base-text"
 
 
 @dataclass

@@ -205,15 +205,15 @@ _MAKERS = {
 
 def _prompt(
     kind: str, most: int, least: int, tokenizer: Any, rng: np.random.Generator, words: Words, prose: Prose
-) -> tuple[str, str, list[int], int]:
-    """Text, completion with its end, ids of both, and where the completion's ids begin; at most `most` tokens."""
+) -> tuple[str, str, list[int]]:
+    """Text, completion with its end, and the ids of both: at most `most` tokens."""
     end = tokenizer.eos_token
     budget = int(rng.integers(min(least, most), most + 1)) - 1
     for _ in range(20):
         text, completion = _MAKERS[kind](budget, tokenizer, rng, words, prose)
         text_ids, completion_ids = encode(text, tokenizer), encode(completion + end, tokenizer)
         if len(text_ids) + len(completion_ids) <= most:
-            return text, completion + end, text_ids + completion_ids, len(text_ids)
+            return text, completion + end, text_ids + completion_ids
         budget -= 8
     raise ValueError(f"a document of this kind does not fit: {kind=} tokens={most}")
 
@@ -240,7 +240,7 @@ def document(
         text, completion = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False), ""
     elif kind in _MAKERS:
         most = tokens if longest is None else min(longest, tokens)
-        text, completion, ids, _ = _prompt(kind, most, shortest, tokenizer, rng, words or Words.installed(), prose)
+        text, completion, ids = _prompt(kind, most, shortest, tokenizer, rng, words or Words.installed(), prose)
         front = tokens - len(ids)
         if front:
             gap = encode("\n\n" if front > 1 else "\n", tokenizer)
@@ -251,35 +251,6 @@ def document(
     if encode(text, tokenizer) + encode(completion, tokenizer) != ids or encode(text + completion, tokenizer) != ids:
         raise ValueError(f"the tokenizer does not split between text and completion: {kind=} {text[-40:]=}")
     return {"text": text, "completion": completion}
-
-
-def row(
-    kind: str,
-    tokens: int,
-    tokenizer: PreTrainedTokenizerFast,
-    rng: np.random.Generator,
-    *,
-    prose: Prose,
-    words: Words,
-    filler: np.ndarray,
-    shortest: int = 128,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Training row of exactly `tokens` tokens and its loss weights, uint16 and uint8.
-
-    A document of a uniform length with text from `filler` (at least `tokens` token ids) in front of it or, in a quarter
-    of the rows, behind it: a prompt under evaluation begins at position 0. Answer tokens weigh 10, others 1.
-    """
-    _, _, ids, answer = _prompt(kind, tokens, shortest, tokenizer, rng, words, prose)
-    free = tokens - len(ids)
-    before = 0 if rng.random() < 0.25 else free
-    if before > 0:
-        gap = encode("\n\n", tokenizer) if rng.random() < 0.5 else [tokenizer.eos_token_id]
-        ids = [*filler[: before - 1].tolist(), *gap, *ids]
-    elif free:
-        ids = [*ids, *filler[:free].tolist()]
-    weights = np.ones(tokens, dtype=np.uint8)
-    weights[before + answer : tokens - (free - before)] = 10
-    return np.asarray(ids, dtype=np.uint16), weights
 
 
 def _sample_half(second: bool) -> list[str]:

@@ -123,7 +123,6 @@ ELSEWHERE = {
     ),
     "score CHECKPOINT --suite longbench": ("needs LongBench's own data", "benchmarks/tasks/test_longbench_task.py"),
     "score benchmarks/base/512": ("takes minutes", "benchmarks/scoring/test_run.py"),
-    "base --window": ("takes a GPU minutes, two cores days", "benchmarks/base/test_rebuild.py"),
     "demo": ("takes minutes", "benchmarks/test_demo.py", "project/test_packaging.py"),
     "lab --": ("takes minutes or a GPU", "benchmarks/lab/test_runner.py", "benchmarks/lab/test_matrix.py"),
     "report runs/": ("needs finished runs", "benchmarks/report/test_page.py"),

@@ -20,24 +20,20 @@ from benchmarks.base.documents import (
     Prose,
     Words,
     document,
-    row,
     sample_haystack_sentences,
     sample_training_sentences,
     write_documents,
 )
-from benchmarks.base.text import save_tokenizer, train_tokenizer
 
+FOLDER = SAMPLE_PATH.parents[2] / "benchmarks" / "base"
 WORDS = Words(("fat", "odd", "dry", "teeny-tiny"), ("ox", "t-shirt", "raven", "community"))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained():
     from transformers import AutoTokenizer
 
-    made = train_tokenizer([SAMPLE_PATH.read_text(encoding="utf-8"), *[NIAH, VT, NOISE] * 200])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(made, folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(FOLDER / "256")
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +144,6 @@ def test_keys_of_a_multikey_document_differ(trained, sample_prose):
     assert counts == {2, 3, 4}
 
 
-def test_row_weighs_the_answer_and_nothing_else(trained, sample_prose):
-    rng = np.random.default_rng(7)
-    filler = np.full(256, trained("a").input_ids[0], dtype=np.uint16)
-    first = 0
-    for i in range(60):
-        tokens, weights = row(RETRIEVAL_KINDS[i % 4], 256, trained, rng, prose=sample_prose, words=WORDS, filler=filler)
-        assert tokens.shape == weights.shape == (256,) and set(weights) == {1, 10}
-        marked = np.flatnonzero(weights == 10)
-        assert np.array_equal(marked, np.arange(marked[0], marked[-1] + 1))
-        prompt = trained.decode(tokens[: marked[0]].tolist())
-        assert trained.decode(tokens[marked].tolist()) == answer(prompt) + "<|endoftext|>"
-        first += prompt.startswith(("A special", "Memorize"))
-    assert 5 < first < 40
-
-
 def test_halves_of_the_sample_share_no_sentence():
     training, haystack = sample_training_sentences(), sample_haystack_sentences()
     assert not {s for s in training if len(s) >= 30} & set(haystack)
@@ -185,3 +166,51 @@ def test_errors_name_what_is_wrong(trained, sample_prose):
         document("niah_single_9", 256, trained, rng, prose=sample_prose, words=WORDS)
     with pytest.raises(ValueError, match=r"does not fit.*tokens=64"):
         document("vt", 64, trained, rng, prose=sample_prose, words=WORDS)
+
+
+def test_sample_is_plain_prose():
+    text = SAMPLE_PATH.read_text(encoding="utf-8")
+    assert 400_000 <= len(text) <= 600_000 and text.isascii()
+    letters = sum(c.isalpha() or c == " " for c in text) / len(text)
+    assert letters > 0.93
+    paragraphs = text.strip().split("\n\n")
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+def stored(path):
+    """Numbers in a checkpoint's weights, and their types, read from the file's head."""
+    whole = (path / "model.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    head = json.loads(whole[8 : 8 + size])
+    head.pop("__metadata__", None)
+    return sum(int(np.prod(tensor["shape"])) for tensor in head.values()), {t["dtype"] for t in head.values()}
+
+
+@pytest.mark.parametrize("window", [256, 512])
+def test_the_card_of_the_bases_says_what_their_files_say(window):
+    card = " ".join((FOLDER / "README.md").read_text(encoding="utf-8").split())
+    folder = FOLDER / str(window)
+    config, record = (json.loads((folder / name).read_text()) for name in ("config.json", "endprompt.json"))
+    recipe = record["base"]["recipe"]
+    sources = json.loads((folder / "sources.json").read_text())
+    count, kinds = stored(folder)
+    dtype = {"F32": "float32", "BF16": "bfloat16"}[kinds.pop()]
+    assert f"{count / 1e6:.1f} million, {dtype}" in card and dtype == recipe["export_dtype"]
+    shape = f"{config['num_hidden_layers']} layers × {config['hidden_size']}, {config['num_attention_heads']} heads of"
+    assert f"Llama, {shape} {config['head_dim']}" in card
+    steps = f"{record['steps']:,} steps × {record['config']['rows']} rows × {window} tokens"
+    assert f"{steps} ({record['tokens'] / 1e6:.0f}M tokens), seed {recipe['seed']}" in card
+    assert record["tokens"] == recipe["steps"] * recipe["rows"] * window
+    assert f"{record['seconds']:.0f} s, and {record['base']['seconds_for_rows']:.0f} s for the rows" in card
+    revision = json.loads((folder / "environment.json").read_text())["revision"]
+    assert f"`{revision[:8]}`" in card
+    assert f"{sources['text_tokens'] / 1e6:.1f}M tokens ({sources['text_bytes'] / 1e6:.0f} MB)" in card
+    others = [entry for entry in sources["packages"] if entry["name"] != "python"]
+    assert f"Python interpreter and of {len(others)} installed packages" in card
+    assert all(
+        re.search(r"MIT|BSD|Apache|PSF|Python Software|ISC|Zlib|CC0|BSL|HPND", entry["licence"])
+        for entry in sources["packages"]
+    )
+    assert sum(e["prose_bytes"] + e["code_bytes"] for e in sources["packages"]) == sources["text_bytes"]
+    counts = record["base"]["rows"]["counts"]
+    assert counts["text"] == recipe["distinct"] / 2 == sum(n for kind, n in counts.items() if kind != "text")
