@@ -26,6 +26,7 @@ from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
 from endprompt.files import drop_cut_line
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
+from endprompt.model.parity import check_loaded
 from endprompt.positions import PIECES, TEXT_WHOLE
 from endprompt.results import append_rows, result_row
 
@@ -180,9 +181,10 @@ def held_out_rows(
 def load(cell: Cell, checkpoint: Path, device: str) -> Any:
     """The model to score: bfloat16 on a GPU, float32 on a CPU."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    if cell.trained:
-        return load_model(checkpoint, dtype=dtype, attention="sdpa", device=device)
-    return load_model(cell.model, dtype=dtype, attention="sdpa", device=device, config=extended(cell))
+    path, config = (checkpoint, None) if cell.trained else (cell.model, extended(cell))
+    model = load_model(path, dtype=dtype, attention="sdpa", device=device, config=config)
+    check_loaded(model, predict.loss_sum)
+    return model
 
 
 def extended(cell: Cell) -> Any:

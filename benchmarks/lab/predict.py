@@ -24,8 +24,8 @@ from benchmarks.scoring import generate
 from benchmarks.scoring.settled import settled, settled_text
 from endprompt.model.attention import PREFIX
 from endprompt.model.length_rope import rows_alone
+from endprompt.model.parity import plain_head
 from endprompt.text import Reader
-from endprompt.train.parity import plain_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

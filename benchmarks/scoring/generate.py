@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.scoring.laid_out import LaidOut, Scene, Unfit, attending
 from endprompt.model.length_rope import length_kinds, rows_alone
+from endprompt.model.parity import transformers_own
 from endprompt.train.graph import Replayed
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def penalty(model: Any) -> float:
 
 
 def tried(model: Any, found: Way) -> tuple[int, ...]:
-    """Each layer's bytes a token. Raises Unfit unless two short rows, read and continued, have the model's logits."""
+    """Each layer's bytes a token. Raises Unfit unless two short rows, read and continued, have transformers' logits."""
     config = model.config.get_text_config()
     slides = [window for window in found.windows if window]
     longest = min(min(slides), 256) + 3 if slides else 9  # a small window is outgrown, a large one is taken on trust
@@ -173,7 +174,8 @@ def tried(model: Any, found: Way) -> tuple[int, ...]:
             kept = torch.stack(batch.logits or [], dim=1)
             for row, tokens, got_NV in zip(rows, made, kept.float()):
                 ids = torch.tensor([row + tokens[:-1]], device=model.device)
-                wanted = model(input_ids=ids, use_cache=False).logits[0, len(row) - 1 :].float()
+                with transformers_own(model):
+                    wanted = model(input_ids=ids, use_cache=False).logits[0, len(row) - 1 :].float()
                 wide_N = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
                 error_N = (got_NV.to(wanted.device) - wanted).norm(dim=-1) / wide_N
                 # by the median: in half precision a near tie of experts may go the other way in one place

@@ -18,18 +18,21 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.scoring import generate
 from benchmarks.scoring.settled import settled_text
-from endprompt.model import weights
+from endprompt.model import length_rope, parity, weights
 from endprompt.text import Reader
 
 
 class Complete:
-    """Loads models whose weights are those of the checkpoint; transformers fills up with random numbers, or drops."""
+    """Loads models whose weights are the checkpoint's, where transformers fills up with random numbers or drops some,
+    and which compute what transformers' own do."""
 
     @staticmethod
     def from_pretrained(path: str, **options: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         model, report = loaded
         weights.settle(model, report)
+        length_rope.rows_alone(model)
+        parity.check_loaded(model.eval())
         return model
 
 

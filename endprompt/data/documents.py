@@ -43,11 +43,7 @@ def read_documents(path: str | Path) -> Iterator[Document]:
 
     A plain-text file is one document. Raises ValueError naming file and line if a record is broken.
     """
-    if str(path).startswith(HUB):
-        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={str(path)!r}")
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the data file must exist: data={str(path)!r}")
+    path = data_file(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         for number, record in _json_lines(path):
             yield document_of(record, f"{path}, line {number}")
@@ -56,8 +52,18 @@ def read_documents(path: str | Path) -> Iterator[Document]:
             yield document_of(record, f"{path}, row {number}")
     elif path.suffix == ".txt":
         yield Document(read_text(path))
-    else:
+
+
+def data_file(path: str | Path) -> Path:
+    """The file's path. Raises ValueError if there is none, or its kind is not known, in no time."""
+    if str(path).startswith(HUB):
+        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={str(path)!r}")
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the data file must exist: data={str(path)!r}")
+    if not path.name.endswith(SUFFIXES):
         raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
+    return path
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

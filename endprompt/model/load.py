@@ -21,6 +21,7 @@ from endprompt.files import parse_object
 from endprompt.model import length_rope
 from endprompt.model.attention import PREFIX, register_causal_only
 from endprompt.model.geometry import check_frequencies, rope_geometry, window_of
+from endprompt.model.parity import check_loaded
 from endprompt.model.weights import promise_nothing, settle
 from endprompt.text import vocabulary
 
@@ -87,7 +88,8 @@ def load_model(
     """A causal language model in evaluation mode, its RoPE checked against our own frequencies, and without memory.
 
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
-    config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path` and `rope_geometry`.
+    config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path`, `rope_geometry` and
+    `check_loaded`.
     """
     directory = checkpoint_path(path)
     config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
@@ -97,8 +99,10 @@ def load_model(
     settle(model, report, directory)
     check_frequencies(model)
     length_rope.rows_alone(model)
-    model.to(device=torch.device(device))
-    return model.eval()
+    model.to(device=torch.device(device)).eval()
+    if not attention.startswith(PREFIX):  # training's is compared before the first step
+        check_loaded(model)
+    return model
 
 
 def load_report(

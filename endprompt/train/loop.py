@@ -30,6 +30,7 @@ from endprompt.fast import linears
 from endprompt.model import lora, shares, training_attention
 from endprompt.model.attention import attention_backends
 from endprompt.model.load import decoder_layers
+from endprompt.model.parity import check_forward
 from endprompt.results import result_row
 from endprompt.runs import RunDirectory, plain
 from endprompt.train import states as checkpoint
@@ -38,7 +39,6 @@ from endprompt.train.faster import make_fast
 from endprompt.train.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.train.objective import Objective, optimizer_of, optimizer_step
 from endprompt.train.output import identity
-from endprompt.train.parity import check_forward
 from endprompt.train.progress import device_peak, flops_per_token, progress, reporters
 
 if TYPE_CHECKING:
@@ -110,8 +110,6 @@ class Trainer:
         self.notes: list[str] = []  # on the checkpoint's weights
         model.train()
         model.config.use_cache = False
-        if here.size == 1:  # before anything is converted, compiled or recorded
-            self.check_forward(Objective(model, autocast=config.autocast))
         if config.lora_rank:
             lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
@@ -121,16 +119,12 @@ class Trainer:
         if here.size > 1:  # from here on the model's weights are shares
             distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
             shares.read_shares(model, here.device)
-            self.check_forward(self.loss)
+            check_forward(self.loss, bfloat16=config.autocast)
             sharded: Any = self.loss  # what is gathered for a forward pass stays so until the backward pass
             sharded.reshard()
         self.graph = self.step_graph() if config.compile.startswith("graph") else None
         self.optimizer = self.graph.optimizer if self.graph else optimizer_of(config, model)
         self.budget = make_fast(model, config, self.device)
-
-    def check_forward(self, objective: Objective) -> None:
-        with attention_backends(self.device):
-            check_forward(objective, bfloat16=self.config.autocast)
 
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)

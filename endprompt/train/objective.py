@@ -12,9 +12,9 @@ from endprompt.config import ExtendConfig
 from endprompt.distributed import say
 from endprompt.fast.float8 import Float8Matrix
 from endprompt.model.attention import attention_backends
+from endprompt.model.parity import plain_head
 from endprompt.train.loss import linear_cross_entropy, logits_cross_entropy, next_tokens
 from endprompt.train.optimizers import clip_gradients, make_optimizer
-from endprompt.train.parity import plain_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,16 +11,19 @@ import torch
 from endprompt import distributed, origin
 from endprompt.config import ExtendConfig, check_processes, method_name
 from endprompt.data import Rows, RowSpec, encoder, load_documents
+from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.model import lora
 from endprompt.model.load import whole_weights
+from endprompt.model.parity import check_forward
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
 from endprompt.train import determinism, outcome
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.loop import Trainer
+from endprompt.train.objective import Objective
 from endprompt.train.output import Output
 from endprompt.train.progress import check_reports, device_memory
 from endprompt.train.start import Checkpoint, to_extend, to_pretrain
@@ -54,25 +57,30 @@ def run(start: Checkpoint) -> Path:
         about_weights = start.check_weights()
         for note in about_weights:
             say(f"{config.model}: {note}", here)
-        rows = Rows(load_documents(config.data, tokenizer), spec)
-        if len(rows) < config.rows:
-            raise ValueError(
-                f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped {rows.dropped} "
-                f"shorter ones), rows={config.rows}"
-            )
-        evaluation = held_out(config, spec, tokenizer)
-        state = output.resume(rows)
-        with output.resumable():
-            log = RunDirectory(output.work, config) if here.main else None
-            steps = total_steps(config, spec.row_tokens)
-            say(
-                f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; "
-                f"dropped {rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated "
-                f"{rows.truncated_tokens:,} tokens",
-                here,
-            )
-            with determinism.repeatable(config.deterministic):
-                model = start.to_fill() if here.size > 1 else start.load(here.device)
+        for path in (*config.data, *config.eval_data):  # what takes no time first, then the model, then the data
+            if not Path(path).is_dir():
+                data_file(path)
+        with determinism.repeatable(config.deterministic):
+            model = start.to_fill() if here.size > 1 else start.load(here.device)
+            if here.size == 1:  # shares are checked by the trainer, once they are read
+                check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
+            rows = Rows(load_documents(config.data, tokenizer), spec)
+            if len(rows) < config.rows:
+                raise ValueError(
+                    f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped "
+                    f"{rows.dropped} shorter ones), rows={config.rows}"
+                )
+            evaluation = held_out(config, spec, tokenizer)
+            state = output.resume(rows)
+            with output.resumable():
+                log = RunDirectory(output.work, config) if here.main else None
+                steps = total_steps(config, spec.row_tokens)
+                say(
+                    f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; "
+                    f"dropped {rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated "
+                    f"{rows.truncated_tokens:,} tokens",
+                    here,
+                )
                 trainer = Trainer(config, model, rows, steps, log, here)
                 trainer.evaluation, trainer.notes = evaluation, about_weights
                 distributed.by_main(here, lambda: check_end(trainer, start, output, dtype))
@@ -82,10 +90,10 @@ def run(start: Checkpoint) -> Path:
                     trainer.fit(output.states)
                 except torch.OutOfMemoryError as error:
                     raise ValueError(out_of_memory(config, spec, here, str(error).partition(". ")[0])) from error
-            finish(trainer, start, output, dtype)
-            if trainer.stopped:  # at its last step: what called this run is to stop
-                raise KeyboardInterrupt
-            return output.path
+                finish(trainer, start, output, dtype)
+                if trainer.stopped:  # at its last step: what called this run is to stop
+                    raise KeyboardInterrupt
+                return output.path
 
 
 def check_end(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> None:

@@ -218,8 +218,8 @@ def trained(source: Path, export_to: Path, row: dict[str, Any]) -> str:
     """Extend by YaRN as `endprompt extend` does up to its first step; loss, gradient, export, reload."""
     from endprompt import model
     from endprompt.model.load import check_builds, export
+    from endprompt.model.parity import check_forward
     from endprompt.train.objective import Objective
-    from endprompt.train.parity import check_forward
 
     config = model.load_config(source)
     scaling = "yarn"

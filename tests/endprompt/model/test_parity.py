@@ -7,9 +7,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from endprompt import model as models
-from endprompt.model import geometry
+from endprompt.model import geometry, length_rope, parity
 from endprompt.model.attention import registered_name
-from endprompt.train import Objective, parity
+from endprompt.train import Objective
 
 COMMON = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -115,7 +115,7 @@ def test_eager_trains_with_transformers_loss(family, changes):
         ("DeepseekV32", SPARSE, "deepseek_v32: this family cannot be trained with the causal-only attentions"),
         ("GlmMoeDsa", SPARSE, "glm_moe_dsa: this family cannot be trained with the causal-only attentions"),
         ("Llama4Text", {"head_dim": 8, "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 48},
-         r"llama4_text: training does not compute this model as transformers does \(contiguous positions, att"),
+         r"llama4_text: training \(contiguous positions, attention=eager\) does not compute what transformers does"),
         ("Mistral", {"sliding_window": 16}, "mistral: .* sliding window: window=16 is below the row's 48"),
         ("Doge", {"num_experts": 4}, "doge: .* has one of its own"),
         ("GPTNeoXJapanese", {}, "gpt_neox_japanese: its attention is its own and cannot be chosen"),
@@ -160,7 +160,7 @@ def test_a_fault_of_the_attention_is_found(monkeypatch):
     for wrong in (scaled, seeing_all):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(models.ATTENTIONS, "sdpa", wrong)
-            with pytest.raises(ValueError, match="training does not compute this model as transformers does"):
+            with pytest.raises(ValueError, match="does not compute what transformers does"):
                 parity.check_forward(objective_of("Llama"))
     objective = objective_of("Llama")
     own = objective.model.base_model.forward
@@ -189,3 +189,79 @@ def test_the_check_leaves_model_and_numbers_as_they_were():
     assert torch.equal(torch.random.get_rng_state(), before)
     assert objective.model.training and objective.model.config._attn_implementation == registered_name("shifted")
     assert all(parameter.grad is None for parameter in objective.model.parameters())
+
+
+def with_scale(scale):
+    """Every stock attention but eager, its logits multiplied."""
+    from transformers import AttentionInterface
+
+    right = AttentionInterface._global_mapping["sdpa"]
+
+    def attend(module, q, k, v, mask=None, **kwargs):
+        return right(module, q, k, v, mask, **(kwargs | {"scaling": scale * kwargs["scaling"]}))
+
+    return lambda patch: patch.setitem(AttentionInterface._global_mapping, "sdpa", attend)
+
+
+def with_turned_rows(patch):
+    right = length_rope.RowsAlone.forward
+
+    def turned(self, x, position_ids):
+        return right(self, x, position_ids + position_ids // 2)
+
+    patch.setattr(length_rope.RowsAlone, "forward", turned)
+
+
+def scaled(kind):
+    return {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32} | (
+        {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, with_scale(2.0)),
+        ({"rope_parameters": scaled("dynamic")}, with_turned_rows),
+        ({"rope_parameters": scaled("longrope")}, with_turned_rows),
+    ],
+)
+def test_a_fault_of_a_loaded_model_is_found_by_every_command_that_loads_one(tmp_path, changes, fault):
+    """`load_model` is the lab's and verify's, `Complete` that of `score`; the dtypes are those they load in."""
+    from analysis.config import VerifyConfig
+    from analysis.scene import load
+    from benchmarks.lab import predict
+    from benchmarks.scoring.hf import Complete
+
+    directory = tmp_path / "model"
+    random_model("Llama", "sdpa", **changes).save_pretrained(directory)
+    loads = [
+        lambda: models.load_model(directory),
+        lambda: models.load_model(directory, dtype="bfloat16"),
+        lambda: load(str(directory), VerifyConfig(str(directory))),
+        lambda: Complete.from_pretrained(str(directory), attn_implementation="sdpa"),
+    ]
+    for attempt in loads:
+        parity._checked.clear()
+        model = attempt()
+        parity.check_loaded(model, predict.loss_sum)
+        with pytest.raises(ValueError, match=r"does not compute what transformers does: the last logits differ"):
+            parity.check_loaded(model, lambda model, ids: 1.2 * predict.loss_sum(model, ids))
+    with pytest.MonkeyPatch.context() as patch:
+        fault(patch)
+        for attempt in loads:
+            parity._checked.clear()
+            with pytest.raises(ValueError, match=r"llama: .* attention sdpa, does not compute what transformers does"):
+                attempt()
+
+
+def test_training_s_forward_is_compared_before_the_data_are_read(extend_config, monkeypatch):
+    from endprompt.train import run
+
+    config = extend_config(attention="eager")
+    monkeypatch.setitem(models.ATTENTIONS, "eager", models.ATTENTIONS["shifted"])
+    monkeypatch.setattr(run, "load_documents", lambda *args: pytest.fail("the data are read"))
+    with pytest.raises(ValueError, match=r"llama: training .* does not compute what transformers does"):
+        run.extend(config)
+    with pytest.raises(ValueError, match=r"the data file must exist: data='nowhere.txt'"):
+        run.extend(extend_config(data=["nowhere.txt"]))
