@@ -50,7 +50,7 @@ def score_panels(figure: Any, curves: dict[str, Any]) -> None:
     figure.suptitle(
         f"{curves['checkpoint']} ({curves['method']}): bounds hold at every real distance. Bernstein's constant says "
         f"more than |S(d) − S(d′)| ≤ 2 sup|S|\nonly within {curves['radius']:.3g} tokens; "
-        f"the gap is {widest(curves['gap'])} tokens wide"
+        + (f"the gap is {widest(curves['gap'])} tokens wide" if curves["gap"] else "there is no gap")
     )
     axes = figure.subplots(3, len(heads), sharex=True, squeeze=False)
     names = ("logit S(d)", "S′(d), per token", "S″(d), per token²")
@@ -72,15 +72,16 @@ def score_panels(figure: Any, curves: dict[str, Any]) -> None:
             f"sup|S| over the line = {head['supremum'][1] / head['sum_a']:.3f} Σa"
         )
         axes[-1][column].set_xlabel("relative distance d (tokens)")
-    lo, hi = max(curves["gap"], key=lambda interval: interval[1] - interval[0])
-    axes[0][0].annotate(
-        f"gap [{lo}, {hi}]",
-        ((lo + hi) / 2, 0.86),
-        xycoords=("data", "axes fraction"),
-        ha="center",
-        va="top",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
-    )
+    if curves["gap"]:
+        lo, hi = max(curves["gap"], key=lambda interval: interval[1] - interval[0])
+        axes[0][0].annotate(
+            f"gap [{lo}, {hi}]",
+            ((lo + hi) / 2, 0.86),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
+        )
     legend(figure)
 
 
@@ -116,19 +117,23 @@ def head_panels(figure: Any, curves: dict[str, Any]) -> None:
     axes = figure.subplots(1, 3)
     tightness, roughness = np.array(curves["tightness"]), np.array(curves["roughness"])
     measured, null = np.array(curves["roughness_pairs"]), np.array(curves["roughness_null"])
-    low, high = np.quantile(null, [0.01, 0.99])
+    low, high = np.quantile(null, [0.01, 0.99]) if curves["gap"] else (1, 1)
     reach = max(1e-3, float(np.abs(np.concatenate([roughness.ravel(), [low, high]]) - 1).max()))
-    panels = (
+    panels = [
         (tightness, "median of max|S′| / Σ aω", {"cmap": "viridis", "vmin": 0, "vmax": 1}),
         (roughness, "median of RMS S′, gap / observed", {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach}),
-    )
-    for axis, (values, title, colours) in zip(axes, panels, strict=False):
+    ]
+    for axis in () if curves["gap"] else axes[1:]:
+        axis.set_axis_off()
+    for axis, (values, title, colours) in zip(axes, panels if curves["gap"] else panels[:1], strict=False):
         picture = axis.imshow(values, aspect="auto", origin="lower", interpolation="nearest", **colours)
         axis.set_title(title)
         axis.set_xlabel("head")
         axis.set_ylabel("layer with RoPE" if curves.get("without_rope") else "layer")
         whole(axis)
         figure.colorbar(picture, ax=axis)
+    if not curves["gap"]:
+        return
     axis = axes[2]
     edges = np.quantile(np.concatenate([measured, null]), [0.002, 0.998])
     bins = np.linspace(min(edges[0], 0.99), max(edges[1], 1.01), 50)
@@ -153,6 +158,8 @@ def change_panel(figure: Any, curves: dict[str, Any]) -> None:
     """RMS on the observed distances against RMS in the gap, each pair a point, beside the worst case."""
     prediction = curves["prediction"]
     what = "ΔS, after − before" if prediction["subject"] == "change" else "S"
+    if not curves["gap"]:
+        return
     axis, below = figure.subplots(2, 1, height_ratios=[2.2, 1])
     axis.plot(
         prediction["points"]["observed"], prediction["points"]["gap"], ".", color=SCORE, ms=2, label=f"{what}, pairs"
@@ -201,6 +208,8 @@ def decades(axis: Any) -> None:
 def outlook_panels(figure: Any, curves: dict[str, Any]) -> None:
     """Predicted RMS error in the gap against target, context, anchors, scheme and pretraining."""
     outlook = curves["outlook"]
+    if not outlook["schemes"]:  # rows as long as the target
+        return
     figure.suptitle(
         f"what positions determine: predicted RMS error in the gap for scores of RMS 1, noise {curves['noise']:g}, "
         "white prior"

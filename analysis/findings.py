@@ -78,15 +78,17 @@ class VerifyReport:
                 if c["without_rope"]
                 else []
             ),
-            f"observed {spell(c['observed'])}; gap {spell(c['gap'])}",
+            f"observed {spell(c['observed'])}; "
+            + (
+                f"gap {spell(c['gap'])}" if c["gap"] else f"no gap: {c['scheme']} shows every distance below the target"
+            ),
             f"{'bound (over the whole line)':<46}{'share within':>13}{'largest/bound':>15}",
         ]
         for name, label in CHECKS.items():
             lines.append(f"{label:<46}{self.shares[name]:>13.6f}{self.worst[name]:>15.4f}")
-        gap_width = max(hi - lo + 1 for lo, hi in c["gap"])
         lines.append(
-            f"Bernstein says more than |S(d) - S(d')| <= 2 sup|S| only for |d - d'| < {c['radius']:.3g} tokens; "
-            f"the gap is {gap_width} wide"
+            f"Bernstein says more than |S(d) - S(d')| <= 2 sup|S| only for |d - d'| < {c['radius']:.3g} tokens"
+            + (f"; the gap is {max(hi - lo + 1 for lo, hi in c['gap'])} wide" if c["gap"] else "")
         )
         for row in self.rows:
             if row["task"] != "bounds":
@@ -109,6 +111,7 @@ class Findings:
         self.gram = {
             name: observability.gram(self.omega, segments)
             for name, segments in (("observed", scene.observed), ("gap", scene.gap))
+            if segments
         }
         self.rng = np.random.default_rng([scene.config.seed, 1])
         self.layers: list[dict[str, Any]] = []
@@ -132,13 +135,14 @@ class Findings:
             "worst": {name: float(value.max()) for name, value in ratio.items()},
             "tightness": (largest.size[1] / np.maximum(coef_bound(flat, omega, 1), TINY)).reshape(heads, pairs),
             "tightness_bernstein": largest.size[1] / np.maximum(bernstein_bound(flat, omega, 1), TINY),
-            "roughness": self.roughness(flat).reshape(heads, pairs),
-            "null": self.roughness(np.abs(flat) * np.exp(2j * np.pi * self.rng.random(flat.shape))),
             "band": energy[:, band].sum(1) / np.maximum(energy.sum(1), TINY),
             "power": energy.sum(0),
             "B1": float(coef_bound(flat, omega, 1).max()),
             "curves": self.steepest(layer.layer, z),
         }
+        if scene.gap:
+            record["roughness"] = self.roughness(flat).reshape(heads, pairs)
+            record["null"] = self.roughness(np.abs(flat) * np.exp(2j * np.pi * self.rng.random(flat.shape)))
         subject = flat
         if before is not None:
             old = unit * np.concatenate([before.z, before.constant[..., None]], axis=-1)
@@ -188,7 +192,7 @@ class Findings:
                     "high": rounded(high),
                     "coefficient": float(coef_bound(z, self.omega, order)),
                     "bernstein": float(bernstein_bound(z, self.omega, order, supremum[1])),
-                    "gap_maximum": [max(lo for lo, _ in enclosures), max(hi for _, hi in enclosures)],
+                    "gap_maximum": [max(ends) for ends in zip(*enclosures)],  # from below and above; none without one
                 }
             )
         sum_a = orders[0]["coefficient"]
@@ -205,7 +209,8 @@ class Findings:
                 to_draw[place] for place in np.unique(np.linspace(0, len(to_draw) - 1, DRAWN).round().astype(int))
             ]
         prediction = self.predict(layers)
-        heads, pairs = layers[0]["roughness"].shape
+        heads, pairs = layers[0]["tightness"].shape
+        rough = {key: [r[key] for r in layers if key in r] for key in ("roughness", "null")}
         curves: dict[str, Any] = {
             "checkpoint": origin.name_of(scene.config.checkpoint),
             "against": origin.name_of(scene.config.against) if scene.config.against else None,
@@ -227,9 +232,9 @@ class Findings:
             "pairs": int(pairs),
             "curves": [self.drawn(curve) for curve in to_draw],
             "tightness": [rounded(np.median(r["tightness"], axis=1)) for r in layers],
-            "roughness": [rounded(np.median(r["roughness"], axis=1)) for r in layers],
-            "roughness_pairs": rounded(thinned(np.concatenate([r["roughness"].ravel() for r in layers]))),
-            "roughness_null": rounded(thinned(np.concatenate([r["null"] for r in layers]))),
+            "roughness": [rounded(np.median(values, axis=1)) for values in rough["roughness"]],
+            "roughness_pairs": rounded(thinned(np.ravel(rough["roughness"]))),
+            "roughness_null": rounded(thinned(np.ravel(rough["null"]))),
             "prediction": prediction,
             "outlook": outlook.outlook(scene.geometry, scene.window, scene.length, scene.context, scene.config),
         }
@@ -252,7 +257,7 @@ class Findings:
             "points": {name: rounded(thinned(values)) for name, values in share.items()},
             "worst": {"eps": [], "value": []},
         }
-        if not live.any():
+        if not (scene.gap and live.any()):
             return result
         low, high = max(share["observed"].min(), 1e-6), max(share["observed"].max(), 1e-5)
         for eps in np.geomspace(low * 0.9, high * 1.1, WORST_CASES):
@@ -300,7 +305,7 @@ class Findings:
         curves: dict[str, Any],
     ) -> list[dict[str, Any]]:
         scene = self.scene
-        number = sum(r["roughness"].size for r in layers)
+        number = sum(r["tightness"].size for r in layers)
 
         def row(task: str, metric: str, value: float, n: int | None = number, **extra: Any) -> dict[str, Any]:
             return result_row(
@@ -344,8 +349,9 @@ class Findings:
         log_probability, variation = softmax_change(max(r["B1"] for r in layers))
         rows.append(row("softmax", "log_probability_change_per_token_bound", log_probability))
         rows.append(row("softmax", "total_variation_per_token_bound", variation))
-        rows += quantiles("roughness", "gap_over_observed", together("roughness"))
-        rows += quantiles("roughness", "gap_over_observed_random_phase", together("null"))
+        if scene.gap:
+            rows += quantiles("roughness", "gap_over_observed", together("roughness"))
+            rows += quantiles("roughness", "gap_over_observed_random_phase", together("null"))
         rows.append(row("roughness", "critical_band_energy_share_median", float(np.median(together("band")))))
         prediction = curves["prediction"]
         for name, value in prediction["rms"].items():

@@ -42,7 +42,10 @@ def gap_rms(
 
 
 def outlook(geometry: Any, window: int, target: int, context: int, config: Any) -> dict[str, Any]:
-    """What a checkpoint's RoPE lets the schemes determine, around the target and context at hand; plain lists."""
+    """What a checkpoint's RoPE lets the schemes determine, around the target and context at hand; plain lists.
+
+    The gap is that of a fixed end prompt, or of none; `schemes` and `pretraining` are empty where rows leave none.
+    """
     base, rotary = geometry.parameters["rope_theta"], geometry.rotary_dim
     kind = geometry.parameters.get("rope_type", "default")
     prompt, noise = config.prompt, config.noise
@@ -71,7 +74,7 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
     contexts = sorted({max(prompt, window * share // 8, 1) for share in range(1, 9)} | {context})
     schemes = []
     _, reference = observability.distance_segments(target, context, prompt, fixed[-1])
-    for scheme in observability.with_room_for(prompt):
+    for scheme in observability.with_room_for(prompt) if reference else ():
         once = predicted(scheme, target, context, config.count)
         if once is None:
             continue
@@ -82,7 +85,7 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
         schemes.append({"scheme": scheme, "once": once, "by_pairs": weighted})
     theta, _ = rope_freqs(base, rotary)
     pretraining = []
-    for scaling in SCALINGS:
+    for scaling in SCALINGS if reference else ():
         omega, _ = rope_freqs(base, rotary, scaling, max(target / window, 1.0), window)
         value = gap_rms(omega, [], reference, noise, (theta, window))
         pretraining.append({"scaling": scaling, "value": value})

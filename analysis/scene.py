@@ -16,7 +16,7 @@ from analysis.capture import capture, choose_pairs
 from analysis.config import VerifyConfig
 from endprompt.files import read_text, sha256_of
 from endprompt.positions import Intervals
-from endprompt.results import RECORD, recorded
+from endprompt.results import recorded
 from endprompt.text import Reader
 
 
@@ -71,12 +71,6 @@ def prepare(config: VerifyConfig) -> Scene:
     scheme, context, prompt, count = config.scheme, config.context, config.prompt, config.count
     assert scheme is not None and context is not None and prompt is not None and count is not None
     observed, gap = observability.distance_segments(length, context, prompt, scheme, count=count)
-    if not gap:
-        raise ValueError(
-            f"the target must leave a gap, but scheme {scheme!r} observes every distance below it: "
-            f"target={length} {context=} {prompt=} (scheme, context and prompt are those of the flags, else of the "
-            f"checkpoint's {RECORD})"
-        )
     omega, attention_factor = geometry.frequencies(length)
     text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
     ids = np.asarray(Reader(models.load_tokenizer(config.checkpoint)).prompts([text])[0], dtype=np.int64)

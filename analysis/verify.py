@@ -2,6 +2,7 @@
 
 A text is read once. For every layer and head the same pairs of places are taken, their spectra checked against the
 model's own logits, all distances 0..L-1 evaluated in float64, and the values held against bounds over the whole line.
+Rows that show every distance below L leave no gap (PoSE, full-length training): what is about the gap is left out then.
 Values are in units of the logit (attention factor squared and 1/sqrt(D) included).
 """
 
@@ -24,7 +25,7 @@ CURVES = "curves.json"
 def verify(config: VerifyConfig) -> VerifyReport:
     """Examine a checkpoint; writes rows, curves and figures into config.output and returns them.
 
-    Raises ValueError for impossible sizes, a target that leaves no gap, and what the model loader refuses.
+    Raises ValueError for impossible sizes and what the model loader refuses.
     """
     from analysis import figures
 

@@ -13,7 +13,7 @@ from analysis.commands import verify as verify_command
 from analysis.config import PositionsConfig, VerifyConfig
 from analysis.scene import prepare
 from analysis.sweep import Sweep
-from endprompt import results
+from endprompt import positions, results
 from endprompt.model import load_model, rope_geometry
 
 WINDOW, TARGET = 256, 2048
@@ -350,7 +350,6 @@ def test_the_checks_take_suprema_over_the_line():
         ({"heads": "2.0"}, "layer.head of a model with 2 layers of 4 heads"),
         ({"heads": "one"}, "layer.head"),
         ({"context": 2040}, "must fit into the target"),
-        ({"scheme": "pose"}, "must leave a gap"),
         ({"pairs": 2}, "pairs must be at least 3"),
         ({"text": "/nonexistent/text"}, "No such file"),
         ({"tokens": 4}, "at least 16 tokens"),
@@ -446,19 +445,42 @@ def recorded_as(checkpoint, **record):
         ({"config": {"scheme": "anchors", "anchors": 2}, "prompt_tokens": 8}, {},
          [(0, 191), (825, 1023), (1849, 2047)]),
         ({"config": {"scheme": "pose"}}, {"scheme": "endprompt", "prompt": 8}, [(0, 191), (1849, 2047)]),
-        ({"config": {"scheme": "pose"}}, {}, None),
-        ({"config": {"scheme": "contiguous"}, "row_tokens": TARGET}, {}, None),
+        ({"config": {"scheme": "pose"}}, {}, [(0, 2047)]),
+        ({"config": {"scheme": "contiguous"}, "row_tokens": TARGET}, {}, [(0, 2047)]),
     ],
 )  # fmt: skip
 def test_verify_reads_the_rows_from_the_record(checkpoint, record, flags, observed):
     config = VerifyConfig(str(recorded_as(checkpoint("Llama"), **record)), pairs=6, **flags)
-    if observed is None:
-        with pytest.raises(ValueError, match=f"scheme '{record['config']['scheme']}' observes every distance"):
-            prepare(config)
-        return
     scene = prepare(config)
     assert scene.observed == observed
     assert scene.window == WINDOW
+
+
+@pytest.mark.parametrize("scheme", [*positions.SCHEMES, "full-length"])
+def test_verify_of_every_scheme(checkpoint, tmp_path, scheme):
+    """The distances against those of drawn rows; without a gap the bounds are checked, and nothing is said of one."""
+    prompt, row_tokens = (8 if scheme in positions.WITH_PROMPT else 0), TARGET if scheme == "full-length" else 200
+    kind = "contiguous" if scheme == "full-length" else scheme
+    record = {"config": {"scheme": kind, "anchors": 4}, "prompt_tokens": prompt, "row_tokens": row_tokens}
+    path = str(recorded_as(checkpoint("Llama"), **record))
+    formats = ("png",) if scheme == "full-length" else ()
+    config = VerifyConfig(path, pairs=6, tokens=100, output=str(tmp_path), formats=formats)
+    report = verify.verify(config)
+    seen = np.zeros(TARGET, dtype=bool)
+    for draw in range(300 if kind != "contiguous" else 1):
+        ids = positions.position_ids(kind, row_tokens - prompt, prompt, TARGET, positions.sample_rng(0, draw))
+        seen[np.abs(np.subtract.outer(ids, ids)).ravel()] = True
+    observed = np.zeros(TARGET, dtype=bool)
+    for lo, hi in report.curves["observed"]:
+        observed[lo : hi + 1] = True
+    assert not (seen & ~observed).any() and np.mean(observed & ~seen) < 0.1
+    assert observed.sum() + sum(hi - lo + 1 for lo, hi in report.curves["gap"]) == TARGET
+    assert report.holds and (f"; no gap: {kind} shows every distance" in report.table()) is bool(observed.all())
+    about_gap = [row["metric"] for row in report.rows if row["task"] != "observability" and "gap" in row["metric"]]
+    assert bool(about_gap) is not observed.all()
+    assert {path.name for path in tmp_path.glob("*.png")} == ({"score.png", "verify.png"} if formats else set())
+    if scheme == "pose":
+        assert observed.all()
 
 
 def test_layers_without_rope_are_left_out_of_verify(checkpoint, tmp_path):
