@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 METHODS = {
@@ -82,11 +81,3 @@ class BenchConfig:
     whole_step: bool = False
     profile: bool = False
     name: str = ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Suites
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

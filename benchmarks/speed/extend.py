@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.measure import speed_rows
+
 GIB = 2**30
 
 
@@ -105,9 +107,6 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
 
 
 def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict[str, Any]]:
-    from endprompt.results import result_row
-    from endprompt.runs import environment
-
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     speed = statistics.median(entry["tokens_per_s"] for entry in log[1:])
     hosts = [json.loads((work / f"rank-{rank}.json").read_text())["host_gib"] for rank in range(config.processes)]
@@ -122,28 +121,14 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
     if "mfu" in log[-1]:
         values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
     setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "work", "timeout")}
-    about = environment()
     task, sharded = "extend, one process", ""
     if config.processes > 1:
         task, sharded = f"extend, {config.processes} processes", ", sharded by FSDP2"
-    return [
-        result_row(
-            suite="training-speed",
-            task=task,
-            length=config.target,
-            metric=metric,
-            value=value,
-            model=config.shape,
-            method="endprompt",
-            seed=0,
-            what=f"extend from a checkpoint of random weights to its export{sharded}; the median of its steps but the "
-            "first",
-            setting=setting,
-            loss=log[-1]["loss"],
-            environment=about,
-        )
-        for metric, value in values.items()
-    ]
+    what = f"extend from a checkpoint of random weights to its export{sharded}; the median of its steps but the first"
+    return speed_rows(
+        values, task=task, length=config.target, model=config.shape, method="endprompt", what=what, setting=setting,
+        loss=log[-1]["loss"],
+    )  # fmt: skip
 
 
 def make_checkpoint(config: ManyConfig, directory: Path) -> None:

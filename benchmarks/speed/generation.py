@@ -1,4 +1,4 @@
-"""Speed of scoring, generation and prompts: before, now and lm-eval's own model, side by side in one run.
+"""Speed of scoring, prompts and generation: ours and lm-eval's own model, side by side in one run.
 
     python -m benchmarks.speed.generation --out runs/generation-speed.jsonl
     python -m benchmarks.speed.generation --tiny --out FILE            a rehearsal on a CPU, its numbers mean nothing
@@ -12,11 +12,8 @@ prompts differ by a few tokens, as RULER's do. Rows of suite `scoring-speed`:
 - `ruler`: a prompt for each of RULER's 13 tasks, with the tokens that RULER lets each of them make.
 
 `sample_seconds`: a sample, prompt and answer. `prompt_share`: part of that time in which prompts are read. Methods:
-`now` is `benchmarks.scoring.generate`; `before` is what it replaced, kept here: transformers' cache, attention that
-repeats keys and values, one batch a task; `lm-eval` is HFLM with its defaults, where lm_eval is installed. Each part is
+`now` is `benchmarks.scoring.generate`; `lm-eval` is HFLM with its defaults, where lm_eval is installed. Each part is
 written as soon as it is known; no part begins after --seconds. Needs torch and transformers only.
-
-Legend: B prompts, T tokens of the longest
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import ruler
 from benchmarks.scoring import generate
+from benchmarks.speed.measure import timed
 from endprompt import results, runs
 
 NEW_TOKENS = 128
@@ -67,15 +65,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-# (model, prompts, length, whether the loop before is run too), the issue's table first
+# (model, prompts, length)
 STEPS = [
-    ("llama3-8b", 4, 65_536, True),
-    ("llama3-8b", 8, 8_192, True),
-    ("llama3-8b", 8, 32_768, False),
-    ("llama3-8b", 2, 131_072, False),
-    ("llama3-8b", 16, 4_096, False),
-    ("smollm2-135m", 8, 65_536, True),
-    ("smollm2-135m", 32, 8_192, False),
+    ("llama3-8b", 4, 65_536),
+    ("llama3-8b", 8, 8_192),
+    ("llama3-8b", 8, 32_768),
+    ("llama3-8b", 2, 131_072),
+    ("llama3-8b", 16, 4_096),
+    ("smollm2-135m", 8, 65_536),
+    ("smollm2-135m", 32, 8_192),
 ]
 RULER = [("llama3-8b", 65_536, 1), ("llama3-8b", 4_096, 1), ("llama3-8b", 4_096, 20)]
 
@@ -87,13 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", default="step,ruler", help="step, ruler or both")
     parser.add_argument("--model", help="only this model's parts")
     parser.add_argument("--their-samples", type=int, default=1, help="prompts a task that lm-eval's model answers")
-    parser.add_argument("--now", action="store_true", help="leave out the loop before")
     parser.add_argument("--tiny", action="store_true", help="a very small model and lengths on the CPU")
     args = parser.parse_args(argv)
     steps, suites, new = STEPS, RULER, NEW_TOKENS
     if args.tiny:
-        steps, suites, new = [("tiny", 3, 256, True)], [("tiny", 256, 1)], 16
-    bench = Bench(args.out, "cpu" if args.tiny else "cuda", new, not args.now)
+        steps, suites, new = [("tiny", 3, 256)], [("tiny", 256, 1)], 16
+    bench = Bench(args.out, "cpu" if args.tiny else "cuda", new)
     tasks = [(suite[0], partial(bench.ruler, *suite, args.their_samples)) for suite in suites if "ruler" in args.parts]
     batches = [(step[0], partial(bench.step, *step)) for step in steps if "step" in args.parts]
     parts = [*tasks[:1], *batches, *tasks[1:]]
@@ -106,9 +103,8 @@ def main(argv: list[str] | None = None) -> None:
 class Bench:
     """Models, rows and the device's own speeds."""
 
-    def __init__(self, out: Path, device: str, new_tokens: int, before: bool = True):
+    def __init__(self, out: Path, device: str, new_tokens: int):
         self.began, self.out, self.device, self.new = time.perf_counter(), out, device, new_tokens
-        self.before = before
         self.made: list[dict[str, Any]] = []
         self.environment = runs.environment()
         self.bytes_per_second = copy_speed(device, 2**24 if device == "cpu" else 2**32)
@@ -152,7 +148,7 @@ class Bench:
         self.made.append(row)
         self.note(" ".join(f"{key}={row[key]:.4g}" for key in ("value", *columns) if isinstance(row[key], float)))
 
-    def step(self, name: str, batch: int, length: int, before: bool) -> None:
+    def step(self, name: str, batch: int, length: int) -> None:
         """A batch of prompts, each with `new` tokens."""
         model = self.model(name)
         self.note(f"step: {name}, {batch} prompts of {length:,}")
@@ -160,19 +156,17 @@ class Bench:
         found = generate.way(model)
         if found.reason:
             raise ValueError(f"{name} must run on the laid-out cache: {found.reason}")
-        for method in ("now", "before")[: 1 + (before and self.before)]:
-            run = now if method == "now" else old
-            run(model, [jobs[0]._replace(new_tokens=generate.RECORD + 2)], found)  # kernels are set up at the shapes
-            reading, whole = run(model, jobs, found)
-            decode = (whole - reading) / (self.new - 1)
-            limit = step_bytes(model, found, batch, length) / self.bytes_per_second
-            flops = prompt_flops(model, length - self.new) * batch
-            self.add(
-                "step", name, method, length, batch, whole,
-                decode_ms=1000 * decode, decode_over_limit=decode / limit, limit_ms=1000 * limit,
-                prompt_share=reading / whole, prompt_seconds=reading, batch=batch,
-                percent_of_ceiling=100 * flops / reading / self.ceiling, max_new_tokens=self.new,
-            )  # fmt: skip
+        now(model, [jobs[0]._replace(new_tokens=generate.RECORD + 2)], found)  # kernels are set up at the shapes
+        reading, whole = now(model, jobs, found)
+        decode = (whole - reading) / (self.new - 1)
+        limit = step_bytes(model, found, batch, length) / self.bytes_per_second
+        flops = prompt_flops(model, length - self.new) * batch
+        self.add(
+            "step", name, "now", length, batch, whole,
+            decode_ms=1000 * decode, decode_over_limit=decode / limit, limit_ms=1000 * limit,
+            prompt_share=reading / whole, prompt_seconds=reading, batch=batch,
+            percent_of_ceiling=100 * flops / reading / self.ceiling, max_new_tokens=self.new,
+        )  # fmt: skip
 
     def ruler(self, name: str, length: int, samples: int, their_samples: int) -> None:
         """A prompt or more of each task, with the task's own number of new tokens."""
@@ -190,15 +184,6 @@ class Bench:
         about = {"max_new_tokens": sum(tasks.values()) / len(tasks)}
         share = {"prompt_share": reading / whole, "answers_over_prompts": whole / reading - 1}
         self.add("ruler", name, "now", length, len(every), whole, prompt_seconds=reading, **share, **about)
-        if self.before:
-            old_reading = old_whole = 0.0
-            for task in tasks:
-                for first in range(0, samples, 8):  # its batch size
-                    one, both = old(model, jobs[task][first : first + 8], found)
-                    old_reading, old_whole = old_reading + one, old_whole + both
-            share = {"prompt_share": old_reading / old_whole, "answers_over_prompts": old_whole / old_reading - 1}
-            n = len(every)
-            self.add("ruler", name, "before", length, n, old_whole, prompt_seconds=old_reading, **share, **about)
         theirs = hflm(model)
         if theirs is None:
             self.note("lm_eval is not installed: no rows of its model")
@@ -238,47 +223,15 @@ def now(model: Any, jobs: Sequence[generate.Job], found: generate.Way) -> tuple[
     return reading, whole
 
 
-@torch.inference_mode()
-def old(model: Any, jobs: Sequence[generate.Job], found: generate.Way) -> tuple[float, float]:
-    """The loop that `benchmarks.scoring.generate` replaced: padded on the right, the padding masked while tokens
-    are made.
-    """
-    device = model.device
-    lengths_B = torch.tensor([len(job.prompt) for job in jobs], device=device)
-    longest = int(lengths_B.max())
-    padded = [[*job.prompt, *[0] * (longest - len(job.prompt))] for job in jobs]
-
-    def read() -> Any:
-        ends, end_of_B = torch.unique(lengths_B - 1, return_inverse=True)
-        with generate.prompt_kernels(device):
-            out = model(input_ids=torch.tensor(padded, device=device), use_cache=True, logits_to_keep=ends)
-        return out.logits[torch.arange(len(jobs), device=device), end_of_B].argmax(-1), out.past_key_values
-
-    def go_on() -> None:
-        next_B, cache = out
-        mask_BT = (torch.arange(longest, device=device) < lengths_B[:, None]).long()
-        for step in range(max(job.new_tokens for job in jobs) - 1):
-            next_B.tolist()
-            extra = {}
-            if len(jobs) > 1:
-                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(jobs), 1)], dim=1)
-                extra = {"attention_mask": mask_BT, "position_ids": (lengths_B + step)[:, None]}
-            made = model(input_ids=next_B[:, None], past_key_values=cache, use_cache=True, **extra)
-            next_B = made.logits[:, -1].argmax(-1)
-
-    reading, out = timed(device.type, read)
-    return reading, reading + timed(device.type, go_on)[0]
-
-
 def hflm(model: Any) -> Callable[[generate.Job], Any] | None:
     """lm-eval's model with its defaults, one prompt at a time; None if it is not installed."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         return None
-    from benchmarks.speed.samples import stand_in
+    from endprompt.model import load_tokenizer
 
-    lm: Any = HFLM(model, tokenizer=stand_in())
+    lm: Any = HFLM(model, tokenizer=load_tokenizer(Path(__file__).parents[1] / "base" / "256"))  # ids are given as such
 
     def answer(job: generate.Job) -> Any:
         ids_BT = torch.tensor([list(job.prompt)], device=model.device)
@@ -335,17 +288,6 @@ def prompt_flops(model: Any, tokens: int) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------- device
-
-
-def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result)"""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
 
 
 def matrix_ceiling(device: str, size: int, repeats: int = 40) -> float:

@@ -6,20 +6,14 @@ import contextlib
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.speed.config import METHODS, BenchConfig, say
+from benchmarks.speed.config import METHODS, BenchConfig
+from benchmarks.speed.measure import say, speed_rows, timed
 from endprompt.shapes import SHAPES, model_config
 
-PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "A800": 312e12}
-
 GIB = 2**30
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One measurement
 
 
 def multiplied_parameters(shape: str) -> int:
@@ -43,6 +37,8 @@ def flops_per_token(shape: str, row_tokens: int, method: str = "full") -> float:
 def measure(config: BenchConfig) -> list[dict[str, Any]]:
     """Result rows of one measurement, in this process. Raises torch.OutOfMemoryError if it does not fit."""
     import torch
+
+    from endprompt.train.progress import device_peak
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(config, device)
@@ -76,37 +72,16 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
         values["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         if not config.warm_layers:
             values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        peak = next((value for name, value in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+        peak = device_peak(device)
         if peak is not None:
             values["mfu_percent"] = 100 * speed * flops_per_token(config.shape, config.row_tokens, config.method) / peak
     if config.profile:
         values |= run.profile()
-    return rows_of(config, values, loss=run.last_loss)
-
-
-def rows_of(config: BenchConfig, values: dict[str, float], **extra: Any) -> list[dict[str, Any]]:
-    from endprompt.results import result_row
-    from endprompt.runs import environment
-
-    about = environment()
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_A_SETTING}
-    return [
-        result_row(
-            suite="training-speed",
-            task=config.name or config.method,
-            length=config.target,
-            metric=metric,
-            value=value,
-            model=config.shape,
-            method=config.method,
-            seed=0,
-            what=METHODS[config.method],
-            setting=setting,
-            environment=about,
-            **extra,
-        )
-        for metric, value in values.items()
-    ]
+    return speed_rows(
+        values, task=config.name or config.method, length=config.target, model=config.shape, method=config.method,
+        what=METHODS[config.method], setting=setting, loss=run.last_loss,
+    )  # fmt: skip
 
 
 #: Micro-batches that a profile looks at.
@@ -250,14 +225,7 @@ class Run:
             self.optimizer_step()
 
     def timed(self, work: Callable[[], None]) -> float:
-        import torch
-
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else (lambda: None)
-        wait()
-        started = time.perf_counter()
-        work()
-        wait()
-        seconds = time.perf_counter() - started
+        seconds, _ = timed(self.device.type, work)
         self.last_loss = float(self.loss)
         return seconds
 

@@ -21,17 +21,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.config import METHODS, BenchConfig, say
-from benchmarks.speed.learning import loss_curve, sum_errors
-from benchmarks.speed.rates import attention_rates, backend_errors, ceilings
+from benchmarks.speed.config import METHODS, BenchConfig
+from benchmarks.speed.measure import attention_rates, say
 from benchmarks.speed.step import measure
 from endprompt.shapes import SHAPES
 
@@ -104,7 +103,6 @@ class Suite:
         self.results = output / "results.jsonl"
         self.started = time.monotonic()
         self.failed: list[str] = []
-        self.can_fork: bool | None = None
 
     def left(self) -> float:
         return self.config.seconds - (time.monotonic() - self.started)
@@ -131,7 +129,7 @@ class Suite:
         began = time.monotonic()
         aside = self.output / "part.jsonl"
         aside.unlink(missing_ok=True)
-        code = in_process(function, arguments, aside, min(seconds * 2, self.left() + 20), self.forks())
+        code = in_process(function, arguments, aside, min(seconds * 2, self.left() + 20))
         rows = []
         if aside.exists():
             rows = [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()]
@@ -144,15 +142,6 @@ class Suite:
         if code != 0:
             self.failed.append(name)
         return rows
-
-    def forks(self) -> bool:
-        """Whether a forked process can use the device; tried once."""
-        if self.can_fork is None:
-            self.can_fork = in_process("touch_device", {}, self.output / "touch.jsonl", 60, True) == 0
-            (self.output / "touch.jsonl").unlink(missing_ok=True)
-            if not self.can_fork:
-                say("forked processes cannot use the device here; every part imports for itself")
-        return self.can_fork
 
     def clock(self) -> str:
         return f"{time.monotonic() - self.started:5.0f} s"
@@ -174,38 +163,17 @@ class Suite:
                 print(f"failed or left out: {', '.join(self.failed)}", flush=True)
 
 
-def in_process(function: str, arguments: dict[str, Any], aside: Path, limit: float, fork: bool) -> int:
+def in_process(function: str, arguments: dict[str, Any], aside: Path, limit: float) -> int:
     """Exit code of a child that writes the rows of a part to `aside`; it is killed after `limit` seconds.
 
-    A forked child inherits the imports, which saves ten seconds; it needs a parent that has not touched CUDA.
+    A forked child inherits the imports, which saves ten seconds; its parent must not have touched CUDA.
     """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setsid()
-            if not fork:
-                task = json.dumps({"function": function, "arguments": arguments, "aside": str(aside)})
-                os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed.train", "--part", task])
-            run_part(function, arguments, aside)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    until = time.monotonic() + limit
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, 9)
-            os.waitpid(child, 0)
-            return -9
-        time.sleep(0.1)
+    child = multiprocessing.get_context("fork").Process(target=run_part, args=(function, arguments, aside))
+    child.start()
+    child.join(limit)
+    child.kill()
+    child.join()
+    return child.exitcode or 0
 
 
 def run_part(function: str, arguments: dict[str, Any], aside: Path) -> None:
@@ -213,23 +181,9 @@ def run_part(function: str, arguments: dict[str, Any], aside: Path) -> None:
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def touch_device() -> list[dict[str, Any]]:
-    """No rows; an error if this process cannot use the device that torch sees."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")
-    return []
-
-
 PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "measure": lambda **fields: measure(BenchConfig(**fields)),
-    "loss_curve": loss_curve,
-    "sum_errors": sum_errors,
-    "ceilings": ceilings,
     "attention_rates": attention_rates,
-    "backend_errors": backend_errors,
-    "touch_device": touch_device,
 }
 
 
@@ -246,14 +200,10 @@ def h200(suite: Suite) -> None:
     """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
 
     The attention kernels; whole steps with the faster one, in bfloat16 and float8; full length with it, and both with
-    cuDNN's; the reference; full length in float8; does a lean step learn; LongLoRA and the shorter window of the
-    paper's Figure 4; the device's ceilings.
+    cuDNN's; the reference; full length in float8; LongLoRA and the shorter window of the paper's Figure 4.
     """
-    tiny = suite.config.tiny
-    learner, layer = ("tiny", {"shape": "tiny"}) if tiny else ("small", {"shape": "llama3-8b"})
-    rates = suite.part("kernels", 40, "attention_rates", {**layer, "tokens": 64 if tiny else 8192})
-    suite.part("logits", 40, "backend_errors", {**layer, "layers": 2, "tokens": 64 if tiny else 1024})
-
+    layer = {"shape": "tiny", "tokens": 64} if suite.config.tiny else {"shape": "llama3-8b", "tokens": 8192}
+    rates = suite.part("kernels", 40, "attention_rates", layer)
     best = {"attention": faster_attention(rates, suite.config.attention)}
     sdpa = {"attention": "sdpa"}
     plain: dict[str, Any] = {"recompute": "none"}
@@ -277,16 +227,11 @@ def h200(suite: Suite) -> None:
     suite.measure("LCEG, 65,536", 35, **at_64k, **lceg)
     suite.measure("reference, short rows, with its update", 20, target=8192, **reference)
     suite.measure("full, 65,536, float8", 40, method="full", **at_64k, **(long | float8), **best)
-    for arm in ("lean", "lean-float8-exact", "lean-float8-fast", "lean-float8-fast-head", "exact", "nearest"):
-        learn = {"steps": 20 if tiny else 400, "rows": 4 if tiny else 64, "lr": 1e-3, "shape": learner, "compile": True}
-        suite.part(f"loss, {arm}", 40, "loss_curve", {"arm": arm, **learn})
     suite.measure("longlora, 65,536", 40, **at_64k, **longlora)
     suite.measure("full, 32,768", 25, method="full", **at_32k, **long, **best)
     suite.measure("longlora, 32,768", 25, **at_32k, **longlora)
     suite.measure("LCEG, 32,768", 25, **at_32k, **lceg)
     suite.measure("short rows, target 32,768", 35, target=32768, **plain, **best)
-    suite.part("gradient sums", 15, "sum_errors", {"micro_batches": 8 if tiny else 32, "shape": learner})
-    suite.part("ceilings", 25, "ceilings", {**layer, "tokens": 64 if tiny else 16384})
 
 
 def faster_attention(rates: list[dict[str, Any]], otherwise: str) -> str:
@@ -329,27 +274,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (task, _), values in by_task.items():
         cells = [f"{values[key]:>11,.4g}" if key in values else f"{'':>11}" for key in used]
         lines.append(f"{task:<52}" + "".join(cells))
-    curves = [row for row in rows if row["suite"] == "training-loss"]
-    for method in dict.fromkeys(row["method"] for row in curves if row["metric"] == "loss"):
-        points = [row for row in curves if row["method"] == method]
-        shown = points[:: max(1, len(points) // 6)][:-1] + points[-1:]
-        lines.append(f"loss, {method:<20}" + "  ".join(f"{row['step']}: {row['value']:.4f}" for row in shown))
-    for row in curves:
-        if row["metric"] != "loss":
-            lines.append(f"gradient summed in {row['method']}, {row['n']} micro-batches: {row['value']:.4f} % error")
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """`python -m benchmarks.speed.train JSON`, the configuration as JSON: for machines without the command's own
-    packages.
-    """
-    if argv[:1] == ["--part"]:
-        task = json.loads(argv[1])
-        run_part(task["function"], task["arguments"], Path(task["aside"]))
-        return 0
-    return bench(BenchConfig(**json.loads(argv[0])))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # the configuration as JSON: for machines without the command line's packages
+    sys.exit(bench(BenchConfig(**json.loads(sys.argv[1]))))

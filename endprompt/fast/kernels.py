@@ -6,7 +6,7 @@ work in torch.
 
 They move memory and do little else, so what matters is that each number is read and written once, 16 bytes at a time,
 with enough of them on the way. All arithmetic is in float32, whatever the tensors hold. The launches are for an H200:
-`python -m benchmarks.speed.kernels` measures them beside others.
+`paper_figures/data/measured/pages/h200_kernels.jsonl` has them measured beside others.
 
 RMSNorm (Zhang & Sennrich 2019), as Llama rounds it:  r = (mean(x^2) + eps)^-1/2,  n = w * round(x * r)
     dx = r * (g - x r mean(g x r)),  g = w dn;   dw = sum over tokens of dn * round(x * r)

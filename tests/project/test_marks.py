@@ -7,6 +7,7 @@ or what its column METRIC holds, rounded as the page prints it. `A / B` is a rat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from functools import cache
@@ -89,3 +90,12 @@ def test_a_wrong_number_is_found():
         test_a_marked_number_is_that_of_its_row("speed.md", "7,833", mark)
     with pytest.raises(AssertionError, match="0 values"):
         evaluated("h200_target | nothing | tokens_per_s")
+
+
+def test_measured_rows_are_those_that_their_readme_lists():
+    listed = re.findall(r"(?m)^    ([0-9a-f]{64})  (\S+)$", (MEASURED / "README.md").read_text(encoding="utf-8"))
+    paths = {path.name: path for path in MEASURED.glob("*.jsonl*")}
+    paths |= {f"pages/{path.name}": path for path in (MEASURED / "pages").glob("h200*")}
+    paths |= {name: MEASURED / name for _, name in listed if name.startswith("pages/")}
+    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+    assert found == {name: digest for digest, name in listed}

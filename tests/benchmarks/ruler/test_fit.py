@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from benchmarks import ruler
-from benchmarks.ruler import fit, questions
+from benchmarks.ruler import cell, fit, questions, tasks
 from benchmarks.ruler.tokens import counter
 from endprompt.files import remembered_sha256
 from tests.support import ruler_helpers as helpers
@@ -174,3 +175,12 @@ def test_documents_cost_what_the_tokenizer_says(kind, monkeypatch):
     blocks = [f"a\n\nDocument 1:\n{document}\n\nDocument" for document in documents]
     assert costs.of(range(len(documents))).tolist() == [tokens - bare for tokens in count(blocks)]
     assert costs.words_add_up == (kind != "glued")
+
+
+def test_a_sample_of_common_words_keeps_no_more_of_the_long_list_than_fits(tmp_path):
+    """500 of them must be there at once: all 100,000 words of each would be 400 MB."""
+    (tmp_path / "english_words.json").write_text(json.dumps({str(i): f"wordling{i}" for i in range(100_000)}))
+    made = cell.source("cwe", 131_072, helpers.tokenizer(), 0, tmp_path, tasks.DEFAULTS)
+    assert len(made.long_words) == 100_000
+    draft = made.draw(0)
+    assert draft.long_order.base is None and draft.long_order.nbytes < 200_000

@@ -1,16 +1,14 @@
 """The arithmetic of the benchmark by hand, and its parts on toy sizes."""
 
-import itertools
 import json
 import os
 
 import numpy as np
 import pytest
 
-from benchmarks.speed import learning, step, train
+from benchmarks.speed import step, train
 from benchmarks.speed.config import BenchConfig
-from benchmarks.speed.learning import learning_rows
-from benchmarks.speed.rates import attention_rates, backend_errors, installed
+from benchmarks.speed.measure import attention_rates, installed
 from benchmarks.speed.step import flops_per_token, kind_of_kernel, multiplied_parameters
 from benchmarks.speed.train import check
 from endprompt import shapes
@@ -125,29 +123,6 @@ def test_a_part_that_dies_or_hangs_does_not_take_the_others_along(tmp_path, monk
     assert "left out" in capsys.readouterr().err
 
 
-def test_a_part_in_a_process_of_its_own_imports_for_itself(tmp_path):
-    aside = tmp_path / "part.jsonl"
-    arguments = {"arm": "lean", "steps": 2, "rows": 2, "lr": 1e-3, "shape": "tiny"}
-    assert train.in_process("loss_curve", arguments, aside, 120, fork=False) == 0
-    assert [json.loads(line)["step"] for line in aside.read_text().splitlines()] == [1]
-
-
-def test_learning_rows_copy_and_walk():
-    rows = learning_rows(5, 20, 50, 0)
-    assert np.array_equal(rows[:, :10], rows[:, 10:])
-    ways = {}
-    for row in learning_rows(400, 20, 50, 1)[:, :10]:
-        for here, there in itertools.pairwise(row):
-            ways.setdefault(int(here), set()).add(int(there))
-    assert max(map(len, ways.values())) <= 4
-
-
-def test_bfloat16_sums_lose_what_float32_sums_keep():
-    errors = {row["method"]: row["value"] for row in learning.sum_errors(8, "tiny")}
-    assert errors["float32"] < 1e-4
-    assert 0.05 < errors["bfloat16"] < 2  # percent
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -175,14 +150,6 @@ def test_warm_layers_leave_the_model_as_it_was():
     run.micro_batch()
     assert used == [True, False]
     assert all(layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers)
-
-
-def test_the_backends_agree_at_jumped_positions():
-    rows = backend_errors("tiny", 2, 64)
-    assert {(row["task"], row["method"], row["n"]) for row in rows} == {
-        (what, "sdpa", batch) for what in ("logits", "gradient") for batch in (1, 2)
-    }
-    assert all(0 < row["value"] < 2 for row in rows)  # percent; bfloat16 rounds by 0.4
 
 
 @pytest.mark.parametrize(

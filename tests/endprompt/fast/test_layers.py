@@ -17,7 +17,6 @@ from endprompt import fast
 from endprompt.fast import LeanAdamW, linears
 from endprompt.fast import layers as fused
 from endprompt.model import new_model, training_attention
-from endprompt.results import read_rows
 from endprompt.train import Trainer, extend
 from endprompt.train.recompute import checkpoint_layers, memory_budget
 from tests.support.checkpoints import make_checkpoint
@@ -536,20 +535,6 @@ def test_on_the_gpu_compiled_fused_layers_sum_the_cpu_s_gradients(keep):
     (out * direction).sum().backward()
     found = {name: p.main_grad.cpu() for name, p in model.named_parameters() if "lm_head" not in name}
     assert_close((out.detach().cpu(), found), expected, 0.06)
-
-
-def test_the_bench_of_the_kernels_writes_rows(tmp_path, monkeypatch, capsys):
-    """On a CPU a rehearsal: torch's own and the copy, no kernels."""
-    from benchmarks.speed import kernels
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    sizes = ["--tokens", "8", "--hidden", "16", "--intermediate", "24", "--vocabulary", "40", "--seconds", "0.001"]
-    kernels.main(["--output", str(tmp_path), *sizes])
-    rows = read_rows(tmp_path / "results.jsonl")
-    tasks = {row["task"] for row in rows}
-    assert {"copy", "swiglu backward", "add and norm", "norm backward, 3", "cross-entropy", "rotate backward"} <= tasks
-    assert {row["metric"] for row in rows} == {"milliseconds", "gb_per_s", "relative_error_percent"}
-    assert "norm backward, 2" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.speed.rates import installed
+from benchmarks.speed.measure import installed
 from endprompt.model import ATTENTIONS, new_model, training_attention
 from endprompt.model.attention import FLASH_PACKAGES, causal_only_cudnn, causal_only_eager, causal_only_shifted
 from endprompt.shapes import model_config
