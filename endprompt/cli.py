@@ -1,9 +1,10 @@
 """The `endprompt` script: finds a command by its entry point, reads its configuration, runs it.
 
 A command is a function of one typed dataclass, `def extend(config: ExtendConfig) -> int | None`, named under the
-entry-point group `endprompt.commands`. Fields without a default are positional arguments, all others are flags; a YAML
-file given by `--config` sets any of them, later flags override it, `--print_config` prints the whole. `--recipe NAME`
-is a configuration that the package ships, `--list-recipes` lists them.
+entry-point group `endprompt.commands`. Fields without a default are positional arguments, all others are flags. The
+docstring of the dataclass has a section for each group of fields. A YAML file given by `--config` sets any of them, by
+their names alone or in their groups (`optimizer: {lr: 1.0e-5}`); later flags override it, `--print_config` prints the
+whole. `--recipe NAME` is a configuration that the package ships, `--list-recipes` lists them.
 
 Exit codes: 0 done, 1 failed, 2 bad usage. This module imports nothing of the project, and only the command that is
 called.
@@ -15,7 +16,9 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -26,6 +29,7 @@ import textwrap
 import time
 import traceback
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
@@ -62,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in commands:
-        import difflib
-
         near = difflib.get_close_matches(name, commands, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else f"; commands: {', '.join(sorted(commands))}"
         return fail(f"unknown command {name!r}{hint}", 2)
@@ -77,9 +79,8 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     stranger = foreign_package()
     if stranger:
         return fail(stranger, 1)
-    recipes = recipe_files(entry_point)
     if "--list-recipes" in argv:
-        print(recipe_list(recipes))
+        print(recipe_list(recipe_files(entry_point)))
         return 0
     debug = "--debug" in argv or bool(os.environ.get("ENDPROMPT_TRACEBACK"))
     argv = [argument for argument in argv if argument != "--debug"]
@@ -90,23 +91,13 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
             raise
         return fail(told(error, None), 1)
     config_type = typing.get_type_hints(command)["config"]
-    parser = command_parser(entry_point.name, (command.__doc__ or "").strip(), config_type)
-    parser.add_argument("--config", action="config", help="a YAML file; flags given after it override it")
-    parser.add_argument("--debug", action="help", help="show the whole traceback of an error, not one line")
-    if recipes:
-        parser.add_argument("--recipe", metavar="NAME", help="one of --list-recipes, as if it were given by --config")
-        argv = with_recipe(argv, recipes)
-    types = typing.get_type_hints(config_type)
-    argv = as_shells_write(with_underscores(argv, types), types, has_positionals(config_type))
-    argv = with_listed_words(argv, config_type)
-    parser.add_class_arguments(config_type, as_positional=True)
+    parser = command_parser(entry_point, command)
     try:
-        namespace = parser.parse_args(argv)  # bad usage: prints the key, the value and the rule, exits with 2
+        # bad usage: prints the key, the value and the rule, exits with 2
+        fields = parser.parse_args(as_parsed(argv, config_type, recipe_files(entry_point))).as_dict()
     except (ValueError, RecursionError) as error:
         return fail(f"the configuration cannot be read: {one_line(error)}: {' '.join(argv)}", 2)
-    fields = parser.instantiate(namespace).as_dict()
-    for key in ("config", "recipe"):
-        fields.pop(key, None)
+    fields.pop("config", None)
     config, began = None, time.time()
     try:
         config = config_type(**fields)
@@ -144,63 +135,151 @@ def run_log(config: Any, began: float) -> Path | None:
     return None
 
 
-def command_parser(name: str, description: str, config_type: type) -> Any:
-    """The parser of a command: its help shows flags as they are written, its errors are one line. Exits with 2."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+def command_parser(entry_point: EntryPoint, command: Callable[..., Any]) -> Any:
+    """The parser of a command, which exits with 2 and one line if it is used wrongly."""
+    import jsonargparse
+    import yaml
 
-    class Help(DefaultHelpFormatter):
-        def start_section(self, heading: str | None) -> None:
-            super().start_section(heading and textwrap.fill(heading, self._width - 1))
-
+    class Help(argparse.HelpFormatter):
         def _format_action_invocation(self, action: argparse.Action) -> str:
-            if not action.option_strings:
-                return super()._format_action_invocation(action)
-            names = [written(name) for name in action.option_strings if not name.endswith("+")]
-            return ", ".join(names) + values(action)
+            return super()._format_action_invocation(action).rstrip()  # nothing stands behind a switch
 
-        def _get_help_string(self, action: argparse.Action) -> str:
-            if action.dest == "print_config":
-                return "print the configuration that these arguments make, and stop"
-            default = action.default
-            unset = default is None or default is False or default in ("", [], argparse.SUPPRESS)
-            return (action.help or "") + ("" if unset else f" (default: {plainly(default)})")
-
-    class Parser(ArgumentParser):
+    class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            said = bad_usage(message, [written(flag) for action in self._actions for flag in action.option_strings])
-            print(f"endprompt {name}: {said} (see endprompt {name} --help)", file=sys.stderr)
+            said = bad_usage(message, [flag for action in self._actions for flag in action.option_strings])
+            print(f"endprompt {entry_point.name}: {said} (see endprompt {entry_point.name} --help)", file=sys.stderr)
             sys.exit(2)
 
+    config_type = typing.get_type_hints(command)["config"]
+    read = jsonargparse.get_loader("yaml")
+    jsonargparse.set_loader("grouped", lambda text: ungrouped(read(text), config_type), (yaml.YAMLError, ValueError))
     positionals = "".join(f" {f.name.upper()}" for f in dataclasses.fields(config_type) if is_positional(f))
-    usage = f"endprompt {name}{positionals} [options]"
-    return Parser(prog=f"endprompt {name}", usage=usage, description=description, formatter_class=Help)
+    name, about = f"endprompt {entry_point.name}", inspect.getdoc(command) or ""
+    usage, kind = f"{name}{positionals} [options]", {"formatter_class": Help, "parser_mode": "grouped"}
+    parser = Parser(name, usage=usage, description=about, allow_abbrev=False, **kind)
+    parser.add_argument("--config", action="config", metavar="FILE", help="a YAML file; flags after it override it")
+    parser.add_argument("--debug", action="help", help="show the whole traceback of an error, not one line")
+    if recipe_files(entry_point):
+        parser.add_argument("--recipe", action="help", help="NAME: one of --list-recipes, as if given by --config")
+        parser.add_argument("--list-recipes", action="help", help="names of the recipes, and what they are")
+    hints, groups = typing.get_type_hints(config_type), {}
+    for field in dataclasses.fields(config_type):
+        heading, text = sections(config_type)[field.name]
+        group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
+        text, kind = text.replace("%", "%%"), hints[field.name]
+        if is_positional(field):
+            group.add_argument(field.name, type=kind, help=text, metavar=field.name.upper())
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        shown = shown.lower() if isinstance(default, bool) else shown
+        text += f" (default: {shown})" if shown and default is not None and default is not False else ""
+        behind = field.name.upper() + (" ..." if is_list(kind) else "")
+        if kind is bool:
+            behind = "true|false" if default else ""
+        flag = f"--{field.name.replace('_', '-')}"
+        action = group.add_argument(flag, type=kind, default=default, help=text, metavar=behind)
+        action.option_strings[:] = [flag]  # without `--key+`, which jsonargparse gives to lists
+    return parser
 
 
-def written(flag: str) -> str:
-    return flag if flag == "--print_config" else flag.replace("_", "-")
+def sections(config_type: type) -> dict[str, tuple[str, str]]:
+    """(heading, help) of each field, as the docstring of the dataclass has them."""
+    found, heading, name = {}, "", ""
+    for line in inspect.cleandoc(config_type.__doc__ or "").splitlines():
+        if over := re.fullmatch(r"(\w+):", line):
+            heading = over[1].lower().replace("args", "settings")
+        elif field := re.fullmatch(r" {4}(\w+): (.*)", line):
+            name = field[1]
+            found[name] = (heading, field[2])
+        elif line.startswith(" " * 8):
+            found[name] = (heading, f"{found[name][1]} {line.strip()}")
+    return found
 
 
-def values(action: argparse.Action) -> str:
-    """What stands behind a flag in the help: nothing for a switch, else the flag's name in capitals."""
-    kind = getattr(action, "_typehint", None)
-    if action.nargs == 0 or action.dest == "print_config" or (kind is bool and not action.default):
-        return ""
-    if kind is bool:
-        return " true|false"
-    name = action.dest.upper()
-    return f" {name} ..." if kind is not None and _is_list(kind) else f" {name}"
+def ungrouped(value: Any, config_type: type) -> Any:
+    """The configuration of a YAML file with the fields of its groups beside the others.
+
+    A field that is no more (`GONE`, with the value that it always has now) may still be given with that value.
+    """
+    if not isinstance(value, dict):
+        return value
+    flat = dict(value)
+    for group in {heading for heading, _ in sections(config_type).values()}:
+        if isinstance(inner := flat.get(group), dict):
+            del flat[group]
+            if twice := flat.keys() & inner.keys():
+                raise ValueError(f"{group}.{min(twice)} is given twice, in its group and alone")
+            flat |= inner
+    gone = getattr(config_type, "GONE", {})
+    return {key: item for key, item in flat.items() if key not in gone or item != gone[key]}
 
 
-def plainly(default: Any) -> str:
-    if isinstance(default, bool):
-        return str(default).lower()
-    return " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+def as_parsed(argv: list[str], config_type: type, recipes: dict[str, Path]) -> list[str]:
+    """The arguments as jsonargparse reads them.
+
+    `--save_every 5` and `--checkpoints.save_every 5` are `--save-every 5`, `--recipe NAME` is `--config FILE`. A bare
+    switch is true. The words of a list become one, `["a","b"]`; where the command has positional arguments a list takes
+    one word only and does not swallow them.
+    """
+    hints = typing.get_type_hints(config_type)
+    places = [field.name for field in dataclasses.fields(config_type) if is_positional(field)]
+    out: list[str] = []
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").rpartition(".")[2].replace("-", "_")
+        if name == "recipe":
+            value = value if equals else rest.pop(0) if rest else ""
+            if value not in recipes:
+                near = difflib.get_close_matches(value, recipes, n=3, cutoff=0.3)
+                hint = f"; did you mean {', '.join(near)}?" if near else ""
+                sys.exit(fail(f"recipe must be one of --list-recipes: recipe={value!r}{hint}", 2))
+            out.append(f"--config={recipes[value]}")
+        elif not flag.startswith("--"):
+            words.append(argument)
+        elif name not in hints or name in places:
+            out.append(argument)
+            if not equals and rest and not rest[0].startswith("--") and name not in ("help", "print_config"):
+                out.append(rest.pop(0))
+        else:
+            most = 1 if places or not is_list(hints[name]) else len(rest)
+            given = [value] if equals else []
+            while not equals and len(given) < most and rest and not rest[0].startswith("--"):
+                if hints[name] is bool and rest[0].lower() not in ("true", "false", "yes", "no"):
+                    break
+                given.append(rest.pop(0))
+            if hints[name] is bool and not given:
+                given = ["true"]
+            elif is_list(hints[name]) and given and not given[0].startswith("["):
+                given = [listed(given, hints[name])]
+            flag = f"--{name.replace('_', '-')}"
+            out += [f"{flag}={given[0]}"] if given else [flag]
+    if len(places) == 1 and is_list(hints[places[0]]) and words and not words[0].startswith("["):
+        words = [listed(words, hints[places[0]])]
+    return out + words
+
+
+def listed(values: list[str], kind: Any) -> str:
+    """The values as jsonargparse reads a list of this kind."""
+    words = "int" not in str(kind) and "float" not in str(kind)
+    return f"[{','.join(json.dumps(value) if words else value for value in values)}]"
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a field is a list or a tuple (or None), and cannot be a single word."""
+    parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    return all(part is type(None) or typing.get_origin(part) in (list, tuple) for part in parts)
+
+
+def is_positional(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def bad_usage(message: str, flags: list[str]) -> str:
     """What the parser says, in one line: with key, value and rule, or with the flag that may have been meant."""
-    import difflib
-
     line = one_line(ValueError(message))
     found = [match.groups() for match in (re.fullmatch(form, line) for form in REFUSALS) if match]
     key, rule, value = found[0] if found else ("", "", "")
@@ -214,7 +293,7 @@ def bad_usage(message: str, flags: list[str]) -> str:
     if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", line):
         near = difflib.get_close_matches(unknown[1], flags, n=1)
         line += f"; did you mean {near[0]}?" if near else ""
-    return re.sub(r"argument (--[\w-]+)/\S+:", r"\1:", line)
+    return line.removeprefix("argument ")
 
 
 def interrupted(argv: list[str], interrupt: KeyboardInterrupt) -> int:
@@ -278,107 +357,6 @@ def recipe_list(recipes: dict[str, Path]) -> str:
     return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
 
 
-def with_recipe(argv: list[str], recipes: dict[str, Path]) -> list[str]:
-    """The arguments with `--recipe NAME` in terms of `--config FILE`, at its place."""
-    out: list[str] = []
-    rest = iter(argv)
-    for argument in rest:
-        if argument == "--recipe" or argument.startswith("--recipe="):
-            name = argument.partition("=")[2] or next(rest, "")
-            if name not in recipes:
-                import difflib
-
-                near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.3)
-                hint = f"; did you mean {', '.join(near)}?" if near else ""
-                sys.exit(fail(f"recipe must be one of --list-recipes: recipe={name!r}{hint}", 2))
-            out += ["--config", str(recipes[name])]
-        else:
-            out.append(argument)
-    return out
-
-
-def with_underscores(argv: list[str], types: dict[str, Any]) -> list[str]:
-    """The arguments with `--save-every` in terms of `--save_every`, the field's name."""
-    out: list[str] = []
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        out.append(f"--{name}{equals}{value}" if flag.startswith("--") and name in types else argument)
-    return out
-
-
-def as_shells_write(argv: list[str], types: dict[str, Any], positionals: bool = False) -> list[str]:
-    """The arguments as jsonargparse reads them.
-
-    `--key a b` becomes `--key ["a","b"]` if the key is a list, a bare `--key` becomes `--key true` if it is a switch.
-    positionals: the command has some, so a list takes one value only and does not swallow them.
-    """
-    out: list[str] = []
-    place = 0
-    while place < len(argv):
-        argument = argv[place]
-        place += 1
-        flag, equals, value = argument.partition("=")
-        own = types.get(flag[2:].replace("-", "_")) if equals and flag.startswith("--") else None
-        if own is not None and _is_list(own) and not value.startswith("["):
-            argument = f"{flag}={listed([value], own)}"
-        out.append(argument)
-        kind = types.get(argument[2:].replace("-", "_")) if argument.startswith("--") else None
-        start = place
-        while place < len(argv) and not argv[place].startswith("--"):
-            place += 1
-        values = argv[start:place]
-        if kind is bool and (not values or values[0].lower() not in ("true", "false", "yes", "no")):
-            values = ["true", *values]
-        elif kind is not None and _is_list(kind) and values and not values[0].startswith("["):
-            count = 1 if positionals else len(values)
-            values = [listed(values[:count], kind), *values[count:]]
-        out += values
-    return out
-
-
-def with_listed_words(argv: list[str], config_type: type) -> list[str]:
-    """The arguments as jsonargparse reads them where the positional argument is a list: its words as one list, last."""
-    fields = [f for f in dataclasses.fields(config_type) if is_positional(f)]
-    if len(fields) != 1 or not _is_list(typing.get_type_hints(config_type)[fields[0].name]):
-        return argv
-    flags: list[str] = []
-    words: list[str] = []
-    place = 0
-    while place < len(argv):
-        argument = argv[place]
-        takes = argument.startswith("--") and "=" not in argument and argument not in ("--help", "--print_config")
-        (flags if argument.startswith("-") else words).append(argument)
-        if takes and place + 1 < len(argv):
-            place += 1
-            flags.append(argv[place])
-        place += 1
-    if len(words) == 1 and words[0].startswith("["):
-        return [*flags, *words]
-    return [*flags, json.dumps(words)] if words else flags
-
-
-def listed(values: list[str], kind: Any) -> str:
-    """The values as jsonargparse reads a list of this kind."""
-    words = "int" not in str(kind) and "float" not in str(kind)
-    return f"[{','.join(json.dumps(value) if words else value for value in values)}]"
-
-
-def has_positionals(config_type: type) -> bool:
-    """Whether a field has no default, which makes it a positional argument."""
-    return any(map(is_positional, dataclasses.fields(config_type)))
-
-
-def is_positional(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _is_list(kind: Any) -> bool:
-    """Whether a field is a list or a tuple (or None), and cannot be a single word."""
-    parts = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
-    return all(part is type(None) or typing.get_origin(part) in (list, tuple) for part in parts)
-
-
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
@@ -423,31 +401,6 @@ def summary(entry_point: EntryPoint) -> str:
     return ""
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-SCRIPT = """\
-_endprompt() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" flags=""
-    COMPREPLY=()
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W "{commands} --help --version" -- "$word"))
-        return
-    fi
-    case "${{COMP_WORDS[1]}}" in
-{cases}
-    esac
-    case "$word" in
-        -*) COMPREPLY=($(compgen -W "$flags" -- "$word")) ;;
-    esac
-}}
-complete -o default -F _endprompt endprompt
-"""
-
-ZSH = "autoload -Uz +X compinit && compinit\nautoload -Uz +X bashcompinit && bashcompinit\n"
-
-
 @dataclass
 class CompletionConfig:
     """Settings of `endprompt completion`.
@@ -460,16 +413,19 @@ class CompletionConfig:
 
 
 def script(shell: str) -> str:
-    """The script that completes commands and flags; what stands after a flag is completed as a file."""
-    flags = {ep.name: command_flags(ep) for ep in sorted(entry_points(group=GROUP), key=lambda ep: ep.name)}
-    cases = "\n".join(f'        {name}) flags="{" ".join(own)}" ;;' for name, own in flags.items())
-    made = SCRIPT.format(commands=" ".join(flags), cases=cases)
-    return ZSH + made if shell == "zsh" else made
+    """The script that completes commands and flags in a shell."""
+    import shtab
+
+    whole = argparse.ArgumentParser("endprompt")
+    whole.add_argument("--version", action="version", version="")
+    commands = whole.add_subparsers()
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        commands.add_parser(entry.name, help=summary(entry), add_help=False)
+        parser = commands.choices[entry.name] = command_parser(entry, entry.load())
+        for action in parser._actions:
+            action.complete = shtab.FILE
+    return shtab.complete(whole, shell)
 
 
-def command_flags(entry_point: typing.Any) -> list[str]:
-    """The flags of a command, as its help has them."""
-    config = typing.get_type_hints(entry_point.load())["config"]
-    own = [field.name for field in dataclasses.fields(config) if not is_positional(field)]
-    recipes = ["recipe", "list-recipes"] if recipe_files(entry_point) else []
-    return [f"--{name.replace('_', '-')}" for name in ["help", "config", "debug", *recipes, *own]] + ["--print_config"]
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from endprompt.positions import PIECES, SCHEMES, WITH_PROMPT
 
@@ -15,10 +15,28 @@ from endprompt.positions import PIECES, SCHEMES, WITH_PROMPT
 class ExtendConfig:
     """How a checkpoint is extended.
 
-    Args:
+    Checkpoints:
         model: checkpoint to start from: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file
-        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
         output: directory of the extended checkpoint; it appears when the run is finished
+        save_every: steps between training states; 0 for none
+        keep: how many training states are kept
+        export_dtype: of the exported weights; default the checkpoint's own
+        resume: go on from the newest training state of this output
+        overwrite: replace a finished output
+
+    Data:
+        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
+        row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
+        rows: rows of one step
+        micro_rows: rows that go through the model at once; default all of a step
+        steps: optimizer steps; or give tokens
+        tokens: physical training tokens, instead of steps
+        completion_weight: loss weight of a document's completion
+        short_documents: drop (and count) documents shorter than a row, or pack them one after the other
+        long_documents: split longer ones into several rows, or truncate them to their first
+        seed: of positions, prompts and the order of documents
+
+    Method:
         target: the extended window L, in tokens
         scheme: positions of a row: contiguous, endprompt, endprompt-random, pose, endprompt-pose, anchors, sliding,
             sentences, endprompt-sentences
@@ -36,17 +54,13 @@ class ExtendConfig:
         recall_span: tokens that a recall prompt copies from the context
         recall_given: how many of them carry no loss
         anchors: number of anchors of the anchors scheme
-        row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
-        rows: rows of one step
-        micro_rows: rows that go through the model at once; default all of a step
-        steps: optimizer steps; or give tokens
-        tokens: physical training tokens, instead of steps
-        completion_weight: loss weight of a document's completion
-        short_documents: drop (and count) documents shorter than a row, or pack them one after the other
-        long_documents: split longer ones into several rows, or truncate them to their first
         lora_rank: rank of LoRA updates of the attention projections, merged at the end; 0 trains all weights
         lora_alpha: their scale is lora_alpha / lora_rank
         lora_also: with LoRA, parameters whose name holds one of these train whole
+
+    Optimizer:
+        optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
+            rounding and one-byte moments: 8B on one GPU), or auto: masters for bfloat16, else adamw
         lr: learning rate
         warmup: warm-up steps, linear from 0
         schedule: constant, linear or cosine
@@ -55,17 +69,17 @@ class ExtendConfig:
         beta1: of AdamW
         beta2: of AdamW
         clip: largest norm of the gradient; 0 for none
-        seed: of positions, prompts and the order of documents
-        optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
-            rounding and one-byte moments: 8B on one GPU), or auto: masters for bfloat16, else adamw
+        divergence: stop when the smoothed loss is this far above its best, in nats; 0 for never. A loss that is not
+            finite stops a run in any case
+
+    Precision:
+        dtype: of the weights that are trained: float32 or bfloat16
+        autocast: multiply in bfloat16 while the weights stay as they are
+        float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
+        float8_head: with float8, also the logits and the gradient that goes down from them
         fused: with the lean optimizer, norms, SwiGLU and rotations of the decoder layers in kernels of their own, and
             q, k, v and gate, up as one product each, on a GPU with triton; layers in float8, and those of families
             other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
-        float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
-        float8_head: with float8, also the logits and the gradient that goes down from them
-        dtype: of the weights that are trained: float32 or bfloat16
-        autocast: multiply in bfloat16 while the weights stay as they are
-        export_dtype: of the exported weights; default the checkpoint's own
         attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only;
             or shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
@@ -75,24 +89,38 @@ class ExtendConfig:
         device: cpu, cuda or auto
         deterministic: repeat bit for bit on a GPU too, where the same device, versions and settings are given; some
             percent slower. On a CPU runs repeat anyway
-        save_every: steps between training states; 0 for none
-        keep: how many training states are kept
-        log_every: steps between lines of the log
-        report: tensorboard, wandb, or both, beside log.jsonl
-        divergence: stop when the smoothed loss is this far above its best, in nats; 0 for never. A loss that is not
-            finite stops a run in any case
+
+    Evaluation:
         eval_data: held-out documents, as data
         eval_every: steps between evaluations; 0 for only at the end
         eval_lengths: lengths of the evaluated rows; default the row and the target
         eval_rows: held-out rows a length, as far as the text goes
         eval_needles: rows with a needle a length; 0 for none
-        resume: go on from the newest training state of this output
-        overwrite: replace a finished output
+        log_every: steps between lines of the log
+        report: tensorboard, wandb, or both, beside log.jsonl
     """
 
+    GONE: ClassVar[dict[str, Any]] = {"pieces": 3}  # of earlier configurations, with the value that it always has now
+
     model: str = ""
-    data: list[str] = dataclasses.field(default_factory=list)
     output: str = ""
+    save_every: int = 0
+    keep: int = 2
+    export_dtype: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    data: list[str] = dataclasses.field(default_factory=list)
+    row_tokens: int | None = None
+    rows: int = 64
+    micro_rows: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    completion_weight: float = 1.0
+    short_documents: str = "drop"
+    long_documents: str = "split"
+    seed: int = 0
+
     target: int = 0
     scheme: str = "endprompt"
     scaling: str = "linear"
@@ -104,17 +132,11 @@ class ExtendConfig:
     recall_span: int = 40
     recall_given: int = 12
     anchors: int = 4
-    row_tokens: int | None = None
-    rows: int = 64
-    micro_rows: int | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    completion_weight: float = 1.0
-    short_documents: str = "drop"
-    long_documents: str = "split"
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_also: list[str] = dataclasses.field(default_factory=lambda: ["embed", "norm"])
+
+    optimizer: str = "auto"
     lr: float = 2e-5
     warmup: int = 20
     schedule: str = "constant"
@@ -123,42 +145,55 @@ class ExtendConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
-    seed: int = 0
-    optimizer: str = "auto"
-    fused: bool = True
-    float8: str = "none"
-    float8_head: bool = False
+    divergence: float = 3.0
+
     dtype: str = "float32"
     autocast: bool = False
-    export_dtype: str | None = None
+    float8: str = "none"
+    float8_head: bool = False
+    fused: bool = True
     attention: str = "sdpa"
     checkpointing: str = "none"
     compile: str = "auto"
     device: str = "auto"
     deterministic: bool = False
-    save_every: int = 0
-    keep: int = 2
-    log_every: int = 10
-    report: list[str] = dataclasses.field(default_factory=list)
-    divergence: float = 3.0
+
     eval_data: list[str] = dataclasses.field(default_factory=list)
     eval_every: int = 0
     eval_lengths: list[int] | None = None
     eval_rows: int = 8
     eval_needles: int = 0
-    resume: bool = False
-    overwrite: bool = False
+    log_every: int = 10
+    report: list[str] = dataclasses.field(default_factory=list)
 
 
-SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("auto", "adamw", "masters", "lean")
-FLOAT8 = ("none", "exact", "fast")
-DTYPES = ("float32", "bfloat16")
 #: Attentions whose gradients can be summed in a fixed order.
 REPEATABLE = ("sdpa", "eager", "shifted")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
-COMPILE = ("auto", "layers", "none", "graph", "graph+layers")
-CHECKPOINTING = ("none", "selective", "full")
+FLOAT8 = ("none", "exact", "fast")
+ONE_OF: dict[str, tuple[str | None, ...]] = {
+    "scheme": tuple(SCHEMES),
+    "schedule": ("constant", "linear", "cosine"),
+    "optimizer": ("auto", "adamw", "masters", "lean"),
+    "float8": FLOAT8,
+    "dtype": ("float32", "bfloat16"),
+    "export_dtype": (None, *EXPORT_DTYPES),
+    "compile": ("auto", "layers", "none", "graph", "graph+layers"),
+    "device": ("auto", "cpu", "cuda"),
+    "checkpointing": ("none", "selective", "full"),
+}
+AT_LEAST = {
+    **dict.fromkeys(("prompt_weight", "completion_weight", "warmup", "weight_decay", "clip", "seed", "save_every"), 0),
+    **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles"), 0),
+    **dict.fromkeys(("factor", "rows", "micro_rows", "steps", "tokens"), 1),
+    **dict.fromkeys(("keep", "log_every", "lora_alpha", "eval_rows"), 1),
+    "row_tokens": 2,
+}
+
+
+def check(key: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} must be {rule}: {key}={value!r}")
 
 
 def check_config(config: ExtendConfig) -> None:
@@ -166,56 +201,16 @@ def check_config(config: ExtendConfig) -> None:
     for key in ("model", "output"):
         if not getattr(config, key):
             raise ValueError(f"{key} must be given: {key}=''")
-    rules: dict[str, tuple[Any, bool, str]] = {
-        "scheme": (config.scheme, config.scheme in SCHEMES, f"one of {', '.join(SCHEMES)}"),
-        "factor": (config.factor, config.factor is None or config.factor >= 1, "at least 1"),
-        "prompt_weight": (
-            config.prompt_weight,
-            config.prompt_weight is None or config.prompt_weight >= 0,
-            "at least 0",
-        ),
-        "completion_weight": (config.completion_weight, config.completion_weight >= 0, "at least 0"),
-        "row_tokens": (config.row_tokens, config.row_tokens is None or config.row_tokens >= 2, "at least 2"),
-        "rows": (config.rows, config.rows >= 1, "at least 1"),
-        "micro_rows": (config.micro_rows, config.micro_rows is None or config.micro_rows >= 1, "at least 1"),
-        "lr": (config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0"),
-        "warmup": (config.warmup, config.warmup >= 0, "at least 0"),
-        "schedule": (config.schedule, config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        "decay": (config.decay, 0 <= config.decay <= 1, "between 0 and 1"),
-        "weight_decay": (config.weight_decay, config.weight_decay >= 0, "at least 0"),
-        "beta1": (config.beta1, 0 <= config.beta1 < 1, "in [0, 1)"),
-        "beta2": (config.beta2, 0 <= config.beta2 < 1, "in [0, 1)"),
-        "clip": (config.clip, config.clip >= 0, "at least 0"),
-        "optimizer": (config.optimizer, config.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-        "float8": (config.float8, config.float8 in FLOAT8, f"one of {', '.join(FLOAT8)}"),
-        "dtype": (config.dtype, config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-        "export_dtype": (
-            config.export_dtype,
-            config.export_dtype in (None, *EXPORT_DTYPES),
-            f"one of {', '.join(EXPORT_DTYPES)}",
-        ),
-        "seed": (config.seed, config.seed >= 0, "at least 0"),
-        "compile": (config.compile, config.compile in COMPILE, f"one of {', '.join(COMPILE)}"),
-        "device": (config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        "keep": (config.keep, config.keep >= 1, "at least 1"),
-        "save_every": (config.save_every, config.save_every >= 0, "at least 0"),
-        "log_every": (config.log_every, config.log_every >= 1, "at least 1"),
-        "checkpointing": (
-            config.checkpointing,
-            config.checkpointing in CHECKPOINTING,
-            f"one of {', '.join(CHECKPOINTING)}",
-        ),
-        "lora_rank": (config.lora_rank, config.lora_rank >= 0, "at least 0"),
-        "lora_alpha": (config.lora_alpha, config.lora_alpha >= 1, "at least 1"),
-        "divergence": (config.divergence, config.divergence >= 0, "at least 0"),
-        "eval_every": (config.eval_every, config.eval_every >= 0, "at least 0"),
-        "eval_lengths": (config.eval_lengths, min(config.eval_lengths or [2]) >= 2, "at least 2 tokens each"),
-        "eval_rows": (config.eval_rows, config.eval_rows >= 1, "at least 1"),
-        "eval_needles": (config.eval_needles, config.eval_needles >= 0, "at least 0"),
-    }
-    for key, (value, holds, rule) in rules.items():
-        if not holds:
-            raise ValueError(f"{key} must be {rule}: {key}={value!r}")
+    for key, names in ONE_OF.items():
+        check(key, getattr(config, key), getattr(config, key) in names, f"one of {', '.join(filter(None, names))}")
+    for key, least in AT_LEAST.items():
+        value = getattr(config, key)
+        check(key, value, value is None or value >= least, f"at least {least}")
+    check("lr", config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0")
+    check("decay", config.decay, 0 <= config.decay <= 1, "between 0 and 1")
+    for key in ("beta1", "beta2"):
+        check(key, getattr(config, key), 0 <= getattr(config, key) < 1, "in [0, 1)")
+    check("eval_lengths", config.eval_lengths, min(config.eval_lengths or [2]) >= 2, "at least 2 tokens each")
     if config.float8 != "none" and config.optimizer != "lean":
         raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
     if config.float8_head and config.float8 == "none":
@@ -238,10 +233,6 @@ def check_config(config: ExtendConfig) -> None:
         check_recordable(config)
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
-    for key in ("steps", "tokens"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ValueError(f"{key} must be at least 1: {key}={value}")
 
 
 def check_processes(config: ExtendConfig, processes: int) -> None:

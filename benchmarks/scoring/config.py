@@ -17,8 +17,15 @@ SAMPLES = 500  # RULER's own number
 class ScoreConfig:
     """Settings of `endprompt score`.
 
-    Args:
+    Checkpoint:
         checkpoint: checkpoint directory, GGUF file, or a hub's ORG/NAME (@REVISION).
+        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
+        beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
+        name: the model's name in the rows; the checkpoint's name if not given.
+        method: the method's name in the rows; read from the checkpoint's endprompt.json, else base.
+        trust_remote_code: let a checkpoint bring its own code.
+
+    Tasks:
         suite: ruler, longbench or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
         tasks: names separated by commas, or all.
         lengths: token budgets separated by commas (RULER): prompt and generation together.
@@ -31,15 +38,19 @@ class ScoreConfig:
         hops: assignments after the first in a chain of vt; RULER has 4.
         edition: state of RULER's tasks: 2025 (its repository's), 2024 (the paper's tables, its samples to the byte),
             2025-ruler (the repository's samples to the byte), lab-2026 (what the project's own bases were trained on).
-        chat_layout: with chat: one-turn, or ruler (cwe's example in a turn of its own, the answer prefix after a
-            space); the editions that repeat RULER's samples have ruler, the others one-turn, if not given.
+        cache_dir: folder of the sample cache; ~/.cache/endprompt/ruler if not given.
+        prepare_only: build the samples and stop, without a model.
+
+    Prompts:
         prompt_length: LongBench: cut prompts over so many tokens; published tables have 3500 for a window of 4k.
         chat: wrap prompts in the tokenizer's chat template.
+        chat_layout: with chat: one-turn, or ruler (cwe's example in a turn of its own, the answer prefix after a
+            space); the editions that repeat RULER's samples have ruler, the others one-turn, if not given.
         date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
             given.
         template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
-        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
-        beyond_window: allow lengths over the checkpoint's window; nothing is cut off, the model sees the whole prompt.
+
+    Backend:
         backend: hf or vllm.
         backend_args: further arguments of the backend's model, as key=value,key=value.
         batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs); memory may
@@ -48,21 +59,24 @@ class ScoreConfig:
         attn: attention implementation of transformers.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
         device: cpu, cuda, cuda:1, or auto.
+
+    Output:
         output: run directory; runs/score/<checkpoint's name> if not given.
-        name: the model's name in the rows; the checkpoint's name if not given.
-        method: the method's name in the rows; read from the checkpoint's endprompt.json, else base.
-        cache_dir: folder of the sample cache; ~/.cache/endprompt/ruler if not given.
-        prepare_only: build the samples and stop, without a model.
         overwrite: start again, instead of going on where an earlier run of the same output was.
         show: print the predictions of one task of a finished run (its directory, or the checkpoint it scored) and stop.
         wrong: with show, only those that score under 100.
         compare: compare this run with the one given in place of the checkpoint (run directories) and stop.
         json: with compare or show, print one JSON object a line instead of a table.
-        trust_remote_code: let a checkpoint bring its own code.
         quiet: no progress line.
     """
 
     checkpoint: str
+    window: int | None = None
+    beyond_window: bool = False
+    name: str | None = None
+    method: str | None = None
+    trust_remote_code: bool = False
+
     suite: Literal["ruler", "longbench", "short"] = "ruler"
     tasks: str | list[str] = "all"
     lengths: str | int | list[int] = "4096"
@@ -74,13 +88,15 @@ class ScoreConfig:
     shots: int = 1
     hops: int = VT_HOPS
     edition: Literal["2025", "2024", "2025-ruler", "lab-2026"] = "2025"
-    chat_layout: Literal["one-turn", "ruler"] | None = None
+    cache_dir: str | None = None
+    prepare_only: bool = False
+
     prompt_length: int | None = None
     chat: bool = False
+    chat_layout: Literal["one-turn", "ruler"] | None = None
     date: str | None = None
     template_args: str = ""
-    window: int | None = None
-    beyond_window: bool = False
+
     backend: Literal["hf", "vllm"] = "hf"
     backend_args: str = ""
     batch_size: int = 32
@@ -88,17 +104,13 @@ class ScoreConfig:
     attn: str = "sdpa"
     dtype: str = "auto"
     device: str = "auto"
+
     output: str | None = None
-    name: str | None = None
-    method: str | None = None
-    cache_dir: str | None = None
-    prepare_only: bool = False
     overwrite: bool = False
     show: str | None = None
     wrong: bool = False
     compare: str | None = None
     json: bool = False
-    trust_remote_code: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:

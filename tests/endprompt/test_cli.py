@@ -165,41 +165,93 @@ def test_config_file_and_flags(tmp_path, capsys):
     assert "lrr" in capsys.readouterr().err
 
 
-TYPES = typing.get_type_hints(ExtendConfig)
+@dataclasses.dataclass
+class Positional:
+    """Settings.
+
+    Args:
+        checkpoint: one
+        tasks: some
+        quiet: yes
+    """
+
+    checkpoint: str
+    tasks: list[str] = dataclasses.field(default_factory=list)
+    quiet: bool = False
 
 
-def test_flags_may_be_written_with_hyphens():
-    given = ["--save-every", "5", "--eval-lengths=[8]", "--print-config", "a-b"]
-    assert cli.with_underscores(given, TYPES) == [
-        "--save_every", "5", "--eval_lengths=[8]", "--print-config", "a-b",
-    ]  # fmt: skip
+@dataclasses.dataclass
+class Listed:
+    runs: list[str]
+    open: bool = False
+    formats: tuple[str, ...] = ("png",)
+    name: str = ""
 
 
-def test_switches_need_no_value():
-    given = ["--resume", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "runs/x", "--autocast"]
-    assert cli.as_shells_write(given, TYPES) == [
-        "--resume", "true", "--lr", "1", "--overwrite", "false", "--resume=true", "--autocast", "true", "runs/x",
-        "--autocast", "true",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "given", "read"),
+    [
+        (ExtendConfig, "--save-every 5 --save_every=6", "--save-every=5 --save-every=6"),
+        (ExtendConfig, "--checkpoints.save_every 5 --optimizer.lr=1", "--save-every=5 --lr=1"),
+        (ExtendConfig, "--resume --lr 1 --overwrite false", "--resume=true --lr=1 --overwrite=false"),
+        (ExtendConfig, "--autocast --lr -1e-5", "--autocast=true --lr=-1e-5"),
+        (ExtendConfig, "--data a c --eval_lengths 64 128", '--data=["a","c"] --eval-lengths=[64,128]'),
+        (ExtendConfig, "--eval-lengths=[8] --report [x] --data=a", '--eval-lengths=[8] --report=[x] --data=["a"]'),
+        (ExtendConfig, "--prompt EP_1 --print_config --targt 4", "--prompt=EP_1 --print_config --targt 4"),
+        (ExtendConfig, "--data", "--data"),
+        (Positional, "--quiet runs/x --tasks vt", '--quiet=true --tasks=["vt"] runs/x'),
+        (Positional, "--tasks vt runs/x", '--tasks=["vt"] runs/x'),
+        (Listed, "a --open b --config c --name d", '--open=true --config c --name=d ["a","b"]'),
+        (Listed, "--formats png a", '--formats=["png"] ["a"]'),
+    ],
+)  # fmt: skip
+def test_arguments_are_written_as_in_a_shell(config, given, read):
+    assert cli.as_parsed(given.split(), config, {}) == read.split()
+    assert cli.as_parsed(["--prompt", "a b"], ExtendConfig, {}) == ["--prompt=a b"]
 
 
-def test_lists_need_no_brackets():
-    given = ["--data", "a b.jsonl", "c.txt", "--eval_lengths", "64", "128", "--report", "[wandb]", "--prompt", "EP_1"]
-    assert cli.as_shells_write(given, TYPES) == [
-        "--data", '["a b.jsonl","c.txt"]', "--eval_lengths", "[64,128]", "--report", "[wandb]", "--prompt", "EP_1",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lr: 0.25\nscheme: pose\ndata: [a, b]\nrow_tokens: 64\n",
+        "optimizer: {lr: 0.25}\nmethod: {scheme: pose}\ndata: {data: [a, b], row_tokens: 64}\n",
+        "optimizer: {lr: 0.25}\nscheme: pose\ndata: [a, b]\nrow_tokens: 64\npieces: 3\n",
+    ],
+)
+def test_a_configuration_may_be_grouped_or_flat(text, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml"), "--optimizer.clip", "2", "--print_config"])
+    assert raised.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert [shown[key] for key in ("lr", "scheme", "data", "row_tokens", "clip")] == [0.25, "pose", ["a", "b"], 64, 2]
+    assert shown["optimizer"] == "auto" and "pieces" not in shown
 
-    @dataclasses.dataclass
-    class Positional:
-        checkpoint: str
-        tasks: list[str] = dataclasses.field(default_factory=list)
 
-    assert cli.has_positionals(Positional) and not cli.has_positionals(ExtendConfig)
-    assert cli.as_shells_write(["--tasks", "vt", "runs/x"], {"tasks": list[str]}, True) == [
-        "--tasks",
-        '["vt"]',
-        "runs/x",
-    ]
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer: {lr: fast}\n", "lr must be a number: lr=fast"),
+        ("optimizer: {lrr: 1}\n", "lrr"),
+        ("optimizer: {lr: 1}\nlr: 2\n", "optimizer.lr is given twice"),
+        ("pieces: 8\n", "pieces"),
+    ],
+)
+def test_what_is_wrong_in_a_grouped_configuration_is_named(text, said, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["extend", "--config", str(tmp_path / "run.yaml")])
+    shown = capsys.readouterr()
+    assert raised.value.code == 2 and said in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
+
+
+def test_the_help_has_the_groups(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["extend", "--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{group}:\n") for group in ("checkpoints", "data", "method", "optimizer", "precision")]
+    assert places == sorted(places)
+    assert places[3] < shown.index("--weight-decay") < places[4]
 
 
 def test_prepare_runs_through_the_script(llama, documents, tmp_path, capsys):
@@ -229,13 +281,6 @@ def test_every_command_has_a_summary(capsys):
     assert cli.main(["--help"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert {"extend"} <= {words[0] for words in lines}
-
-
-def test_lists_may_be_written_with_an_equals_sign():
-    types = {"only": list[str], "lengths": list[int] | None, "formats": tuple[str, ...], "name": str}
-    assert cli.as_shells_write(["--only=a", "--name=a"], types) == ['--only=["a"]', "--name=a"]
-    assert cli.as_shells_write(["--lengths=5", '--only=["a"]'], types) == ["--lengths=[5]", '--only=["a"]']
-    assert cli.as_shells_write(["--formats", "png", "pdf"], types) == ["--formats", '["png","pdf"]']
 
 
 class Odd(Exception):

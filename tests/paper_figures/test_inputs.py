@@ -15,7 +15,7 @@ import pytest
 
 import endprompt
 from endprompt import results
-from endprompt.cli import as_shells_write, main
+from endprompt.cli import main
 from paper_figures import averages, catalog, inputs, names, pages, questions, style
 from paper_figures.figures import bound_against_measured, figure_4
 from paper_figures.figures.score_against_length import spread
@@ -241,20 +241,6 @@ def test_figures_read_only_the_columns_that_they_declare():
         cut = {k: f[list(module.INPUTS.files[k])] if k in module.INPUTS.files else f for k, f in frames.items()}
         with style.journal():
             getattr(module, "draw" if name in catalog.FIGURES else "build")(cut)
-
-
-def test_flags_as_a_shell_gives_them():
-    types = {"results": list[str], "lengths": list[int], "output": str, "json": bool, "dry_run": bool}
-
-    def given(line):
-        return as_shells_write(line, types)
-
-    assert given(["--results", "a b", "c,d", "--output", "x"]) == ["--results", '["a b","c,d"]', "--output", "x"]
-    assert given(["--lengths", "256", "512"]) == ["--lengths", "[256,512]"]
-    assert given(["--lengths", "[256,512]"]) == ["--lengths", "[256,512]"]
-    assert given(["base", "--output=x", "--json"]) == ["base", "--output=x", "--json", "true"]
-    assert given(["--json", "checkpoint"]) == ["--json", "true", "checkpoint"]
-    assert given(["--dry-run", "--json", "false"]) == ["--dry-run", "true", "--json", "false"]
 
 
 # --- averages -------------------------------------------------------------------------------------------------------

@@ -9,10 +9,7 @@ import argparse
 import difflib
 import types
 import typing
-from contextlib import redirect_stdout, suppress
-from io import StringIO
 from pathlib import Path
-from unittest import mock
 
 from endprompt import cli
 
@@ -22,25 +19,14 @@ KEPT = Path(__file__).with_name("command_line.txt")
 def command_line() -> str:
     """A line for each argument of each command: `command --flag: type = default`."""
     lines = []
-    for name in sorted(ep.name for ep in cli.entry_points(group=cli.GROUP)):
-        lines += [f"{name} {one}" for one in arguments(name)]
+    for entry in sorted(cli.entry_points(group=cli.GROUP), key=lambda entry: entry.name):
+        actions = cli.command_parser(entry, entry.load())._actions
+        lines += [f"{entry.name} {argument(one)}" for one in actions if one.dest not in ("help", "print_shtab")]
     return "\n".join(lines) + "\n"
 
 
-def arguments(name: str) -> list[str]:
-    made, make = [], cli.command_parser
-    with (
-        mock.patch.object(cli, "command_parser", lambda *about: made.append(make(*about)) or made[0]),
-        redirect_stdout(StringIO()),
-        suppress(SystemExit),
-    ):
-        cli.main([name, "--help"])
-    installed = ("help", "print_shtab")  # the second where shtab is
-    return [argument(action) for action in made[0]._actions if action.dest not in installed]
-
-
 def argument(action: argparse.Action) -> str:
-    flags = " ".join(cli.written(flag) for flag in action.option_strings) or action.dest.upper()
+    flags = " ".join(action.option_strings) or action.dest.upper()
     kind = getattr(action, "_typehint", None)
     if kind is None:  # the parser's own: --config, --print_config
         return flags

@@ -79,5 +79,5 @@ def test_autocast_trains_float32_weights_with_products_in_bfloat16(extend_config
 
 
 def test_names_of_the_configuration_are_those_of_the_modules():
-    assert set(configuration.OPTIMIZERS) - {"auto"} == set(optimizers.OPTIMIZERS)
+    assert set(configuration.ONE_OF["optimizer"]) - {"auto"} == set(optimizers.OPTIMIZERS)
     assert configuration.FLOAT8 == float8.FLOAT8
