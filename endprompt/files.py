@@ -73,6 +73,36 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes. Raises ValueError naming it if it is a folder or a link to nothing, or cannot be read."""
+    try:
+        check_fetched(path)
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
+
+
+def check_fetched(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if the file is a Git LFS pointer: a clone without LFS has it in place of the data."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(
+            f"{path}: must hold the data, and is a Git LFS pointer to them ({os.path.getsize(path)} bytes): "
+            "run `git lfs pull` where it was cloned"
+        )
+
+
+def read_object(path: str | os.PathLike[str], *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object of a file that came from outside; {} if it is optional and nothing has its name.
+
+    Raises ValueError naming the file, as `read_whole` and `parse_object`.
+    """
+    if optional and not os.path.lexists(path):
+        return {}
+    return parse_object(read_whole(path), os.fspath(path))
+
+
 def write_sealed(path: str | os.PathLike[str], key: Mapping[str, Any], value: Any) -> None:
     """Write a JSON value with what it was made from and its hash, for `read_sealed`."""
     body = json.dumps(value, sort_keys=True)

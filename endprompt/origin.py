@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from endprompt.files import parse_object, remembered_sha256
+from endprompt.files import read_object, remembered_sha256
 
 #: What is taken of a hub's repository; nothing of its subfolders, and no other copy of the weights.
 FILES = (
@@ -89,8 +89,7 @@ def hub_of(directory: str | Path) -> dict[str, str]:
 
 def about(directory: str | Path) -> dict[str, Any]:
     """Where a checkpoint's directory came from, for records: the hub's id and commit, or the GGUF file; else empty."""
-    note = Path(directory) / NOTE
-    return parse_object(note.read_bytes(), str(note)) if note.is_file() else dict(hub_of(directory))
+    return read_object(Path(directory) / NOTE, optional=True) or dict(hub_of(directory))
 
 
 def told(source: dict[str, Any]) -> str | None:
@@ -160,7 +159,7 @@ def check_whole(snapshot: Path, shown: str, weights: bool) -> None:
         return
     wanted = {path.name for path in snapshot.glob("*.safetensors")}
     for index in snapshot.glob("*.safetensors.index.json"):
-        wanted |= set(parse_object(index.read_bytes(), str(index)).get("weight_map", {}).values())
+        wanted |= set(read_object(index).get("weight_map", {}).values())
     if not wanted:
         raise ValueError(f"{shown}: the hub's repository has no weights as *.safetensors, and no others are read")
     missing = sorted(name for name in wanted if not (snapshot / name).is_file())

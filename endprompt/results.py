@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from endprompt.files import parse_object, read_json_lines
+from endprompt.files import read_json_lines, read_object
 
 SCHEMA = 1
 
@@ -121,22 +121,10 @@ def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED
     return rows
 
 
-def check_fetched(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError if the file is a Git LFS pointer: a clone without LFS has it in place of the data."""
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise ValueError(
-            f"{path}: must hold the data, and is a Git LFS pointer to them ({os.path.getsize(path)} bytes): "
-            "run `git lfs pull` where it was cloned"
-        )
-
-
 #: What a finished output says of its making.
 RECORD = "endprompt.json"
 
 
 def recorded(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The record that `extend` wrote into a checkpoint, {} where there is none. Raises ValueError if it is damaged."""
-    path = Path(directory) / RECORD
-    return parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
+    return read_object(Path(directory) / RECORD, optional=True)

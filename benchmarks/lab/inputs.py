@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from endprompt.files import parse_object, read_json_lines, remembered_sha256, write_text
+from endprompt.files import read_json_lines, read_object, remembered_sha256, write_text
 
 if TYPE_CHECKING:
     from benchmarks.lab.config import LabConfig
@@ -52,7 +52,7 @@ def sources(names: Sequence[str], config: LabConfig) -> dict[str, str]:
     if not names:
         return {}
     kept = config.cache_directory / KEPT
-    known: dict[str, str] = parse_object(kept.read_bytes(), str(kept)) if kept.is_file() else {}
+    known: dict[str, str] = read_object(kept, optional=True)
     given, found = Inputs.of(config), {}
     for name in names:
         path = given.path(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt.config import ExtendConfig
-from endprompt.files import parse_object, write_text
+from endprompt.files import read_object, write_text
 
 
 def rate_key(arm: str, settings: Mapping[str, Any]) -> str:
@@ -21,7 +21,7 @@ def read_rates(path: str | None) -> dict[str, float]:
         return {}
     if not Path(path).is_file():
         raise ValueError(f"rates must be a file that a run of the rates has written: rates={path!r}")
-    found = parse_object(Path(path).read_bytes(), path)
+    found = read_object(path)
     for key, value in found.items():
         if not isinstance(value, float) or not value > 0:
             raise ValueError(f"{path}: {key} must be a learning rate above 0: {value!r}")

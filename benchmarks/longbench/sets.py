@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from endprompt.files import parse_json, remembered_sha256
-from endprompt.results import check_fetched
+from endprompt.files import check_fetched, parse_json, remembered_sha256
 
 SOURCE = "https://huggingface.co/datasets/THUDM/LongBench (data.zip)"
 OPTION = "--data-dir"

@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from endprompt.files import parse_json, read_text, remembered_sha256
-from endprompt.results import check_fetched
+from endprompt.files import check_fetched, parse_json, read_text, remembered_sha256
 
 # A text without sentence ends (code, lists) is cut after this many words, so that needle depths stay spread.
 LONGEST_SENTENCE = 50

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.scoring.config import ScoreConfig
-from endprompt import files
+from endprompt import results
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,7 +48,4 @@ def method_of(config: ScoreConfig) -> str:
     """The method's name: as set, else the trainer's note in the checkpoint, else "base"."""
     if config.method:
         return config.method
-    note = Path(config.checkpoint) / "endprompt.json"
-    if note.is_file():
-        return str(files.parse_object(note.read_bytes(), str(note)).get("method", "base"))
-    return "base"
+    return str(results.recorded(config.checkpoint).get("method", "base"))

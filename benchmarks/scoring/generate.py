@@ -186,7 +186,7 @@ def tried(model: Any, found: Way) -> tuple[int, ...]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model's code runs into without what it expects
-        raise Unfit(f"a trial ended in {type(error).__name__}") from error
+        raise Unfit("its code does not run with a cache laid out once") from error
     return tuple(layer.bytes_a_token() for layer in batch.cache.own)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from endprompt.config import PrepareConfig, check_prepare_config
 from endprompt.data.documents import HUB, Document, Documents, Joined, document_of, read_documents, tokenize, tokenized
 from endprompt.distributed import say
-from endprompt.files import file_sha256, parse_object, sha256_of, sole_use, sync_tree, write_text
+from endprompt.files import file_sha256, read_object, sha256_of, sole_use, sync_tree, write_text
 from endprompt.model import load_tokenizer
 from endprompt.text import Reader, vocabulary
 
@@ -80,7 +80,7 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
         raise ValueError(
             f"a token shard must have a manifest.json (an unfinished one has none): data={str(directory)!r}"
         )
-    manifest = parse_object(path.read_bytes(), str(path))
+    manifest = read_object(path)
     check_manifest(manifest, path)
     if tokenizer_hash is not None and manifest["tokenizer_sha256"] != tokenizer_hash:
         raise ValueError(

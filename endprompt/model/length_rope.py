@@ -11,14 +11,18 @@ positions: transformers' own rule for a sequence of that length, by its own code
   positions of the target is beyond it, so it trains the frequencies that the target will be read with.
 
 The length of a row is its farthest position + 1, so padding must not carry positions beyond the row's last token.
+Within `reading` the row is a prompt with its answer, each of whose tokens gets the set of the length reached.
 
 Legend: B rows, T tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -67,14 +71,18 @@ class RowsAlone(torch.nn.Module):
             raise ValueError(f"{kind} frequencies need one position a token: position_ids {tuple(position_ids.shape)}")
         name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
         kept = self._buffers[name]
-        rows = []
+        tokens = position_ids.shape[1]
+        prompt, rows = min(_prompt.get() or tokens, tokens), []
         try:
             for positions_T in position_ids:
-                self._buffers[name] = self._frequencies(kind, positions_T.max() + 1, x.device, layer_type)
-                rows.append(plain(x, positions_T[None], **options))
+                parts = []
+                for part_T in positions_T.split([prompt, *[1] * (tokens - prompt)]):
+                    self._buffers[name] = self._frequencies(kind, part_T.max() + 1, x.device, layer_type)
+                    parts.append(plain(x, part_T[None], **options))
+                rows.append(_joined(parts, dim=1))
         finally:
             self._buffers[name] = kept
-        return torch.cat(rows) if isinstance(rows[0], torch.Tensor) else tuple(map(torch.cat, zip(*rows)))
+        return _joined(rows, dim=0)
 
     def _frequencies(
         self, kind: str, length: torch.Tensor, device: torch.device, layer_type: str | None
@@ -98,6 +106,26 @@ class RowsAlone(torch.nn.Module):
             beyond = beyond.to(device)
             setattr(self, f"{prefix}long_inv_freq", beyond)
         return torch.where(length > window, beyond, getattr(self, f"{prefix}original_inv_freq").to(device))
+
+
+def _joined(parts: list[Any], dim: int) -> Any:
+    """Tensors put together, or tuples of them one by one."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, dim)
+    return tuple(torch.cat(each, dim) for each in zip(*parts))
+
+
+_prompt: ContextVar[int | None] = ContextVar("prompt", default=None)
+
+
+@contextlib.contextmanager
+def reading(prompt: int) -> Iterator[None]:
+    """Within it rows are read as a prompt of so many tokens, and an answer that is generated token by token."""
+    token = _prompt.set(prompt)
+    try:
+        yield
+    finally:
+        _prompt.reset(token)
 
 
 @functools.cache

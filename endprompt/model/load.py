@@ -8,21 +8,22 @@ Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import copy
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt import distributed, origin
-from endprompt.files import parse_object
+from endprompt import distributed, files, origin
 from endprompt.model import length_rope
 from endprompt.model.attention import PREFIX, register_causal_only
 from endprompt.model.geometry import check_frequencies, rope_geometry, window_of
 from endprompt.model.parity import check_loaded
-from endprompt.model.weights import promise_nothing, settle
+from endprompt.model.weights import promise_nothing, settle, stored_tensors
 from endprompt.text import vocabulary
 
 if TYPE_CHECKING:
@@ -39,9 +40,32 @@ def checkpoint_path(path: str | Path, *, weights: bool = True) -> Path:
         raise ValueError(f"this directory belongs to an unfinished run: model={str(path)!r}")
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory}: the folder holds an adapter (adapter_config.json): merge it first")
-    if not (directory / "config.json").is_file():
+    if not os.path.lexists(directory / "config.json"):
         raise ValueError(f"a checkpoint directory must hold config.json: model={str(path)!r}")
+    check_files(directory, CONFIG)
     return directory
+
+
+#: Files of a checkpoint beside its weights. One that transformers cannot read it passes over, or names no file.
+CONFIG = ("config.json", "generation_config.json")
+TOKENIZER = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("chat_template.json", "chat_template.jinja", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+)
+
+
+def check_files(directory: Path, names: Iterable[str]) -> None:
+    """Raises ValueError naming the file if one of these that is there is none, cannot be read, or is damaged."""
+    for path in (directory / name for name in names):
+        if not os.path.lexists(path):
+            continue
+        data = files.read_whole(path)
+        if path.suffix != ".model" and data.startswith(codecs.BOM_UTF8):
+            raise ValueError(f"{path}: begins with a byte order mark, which transformers does not read: leave it out")
+        if path.suffix == ".json":
+            files.parse_object(data, str(path))
+        elif path.suffix != ".model":
+            files.decode(data, str(path))
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -49,9 +73,6 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     from transformers import AutoConfig
 
     directory = checkpoint_path(path, weights=False)
-    generation = directory / "generation_config.json"
-    if generation.exists():  # transformers passes over one that it cannot read, and the end tokens in it are gone
-        parse_object(generation.read_bytes(), str(generation))
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a damaged file makes its code run into
@@ -61,15 +82,22 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises ValueError if there is none."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     directory = checkpoint_path(path, weights=False)
+    check_files(directory, TOKENIZER)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises Exception itself
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:
             message = "it needs Python code of its own (auto_map of tokenizer_config.json), which is not run"
+        elif (directory / "tokenizer.json").is_file():
+            try:
+                Tokenizer.from_file(str(directory / "tokenizer.json"))
+            except Exception as own:
+                message = f"tokenizer.json: {own}"
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {message}") from error
     # Nothing of ours cuts text by this limit; with it, transformers warns of every text longer than the window.
     tokenizer.model_max_length = int(1e30)
@@ -115,6 +143,8 @@ def load_report(
     from transformers import AutoModelForCausalLM
 
     rope_geometry(config)
+    if source is not None:
+        stored_tensors(source)  # names the file that is missing or cut off
     if attention.startswith(PREFIX):
         register_causal_only()
     wanted = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
@@ -197,15 +227,21 @@ def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict
     """All weights on the CPU in `dtype`, tied ones once.
 
     Sharded ones are gathered, so every process must call it; those that need no result say keep=False.
+    Raises ValueError on every process if the main one has no room for them.
     """
     wanted = torch_dtype(dtype)
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    weights = {}
+    weights, failed = {}, ""
     for name, tensor in model.state_dict().items():
         if name in own:
             gathered = distributed.whole(tensor.detach())
-            if keep:
-                weights[name] = gathered.to("cpu", wanted)
+            try:
+                if keep and not failed:
+                    weights[name] = gathered.to("cpu", wanted)
+            except (RuntimeError, MemoryError) as error:  # the others gather on, and so must this one
+                weights, failed = {}, " ".join(str(error).split())[:300] or type(error).__name__
+    if failed := distributed.from_main(failed):
+        raise ValueError(f"the host's memory is too small for all weights in {dtype}: {failed}")
     return weights
 
 

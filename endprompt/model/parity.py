@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from endprompt.model.attention import PREFIX, registered_name, training_attention
+from endprompt.model.attention import PREFIX, attention_backends, registered_name, training_attention
 from endprompt.model.length_rope import RowsAlone
 
 if TYPE_CHECKING:
@@ -156,12 +156,14 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
 
     training = model.training
     model.eval()
+    why = "its own code reads the attention mask (to choose what a token attends to), and they make none"
     try:
-        model.set_attn_implementation(
-            training_attention("sdpa") if attention == registered_name("shifted") else attention
-        )
-        found = {where: _ours(objective, row, positions, weights) for where, positions in places.items()}
-        elsewhere, _ = _ours(objective, other, jumped, weights)
+        if attention == registered_name("shifted"):
+            model.set_attn_implementation(training_attention("sdpa"))
+        with attention_backends(row.device):
+            found = {where: _ours(objective, row, positions, weights) for where, positions in places.items()}
+            elsewhere, _ = _ours(objective, other, jumped, weights)
+        why = "transformers' own eager forward pass of it fails"
         with transformers_own(model):
             if model.config._attn_implementation != "eager":  # both would be without a mask, and not causal
                 raise ValueError("its attention is its own and cannot be chosen: this family cannot be trained")
@@ -175,10 +177,7 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's own code does without the mask that it is used to
-        raise ValueError(
-            f"{kind}: this family cannot be trained with the causal-only attentions, its own code fails "
-            f"without a mask: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{kind}: this family cannot be trained with the causal-only attentions: {why}") from error
     finally:
         model.set_attn_implementation(attention)
         model.train(training)

@@ -6,6 +6,7 @@ is a fault and what is not is decided here, from its report.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from endprompt.files import parse_object
+from endprompt.files import check_fetched, read_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,8 +45,8 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     """
     index = directory / INDEX
     paths = {directory / WHOLE}
-    if not (directory / WHOLE).is_file() and index.is_file():
-        places = parse_object(index.read_bytes(), str(index)).get("weight_map")
+    if not (directory / WHOLE).is_file() and os.path.lexists(index):
+        places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{index}: must name a file for every weight: weight_map")
         for name, place in places.items():
@@ -63,6 +64,7 @@ def open_tensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_fetched(path)
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.parent}: the checkpoint does not load: {path.name}: {error}") from error

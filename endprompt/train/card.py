@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from endprompt import origin
-from endprompt.files import parse_object, write_text
+from endprompt.files import read_object, write_text
 from endprompt.results import RECORD
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
     if not path.is_file():
         raise ValueError(f"a model card needs a checkpoint that `endprompt extend` wrote: {path} does not exist")
-    record = parse_object(path.read_bytes(), str(path))
+    record = read_object(path)
     for key in ("config", "environment"):
         if not isinstance(record.get(key), dict):
             raise ValueError(f"{path}: must hold an object `{key}`")

@@ -6,6 +6,7 @@ token of the number is the most likely one, given all before it. This watches a 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from endprompt import distributed
 from endprompt.data import Documents
 from endprompt.distributed import World
+from endprompt.model.length_rope import reading
 from endprompt.positions import sample_rng
 
 NEEDLE = " The pass key is {key}. Remember it: {key} is the pass key. "
@@ -119,8 +121,8 @@ def _sum(objective: Objective, rows: list[Row], here: World, hits: bool) -> floa
         place = first + here.rank
         ids, weights = rows[min(place, len(rows) - 1)]
         positions = torch.arange(len(ids), device=device)[None]
-        value = objective(
-            torch.from_numpy(ids).to(device)[None], positions, torch.from_numpy(weights).to(device)[None], hits
-        )
+        row = torch.from_numpy(ids).to(device)[None], positions, torch.from_numpy(weights).to(device)[None]
+        with reading(int(weights.argmax())) if hits else contextlib.nullcontext():  # frequencies as in generation
+            value = objective(*row, hits)
         total += value * (place < len(rows))  # processes without a row of their own still take part in the gathering
     return float(distributed.total(total))

@@ -155,10 +155,15 @@ class Trainer:
         try:
             yield
         except (Exception, KeyboardInterrupt):
-            newest = checkpoint.states(states)[-1:]
-            if states.parent.exists() and not (newest and newest[0].name == checkpoint.name_of(self.step)):
-                self.save(states)
+            self.keep(states)
             raise
+
+    def keep(self, states: Path) -> None:
+        """Leave a state of this step. Every process must call it."""
+        newest = checkpoint.states(states)[-1:]
+        whole = not states.parent.exists() or (bool(newest) and newest[0].name == checkpoint.name_of(self.step))
+        if not distributed.from_main(whole):
+            self.save(states)
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step's rows: all processes together have rows step * rows + 0, 1, 2 ..."""
@@ -239,7 +244,12 @@ class Trainer:
         return values
 
     def evaluate_kept(self, reports: list[Callable[[int, dict[str, float]], None]], states: Path) -> None:
-        """`evaluate`, whose failure (long rows take memory) loses no step; one of several processes may fail alone."""
+        """`evaluate`, whose failure (long rows take memory) loses no step.
+
+        One of several processes may fail alone, and a state takes all of them: it is saved before the last evaluation.
+        """
+        if self.here.size > 1 and self.step == self.steps:
+            self.keep(states)
         with self.kept(states) if self.here.size == 1 else contextlib.nullcontext():
             self.evaluate(reports)
 

@@ -14,7 +14,7 @@ from endprompt import distributed, files
 from endprompt.config import ExtendConfig, check_output
 from endprompt.data import Rows
 from endprompt.distributed import World, say
-from endprompt.files import parse_object
+from endprompt.files import read_object
 from endprompt.results import RECORD
 from endprompt.runs import plain
 from endprompt.train import states as checkpoint
@@ -59,7 +59,7 @@ class Output:
         config, record = self.config, self.path / RECORD
         if not (config.resume and record.is_file()) or (config.overwrite and self.work.exists()):
             return False
-        saved = parse_object(record.read_bytes(), str(record)).get("config")
+        saved = read_object(record).get("config")
         if not isinstance(saved, dict):
             raise ValueError(f"{record}: must hold the run's configuration, an object `config`")
         return all(saved.get(key) == value for key, value in identity(config).items())

@@ -99,7 +99,8 @@ def run(start: Checkpoint) -> Path:
 def check_end(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> None:
     """Raises ValueError if what the run is to leave could not be written; one without a state leaves nothing then."""
     try:
-        outcome.check_room(output.work, trainer.config, trainer.steps, trainer.model, trainer.optimizer, dtype)
+        about = trainer.config, trainer.steps, trainer.model, trainer.optimizer, dtype, trainer.here.size
+        outcome.check_room(output.work, *about)
         outcome.rehearse(output.work, trainer.model, start.tokenizer, dtype, record_of(trainer, start.window))
     except ValueError:
         output.drop_unless_kept()

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,20 @@ import json, sys
 from endprompt import train, config
 for job in json.load(open(sys.argv[1])):
     train.extend(config.ExtendConfig(**job))
+"""
+
+
+#: The command line, but the second process alone fails in its last evaluation.
+FAILS_ALONE = """
+import os, sys
+from endprompt import cli, train
+evaluate = train.Trainer.evaluate
+def fails(self, reports):
+    if os.environ["RANK"] == "1" and self.step == self.steps:
+        raise RuntimeError("out of memory")
+    evaluate(self, reports)
+train.Trainer.evaluate = fails
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
@@ -101,6 +117,46 @@ def test_one_of_two_processes_killed_in_a_save_and_both_resumed_bitwise(extend_c
         assert process.returncode == 0 and ("resumed from step 2 of 6" in said) == (name == "killed"), said
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_processes_that_overwrite_keep_the_old_run_until_the_new_one_is_whole(extend_config, documents, tmp_path):
+    """Ctrl-C, then the printed command; a last evaluation that one process fails in, then --resume."""
+    old = train.extend(extend_config(seed=7, save_every=1))
+    unfinished = tmp_path / "out.partial" / "states" / "step-00000099"  # of a run that was killed
+    unfinished.mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    held = {"eval_data": [str(documents)], "eval_lengths": [24], "eval_rows": 2}
+    config = extend_config(overwrite=True, save_every=1, steps=30, **held)
+    RunDirectory(tmp_path, config)  # writes config.yaml
+    arguments = ["extend", "--config", tmp_path / "config.yaml"]
+    two = ["--standalone", "--nproc-per-node", 2]
+    log = tmp_path / "out.partial" / "log.jsonl"
+    process = launched(*two, "-m", "endprompt.cli", *arguments, start_new_session=True)
+    while process.poll() is None and not (log.exists() and len(losses_of(log.parent)) > 3):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=100)
+    kept = {path.name for path in unfinished.parent.iterdir()}
+    assert kept and unfinished.name not in kept, said
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before, "the old run is there"
+    line = next(line for line in said.splitlines() if "go on with: torchrun" in line)
+    going_on = shlex.split(line.partition("go on with: torchrun ")[2])
+    assert going_on[-1] == "--resume"
+    (tmp_path / "worker.py").write_text(FAILS_ALONE)
+    place = going_on.index("-m")
+    process = launched(*going_on[:place], tmp_path / "worker.py", *going_on[place + 2 :])
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 1 and "resumed from step" in said, said
+    assert max(path.name for path in unfinished.parent.iterdir()) == "step-00000030"
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before, "the old run is there"
+    process = launched(*going_on)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0 and "resumed from step 30 of 30" in said, said
+    whole = train.extend(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    left, right = (load_file(path / "model.safetensors") for path in (old, whole))
+    assert all(torch.allclose(left[name], right[name], rtol=1e-4, atol=1e-5) for name in right)
+    assert not log.parent.exists()
 
 
 def two_against_one(config, tmp_path, device):

@@ -1,5 +1,6 @@
 """Frequencies that depend on the length: each row's against a fresh module of transformers, and what follows of it."""
 
+import contextlib
 import copy
 import importlib
 import json
@@ -10,8 +11,8 @@ from safetensors.torch import load_file
 
 from endprompt import distributed, train
 from endprompt.model import load_model
-from endprompt.model.length_rope import rows_alone
-from endprompt.train import graph, run, states
+from endprompt.model.length_rope import reading, rows_alone
+from endprompt.train import evaluate, graph, run, states
 from tests.support.checkpoints import TARGET, WINDOW, make_checkpoint
 
 #: family, its RoPE class, changes of its config
@@ -101,7 +102,12 @@ def test_generate_gives_what_transformers_gives_for_one_prompt_alone(tmp_path, f
     for place, prompt in enumerate(prompts):
         fresh = AutoModelForCausalLM.from_pretrained(path).eval()
         theirs = torch.stack(fresh.generate(prompt, **options).logits)
-        assert torch.equal(torch.stack(ours.generate(prompt, **options).logits), theirs)
+        made = ours.generate(prompt, **options)
+        assert torch.equal(torch.stack(made.logits), theirs)
+        if family != "Phi3" or prompt.shape[1] != WINDOW - 4:  # which reads the sequence again where it crosses
+            with reading(prompt.shape[1]):  # prompt and answer at once, as the needles of an evaluation are read
+                whole = ours(input_ids=made.sequences[:, :-1], use_cache=False).logits[0, prompt.shape[1] - 1 :]
+            torch.testing.assert_close(whole, theirs[:, 0], rtol=1e-4, atol=1e-5)
         if kind == "dynamic":  # the cache of a row that crosses longrope's window is read again for all or for none
             torch.testing.assert_close(torch.stack(batch.logits)[:, place : place + 1], theirs, rtol=1e-4, atol=1e-5)
 
@@ -159,6 +165,26 @@ def test_the_loss_of_a_row_is_that_of_a_fresh_model_of_transformers(extend_confi
         fresh = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
         theirs = fresh(ids[row : row + 1], position_ids=positions[row : row + 1], attention_mask=causal).logits
         torch.testing.assert_close(found[row : row + 1], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_needles_are_read_with_the_frequencies_of_their_prompt(tmp_path):
+    """The answer that transformers' own model generates is a hit of the evaluation, and would not be without."""
+    from transformers import AutoModelForCausalLM
+
+    path = make_checkpoint(tmp_path / "m", rope_parameters=scaled("dynamic") | {"factor": 64.0}, initializer_range=0.5)
+    objective = train.Objective(load_model(path, attention="causal_only_sdpa"), autocast=False)
+    draw = torch.Generator().manual_seed(3)
+    rows = []
+    for _ in range(6):
+        prompt = torch.randint(1, 300, (1, WINDOW), generator=draw)
+        fresh = AutoModelForCausalLM.from_pretrained(path).eval()
+        made = fresh.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+        rows.append((made.numpy(), (torch.arange(len(made)) >= WINDOW).float().numpy()))
+    here = distributed.World(device="cpu")
+    assert float(evaluate._sum(objective, rows, here, hits=True)) == 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "reading", lambda prompt: contextlib.nullcontext())
+        assert float(evaluate._sum(objective, rows, here, hits=True)) < 6
 
 
 def test_no_graph_is_recorded_of_a_model_whose_frequencies_depend_on_the_length(tmp_path, extend_config):
