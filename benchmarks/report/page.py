@@ -1,7 +1,7 @@
 """`endprompt report`: one page of HTML with everything that a run says of itself, and nothing that is loaded.
 
 Styles, script and pictures are inside the page, whose policy forbids every request; Jinja escapes what comes from a
-run. Charts are drawn here from the rows; behind each is a table with its numbers.
+run. Behind each chart is a table with its numbers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from markupsafe import Markup
 
 from benchmarks import summary
 from benchmarks.report import charts
 from benchmarks.report import runs as report_data
-from benchmarks.report.charts import Point, Series, tokens
-from benchmarks.report.runs import Facet, Part, Run, number
+from benchmarks.report.charts import Point, tokens
+from benchmarks.report.runs import Cell, Facet, Method, Part, Run, number
 from endprompt import positions
+from endprompt.cli import has_positionals, is_positional
 from endprompt.files import write_text
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 DRAWS, SCHEMES, RUNS = 6, 16, 64
 #: Points of a loss curve; wrong predictions shown of a task and length, and in all of one scoring.
 CURVE, WRONG, SHOWN = 400, 3, 60
+#: The column of the mean over a facet's tasks.
+MEANS = "mean over tasks"
 #: Methods named above the picture of their positions.
 NAMED = 5
 #: An end prompt whose length no file says is drawn with so many tokens.
@@ -88,12 +92,14 @@ def render(runs: Sequence[Run], reference: str | None = None) -> str:
         policy=policy(style, script),
         style=Markup(style),
         script=Markup(script),
+        glyphs=charts.GLYPHS,
         title=", ".join(run.name for run in runs),
         runs=[about_run(run) for run in runs],
         trainings=trainings(runs),
         schemes=drawn_schemes(runs),
         losses=loss_charts(runs),
-        facets=[view for index, facet in enumerate(facets) for view in [facet_view(facet, f"f{index}", reference)]],
+        facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
+        comparisons=[view for facet in facets if (view := comparison(facet, reference))],
         heat_maps=heat_maps(runs),
         bounds=bounds(runs),
         others=other_rows(runs),
@@ -117,50 +123,53 @@ def policy(style: str, script: str) -> str:
 # -------------------------------------------------------------------------------------------------------- what was run
 
 
-def about_run(run: Run) -> dict[str, Any]:
+def about_run(run: Run) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Facts by name, and the places of broken lines."""
     first = next((part for part in run.parts if part.environment), run.parts[0])
     environment, device = first.environment, first.environment.get("device") or {}
     kinds = [part.kind or ("rows" if part.rows else "training") for part in run.parts]
     seconds = sum(line["seconds"] for line in (*run.parts[0].log, run.parts[0].about) if number(line.get("seconds")))
-    return {
-        "name": run.name,
-        "kind": run.parts[0].kind or kinds[0],
-        "parts": ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)),
-        "rows": len(run.rows),
-        "device": device.get("gpu") or " ".join(str(v) for v in (device.get("machine"), cores(device)) if v),
-        "revision": environment.get("revision") or "not recorded",
-        "time": environment.get("time") or "not recorded",
-        "seconds": f"{seconds / 60:.1f} min" if seconds else "not recorded",
-        "broken": [place for part in run.parts for place in part.broken],
+    cores = f"CPU, {device['cpu_count']} cores" if device.get("cpu_count") else ""
+    held = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
+    facts = {
+        "Run": run.name,
+        "Kind": run.parts[0].kind or kinds[0],
+        "Holds": f"{held}; {len(run.rows):,} rows of results",
+        "Device": device.get("gpu") or " ".join(str(v) for v in (device.get("machine"), cores) if v),
+        "Revision": code(environment["revision"]) if environment.get("revision") else "",
+        "Started": environment.get("time"),
+        "Time taken": f"{seconds / 60:.1f} min" if seconds else "",
     }
+    broken = [place for part in run.parts for place in part.broken]
+    return [(name, value or "not recorded") for name, value in facts.items()], broken
 
 
-def cores(device: dict[str, Any]) -> str:
-    return f"CPU, {device['cpu_count']} cores" if device.get("cpu_count") else ""
+def code(text: Any) -> Markup:
+    return Markup("<code>{}</code>").format(text)
 
 
 def trained(runs: Iterable[Run]) -> list[tuple[Run, Part]]:
     return [(run, part) for run in runs for part in run.parts if part.about or part.losses()]
 
 
-def trainings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A line a training: method, base, target, steps, tokens, seconds, last loss."""
+def trainings(runs: Sequence[Run]) -> list[list[str]]:
+    """A line a training: part, method, base, target, steps, tokens, rate, seconds, last loss."""
     found = []
     for run, part in trained(runs):
         about, config, losses = part.about, part.config or part.about.get("config") or {}, part.losses()
         last = about.get("final_loss") or (losses[-1]["loss"] if losses else None)
         found.append(
-            {
-                "name": part_name(run, part),
-                "method": about.get("method") or config.get("scheme") or "",
-                "base": about.get("model") or Path(str(config.get("model") or "")).name,
-                "target": count(about.get("target") or config.get("target")),
-                "steps": count(about.get("steps") or (losses[-1]["step"] if losses else None)),
-                "tokens": count(about.get("tokens")),
-                "lr": f"{config['lr']:g}" if number(config.get("lr")) else "",
-                "seconds": f"{about['seconds']:,.0f} s" if number(about.get("seconds")) else "",
-                "loss": f"{last:.4f}" if number(last) else "",
-            }
+            [
+                part_name(run, part),
+                about.get("method") or config.get("scheme") or "",
+                about.get("model") or Path(str(config.get("model") or "")).name,
+                count(about.get("target") or config.get("target")),
+                count(about.get("steps") or (losses[-1]["step"] if losses else None)),
+                count(about.get("tokens")),
+                f"{config['lr']:g}" if number(config.get("lr")) else "",
+                f"{about['seconds']:,.0f} s" if number(about.get("seconds")) else "",
+                f"{last:.4f}" if number(last) else "",
+            ]
         )
     return found
 
@@ -169,11 +178,11 @@ def count(value: Any) -> str:
     return f"{value:,}" if number(value) else ""
 
 
-def part_name(run: Run, part: Part) -> str:
-    """The part's place in its run, or the run's own name."""
+def part_name(run: Run, part: Part, whole: bool = False) -> str:
+    """The part's place in its run, or the run's own name; whole: with the run's name in front."""
     if part.path == run.path:
         return run.name
-    return part.path.relative_to(run.path).as_posix()
+    return f"{run.name}/" * whole + part.path.relative_to(run.path).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------- positions
@@ -280,28 +289,26 @@ def spans(intervals: Sequence[tuple[int, int]], most: int = 8) -> str:
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def loss_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Training loss against steps, at most as many curves in a chart as can be told apart."""
-    series: list[Series] = []
+def loss_charts(runs: Sequence[Run]) -> list[tuple[list[str], Markup, list[Any]]]:
+    """(names, picture, numbers by name) of training loss against steps, as many curves as can be told apart."""
+    series = []
     for run, part in trained(runs):
         lines = part.losses()
-        if len(lines) < 2:
-            continue
-        name = part_name(run, part)
-        name += f": {part.about['method']}" if part.about.get("method") else ""
-        points = [
-            Point(line["step"], line["loss"], spoken=f"{name}, step {line['step']:,}: loss {line['loss']:.4f}")
-            for line in charts.thinned(lines, CURVE)
-        ]
-        series.append(Series(name, points, len(series) % charts.STYLES))
+        if len(lines) > 1:
+            name = part_name(run, part) + (f": {part.about['method']}" if part.about.get("method") else "")
+            points = [
+                Point(line["step"], line["loss"], spoken=f"{name}, step {line['step']:,}: loss {line['loss']:.4f}")
+                for line in charts.thinned(lines, CURVE)
+            ]
+            series.append((name, points))
     views = []
     for index, group in enumerate(chunks(series)):
-        svg = charts.curves("Training loss", group, "step", "loss (nats a token)", f"l{index}")
-        table = [
-            (one.name, [(f"{p.x:,.0f}", f"{p.y:.4f}") for p in charts.thinned(one.points, charts.STOPS)])
-            for one in group
+        svg = charts.lines("Training loss", group, ("step", "loss (nats a token)"), f"l{index}")
+        tables = [
+            (name, [(f"{p.x:,.0f}", f"{p.y:.4f}") for p in charts.thinned(points, charts.STOPS)])
+            for name, points in group
         ]
-        views.append({"svg": svg, "legend": legend(group), "table": table})
+        views.append(([name for name, _ in group], svg, tables))
     return views
 
 
@@ -309,55 +316,57 @@ def chunks(series: Sequence[Any]) -> list[list[Any]]:
     return [list(series[k : k + charts.STYLES]) for k in range(0, len(series), charts.STYLES)]
 
 
-def legend(series: Iterable[Series]) -> list[tuple[Markup, str]]:
-    return [(charts.swatch(one.style), one.name) for one in series]
-
-
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
-def facet_view(facet: Facet, key: str, reference: str | None) -> dict[str, Any]:
-    """Charts a task, the table behind them, averages and comparisons of one base and fold."""
-    means = "mean over tasks"
+def facet_view(facet: Facet, key: str) -> dict[str, Any]:
+    """Charts a task, the table behind them and averages of one base and fold."""
     groups = chunks(facet.methods)
-    names = [means] * (len(facet.tasks) > 1) + (facet.tasks if len(groups) == 1 else facet.tasks[:0])
+    mean = [MEANS] if len(facet.tasks) > 1 else []
+    drawn = [*mean, *facet.tasks] if len(groups) == 1 else mean or facet.tasks
     views = []
     for place, group in enumerate(groups):
         pictures = []
-        for number_, task in enumerate(names or facet.tasks):
-            series = []
-            for style, method in enumerate(group):
-                points = []
-                for length in facet.lengths:
-                    cell = method.mean(length, facet.tasks) if task == means else method.cell(task, length)
-                    if cell:
-                        spoken = f"{method.label}, {task}, {length:,} tokens: {cell}"
-                        points.append(Point(length, cell.value, cell.low, cell.high, spoken))
-                if points:
-                    series.append(Series(method.label, points, style))
-            if series:
-                svg = charts.against_length(f"{task}: score against length", series, f"{key}-{place}-{number_}",
-                                            facet.window)  # fmt: skip
+        for number_, task in enumerate(drawn):
+            series = [(method.label, points_of(facet, method, task)) for method in group]
+            if any(points for _, points in series):
+                title, labels = f"{task}: score against length", ("length (tokens)", "score (percent)")
+                name = f"{key}-{place}-{number_}"
+                svg = charts.lines(title, series, labels, name, scores=True, window=facet.window)
                 pictures.append((task, svg))
-        entries = [(charts.swatch(style), method.label) for style, method in enumerate(group)]
-        views.append({"pictures": pictures, "legend": entries})
-    table = []
-    for method in facet.methods:
-        for length in facet.lengths:
-            cells = [method.cell(task, length) for task in facet.tasks]
-            if any(cells):
-                mean = method.mean(length, facet.tasks)
-                table.append({"method": method.label, "length": f"{length:,}", "cells": [*cells, mean]})
+        views.append(([method.label for method in group], pictures))
+    columns = [*facet.tasks, *mean]
+    rows = [
+        [method.label, f"{length:,}", *(shown(cell_of(facet, method, task, length)) for task in columns)]
+        for method in facet.methods
+        for length in facet.lengths
+        if any(method.cell(task, length) for task in facet.tasks)
+    ]
     return {
         "title": facet.title,
         "groups": views,
-        "tasks": [*facet.tasks, means] if len(facet.tasks) > 1 else facet.tasks,
-        "table": table,
+        "head": "|>".join(["method", "length", *columns]),
+        "rows": rows,
         "intervals": interval_notes(facet),
         "window": facet.window if facet.window and facet.lengths[0] < facet.window < facet.lengths[-1] else None,
         "averages": averages(facet),
-        "comparison": comparison(facet, reference),
     }
+
+
+def cell_of(facet: Facet, method: Method, task: str, length: int) -> Cell | None:
+    return method.mean(length, facet.tasks) if task == MEANS else method.cell(task, length)
+
+
+def points_of(facet: Facet, method: Method, task: str) -> list[Point]:
+    cells = [(length, cell_of(facet, method, task, length)) for length in facet.lengths]
+    said = f"{method.label}, {task}"
+    return [Point(n, one.value, one.low, one.high, f"{said}, {n:,} tokens: {one}") for n, one in cells if one]
+
+
+def shown(cell: Cell | None) -> str:
+    if cell is None or cell.low is None:
+        return "" if cell is None else f"{cell.value:.0f}"
+    return Markup(f"{cell.value:.0f} <small>[{cell.low:.0f}, {cell.high:.0f}]</small>")
 
 
 def interval_notes(facet: Facet) -> str:
@@ -368,7 +377,7 @@ def interval_notes(facet: Facet) -> str:
     return "; ".join(notes) + samples
 
 
-def averages(facet: Facet) -> list[dict[str, Any]]:
+def averages(facet: Facet) -> list[list[str]]:
     """RULER's own averages over lengths; the effective length of those that were run."""
     found = []
     for method in facet.methods:
@@ -379,44 +388,50 @@ def averages(facet: Facet) -> list[dict[str, Any]]:
         ]
         made = {row["metric"]: row["value"] for row in summary.ruler_summary(rows) if row["length"] is None}
         if made and len({row["length"] for row in rows}) > 1:
-            found.append({"method": method.label, **made})
+            kinds = ("average", "weighted_average_inc", "weighted_average_dec")
+            longest = f"{made['effective_length']:,.0f}" if made["effective_length"] else "none"
+            found.append([method.label, *(f"{made[kind]:.1f}" for kind in kinds), longest])
     return found
 
 
 def comparison(facet: Facet, reference: str | None) -> dict[str, Any] | None:
     """Differences to the reference, a table a method; for many methods those at the longest length only."""
-    found = report_data.differences(facet, reference)
-    if len(facet.methods) > charts.STYLES:
+    found, cut = report_data.differences(facet, reference), len(facet.methods) > charts.STYLES
+    if cut:
         found = [one for one in found if one.length == facet.lengths[-1]]
     if not found:
         return None
     reach = max([10.0, *(abs(v) for one in found for v in (one.value, one.low, one.high) if v is not None)])
-    methods: dict[str, list[dict[str, Any]]] = {}
+    methods: dict[str, list[list[Any]]] = {}
     for one in found:
-        interval = f"[{one.low:+.1f}, {one.high:+.1f}]" if one.low is not None else "no interval"
-        spoken = f"{one.value:+.1f} points, {interval}"
-        methods.setdefault(one.other, []).append(
-            {
-                "task": one.task,
-                "length": f"{one.length:,}",
-                "value": f"{one.value:+.1f}",
-                "interval": interval,
-                "how": one.how,
-                "svg": charts.whisker(one.value, one.low, one.high, reach, spoken),
-                "decided": one.low is not None and one.high is not None and (one.low > 0 or one.high < 0),
-            }
-        )
-    return {"reference": found[0].reference, "methods": methods, "reach": f"{reach:.0f}",
-            "cut": len(facet.methods) > charts.STYLES}  # fmt: skip
+        value, interval = f"{one.value:+.1f}", "no interval"
+        if one.low is not None and one.high is not None:
+            interval = f"[{one.low:+.1f}, {one.high:+.1f}]"
+            if one.low > 0 or one.high < 0:
+                value = Markup(f"<strong>{value}</strong>")
+        picture = whisker(one.value, one.low, one.high, reach, f"{one.value:+.1f} points, {interval}")
+        methods.setdefault(one.other, []).append([one.task, f"{one.length:,}", value, interval, picture, one.how])
+    return {"title": facet.title, "reference": found[0].reference, "methods": methods, "reach": f"{reach:.0f}",
+            "cut": cut}  # fmt: skip
+
+
+def whisker(value: float, low: float | None, high: float | None, reach: float, spoken: str) -> Markup:
+    """A difference with its interval on an axis from -reach to reach, for a cell of a table."""
+    x, left, right = (75 + 69 * max(-1.0, min(1.0, one / reach)) for one in (value, low or 0.0, high or 0.0))
+    bar = f'<path d="M{left:.1f},10H{right:.1f}" class="whisker"/>' if low is not None else ""
+    mark = f'<path d="M{x - 3.5:.1f},6.5h7v7h-7z" class="mark"/>'
+    shapes = Markup(f'<path d="M75,1V19" class="axis"/>{bar}{mark}')
+    return Markup('<svg viewBox="0 0 150 20" class="cell s0" role="img" aria-label="{}">{}</svg>').format(
+        spoken, shapes
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- heat maps
 
 
-def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Single answers found, by depth of the needle and length: a table with coloured cells for each scoring."""
+def heat_maps(runs: Sequence[Run]) -> list[tuple[str, list[str], list[Any]]]:
+    """Single answers found, by depth of the needle and length: title, lengths and lines of each scoring."""
     views = []
-    several = len(runs) > 1
     for run in runs:
         for part in run.parts:
             by_method: dict[str, list[dict[str, Any]]] = {}
@@ -429,26 +444,26 @@ def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 lines = []
                 for low, high in depths:
                     name = f"{low:.0f}–{high:.0f}%"
-                    line = [heat_cell(values.get((low, length)), name, length) for length in lengths]
-                    lines.append((name, line))
-                title = f"{run.name}: {method}" if several else method
-                views.append({"title": title, "lengths": [tokens(length) for length in lengths], "lines": lines})
+                    lines.append((name, [heat_cell(values.get((low, n)), name, n) for n in lengths]))
+                title = f"{run.name}: {method}" if len(runs) > 1 else method
+                views.append((title, [tokens(length) for length in lengths], lines))
     return views
 
 
-def heat_cell(cell: dict[str, Any] | None, depth: str, length: int) -> dict[str, Any]:
+def heat_cell(cell: dict[str, Any] | None, depth: str, length: int) -> tuple[str, str, str]:
+    """(class, text, what is spoken)"""
+    place = f"depth {depth}, {length:,} tokens"
     if cell is None:
-        return {"level": None, "text": "–", "spoken": f"depth {depth}, {length:,} tokens: no needle here"}
+        return "empty", "–", f"{place}: no needle here"
     value = min(100.0, max(0.0, cell["value"]))
-    spoken = f"depth {depth}, {length:,} tokens: {value:.0f} percent of {cell['n']} answers found"
-    return {"level": round(value / 10), "text": f"{value:.0f}", "spoken": spoken}
+    return f"h{round(value / 10)}", f"{value:.0f}", f"{place}: {value:.0f} percent of {cell['n']} answers found"
 
 
 # -------------------------------------------------------------------------------------------------------------- bounds
 
 
-def bounds(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Largest value over each bound and the share of pairs within it, by method."""
+def bounds(runs: Sequence[Run]) -> list[tuple[bool, list[str], Markup, list[Any]]]:
+    """Largest value over each bound and the share of pairs within it: whether all hold, methods, picture, table."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         for row in run.rows:
@@ -463,77 +478,56 @@ def bounds(runs: Sequence[Run]) -> list[dict[str, Any]]:
             marks, cells = [], []
             for style, method in enumerate(group):
                 largest, share = (found[method].get(f"{kind}_{bound}") for kind in ("largest_over", "share_within"))
-                cells.append((f"{max(largest):.4f}" if largest else "", f"{100 * min(share):.2f}%" if share else ""))
+                over = f"{max(largest):.4f}" if largest else ""
+                cells.append(Markup(over + (f" <small>{100 * min(share):.2f}%</small>" if share else "")))
                 if largest:
-                    marks.append((style, max(largest), f"{method}: {label}: {max(largest):.4f}"))
+                    marks.append((style, max(largest), f"{method}: {label}: {over}"))
             rows.append((label, marks))
-            table.append((label, cells))
+            table.append([label, *cells])
         radius = [found[method].get("nonvacuous_radius_tokens") for method in group]
-        table.append(
-            ("Bernstein's bound says something up to (tokens)", [(f"{r[0]:.3g}" if r else "", "") for r in radius])
-        )
+        table.append(["Bernstein's bound says something up to (tokens)", *(f"{r[0]:.3g}" if r else "" for r in radius)])
         holds = all(min(v) >= 1 for m in group for k, v in found[m].items() if k.startswith("share_within"))
-        svg = charts.ratios("Largest value over its bound", rows, f"b{index}")
-        entries = [(charts.swatch(style), method) for style, method in enumerate(group)]
-        views.append({"svg": svg, "legend": entries, "methods": group, "table": table, "holds": holds})
+        views.append((holds, group, charts.ratios("Largest value over its bound", rows, f"b{index}"), table))
     return views
 
 
 # ----------------------------------------------------------------------------------------------------------- the rest
 
 
-def other_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def other_rows(runs: Sequence[Run]) -> dict[str, list[list[Any]]]:
     """Every other number, by suite: evaluations while training, LongBench, short tasks, the lab's questions."""
-    suites: dict[str, list[dict[str, Any]]] = {}
+    suites: dict[str, list[list[Any]]] = {}
     for row in report_data.others(runs):
         ci = row["ci95"]
-        suites.setdefault(str(row["suite"]), []).append(
-            {
-                "method": row["method"],
-                "about": ", ".join(
-                    f"{key} {row[key]}" for key in ("base", "fold", "comparison", "step") if row.get(key) is not None
-                ),
-                "task": row["task"],
-                "length": count(row["length"]),
-                "metric": row["metric"],
-                "value": f"{row['value']:.4g}" + (f" [{ci[0]:.4g}, {ci[1]:.4g}]" if ci else ""),
-                "n": count(row["n"]),
-                "seed": row["seed"],
-                "note": row.get("verdict") or row.get("error") or "",
-            }
-        )
-    return [{"suite": suite, "rows": rows} for suite, rows in suites.items()]
+        about = ", ".join(f"{k} {row[k]}" for k in ("base", "fold", "comparison", "step") if row.get(k) is not None)
+        value = f"{row['value']:.4g}" + (f" [{ci[0]:.4g}, {ci[1]:.4g}]" if ci else "")
+        line = [row["method"], row["task"], count(row["length"]), row["metric"], value, row["n"], row["seed"]]
+        note = row.get("verdict") or row.get("error") or ""
+        suites.setdefault(str(row["suite"]), []).append([*line, f"{about} {note}".strip()])
+    return suites
 
 
-def wrong_predictions(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the models wrote where it was wrong: the first few of each task and length."""
+def wrong_predictions(runs: Sequence[Run]) -> list[tuple[str, str, list[Any]]]:
+    """What the models wrote where it was wrong: summary, name, and the first few of each task and length."""
     views = []
     for run in runs:
         for part in run.parts:
+            entries = report_data.predictions(part)
             wrong: dict[str, list[dict[str, Any]]] = {}
-            total = 0
-            for entry in report_data.predictions(part):
-                total += 1
+            for entry in sorted(entries, key=lambda entry: entry["index"]):
                 if entry["score"] < 100:
                     wrong.setdefault(str(entry["task"]), []).append(entry)
-            if not total:
-                continue
-            shown = [
-                {
-                    "task": task,
-                    "index": entry["index"],
-                    "wanted": listed(entry["outputs"]),
-                    "prediction": str(entry["prediction"]),
-                    "score": f"{entry['score']:.0f}",
-                    "depth": listed(entry["depth"]) + "%" if entry.get("depth") else "",
-                }
-                for task, entries in wrong.items()
-                for entry in sorted(entries, key=lambda e: e["index"])[:WRONG]
-            ][:SHOWN]
-            number_wrong = sum(map(len, wrong.values()))
-            method = part.rows[0]["method"] if part.rows else ""
-            views.append({"name": part_name(run, part), "method": method, "total": total, "wrong": number_wrong,
-                          "shown": shown})  # fmt: skip
+            rows = []
+            for task, found in wrong.items():
+                for entry in found[:WRONG]:
+                    depth = listed(entry["depth"]) + "%" if entry.get("depth") else ""
+                    answers = code(listed(entry["outputs"])), code(entry["prediction"])
+                    rows.append([task, entry["index"], depth, f"{entry['score']:.0f}", *answers])
+            if entries:
+                method = f" ({part.rows[0]['method']})" if part.rows else ""
+                said = f"{part_name(run, part)}{method}: {sum(map(len, wrong.values())):,} of {len(entries):,} wrong"
+                rows = rows[:SHOWN]
+                views.append((f"{said}, {len(rows)} shown", part_name(run, part, whole=True), rows))
     return views
 
 
@@ -544,20 +538,18 @@ def listed(values: Any) -> str:
 # --------------------------------------------------------------------------------------- provenance and reproduction
 
 
-def environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each environment once, with the parts that were made in it."""
-    found: dict[str, dict[str, Any]] = {}
+def environments(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each environment once: what was made in it and when, and its facts."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for run in runs:
         for part in run.parts:
-            if not part.environment:
-                continue
-            own = {key: value for key, value in part.environment.items() if key != "time"}
-            entry = found.setdefault(json.dumps(own, sort_keys=True), {"facts": facts(own), "parts": [], "times": []})
-            entry["parts"].append(run.name if part.path == run.path else f"{run.name}/{part_name(run, part)}")
-            entry["times"].append(str(part.environment.get("time") or ""))
+            if part.environment:
+                own = {key: value for key, value in part.environment.items() if key != "time"}
+                made = found.setdefault(json.dumps(own, sort_keys=True), [])
+                made.append((str(part.environment.get("time") or ""), part_name(run, part, whole=True)))
     return [
-        {"facts": entry["facts"], "parts": entry["parts"], "first": min(entry["times"]), "last": max(entry["times"])}
-        for entry in found.values()
+        (f"Made from {min(made)[0]} to {max(made)[0]}: {', '.join(name for _, name in made)}", facts(json.loads(own)))
+        for own, made in found.items()
     ]
 
 
@@ -573,15 +565,12 @@ def facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def configurations(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    import yaml
-
     return [
-        (run.name if part.path == run.path else f"{run.name}/{part_name(run, part)}",
-         tidy(yaml.safe_dump(part.config, sort_keys=False, allow_unicode=True)))
+        (part_name(run, part, whole=True), tidy(yaml.safe_dump(part.config, sort_keys=False, allow_unicode=True)))
         for run in runs
         for part in run.parts
         if part.config
-    ]  # fmt: skip
+    ]
 
 
 def commands(run: Run) -> list[str]:
@@ -602,7 +591,7 @@ def command_line(name: str, config: dict[str, Any]) -> str:
     kind = report_data.config_types()[name]
     words: list[str] = []
     flags: list[str] = []
-    positionals = any(is_positional(f) for f in dataclasses.fields(kind))
+    positionals = has_positionals(kind)
     for f in dataclasses.fields(kind):
         if f.name not in config or f.name in ("resume", "overwrite"):
             continue
@@ -622,10 +611,6 @@ def command_line(name: str, config: dict[str, Any]) -> str:
             text = json.dumps(value) if isinstance(value, (list, dict, bool)) or value is None else str(value)
             flags.append(f"{flag}={shlex.quote(text)}")
     return " ".join(["endprompt", name, *words, *flags])
-
-
-def is_positional(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
 def tidy(text: str) -> str:

@@ -307,9 +307,7 @@ def test_drawn_scheme_is_the_one_of_the_positions():
     assert report_page.drawn_scheme(("endprompt", 3000, 20, 2048, 4, True), "k") is None
 
 
-def test_axis_numbers_are_round_and_cover():
-    assert charts.ticks(0, 100) == [0, 20, 40, 60, 80, 100]
-    assert charts.ticks(1.37, 2.21) == pytest.approx([1.4, 1.6, 1.8, 2.0, 2.2])
+def test_lengths_are_short_where_they_can_be():
     assert [charts.tokens(n) for n in (256, 1024, 65536, 3000, 1 << 20)] == ["256", "1K", "64K", "3,000", "1M"]
 
 
