@@ -11,8 +11,8 @@ class LabConfig:
     """Settings of `endprompt lab`.
 
     Args:
-        preset: a matrix that the package ships: smoke, micro, search, paper-scale and others of --list-presets; several
-            with commas between them are run as one.
+        preset: a matrix that the package ships: smoke, micro, search and others of --list-presets; several with commas
+            between them are run as one.
         matrix: a matrix file of your own, instead of a preset.
         output: run directory; a second run of the same one does only what is missing.
         jobs: worker processes; 0 takes one a core on a CPU, and eight on a GPU, which they share.
@@ -28,13 +28,12 @@ class LabConfig:
         compile: the trainer's own setting of this name; auto is what is fastest for such small models.
         deterministic: the trainer's own setting of this name: cells repeat bit for bit on the same GPU and versions.
         mps: try NVIDIA's multi-process service, so that workers run on a GPU at the same time.
-        model: checkpoint of preset paper-scale; of a matrix on a published base the checkpoint in that base's place.
+        model: of a matrix on a published base, the checkpoint in that base's place.
         documents: JSON lines with `text` to train on, where the matrix asks for them by `inputs`.
         held_out: JSON lines with `text` for the loss, likewise.
         data_dir: folder of the other inputs: RULER's essays and question sets.
         rates: a file `rates.json` of a run of the matrix's rates: the learning rate of each arm.
         prepare_only: make the documents and samples, and stop; a copy of the cache is then enough to run elsewhere.
-        data: its training data.
         list_presets: print the presets and stop.
     """
 
@@ -60,7 +59,6 @@ class LabConfig:
     data_dir: str | None = None
     rates: str | None = None
     prepare_only: bool = False
-    data: list[str] = field(default_factory=list)
     list_presets: bool = False
 
     def __post_init__(self) -> None:

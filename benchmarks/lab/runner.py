@@ -56,15 +56,6 @@ def lab(config: LabConfig) -> int:
         print(matrix.preset_list())
         return 0
     matrices = {str(path): matrix.read_matrix(path) for path in matrix.matrix_files(config)}
-    for source, content in matrices.items():
-        if content.get("kind") == "paper-scale":
-            from benchmarks.lab import paper_scale
-
-            if len(matrices) > 1:
-                raise ValueError(
-                    f"{source} only makes a plan, so it cannot be run with others: preset={config.preset!r}"
-                )
-            return paper_scale.run(content, config)
     cells = matrix.chosen(matrix.all_cells(matrices, config), config.only)
     if config.dry_run and config.device != "cpu" and any(cost.fills_a_gpu(cell) for cell in cells):
         device = "cuda"  # such a study is planned where it is not run

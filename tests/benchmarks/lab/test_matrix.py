@@ -105,6 +105,7 @@ def test_the_factor_of_an_arm_is_that_of_the_model_that_is_scored(monkeypatch):
     assert work.frequencies(sixteen)[0] == pytest.approx(omega / 16) and work.bernstein_constant(sixteen) == 1 / 16
     assert work.frequencies(eight)[0] == pytest.approx(omega / 8) and eight.sha256 != sixteen.sha256
     monkeypatch.setattr(work, "load_model", lambda *_, config, **__: config.rope_parameters["factor"])
+    monkeypatch.setattr(work, "check_loaded", lambda *_: None)
     assert work.load(sixteen, Path("nowhere"), "cpu") == 16
 
 
@@ -164,7 +165,7 @@ def test_settings_of_the_command_replace_the_matrix_s():
     assert {cell.steps for cell in cells if cell.trained} == {3}
 
 
-@pytest.mark.parametrize("name", [name for name in matrix.presets() if name != "paper-scale"])
+@pytest.mark.parametrize("name", matrix.presets())
 def test_the_presets_stand_for_cells_that_can_be_trained(name, tmp_path):
     from benchmarks.lab.runner import check_rows
 
@@ -237,46 +238,6 @@ def test_micro_has_longlora_where_it_learns_at_the_rate_that_was_found():
         assert len(mine) == 10 and {c.questions for c in mine} == {(6, 7)}
         ((*setting,),) = {(c.settings["scaling"], c.settings["lora_rank"], c.settings["lr"]) for c in mine}
         assert tried[tuple(setting)] > max(70, max(tried.values()) - MARGIN)
-
-
-def test_paper_scale_plans_every_recipe_and_says_what_is_missing(tmp_path, capsys):
-    from benchmarks.lab import runner
-
-    only = ["arm=endprompt-llama3-8b-64k,full-length-llama3-8b-64k"]
-    assert runner.lab(LabConfig(preset="paper-scale", output=str(tmp_path / "run"), only=only)) == 0
-    said = capsys.readouterr().out
-    lines = {line.split()[0]: line.split() for line in said.splitlines() if "-64k " in line}
-    # a fixed end prompt of 10 tokens or so shows the distances of both parts and those between them
-    assert lines["full-length-llama3-8b-64k"][-2:] == ["65,535", "65,536"]
-    assert lines["endprompt-llama3-8b-64k"][-2] == "65,535"
-    assert 16_300 < int(lines["endprompt-llama3-8b-64k"][-1].replace(",", "")) < 16_384
-    assert "2 trainings" in said and "--model DIRECTORY" in said and "--data FILE" in said
-    script = (tmp_path / "run" / "commands.sh").read_text()
-    assert script.count("torchrun") == 2 and "--recipe full-length-llama3-8b-64k --model MODEL" in script
-
-
-def test_paper_scale_has_the_recommended_scheme_beside_pose():
-    """In the questions of place, cost and window; its recipe is the lab's arm `sliding-long`."""
-    import endprompt
-
-    path = Path(endprompt.__file__).parent / "recipes" / "extend" / "sliding-llama3-8b-64k.yaml"
-    content = matrix.read_matrix(matrix.matrix_files(LabConfig(preset="paper-scale"))[0])
-    for question in (4, 6, 7):
-        assert {"sliding-llama3-8b-64k", "pose-llama3-8b-64k"} <= set(content["questions"][question])
-    arm = matrix.read_matrix(matrix.matrix_files(LabConfig(preset="search"))[0])["arms"]["sliding-long"]
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    shared = ("scheme", "prompt", "recall_span")
-    assert {key: recipe[key] for key in shared} == {key: arm[key] for key in shared}
-
-
-def test_distances_of_a_row_are_those_of_all_pairs():
-    import numpy as np
-
-    from benchmarks.lab.paper_scale import distances
-
-    positions = np.array([0, 1, 2, 9, 14])
-    expected = {abs(int(a) - int(b)) for a in positions for b in positions}
-    assert set(np.flatnonzero(distances(positions, 16)).tolist()) == expected
 
 
 def test_the_command_knows_the_settings_by_name(capsys):
