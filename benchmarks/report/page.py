@@ -27,7 +27,7 @@ from benchmarks.report import runs as report_data
 from benchmarks.report.charts import Point, tokens
 from benchmarks.report.runs import Cell, Facet, Method, Part, Run, number
 from endprompt import positions
-from endprompt.cli import has_positionals, is_positional
+from endprompt.cli import is_positional
 from endprompt.files import write_text
 
 if TYPE_CHECKING:
@@ -591,7 +591,7 @@ def command_line(name: str, config: dict[str, Any]) -> str:
     kind = report_data.config_types()[name]
     words: list[str] = []
     flags: list[str] = []
-    positionals = has_positionals(kind)
+    positionals = any(is_positional(f) for f in dataclasses.fields(kind))
     for f in dataclasses.fields(kind):
         if f.name not in config or f.name in ("resume", "overwrite"):
             continue
