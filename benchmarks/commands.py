@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +32,8 @@ def score(config: ScoreConfig) -> int | None:
 
     Result rows go to the output directory; the table of scores is printed. With --compare or --show nothing is run.
     """
-    from benchmarks import scoring, summary
-    from benchmarks.scoring import compare
+    from benchmarks import scoring
+    from benchmarks.scoring import compare, suite
 
     if config.compare is not None:
         found = compare.compare(config.compare, config.checkpoint, config.seed)
@@ -48,17 +47,8 @@ def score(config: ScoreConfig) -> int | None:
         return None
     with going_on({"overwrite": False} if config.overwrite else {}):
         made = scoring.score(config)
-    if made and config.suite == "ruler":
-        print(summary.table(made, shutil.get_terminal_size().columns))
-    elif made and config.suite == "longbench":
-        from benchmarks.longbench import averages
-        from endprompt.results import read_rows
-
-        print(averages.table([*made, *read_rows(config.directory / "summary.jsonl")]))
-    else:
-        for row in made:
-            print(f"{row['task']:<12} {row['value']:6.2f}")
     if made:
+        print(suite.suite_of(config).table(made))
         print(f"rows: {config.directory / 'results.jsonl'}", file=sys.stderr)
     return None
 

@@ -26,7 +26,7 @@ from endprompt import train
 from endprompt.config import ExtendConfig
 from endprompt.data import row_spec
 from endprompt.distributed import say
-from endprompt.files import sole_use
+from endprompt.files import aside, sole_use
 from endprompt.model import load_tokenizer
 from endprompt.results import append_rows, read_rows
 from endprompt.runs import RunDirectory
@@ -129,7 +129,7 @@ PICTURE = "score_against_length.png"
 
 def arm_config(arm: Arm, output: Path, data: Path, config: DemoConfig) -> ExtendConfig:
     """The arm's training; it goes on where an interrupted one was, and a finished one is left as it is."""
-    begun = output.exists() or output.with_name(output.name + ".partial").exists()
+    begun = output.exists() or aside(output).exists()
     return ExtendConfig(
         model=str(BASE),
         data=[str(data)],

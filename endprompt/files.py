@@ -1,4 +1,4 @@
-"""Files that are whole or not there: JSON and its lines, sealed files, hashes, one user at a time."""
+"""Files that are whole or not there: JSON and its lines, caches, hashes, one user at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +103,32 @@ def read_object(path: str | os.PathLike[str], *, optional: bool = False) -> dict
     return parse_object(read_whole(path), os.fspath(path))
 
 
-def write_sealed(path: str | os.PathLike[str], key: Mapping[str, Any], value: Any) -> None:
-    """Write a JSON value with what it was made from and its hash, for `read_sealed`."""
-    body = json.dumps(value, sort_keys=True)
-    write_text(path, json.dumps({"sha256": sha256_of(body), "key": key}, sort_keys=True) + "\n" + body)
+def kept(directory: str | os.PathLike[str], name: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """The JSON value of a cache that was made from `key`, which holds everything that it depends on.
+
+    One process makes it under a lock, the others wait. Raises ValueError if the file is not what was written.
+    """
+    from filelock import FileLock
+
+    path = kept_path(directory, name, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            head, _, body = path.read_bytes().partition(b"\n")
+            with contextlib.suppress(ValueError, RecursionError):
+                about = json.loads(head)
+                if isinstance(about, dict) and about.get("sha256") == sha256_of(body) and about.get("key") == key:
+                    return json.loads(body)
+            raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it")
+        value = make()
+        text = json.dumps(value, sort_keys=True)
+        write_text(path, json.dumps({"sha256": sha256_of(text), "key": key}, sort_keys=True) + "\n" + text)
+        return value
 
 
-def read_sealed(path: str | os.PathLike[str], key: Mapping[str, Any]) -> Any:
-    """The value that `write_sealed` wrote with this key. Raises ValueError if the file is not what was written."""
-    head, _, body = Path(path).read_bytes().partition(b"\n")
-    with contextlib.suppress(ValueError, RecursionError):
-        about = json.loads(head)
-        if isinstance(about, dict) and about.get("sha256") == sha256_of(body) and about.get("key") == key:
-            return json.loads(body)
-    raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it")
+def kept_path(directory: str | os.PathLike[str], name: str, key: Mapping[str, Any]) -> Path:
+    """The file of `kept`."""
+    return Path(directory) / f"{name}-{sha256_of(json.dumps(key, sort_keys=True))[:24]}.json"
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -188,15 +200,19 @@ def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def aside(path: str | os.PathLike[str]) -> Path:
+    """Where a file or an output stands until it is whole."""
+    path = Path(path)
+    return path.with_name(path.name + ".partial")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file complete or not at all: written aside, flushed, renamed."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
+    with open(aside(path), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(aside(path), path)
 
 
 def sync_tree(directory: Path) -> None:

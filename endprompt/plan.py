@@ -328,7 +328,7 @@ def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
 
 def report(config: PlanConfig, made: list[Plan]) -> str:
     """The settings as a table, and the memory of the best one by part."""
-    shape = shape_of(config.model)
+    shape = shape_of(config.model, config.window)
     used = f", {shape.multiplied / 1e9:.2f}B multiplied with a token" if shape.active < 0.9 * shape.stored else ""
     lines = [
         f"{shape.parameters / 1e9:.3f}B parameters{used}",

@@ -50,7 +50,7 @@ MUTANTS = [
     (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),
     (FINGERPRINT, "device=device_of(config.device).partition(\":\")[0]", 'device=""', "benchmarks/scoring/runs"),
     (FINGERPRINT, "if computes or not known else known[-1]", "if True else known[-1]", "benchmarks/scoring/runs"),
-    (FINGERPRINT, 'seed={config.seed} samples', 'samples', "benchmarks/scoring/runs benchmarks/scoring/short"),
+    ("benchmarks/scoring/suites/short.py", 'seed={self.config.seed} samples', 'samples', "benchmarks/scoring/runs benchmarks/scoring/short"),
     ("benchmarks/chat.py", "moment = datetime.datetime(day.year, day.month, day.day)", "moment = datetime.datetime.now()", "benchmarks/scoring/runs"),
     ("benchmarks/chat.py", 'if source is None or (source == "own" and date is None):', "if source is None:", "benchmarks/scoring/runs"),
     ("benchmarks/scoring/run.py", "kept = None if config.overwrite else fingerprint.read_day(config.directory)", "kept = None", "benchmarks/scoring/runs"),
@@ -65,7 +65,7 @@ MUTANTS = [
     # runs that repeat
     ("endprompt/train/determinism.py", "compiler.deterministic = True", "compiler.deterministic = False", "endprompt/train/determinism"),
     ("endprompt/train/determinism.py", "compiler.deterministic = by_rule", "pass", "endprompt/train/determinism"),
-    (ATTENTION, "order = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]", "pass", "endprompt/train/determinism"),
+    (ATTENTION, "return kernels_first(device, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))", "pass", "endprompt/train/determinism"),
     ("endprompt/config.py", 'REPEATABLE = ("sdpa",', 'REPEATABLE = ("flex", "sdpa",', "endprompt/train/determinism"),
     ("benchmarks/lab/runner.py", "sum(value != deterministic for", "sum(value == deterministic for", "benchmarks/lab/runner"),
     ("benchmarks/speed/step.py", "if end is None or stop > end:", "if True:", "benchmarks/speed/train"),

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from endprompt.files import aside
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -296,12 +298,11 @@ def write_documents(
     kinds = rng.choice(list(mixture), size=n, p=weights / weights.sum())
     path = Path(path_jsonl)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with aside(path).open("w", encoding="utf-8") as file:
         for kind in kinds:
             made = document(
                 str(kind), window, tokenizer, rng, prose=prose, words=words, shortest=shortest, longest=longest
             )
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    aside(path).replace(path)
     return path

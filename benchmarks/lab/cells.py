@@ -24,7 +24,7 @@ from benchmarks.lab.matrix import Cell
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
-from endprompt.files import drop_cut_line
+from endprompt.files import aside, drop_cut_line
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
 from endprompt.model.parity import check_loaded
 from endprompt.positions import PIECES, TEXT_WHOLE
@@ -88,7 +88,7 @@ def run(cell: Cell, place: Workplace) -> Outcome:
         if cell.trained and not (begun.trained and (checkpoint / results.RECORD).is_file()):
             begun.forget()
             shutil.rmtree(checkpoint, ignore_errors=True)
-            shutil.rmtree(checkpoint.with_name(checkpoint.name + ".partial"), ignore_errors=True)
+            shutil.rmtree(aside(checkpoint), ignore_errors=True)
             data = [str(part.path(place.cache)) for part in material.parts(cell)]
             compiled = place.compile_of(cell)
             config = cell.config(data, str(checkpoint), place.device, compiled, place.deterministic)

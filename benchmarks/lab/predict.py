@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from benchmarks import ruler
 from benchmarks.scoring import generate
 from benchmarks.scoring.settled import settled, settled_text
-from endprompt.model.attention import PREFIX
+from endprompt.model.attention import PREFIX, kernels_first
 from endprompt.model.length_rope import rows_alone
 from endprompt.model.parity import plain_head
 from endprompt.text import Reader
@@ -121,7 +121,7 @@ def losses(
         raise ValueError(f"no held-out text has {length} tokens: {length=}, {len(texts_or_ids)} texts")
     count = max(1, max_batch_tokens // length)
     total = 0.0
-    with scoring(model), generate.prompt_kernels(model.device):
+    with scoring(model), kernels_first(model.device):
         for start in range(0, len(windows), count):
             ids_BT = torch.from_numpy(np.stack(windows[start : start + count]).astype(np.int64)).to(model.device)
             total += float(loss_sum(model, ids_BT))
@@ -136,7 +136,7 @@ def position_losses(model: PreTrainedModel, ids_BT: np.ndarray, *, max_batch_tok
     total_T = torch.zeros(length - 1, dtype=torch.float64, device=model.device)
     head = model.get_output_embeddings() if plain_head(model) else None
     count = max(1, max_batch_tokens // length)
-    with scoring(model), generate.prompt_kernels(model.device):
+    with scoring(model), kernels_first(model.device):
         for start in range(0, rows, count):
             ids = torch.from_numpy(ids_BT[start : start + count].astype(np.int64)).to(model.device)
             for one_T in ids if head is None else ():

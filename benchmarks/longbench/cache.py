@@ -1,19 +1,17 @@
 """LongBench's prompts on disk: where each was cut, not its text, so that a run that goes on tokenizes nothing again.
 
-The key holds everything that a prompt depends on. One process builds a file under a lock, the others wait for it. A
-file that was changed is an error, not a result.
+The key holds everything that a prompt depends on.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.longbench.prompts import GENERATOR, PROMPT_SHA256, Fit, Prompter, prompt_text
 from benchmarks.longbench.sets import Documents, dataset_of
-from endprompt.files import read_sealed, sha256_of, write_sealed
+from endprompt.files import kept, sha256_of
 
 
 def cached_fits(
@@ -23,8 +21,6 @@ def cached_fits(
 
     Raises ValueError if the cached file was changed, and what `Prompter.fit` does.
     """
-    from filelock import FileLock
-
     items = documents.items[:n]
     key = {
         "generator": GENERATOR,
@@ -39,15 +35,12 @@ def cached_fits(
         "prompt_length": prompter.prompt_length,
         "add_special_tokens": prompter.add_special_tokens,
     }
-    name = sha256_of(json.dumps(key, sort_keys=True))[:24]
-    path = Path(directory) / f"longbench-{prompter.task}-{prompter.window}-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.is_file():
-            return [restore(prompter.task, item, cut) for item, cut in zip(items, read_sealed(path, key), strict=True)]
-        fits = prompter.fit(items)
-        write_sealed(path, key, [shorten(prompter.task, item, fit) for item, fit in zip(items, fits, strict=True)])
-    return fits
+
+    def make() -> list[dict[str, Any]]:
+        return [shorten(prompter.task, item, fit) for item, fit in zip(items, prompter.fit(items), strict=True)]
+
+    cuts = kept(directory, f"longbench-{prompter.task}-{prompter.window}", key, make)
+    return [restore(prompter.task, item, cut) for item, cut in zip(items, cuts, strict=True)]
 
 
 def shorten(task: str, item: Mapping[str, Any], fit: Fit) -> dict[str, Any]:

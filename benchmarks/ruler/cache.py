@@ -1,7 +1,6 @@
 """RULER samples on disk: what it takes to render them again (sizes, not text), shared by runs and processes.
 
-The key holds everything that a sample depends on, so a file never serves another length, tokenizer or seed. One process
-builds a file under a lock, the others wait for it. A file that was changed is an error, not a result.
+The key holds everything that a sample depends on, so a file never serves another length, tokenizer or seed.
 """
 
 from __future__ import annotations
@@ -56,9 +55,12 @@ def cells(
     directory: str | Path | None = None,
 ) -> list[Cell]:
     """The cells of (task, length) pairs, in order; the missing ones are built by several processes where it pays."""
-    common = (tokenizer, n, seed, data_dir, options.dated(tokenizer), directory, tokenizer_sha256(tokenizer))
-    places = [place(task, length, *common) for task, length in wanted]
-    missing = [pair for pair, (_, path) in zip(wanted, places) if not path.is_file()]
+    directory, options = directory or default_directory(), options.dated(tokenizer)
+    tokenizer_hash = tokenizer_sha256(tokenizer)
+    keys = [key_of(*pair, tokenizer, n, seed, data_dir, options, tokenizer_hash) for pair in wanted]
+    paths = [files.kept_path(directory, f"{task}-{length}", key) for (task, length), key in zip(wanted, keys)]
+    missing = [pair for pair, path in zip(wanted, paths) if not path.is_file()]
+    common = (tokenizer, n, seed, data_dir, options, directory, tokenizer_hash)
     workers = min(len(missing), processes())
     if workers > 1 and n * sum(length for _, length in missing) > PARALLEL_TOKENS:
         # The longest first, and question answering before the rest, so that no process is left alone with it.
@@ -119,23 +121,20 @@ def cell(
 
     Raises ValueError if the file in the cache was changed, and as `ruler.build_samples`.
     """
-    from filelock import FileLock
-
     options = options.dated(tokenizer)
-    key, path = place(task, length, tokenizer, n, seed, data_dir, options, directory, tokenizer_hash)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(path) + ".lock"):
-        if path.is_file():
-            recipe = files.read_sealed(path, key)
-            recipe["options"]["haystack_text"] = options.haystack_text
-            return Cell(recipe, tokenizer, data_dir)
+    key = key_of(task, length, tokenizer, n, seed, data_dir, options, tokenizer_hash)
+
+    def make() -> dict[str, Any]:
         built = Cell.build(task, length, tokenizer, n, seed, data_dir, options)
         built.describe()
-        files.write_sealed(path, key, built.recipe)
-    return built
+        return built.recipe
+
+    recipe = files.kept(directory or default_directory(), f"{task}-{length}", key, make)
+    recipe["options"]["haystack_text"] = options.haystack_text
+    return Cell(recipe, tokenizer, data_dir)
 
 
-def place(
+def key_of(
     task: str,
     length: int,
     tokenizer: Any,
@@ -143,12 +142,11 @@ def place(
     seed: int,
     data_dir: str | Path | None,
     options: tasks.Options,
-    directory: str | Path | None,
     tokenizer_hash: str | None,
-) -> tuple[dict[str, Any], Path]:
-    """(key, file) of a cell. Raises ValueError for an unknown task and for missing data."""
+) -> dict[str, Any]:
+    """All that a cell depends on. Raises ValueError for an unknown task and for missing data."""
     tasks.check_task(task)
-    key = {
+    return {
         "layout": LAYOUT,
         "generator": tasks.GENERATOR,
         "task": task,
@@ -160,9 +158,6 @@ def place(
         "tokenizer": tokenizer_hash or tokenizer_sha256(tokenizer),
         "texts": text_versions(task, length, data_dir, options),
     }
-    digest = files.sha256_of(json.dumps(key, sort_keys=True))
-    directory = Path(directory) if directory is not None else default_directory()
-    return key, directory / f"{task}-{length}-{digest[:24]}.json"
 
 
 def text_versions(task: str, length: int, data_dir: str | Path | None, options: tasks.Options) -> dict[str, str]:

@@ -14,10 +14,10 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.scoring.suite import suite_of
 from endprompt import files, results
 from endprompt import runs as rows
 
@@ -92,15 +92,16 @@ QUESTION = ("suite", "generator", "edition", "max_new_tokens", "chat", "date", "
 
 def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerprint:
     """Of a run whose `date` is settled (`benchmarks.scoring.run.settle_date`)."""
+    suite = suite_of(config)
     return Fingerprint(
         suite=config.suite,
-        generator=generator(config.suite),
+        generator=suite.generator,
         edition=config.edition,
         max_new_tokens=config.max_new_tokens,
         chat=config.chat,
         date=config.date,
         template_args=config.template_args,
-        asked=f"seed={config.seed} samples={config.samples}" if config.suite == "short" else "",
+        asked=suite.asked,
         checkpoint=checkpoint_sha256(config.checkpoint, model_config),
         trust_remote_code=config.trust_remote_code,
         backend=config.backend,
@@ -110,16 +111,6 @@ def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerpr
         device=device_of(config.device).partition(":")[0],
         whole_answers=config.answers != "until settled",
     )
-
-
-def generator(suite: str) -> str:
-    """Version of the tasks."""
-    if suite == "short":
-        return f"lm-eval {version('lm_eval')}"
-    from benchmarks.longbench import prompts
-    from benchmarks.ruler import tasks
-
-    return prompts.GENERATOR if suite == "longbench" else tasks.GENERATOR
 
 
 def device_of(device: str) -> str:

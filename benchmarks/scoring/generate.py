@@ -13,7 +13,6 @@ Legend: B rows, b those read at once, T tokens of the longest, V vocabulary
 from __future__ import annotations
 
 import bisect
-import contextlib
 import copy
 import dataclasses
 import inspect
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks.scoring.laid_out import LaidOut, Scene, Unfit, attending
+from endprompt.model.attention import kernels_first
 from endprompt.model.length_rope import length_kinds, rows_alone
 from endprompt.model.parity import transformers_own
 from endprompt.train.graph import Replayed
@@ -233,7 +233,7 @@ class Batch:
         self.next_B = torch.zeros(len(self.jobs), dtype=torch.long, device=self.device)
         self.made_NB = torch.zeros(self.steps, len(self.jobs), dtype=torch.long, device=self.device)
         kept = []
-        with prompt_kernels(self.device):
+        with kernels_first(self.device):
             for rows in self._groups():
                 kept.append(self._read_rows(rows))
         self.scene.prompt = False
@@ -396,21 +396,6 @@ def told(text: str) -> None:
     if text not in _told:
         _told.add(text)
         print(text, file=sys.stderr, flush=True)
-
-
-def prompt_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On CUDA the cuDNN attention comes first for prompts: nearly twice the built-in flash kernel on an H200."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

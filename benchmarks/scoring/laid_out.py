@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from endprompt.model.attention import HARMLESS, HARMLESS_VALUES
+from endprompt.model.attention import HARMLESS, HARMLESS_VALUES, kernels_first
 
 NAME = "endprompt_laid_out"
 FLASH4_WIDTHS = (64, 128)
+STEP_KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 # Elements of a mask that a part of a prompt is attended under at once.
 MASK_ELEMENTS = 2**28
 BLOCK = 1024
@@ -230,7 +231,7 @@ def of_step(
     batch, heads, _, width = query_BH1D.shape
     groups = key_BGSD.shape[1]
     if heads == groups or takes_cudnn(query_BH1D, key_BGSD, value_BGSD, mask_B11S):
-        with step_kernels(query_BH1D.device):
+        with kernels_first(query_BH1D.device, STEP_KERNELS):
             return F.scaled_dot_product_attention(
                 query_BH1D, key_BGSD, value_BGSD, attn_mask=mask_B11S, scale=scaling, enable_gqa=heads != groups
             )
@@ -245,12 +246,6 @@ def takes_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mas
         return False
     parts = torch.backends.cuda.SDPAParams(query, key, value, mask, 0.0, False, query.shape[1] != key.shape[1])
     return torch.backends.cuda.can_use_cudnn_attention(parts)
-
-
-def step_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def of_prompt(

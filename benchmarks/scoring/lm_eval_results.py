@@ -70,7 +70,7 @@ def results(rows: Sequence[dict[str, Any]], checkpoint: str, backend: str) -> di
 
 def metric_of(row: dict[str, Any]) -> str:
     """Metric and filter as lm-eval names them: RULER's metric is the length, of the others the one in the row."""
-    from benchmarks.scoring.short import SETTINGS
+    from benchmarks.scoring.suites.short import SETTINGS
 
     if row["suite"] == "short":
         return SETTINGS[row["task"]][1]

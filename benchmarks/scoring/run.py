@@ -12,32 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chat
-from benchmarks.ruler.cell import samples_sha256, text_sha256
 from benchmarks.scoring import fingerprint, lm_eval_results, vllm
 from benchmarks.scoring.checkpoint import method_of, read_checkpoint, window_of
 from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.config import ScoreConfig
-from benchmarks.scoring.settled import settled
-from benchmarks.scoring.summaries import predicted, write_summary
-from benchmarks.scoring.units import Unit, needed, prepare, row, shortest_prompt
+from benchmarks.scoring.suite import Suite, suite_of
+from benchmarks.scoring.units import Unit, needed, shortest_prompt
 from endprompt import files, origin, runs
 from endprompt.results import read_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from benchmarks.scoring.recording import Progress
-
-
-# Prompt text held by one call of simple_evaluate, in characters: bounds the memory whatever the number of cells.
-CALL_CHARACTERS = 150_000_000
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
@@ -46,19 +38,17 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     Raises ValueError (nothing was loaded yet) for unknown tasks, impossible lengths, missing data, a checkpoint that
     cannot be read.
     """
-    if config.suite == "short":
-        from benchmarks.scoring import short
-
-        short.task_names(config)
+    suite_of(config)
     directory = origin.directory_of(config.checkpoint, weights=not config.prepare_only, code=config.trust_remote_code)
     config = dataclasses.replace(config, checkpoint=str(directory))
     model_config, tokenizer = read_checkpoint(config)
     config = settle_date(config, tokenizer)
-    units = prepare(config, model_config, tokenizer) if config.suite != "short" else []
+    suite = suite_of(config)
+    units = suite.units(model_config, tokenizer)
     if config.prepare_only:
         keep_day(config)
         return []
-    return run(config, units, model_config, tokenizer)
+    return run(suite, units, model_config, tokenizer)
 
 
 def settle_date(config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> ScoreConfig:
@@ -85,9 +75,10 @@ def keep_day(config: ScoreConfig) -> None:
 
 
 def run(
-    config: ScoreConfig, units: list[Unit], model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    suite: Suite, units: list[Unit], model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """Rows of the units. The model is loaded only if one of them has no row yet."""
+    config = suite.config
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.nullcontext() if rank else files.sole_use(config.directory):
         if config.overwrite and rank == 0:
@@ -95,8 +86,7 @@ def run(
         if rank == 0:
             keep_day(config)
             files.drop_cut_line(config.directory / "results.jsonl")
-        work = score_short if config.suite == "short" else score_units
-        return work(config, units, model_config, tokenizer, rank)
+        return score_units(suite, units, model_config, tokenizer, rank)
 
 
 def start_again(directory: Path) -> None:
@@ -105,90 +95,37 @@ def start_again(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def score_short(
-    config: ScoreConfig,
+def score_units(
+    suite: Suite,
     units: list[Unit],
     model_config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     rank: int,
 ) -> list[dict[str, Any]]:
-    """lm-eval's own tasks: a row as soon as its task is done."""
-    from benchmarks.scoring import short
+    config, made_by = suite.config, fingerprint.fingerprint(suite.config, model_config)
+    done, renamed = earlier_rows(config, units, made_by.sha256)
+    waiting = [unit for unit in units if unit.name not in done]
 
-    made_by = fingerprint.fingerprint(config, model_config)
-    names = short.task_names(config)
-    done, renamed = earlier_rows(config, made_by.sha256, ("suite", "task"), {name: ("short", name) for name in names})
-    waiting = [name for name in names if name not in done]
-    lm = (
-        load(config, window_of(config, model_config, needed=1), 1, model_config, tokenizer) if waiting else None
-    )  # texts of all lengths
-    out: runs.RunDirectory | None = None
-    if renamed and rank == 0:
-        out = fingerprint.begin(config.directory, config, made_by, computes=bool(waiting))
+    @functools.cache
+    def begin() -> runs.RunDirectory | None:
+        return None if rank else fingerprint.begin(config.directory, config, made_by, computes=bool(waiting))
+
+    if renamed and (out := begin()):
         out.add(renamed)
-    _, day = chat.settled(tokenizer, config.date, config.template_args) if config.chat else ({}, None)
-    with chat.clock_at(day):
-        for row in short.made_rows(config, lm, waiting):
-            out = out or fingerprint.begin(config.directory, config, made_by, computes=True)
-            done[row["task"]] = {**row, "run_sha256": made_by.sha256}
-            out.add([done[row["task"]]])
-    made = [done[name] for name in names if name in done]
-    if rank == 0 and made:
-        if out is None:
-            fingerprint.begin(config.directory, config, made_by, computes=False)
+    if waiting:
+        with_samples = [unit for unit in units if unit.samples]  # other prompts are made as they are asked
+        longest = max(map(needed, with_samples), default=1)
+        shortest = min(map(shortest_prompt, with_samples), default=1)
+        lm = load(config, longest, shortest, model_config, tokenizer, suite.model_args)
+        done |= suite.evaluate(waiting, lm, made_by.sha256, begin)
+    made = [done[unit.name] for unit in units if unit.name in done]
+    if made and (out := begin()):
+        suite.summarise(out, made, units, made_by.sha256)
         lm_eval_results.write(config.directory, made, config.checkpoint, config.backend)
     return made
 
 
-def score_units(
-    config: ScoreConfig,
-    units: list[Unit],
-    model_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rank: int,
-) -> list[dict[str, Any]]:
-    directory = config.directory
-    for unit in units:
-        if not unit.sha256:
-            unit.sha256 = samples_sha256(unit.samples)
-            unit.characters = sum(len(sample["input"]) for sample in unit.samples)
-            unit.prompts = [text_sha256(sample["input"]) for sample in unit.samples]
-    made_by = fingerprint.fingerprint(config, model_config)
-    done, renamed = finished(config, units, made_by.sha256)
-    waiting = [unit for unit in units if unit.name not in done]
-    out = fingerprint.begin(directory, config, made_by, computes=bool(waiting)) if rank == 0 else None
-    if out is not None and renamed:
-        out.add(renamed)
-    if waiting:
-        longest = max(needed(unit) for unit in units)
-        lm = load(config, longest, min(shortest_prompt(unit) for unit in units), model_config, tokenizer)
-        from benchmarks.scoring.recording import Progress
-
-        own = sum(-(-len(unit.samples) // lm.world_size) for unit in waiting)  # the first process takes the remainder
-        progress = Progress(own, quiet=config.quiet or lm.rank != 0)
-        for group in groups(waiting):
-            done |= evaluate(config, group, lm, made_by.sha256, progress, out)
-    made = [done[unit.name] for unit in units if unit.name in done]
-    if out is not None:
-        write_summary(config, out, made, units, made_by.sha256)
-        lm_eval_results.write(directory, made, config.checkpoint, config.backend)
-    return made
-
-
 RESULT_FILES = ("results.jsonl", "summary.jsonl", "depth.jsonl", "log.jsonl", fingerprint.RUNS, fingerprint.DAY)
-
-
-def groups(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Units that share one call of simple_evaluate: many short cells, or one of long prompts."""
-    out: list[list[Unit]] = []
-    size = 0
-    for unit in units:
-        if not out or size + unit.characters > CALL_CHARACTERS:
-            out.append([])
-            size = 0
-        out[-1].append(unit)
-        size += unit.characters
-    return out
 
 
 def load(
@@ -197,6 +134,7 @@ def load(
     shortest: int,
     model_config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    model_args: Mapping[str, Any] | None = None,
 ) -> Any:
     """The lm-eval model, for prompts of `shortest` tokens or more that with their generation take `needed` at most.
 
@@ -204,9 +142,7 @@ def load(
     """
     from lm_eval.utils import simple_parse_args_string
 
-    extra = simple_parse_args_string(config.backend_args) if config.backend_args else {}
-    if config.suite == "short" and config.chat:  # lm-eval makes the prompts
-        extra["chat_template_args"] = chat.settled(tokenizer, config.date, config.template_args)[0]
+    extra = (simple_parse_args_string(config.backend_args) if config.backend_args else {}) | dict(model_args or {})
     if config.backend == "vllm":
         options = vllm.engine_options(model_config, max(needed, int(extra.get("max_model_len", 0))), shortest)
         return vllm.load(
@@ -236,88 +172,26 @@ def load(
         raise ValueError(f"{config.checkpoint}: the checkpoint does not load: {first}") from error
 
 
-def evaluate(
-    config: ScoreConfig,
-    units: Sequence[Unit],
-    lm: Any,
-    settings: str,
-    progress: Progress,
-    out: runs.RunDirectory | None,
-) -> dict[str, dict[str, Any]]:
-    """Rows of one group of units, appended to the results; on processes other than the first there are none."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from benchmarks.scoring import hf
-    from benchmarks.scoring.recording import Predictions, RecordingLM, no_environment_report
-    from benchmarks.tasks import sample_task
-
-    began, before = time.perf_counter(), progress.tokens
-    predictions = Predictions(config.directory, settings, lm.rank)
-    longest = max(needed(unit) for unit in units)
-    chunk = config.batch_size if config.backend == "hf" else vllm.chunk(longest)
-    by_name = {unit.name: unit for unit in units}
-
-    def note(task: str, sample: dict[str, Any], prediction: str) -> dict[str, Any]:
-        kept: dict[str, Any] = {key: sample[key] for key in ("outputs", "length", "depth") if key in sample}
-        return {"score": 100 * by_name[task].score(sample, prediction), **kept}
-
-    if isinstance(lm, hf.LongContextLM):
-        lm.settled = settled if config.answers == "until settled" else None
-    recording = RecordingLM(lm, predictions, chunk, progress, note)
-    tasks = [sample_task.SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
-    with no_environment_report():
-        simple_evaluate(
-            model=recording,
-            tasks=tasks,
-            task_manager=TaskManager(include_defaults=False),
-            bootstrap_iters=0,
-            log_samples=False,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
-    if out is None:
-        return {}
-    entries = read_run(config.directory, settings) if any(unit.readings for unit in units) else {}
-    for unit in units:
-        texts = predicted(entries, unit) if unit.readings else []
-        for name, reading in unit.readings.items():
-            unit.columns[name] = 100 * sum(reading(sample, text) for sample, text in texts) / len(texts)
-    made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
-    out.add(made.values())
-    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)
-    return made
-
-
-def finished(
-    config: ScoreConfig, units: Sequence[Unit], settings: str
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """`earlier_rows` of the units: of the same samples, with all their predictions there."""
-    columns = ("suite", "task", "length", "samples_sha256", "n", "max_new_tokens", "seed")
-    limits = {unit.name: unit.columns["max_new_tokens"] for unit in units}
-    known = set() if config.overwrite else read_run(config.directory, settings).keys()
-    wanted = {
-        unit.name: (unit.suite, unit.task, unit.length, unit.sha256, len(unit.samples), limits[unit.name], config.seed)
-        for unit in units
-        if known >= {(unit.name, i, prompt, limits[unit.name]) for i, prompt in enumerate(unit.prompts)}
-    }
-    return earlier_rows(config, settings, columns, wanted)
-
-
 def earlier_rows(
-    config: ScoreConfig, settings: str, columns: Sequence[str], wanted: Mapping[str, tuple[Any, ...]]
+    config: ScoreConfig, units: Sequence[Unit], settings: str
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(rows of this very run that the output has, those of them that it has under another name alone, renamed).
 
-    wanted: values of the columns by which each row is known.
+    A row is taken where it is of the same samples, with all their predictions there.
     """
     path = config.directory / "results.jsonl"
     found = read_rows(path) if path.is_file() and not config.overwrite else []
+    predictions = set() if config.overwrite else read_run(config.directory, settings).keys()
     names = {"model": config.model_name, "method": method_of(config)}
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for old in sorted(found, key=lambda row: names.items() <= row.items()):  # those of this name after the others
-        if old.get("run_sha256") == settings:
-            known[tuple(old.get(column) for column in columns)] = old
-    done = {name: {**known[key], **names} for name, key in wanted.items() if key in known}
-    return done, [row for name, row in done.items() if row != known[wanted[name]]]
+    # the latest, and those of this name after the others
+    rows = sorted(
+        (row for row in found if row.get("run_sha256") == settings), key=lambda row: names.items() <= row.items()
+    )
+    done, renamed = {}, []
+    for unit in units:
+        limit, wanted = unit.columns.get("max_new_tokens"), unit.known_by(config).items()
+        known = [row for row in rows if wanted <= row.items()]
+        if known and predictions >= {(unit.name, i, prompt, limit) for i, prompt in enumerate(unit.prompts)}:
+            done[unit.name] = {**known[-1], **names}
+            renamed += [done[unit.name]] if done[unit.name] != known[-1] else []
+    return done, renamed

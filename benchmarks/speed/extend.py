@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.measure import speed_rows
+from endprompt.files import aside
 
 GIB = 2**30
 
@@ -85,7 +86,7 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
         make_checkpoint(config, checkpoint)
     make_shard(config, checkpoint, shard)
     shutil.rmtree(run, ignore_errors=True)
-    shutil.rmtree(run.with_name("run.partial"), ignore_errors=True)
+    shutil.rmtree(aside(run), ignore_errors=True)
     job = {
         "model": str(checkpoint), "data": [str(shard)], "output": str(run), "target": config.target,
         "prompt": "text:" + " ".join(["end"] * min(20, config.row_tokens // 2)), "row_tokens": config.row_tokens,

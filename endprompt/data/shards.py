@@ -15,7 +15,7 @@ import numpy as np
 from endprompt.config import PrepareConfig, check_prepare_config
 from endprompt.data.documents import HUB, Document, Documents, Joined, document_of, read_documents, tokenize, tokenized
 from endprompt.distributed import say
-from endprompt.files import file_sha256, read_object, sha256_of, sole_use, sync_tree, write_text
+from endprompt.files import aside, file_sha256, read_object, sha256_of, sole_use, sync_tree, write_text
 from endprompt.model import load_tokenizer
 from endprompt.text import Reader, vocabulary
 
@@ -151,7 +151,7 @@ def prepare(config: PrepareConfig) -> Path:
 
 def write(config: PrepareConfig) -> Path:
     output = Path(config.output)
-    work = output.with_name(output.name + ".partial")
+    work = aside(output)
     tokenizer = load_tokenizer(config.tokenizer)
     for note in Reader(tokenizer).notes(config.append_eos):
         say(note)

@@ -19,13 +19,13 @@ Legend: M tokens, K input features, N output features.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from endprompt.fast.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fused, scaled_product, to_float8
-from endprompt.fast.products import add_product
 
 
 def convert(model: nn.Module, float8: str = "none") -> int:
@@ -262,3 +262,26 @@ class _Float8(torch.autograd.Function):
         grad8_NM, x8_KM = grad8_MN.t().contiguous(), x8_MK.t().contiguous()
         total_NK.add_(scaled_product(grad8_NM, x8_KM.t(), grad_scale, x_scale, grad.dtype, ctx.fast))
         return grad_x.reshape(ctx.shape), None, None, None, None, None, None
+
+
+def add_product(total_NK: torch.Tensor, a_MN: torch.Tensor, b_MK: torch.Tensor) -> None:
+    """total += a.T @ b in float32, in place; on CUDA one matrix product that reads bfloat16 and adds in float32."""
+    if total_NK.device.type == "cuda" and total_NK.dtype != a_MN.dtype:
+        if not _adds_in_float32():
+            total_NK += a_MN.t() @ b_MK
+            return
+        torch.addmm(total_NK, a_MN.t(), b_MK, out_dtype=total_NK.dtype, out=total_NK)
+    else:
+        total_NK.addmm_(a_MN.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))
+
+
+@functools.cache
+def _adds_in_float32() -> bool:
+    """Whether this device's addmm reads bfloat16 and adds to a float32 tensor in place; tried once."""
+    a = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    total = torch.full((16, 16), 0.5, device="cuda")
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 16.5).all())

@@ -3,63 +3,78 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from endprompt.fast import flash4
 
 PREFIX = "causal_only_"
 
 
+def _causal_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention of transformers' signature from a kernel of (query BHTD, key BGTD, value BGTD, scaling, dropout).
+
+    What else the kernel takes comes by name; anything more is refused. Output [B, T, H, D], and the weights or None.
+    """
+    own = frozenset(inspect.signature(kernel).parameters)
+
+    @functools.wraps(kernel)
+    def attention(
+        module: torch.nn.Module,
+        query_BHTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _refuse(query_BHTD, key_BGTD, attention_mask, {key: item for key, item in kwargs.items() if key not in own})
+        given = {key: item for key, item in kwargs.items() if key in own}
+        made: tuple[torch.Tensor, torch.Tensor | None] = kernel(
+            query_BHTD, key_BGTD, value_BGTD, scaling, dropout, **given
+        )
+        return made
+
+    return attention
+
+
+@_causal_only
 def causal_only_sdpa(
-    module: torch.nn.Module,
-    query_BHTD: torch.Tensor,
-    key_BGTD: torch.Tensor,
-    value_BGTD: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
 ) -> tuple[torch.Tensor, None]:
     """torch's scaled_dot_product_attention, causal; on CUDA the backend is chosen by `training_attention`."""
-    _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
+    grouped = query.shape[1] != key.shape[1]
     out_BHTD = F.scaled_dot_product_attention(
-        query_BHTD,
-        key_BGTD,
-        value_BGTD,
-        dropout_p=dropout,
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
+@_causal_only
 def causal_only_eager(
-    module: torch.nn.Module,
     query_BHTD: torch.Tensor,
     key_BGTD: torch.Tensor,
     value_BGTD: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    scaling: float | None,
+    dropout: float,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain matrix products with a triangular mask and a float32 softmax: the reference for the others.
 
     softcap: scores are softcap * tanh(score / softcap), as in Gemma 2. s_aux: float [H], one more score of each head
     that is no token's and takes its share of the weights, the sink of GPT-OSS.
     """
-    _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
     group = query_BHTD.shape[1] // key_BGTD.shape[1]
     key_BHTD, value_BHTD = (x.repeat_interleave(group, dim=1) for x in (key_BGTD, value_BGTD))
     tokens = query_BHTD.shape[2]
@@ -77,49 +92,28 @@ def causal_only_eager(
     return (weights_BHTT @ value_BHTD).transpose(1, 2).contiguous(), weights_BHTT
 
 
+@_causal_only
 def causal_only_flex(
-    module: torch.nn.Module,
-    query_BHTD: torch.Tensor,
-    key_BGTD: torch.Tensor,
-    value_BGTD: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
 ) -> tuple[torch.Tensor, None]:
     """torch's flex_attention with a causal block mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
     if dropout:
         raise ValueError(f"flex attention has no dropout: {dropout=}")
-    out_BHTD = flex_attention(
-        query_BHTD,
-        key_BGTD,
-        value_BGTD,
-        block_mask=_causal_block_mask(query_BHTD.shape[2], query_BHTD.device),
-        scale=scaling,
-        enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
-    )
+    mask, grouped = _causal_block_mask(query.shape[2], query.device), query.shape[1] != key.shape[1]
+    out_BHTD = flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
 def causal_only_cudnn(
-    module: torch.nn.Module,
-    query_BHTD: torch.Tensor,
-    key_BGTD: torch.Tensor,
-    value_BGTD: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
+    module: torch.nn.Module, query_BHTD: torch.Tensor, *given: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """cuDNN's attention and no other: an error where cuDNN has no kernel, such as on a CPU."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     if query_BHTD.device.type != "cuda":
         raise ValueError("attention=cudnn needs a CUDA device; sdpa runs everywhere")
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return causal_only_sdpa(module, query_BHTD, key_BGTD, value_BGTD, attention_mask, **kwargs)
+        return causal_only_sdpa(module, query_BHTD, *given, **kwargs)
 
 
 #: Packages of the flash kernels: the module that holds `flash_attn_func`, and how it is installed.
@@ -145,27 +139,18 @@ def _flash_function(name: str) -> Callable[..., Any]:
 def _causal_only_flash(name: str) -> Callable[..., Any]:
     """The package's kernel called with causal=True: no positions reach it, so it cannot look for borders."""
 
-    def attention(
-        module: torch.nn.Module,
-        query_BHTD: torch.Tensor,
-        key_BGTD: torch.Tensor,
-        value_BGTD: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
+    def kernel(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
     ) -> tuple[torch.Tensor, None]:
-        _refuse(query_BHTD, key_BGTD, attention_mask, kwargs)
         if dropout:
             raise ValueError(f"{name} is for training without dropout: {dropout=}")
         # its layout is B T H D, and it takes fewer key/value heads than query heads as they are
-        query, key, value = (x.transpose(1, 2) for x in (query_BHTD, key_BGTD, value_BGTD))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if name == "flash_attention_4":
             return flash4.attend(query, key, value, scaling), None
         return _flash_kernel(name, query, key, value, scaling).contiguous(), None
 
-    return attention
+    return _causal_only(kernel)
 
 
 @torch.compiler.disable
@@ -307,19 +292,29 @@ def training_attention(name: str) -> str:
     return registered_name(name)
 
 
-@contextlib.contextmanager
-def attention_backends(device: torch.device) -> Iterator[None]:
-    """On CUDA, cuDNN's attention first: it is about twice as fast as torch's own flash kernel on Hopper GPUs.
+def attention_backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """torch's kernels on CUDA in the order that training wants them.
 
-    Its gradients are summed in no fixed order, so where runs must repeat torch's own flash kernel comes first.
+    cuDNN's gradients are summed in no fixed order, so where runs must repeat torch's own flash kernel comes first.
     """
-    if device.type != "cuda":
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if torch.are_deterministic_algorithms_enabled():
-        order = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(order, set_priority=True):
-        yield
+        return kernels_first(device, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
+    return kernels_first(device)
+
+
+FASTEST = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)  # cuDNN's attention is about twice as fast as torch's own flash kernel on Hopper GPUs
+
+
+def kernels_first(
+    device: torch.device, order: Sequence[SDPBackend] = FASTEST
+) -> contextlib.AbstractContextManager[None]:
+    """On CUDA, scaled_dot_product_attention takes the first of these kernels that can do it, and no other."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    made: contextlib.AbstractContextManager[None] = sdpa_kernel(list(order), set_priority=True)
+    return made

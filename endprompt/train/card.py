@@ -124,42 +124,19 @@ def eval_result(row: Mapping[str, Any]) -> EvalResult:
 
 
 def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: str) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     config = record["config"]
-    dynamic = config["scaling"] == "dynamic"  # vLLM's frequencies do not change with the length, its table ends
-    lines = [
-        f"# {name}",
-        "",
-        f"{hub_name(config['model'])} with its context window extended from {record['window']:,} to "
-        f"{record['target']:,} tokens by EndPrompt Lab.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts(record).items()),
-        "",
-        "## Loading it",
-        "",
-        "The checkpoint is a standard one; nothing of EndPrompt Lab is needed to use it.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        "```",
-        "",
-        "```sh",
-        *([] if dynamic else [f"vllm serve PATH --max-model-len {record['target']}"]),
-        f"lm_eval --model hf --model_args pretrained=PATH,max_length={record['target']} --tasks TASKS",
-        "```",
-        "",
-        "`PATH` is this directory, or the repository's name on the hub."
-        + (f" vLLM has no angles of dynamic scaling beyond {record['window']:,} tokens." if dynamic else ""),
-        "",
-        "## Scores",
-        "",
-        *scores(results),
-    ]
-    return "\n".join(lines) + "\n"
+    templates = Environment(loader=PackageLoader("endprompt"), undefined=StrictUndefined, keep_trailing_newline=True)
+    return templates.get_template("card.md").render(
+        name=name,
+        base=hub_name(config["model"]),
+        window=record["window"],
+        target=record["target"],
+        facts=facts(record),
+        dynamic=config["scaling"] == "dynamic",  # vLLM's frequencies do not change with the length, its table ends
+        rows=[score_cells(row) for row in results],
+    )
 
 
 def facts(record: Mapping[str, Any]) -> dict[str, str]:
@@ -200,19 +177,12 @@ def file_name(source: str) -> str:
     return source if source.startswith("hub:") else PurePath(source).name
 
 
-def scores(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows as a table, by suite, task and length."""
-    if not results:
-        return ["None yet: `endprompt score` measures them, `endprompt card` writes them here."]
-    lines = ["Percent.", "", "| suite | task | length | metric | score | 95% interval | n |", f"|{'---|' * 7}"]
-    for row in results:
-        suite, length = SUITES.get(row["suite"], row["suite"]), "" if row["length"] is None else f"{row['length']:,}"
-        interval = "" if row["ci95"] is None else f"{row['ci95'][0]:.1f} to {row['ci95'][1]:.1f}"
-        n = "" if row["n"] is None else str(row["n"])
-        lines.append(
-            f"| {suite} | {row['task']} | {length} | {row['metric']} | {row['value']:.1f} | {interval} | {n} |"
-        )
-    return lines
+def score_cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of results as a line of the card's table."""
+    suite, length = SUITES.get(row["suite"], row["suite"]), "" if row["length"] is None else f"{row['length']:,}"
+    interval = "" if row["ci95"] is None else f"{row['ci95'][0]:.1f} to {row['ci95'][1]:.1f}"
+    n = "" if row["n"] is None else str(row["n"])
+    return [suite, row["task"], length, row["metric"], f"{row['value']:.1f}", interval, n]
 
 
 def push(directory: str | Path, repository: str) -> str:

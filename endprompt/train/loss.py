@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from endprompt.fast.available import triton_kernels
-from endprompt.fast.products import add_product
+from endprompt.fast.linears import add_product
 from endprompt.shapes import tokens_at_a_time
 
 

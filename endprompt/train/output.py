@@ -39,7 +39,7 @@ class Output:
     def __init__(self, config: ExtendConfig, here: World):
         self.config, self.here = config, here
         self.path = Path(config.output)
-        self.work = self.path.with_name(self.path.name + ".partial")
+        self.work = files.aside(self.path)
         self.states = self.work / "states"
 
     @contextlib.contextmanager

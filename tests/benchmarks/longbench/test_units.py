@@ -7,11 +7,12 @@ import shutil
 import types
 
 import pytest
+from transformers import LlamaConfig
 
 from benchmarks import longbench
 from benchmarks.longbench import TASKS, TASKS_E, dataset_of
 from benchmarks.longbench.averages import result_rows, summary_rows, table
-from benchmarks.scoring.units import longbench_units
+from benchmarks.scoring.suite import suite_of
 from tests.support.longbench_fixtures import tokenizer, write_data
 
 pytest.importorskip("benchmarks.scoring.run")
@@ -30,9 +31,9 @@ def data(tmp_path_factory):
 def units(data, bpe, names, window=700, **options):
     config = types.SimpleNamespace(task_names=names, data_dir=data, samples=500, chat=False, max_new_tokens=None)
     config.cache_dir, config.date, config.template_args = data / "cache", None, ""
-    config.prompt_length = None
+    config.prompt_length, config.window, config.suite = None, None, "longbench"
     vars(config).update(options)
-    return longbench_units(config, window, bpe)
+    return suite_of(config).units(LlamaConfig(max_position_embeddings=window), bpe)
 
 
 def test_names_and_groups_of_tasks():

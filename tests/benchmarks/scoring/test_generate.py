@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 
 from benchmarks.scoring import generate, laid_out
+from endprompt.model.attention import kernels_first
 
 SHAPE = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -308,7 +309,7 @@ def test_on_a_gpu_attention_of_prompts_and_steps_is_that_of_float64(heads, group
     for window in (None, 100):
         mask = causal & ~causal.tril(-(window or 333))
         wanted = (query.double() @ keys.mT * scale).masked_fill(~mask, -torch.inf).softmax(-1) @ values
-        with generate.prompt_kernels(torch.device("cuda")):
+        with kernels_first(torch.device("cuda")):
             got = laid_out.of_prompt(query, key, value, scale, window)
         assert (got.double() - wanted).abs().max() < 0.03
     seen = torch.arange(333, device="cuda") < torch.tensor([[333], [200]], device="cuda")

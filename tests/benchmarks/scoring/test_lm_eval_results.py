@@ -8,8 +8,9 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_filenames, make_table
 
 from benchmarks import scoring
-from benchmarks.scoring import ScoreConfig, lm_eval_results, short
+from benchmarks.scoring import ScoreConfig, lm_eval_results
 from benchmarks.scoring.recording import no_environment_report
+from benchmarks.scoring.suites import short
 from benchmarks.tasks.sample_task import SampleTask
 from endprompt import results
 from tests.support import ruler_helpers

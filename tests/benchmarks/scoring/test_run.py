@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import benchmarks
 from benchmarks import ruler
 from benchmarks.ruler import cache, fit
 from benchmarks.ruler.cell import samples_sha256
-from benchmarks.scoring import ScoreConfig, compare, run, score
+from benchmarks.scoring import ScoreConfig, compare, evaluate, run, score
 from endprompt.results import read_rows
 from tests.support import ruler_helpers as helpers
 
@@ -182,7 +183,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(place, tmp_path, f
 
 def test_progress_counts_the_whole_run_whatever_the_calls_of_lm_eval(place, tmp_path, fake, monkeypatch, capsys):
     fake(lambda request: "")
-    monkeypatch.setattr(run, "CALL_CHARACTERS", 1)  # a call a cell
+    monkeypatch.setattr(evaluate, "CALL_CHARACTERS", 1)  # a call a cell
     score(config(place, tmp_path, quiet=False))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.fullmatch(r"vt@512: 30/30 samples, [\d,]+ tokens/s, 0:00 left", last)
@@ -432,7 +433,7 @@ def test_damaged_weights_are_an_error_before_samples_are_built(place, tmp_path, 
         part = "part-2.safetensors" if damage == "a part is gone" else "../other/model.safetensors"
         weights.unlink()
         (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
-    monkeypatch.setattr(run, "prepare", lambda *args: pytest.fail("samples were built"))
+    monkeypatch.setattr(run, "suite_of", lambda given: types.SimpleNamespace(units=lambda *args: pytest.fail("built")))
     monkeypatch.setattr(run, "load", lambda *args: pytest.fail("a model was loaded"))
     wanted = "must be a file of the same folder" if damage == "elsewhere" else "the checkpoint does not load"
     with pytest.raises(ValueError, match=rf"broken.*: .*{wanted}"):

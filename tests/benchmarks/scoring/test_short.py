@@ -8,7 +8,8 @@ import lm_eval.evaluator
 import pytest
 
 from benchmarks import scoring
-from benchmarks.scoring import ScoreConfig, run, short
+from benchmarks.scoring import ScoreConfig, run
+from benchmarks.scoring.suites import short
 from endprompt import files, results
 from tests.support import ruler_helpers
 

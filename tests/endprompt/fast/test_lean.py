@@ -310,7 +310,7 @@ def test_on_the_gpu_a_step_is_the_cpu_s():
 
 @pytest.mark.gpu
 def test_on_the_gpu_the_product_adds_in_float32():
-    from endprompt.fast.products import _adds_in_float32, add_product
+    from endprompt.fast.linears import _adds_in_float32, add_product
 
     torch.manual_seed(0)
     a, b = torch.randn(512, 256).cuda().bfloat16(), torch.randn(512, 128).cuda().bfloat16()

@@ -1,0 +1,102 @@
+"""Units through lm-eval's `simple_evaluate`: predictions as they come, then a row a unit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.scoring import vllm
+from benchmarks.scoring.compare import read_run
+from benchmarks.scoring.config import ScoreConfig
+from benchmarks.scoring.settled import settled
+from benchmarks.scoring.suite import Rows, Suite
+from benchmarks.scoring.units import Unit, needed, predicted, row
+
+if TYPE_CHECKING:
+    from benchmarks.scoring.recording import Progress
+    from endprompt.runs import RunDirectory
+
+# Prompt text held by one call of simple_evaluate, in characters: bounds the memory whatever the number of cells.
+CALL_CHARACTERS = 150_000_000
+
+
+class SampleSuite(Suite):
+    """A suite whose units have their samples here."""
+
+    def evaluate(self, units: Sequence[Unit], lm: Any, settings: str, begin: Callable[[], RunDirectory | None]) -> Rows:
+        from benchmarks.scoring.recording import Progress
+
+        own = sum(-(-len(unit.samples) // lm.world_size) for unit in units)  # the first process takes the remainder
+        progress = Progress(own, quiet=self.config.quiet or lm.rank != 0)
+        made: Rows = {}
+        for group in groups(units):
+            made |= evaluate(self.config, group, lm, settings, progress, begin())
+        return made
+
+
+def groups(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Units that share one call of simple_evaluate: many short cells, or one of long prompts."""
+    out: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        if not out or size + unit.characters > CALL_CHARACTERS:
+            out.append([])
+            size = 0
+        out[-1].append(unit)
+        size += unit.characters
+    return out
+
+
+def evaluate(
+    config: ScoreConfig,
+    units: Sequence[Unit],
+    lm: Any,
+    settings: str,
+    progress: Progress,
+    out: RunDirectory | None,
+) -> dict[str, dict[str, Any]]:
+    """Rows of one group of units, appended to the results; on processes other than the first there are none."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from benchmarks.scoring import hf
+    from benchmarks.scoring.recording import Predictions, RecordingLM, no_environment_report
+    from benchmarks.tasks.sample_task import SampleTask
+
+    began, before = time.perf_counter(), progress.tokens
+    predictions = Predictions(config.directory, settings, lm.rank)
+    longest = max(needed(unit) for unit in units)
+    chunk = config.batch_size if config.backend == "hf" else vllm.chunk(longest)
+    by_name = {unit.name: unit for unit in units}
+
+    def note(task: str, sample: dict[str, Any], prediction: str) -> dict[str, Any]:
+        kept: dict[str, Any] = {key: sample[key] for key in ("outputs", "length", "depth") if key in sample}
+        return {"score": 100 * by_name[task].score(sample, prediction), **kept}
+
+    if isinstance(lm, hf.LongContextLM):
+        lm.settled = settled if config.answers == "until settled" else None
+    recording = RecordingLM(lm, predictions, chunk, progress, note)
+    tasks = [SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
+    with no_environment_report():
+        simple_evaluate(
+            model=recording,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=False,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    if out is None:
+        return {}
+    entries = read_run(config.directory, settings) if any(unit.readings for unit in units) else {}
+    for unit in units:
+        texts = predicted(entries, unit) if unit.readings else []
+        for name, reading in unit.readings.items():
+            unit.columns[name] = 100 * sum(reading(sample, text) for sample, text in texts) / len(texts)
+    made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
+    out.add(made.values())
+    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)
+    return made

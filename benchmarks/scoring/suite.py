@@ -1,0 +1,54 @@
+"""What tells one suite of tasks from another: its units, what is made of their rows, and the table of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.scoring.config import ScoreConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from benchmarks.scoring.units import Unit
+    from endprompt.runs import RunDirectory
+
+Rows = dict[str, dict[str, Any]]  # a unit's name → its row
+
+
+class Suite:
+    """The tasks of one run. generator: their version. model_args: further arguments of the lm-eval model."""
+
+    generator: str
+
+    def __init__(self, config: ScoreConfig):
+        """Raises ValueError for settings that no run can use, before anything is read."""
+        self.config = config
+        self.model_args: dict[str, Any] = {}
+
+    @property
+    def asked(self) -> str:
+        """What prompts depend on beside the settings that the fingerprint has, where they are not hashed one by one."""
+        return ""
+
+    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+        """The cells with their samples."""
+        raise NotImplementedError
+
+    def evaluate(self, units: Sequence[Unit], lm: Any, settings: str, begin: Callable[[], RunDirectory | None]) -> Rows:
+        """Rows of the units, written down as they are made; `begin` gives the directory, None but in one process."""
+        raise NotImplementedError
+
+    def summarise(self, out: RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str) -> None:
+        """Write what is over all cells of this call: averages, depths."""
+
+    def table(self, made: list[dict[str, Any]]) -> str:
+        """The rows as text."""
+        return "\n".join(f"{row['task']:<12} {row['value']:6.2f}" for row in made)
+
+
+def suite_of(config: ScoreConfig) -> Suite:
+    """The suite that a configuration names."""
+    found: type[Suite] = importlib.import_module(f"benchmarks.scoring.suites.{config.suite}").SUITE
+    return found(config)

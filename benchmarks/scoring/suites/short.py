@@ -1,0 +1,122 @@
+"""Short-text tasks: lm-eval's own, with the settings that the long-context literature uses. Data come from the hub."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import chat
+from benchmarks.scoring.checkpoint import method_of
+from benchmarks.scoring.config import SAMPLES, ScoreConfig
+from benchmarks.scoring.suite import Rows, Suite
+from benchmarks.scoring.units import Unit
+from endprompt.results import result_row
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from endprompt.runs import RunDirectory
+
+# task: (examples in front, metric as lm-eval names it)
+SETTINGS = {
+    "mmlu": (5, "acc,none"),
+    "gsm8k": (5, "exact_match,strict-match"),
+    "hellaswag": (10, "acc_norm,none"),
+    "humaneval": (0, "pass@1,create_test"),
+}
+
+
+class Short(Suite):
+    generator = f"lm-eval {version('lm_eval')}"
+
+    def __init__(self, config: ScoreConfig):
+        super().__init__(config)
+        self.names = task_names(config)
+        self.day: datetime.date | None = None
+
+    @property
+    def asked(self) -> str:
+        return f"seed={self.config.seed} samples={self.config.samples}"
+
+    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+        if self.config.chat:  # lm-eval makes the prompts
+            arguments, self.day = chat.settled(tokenizer, self.config.date, self.config.template_args)
+            self.model_args = {"chat_template_args": arguments}
+        return [Unit(task, task, None, "short", SETTINGS[task][1].split(",")[0]) for task in self.names]
+
+    def evaluate(self, units: Sequence[Unit], lm: Any, settings: str, begin: Callable[[], RunDirectory | None]) -> Rows:
+        """A row as soon as its task is done; without one there is no directory."""
+        made = {}
+        with chat.clock_at(self.day):
+            for unit in units:
+                if row := made_row(self.config, lm, unit.task):
+                    made[unit.task] = {**row, "run_sha256": settings}
+                    if out := begin():
+                        out.add([made[unit.task]])
+        return made
+
+
+def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
+    """The row of a task, None on other processes than the first. humaneval runs generated code: it must be asked for by
+    name.
+
+    Raises ValueError for an unknown task, and if the data are neither in the hub's cache nor to be had.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
+    from benchmarks.scoring.recording import no_environment_report
+
+    shots, metric = SETTINGS[task]
+    code = task == "humaneval"
+    if code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        with no_environment_report():
+            results = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                num_fewshot=shots,
+                limit=None if config.samples == SAMPLES else config.samples,
+                apply_chat_template=config.chat,
+                fewshot_as_multiturn=config.chat,
+                fewshot_random_seed=config.seed,
+                bootstrap_iters=0 if task == "mmlu" else 1000,
+                log_samples=False,
+                confirm_run_unsafe_code=code,
+            )
+    except (OSError, ConnectionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the data of {task} come from the hub and are not to be had: {first}") from error
+    if results is None:
+        return None
+    own = results["results"][task]
+    stderr = own.get(metric.replace(",", "_stderr,"))
+    return result_row(
+        suite="short",
+        task=task,
+        metric=metric.split(",")[0],
+        value=100 * own[metric],
+        stderr=100 * stderr if isinstance(stderr, float) else None,
+        n=own.get("sample_len"),
+        model=config.model_name,
+        method=method_of(config),
+        seed=config.seed,
+        shots=shots,
+        chat=config.chat,
+        **{name: value for name in ("date", "template_args") if (value := getattr(config, name))},
+    )
+
+
+def task_names(config: ScoreConfig) -> list[str]:
+    if config.task_names == ["all"]:
+        return [task for task in SETTINGS if task != "humaneval"]
+    for task in config.task_names:
+        if task not in SETTINGS:
+            raise ValueError(f"unknown short-text task {task!r}; tasks: {', '.join(SETTINGS)}")
+    return config.task_names
+
+
+SUITE = Short
