@@ -141,13 +141,6 @@ def test_counterexample_breaks_a_windowed_checker_and_not_ours():
     assert analysis.certified_max(z, omega, *window, 1, 1e-9)[0] <= bernstein_bound(z, omega) * (1 + 1e-9)
 
 
-def test_random_spectra_do_not_show_it():
-    rng = np.random.default_rng(5)
-    omega, _ = analysis.rope_freqs(500000, 128, "linear", 8, 8192)
-    for _ in range(10):
-        assert windowed_ratio(rng.normal(size=64) + 1j * rng.normal(size=64), omega, (0, 65535)) < 1
-
-
 def turned(vector, x, y, angle):
     """Components x and y of a vector after a rotation by the angle."""
     c, s = math.cos(angle), math.sin(angle)

@@ -115,26 +115,6 @@ def test_average_case_golden_values(llama3):
     assert rms([(0, L - 1)]) == pytest.approx(0.003207, abs=5e-7)
 
 
-@pytest.mark.parametrize(("base", "short", "endprompt"), [(10000, 0.714, 0.623), (1000000, 0.628, 0.488)])
-def test_average_case_other_bases(base, short, endprompt):
-    omega, _ = analysis.rope_freqs(base, 128, "linear", 8, 8192)
-    observed, gap = analysis.distance_segments(L, A, B)
-    G_gap = analysis.gram(omega, gap)
-    for segments, expected in (([(0, A - 1)], short), (observed, endprompt)):
-        value = analysis.posterior_gap_rms(analysis.gram(omega, segments), observability.size(segments), G_gap, 0.1)
-        assert value == pytest.approx(expected, abs=5e-4)
-
-
-@pytest.mark.parametrize(("count", "expected"), [(1, 0.506), (2, 0.321), (3, 0.146), (4, 0.021), (5, 0.006)])
-def test_anchors_close_the_gap(llama3, count, expected):
-    omega, _, gap = llama3
-    observed, _ = analysis.distance_segments(L, A, B, "anchors", count=count)
-    value = analysis.posterior_gap_rms(
-        analysis.gram(omega, observed), observability.size(observed), analysis.gram(omega, gap), 0.1
-    )
-    assert value == pytest.approx(expected, abs=5e-4)
-
-
 def test_posterior_equals_gaussian_regression():
     """An independent route: condition the joint covariance of observed and hidden scores."""
     rng = np.random.default_rng(3)
@@ -171,7 +151,7 @@ def test_worst_gap_is_feasible_and_optimal(llama3, eps):
     assert math.sqrt(c @ G_gap @ c) == pytest.approx(value, rel=1e-6)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2]), st.floats(0.02, 1.5))
 def test_worst_gap_against_direct_search(seed, n, eps):
     """The S-lemma's value against a search over coefficients."""
@@ -187,7 +167,7 @@ def test_worst_gap_against_direct_search(seed, n, eps):
         return direction * min(1.0, eps / math.sqrt(max(direction @ G_obs @ direction, 1e-300)))
 
     best = 0.0
-    for start in rng.normal(size=(5, 2 * n)):
+    for start in rng.normal(size=(3, 2 * n)):
         found = scipy.optimize.minimize(
             lambda x: -(scaled(x) @ G_gap @ scaled(x)),
             start,

@@ -241,7 +241,7 @@ SCALINGS = {
 @pytest.mark.parametrize("scaling", list(SCALINGS))
 def test_every_scaling_of_transformers(checkpoint, tmp_path, scaling):
     path = checkpoint("Llama", rope_parameters=SCALINGS[scaling])
-    report = verify.verify(settings(path, tmp_path, target=3000))
+    report = verify.verify(settings(path, tmp_path, target=3000, pairs=3))
     assert report.holds and report.curves["length"] == 3000
     factor = {"yarn": 0.1 * np.log(8) + 1, "longrope": np.sqrt(1 + np.log(8) / np.log(WINDOW))}.get(scaling, 1.0)
     assert report.curves["attention_factor"] == pytest.approx(factor)
@@ -298,12 +298,11 @@ def test_pairs_are_stratified_and_repeatable():
     assert pairs.key.min() >= 0 and pairs.query.max() < 256
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Glm"])
-def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, family, capsys):
-    config = settings(checkpoint(family), tmp_path, against=str(checkpoint(family, seed=1)))
-    config.target, config.formats = 1500, ("png",) if family == "Llama" else ()
+def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, capsys):
+    config = settings(checkpoint("Llama"), tmp_path, against=str(checkpoint("Llama", seed=1)), target=1500)
+    config.formats = ("png",)
     with pytest.raises(ValueError, match="must be above the window"):
-        verify.verify(settings(checkpoint(family), tmp_path, target=200, context=None))
+        verify.verify(settings(checkpoint("Llama"), tmp_path, target=200, context=None))
     assert verify_command(config) == 0
     assert "1.000000" in capsys.readouterr().out
     found = results.read_rows(tmp_path / "run" / "results.jsonl")
@@ -317,8 +316,7 @@ def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, family, cap
     highest = np.interp(np.log(points["observed"]), np.log(worst["eps"]), worst["value"])
     assert (np.array(points["gap"]) <= highest * 1.01).all(), "no pair lies above the worst case"
     assert curves["observed"] == [[0, 235], [1245, 1499]] and curves["gap"] == [[236, 1244]]
-    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
-    assert drawn == ({"score.png", "verify.png"} if family == "Llama" else set())
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"score.png", "verify.png"}
     config.formats = ()
     verify_command(config)
     assert len(results.read_rows(tmp_path / "run" / "results.jsonl")) == len(found), "a second run replaces its rows"
@@ -392,12 +390,6 @@ def test_chosen_heads_are_drawn_as_the_model_computes_them(checkpoint, tmp_path)
         pair = np.flatnonzero((scene.pairs.query == curve["query"]) & (scene.pairs.key == curve["key"]))[0]
         logit = layer.scaling * analysis.eval_score(layer.z[curve["head"], pair], scene.omega, [d])[0]
         assert curve["orders"][0]["low"][d] == pytest.approx(logit, rel=1e-5)
-
-
-def test_unchanged_weights_show_no_change(checkpoint, tmp_path):
-    path = str(checkpoint("Llama"))
-    report = verify.verify(settings(path, tmp_path, against=path))
-    assert report.curves["prediction"]["rms"] == {"observed": 0.0, "gap": 0.0}
 
 
 def test_against_another_architecture_is_named(checkpoint, tmp_path):
@@ -491,11 +483,10 @@ def test_layers_without_rope_are_left_out_of_verify(checkpoint, tmp_path):
 
 
 def test_positions_command(tmp_path, capsys):
-    config = PositionsConfig(scheme="all", target=2048, context=236, prompt=20, head_dim=64, base=10000.0)
+    config = PositionsConfig(scheme="endprompt", target=2048, context=236, prompt=20, head_dim=64, base=10000.0)
     config.plot = str(tmp_path / "coverage.pdf")
     positions_command(config)
-    out = capsys.readouterr().out
-    assert "[0, 235] [1793, 2047]; [236, 1792]" in out and "pose" in out
+    assert "[0, 235] [1793, 2047]; [236, 1792]" in capsys.readouterr().out
     assert (tmp_path / "coverage.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -506,8 +497,5 @@ def test_without_an_end_prompt_only_schemes_without_one_are_compared(capsys):
     assert "contiguous" in out and "pose" in out and "endprompt" not in out and "anchors" not in out
     with pytest.raises(ValueError, match="places an end prompt"):
         positions_command(PositionsConfig(scheme="endprompt", target=2048, context=256, prompt=0))
-
-
-def test_positions_refuses_a_target_without_a_gap():
     with pytest.raises(ValueError, match="must leave a gap"):
         positions_command(PositionsConfig(target=300, context=236, prompt=20))

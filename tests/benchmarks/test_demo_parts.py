@@ -116,3 +116,13 @@ def test_the_page_is_named_as_a_terminal_opens_it(played, capsys):
 def test_figures_that_cannot_be_drawn_are_an_error(played):
     with pytest.raises(ValueError, match="the figures could not be drawn: endprompt: no font"):
         played(drawn=1)
+
+
+def test_arms_differ_only_in_what_they_compare(tmp_path):
+    made = [demo.arm_config(arm, tmp_path / arm.name, tmp_path / "d.jsonl", DemoConfig()) for arm in demo.ARMS]
+    control, paper, _ = made
+    free = {"output", "scheme", "prompt", "scaling"}
+    for other in made[1:]:
+        assert {k for k, v in vars(other).items() if v != vars(control)[k]} <= free
+    assert (control.scheme, paper.scheme, paper.prompt) == ("contiguous", "endprompt", "EP_1")
+    assert control.scaling == paper.scaling == "linear"

@@ -2,114 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.server
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import ClassVar
-from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
 
 from endprompt import origin
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = {
-    "config.json": b'{"model_type": "llama"}',
-    "tokenizer.json": b"{}",
-    "model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}',
-    "model-1.safetensors": b"one" * 1000,
-    "model-2.safetensors": b"two" * 1000,
-    "consolidated.safetensors": b"the same again",
-    "pytorch_model.bin": b"pickle",
-    "modeling_own.py": b"raise SystemExit('code ran')",
-    "onnx/model.safetensors": b"another",
-    "README.md": b"---\nlicense: mit\n---\n",
-}
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks of a hub: a repository's commit, its tree, its files."""
-
-    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        parts = [unquote(part) for part in urlparse(self.path).path.strip("/").split("/")]
-        api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
-        files = self.repositories.get(name)
-        if files is None:
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if api and parts[4:5] == ["tree"]:
-            tree = [{"type": "file", "path": p, "size": len(b), "oid": sha1(b)} for p, b in files.items()]
-            return self.answer(200, json.dumps(tree).encode())
-        if api:
-            if parts[4:] not in ([], ["revision", "main"], ["revision", COMMIT]):
-                return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            siblings = [{"rfilename": path} for path in files]
-            return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
-        path = "/".join(parts[4:])
-        if self.command == "GET":
-            self.asked.append(path)
-        body = files[path]
-        if body == b"gone":
-            return self.answer(500, b"", {})
-        return self.answer(200, body, {"ETag": f'"{sha1(body)}"', "X-Repo-Commit": COMMIT})
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def sha1(body: bytes) -> str:
-    return hashlib.sha1(body).hexdigest()
+from tests.support import hub as hub_of_tests
+from tests.support.hub import COMMIT, REPOSITORY, VOCABULARY, WIDTH, Hub
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """A running stand-in; `hub(typed, **variables)` resolves in a process of its own: (exit code, output, errors)."""
+def hub(tmp_path, monkeypatch):
+    """A running stand-in; `hub(typed)` is (whether it was had, the directory or what was said in its place)."""
+    from huggingface_hub import constants
+
     Hub.repositories = {"org/name": dict(REPOSITORY)}
     Hub.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def resolve(typed: str, weights: bool = True, **variables: str) -> tuple[int, str, str]:
-        code = (
-            "import sys\nfrom endprompt import origin\n"
-            f"try: print(origin.directory_of({typed!r}, weights={weights}))\n"
-            "except ValueError as error: print(error); sys.exit(1)"
+    def resolve(typed: str, weights: bool = True, offline: bool = False, port: int = 0) -> tuple[bool, str]:
+        origin.from_hub.cache_clear()  # as a process of its own would ask
+        endpoint = f"http://127.0.0.1:{port or server.server_port}"
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-        quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | endpoint | quiet | variables, capture_output=True, text=True
-        )
-        return done.returncode, done.stdout.strip(), done.stderr
+        for name, value in (
+            ("ENDPOINT", endpoint), ("HF_HUB_CACHE", str(tmp_path / "home")), ("HF_HUB_OFFLINE", offline),
+            ("HF_HUB_DISABLE_XET", True), ("HF_HUB_DISABLE_TELEMETRY", True),
+        ):  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        try:
+            return True, str(origin.directory_of(typed, weights=weights))
+        except ValueError as error:
+            return False, str(error)
 
     yield resolve
+    origin.from_hub.cache_clear()
     server.shutdown()
     server.server_close()
 
 
 def test_an_id_becomes_a_snapshot_of_weights_and_configuration_without_code(hub):
-    status, path, errors = hub("org/name")
-    assert status == 0, (path, errors)
+    had, path = hub("org/name")
+    assert had, path
     here = Path(path)
     expected = {"config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"}
     assert {p.name for p in here.iterdir()} == expected | {"model-1.safetensors", "model-2.safetensors"}
@@ -117,17 +61,16 @@ def test_an_id_becomes_a_snapshot_of_weights_and_configuration_without_code(hub)
     assert origin.about(here) == {"hub": "org/name", "revision": COMMIT}
     assert origin.name_of(here) == origin.name_of("org/name@main") == "name"
     # Offline the whole snapshot is taken from the cache; another revision is not there
-    assert hub("org/name", HF_HUB_OFFLINE="1")[:2] == (0, path)
-    assert hub(f"org/name@{COMMIT}", HF_HUB_OFFLINE="1")[:2] == (0, path)
-    status, said, _ = hub("org/name@v2", HF_HUB_OFFLINE="1")
-    assert status == 1 and "HF_HUB_OFFLINE" in said and "'org/name@v2'" in said and "\n" not in said
+    assert hub("org/name", offline=True) == hub(f"org/name@{COMMIT}", offline=True) == (True, path)
+    had, said = hub("org/name@v2", offline=True)
+    assert not had and "HF_HUB_OFFLINE" in said and "'org/name@v2'" in said and "\n" not in said
 
 
 def test_a_tokenizer_alone_takes_no_weights(hub):
-    assert hub("org/name", weights=False)[0] == 0
+    assert hub("org/name", weights=False)[0]
     assert not [path for path in Hub.asked if path.endswith(".safetensors")]
-    status, said, _ = hub("org/name", HF_HUB_OFFLINE="1")  # whose snapshot lacks the weights then
-    assert status == 1 and "not whole" in said and "HF_HUB_OFFLINE" in said and "\n" not in said
+    had, said = hub("org/name", offline=True)  # whose snapshot lacks the weights then
+    assert not had and "not whole" in said and "HF_HUB_OFFLINE" in said and "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -144,13 +87,13 @@ def test_a_tokenizer_alone_takes_no_weights(hub):
 def test_what_the_hub_cannot_give_is_one_line(hub, typed, files, said):
     kept = {**REPOSITORY, **files}
     Hub.repositories = {"org/name": {name: body for name, body in kept.items() if body is not None}}
-    status, found, _ = hub(typed)
-    assert status == 1 and said in found and "\n" not in found
+    had, found = hub(typed)
+    assert not had and said in found and "\n" not in found
 
 
 def test_no_network_is_one_line(hub):
-    status, found, _ = hub("org/name", HF_ENDPOINT="http://127.0.0.1:9")
-    assert status == 1 and "http://127.0.0.1:9) cannot be reached" in found and "\n" not in found
+    had, found = hub("org/name", port=9)
+    assert not had and "http://127.0.0.1:9) cannot be reached" in found and "\n" not in found
 
 
 def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -163,59 +106,13 @@ def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(tmp_path, monkeypat
 
 # ------------------------------------------------------------------------------------------------------------- GGUF
 
-WIDTH, HEADS, VOCABULARY = 32, 2, 12
-
 
 @pytest.fixture
 def gguf_file(tmp_path, monkeypatch):
     """`gguf_file(quantisation, architecture)`: a Llama of one layer, its matrices in that quantisation."""
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
-
-    def write(kind: str = "Q8_0", architecture: str = "llama", left: str = "") -> Path:
-        path = tmp_path / f"tiny.{kind}.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
-        writer.add_block_count(1)
-        writer.add_context_length(128)
-        writer.add_embedding_length(WIDTH)
-        writer.add_feed_forward_length(WIDTH)
-        writer.add_head_count(HEADS)
-        writer.add_head_count_kv(HEADS)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_freq_base(5e4)
-        writer.add_vocab_size(VOCABULARY)
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
-        writer.add_license("apache-2.0")
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([*"abcdefgh", "ab", "cd", "<s>", "</s>"])
-        writer.add_token_types([1] * 10 + [3] * 2)
-        writer.add_token_merges(["a b", "c d"])
-        writer.add_bos_token_id(10)
-        writer.add_eos_token_id(11)
-        draw = np.random.default_rng(0)
-        shapes = {
-            "token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,), "output": (VOCABULARY, WIDTH),
-            "blk.0.attn_norm": (WIDTH,), "blk.0.ffn_norm": (WIDTH,),
-            **{f"blk.0.{name}": (WIDTH, WIDTH) for name in
-               ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate", "ffn_down")},
-        }  # fmt: skip
-        for name, shape in shapes.items():
-            value = draw.standard_normal(shape).astype(np.float32)
-            if name == left:
-                continue
-            if len(shape) == 1:
-                writer.add_tensor(f"{name}.weight", value)
-            else:
-                stored = gguf.GGMLQuantizationType.Q8_0
-                packed = gguf.quants.quantize(value, stored)
-                writer.add_tensor(f"{name}.weight", packed, raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
+    return functools.partial(hub_of_tests.gguf_file, tmp_path)
 
 
 def test_a_gguf_file_becomes_a_plain_checkpoint_once(gguf_file, capsys):

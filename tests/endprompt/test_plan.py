@@ -15,8 +15,10 @@ from endprompt.shapes import GIB
 DATA = Path(paper_figures.__file__).parent / "data"
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "llama2-7b", "llama3-1b"])
-def test_parameters_are_counted_as_transformers_makes_them(name):
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama3-8b", 8.030), ("llama2-7b", 6.738), ("mistral-7b", 7.248), ("llama3-1b", 1.236)]
+)
+def test_parameters_are_counted_as_transformers_makes_them(name, billions):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -25,6 +27,7 @@ def test_parameters_are_counted_as_transformers_makes_them(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(name))
     assert shape_of(name).parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape_of(name).parameters / 1e9 == pytest.approx(billions, abs=6e-4)
 
 
 #: As published on the models' cards -> the config's class, what differs from its defaults, parameters in billions.
@@ -123,15 +126,6 @@ def test_experts_that_no_key_counts_are_refused(monkeypatch):
         counted(transformers.MixtralConfig())
 
 
-@pytest.mark.parametrize(
-    ("row_tokens", "recompute", "measured"),
-    [(8192, "none", 11634), (8212, "full", 8627), (65536, "full", 4230)],  # forward and backward, one H200
-)
-def test_speed_is_within_ten_percent_of_what_was_measured(row_tokens, recompute, measured):
-    speed = 1 / seconds_per_token(shape_of("llama3-8b"), PlanConfig(), row_tokens, recompute)
-    assert speed == pytest.approx(measured, rel=0.1)
-
-
 #: Measurements on one H200, and one on two, as the files of data/measured have them -> the plan's settings for them.
 #: Not `float8 fast` of the older file: its layers could keep less than `selective` lets them keep now.
 MEASURED = {
@@ -206,14 +200,6 @@ def test_full_length_is_as_much_slower_as_was_measured():
     ]
     measured = speed["endprompt, whole step"] / speed["full, 65,536"]
     assert planned[0] / planned[1] == pytest.approx(measured, rel=0.03)
-
-
-def test_memory_is_within_ten_percent_of_what_was_measured():
-    """Forward and backward of 1, 2 and 3 rows without recomputation, not fused, took 50.6, 85.1 and 119 GiB."""
-    for rows, measured in ((1, 50.6), (2, 85.1), (3, 119.0)):
-        parts = memory(shape_of("llama3-8b"), PlanConfig(fused=False), 8212, rows, "none")
-        held = parts["weights"] + parts["activations"] + parts["loss and work space"]
-        assert held / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_the_lean_optimizer_s_bytes_by_hand():

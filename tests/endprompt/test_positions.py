@@ -21,61 +21,15 @@ class Draws:
         return self.values.pop(0)
 
 
-def test_positions_contiguous_typed():
-    assert positions.position_ids("contiguous", 5, 0, 32).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_positions_endprompt_typed():
-    ids = positions.position_ids("endprompt", 6, 3, 32)
-    assert ids.tolist() == [0, 1, 2, 3, 4, 5, 29, 30, 31]
-    assert ids.dtype == np.int64
-
-
-def test_positions_endprompt_random_typed():
-    draws = Draws(10)
-    assert positions.position_ids("endprompt-random", 4, 2, 16, draws).tolist() == [0, 1, 2, 3, 10, 11]
-    assert draws.asked == [(4, 14)]  # starts in [a, L - b]
-
-
-def test_positions_pose_typed():
-    draws = Draws(3, 20)
-    layout = positions.layout("pose", 7, 0, 32, draws)
-    assert layout.position_ids.tolist() == [0, 1, 2, 23, 24, 25, 26]
-    assert layout.split == 3
-    assert draws.asked == [(1, 4), (0, 25)]  # r1 in 1..(n+1)//2, u in 0..L-n
-
-
-def test_positions_endprompt_pose_typed():
-    draws = Draws(2, 11)
-    layout = positions.layout("endprompt-pose", 5, 2, 32, draws)
-    assert layout.position_ids.tolist() == [0, 1, 13, 14, 15, 30, 31]
-    assert draws.asked == [(1, 3), (0, 25)]
-
-
-def test_positions_sliding_typed():
-    draws = Draws(7)
-    layout = positions.layout("sliding", 5, 3, 32, draws)
-    assert layout.position_ids.tolist() == [0, 8, 9, 10, 11, 29, 30, 31]
-    assert layout.split is None  # no text is skipped
-    assert draws.asked == [(0, 24)]
-    assert positions.position_ids("sliding", 5, 3, 32, Draws(24)).tolist() == [0, 25, 26, 27, 28, 29, 30, 31]
-
-
 def test_positions_sentences_typed():
     draws = Draws(0, 4)
     ids = positions.position_ids("sentences", 6, 0, 20, draws, starts=[0, 1, 4])
-    assert ids.tolist() == [0, 1, 2, 3, 4 + 7 + 4, 5 + 7 + 4]
-    assert draws.asked == [(0, 6), (0, 6)]
+    assert ids.tolist() == [0, 1, 2, 3, 4 + 7 + 4, 5 + 7 + 4] and draws.asked == [(0, 6), (0, 6)]
     assert positions.position_ids("sentences", 6, 0, 20, Draws(), starts=[0]).tolist() == list(range(6))
-    assert positions.sentence_starts(20) == [0, 6, 13]
-    assert positions.sentence_starts(2) == [0, 1]
-
-
-def test_positions_endprompt_sentences_typed():
+    assert [positions.sentence_starts(n) for n in (20, 2)] == [[0, 6, 13], [0, 1]]
     draws = Draws(2, 5)  # 20 - 8 = 12: two strata of 6 places
     ids = positions.position_ids("endprompt-sentences", 5, 3, 20, draws, starts=[0, 1, 4])
-    assert ids.tolist() == [0, 1 + 2, 2 + 2, 3 + 2, 4 + 6 + 5, 17, 18, 19]
-    assert draws.asked == [(0, 5), (0, 5)]
+    assert ids.tolist() == [0, 1 + 2, 2 + 2, 3 + 2, 4 + 6 + 5, 17, 18, 19] and draws.asked == [(0, 5), (0, 5)]
 
 
 def test_whole_text_is_moved_in_one_piece():
@@ -83,6 +37,26 @@ def test_whole_text_is_moved_in_one_piece():
     for scheme in positions.SCHEMES:
         rows = [positions.position_ids(scheme, 24, 4, 256, positions.sample_rng(0, i))[:24] for i in range(50)]
         assert all((np.diff(row)[1:] == 1).all() for row in rows) == (scheme in positions.TEXT_WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "context", "prompt", "target", "draws", "ids", "asked"),
+    [
+        ("contiguous", 5, 0, 32, [], [0, 1, 2, 3, 4], []),
+        ("endprompt", 6, 3, 32, [], [0, 1, 2, 3, 4, 5, 29, 30, 31], []),
+        ("endprompt-random", 4, 2, 16, [10], [0, 1, 2, 3, 10, 11], [(4, 14)]),  # starts in [a, L - b]
+        ("pose", 7, 0, 32, [3, 20], [0, 1, 2, 23, 24, 25, 26], [(1, 4), (0, 25)]),  # r1 in 1..(n+1)//2, u in 0..L-n
+        ("endprompt-pose", 5, 2, 32, [2, 11], [0, 1, 13, 14, 15, 30, 31], [(1, 3), (0, 25)]),
+        ("sliding", 5, 3, 32, [7], [0, 8, 9, 10, 11, 29, 30, 31], [(0, 24)]),
+        ("sliding", 5, 3, 32, [24], [0, 25, 26, 27, 28, 29, 30, 31], [(0, 24)]),
+    ],
+)
+def test_positions_typed(scheme, context, prompt, target, draws, ids, asked):
+    given = Draws(*draws)
+    layout = positions.layout(scheme, context, prompt, target, given)
+    assert layout.position_ids.tolist() == ids and layout.position_ids.dtype == np.int64
+    assert given.asked == asked
+    assert layout.split == {"pose": 3, "endprompt-pose": 2}.get(scheme)  # where text is skipped
 
 
 @pytest.mark.parametrize(("k", "end"), [(0, [6, 7]), (1, [14, 15]), (2, [22, 23]), (3, [30, 31])])

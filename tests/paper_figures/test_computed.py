@@ -67,19 +67,6 @@ def test_gap_rms_is_current():
     np.testing.assert_allclose(gap_rms_against_k()["gap_rms"], stored("gap_rms_against_k")["gap_rms"], atol=2e-6)
 
 
-def test_gap_rms_agrees_with_the_analysis():
-    observability = pytest.importorskip("analysis.observability")
-    spectra = pytest.importorskip("analysis.spectra")
-    omega, _ = spectra.rope_freqs(10000.0, 128, "linear", 8.0, 8192)
-    observed, unseen = observability.distance_segments(65536, 8172, 20, "endprompt")
-    value = observability.posterior_gap_rms(
-        observability.gram(omega, observed), observability.size(observed), observability.gram(omega, unseen), 0.1
-    )
-    table = stored("gap_rms_against_k")
-    kept = table[(table["base"] == 10000) & (table["anchors"] == "1")]["gap_rms"].item()
-    assert value == pytest.approx(kept, abs=1e-5)
-
-
 def test_pareto_front():
     front = pareto(pd.Series([3.0, 1.0, 2.0, 2.0, 4.0]), pd.Series([50.0, 10.0, 40.0, 60.0, 60.0]))
     assert front.to_dict() == {1.0: 10.0, 2.0: 60.0}

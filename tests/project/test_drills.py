@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from endprompt import runs, train
 from endprompt.train.states import newest_state
+from tests.support.runs import interrupted, same_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Trains as it is told, and kills itself when the second state has been written aside but not renamed.
@@ -36,11 +35,6 @@ states.os.replace = replace
 train.extend(config.ExtendConfig(**json.load(open(sys.argv[1]))))
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    ours, theirs = (load_file(path / "model.safetensors") for path in (left, right))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_killed_in_the_middle_of_a_save_and_resumed_bitwise(extend_config, tmp_path):
@@ -66,10 +60,6 @@ def test_killed_before_its_first_state_starts_again(extend_config, tmp_path):
     resumed = train.extend(dataclasses.replace(config, resume=True))
     whole = train.extend(dataclasses.replace(config, output=str(tmp_path / "whole")))
     assert same_weights(whole, resumed)
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
 
 
 @pytest.fixture

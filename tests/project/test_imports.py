@@ -37,15 +37,11 @@ def tree(tmp_path):
 @pytest.mark.parametrize(
     ("importer", "imported", "contract"),
     [
-        ("endprompt/rope.py", "endprompt.plan", "The trainer's rooms"),
         ("endprompt/model/geometry.py", "endprompt.train.loss", "The trainer's rooms"),
-        ("endprompt/cli.py", "endprompt.files", "The trainer's rooms"),
         ("endprompt/plan.py", "analysis.bounds", "The packages"),
         ("analysis/scene.py", "endprompt.train.run", "The theory"),
         ("benchmarks/scoring/run.py", "benchmarks.speed.train", "The rooms of benchmarks"),
-        ("endprompt/plan.py", "benchmarks.speed.train", "The packages"),
         ("benchmarks/ruler/fit.py", "benchmarks.ruler.cell", "No circles"),
-        ("paper_figures/style.py", "endprompt.rope", "The figures"),
         ("paper_figures/style.py", "torch", "The figures"),
     ],
 )

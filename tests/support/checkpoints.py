@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 WINDOW, TARGET, VOCABULARY = 32, 128, 320
 SENTENCE = "the grass is green the sky is blue the sun is yellow here we go there and back again"
@@ -66,4 +69,62 @@ def make_checkpoint(directory: Path, architecture: str = "Llama", seed: int = 0,
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def odd_checkpoint(directory):
+    """Biases, an untied head, a vocabulary that two processes cannot halve, and several files with an index."""
+    from transformers import AutoModelForCausalLM
+
+    make_checkpoint(directory, "Qwen2", vocab_size=321)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.25, True
+    model.save_pretrained(directory, max_shard_size="40KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def renamed_checkpoint(source, directory):
+    """The base model's own names, without `model.`: transformers knows what they mean."""
+    shutil.copytree(source, directory)
+    weights = load_file(directory / "model.safetensors")
+    renamed = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(renamed, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def checkpoint_with_a_head_of_its_own(directory):
+    """The config says that head and embeddings are one, the file has both and they differ."""
+    make_checkpoint(directory, tie_word_embeddings=False)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return directory
+
+
+def checkpoint_of_experts(directory):
+    """A weight of the model is put together from several tensors of the file, one an expert."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "sliding_window": None}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads, **experts)).save_pretrained(directory)
+    assert any("experts.3." in name for name in load_file(directory / "model.safetensors"))
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def damaged_checkpoint(directory):
+    path = make_checkpoint(directory) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    return directory
+
+
+def checkpoint_of_other_shapes(directory):
+    path = make_checkpoint(directory) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    save_file(weights, path, {"format": "pt"})
     return directory

@@ -403,35 +403,22 @@ def test_a_run_without_lab_rows_is_refused(tmp_path):
 
 def test_the_whole_plan_is_answered_twice_alike(tmp_path):
     """Every question has estimates and claims; the file says what the function returned; one seed less may differ."""
-    run = lab_run(tmp_path / "first", bases=((256, 8), (256, 32)), samples=16)
+    run = lab_run(tmp_path / "first", bases=((256, 8), (256, 32)), seeds=range(3), samples=16)
     rows = verdicts.write(run)
     read = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
     assert read == json.loads(json.dumps(rows))
     for number in verdicts.QUESTIONS:
         metrics = {row["metric"] for row in rows if row["task"] == f"q{number}"}
         assert "claim" in metrics and len(metrics) >= 2, number
-    keys = [
-        (
-            r["task"],
-            r["metric"],
-            r["family"],
-            r["method"],
-            r["base"],
-            r["fold"],
-            r["scaling"],
-            r["length"],
-            r.get("against"),
-            r.get("claim"),
-        )
-        for r in rows
-    ]
+    columns = ("task", "metric", "family", "method", "base", "fold", "scaling", "length", "against", "claim")
+    keys = [tuple(row.get(column) for column in columns) for row in rows]
     assert len(set(keys)) == len(keys)
     assert any("ci95_bootstrap" in row for row in rows)
     for row in rows:
         assert row["suite"] == "lab-question" and row["sentence"].endswith(".")
         if row["ci95"]:
             assert row["ci95"][0] - 1e-9 <= row["value"] <= row["ci95"][1] + 1e-9
-    again = lab_run(tmp_path / "second", bases=((256, 8), (256, 32)), samples=16)
+    again = lab_run(tmp_path / "second", bases=((256, 8), (256, 32)), seeds=range(3), samples=16)
     verdicts.write(again)
     assert all(line["same"] for line in verdicts.compare(run, again))
     turned = tmp_path / "turned"

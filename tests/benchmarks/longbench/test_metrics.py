@@ -77,7 +77,7 @@ def test_rouge_l_by_hand():
 
 def test_rouge_l_does_not_depend_on_the_stack(upstream):
     rng = random.Random(2)
-    long = [f"w{rng.randint(0, 300)}" for _ in range(1500)]
+    long = [f"w{rng.randint(0, 300)}" for _ in range(1100)]
     assert upstream.rouge_score(" ".join(long), " ".join(long)) == 0.0  # a silent RecursionError
     assert metrics.rouge_l(" ".join(long), " ".join(long)) == pytest.approx(1, abs=1e-7)
 

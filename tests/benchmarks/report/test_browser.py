@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.config import ReportConfig
-from tests.benchmarks.report.test_page import demo_run  # noqa: F401
 from tests.support.browser import browser, executable
+from tests.support.report_runs import demo_run
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,8 +22,8 @@ LUMINANCE = """(() => {
 
 
 @pytest.fixture
-def url(demo_run):  # noqa: F811
-    return report.report(ReportConfig([str(demo_run)])).resolve().as_uri()
+def url(tmp_path):
+    return report.report(ReportConfig([str(demo_run(tmp_path))])).resolve().as_uri()
 
 
 @pytest.fixture

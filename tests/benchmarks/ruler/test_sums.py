@@ -51,9 +51,10 @@ BYTES_2025 = {"niah_single_1": "db17080a119ae902", "vt": "b6e9732156031a96"}
 
 
 @pytest.mark.parametrize(
-    ("task", "edition"), [*((task, "lab-2026") for task in BYTES), *((t, "2025") for t in BYTES_2025)]
+    ("task", "edition", "exact"),
+    [*((task, "lab-2026", False) for task in BYTES), *((task, "2025", True) for task in BYTES_2025)]
+    + [(task, "lab-2026", True) for task in ("niah_multikey_2", "cwe", "fwe", "qa_2")],
 )
-@pytest.mark.parametrize("exact", [True, False])
 def test_samples_of_this_generator_keep_their_bytes(task, edition, exact, folder, monkeypatch):
     monkeypatch.setattr(fit, "EXACT_TOKENS", 10**6 if exact else 0)
     monkeypatch.setattr(fit, "CHECKED_SAMPLES", 1)

@@ -100,8 +100,11 @@ def test_a_prompt_over_the_window_loses_its_start(llama):
     theirs._model_generate = lambda context, **given: seen.append(context) or generate(context=context, **given)
     theirs.generate_until([request], disable_tqdm=True)
     assert seen[0].shape[1] == 52 and "first" not in theirs.tok_decode(seen[0][0])
+    ours = LongContextLM(**common)
     with pytest.raises(ValueError, match=r"must fit the window: \d+ \+ 12 tokens, window 64"):
-        LongContextLM(**common).generate_until([request])
+        ours.generate_until([request])
+    assert ours.tok_encode("<s>The grass is green.") == ours.tok_encode("The grass is green.")
+    assert ours.tok_encode("The grass is green.").count(ours.tokenizer.bos_token_id) == 1
 
 
 def test_metadata_beside_a_task_manager_is_dropped(llama, tmp_path):

@@ -83,10 +83,7 @@ def test_an_oracle_scores_100_on_every_task(place, tmp_path, fake):
     assert summed[7000, "mean_over_tasks"] == 100 and summed[None, "effective_length"] == 7000
 
 
-def test_silence_and_an_echo_of_the_prompt_score_0(place, tmp_path, fake):
-    fake(lambda request: "")
-    made = score(config(place, tmp_path / "silent", **EVERYTHING))
-    assert {row["value"] for row in made} == {0.0}
+def test_an_echo_of_the_prompt_scores_0(place, tmp_path, fake):
     fake(lambda request: request.args[0])
     made = score(config(place, tmp_path / "echo", **EVERYTHING))
     assert {row["value"] for row in made} == {0.0}
@@ -192,15 +189,6 @@ def test_progress_counts_the_whole_run_whatever_the_calls_of_lm_eval(place, tmp_
     assert all(5 * 300 < call["prompt_tokens"] <= 5 * 512 for call in calls)
 
 
-def test_another_checkpoint_or_seed_is_not_served_old_predictions(place, tmp_path):
-    first = score(config(place, tmp_path))
-    other = score(config(place, tmp_path, checkpoint=str(place / "mistral")))
-    seeded = score(config(place, tmp_path, seed=1))
-    assert len(read_rows(tmp_path / "results.jsonl")) == 18
-    assert {row["run_sha256"] for row in first}.isdisjoint(row["run_sha256"] for row in other)
-    assert {row["samples_sha256"] for row in first}.isdisjoint(row["samples_sha256"] for row in seeded)
-
-
 def test_plain_lm_eval_gives_the_same_scores(place, tmp_path):
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -272,17 +260,8 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
     assert printed.count("predicted") == 5 and printed.count("'no'") == 3
     assert main(["score", weak, "--show", "cwe"]) == 1
     assert "task 'cwe' was not run" in capsys.readouterr().err
-
-
-def test_predictions_can_be_read(place, tmp_path, fake):
-    fake(lambda request: request.doc["outputs"][0] if request.doc["index"] == 3 else "no")
-    score(config(place, tmp_path, tasks="niah_single_1", lengths=400))
-    assert len(compare.show(tmp_path, "niah_single_1")) == 5
-    wrong = compare.show(tmp_path, "niah_single_1", wrong=True)
-    assert [entry["index"] for entry in wrong] == [0, 1, 2, 4]
-    assert wrong[0]["outputs"][0] in compare.shown(wrong)
-    with pytest.raises(ValueError, match="niah_single_1"):
-        compare.show(tmp_path, "niah_single_9")
+    with pytest.raises(ValueError, match="json is for compare and show"):
+        ScoreConfig("x", json=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -319,14 +298,6 @@ def test_the_cache_serves_no_other_length_tokenizer_or_setting(tmp_path, change)
     fresh = ruler.Cell.build(*(changed[k] for k in ("task", "length", "tokenizer", "n", "seed")), None, options)
     assert list(cell(tmp_path, **change)) == list(fresh)
     assert len(list(tmp_path.glob("*.json"))) == 2
-
-
-def test_a_tampered_cache_is_an_error(tmp_path):
-    cell(tmp_path)
-    path = next(tmp_path.glob("*.json"))
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
-    with pytest.raises(ValueError, match=rf"{re.escape(path.name)}.*changed"):
-        cell(tmp_path)
 
 
 def test_processes_wait_for_the_one_that_builds(tmp_path, monkeypatch):
@@ -477,17 +448,10 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
     assert len(made["one"][2]) == 14 and made["one"][0][0]["value"] > 50
 
 
-@pytest.mark.parametrize("change", [{}, {"intermediate_size": 40}])
-def test_weights_that_do_not_fit_the_model_are_a_plain_error(place, tmp_path, change):
-    """Nothing that is scored was filled up with random numbers."""
-    from safetensors.torch import load_file, save_file
-
+def test_weights_of_other_shapes_are_a_plain_error(place, tmp_path):
     broken = helpers.checkpoint(tmp_path / "broken")
-    config_file, weights = broken / "config.json", load_file(broken / "model.safetensors")
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | change))
-    if not change:
-        del weights["model.layers.1.mlp.up_proj.weight"]
-        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    about = json.loads((broken / "config.json").read_text()) | {"intermediate_size": 40}
+    (broken / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="does not load"):
         score(config(place, tmp_path / "out", checkpoint=str(broken)))
 
@@ -504,42 +468,3 @@ def test_a_key_of_metadata_and_of_dataset_kwargs_is_no_collision(place, tmp_path
     with pytest.raises(TypeError, match="samples"):
         ConfigurableTask(config={**common, "metadata": metadata, "custom_dataset": lambda **given: {}})
     assert len(RulerTask({**common, "metadata": metadata}).samples) == 2
-
-
-def test_beyond_the_window_nothing_is_cut_off(place, tmp_path):
-    made = score(config(place, tmp_path, lengths="800", beyond_window=True, samples=2))
-    assert {row["n_truncated"] for row in made} == {0} and {row["length"] for row in made} == {800}
-
-
-def test_a_prompt_over_the_models_length_is_an_error_not_a_cut(place):
-    from lm_eval.api.instance import Instance
-
-    from benchmarks.scoring.hf import LongContextLM
-
-    lm = LongContextLM(pretrained=str(place / "llama"), max_length=64, device="cpu", batch_size=1)
-    settings = {"until": [], "max_gen_toks": 12}
-    with pytest.raises(ValueError, match="window 64"):
-        lm.generate_until([Instance("generate_until", {}, ("word " * 80, settings), 0, metadata=("t", 0, 1))])
-    text = "<s>" + "The grass is green."
-    assert lm.tok_encode(text).count(lm.tokenizer.bos_token_id) == 1
-    assert lm.tok_encode(text) == lm.tok_encode("The grass is green.")
-
-
-def test_the_command_line_scores_a_checkpoint(place, tmp_path):
-    arguments = (
-        f"score {place / 'llama'} --tasks niah_single_1 --lengths 400 --samples 2 --max-new-tokens 8 --dtype float32 "
-        f"--output {tmp_path / 'out'} --cache-dir {tmp_path / 'cache'} --quiet"
-    ).split()
-    done = subprocess.run(
-        [sys.executable, "-m", "endprompt.cli", *arguments], capture_output=True, text=True, check=True
-    )
-    assert re.search(r"^niah_single_1 +\d+\.\d \[\d+, \d+\]$", done.stdout, re.M)
-    assert len(read_rows(tmp_path / "out" / "results.jsonl")) == 1
-
-
-def test_a_batch_size_that_probes_the_model_is_refused(place, tmp_path, capsys):
-    from endprompt.cli import main
-
-    with pytest.raises(SystemExit, match="2"):
-        main(["score", str(place / "llama"), "--batch-size", "auto", "--output", str(tmp_path / "out")])
-    assert "batch" in capsys.readouterr().err and not (tmp_path / "out").exists()

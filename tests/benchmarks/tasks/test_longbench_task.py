@@ -143,10 +143,6 @@ def test_the_real_backend_is_given_what_was_built(data, bpe, checkpoint, caplog)
     assert counted == sorted(map(len, rows))
 
 
-def test_the_task_files_are_one_a_set():
-    assert sorted(path.stem for path in FILES.glob("*.yaml")) == sorted(TASKS + TASKS_E)
-
-
 def test_plain_lm_eval_runs_the_task_files_to_the_same_requests(data, bpe, checkpoint):
     """`lm_eval --include_path`: the model's arguments and --metadata say what `tasks` is told in Python."""
     from lm_eval.tasks import TaskManager
@@ -189,15 +185,3 @@ def test_what_plain_lm_eval_was_not_told_is_named(data, checkpoint, metadata, me
     metadata = {key: places[value] for key, value in metadata.items()}
     with pytest.raises((ValueError, OSError), match=message):
         LongBenchTask({"task": "endprompt_longbench_qasper", "metadata": metadata}).build_all_requests()
-
-
-def test_every_set_has_its_published_room():
-    """Tokens to generate, by category as published."""
-    lengths = {name: rules.max_new_tokens for name, rules in DATASETS.items()}
-    assert {name for name, n in lengths.items() if n == 512} == {"gov_report", "qmsum", "multi_news", "vcsum"}
-    assert {name for name, n in lengths.items() if n == 128} == {"narrativeqa", "qasper", "dureader", "samsum"}
-    short = {"hotpotqa", "2wikimqa", "musique", "triviaqa"} | {n for n in TASKS if n.startswith("passage")}
-    assert {name for name, n in lengths.items() if n == 32} == short
-    assert {n for name, n in lengths.items() if name.startswith(("multifieldqa", "trec", "lsht", "lcc", "repo"))} == {
-        64
-    }

@@ -1,25 +1,23 @@
 """Fused layers against plain ones in float64, their kernels against torch, and what they keep for the backward pass."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
 
 from endprompt import fast
 from endprompt.fast import LeanAdamW, linears
 from endprompt.fast import layers as fused
 from endprompt.model import new_model, training_attention
-from endprompt.train import Trainer, extend
+from endprompt.train import extend
 from endprompt.train.recompute import checkpoint_layers, memory_budget
 from tests.support.checkpoints import make_checkpoint
+from tests.support.runs import losses_of, weights_of
 
 SIZES = {
     "vocab_size": 64,
@@ -190,9 +188,9 @@ def test_a_fused_model_has_the_gradients_of_float64(family, dtype):
         assert sizes[0] < 1.1 * sizes[1]
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("family", "keep", "compiled"), [("Llama", True, True), ("Llama", False, False), ("Mistral", False, True)]
+)
 def test_joined_layers_are_fused_with_the_same_gradients(family, keep, compiled):
     """q, k, v and gate, up are one product each; the parts' sums are those of float64, compiled in one graph too."""
     torch._dynamo.reset()
@@ -217,8 +215,7 @@ def test_layers_with_biases_are_not_joined(biases, joined):
     assert distance(found[0], expected[0]) < 1e-5
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize(("kind", "keep"), [("selective", True), ("full", False)])
 def test_with_checkpointing_the_gradients_are_the_same(kind, keep):
     model = small_model()
     lean(model, keep)
@@ -229,8 +226,7 @@ def test_with_checkpointing_the_gradients_are_the_same(kind, keep):
     assert_close(output_and_gradients(other), expected, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("family", "keep"), [("Qwen2", False), ("Qwen3", True)])
 def test_a_compiled_layer_is_one_graph_with_the_same_gradients(family, keep):
     torch._dynamo.reset()
     expected = exact(lambda: small_model(family))
@@ -319,114 +315,10 @@ def test_without_triton_a_gpu_keeps_its_layers(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
-CHECK = """
-    import sys
-    import torch
-    from endprompt import fast
-    from endprompt.fast import layers, kernels, lean, available
-    from endprompt.train import optimizers
-    from endprompt.train.loss import _chunk_eager, _chunk
-
-    device = sys.argv[1]
-    torch.manual_seed(0)
-    assert available.triton_kernels(torch.empty(0, device=device)) is kernels
-
-
-    def same(found, expected, dtype, what):
-        for one, other in zip(found, expected):
-            if other.numel() and one.numel():
-                error = float((one.double() - other.double()).norm() / other.double().norm())
-                # triton's interpreter cuts bfloat16 off where a GPU rounds; a GPU's powers of two are near, not
-                # exact, 7e-6 of a gradient where the label has nearly all weight
-                exact = dtype == torch.float32
-                limit = (5e-6 if exact else 0.02) if device == "cpu" else 2e-5 if exact else 0.004
-                assert error < limit, (what, dtype, error)
-
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows, size in ((1, 16), (5, 48), (37, 128), (9, 257)):
-            def random(*shape):
-                return torch.randn(*shape, device=device).to(dtype)
-
-            x, y, z, g, h, weight = *(random(rows, size) for _ in range(5)), random(size)
-            same([kernels.swiglu(x, y)], [layers.torch_swiglu(x, y)], dtype, "swiglu")
-            for again in (True, False):
-                got = kernels.swiglu_backward(z, x, y, again)
-                same(got, layers.torch_swiglu_backward(z, x, y, again), dtype, "swiglu backward")
-                assert again or not got[2].numel()
-                both = torch.cat([x, y], dim=1)
-                grads, out = layers.joined_swiglu_backward(z, both, again)
-                assert torch.equal(grads, torch.cat(got[:2], dim=1)) and torch.equal(out, got[2])
-                assert torch.equal(layers.swiglu(*both.chunk(2, dim=1)), kernels.swiglu(x, y))
-            for added in (None, y):
-                got, want = kernels.rms_norm(x, added, weight, 1e-3), layers.torch_norm(x, added, weight, 1e-3)
-                same(got, want, dtype, "norm")
-                assert got[2].dtype == torch.float32
-            for grads in ([g], [g, h], [g, h, z]):
-                for launch in (None, kernels.Launch(warps=4, programs=1, stages=2)):
-                    got = kernels.rms_norm_backward(x, want[2], weight, y, grads, launch)
-                    same(got, layers.torch_norm_backward(x, want[2], weight, y, grads), dtype, "norm backward")
-
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for sizes in ((1, 5, 4, 2, 16, 1), (2, 7, 3, 1, 12, 2), (2, 3, 8, 8, 32, 1)):
-            batch, tokens, heads, groups, width, several = sizes
-            shapes = [(batch, tokens, count, width) for count in (heads, groups, groups)]
-            grads = tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
-            cos, sin = (torch.randn(several, tokens, width, device=device).to(dtype) for _ in range(2))
-            got = kernels.rotate_backward(grads, cos, sin)
-            same([got], [layers.torch_rotate_backward(grads, cos, sin)], dtype, "rotate backward")
-            assert torch.equal(got[..., (heads + groups) * width :], grads[2].flatten(2))
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for count, vocabulary, block in ((3, 40, 64), (5, 700, 256), (2, 512, 128), (2, 3000, 0), (2, 700, 0)):
-            logits = (4 * torch.randn(count, vocabulary, device=device)).to(dtype)
-            logits[0, :-9] = float("-inf")  # a whole block without a number
-            labels = torch.randint(vocabulary - 9, vocabulary, (count,), device=device)
-            weights = torch.rand(count, device=device)
-            weights[-1] = 0
-            loss, grad = _chunk_eager(logits, labels, weights)
-            turned = logits.t().contiguous().t()  # columns in one piece
-            same(_chunk(turned, labels, weights), [loss, grad], dtype, "cross-entropy, turned")
-            launches = [kernels.Launch(block=block, warps=4)] if block else []  # else its own
-            losses = kernels.cross_entropy(logits, labels, weights, *launches)
-            assert losses.dtype == torch.float32 and losses[-1] == 0 and not logits[-1].any()
-            same([losses.sum(), logits], [loss, grad], dtype, "cross-entropy")
-
-
-    def trained(dtype, own):
-        lean.triton_kernels = lambda x: kernels if own else None
-        torch.manual_seed(0)
-        sizes = (100, 256, 3001, 2 * 2048)
-        weights = [torch.nn.Parameter(torch.randn(size).to(device, dtype)) for size in sizes]
-        optimizer = fast.LeanAdamW(weights, lr=0.01, weight_decay=0.1, seed=3)
-        for step in range(4):
-            for weight in weights:
-                weight.main_grad.copy_(torch.randn(weight.shape) * 10.0 ** (step - 2))
-            optimizers.clip_gradients(optimizer, 20.0)
-            optimizer.step()
-        values = [part.detach().float().flatten().cpu() for part in weights]
-        for name in lean.MOMENTS:
-            values.append(torch.cat([optimizer.state[weight][name].float().flatten().cpu() for weight in weights]))
-        return torch.cat(values[: len(sizes)]), *values[len(sizes) :]
-
-
-    for dtype in (torch.float32, torch.bfloat16):
-        (weight, *codes), (plain, *plain_codes) = trained(dtype, True), trained(dtype, False)
-        # the same random bits: only what lies on the edge between two roundings may fall to the other side
-        torch.testing.assert_close(weight, plain, rtol=2**-6 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
-        if dtype == torch.bfloat16:
-            assert float((weight != plain).double().mean()) < 0.01
-        for one, other in zip(codes, plain_codes):
-            assert float(((one - other).abs() > 1e-5 * other.abs()).double().mean()) < 0.01
-            assert float((one - other).abs().max()) <= 2
-    print("checked")
-"""
-
 
 def check_kernels(device, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHECK), device],
+        [sys.executable, "-m", "tests.support.check_kernels", device],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -442,73 +334,10 @@ def test_the_kernels_do_what_torch_does():
     check_kernels("cpu", TRITON_INTERPRET="1")
 
 
-COMPILE = """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from endprompt.fast import kernels, lean
-
-    BF16, F32, I32 = "*bf16", "*fp32", "i32"
-    SMALL = 99 * 1024  # shared memory that small GPUs have
-    codes = {"LEVELS_FIRST": lean.LEVELS_FIRST, "LEVELS_ROOT": lean.LEVELS_ROOT, "BLOCK": lean.BLOCK}
-    codes |= {"OCTAVES_FIRST": lean.OCTAVES_FIRST, "OCTAVES_ROOT": lean.OCTAVES_ROOT, "STOCHASTIC": True}
-    heads = {"H": 32, "G": 8, "HALF": 64, "HEADS": 32, "GROUPS": 8, "LANES": 64}
-    norm, three = {"D": 4096, "WIDTH": 4096}, kernels.norm_backward_launch(3, 8192)
-    loss, update = kernels.CROSS_ENTROPY, kernels.LEAN_UPDATE
-
-
-    def compiled(kernel, kinds, launch, warps=0, **constants):
-        free = iter(kinds)
-        types = {name: "constexpr" if name in constants else next(free) for name in kernel.arg_names}
-        assert next(free, None) is None
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] in "*i"}
-        source = ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps or launch.warps})
-        assert made.metadata.shared <= SMALL, (kernel, constants)
-        return made.asm
-
-
-    for kernel, kinds, launch, constants in (
-        (kernels._swiglu, [BF16] * 3 + [I32] * 2, kernels.SWIGLU, {"F": 14336, "BLOCK": kernels.SWIGLU.block}),
-        (
-            *(kernels._swiglu_backward, [BF16] * 6 + [I32] * 2, kernels.SWIGLU_BACKWARD),
-            {"F": 14336, "BLOCK": kernels.SWIGLU_BACKWARD.block, "AGAIN": True},
-        ),
-        (kernels._rms_norm, [BF16] * 5 + [F32, "fp32"], kernels.NORM, norm | {"ADD": True}),
-        (
-            *(kernels._rms_norm_backward, [BF16, F32] + [BF16] * 7 + [F32, I32], three),
-            norm | {"GRADS": 3, "STAGES": three.stages},
-        ),
-        (kernels._rotate_backward, [BF16] * 6 + [I32] * 2, kernels.ROTATE_BACKWARD, heads),
-        (
-            *(kernels._cross_entropy, [BF16, "*i64", F32, F32], loss),
-            {"V": 128256, "BLOCK": loss.block, "SIDE_BY_SIDE": 8},
-        ),
-        (
-            *(kernels._lean_update, [BF16, F32, "*i8", F32, "*u8", F32, F32, F32, "*i32", I32], update),
-            codes | {"BLOCKS": update.block},
-        ),
-    ):
-        made = compiled(kernel, kinds, launch, **constants)
-        assert made["cubin"] and ".f64" not in made["ptx"], kernel
-        assert "ld.global.v4" in made["ptx"] or ".v4.b32" in made["ptx"], kernel
-    for width in (4096, 8192, 16384):  # the launches that a width takes
-        for kind, size in ((BF16, 2), (F32, 4)):
-            for grads in (1, 2):
-                launch = kernels.norm_backward_launch(grads, width * size)
-                constants = {"D": width, "WIDTH": width, "GRADS": grads, "STAGES": launch.stages}
-                kinds, warps = [kind, F32] + [kind] * 7 + [F32, I32], kernels.warps_for(width, launch)
-                compiled(kernels._rms_norm_backward, kinds, launch, warps, **constants)
-    print("compiled")
-"""
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which compiles without a GPU")
 def test_the_kernels_compile_for_a_gpu_in_float32_and_16_bytes_at_a_time():
     """A constant below what float32 holds would make a kernel float64; rows of unknown size would make loads narrow."""
-    program = [sys.executable, "-c", textwrap.dedent(COMPILE)]
+    program = [sys.executable, "-m", "tests.support.compile_kernels"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
 
@@ -544,49 +373,29 @@ def test_on_the_gpu_compiled_fused_layers_sum_the_cpu_s_gradients(keep):
 def test_extend_fuses_unless_told_otherwise_and_says_where_it_cannot(extend_config, tmp_path, capsys):
     lean = {"optimizer": "lean", "dtype": "bfloat16", "checkpointing": "selective"}
     losses = {}
-    for name, changes in {"plain": {"fused": False}, "fused": {}, "float8": {"float8": "exact"}}.items():
+    float8 = {"float8": "fast", "float8_head": True}
+    for name, changes in {"plain": {"fused": False}, "fused": {}, "float8": float8}.items():
         output = tmp_path / name
         extend(extend_config(**lean, **changes, output=str(output)))
-        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+        losses[name] = losses_of(output)
         assert "no layer of this model can be" not in capsys.readouterr().err
         model = transformers.AutoModelForCausalLM.from_pretrained(output)
         assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
     assert len(losses["plain"]) == 4 and losses["fused"] != losses["plain"]
     assert losses["fused"] == pytest.approx(losses["plain"], rel=0.01)
+    assert losses["plain"][0] != losses["float8"][0] == pytest.approx(losses["plain"][0], rel=0.01)
     gemma = make_checkpoint(tmp_path / "gemma", "Gemma")
     extend(extend_config(**lean, model=str(gemma), steps=1, output=str(tmp_path / "unfused")))
     assert "fused: no layer of this model can be" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
-def test_a_fused_run_resumes_bit_by_bit_and_exports_each_weight(extend_config, tmp_path, family):
-    """q, k and v share one matrix while they train; states and exports have them apart, as they were."""
-    source = make_checkpoint(tmp_path / "model", family)
-    lean = {"model": str(source), "optimizer": "lean", "dtype": "bfloat16", "lr": 0.01, "save_every": 1, "keep": 9}
-
-    def run(name, **changes):
-        return extend(extend_config(**lean, output=str(tmp_path / name), **changes))
-
-    whole = run("whole", steps=4)
-    step = Trainer.train_step
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-
-        def breaks(self, *arguments):
-            if self.step == 2:
-                raise RuntimeError("power cut")
-            return step(self, *arguments)
-
-        patch.setattr(Trainer, "train_step", breaks)
-        run("cut", steps=4)
-    resumed = run("cut", steps=4, resume=True)
-    before, (one, other) = (
-        load_file(source / "model.safetensors"),
-        (load_file(output / "model.safetensors") for output in (whole, resumed)),
-    )
-    assert one.keys() == other.keys() == before.keys()
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
+def test_a_fused_run_exports_each_weight(extend_config, tmp_path):
+    """q, k and v share one matrix while they train; exports have them apart, as they were."""
+    source = make_checkpoint(tmp_path / "model", "Mistral")
+    output = extend(extend_config(model=str(source), optimizer="lean", dtype="bfloat16", lr=0.01))
+    before, after = weights_of(source), weights_of(output)
+    assert after.keys() == before.keys()
+    for name, weight in after.items():
         assert weight.shape == before[name].shape and not torch.equal(weight, before[name].to(weight.dtype)), name
-    sizes = sum(weight.numel() * weight.element_size() for weight in one.values())
-    assert (whole / "model.safetensors").stat().st_size < sizes + 20000
+    sizes = sum(weight.numel() * weight.element_size() for weight in after.values())
+    assert (output / "model.safetensors").stat().st_size < sizes + 20000

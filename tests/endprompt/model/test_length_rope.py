@@ -3,17 +3,16 @@
 import contextlib
 import copy
 import importlib
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from endprompt import distributed, train
 from endprompt.model import load_model
 from endprompt.model.length_rope import reading, rows_alone
-from endprompt.train import evaluate, graph, run, states
+from endprompt.train import evaluate, graph, states
 from tests.support.checkpoints import TARGET, WINDOW, make_checkpoint
+from tests.support.runs import cut_off, lines_of, losses_of, weights_of
 
 #: family, its RoPE class, changes of its config
 FAMILIES = {
@@ -112,10 +111,6 @@ def test_generate_gives_what_transformers_gives_for_one_prompt_alone(tmp_path, f
             torch.testing.assert_close(torch.stack(batch.logits)[:, place : place + 1], theirs, rtol=1e-4, atol=1e-5)
 
 
-def weights_of(directory):
-    return load_file(directory / "model.safetensors")
-
-
 def far(left, right):
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
@@ -129,25 +124,14 @@ def test_training_does_not_depend_on_micro_rows_nor_on_a_resume(extend_config, d
 
     whole = train.extend(config("whole"))
     assert far(weights_of(whole), weights_of(train.extend(config("single", micro_rows=1)))) < 2e-6
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "finish", interrupted)
-        train.extend(config("broken"))
+    cut_off(config("broken"))
     # goes on from step 2, with other rows first seen by the process
     newest = states.states(tmp_path / "broken.partial/states")[-1]
     assert newest.name == "step-00000002"
     broken = train.extend(config("broken", resume=True))
-    assert far(weights_of(whole), weights_of(broken)) == 0.0
-    losses = [
-        [json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, broken)
-    ]
-    assert losses[0] == losses[1]
-    rows = [(path / "results.jsonl").read_text().splitlines() for path in (whole, broken)]
-    values = [[json.loads(row)["value"] for row in lines] for lines in rows]
+    assert far(weights_of(whole), weights_of(broken)) == 0.0 and losses_of(whole) == losses_of(broken)
+    values = [[row["value"] for row in lines_of(path / "results.jsonl")] for path in (whole, broken)]
     assert values[0] == values[1] and len(values[0]) == 8
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
 
 
 def test_the_loss_of_a_row_is_that_of_a_fresh_model_of_transformers(extend_config, tmp_path):

@@ -14,7 +14,7 @@ from endprompt.model.attention import causal_only_sdpa
 from endprompt.train import extend
 from tests.support.checkpoints import TARGET, WINDOW, make_checkpoint, tiny_config
 
-ARCHITECTURES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"]
+ARCHITECTURES = ["Llama", "Qwen3", "Phi3", "Gemma"]
 CONTEXT, PROMPT = 24, 8
 
 
@@ -134,7 +134,7 @@ def test_frequencies_that_differ_from_the_config_are_noticed(llama):
         geometry.check_frequencies(model)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["Llama", "Phi3"])
 def test_every_scaling_loads_with_our_frequencies(architecture, checkpoints, tmp_path):
     """transformers' Phi-3 takes longrope alone, and what leaves its type at `default`."""
     directory = checkpoints(architecture)
@@ -181,32 +181,6 @@ def test_what_cannot_be_extended_is_refused(llama, tmp_path):
     (tmp_path / "x.partial").mkdir()
     with pytest.raises(ValueError, match="unfinished run"):
         models.load_model(tmp_path / "x.partial")
-
-
-def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    source = make_checkpoint(tmp_path / "m")
-    tensors = load_file(source / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, such as model\.layers\.1\.mlp"):
-        models.load_model(source)
-
-
-def test_damaged_checkpoint_is_named(tmp_path):
-    source = make_checkpoint(tmp_path / "m")
-    raw = (source / "model.safetensors").read_bytes()
-    for damaged in (raw[: len(raw) // 2], b"", b"\xff" * 64):
-        (source / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"/m: the checkpoint does not load"):
-            models.load_model(source)
-    (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"/m: the checkpoint does not load"):
-        models.load_model(source)
-    (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json"):
-        models.load_model(source)
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"eos_token_id": [1, ', b"\xff\xfe\x00", b"[]", b"[" * 20000])

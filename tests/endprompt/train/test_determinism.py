@@ -70,44 +70,9 @@ def test_cudnn_s_attention_is_left_out_where_runs_must_repeat():
         assert backends() == {SDPBackend.FLASH_ATTENTION, SDPBackend.MATH}
 
 
-TRAIN = """
-import hashlib
-import torch
-from transformers import LlamaConfig
-from endprompt.train import determinism
-from endprompt.train.loss import linear_cross_entropy
-from endprompt.model import new_model, training_attention
-from endprompt.model.attention import attention_backends
-
-config = LlamaConfig(
-    vocab_size=1024, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    intermediate_size=512, max_position_embeddings=4096,
-)
-with determinism.repeatable():
-    model = new_model(config, seed=0, dtype="float32", attention=training_attention("sdpa"), device="cuda")
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for _ in range(20):
-        ids = torch.randint(1024, (4, 2048), device="cuda", generator=generator)
-        with attention_backends(ids.device), torch.autocast("cuda", torch.bfloat16):
-            hidden = model.model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
-            labels = ids[:, 1:].flatten()
-            weights = torch.full(labels.shape, 1 / len(labels), device="cuda")
-            linear_cross_entropy(hidden, model.lm_head.weight, labels, weights).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-digest = hashlib.sha256()
-for value in model.state_dict().values():
-    digest.update(value.cpu().numpy().tobytes())
-print(digest.hexdigest())
-"""
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_two_processes_on_a_gpu_end_with_the_same_weights():
-    command = [sys.executable, "-c", TRAIN]
+    command = [sys.executable, "-m", "tests.support.train_on_a_gpu"]
     said = {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)}
     assert len(said) == 1 and len(said.pop()) == 64

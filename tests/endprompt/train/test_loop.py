@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from endprompt import data, train
 from endprompt.data import Batch, rows
@@ -13,18 +12,7 @@ from endprompt.model.load import decoder_layers
 from endprompt.train import loop, objective, run
 from endprompt.train import states as checkpoint
 from tests.support.checkpoints import TARGET, make_checkpoint
-
-
-def weights_of(directory):
-    return load_file(directory / "model.safetensors")
-
-
-def same(left, right) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def log_of(directory):
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+from tests.support.runs import cut_off, log_of, same_weights, weights_of
 
 
 def trainer_of(extend_config, tmp_path, **changes):
@@ -130,74 +118,56 @@ def test_evaluation_leaves_the_sums_alone(extend_config, tmp_path):
     assert torch.equal(head.main_grad, before) and float(before.abs().max()) > 0
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bitwise(extend_config, tmp_path):
-    options = {"steps": 7, "save_every": 2, "scheme": "endprompt-pose", "weight_decay": 0.1, "dtype": "float32"}
-    whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
-    broken = extend_config(output=str(tmp_path / "broken"), **options)
-    original = train.Trainer.train_step
-
-    def breaks(self, batch, rate):
-        if self.step == 5:
-            raise RuntimeError("power cut")
-        return original(self, batch, rate)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", breaks)
-        with pytest.raises(RuntimeError):
-            train.extend(broken)
-    assert not (tmp_path / "broken").exists()
-    assert [s.name for s in checkpoint.states(tmp_path / "broken.partial/states")] == ["step-00000002", "step-00000004"]
-    broken.resume = True
-    resumed = train.extend(broken)
-    assert same(weights_of(whole), weights_of(resumed))
-    assert not list(tmp_path.glob("*.partial")) and not (resumed / "states").exists()
-    by_step = {row["step"]: row["loss"] for row in log_of(resumed)}
-    assert by_step == {row["step"]: row["loss"] for row in log_of(whole)}
-    assert train.extend(broken) == resumed  # finished: there is nothing to do
+RESUMED = {
+    "float32": {"steps": 7, "scheme": "endprompt-pose", "weight_decay": 0.1, "dtype": "float32"},
+    "dropout": {"attention_dropout": 0.3},
+    "lora": {"lora_rank": 4},
+    "masters": {"dtype": "bfloat16", "export_dtype": "float32"},
+    "lean": {"dtype": "bfloat16", "export_dtype": "float32", "optimizer": "lean"},
+}
 
 
-def test_dropout_resumes_exactly_too(extend_config, tmp_path):
-    source = str(make_checkpoint(tmp_path / "m", attention_dropout=0.3))
-    options = {"model": source, "steps": 4, "save_every": 2}
+@pytest.mark.parametrize("kind", RESUMED)
+def test_resumed_run_equals_the_uninterrupted_one_bitwise(extend_config, tmp_path, kind):
+    options = {"steps": 5, "save_every": 2} | RESUMED[kind]
+    if rate := options.pop("attention_dropout", 0):
+        options["model"] = str(make_checkpoint(tmp_path / "m", attention_dropout=rate))
     whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
     config = extend_config(output=str(tmp_path / "broken"), **options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "finish", interrupted)
-        train.extend(config)
+    cut_off(config, options["steps"] - 2)
+    assert not (tmp_path / "broken").exists()
+    states = [path.name for path in checkpoint.states(tmp_path / "broken.partial/states")]
+    assert states == [f"step-{step:08}" for step in range(2, options["steps"] - 1, 2)]
     torch.rand(7)  # whatever else has drawn random numbers
     config.resume = True
-    assert same(weights_of(whole), weights_of(train.extend(config)))
-    without = train.extend(extend_config(output=str(tmp_path / "without"), steps=4))
-    assert not same(weights_of(whole), weights_of(without))
+    broken = train.extend(config)
+    assert same_weights(whole, broken)
+    assert not list(tmp_path.glob("*.partial")) and not (broken / "states").exists()
+    assert [(row["step"], row["loss"]) for row in log_of(broken)] == [(r["step"], r["loss"]) for r in log_of(whole)]
+    assert train.extend(config) == broken  # finished: there is nothing to do
+    if kind == "dropout":
+        del options["model"]
+        assert not same_weights(whole, train.extend(extend_config(output=str(tmp_path / "without"), **options)))
 
 
 def test_resume_goes_back_past_a_damaged_state_loudly(extend_config, tmp_path, capsys):
     options = {"steps": 5, "save_every": 1}
     whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
     broken = extend_config(output=str(tmp_path / "broken"), **options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "finish", interrupted)
-        train.extend(broken)
+    cut_off(broken)
     newest = checkpoint.states(tmp_path / "broken.partial/states")[-1]
     damaged = next(path for path in sorted(newest.iterdir()) if path.name != checkpoint.STATE)
     raw = bytearray(damaged.read_bytes())
     raw[len(raw) // 2] ^= 1
     damaged.write_bytes(raw)
     broken.resume = True
-    resumed = train.extend(broken)
+    assert same_weights(whole, train.extend(broken))
     assert "WARNING" in capsys.readouterr().err
-    assert same(weights_of(whole), weights_of(resumed))
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
 
 
 def test_resume_with_another_configuration_is_refused(extend_config, documents, tmp_path):
     config = extend_config(steps=4, save_every=2)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "finish", interrupted)
-        train.extend(config)
+    cut_off(config)
     with pytest.raises(ValueError, match="unfinished run has states"):
         train.extend(config)
     config.resume = True
@@ -224,37 +194,27 @@ def test_schedules_by_hand(extend_config):
     assert rates(5, warmup=1, schedule="cosine") == [1, 1, 0.853553, 0.5, 0.146447]
 
 
-def test_guard_stops_at_a_loss_that_is_not_finite_and_keeps_the_state_before(extend_config, tmp_path):
-    config = extend_config(steps=6, save_every=2, log_every=100)
+@pytest.mark.parametrize(
+    ("from_step", "change", "said"),
+    [
+        (3, lambda loss: loss * math.nan, r"diverged at step 4: loss=nan .*step-00000002"),
+        (4, lambda loss: loss + 20, r"diverged at step 5: .* over divergence=1\.0 .*step-00000004"),
+    ],
+)
+def test_guard_stops_a_run_that_diverges_and_keeps_the_state_before(extend_config, tmp_path, from_step, change, said):
+    config = extend_config(steps=8, save_every=2, divergence=1.0, log_every=100 if from_step == 3 else 1)
     original = train.Trainer.train_step
 
-    def poisoned(self, batch, rate):
+    def wrong(self, batch, rate):
         loss, norm = original(self, batch, rate)
-        return (loss * math.nan if self.step >= 3 else loss), norm
+        return (change(loss) if self.step >= from_step else loss), norm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", poisoned)
-        with pytest.raises(ValueError, match=r"diverged at step 4: loss=nan .*step-00000002"):
+        patch.setattr(train.Trainer, "train_step", wrong)
+        with pytest.raises(ValueError, match=said):
             train.extend(config)
-    states = checkpoint.states(tmp_path / "out.partial/states")
-    assert [path.name for path in states] == ["step-00000002"]
-    assert not (tmp_path / "out").exists()
-
-
-def test_guard_stops_a_run_that_diverges_and_keeps_the_state_before(extend_config, tmp_path):
-    config = extend_config(steps=8, save_every=2, divergence=1.0)
-    original = train.Trainer.train_step
-
-    def rising(self, batch, rate):
-        loss, norm = original(self, batch, rate)
-        return (loss + 20 if self.step >= 4 else loss), norm
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", rising)
-        with pytest.raises(ValueError, match=r"diverged at step 5: .* over divergence=1\.0 .*step-00000004"):
-            train.extend(config)
-    assert [path.name for path in checkpoint.states(tmp_path / "out.partial/states")][-1] == "step-00000004"
-    assert not (tmp_path / "out").exists()
+    kept = [path.name for path in checkpoint.states(tmp_path / "out.partial/states")]
+    assert kept[-1] in said and not (tmp_path / "out").exists()
 
 
 def test_memory_that_is_too_small_says_what_to_change(extend_config):
@@ -392,27 +352,12 @@ def test_checkpoint_without_rope_and_tokenizer_of_another_vocabulary_are_refused
 
 def test_finished_output_is_not_overwritten_unasked(extend_config, tmp_path):
     output = train.extend(extend_config(steps=1))
-    before = weights_of(output)
+    before = weights_of(output)["model.norm.weight"]
     with pytest.raises(ValueError, match="output exists already"):
         train.extend(extend_config(steps=2))
-    assert same(before, weights_of(output))
+    assert torch.equal(before, weights_of(output)["model.norm.weight"])
     train.extend(extend_config(steps=2, overwrite=True))
-    assert not same(before, weights_of(output))
+    assert not torch.equal(before, weights_of(output)["model.norm.weight"])
     (output / "endprompt.json").unlink()  # now it could be any directory of the user's
     with pytest.raises(ValueError, match="overwrite replaces an earlier run only"):
         train.extend(extend_config(steps=2, overwrite=True))
-
-
-def test_float8_s_loss_stays_with_bfloat16_s_with_the_head_in_it_too(extend_config):
-    first = {}
-    for name, changes in {
-        "bfloat16": {},
-        "float8": {"float8": "fast"},
-        "head": {"float8": "fast", "float8_head": True},
-    }.items():
-        options = {"optimizer": "lean", "dtype": "bfloat16", "steps": 1, "overwrite": True} | changes
-        output = train.extend(extend_config(**options))
-        first[name] = json.loads((output / "log.jsonl").read_text().splitlines()[0])["loss"]
-    assert len(set(first.values())) == 3  # each is computed in another way
-    assert first["float8"] == pytest.approx(first["bfloat16"], rel=0.01)
-    assert first["head"] == pytest.approx(first["bfloat16"], rel=0.01)

@@ -1,17 +1,14 @@
 """float32 masters of bfloat16 weights against AdamW in float32, and what is lost without them."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from endprompt import config as configuration
 from endprompt import train
 from endprompt.fast import float8
 from endprompt.train import optimizers
-from endprompt.train import run as training
 from endprompt.train.optimizers import MasterAdamW
+from tests.support.runs import losses_of
 
 STEPS, RATE = 200, 2e-5
 
@@ -47,26 +44,6 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
     assert optimizer.masters[weight].grad.item() == 258.0 and weight.grad is None
 
 
-@pytest.mark.parametrize("optimizer", ["auto", "lean"])
-def test_run_in_bfloat16_follows_the_one_in_float32_and_resumes_bitwise(extend_config, tmp_path, optimizer):
-    options = {"steps": 12, "save_every": 5, "dtype": "bfloat16", "optimizer": optimizer, "export_dtype": "float32"}
-    exact = train.extend(extend_config(output=str(tmp_path / "exact"), steps=12))
-    whole = train.extend(extend_config(output=str(tmp_path / "whole"), **options))
-    losses = [[json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in (exact, whole)]
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
-    config = extend_config(output=str(tmp_path / "broken"), **options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "finish", interrupted)
-        train.extend(config)
-    config.resume = True
-    ours, theirs = (load_file(path / "model.safetensors") for path in (whole, train.extend(config)))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
-
-
 def test_adamw_alone_on_bfloat16_is_warned_about(extend_config, capsys):
     train.extend(extend_config(steps=1, dtype="bfloat16", optimizer="adamw"))
     assert "loses small updates" in capsys.readouterr().err
@@ -74,10 +51,18 @@ def test_adamw_alone_on_bfloat16_is_warned_about(extend_config, capsys):
 
 def test_autocast_trains_float32_weights_with_products_in_bfloat16(extend_config, tmp_path):
     runs = [train.extend(extend_config(output=str(tmp_path / str(a)), steps=8, autocast=a)) for a in (False, True)]
-    exact, rounded = ([json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in runs)
+    exact, rounded = map(losses_of, runs)
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != exact
 
 
 def test_names_of_the_configuration_are_those_of_the_modules():
     assert set(configuration.ONE_OF["optimizer"]) - {"auto"} == set(optimizers.OPTIMIZERS)
     assert configuration.FLOAT8 == float8.FLOAT8
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "lean"])
+def test_run_in_bfloat16_follows_the_one_in_float32(extend_config, tmp_path, optimizer):
+    options = {"dtype": "bfloat16", "optimizer": optimizer, "export_dtype": "float32"}
+    exact = train.extend(extend_config(output=str(tmp_path / "exact"), steps=12))
+    rounded = train.extend(extend_config(output=str(tmp_path / "rounded"), steps=12, **options))
+    assert losses_of(rounded) == pytest.approx(losses_of(exact), rel=2e-2)

@@ -17,6 +17,7 @@ from endprompt.model import load_model, load_tokenizer, training_attention
 from endprompt.train import loop, outcome, run
 from endprompt.train import states as checkpoint
 from tests.support.checkpoints import make_checkpoint
+from tests.support.runs import interrupted, lines_of, same_weights
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -118,10 +119,6 @@ def test_a_disk_with_too_little_room_is_refused(extend_config, tmp_path, monkeyp
     refused(config, tmp_path, r"too little room for this run: .* GiB needed and .* GiB free: .*save_every=\d+ keep=\d")
 
 
-def interrupted(*_):
-    raise KeyboardInterrupt
-
-
 def test_an_output_that_cannot_be_renamed_to_is_refused(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     for name, target in (("link", "there"), ("dangling", "nowhere")):
@@ -133,23 +130,8 @@ def test_an_output_that_cannot_be_renamed_to_is_refused(tmp_path, monkeypatch):
 
 
 def command(config, *flags):
-    words = ["extend", "--model", config.model, "--data", *config.data, "--output", config.output]
-    return [
-        *words,
-        "--target",
-        "128",
-        "--prompt",
-        "EP_3",
-        "--rows",
-        "4",
-        "--steps",
-        "4",
-        "--device",
-        "cpu",
-        "--lr",
-        "1e-3",
-        *flags,
-    ]
+    words = f"extend --model {config.model} --data {config.data[0]} --output {config.output} --target 128 --prompt EP_3"
+    return [*words.split(), *["--rows", "4", "--steps", "4", "--device", "cpu", "--lr", "1e-3"], *flags]
 
 
 def stopping_at(step):
@@ -234,12 +216,11 @@ def test_what_fails_after_the_last_step_loses_nothing(what, extend_config, docum
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "train_step", interrupted)
         resumed = train.extend(dataclasses.replace(config, resume=True))
-    ours, theirs = (load_file(path / "model.safetensors") for path in (whole, resumed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    rows = [[json.loads(line) for line in (path / "results.jsonl").open()] for path in (whole, resumed)]
-    assert [row["value"] for row in rows[0]] == [row["value"] for row in rows[1]]
-    losses = [json.loads((path / "endprompt.json").read_text())["final_loss"] for path in (whole, resumed)]
-    assert losses[0] == losses[1] is not None
+    assert same_weights(whole, resumed)
+    rows = [[row["value"] for row in lines_of(path / "results.jsonl")] for path in (whole, resumed)]
+    assert rows[0] == rows[1]
+    ends = [json.loads((path / "endprompt.json").read_text())["final_loss"] for path in (whole, resumed)]
+    assert ends[0] == ends[1] is not None
 
 
 def test_a_refusal_of_the_main_process_is_said_by_all(monkeypatch):

@@ -1,30 +1,9 @@
 """TensorBoard and Weights & Biases: what they have on the disk, read back, is what log.jsonl has."""
 
-import json
-
 import pytest
 
 from endprompt import train
-
-
-def log_of(directory):
-    return {row["step"]: row for row in map(json.loads, (directory / "log.jsonl").read_text().splitlines())}
-
-
-def cut_off_and_resumed(config):
-    """The output of a run that was cut off in its fourth step and went on from its state of the second."""
-    step = train.Trainer.train_step
-
-    def breaks(self, batch, rate):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return step(self, batch, rate)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Trainer, "train_step", breaks)
-        train.extend(config)
-    config.resume = True
-    return train.extend(config)
+from tests.support.runs import lines_of, log_of, resumed
 
 
 def test_tensorboard_reads_each_step_of_a_resumed_run_once(extend_config, documents):
@@ -32,17 +11,17 @@ def test_tensorboard_reads_each_step_of_a_resumed_run_once(extend_config, docume
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     held = {"eval_data": [str(documents)], "eval_lengths": [96], "eval_rows": 2, "eval_every": 2}
-    output = cut_off_and_resumed(extend_config(steps=5, save_every=2, report=["tensorboard"], **held))
+    output = resumed(extend_config(steps=5, save_every=2, report=["tensorboard"], **held), step=3)
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
-    log = log_of(output)
+    log = {row["step"]: row for row in log_of(output)}
     assert set(events.Tags()["scalars"]) == {"loss", "lr", "grad_norm", "tokens_per_s", "held_out/96"}
     for key in ("loss", "lr", "grad_norm"):
         found = {event.step: event.value for event in events.Scalars(key)}
         assert len(events.Scalars(key)) == len(found) == 5
         assert found == pytest.approx({step: row[key] for step, row in log.items()}, rel=1e-6)  # stored as float32
-    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     held_out = {event.step: event.value for event in events.Scalars("held_out/96")}
+    rows = lines_of(output / "results.jsonl")
     assert held_out == pytest.approx({row["step"]: row["value"] for row in rows}, rel=1e-6)
 
 
@@ -78,6 +57,5 @@ def test_wandb_has_a_run_whole_before_the_output_gets_its_name(extend_config, mo
             found[int(values["_step"])] = float(values["loss"])
         elif record.WhichOneof("record_type") == "exit":
             ended = record.exit.exit_code
-    assert found == {step: row["loss"] for step, row in log_of(output).items()}
-    assert ended == 0
+    assert found == {row["step"]: row["loss"] for row in log_of(output)} and ended == 0
     assert not output.with_name(output.name + ".partial").exists()

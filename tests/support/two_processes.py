@@ -1,0 +1,86 @@
+"""What each of two processes does under torchrun, by a file of configurations by name.
+
+Whole runs, of which `compiled` goes through torch.compile but for the code that it writes (a minute of C++), a run that
+one process has begun, one that is cut off after the second step for one process to resume, one that both resume, and
+some that must fail. Of `whole` it counts what is read of the checkpoint.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.distributed as dist
+
+from endprompt import config, model, train
+from tests.support.runs import cut_off
+
+WHOLE = ("rounded", "masters", "odd", "phi", "renamed", "apart", "experts", "longlora")
+REFUSED = ("uneven", "lean", "float8", "graph", "damaged", "shapes")
+read: list[int] = []
+
+
+class Counted:
+    """A file of weights whose read bytes are counted."""
+
+    def __init__(self, *args, **kwargs):
+        self.file = opened(*args, **kwargs)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        return CountedSlice(self.file.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, stored):
+        self.stored = stored
+
+    def get_shape(self):
+        return self.stored.get_shape()
+
+    def __getitem__(self, place):
+        part = self.stored[place]
+        read.append(part.nbytes)
+        return part
+
+
+def main(jobs: dict[str, dict]) -> None:
+    def config_of(name, **changes):
+        return config.ExtendConfig(**jobs[name] | changes)
+
+    safetensors.safe_open = Counted
+    train.extend(config_of("whole"))
+    safetensors.safe_open = opened
+    print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
+    for name in WHOLE:
+        train.extend(config_of(name))
+    source = jobs["whole"]["model"]
+    train.pretrain(config_of("pretrained"), model.load_config(source), model.load_tokenizer(source))
+    real = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=False)
+    train.extend(config_of("compiled"))
+    torch.nn.Module.compile = real
+    train.extend(config_of("begun", resume=True))
+    for name in ("broken", "again"):
+        cut_off(config_of(name), step=2)
+    train.extend(config_of("again", resume=True))
+    for name in REFUSED:
+        try:
+            train.extend(config_of(name))
+        except ValueError as error:
+            print(error)
+
+
+opened = safetensors.safe_open
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
