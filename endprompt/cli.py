@@ -155,14 +155,14 @@ def command_parser(entry_point: EntryPoint, command: Callable[..., Any]) -> Any:
     jsonargparse.set_loader("grouped", lambda text: ungrouped(read(text), config_type), (yaml.YAMLError, ValueError))
     positionals = "".join(f" {f.name.upper()}" for f in dataclasses.fields(config_type) if is_positional(f))
     name, about = f"endprompt {entry_point.name}", inspect.getdoc(command) or ""
-    usage, kind = f"{name}{positionals} [options]", {"formatter_class": Help, "parser_mode": "grouped"}
-    parser = Parser(name, usage=usage, description=about, allow_abbrev=False, **kind)
+    options: dict[str, Any] = {"formatter_class": Help, "parser_mode": "grouped", "allow_abbrev": False}
+    parser = Parser(name, usage=f"{name}{positionals} [options]", description=about, **options)
     parser.add_argument("--config", action="config", metavar="FILE", help="a YAML file; flags after it override it")
     parser.add_argument("--debug", action="help", help="show the whole traceback of an error, not one line")
     if recipe_files(entry_point):
         parser.add_argument("--recipe", action="help", help="NAME: one of --list-recipes, as if given by --config")
         parser.add_argument("--list-recipes", action="help", help="names of the recipes, and what they are")
-    hints, groups = typing.get_type_hints(config_type), {}
+    hints, groups = typing.get_type_hints(config_type), dict[str, Any]()
     for field in dataclasses.fields(config_type):
         heading, text = sections(config_type)[field.name]
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))

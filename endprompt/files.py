@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gzip
 import hashlib
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,25 @@ def drop_cut_line(path: Path) -> None:
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of each line. Raises ValueError naming file and line if one is not an object."""
+    with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
+        try:
+            for number, raw in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if line := decode(raw, where).strip():
+                    yield number, parse_object(line, where)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+
+
+def sound_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """(line number, line, its object, or None if it is damaged) of each line that is not empty."""
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if line := decode(raw, where).strip():
-                yield number, parse_object(line, where)
+        for number, line in enumerate(file, 1):
+            found = None
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(line)
+            if line.strip():
+                yield number, line.decode(errors="replace").rstrip("\n"), found if isinstance(found, dict) else None
 
 
 MARK = "\ufeff"  # some editors put this byte order mark in front of a text; it is no part of it

@@ -24,7 +24,7 @@ from benchmarks.lab.matrix import Cell
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
-from endprompt.files import aside, drop_cut_line
+from endprompt.files import aside, drop_cut_line, sound_lines
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
 from endprompt.model.parity import check_loaded
 from endprompt.positions import PIECES, TEXT_WHOLE
@@ -139,8 +139,9 @@ class Begun:
     def __init__(self, path: Path, sha256: str):
         self.path, self.sha256 = path, sha256
         self.trained, self.done = False, {}  # type: bool, dict[str, Any]
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
-            self._take(json.loads(line))
+        for _, _, line in sound_lines(path) if path.is_file() else ():
+            if line is not None:
+                self._take(line)
 
     def _take(self, line: Mapping[str, Any]) -> None:
         if line["cell"] == self.sha256:

@@ -12,7 +12,7 @@ Legend: B rows, T tokens, N = B (T - 1), D width, V vocabulary
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks import ruler
 from benchmarks.scoring import generate
-from benchmarks.scoring.settled import settled, settled_text
+from benchmarks.scoring.settled import end_of
 from endprompt.model.attention import PREFIX, kernels_first
 from endprompt.model.length_rope import rows_alone
 from endprompt.model.parity import plain_head
@@ -52,12 +52,12 @@ def predict(
     frequencies are not float32.
     """
     check_precision(model)
-    stops = stop_tokens(model, tokenizer)
+    stops = generate.stop_tokens(model, tokenizer)
     jobs = [
         generate.Job(
             ids,
             int(sample["max_new_tokens"] if new_tokens is None else new_tokens),
-            generate.never if whole else end_of(tokenizer, sample),
+            generate.never if whole else end_of(tokenizer, sample, sample.get("input", "")),
         )
         for sample, ids in zip(samples, prompt_ids(tokenizer, samples))
     ]
@@ -68,12 +68,6 @@ def predict(
                 kept = [token for token in tokens if token not in stops]
                 texts[i] = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return texts
-
-
-def end_of(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Callable[[list[int]], bool]:
-    """Whether tokens end the answer to a sample: nothing after them changes its score."""
-    prompt = sample.get("input", "")
-    return lambda tokens: settled(sample, prompt, settled_text(tokenizer, tokens))
 
 
 def score(
@@ -183,13 +177,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) ->
     if all("input_ids" in sample for sample in samples):
         return [sample["input_ids"] for sample in samples]
     return [*Reader(tokenizer).prompts([sample["input"] for sample in samples])]
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends an answer: the generation config's EOS tokens and the tokenizer's."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    return frozenset(token for token in tokens if token is not None)
 
 
 def check_precision(model: PreTrainedModel) -> None:

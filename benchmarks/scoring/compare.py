@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from benchmarks import summary
 from benchmarks.scoring import fingerprint
+from endprompt.files import sound_lines
 
 #: What every prediction on disk has, and of which kind.
 ENTRY: dict[str, type | tuple[type, ...]] = {
@@ -28,16 +27,12 @@ Entries = dict[tuple[str, int, str, int | None], dict[str, Any]]
 
 def complete_lines(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Predictions of a JSON Lines file; a line that is cut off or damaged is left out, its place goes to `damaged`."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(line)
-                whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
-                if whole and math.isfinite(entry["score"]):
-                    yield entry
-                    continue
-            if damaged is not None and line.strip():
-                damaged.append(f"{path}, line {number}")
+    for number, _, entry in sound_lines(path):
+        whole = entry is not None and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+        if entry is not None and whole and math.isfinite(entry["score"]):
+            yield entry
+        elif damaged is not None:
+            damaged.append(f"{path}, line {number}")
 
 
 def read_run(directory: str | Path, run: str) -> Entries:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.scoring import vllm
 from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.config import ScoreConfig
-from benchmarks.scoring.settled import settled
 from benchmarks.scoring.suite import Rows, Suite
 from benchmarks.scoring.units import Unit, needed, predicted, row
 
@@ -75,7 +74,7 @@ def evaluate(
         return {"score": 100 * by_name[task].score(sample, prediction), **kept}
 
     if isinstance(lm, hf.LongContextLM):
-        lm.settled = settled if config.answers == "until settled" else None
+        lm.settles = config.answers == "until settled"
     recording = RecordingLM(lm, predictions, chunk, progress, note)
     tasks = [SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
     with no_environment_report():

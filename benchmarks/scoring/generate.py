@@ -45,6 +45,13 @@ def never(tokens: list[int]) -> bool:
     return False
 
 
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the generation config's EOS tokens and the tokenizer's."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return frozenset(token for token in tokens if token is not None)
+
+
 class Job(NamedTuple):
     """A prompt's tokens; how many tokens to make at most; whether these tokens, stop token excluded, end the answer.
 

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from benchmarks.scoring import generate
-from benchmarks.scoring.settled import settled_text
+from benchmarks.scoring.settled import end_of
 from endprompt.model import length_rope, parity, weights
 from endprompt.text import Reader
 
@@ -63,8 +63,7 @@ class LongContextLM(HFLM):
         """Without asking the hub for a revision, which HFLM does even for local paths."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype)}
 
-    #: Whether the text made so far settles a request's score: (what lm-eval knows of it, prompt, text).
-    settled: Callable[[dict[str, Any], str, str], bool] | None = None
+    settles = False  # whether answers end when their score is settled
 
     @functools.cached_property
     def reader(self) -> Reader:
@@ -104,7 +103,7 @@ class LongContextLM(HFLM):
                 )
             untils.append(tuple(settings.get("until") or ()))
             jobs.append(generate.Job(ids, kept, self.end_of(request, untils[-1])))
-        stops = frozenset(self.stop_tokens)
+        stops = self.stop_tokens
         limit = int(self.batch_size)
         for batch in generate.run(self.model, jobs, stops=stops, batch_size=limit, found=self.way):
             yield [(i, self.text(tokens, untils[i])) for i, tokens in batch]
@@ -117,17 +116,12 @@ class LongContextLM(HFLM):
         """Whether tokens end the answer: a stop string is in them, or the score is settled."""
         if until:
             return lambda tokens: any(stop in self.tok_decode(tokens) for stop in until)
-        if self.settled is None:
-            return generate.never
-        settled = self.settled
-        return lambda tokens: settled(request.doc, request.args[0], settled_text(self.tokenizer, tokens))
+        return end_of(self.tokenizer, request.doc, request.args[0]) if self.settles else generate.never
 
     def text(self, tokens: Sequence[int], until: Sequence[str]) -> str:
         text = self.tok_decode([token for token in tokens if token not in self.stop_tokens])
         return text[: min((text.find(stop) for stop in until if stop in text), default=None)]
 
     @functools.cached_property
-    def stop_tokens(self) -> set[int]:
-        named = getattr(self.model.generation_config, "eos_token_id", None)
-        stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
-        return {token for token in stops if token is not None}
+    def stop_tokens(self) -> frozenset[int]:
+        return generate.stop_tokens(self.model, self.tokenizer)

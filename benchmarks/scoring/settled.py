@@ -6,7 +6,7 @@ An answer may end there, and most of the tokens that RULER allows need not be ma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import ruler
@@ -37,3 +37,8 @@ def settled(sample: Mapping[str, Any], prompt: str, text: str) -> bool:
     if "\u03a3" in text:  # the one letter whose lower case depends on what follows
         return False
     return ruler.score(sample["task"], text.removeprefix(prompt), sample["outputs"]) == 1.0
+
+
+def end_of(tokenizer: Any, sample: Mapping[str, Any], prompt: str) -> Callable[[list[int]], bool]:
+    """Whether tokens end the answer to a sample: nothing after them changes its score."""
+    return lambda tokens: settled(sample, prompt, settled_text(tokenizer, tokens))

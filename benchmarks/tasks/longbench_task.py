@@ -27,6 +27,7 @@ from lm_eval.filters import build_filter_ensemble
 from benchmarks import longbench
 from benchmarks.longbench import TASKS_E, dataset_of, load_documents, prompts
 from benchmarks.longbench.sets import BUCKETS, bucket
+from benchmarks.tasks.sample_task import SampleTask
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -100,14 +101,9 @@ class LongBenchTask(Task):
         self._instances: list[Instance] | None = None
         self._filters = [build_filter_ensemble("none", [["take_first", None]])]
 
-    def has_training_docs(self) -> bool:
-        return False
-
-    def has_validation_docs(self) -> bool:
-        return False
-
-    def has_test_docs(self) -> bool:
-        return True
+    has_training_docs = SampleTask.has_training_docs
+    has_validation_docs = SampleTask.has_validation_docs
+    has_test_docs = SampleTask.has_test_docs
 
     def test_docs(self) -> list[dict[str, Any]]:
         return self.docs

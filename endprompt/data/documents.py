@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.files import parse_object, read_json_lines, read_text, sha256_of
+from endprompt.files import read_json_lines, read_text, sha256_of
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ def read_documents(path: str | Path) -> Iterator[Document]:
     """
     path = data_file(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for number, record in _json_lines(path):
+        for number, record in read_json_lines(path):
             yield document_of(record, f"{path}, line {number}")
     elif path.suffix == ".parquet":
         for number, record in _parquet(path):
@@ -64,19 +62,6 @@ def data_file(path: str | Path) -> Path:
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
     return path
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix != ".gz":
-        yield from read_json_lines(path)
-        return
-    with gzip.open(path) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, parse_object(line.strip(), f"{path}, line {number}")
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

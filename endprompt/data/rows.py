@@ -7,10 +7,10 @@ run holds is a pure function of (seed, index): resume is exact, and workers do n
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -328,35 +328,16 @@ def pack(documents: Documents, needed: int) -> Documents:
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -> Generator[Any]:
     """`make(step)` for each step, made in a thread of its own while the device works; errors come through."""
-    queue: Queue[tuple[Any, BaseException | None]] = Queue(ahead)
-    stop = threading.Event()
-
-    def work() -> None:
-        try:
-            for step in steps:
-                if stop.is_set():
-                    return
-                queue.put((make(step), None))
-            queue.put((None, StopIteration()))
-        except BaseException as error:
-            queue.put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    pool, made = ThreadPoolExecutor(1), deque[Future[Any]]()
     try:
-        while True:
-            item, error = queue.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
+        for step in steps:
+            made.append(pool.submit(make, step))
+            if len(made) > ahead:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
     finally:
-        stop.set()
-        while thread.is_alive():
-            while not queue.empty():
-                queue.get_nowait()
-            thread.join(0.01)
+        pool.shutdown(cancel_futures=True)
 
 
 def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBase) -> RowSpec:

@@ -185,12 +185,8 @@ def forget_after(path: Path, step: int) -> None:
     """Drop lines that a run wrote beyond the step that it resumes from, and a line that a crash has cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            if json.loads(line).get("step", 0) <= step:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    kept = [line for _, line, record in files.sound_lines(path) if record is not None and record.get("step", 0) <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def newest_state(directory: Path, here: World | None = None) -> TrainingState | None:

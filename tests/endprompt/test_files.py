@@ -91,3 +91,10 @@ def test_a_haystack_and_a_text_to_verify_that_are_no_utf_8(write, llama):
         texts.essay(str(path), None, "niah_single_2")
     with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 \(invalid continuation byte at byte 2\)"):
         scene.prepare(VerifyConfig(checkpoint=str(llama), output="x", target=128, prompt=4, text=str(path)))
+
+
+def test_damaged_lines_are_told_from_sound_ones(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": "\xc3\xa4"}\n\n{"a": "\xff"}\n[1]\n{"a": 2')
+    assert [(n, found) for n, _, found in files.sound_lines(path)] == [(1, {"a": "ä"}), (3, None), (4, None), (5, None)]
+    assert next(files.sound_lines(path))[1] == '{"a": "ä"}'
