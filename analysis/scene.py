@@ -45,7 +45,7 @@ def prepare(config: VerifyConfig) -> Scene:
     import torch
 
     from endprompt import model as models
-    from endprompt.model.load import checkpoint_path
+    from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
 
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device must be one that this machine has: device={config.device!r}, torch finds no CUDA")
@@ -73,12 +73,11 @@ def prepare(config: VerifyConfig) -> Scene:
     observed, gap = observability.distance_segments(length, context, prompt, scheme, count=count)
     omega, attention_factor = geometry.frequencies(length)
     text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
-    ids = np.asarray(Reader(models.load_tokenizer(config.checkpoint)).prompts([text])[0], dtype=np.int64)
+    tokenizer = models.load_tokenizer(config.checkpoint)
+    check_vocabulary(settings, tokenizer)
+    ids = np.asarray(Reader(tokenizer).prompts([text])[0], dtype=np.int64)
     ids = ids[: min(config.tokens, window)]
-    if ids.size and ids.max() >= settings.vocab_size:
-        raise ValueError(
-            f"{config.checkpoint}: the tokenizer is of another vocabulary: token {ids.max()}, {settings.vocab_size=}"
-        )
+    check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
     pairs = choose_pairs(ids.size, config.pairs, config.seed)
     return Scene(
         config=config,

@@ -191,17 +191,19 @@ def unknown_keys(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def kept_options(parameters: Mapping[str, Any], factor: float, options: Mapping[str, Any]) -> dict[str, Any]:
-    """YaRN's options of a checkpoint that go on when it is extended again to `factor`.
+    """A scaling's own options of a checkpoint that go on when it is extended again to `factor`.
 
     A stated attention scale of 1 (none) goes on too. Raises ValueError for another one, which was made for the factor
     before, unless the user's options state it anew.
     """
-    kept = {key: parameters[key] for key in YARN if parameters.get(key) is not None}
+    kind = parameters["rope_type"]
+    kept = {key: parameters[key] for key in READ[kind] if key != "factor" and parameters.get(key) is not None}
     stated = kept.get("attention_factor", 1)
     if stated != 1 and "attention_factor" not in options:
+        own = f" (YaRN's own is {0.1 * math.log(factor) + 1:.4f})" if kind == "yarn" else ""
         raise ValueError(
-            f"attention_factor={stated} was stated for factor {parameters.get('factor')}; for factor {factor:g} give "
-            f"rope_options.attention_factor (YaRN's own is {0.1 * math.log(factor) + 1:.4f})"
+            f"attention_factor={stated} was stated for factor {parameters.get('factor') or 'of the config'}; for "
+            f"factor {factor:g} give rope_options.attention_factor{own}"
         )
     return kept
 

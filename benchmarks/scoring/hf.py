@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.scoring import generate
 from benchmarks.scoring.settled import end_of
 from endprompt.model import length_rope, parity, weights
+from endprompt.model.load import check_tokens
 from endprompt.text import Reader
 
 
@@ -74,8 +75,11 @@ class LongContextLM(HFLM):
     ) -> list[int]:
         """As prompts are measured: BOS once, no EOS behind; lm-eval's add_bos_token=False still takes BOS away."""
         if add_special_tokens is not None or self.add_bos_token is False:
-            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        return self.reader.prompts([string])[0][-(left_truncate_len or 0) :]
+            ids = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        else:
+            ids = self.reader.prompts([string])[0][-(left_truncate_len or 0) :]
+        check_tokens(ids, self.model.config, self.tokenizer, f"the prompt {string[:40]!r}")
+        return ids
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """As the model wrote it: some tokenizers would take spaces before punctuation away."""

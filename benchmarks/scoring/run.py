@@ -27,6 +27,7 @@ from benchmarks.scoring.suite import Suite, suite_of
 from benchmarks.scoring.units import Unit, needed, shortest_prompt
 from endprompt import files, origin, runs
 from endprompt.results import read_rows
+from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,6 +43,11 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     directory = origin.directory_of(config.checkpoint, weights=not config.prepare_only, code=config.trust_remote_code)
     config = dataclasses.replace(config, checkpoint=str(directory))
     model_config, tokenizer = read_checkpoint(config)
+    from endprompt.distributed import say
+    from endprompt.model.load import check_vocabulary
+
+    for note in (*check_vocabulary(model_config, tokenizer), *Reader(tokenizer).notes()):
+        say(note)
     config = settle_date(config, tokenizer)
     suite = suite_of(config)
     units = suite.units(model_config, tokenizer)

@@ -168,6 +168,9 @@ def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     if parameters.get("rope_type") in ("linear", "dynamic") and "factor" not in parameters:
         raise ValueError(f"{parameters['rope_type']} scaling must state its factor: {parameters}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if kind.startswith("hunyuan") and parameters.get("rope_type") == "dynamic" and parameters.get("alpha"):
+        base = rope.ntk_base(parameters["rope_theta"], head_dim, parameters["alpha"])  # whatever the length, once
+        parameters = {"rope_type": "default", "rope_theta": base}
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"RoPE rotates pairs, so the rotated part of a head must be even: {head_dim=} {rotary_dim=}")
@@ -189,18 +192,17 @@ def extended_rope_parameters(
     factor: default target / window before any scaling. window: the checkpoint's, where its config leaves it open.
     options: the scaling's own (beta_fast of yarn, low_freq_factor of llama3, short_factor and long_factor of longrope,
     which default to `rope.longrope_start`).
-    A checkpoint that is scaled already is extended again only by its own linear or yarn scaling, where the factors
-    multiply. Raises ValueError if the target is not above the window, or for a key that could not be right any more.
+    A checkpoint that is scaled already is extended again only by its own scaling, where the factors multiply; by
+    longrope with divisors of the user's, if its own were searched for. Raises ValueError if the target is not above the
+    window, or for a key that could not be right any more.
     """
     geometry = rope_geometry(config)
     with _named(config):
         parameters = geometry.parameters
         kind = parameters.get("rope_type", "default")
-        if kind not in ("default", scaling) or kind not in ("default", "linear", "yarn"):
-            raise ValueError(
-                f"this checkpoint is scaled by {kind!r} already; only linear and yarn can be extended again, by the "
-                f"same scaling: {scaling=}"
-            )
+        if kind not in ("default", scaling):
+            known = f"it is extended again by scaling={kind} alone" if kind in rope.READ else "which is not known here"
+            raise ValueError(f"this checkpoint is scaled by {kind!r} already; {known}: {scaling=}")
         if unknown := rope.unknown_keys(parameters):
             raise ValueError(
                 f"rope_parameters holds a key of which it is not known what an extension does to it: "
@@ -210,9 +212,19 @@ def extended_rope_parameters(
         if target <= now.window:
             raise ValueError(f"the target must be above the checkpoint's window: {target=} window={now.window}")
         times = now.factor * factor if factor is not None else target / now.original
-        if kind == "yarn":
+        if kind == "llama3" and factor is None:  # whose factor does not follow from its window
+            times = now.factor * target / now.window
+        start = {key: parameters.get(key) for key in ("short_factor", "long_factor")}
+        searched = kind == "longrope" and start != rope.longrope_start(geometry.rotary_dim, now.factor)
+        if searched and "long_factor" not in options:
+            raise ValueError(
+                f"longrope's divisors were searched for a window of {now.window}: give those for {target=} as "
+                f"rope_options.long_factor, {geometry.rotary_dim // 2} numbers (short_factor stays if it is not given)"
+            )
+        given = set(options)
+        if kind != "default":
             options = rope.kept_options(parameters, times, options) | options
-        if scaling == "longrope" and not {"short_factor", "long_factor"} & set(options):
+        if scaling == "longrope" and not searched and not {"short_factor", "long_factor"} & given:
             options |= rope.longrope_start(geometry.rotary_dim, times)
         own = {key: parameters[key] for key in rope.CARRIED if key in parameters}
         if "max_position_embeddings" in own:

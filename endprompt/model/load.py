@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from endprompt import distributed, files, origin
@@ -297,13 +298,36 @@ def torch_dtype(name: str) -> torch.dtype:
     return names[name]
 
 
-def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the tokenizer can emit ids that the model has no embedding for."""
-    if (least := vocabulary(tokenizer)) > model_config.vocab_size:
+def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A line on tokens that the model has no embedding for, if there are such.
+
+    They may be added ones, which `check_tokens` looks for in the texts. Raises ValueError if they are others.
+    """
+    size, added = model_config.get_text_config().vocab_size, tokenizer.get_added_vocab()
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
+    if set(beyond) - set(added):
         raise ValueError(
             f"{tokenizer.name_or_path}: the tokenizer is of another vocabulary: it has {len(tokenizer)} entries, the "
-            f"model's vocab_size is {model_config.vocab_size}, and its largest id is {least - 1}"
+            f"model's vocab_size is {size}, and its largest id is {vocabulary(tokenizer) - 1}"
         )
+    if not beyond:
+        return []
+    first = min(beyond, key=lambda token: beyond[token])
+    return [
+        f"{tokenizer.name_or_path}: the model has no embedding for {len(beyond)} of its tokenizer's added tokens, such "
+        f"as {first} ({beyond[first]}, vocab_size={size}): a text with one is refused"
+    ]
+
+
+def check_tokens(ids: Any, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises ValueError if ids, a list or an array of any length, have one that the model has no embedding for."""
+    size = model_config.get_text_config().vocab_size
+    for start in range(0, len(ids) if vocabulary(tokenizer) > size else 0, 2**24):
+        if (largest := int(np.max(ids[start : start + 2**24]))) >= size:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"{where}: the model has no embedding for token {largest}, {token!r}: its vocab_size is {size}"
+            )
 
 
 def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:

@@ -10,12 +10,12 @@ import torch
 
 from endprompt import distributed, origin
 from endprompt.config import ExtendConfig, check_processes, method_name
-from endprompt.data import Rows, RowSpec, encoder, load_documents
+from endprompt.data import Rows, RowSpec, encoder
 from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.model import lora
-from endprompt.model.load import whole_weights
+from endprompt.model.load import check_tokens, whole_weights
 from endprompt.model.parity import check_forward
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
@@ -64,13 +64,14 @@ def run(start: Checkpoint) -> Path:
             model = start.to_fill() if here.size > 1 else start.load(here.device)
             if here.size == 1:  # shares are checked by the trainer, once they are read
                 check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
-            rows = Rows(load_documents(config.data, tokenizer), spec)
+            rows = Rows(start.documents(config.data), spec)
             if len(rows) < config.rows:
                 raise ValueError(
                     f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped "
                     f"{rows.dropped} shorter ones), rows={config.rows}"
                 )
-            evaluation = held_out(config, spec, tokenizer)
+            check_tokens(rows.row(0)[0], start.model_config, tokenizer, "the end prompt or BOS")
+            evaluation = held_out(start)
             state = output.resume(rows)
             with output.resumable():
                 log = RunDirectory(output.work, config) if here.main else None
@@ -131,13 +132,14 @@ def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str)
     return f"{message}: {reason}"
 
 
-def held_out(config: ExtendConfig, spec: RowSpec, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
+def held_out(start: Checkpoint) -> Evaluation | None:
     """The rows that the run is evaluated on, None if no held-out text is given."""
+    config, encode = start.config, encoder(start.tokenizer)
     if not config.eval_data:
         return None
-    lengths = config.eval_lengths or sorted({spec.row_tokens, config.target})
-    documents = load_documents(config.eval_data, tokenizer)
-    return Evaluation(documents, lengths, config.eval_rows, config.eval_needles, encoder(tokenizer), config.seed)
+    lengths = config.eval_lengths or sorted({start.spec.row_tokens, config.target})
+    documents = start.documents(config.eval_data)
+    return Evaluation(documents, lengths, config.eval_rows, config.eval_needles, encode, config.seed)
 
 
 def record_of(trainer: Trainer, window: int | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from endprompt.config import ExtendConfig, check_config
-from endprompt.data import RowSpec
+from endprompt.data import Documents, RowSpec, load_documents
 from endprompt.data.rows import row_spec
 from endprompt.distributed import say
 from endprompt.model import (
@@ -21,7 +21,7 @@ from endprompt.model import (
     training_attention,
 )
 from endprompt.model.geometry import window_of
-from endprompt.model.load import check_builds, check_vocabulary, checkpoint_path, torch_dtype
+from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path, torch_dtype
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ class Checkpoint:
         """The model for several processes: its weights on meta, each process will read its share of them."""
         return shares.model_to_fill(self.config.model, **self.options)
 
+    def documents(self, paths: list[str]) -> Documents:
+        """What is trained or evaluated on. Raises ValueError if the model has no embedding for one of its tokens."""
+        found = load_documents(paths, self.tokenizer)
+        check_tokens(found.tokens, self.model_config, self.tokenizer, ", ".join(paths))
+        return found
+
     def check_weights(self) -> list[str]:
         """Check the checkpoint's weights before there is work to lose; what the user should know of them."""
         return shares.check_weights(self.config.model, **self.options)
@@ -87,11 +93,10 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     new_config = extended_config(source, config.scaling, config.target, config.factor, **options)
     check_builds(new_config)
     before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
-    if before and config.scaling != "none":
+    if (before or 1) != 1 and config.scaling != "none":
         say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
     tokenizer = load_tokenizer(config.model)
-    check_vocabulary(source, tokenizer)
-    for note in Reader(tokenizer).notes(documents_end=True):
+    for note in (*check_vocabulary(source, tokenizer), *Reader(tokenizer).notes(documents_end=True)):
         say(note)
     return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), source.dtype, window)
 

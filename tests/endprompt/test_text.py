@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from endprompt import data, prompts
 from endprompt.data import Document, Documents, Rows, RowSpec
@@ -144,13 +145,11 @@ def test_ids_with_holes():
     with pytest.raises(ValueError, match=r"id 266 is not below its size 266 \(its largest id \+ 1\)"):
         tokenize([Document(input_ids=[266])], tokenizer)
 
-    class Config:
-        vocab_size = 265
-
-    with pytest.raises(ValueError, match="the model's vocab_size is 265, and its largest id is 265"):
-        check_vocabulary(Config(), tokenizer)
-    Config.vocab_size = 266
-    check_vocabulary(Config(), tokenizer)
+    config = LlamaConfig(vocab_size=255)
+    with pytest.raises(ValueError, match="the model's vocab_size is 255, and its largest id is 265"):
+        check_vocabulary(config, tokenizer)
+    config.vocab_size = 266
+    assert check_vocabulary(config, tokenizer) == []
     ends = tokens_ending(tokenizer, ("]", "|>"))
     assert {257, 258, 265} <= ends and all(tokenizer.decode([i]).endswith(("]", "|>")) for i in ends)
 

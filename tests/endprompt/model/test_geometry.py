@@ -8,6 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from endprompt import model as models
+from endprompt import rope
 from endprompt.model import extended_config, extended_rope_parameters, geometry, load, rope_geometry
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
@@ -73,6 +74,66 @@ def test_scaled_checkpoint_is_extended_from_what_it_reads(scaling, stated):
     for inside in (512, 1024):
         with pytest.raises(ValueError, match=f"above the checkpoint's window: target={inside} window=1024"):
             extended_rope_parameters(config, scaling, inside)
+
+
+@pytest.mark.parametrize(
+    ("stated", "before", "options", "after"),
+    [
+        # Llama 3.1: 8,192 trained, 131,072 stated, factor 8, and not 16: twice as far is a factor of 16
+        (4096, YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 8.0}, {},
+         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0}),
+        (4096, YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 8.0},
+         {"high_freq_factor": 4.0}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        (1024, {"rope_type": "dynamic", "factor": 4.0}, {}, {"factor": 8.0}),
+        (4096, LONG | LISTS | {"factor": 16.0}, {"long_factor": [9.0] * 8},
+         {"factor": 32.0, "short_factor": LISTS["short_factor"], "long_factor": [9.0] * 8}),
+    ],
+)  # fmt: skip
+def test_a_scaled_checkpoint_goes_on_by_its_own_scaling(stated, before, options, after):
+    """To twice its window; Llama 3's slowest pair then turns half as fast as before."""
+    config = scaled(stated, before)
+    kind, window = before["rope_type"], 4096
+    extended = extended_config(config, kind, 2 * window, **options)
+    own = {"rope_type": kind, "rope_theta": 10000.0} | after
+    own |= {} if kind == "dynamic" else {"original_max_position_embeddings": 256}
+    assert extended.rope_parameters == own
+    assert extended.max_position_embeddings == (stated if kind == "dynamic" else 2 * window)
+    attention_scale(extended)
+    if kind == "llama3":
+        slowest = [
+            rope_geometry(c).frequencies(length)[0][-1] for c, length in ((config, window), (extended, 2 * window))
+        ]
+        assert slowest[0] / slowest[1] == pytest.approx(2, rel=0.02)
+    for other in {"linear", "yarn", "none", "llama3", "dynamic"} - {kind}:
+        with pytest.raises(
+            ValueError, match=f"scaled by '{kind}' already; it is extended again by scaling={kind} alone"
+        ):
+            extended_config(config, other, 2 * window)
+
+
+def test_what_is_stated_for_one_window_is_asked_for_another():
+    config = scaled(1024, LONG | LISTS)
+    with pytest.raises(
+        ValueError, match=r"searched for a window of 1024: give those for target=2048 as .*long_factor, 8"
+    ):
+        extended_config(config, "longrope", 2048)
+    start = extended_config(scaled(256, {}), "longrope", 1024)  # with the divisors of no search
+    assert extended_config(start, "longrope", 2048).rope_parameters == LONG | rope.longrope_start(16, 8) | {"factor": 8}
+    config = scaled(1024, LONG | LISTS | {"attention_factor": 1.3, "factor": 4.0})
+    with pytest.raises(ValueError, match=r"attention_factor=1.3 was stated for factor 4"):
+        extended_config(config, "longrope", 2048, long_factor=[9.0] * 8)
+
+
+def test_hunyuan_s_alpha_is_a_base(tmp_path):
+    """With the keys of the published checkpoints; transformers' own module has the frequencies before and after."""
+    alpha = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0, "beta_fast": 32}
+    alpha |= {"beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = transformers.HunYuanDenseV1Config(**SMALL, head_dim=16, max_position_embeddings=256, rope_parameters=alpha)
+    attention_scale(config)
+    assert geometry.window_of(config) == geometry.Window(256, 256, 1.0)
+    extended = extended_config(config, "linear", 1024)
+    assert extended.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0 * 1000 ** (16 / 14)}
+    attention_scale(extended)
 
 
 def attention_scale(config):

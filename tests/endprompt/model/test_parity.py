@@ -256,11 +256,11 @@ def test_a_fault_of_a_loaded_model_is_found_by_every_command_that_loads_one(tmp_
 
 
 def test_training_s_forward_is_compared_before_the_data_are_read(extend_config, monkeypatch):
-    from endprompt.train import run
+    from endprompt.train import run, start
 
     config = extend_config(attention="eager")
     monkeypatch.setitem(models.ATTENTIONS, "eager", models.ATTENTIONS["shifted"])
-    monkeypatch.setattr(run, "load_documents", lambda *args: pytest.fail("the data are read"))
+    monkeypatch.setattr(start, "load_documents", lambda *args: pytest.fail("the data are read"))
     with pytest.raises(ValueError, match=r"llama: training .* does not compute what transformers does"):
         run.extend(config)
     with pytest.raises(ValueError, match=r"the data file must exist: data='nowhere.txt'"):

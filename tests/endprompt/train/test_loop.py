@@ -1,15 +1,17 @@
 """The loop: exact accumulation, exact resume, schedules, the guard, and outputs that are whole or absent."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from endprompt import data, train
 from endprompt.data import Batch, rows
-from endprompt.model.load import decoder_layers
-from endprompt.train import loop, objective, run
+from endprompt.model.load import decoder_layers, load_tokenizer
+from endprompt.train import loop, objective, run, start
 from endprompt.train import states as checkpoint
 from tests.support.checkpoints import TARGET, make_checkpoint
 from tests.support.runs import cut_off, log_of, same_weights, weights_of
@@ -175,7 +177,7 @@ def test_resume_with_another_configuration_is_refused(extend_config, documents, 
     (tmp_path / "changed.jsonl").write_text("\n".join([lines[0], lines[2], *lines[2:]]))
     with pytest.MonkeyPatch.context() as patch:
         load = data.load_documents
-        patch.setattr(run, "load_documents", lambda _, *rest: load([str(tmp_path / "changed.jsonl")], *rest))
+        patch.setattr(start, "load_documents", lambda _, *rest: load([str(tmp_path / "changed.jsonl")], *rest))
         with pytest.raises(ValueError, match=r"documents that the run was started with: .* have changed"):
             train.extend(config)
     config.lr = 5e-4
@@ -348,6 +350,36 @@ def test_checkpoint_without_rope_and_tokenizer_of_another_vocabulary_are_refused
     small = make_checkpoint(tmp_path / "small", vocab_size=300)
     with pytest.raises(ValueError, match="it has 320 entries, the model's vocab_size is 300"):
         train.extend(extend_config(model=str(small)))
+
+
+def test_a_token_without_an_embedding_is_refused_where_a_text_has_it(extend_config, llama, tmp_path, capsys):
+    """As Gemma 3's text models: their tokenizer has a token for images, and they have no embedding for it."""
+    from analysis.config import VerifyConfig
+    from analysis.scene import prepare
+    from benchmarks.scoring.hf import LongContextLM
+
+    shutil.copytree(llama, tmp_path / "gemma")
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    config = extend_config(model=str(tmp_path / "gemma"), steps=1)
+    train.extend(config)
+    assert "no embedding for 1 of its tokenizer's added tokens, such as <image> (320, vocab_size=320)" in (
+        capsys.readouterr().err
+    )
+    text, rule = tmp_path / "images.txt", "has no embedding for token 320, '<image>': its vocab_size is 320"
+    text.write_text("<image> here we go there and back again " * 30)
+    held = {"eval_data": [str(text)], "eval_lengths": [24], "output": str(tmp_path / "held")}
+    for changes in ({"data": [str(text)]}, held, {"prompt": "text:an <image>"}):
+        with pytest.raises(ValueError, match=rule):
+            train.extend(dataclasses.replace(config, overwrite=True, **changes))
+    verified = VerifyConfig(config.model, target=TARGET, text=str(text), prompt=4)
+    with pytest.raises(ValueError, match=rf"images.txt: the model {rule}"):
+        prepare(verified)
+    scored = LongContextLM(pretrained=config.model, device="cpu", dtype="float32")
+    assert scored.tok_encode("the grass is green") == tokenizer("the grass is green")["input_ids"]
+    with pytest.raises(ValueError, match=rf"the prompt 'an <image>': the model {rule}"):
+        scored.tok_encode("an <image>")
 
 
 def test_finished_output_is_not_overwritten_unasked(extend_config, tmp_path):

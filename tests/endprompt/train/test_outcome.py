@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from endprompt import cli, files, train
 from endprompt.config import check_output
 from endprompt.model import load_model, load_tokenizer, training_attention
-from endprompt.train import loop, outcome, run
+from endprompt.train import loop, outcome, run, start
 from endprompt.train import states as checkpoint
 from tests.support.checkpoints import make_checkpoint
 from tests.support.runs import interrupted, lines_of, same_weights
@@ -188,7 +188,7 @@ def test_overwrite_stopped_before_it_has_begun_does_not_go_on_with_the_old_run(
         patch.setattr(loop, "stop_asked", stopping_at(2))
         assert cli.main(command(config)) == 130
         assert printed(capsys)[-1] == "--resume"
-        patch.setattr(run, "load_documents", interrupted)
+        patch.setattr(start, "load_documents", interrupted)
         assert cli.main(command(config, "--overwrite")) == 130
     words = printed(capsys)
     assert words[-1] == "--overwrite"
