@@ -106,7 +106,9 @@ def capture(
                 without_rope.append(layer)
             return
         if len(turns) != 1:
-            raise ValueError(f"layer {layer}: expected one application of RoPE before its attention, saw {len(turns)}")
+            raise ValueError(
+                f"layer {layer}: its RoPE is applied {len(turns)} times before its attention, and verify reads one"
+            )
         turn = turns.pop()
         if turn.first.size != omega.size:
             raise ValueError(

@@ -151,7 +151,7 @@ MUTANTS = [
     ("endprompt/train/outcome.py", "min(saved, config.keep + 1)", "min(saved, config.keep)", "endprompt/train/outcome"),
     ("endprompt/train/output.py", "or (config.overwrite and self.work.exists())", "or False", "endprompt/train/outcome"),
     ("endprompt/train/output.py", "or not self.work.exists()  #", "or False  #", "endprompt/train/outcome"),
-    ("endprompt/model/length_rope.py", "positions_T.max() + 1", "position_ids.max() + 1", "endprompt/model/length_rope"),
+    ("endprompt/model/length_rope.py", "part_T.max() + 1", "position_ids.max() + 1", "endprompt/model/length_rope"),
     ("endprompt/model/length_rope.py", "torch.where(length > window", "torch.where(length >= window", "endprompt/model/length_rope"),
     # bounds
     (BOUNDS, "return np.abs(z) @ np.abs(omega) ** check_order(order)", "return np.abs(z) @ np.abs(omega) ** (check_order(order) + 1)", "analysis/bounds"),

@@ -61,7 +61,7 @@ def window_of(config: PretrainedConfig, window: int | None = None, needed: int |
     needed: tokens asked for; what both readings allow is not asked about.
     Raises ValueError if the config has no window, or leaves it open.
     """
-    with _named(config):
+    with named(config):
         return _window_of(config.get_text_config(), window, needed)
 
 
@@ -119,12 +119,21 @@ def _number(value: Any, key: str) -> float | None:
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     """What the config says. Raises ValueError for no RoPE, ALiBi, multimodal models or per-layer frequencies."""
-    with _named(config):
+    with named(config):
         return _rope_geometry(config)
 
 
+def check_no_text(parameters: Mapping[str, Any]) -> None:
+    """Raises ValueError if a number of rope_parameters, of whatever kind of layer, is written as text."""
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            check_no_text(value)
+        elif isinstance(value, str) and key not in ("rope_type", "type"):
+            raise ValueError(f"{key} must be a number, not text: {key}={value!r}")
+
+
 @contextlib.contextmanager
-def _named(config: PretrainedConfig) -> Iterator[None]:
+def named(config: PretrainedConfig) -> Iterator[None]:
     """Errors about a config say whose it is."""
     try:
         yield
@@ -160,9 +169,7 @@ def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
         raise ValueError(f"multimodal RoPE sections are not supported: mrope_section={parameters['mrope_section']}")
     if parameters.get("rope_theta") is None:
         raise ValueError(f"rope_parameters must hold rope_theta: {parameters}")
-    for key, value in parameters.items():
-        if isinstance(value, str) and key not in ("rope_type", "type"):
-            raise ValueError(f"{key} must be a number, not text: {key}={value!r}")
+    check_no_text(parameters)
     for key in ("rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"):
         _number(parameters.get(key), key)
     if parameters.get("rope_type") in ("linear", "dynamic") and "factor" not in parameters:
@@ -197,7 +204,7 @@ def extended_rope_parameters(
     window, or for a key that could not be right any more.
     """
     geometry = rope_geometry(config)
-    with _named(config):
+    with named(config):
         parameters = geometry.parameters
         kind = parameters.get("rope_type", "default")
         if kind not in ("default", scaling):

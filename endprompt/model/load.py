@@ -22,7 +22,7 @@ import torch
 from endprompt import distributed, files, origin
 from endprompt.model import length_rope
 from endprompt.model.attention import PREFIX, register_causal_only
-from endprompt.model.geometry import check_frequencies, rope_geometry, window_of
+from endprompt.model.geometry import check_frequencies, check_no_text, named, rope_geometry, window_of
 from endprompt.model.parity import check_loaded
 from endprompt.model.weights import promise_nothing, settle, stored_tensors
 from endprompt.text import vocabulary
@@ -75,10 +75,13 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
 
     directory = checkpoint_path(path, weights=False)
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a damaged file makes its code run into
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()).replace("TypeError: ", "")
         raise ValueError(f"{directory / 'config.json'}: transformers cannot read it: {message}") from error
+    with named(config):
+        check_no_text(getattr(config, "rope_parameters", None) or {})
+    return config
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

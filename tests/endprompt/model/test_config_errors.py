@@ -1,5 +1,6 @@
 """A config that transformers itself refuses is an error of one line, whatever class of exception it raises."""
 
+import json
 import re
 import shutil
 
@@ -7,6 +8,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from endprompt.model import load_config, load_model, load_tokenizer
+
+
+def test_numbers_of_rope_written_as_text_are_named(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "text")
+    path = tmp_path / "text" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": {"rope_theta": "1e4"}}))
+    with pytest.raises(ValueError, match=r"text: rope_theta must be a number, not text: rope_theta='1e4'"):
+        load_config(tmp_path / "text")
 
 
 def test_tokenizer_reads_texts_over_the_window_without_a_warning(llama, caplog):
