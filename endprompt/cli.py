@@ -23,9 +23,7 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
-import textwrap
 import time
 import traceback
 import typing
@@ -59,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {ep.name: ep for ep in entry_points(group=GROUP)}
     if not argv or argv[0] in ("-h", "--help"):
-        print(overview(commands))
+        overview(commands)[0].print_help()
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
         print(version("endprompt-lab"))
@@ -369,24 +367,18 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def overview(commands: dict[str, EntryPoint]) -> str:
-    width = max((len(name) for name in commands), default=0)
-    wide = min(120, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 1000
-    lines = [
-        textwrap.fill(
-            f"{name:<{width}}  {summary(ep)}", wide, initial_indent="  ", subsequent_indent=" " * (width + 4)
-        ).rstrip()
-        for name, ep in sorted(commands.items())
-    ]
-    return "\n".join(
-        [
-            "usage: endprompt COMMAND [options]      (endprompt COMMAND --help explains one)",
-            "",
-            "Long-context extension by positional supervision: train, verify, score, draw.",
-            "",
-            *lines,
-        ]
+def overview(commands: dict[str, EntryPoint]) -> tuple[argparse.ArgumentParser, Any]:
+    """(the script's parser with a summary of each command, the commands' places in it): for its help and completion."""
+    whole = argparse.ArgumentParser(
+        "endprompt",
+        description="Long-context extension by positional supervision: train, verify, score, draw.",
+        epilog="endprompt COMMAND --help explains one.",
     )
+    whole.add_argument("--version", action="version", version="", help="show the version and exit")
+    places = whole.add_subparsers(title="commands", metavar="COMMAND")
+    for name, entry in sorted(commands.items()):
+        places.add_parser(name, help=summary(entry), add_help=False)
+    return whole, places
 
 
 def summary(entry_point: EntryPoint) -> str:
@@ -416,12 +408,9 @@ def script(shell: str) -> str:
     """The script that completes commands and flags in a shell."""
     import shtab
 
-    whole = argparse.ArgumentParser("endprompt")
-    whole.add_argument("--version", action="version", version="")
-    commands = whole.add_subparsers()
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        commands.add_parser(entry.name, help=summary(entry), add_help=False)
-        parser = commands.choices[entry.name] = command_parser(entry, entry.load())
+    whole, places = overview({entry.name: entry for entry in entry_points(group=GROUP)})
+    for entry in entry_points(group=GROUP):
+        parser = places.choices[entry.name] = command_parser(entry, entry.load())
         for action in parser._actions:
             action.complete = shtab.FILE
     return shtab.complete(whole, shell)
