@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from endprompt.positions import PIECES, SCHEMES, WITH_PROMPT
+from endprompt.prompts import check_names
 
 
 @dataclass
@@ -206,6 +207,8 @@ def check_config(config: ExtendConfig) -> None:
     for key, least in AT_LEAST.items():
         value = getattr(config, key)
         check(key, value, value is None or value >= least, f"at least {least}")
+    if names := prompt_names(config):
+        check_names(names)
     check("lr", config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0")
     check("decay", config.decay, 0 <= config.decay <= 1, "between 0 and 1")
     for key in ("beta1", "beta2"):

@@ -113,21 +113,12 @@ def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, 
     encode: text to token ids as it stands after other text, without special tokens added. Raises ValueError for an
     unknown name, an empty prompt, or an EP_2 that the tokenizer has no single token for.
     """
-    if not names:
-        raise ValueError("at least one end prompt must be named: prompt=[]")
-    read = [name for name in names if name in READ]
-    if read:
-        if len(names) > 1:
-            raise ValueError(f"{read[0]} cannot be mixed with other prompts: prompt={list(names)}")
-        return READ[read[0]](tuple(encode(RECALL_CUE)), recall_span, recall_given)
+    check_names(names)
+    if names[0] in READ:
+        return READ[names[0]](tuple(encode(RECALL_CUE)), recall_span, recall_given)
     lists = []
     for name in names:
-        if name.startswith(LITERAL):
-            text = name[len(LITERAL) :]
-        elif name in CUES:
-            text = CUES[name]
-        else:
-            raise ValueError(f"prompt must be {', '.join([*READ, *CUES])} or text:YOUR WORDS: prompt={name!r}")
+        text = CUES[name] if name in CUES else name[len(LITERAL) :]
         tokens = tuple(encode(text))
         if not tokens:
             raise ValueError(f"an end prompt must have at least one token: prompt={name!r}")
@@ -137,3 +128,14 @@ def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, 
             )
         lists.append(tokens)
     return Cues(tuple(lists))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for no name, an unknown one, or one that goes with no other."""
+    if not names:
+        raise ValueError("at least one end prompt must be named: prompt=[]")
+    for name in names:
+        if name not in READ and name not in CUES and not name.startswith(LITERAL):
+            raise ValueError(f"prompt must be {', '.join([*READ, *CUES])} or text:YOUR WORDS: prompt={name!r}")
+        if name in READ and len(names) > 1:
+            raise ValueError(f"{name} cannot be mixed with other prompts: prompt={list(names)}")

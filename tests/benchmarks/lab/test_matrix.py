@@ -143,6 +143,8 @@ def test_only_refuses_what_it_does_not_know_or_what_leaves_nothing(only):
         ("scheme: contiguous}\n  cue", "scheme: contiguous, colour: 3}\n  cue", "unknown key 'colour'"),
         ("arms: [short, cue]", "arms: [short, cut]", "no arm has this name: 'cut'"),
         ("lr: 1.0e-3", "lr: -1.0", "lr must be"),
+        ("scheme: contiguous}\n  cue", "scheme: relay}\n  cue", "scheme must be one of .*scheme='relay'"),
+        ("prompt: EP_1", "prompt: recall-2", "prompt must be .*prompt='recall-2'"),
         ("lengths: [256, 2048]", "lengths: [256, 1024]", "lengths must hold"),
         ("base: 256\n", "base: 257\n", "base must be one of 256, 512"),
         (", method: full}", "}", "same method in the rows"),
