@@ -23,6 +23,7 @@ PAGES = {
     "benchmarks/base/README.md": "base_models.md",
     "paper_figures/README.md": "figures.md",
     "paper_figures/AUDIT.md": "audit.md",
+    "paper_figures/REAL.md": "real.md",
 }
 PACKAGES = ("endprompt", "analysis", "benchmarks", "paper_figures")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
@@ -38,6 +39,7 @@ NAV = {
     "analysis.md": "The analysis",
     "figures.md": "Figures and tables",
     "audit.md": "The audit",
+    "real.md": "A published model",
     "base_models.md": "The base models",
     "speed.md": "Speed",
     "drills.md": "When things go wrong",

@@ -11,6 +11,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, float, bool]] = {
     "llama2-7b": (32000, 4096, 32, 32, 32, 11008, 4096, 10000.0, False),
     "mistral-7b": (32768, 4096, 32, 32, 8, 14336, 32768, 1000000.0, False),
     "llama3-1b": (128256, 2048, 16, 32, 8, 8192, 8192, 500000.0, True),
+    "smollm2-135m": (49152, 576, 30, 9, 3, 1536, 8192, 100000.0, True),
     "small": (1024, 512, 6, 8, 4, 1536, 256, 10000.0, False),
     "tiny": (256, 64, 2, 4, 2, 128, 64, 10000.0, False),
 }
@@ -56,6 +57,7 @@ class Shape:
     window: int
     tied: bool
     query: int = -1
+    head_dim: int = 128
     stored: int = -1
     active: int = -1
     other: int = -1

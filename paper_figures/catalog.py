@@ -26,6 +26,7 @@ FIGURES = (
     "smoothness_against_score",
     "lab_scores",
     "score_against_steps",
+    "loss_by_position",
     "anchor_place",
     "coverage",
     "gap_rms_against_k",

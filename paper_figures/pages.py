@@ -31,6 +31,7 @@ COLUMNS = (
         "`slope_over_coefficient_bound_q01`, `_q50`, `_q99` (largest slope over its bound), the same for `bernstein`, "
         "and `share_within_coefficient_order1`, `share_within_bernstein_order1`",
     ),
+    ("`first`", "`lab`", "of task `loss_by_position`: the first of the positions that end at `length`"),
     ("`window`, `target`, `steps`, `prompt_weight`", "any", "optional: how the method was run"),
     (
         "`arm`, `base`, `fold`, `window`, `target`",

@@ -159,6 +159,9 @@ MEASURED = {
     ("h200_target", "endprompt, whole step"): (PlanConfig(), 2, "none"),
     ("h200_target", "extend, one process"): (PlanConfig(), 2, "none"),
     ("h200_target", "full, 65,536"): (PlanConfig(method="full", rows=8), 1, "full"),
+    ("pages/h200_small_model", "SmolLM2, lean, fused, 8 rows"): (PlanConfig("smollm2-135m", rows=16), 8, "none"),
+    ("pages/h200_small_model", "8B, fused"): (PlanConfig(rows=8), 2, "none"),
+    ("pages/h200_small_model", "8B, not fused"): (PlanConfig(rows=8, fused=False), 2, "selective"),
     # the plan's figures stood before this was run
     ("h200_two_gpus", "extend, 2 processes"): (PlanConfig(gpus=2, optimizer="adamw", rows=32), 2, "selective"),
 }

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from paper_figures import catalog, style
 from paper_figures.inputs import NoData, load, measured_files, read_results
 from paper_figures.names import LONGBENCH, LONGBENCH_ZH
+from tests.support import study_page
 from tests.support.figures_rows import DEMO, demo_rows, lab_rows, longbench_rows, row, write_run
 from tests.support.lab_rows import lab_run
 
@@ -63,6 +64,7 @@ def runs(tmp_path_factory):
         "one": lambda: [write_run(root / "one", [row("base", "niah_single_1", 256, 100.0)])],
         "plan": lambda: [lab_run(root / "plan")],
         "measured": lambda: MEASURED,
+        "study": lambda: [study_page.ROWS / "smollm2_small.jsonl.gz"],
         "small": lambda: [lab_run(root / "small", bases=((256, 8),), seeds=(0, 1))],
     } | {
         name: lambda of=of, name=name: [write_run(root / name, longbench_rows(*of))]
@@ -90,6 +92,7 @@ CASES = [
     for name in catalog.FIGURES
     for which in (("none", "demo", "lab", "one") if catalog.module(name).INPUTS.rows else ("none",))
 ] + [(name, "plan") for name in catalog.FIGURES if "ruler" in catalog.module(name).INPUTS.rows]
+CASES += [(name, "study") for name in study_page.PICTURES]
 CASES += [("longbench_bars", which) for which in LONGBENCH_RUNS]
 CASES += [
     pytest.param(name, which, marks=pytest.mark.slow) for name in catalog.FIGURES for which in ("small", "measured")
