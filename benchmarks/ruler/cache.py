@@ -168,6 +168,8 @@ def text_versions(task: str, length: int, data_dir: str | Path | None, options: 
         found[spec.dataset] = files.remembered_sha256(texts.data_file(spec.dataset, data_dir, task))
     if spec.haystack == "essay":
         found["essay"] = texts.essay(options.haystack_text, data_dir, task).sha256
+        if not options.rules.plain_places:
+            found["places"] = "as RULER joins them"
         if options.rules.replayed:
             found["sentences"] = "punkt" if texts.has_punkt() else "punctuation"
     if spec.family == "niah" or spec.family == "cwe":

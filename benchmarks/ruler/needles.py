@@ -181,13 +181,16 @@ class EssayDraft(Draft):
 
     def places(self, count: int) -> list[int]:
         """Words in front of each needle: the end of the sentence at its depth."""
-        essay = self.made.essay
+        essay, plain = self.made.essay, self.made.options.rules.plain_places
         total = essay.sentences(count)
-        return [essay.sentence_end(total * depth // 100, count) for depth in self.depths]
+        sentences = [total * depth // 100 if plain else int(total * (depth / 100)) for depth in self.depths]
+        return [essay.sentence_end(number, count) for number in sentences]
 
     def prompt(self, segments: Sequence[str]) -> tuple[str, str]:
         """The prompt with the needles between segments of the essay (one more than needles; some may be empty)."""
-        pieces = [piece for pair in zip(segments, [*self.needles.sentences, ""]) for piece in pair if piece]
+        pieces = [piece for pair in zip(segments, [*self.needles.sentences, ""]) for piece in pair][:-1]
+        if self.made.options.rules.plain_places:
+            pieces = [piece for piece in pieces if piece]
         return self.needles.question.replace("{context}", " ".join(pieces)), self.needles.prefix
 
     def render(self, count: int) -> tuple[str, str]:

@@ -113,6 +113,7 @@ class Edition:
     misspelled: bool = False  # vt: "assgined"
     bare_end: bool = False  # vt: the space after "they are:" is left out
     cut_lines: bool = False  # the last noise line may be cut after a sentence
+    plain_places: bool = False  # essays: no space for an empty stretch between needles, sentences by whole numbers
     answers_in_vocabulary: bool = False  # fwe: the room for the answer counts into the size of the vocabulary
 
 
@@ -124,7 +125,7 @@ EDITIONS = {
         Edition("2025"),
         Edition("2025-ruler", replayed=True, layout="ruler"),
         Edition("2024", replayed=True, layout="ruler", misspelled=True, answers_in_vocabulary=True),
-        Edition("lab-2026", bare_end=True, cut_lines=True, answers_in_vocabulary=True),
+        Edition("lab-2026", bare_end=True, cut_lines=True, plain_places=True, answers_in_vocabulary=True),
     )
 }
 DEFAULT_EDITION = "2025"

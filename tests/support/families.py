@@ -35,6 +35,7 @@ PAGE = ROOT / "docs" / "models.md"
 
 WINDOW, TARGET = 256, 1024
 TOKENS, NEW = 48, 6
+NARROW = 16  # tokens that a sliding layer sees, fewer than the prompts have
 
 #: Values of the keys that a config has, whatever the family.
 SMALL: dict[str, Any] = {
@@ -94,7 +95,33 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
     },
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "dots3_note_text": LATENT
+    | {
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        **{"num_attention_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 32},
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_qk_nope_head_dim", "swa_v_head_dim"), 16),
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+        "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+        **{"index_topk": 32, "index_head_dim": 32, "index_n_heads": 4, "head_dim": 32},
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [48] * 4,
+        **{"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8},
+        **{"laurel_rank": 8, "altup_num_inputs": 2},
+    },
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **{"per_layer_config": {}, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8},
+    },
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "audio_config": {
+            **{"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 2},
+            **{"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32},
+        },
+    },
     "helium": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": LATENT | {"num_layers": 2, "num_hidden_layers": None},
@@ -150,8 +177,12 @@ def has(config: Any, key: str) -> bool:
         return False
 
 
-def tiny_config(family: str) -> Any:
-    """The family's config with small sizes."""
+WINDOWS = ("sliding_window", "attention_chunk_size")
+SLIDING = {"use_sliding_window": True, "max_window_layers": 2}  # with which layers use it
+
+
+def tiny_config(family: str, window: int = TARGET) -> Any:
+    """The family's config with small sizes; its layers that see a window or chunk see `window` tokens."""
     default = default_config(family)
     values = {key: value for key, value in SMALL.items() if has(default, key)}
     about = getattr(default, "rope_parameters", None) or {}
@@ -159,6 +190,9 @@ def tiny_config(family: str) -> Any:
         kept = {key: about[key] for key in ("rope_theta", "partial_rotary_factor") if key in about}
         values["rope_parameters"] = {"rope_type": "default"} | kept
     values |= OWN.get(family, {})
+    if window != TARGET:
+        values |= {key: window for key in WINDOWS if has(default, key)}
+        values |= {key: value for key, value in SLIDING.items() if has(default, key)}
     return type(default)(**{key: value for key, value in values.items() if value is not None})
 
 
@@ -300,6 +334,17 @@ def generated(directory: Path, row: dict[str, Any]) -> str:
     return "works"
 
 
+def narrowed(family: str, work: Path) -> str:
+    """Answers with a window narrower than the prompts; an extension must be refused, or its loss be right."""
+    config, row = tiny_config(family, NARROW), {}
+    make(config, work / "narrow")
+    generated(work / "narrow", row)
+    try:
+        return f"{trained(work / 'narrow', work / 'narrow-export', row)}, extended too"
+    except ValueError as error:
+        return f"works, not extended: {line(error, work).removeprefix('narrow: ')}"
+
+
 def planned(config: Any, parameters: int) -> str:
     from endprompt.plan import counted
 
@@ -387,7 +432,7 @@ def swept(family: str) -> dict[str, Any]:
         asked = outcome(work, lambda: str(bool(rope_geometry(config))))
         if asked != "True" and "different RoPE frequencies" not in asked and "must be even" not in asked:
             return row | {"built": "no: not tried", "extend": asked, "versions": versions}
-        for key in ("sliding_window", "attention_chunk_size"):
+        for key in WINDOWS:
             if getattr(config, key, None):
                 row[key] = getattr(config, key)
         try:
@@ -404,6 +449,8 @@ def swept(family: str) -> dict[str, Any]:
         row["score"] = outcome(work, scored, best, work / "run")
         row["verify"] = outcome(work, captured, best)
         row["plan"] = outcome(work, planned, tiny, parameters)
+        if any(has(config, key) for key in WINDOWS):
+            row["narrow"] = outcome(work, narrowed, family, work)
     return row | {"versions": versions}
 
 

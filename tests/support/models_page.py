@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from tests.support.families import PAGE, ROWS
+from tests.support.families import NARROW, PAGE, ROWS
 
 STEPS = {"extend": "extend", "score": "score", "verify": "verify", "plan": "plan"}
 
@@ -112,6 +112,13 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines += ["The default config of these families has a sliding window or chunks, in tokens. Where layers use it,"]
     lines += ["`extend` refuses a target above it; the sweep tried the families with a window of the target's size."]
     lines += ["", ", ".join(windows) + "."]
+    narrow = [row for row in tried if row.get("narrow", "").startswith("works")]
+    refused = sum("not extended" in row["narrow"] for row in narrow)
+    lines += [
+        "",
+        f"With a window of {NARROW} tokens, narrower than the prompts, {len(narrow)} families were tried too:",
+    ]
+    lines += [f"answers are those of `generate()`, and `extend` refuses {refused} of them."]
     lines += ["", "## Not built", ""]
     lines += [
         "No tiny model of these could be made: transformers' words, or sizes that the sweep cannot shrink.",
