@@ -207,8 +207,8 @@ def check_config(config: ExtendConfig) -> None:
     for key, least in AT_LEAST.items():
         value = getattr(config, key)
         check(key, value, value is None or value >= least, f"at least {least}")
-    if names := prompt_names(config):
-        check_names(names)
+    if prompts := prompt_names(config):
+        check_names(prompts)
     check("lr", config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0")
     check("decay", config.decay, 0 <= config.decay <= 1, "between 0 and 1")
     for key in ("beta1", "beta2"):
