@@ -21,6 +21,7 @@ VLLM = "benchmarks/scoring/vllm.py"
 ORIGIN = "endprompt/origin.py"
 FINGERPRINT = "benchmarks/scoring/fingerprint.py"
 ATTENTION = "endprompt/model/attention.py"
+LOAD = "endprompt/model/load.py"
 WEIGHTS = "endprompt/model/weights.py"
 LAYERS = "endprompt/fast/layers.py"
 PLAN = "endprompt/plan.py"
@@ -74,8 +75,12 @@ MUTANTS = [
     (ATTENTION, "if mask is not None:", "if False:", "endprompt/model/attention"),
     ("endprompt/model/parity.py", "torch.linspace(-1000, 1000, 2 * size)", "torch.zeros(2 * size)", "endprompt/model/parity"),
     ("endprompt/model/parity.py", 'if model.config._attn_implementation != "eager":', "if False:", "endprompt/model/parity"),
-    ("endprompt/model/load.py", "        check_loaded(model)", "        pass", "endprompt/model/parity"),
+    (LOAD, "        check_loaded(model)", "        pass", "endprompt/model/parity"),
     ("benchmarks/scoring/hf.py", "parity.check_loaded(model.eval())", "model.eval()", "endprompt/model/parity"),
+    (LOAD, "if set(beyond) - set(added):", "if False:", "endprompt/text"),
+    (LOAD, "check_files(directory, TOKENIZER)", "pass", "endprompt/model/config_errors"),
+    ("endprompt/train/evaluate.py", "reading(int(weights.argmax()))", "reading(len(ids))", "endprompt/model/length_rope"),
+    (GEOMETRY, "times = now.factor * target / now.window", "pass", "endprompt/model/geometry"),
     ("endprompt/model/parity.py", "if not (apart <= allowed and", "if False and not (apart <= allowed and", "endprompt/model/parity"),
     (WEIGHTS, "if unknown := sorted(known - predicting):", "if unknown := []:", "endprompt/model/weights"),
     (WEIGHTS, "config.tie_word_embeddings = False", "pass", "endprompt/model/weights"),

@@ -456,6 +456,24 @@ def test_weights_of_other_shapes_are_a_plain_error(place, tmp_path):
         score(config(place, tmp_path / "out", checkpoint=str(broken)))
 
 
+def test_what_is_unusual_about_a_tokenizer_is_said(place, tmp_path, capsys):
+    from endprompt.model import load_tokenizer
+
+    path = helpers.checkpoint(tmp_path / "images")
+    tokenizer = load_tokenizer(path)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(path)
+    asked = dict(checkpoint=str(path), tasks="niah_single_1", lengths="400", samples=1)
+    score(config(place, tmp_path / "out", prepare_only=True, **asked))
+    said = capsys.readouterr().err
+    assert f"images: the model has no embedding for 1 of its tokenizer's added tokens, such as <image> ({size}" in said
+    (tmp_path / "story.txt").write_text("An <image> of a tale. " * 300)
+    asked |= dict(tasks="niah_single_2", haystack_text=str(tmp_path / "story.txt"))
+    with pytest.raises(ValueError, match=f"the model has no embedding for token {size}, '<image>'"):
+        score(config(place, tmp_path / "out", **asked))
+
+
 def test_a_key_of_metadata_and_of_dataset_kwargs_is_no_collision(place, tmp_path):
     """lm-eval calls a task's `custom_dataset` with both: the metadata's value is ours, and dataset_kwargs are not."""
     from lm_eval.api.task import ConfigurableTask
