@@ -13,40 +13,6 @@ from matplotlib.figure import Figure
 from paper_figures import lab, style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
 from paper_figures.inputs import Frames
-from paper_figures.names import short_length
-from paper_figures.style import ordered_methods
-
-
-def points(frames: Frames, columns: tuple[str, ...]) -> tuple[pd.DataFrame, Any]:
-    """(one line a method: value, lo, hi and the means of `columns`; the length that the scores are of)."""
-    rows = scored(frames, "ruler")
-    longest = rows["length"].max()
-    rows = rows[rows["length"] == longest]
-    means = average(rows, ["method"], ["task"]).set_index("method")
-    means[list(columns)] = rows.astype(dict.fromkeys(columns, float)).groupby("method")[list(columns)].mean()
-    return means.loc[[name for name in ordered_methods(rows) if name in means.index]], longest
-
-
-def panels(means: pd.DataFrame, longest: float, axes_of: dict[str, str]) -> tuple[Figure, list[Axes]]:
-    """One panel for each column of `axes_of` (column -> axis label), one legend below."""
-    methods = ordered_methods(means.reset_index())
-    arms = list(dict.fromkeys(method.arm for method in methods.values()))
-    fig = style.figure(2.6 + 0.16 * -(-len(methods) // 4))
-    axes = list(fig.subplots(1, len(axes_of), sharey=True))
-    for ax, (column, label) in zip(axes, axes_of.items()):
-        for name in means.index:
-            look = style.arm_style(methods[name], arms)
-            hollow = {"markerfacecolor": "white"} if methods[name].scaling == "linear" else {}
-            x, y = means.loc[name, column], means.loc[name, "value"]
-            ax.vlines(x, means.loc[name, "lo"], means.loc[name, "hi"], color=look["color"], linewidth=0.9, alpha=0.7)
-            marker = {"color": look["color"], "marker": look["marker"], "linestyle": "none"} | hollow
-            ax.plot(x, y, label=methods[name].label, markersize=5, clip_on=False, zorder=3, **marker)
-        style.percent_axis(ax, None)
-        ax.set_xlabel(label)
-    axes[0].set_ylabel(f"score at {short_length(longest)}, percent")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(methods)))
-    return fig, axes
-
 
 #: What the end prompt is -> marker and name; of a lab's arms the colour tells the place, the face the scaling.
 MARKERS = {"": ("s", "no end prompt"), "EP_1": ("o", "end prompt EP_1"), "recall": ("D", "end prompt recall")}
@@ -61,7 +27,7 @@ class Group(NamedTuple):
     axes: list[Axes]
 
 
-def lab_points(frames: Frames, columns: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
+def points(frames: Frames, columns: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
     """(heading, one line an arm: value, lo, hi, what it is, the medians of `columns`) of each base and fold."""
     rows = lab.tidy(scored(frames, "ruler"))
     rows = rows[(rows["length"] == rows["target"]) & (rows["kind"] != "base")]
@@ -77,7 +43,7 @@ def lab_points(frames: Frames, columns: tuple[str, ...]) -> list[tuple[str, pd.D
     return found
 
 
-def lab_panels(
+def panels(
     points: list[tuple[str, pd.DataFrame]], axes_of: dict[str, str], scalings: Collection[str]
 ) -> tuple[Figure, list[Group]]:
     """A row of panels for each base and fold: main arms of `scalings` in colour, all others as grey dots."""
@@ -133,7 +99,7 @@ def side_by_side(values: pd.Series, width: float = 0.08) -> list[float]:
     return [float(place) for place in np.exp(places)]
 
 
-def lab_note(frames: Frames, points: list[tuple[str, pd.DataFrame]]) -> str:
+def note(frames: Frames, points: list[tuple[str, pd.DataFrame]]) -> str:
     rows = scored(frames, "ruler")
     kind = interval_kind(pd.concat([means[means["main"]] for _, means in points]))  # the others have none drawn
     first = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks at the target length; {kind}"

@@ -6,35 +6,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from paper_figures import scatter, style
-from paper_figures.inputs import Frames, Inputs, is_lab
+from paper_figures.inputs import Frames, Inputs
 
 TITLE = "Score at the longest length against training tokens and GPU-seconds, with the Pareto front"
-INPUTS = Inputs(rows={"ruler": ("train_tokens", "gpu_seconds")}, needs_rows=True, lab="all")
+INPUTS = Inputs(rows={"ruler": ("train_tokens", "gpu_seconds")}, needs_rows=True, lab="only")
 AXES = {"train_tokens": "training tokens", "gpu_seconds": "GPU-seconds"}
 
 
 def draw(frames: Frames) -> Figure:
-    if is_lab(frames["ruler"]):
-        return lab_costs(frames)
-    means, longest = scatter.points(frames, tuple(AXES))
-    fig, axes = scatter.panels(means, longest, AXES)
-    for ax, column in zip(axes, AXES):
-        front = pareto(means[column], means["value"])
-        ax.step(front.index, front.to_numpy(), where="post", color="#AAAAAA", linewidth=1, zorder=1)
-        style.log_axis(ax, means[column], plain)
-    return fig
-
-
-def lab_costs(frames: Frames) -> Figure:
-    """The same for each base and fold of a lab; the Pareto front is over all arms."""
-    points = scatter.lab_points(frames, tuple(AXES))
-    fig, groups = scatter.lab_panels(points, AXES, ("linear", "yarn"))
+    """Two panels for each base and fold of a lab; the Pareto front is over all arms."""
+    points = scatter.points(frames, tuple(AXES))
+    fig, groups = scatter.panels(points, AXES, ("linear", "yarn"))
     for group in groups:
         for ax, column in zip(group.axes, AXES):
             front = pareto(group.means[column], group.means["value"])
             ax.step(front.index, front.to_numpy(), where="post", color="#AAAAAA", linewidth=1, zorder=1)
             style.log_axis(ax, group.means[column], plain)
-    fig.suptitle(scatter.lab_note(frames, points), fontsize=6.5, color="#555555", x=0.01, ha="left")
+    fig.suptitle(scatter.note(frames, points), fontsize=6.5, color="#555555", x=0.01, ha="left")
     return fig
 
 

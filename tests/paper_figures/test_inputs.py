@@ -123,9 +123,13 @@ def test_without_only_what_has_no_data_is_listed(tmp_path, capsys, monkeypatch):
 
 
 def test_a_figure_whose_rows_lack_a_column_names_it(tmp_path, capsys):
-    run = write_run(tmp_path / "run", demo_rows())
-    message = refused(capsys, "--only", "cost", "--results", run, "--output", tmp_path / "out")
-    assert "train_tokens" in message and "gpu_seconds" in message and f"{run / 'results.jsonl'}, line 1" in message
+    from tests.support.lab_rows import lab_run
+
+    path = lab_run(tmp_path) / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "train_tokens": None}) + "\n" for row in rows))
+    message = refused(capsys, "--only", "cost", "--results", path.parent, "--output", tmp_path / "out")
+    assert "train_tokens" in message and "gpu_seconds" in message and f"{path}, line 1" in message
 
 
 def test_a_published_file_without_a_column_is_named(tmp_path, monkeypatch):
