@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import claims
-
 Row = dict[str, Any]
 
 SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", "llama3": "Llama 3"}
 
+#: Loss weight of an end prompt whose words are fixed, where rows do not say.
+CUE_WEIGHT = 0.1
 #: Pieces of a context and tokens of a quotation that an arm's label does not tell, because most arms have them.
 PIECES, SPAN = 3, 40
 
@@ -64,7 +64,7 @@ class Arm:
             return "base" if self.scaling == "none" else "untrained"
         first = {"contiguous": "contiguous, short", "full": "full length", "longlora": "LongLoRA"}
         parts = [" ".join(part for part in (first.get(self.kind, self.kind), self.prompt) if part)]
-        if self.weight not in (None, claims.CUE_WEIGHT if self.prompt.startswith(("EP_", "text:")) else 1.0):
+        if self.weight not in (None, CUE_WEIGHT if self.prompt.startswith(("EP_", "text:")) else 1.0):
             parts.append(f"weight {self.weight:g}")
         if not self.usual:
             parts.append(f"{self.steps} steps")
@@ -175,7 +175,7 @@ def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float 
         kind = f"{scheme}-{row['pieces']}"
     weight = row.get("prompt_weight")
     if prompt and weight is None:
-        weight = 1.0 if prompt == "recall" else claims.CUE_WEIGHT
+        weight = 1.0 if prompt == "recall" else CUE_WEIGHT
     if prompt in ("recall", "question") and row.get("recall_span") not in (None, SPAN):
         prompt += f"-{row['recall_span']}"
     return {
@@ -200,7 +200,7 @@ def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float 
 
 def is_published(arm: Arm) -> bool:
     """The paper's method: a fixed end prompt at the far end."""
-    return arm.kind == "endprompt" and arm.prompt == "EP_1" and arm.weight == claims.CUE_WEIGHT
+    return arm.kind == "endprompt" and arm.prompt == "EP_1" and arm.weight == CUE_WEIGHT
 
 
 def is_recall(arm: Arm) -> bool:
@@ -209,7 +209,7 @@ def is_recall(arm: Arm) -> bool:
 
 def is_main(arm: Arm) -> bool:
     """Not one of the other wordings and weights, which question 3 alone is about."""
-    return not arm.prompt.startswith("EP_") or (arm.prompt == "EP_1" and arm.weight == claims.CUE_WEIGHT)
+    return not arm.prompt.startswith("EP_") or (arm.prompt == "EP_1" and arm.weight == CUE_WEIGHT)
 
 
 def is_short(arm: Arm) -> bool:

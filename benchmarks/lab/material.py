@@ -42,8 +42,38 @@ TOKEN_CHARACTERS = 5.0
 SAMPLE_SEED = 1000
 
 
+class Material:
+    """One file of the cache."""
+
+    def path(self, folder: Path) -> Path:
+        raise NotImplementedError
+
+    def write(self, made: Path, given: Inputs) -> None:
+        """Write the file. Raises ValueError if what it is made of is not on this machine."""
+        raise NotImplementedError
+
+    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
+        """The file, written aside and moved to its place; one process makes it, others wait."""
+        path = self.path(folder)
+        with locked(path):
+            if path.exists():
+                return
+            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+                made = Path(aside) / path.name
+                self.write(made, given)
+                os.replace(made, path)
+
+
+def write_shard(made: Path, text: Path, model: str) -> None:
+    """Documents of JSON lines as a token shard."""
+    from endprompt.config import PrepareConfig
+    from endprompt.data import prepare
+
+    prepare(PrepareConfig(data=[str(text)], output=str(made), tokenizer=model))
+
+
 @dataclass(frozen=True)
-class Part:
+class Part(Material):
     """One file of `count` training documents of `tokens` tokens each, for all arms of a base, row length and seed."""
 
     model: str
@@ -63,35 +93,20 @@ class Part:
         name = sha256_of(json.dumps([*about, self.mixture, "documents-1"]))[:12]
         return folder / "documents" / f"{self.tokens}-seed{self.seed}-{self.number}-{name}"
 
-    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
-        """Write the documents as a token shard."""
+    def write(self, made: Path, given: Inputs) -> None:
         from benchmarks.base import documents
-        from endprompt.config import PrepareConfig
-        from endprompt.data import prepare
 
-        path = self.path(folder)
-        with locked(path):
-            if path.exists():
-                return
-            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-                text, tokenizer = Path(aside) / "documents.jsonl", tokenizer_of(self.model)
-                seed = 1 + 1000 * self.seed + self.number
-                documents.write_documents(
-                    text,
-                    self.count,
-                    tokenizer,
-                    seed,
-                    self.tokens,
-                    self.mixture,
-                    prose=training_prose(self.model),
-                    longest=self.longest,
-                )
-                prepare(PrepareConfig(data=[str(text)], output=str(Path(aside) / "shard"), tokenizer=self.model))
-                os.replace(Path(aside) / "shard", path)
+        text, tokenizer = made.with_name("documents.jsonl"), tokenizer_of(self.model)
+        seed = 1 + 1000 * self.seed + self.number
+        prose = training_prose(self.model)
+        documents.write_documents(
+            text, self.count, tokenizer, seed, self.tokens, self.mixture, prose=prose, longest=self.longest
+        )
+        write_shard(made, text, self.model)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Piece(Material):
     """One file of the given documents' tokens, as they are: those that begin in its stretch of characters."""
 
     model: str
@@ -102,27 +117,15 @@ class Piece:
         about = [tokenizer_sha256(self.model), self.sha256, self.number, PIECE_CHARACTERS, "piece-1"]
         return folder / "documents" / f"given-{self.number}-{sha256_of(json.dumps(about))[:12]}"
 
-    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
-        """Write the documents as a token shard. Raises ValueError if the file is not on this machine."""
-        from endprompt.config import PrepareConfig
-        from endprompt.data import prepare
-
-        path = self.path(folder)
-        with locked(path):
-            if path.exists():
-                return
-            source = needed_file(given, "documents", path)
-            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-                text = Path(aside) / "documents.jsonl"
-                with text.open("w", encoding="utf-8") as file:
-                    for one in piece(source, self.number, PIECE_CHARACTERS):
-                        file.write(json.dumps({"text": one}) + "\n")
-                prepare(PrepareConfig(data=[str(text)], output=str(Path(aside) / "shard"), tokenizer=self.model))
-                os.replace(Path(aside) / "shard", path)
+    def write(self, made: Path, given: Inputs) -> None:
+        source, text = needed_file(given, "documents", made), made.with_name("documents.jsonl")
+        lines = (json.dumps({"text": one}) + "\n" for one in piece(source, self.number, PIECE_CHARACTERS))
+        text.write_text("".join(lines), encoding="utf-8")
+        write_shard(made, text, self.model)
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Material):
     """The first `tokens` tokens of each of `rows` given texts that are at least so long."""
 
     model: str
@@ -134,30 +137,24 @@ class HeldOut:
         about = [tokenizer_sha256(self.model), self.sha256, self.tokens, self.rows, "held-out-1"]
         return folder / "documents" / f"held-out-{self.tokens}-{sha256_of(json.dumps(about))[:12]}.npy"
 
-    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
-        """Write them as an array (rows, tokens). Raises ValueError if there are too few, or no file."""
-        path = self.path(folder)
-        with locked(path):
-            if path.exists():
-                return
-            backend, found = tokenizer_of(self.model).backend_tokenizer, []
-            for text in texts(needed_file(given, "held_out", path)):
-                ids = backend.encode(text[: 12 * self.tokens], add_special_tokens=False).ids[: self.tokens]
-                found += [ids] if len(ids) == self.tokens else []
-                if len(found) == self.rows:
-                    break
-            if len(found) < self.rows:
-                raise ValueError(f"held_out has {len(found)} texts of {self.tokens} tokens, {self.rows} are needed")
-            aside = path.with_name(path.name + ".partial.npy")
-            np.save(aside, np.array(found, dtype=np.uint16 if np.max(found) < 2**16 else np.int32))
-            os.replace(aside, path)
+    def write(self, made: Path, given: Inputs) -> None:
+        """As an array (rows, tokens). Raises ValueError if there are too few, or no file."""
+        backend, found = tokenizer_of(self.model).backend_tokenizer, []
+        for text in texts(needed_file(given, "held_out", made)):
+            ids = backend.encode(text[: 12 * self.tokens], add_special_tokens=False).ids[: self.tokens]
+            found += [ids] if len(ids) == self.tokens else []
+            if len(found) == self.rows:
+                break
+        if len(found) < self.rows:
+            raise ValueError(f"held_out has {len(found)} texts of {self.tokens} tokens, {self.rows} are needed")
+        np.save(made, np.array(found, dtype=np.uint16 if np.max(found) < 2**16 else np.int32))
 
     def read(self, folder: Path) -> np.ndarray:
         return np.load(self.path(folder)).astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Material):
     """One file of RULER samples: task and length with the options for small windows."""
 
     model: str
@@ -181,43 +178,34 @@ class Samples:
         name = sha256_of(json.dumps(about))[:12]
         return folder / "samples" / f"{self.task}-{self.length}-seed{self.seed}-{name}.npz"
 
-    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
-        """Write the prompts' tokens, the answers, and the hash of the texts."""
+    def write(self, made: Path, given: Inputs) -> None:
+        """The prompts' tokens, the answers, and the hash of the texts."""
         from benchmarks import ruler
         from benchmarks.lab import predict
         from benchmarks.ruler.cell import samples_sha256
 
-        path = self.path(folder)
-        with locked(path):
-            if path.exists():
-                return
-            tokenizer = tokenizer_of(self.model)
-            options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
-            options["edition"] = self.edition
-            folder_of_data = given.data_dir if self.data else None
-            if self.data and folder_of_data is None:
-                raise ValueError(f"{path} is not in the cache, and to make it data_dir must be given")
-            made = ruler.build_samples(
-                self.task, self.length, tokenizer, self.count, self.seed, folder_of_data, **options
-            )
-            ids = predict.prompt_ids(tokenizer, made)
-            about = {
-                "sha256": samples_sha256(made),
-                "haystack": made[0]["haystack"],
-                "haystack_sha256": made[0]["haystack_sha256"],
-                "fill": round(sum(sample["fill"] for sample in made) / len(made), 5),
-                "samples": [{key: sample[key] for key in ("outputs", "max_new_tokens", "depth")} for sample in made],
-            }
-            aside = path.with_name(path.name + ".partial.npz")
-            np.savez(
-                aside,
-                ids=np.concatenate(
-                    [np.asarray(one, dtype=np.uint16 if len(tokenizer) < 2**16 else np.int32) for one in ids]
-                ),
-                lengths=np.array([len(one) for one in ids]),
-                about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-            )
-            os.replace(aside, path)
+        tokenizer = tokenizer_of(self.model)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
+        options["edition"] = self.edition
+        folder = given.data_dir if self.data else None
+        if self.data and folder is None:
+            raise ValueError(f"{made.name} is not in the cache, and to make it data_dir must be given")
+        built = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, folder, **options)
+        ids = predict.prompt_ids(tokenizer, built)
+        about = {
+            "sha256": samples_sha256(built),
+            "haystack": built[0]["haystack"],
+            "haystack_sha256": built[0]["haystack_sha256"],
+            "fill": round(sum(sample["fill"] for sample in built) / len(built), 5),
+            "samples": [{key: sample[key] for key in ("outputs", "max_new_tokens", "depth")} for sample in built],
+        }
+        kind = np.uint16 if len(tokenizer) < 2**16 else np.int32
+        np.savez(
+            made,
+            ids=np.concatenate([np.asarray(one, dtype=kind) for one in ids]),
+            lengths=np.array([len(one) for one in ids]),
+            about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+        )
 
     def read(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """(samples with input_ids, outputs, max_new_tokens and depth; what they have in common)."""
@@ -233,9 +221,6 @@ class Samples:
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it") from error
         return samples, about
-
-
-Material = Part | Piece | HeldOut | Samples
 
 
 def parts(cell: Cell) -> list[Part | Piece]:
@@ -295,14 +280,10 @@ def needed(cells: Sequence[Cell]) -> list[Material]:
     return list(found)
 
 
-def make(item: Material, folder: Path, given: Inputs = NOTHING) -> None:
-    item.make(folder, given)
-
-
 def needed_file(given: Inputs, name: str, made: Path) -> Path:
     path = given.path(name)
     if path is None:
-        raise ValueError(f"{made} is not in the cache, and to make it {name} must be given")
+        raise ValueError(f"{made.name} is not in the cache, and to make it {name} must be given")
     return path
 
 

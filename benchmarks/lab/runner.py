@@ -305,7 +305,7 @@ class Runner:
         with contextlib.ExitStack() as stack:
             pool = self.aside()
             stack.callback(abandon, pool)
-            made = [pool.submit(material.make, item, self.cache, Inputs.of(self.config)) for item in missing]
+            made = [pool.submit(item.make, self.cache, Inputs.of(self.config)) for item in missing]
             for number, future in enumerate(made, 1):
                 future.result()
                 say(f"{number} of {len(made)} files of documents and samples made")
@@ -319,15 +319,13 @@ class Runner:
             stack.callback(self.stop)
             for item in material.needed(self.waiting):
                 if not item.path(self.cache).exists():
-                    self.making[item] = aside.submit(material.make, item, self.cache, Inputs.of(self.config))
+                    self.making[item] = aside.submit(item.make, self.cache, Inputs.of(self.config))
             self.workers = [self.start(number) for number in range(min(self.jobs, len(self.waiting)))]
-            show = stack.enter_context(self.display())
             while self.waiting or any(worker.cell for worker in self.workers):
                 for worker in self.workers:
                     if worker.ready and worker.cell is None:
                         self.give(worker)
                 self.listen()
-                show()
 
     def start(self, number: int) -> Worker:
         from benchmarks.lab.cells import Workplace
@@ -481,50 +479,9 @@ class Runner:
         )
         self.directory.add([row])
         self.directory.log(cell=cell.name, worker=worker, error=error, traceback=trace)
-        self.tell(f"FAILED {cell.name}: {error}")
+        say(f"FAILED {cell.name}: {error}")
 
     # -- telling
-
-    @contextlib.contextmanager
-    def display(self) -> Iterator[Any]:
-        """A live table on a terminal; elsewhere nothing, since each cell gets a line."""
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console(stderr=True)
-        self.live: Any = None
-        if not console.is_terminal or console.no_color:
-            yield lambda: None
-            return
-        with Live(self.table(console.width), console=console, refresh_per_second=2, transient=True) as self.live:
-            yield lambda: self.live.update(self.table(console.width))
-
-    def table(self, width: int) -> Any:
-        """Cells by base and fold, and those that run, for a terminal of so many columns."""
-        from rich.table import Table
-
-        groups: dict[str, list[int]] = {}
-        waiting = {cell.sha256 for cell in self.waiting}
-        running = {worker.cell.sha256 for worker in self.workers if worker.cell}
-        for cell in self.cells:
-            counts = groups.setdefault(f"base {cell.base}, {cell.fold}-fold", [0, 0, 0])
-            state = 0 if cell.sha256 in waiting else 1 if cell.sha256 in running else 2
-            counts[state] += 1
-        made = Table(title=self.state(), title_justify="left")
-        widest = max(len(cell.name) for cell in self.cells)
-        room = width - sum(len(head) + 3 for head in ("waiting", "running", "waiting")) - 4
-        # names come and go: the columns stay where they are
-        made.add_column("", min_width=max(1, min(2 + widest, room)))
-        for head in ("waiting", "running", "over"):
-            made.add_column(head, justify="right", min_width=len("waiting") if room >= 20 else None)
-        for name, counts in groups.items():
-            made.add_row(name, *map(str, counts))
-        for worker in self.workers:
-            if worker.cell:
-                made.add_row(f"  {worker.cell.name}", "", f"{time.perf_counter() - worker.since:.0f} s", "")
-        if self.making:
-            made.add_row(f"  documents and samples to make: {len(self.making)}")
-        return made
 
     def state(self) -> str:
         from endprompt.train.progress import clock
@@ -550,13 +507,7 @@ class Runner:
             values = [row["value"] for row in rows if row["suite"] == "ruler" and row["length"] == length]
             if values:
                 means.append(f"{length}: {sum(values) / len(values):.1f}")
-        self.tell(f"[{self.state()}] {cell.name}  {'  '.join(means)}  ({seconds:.1f} s)")
-
-    def tell(self, message: str) -> None:
-        if self.live is not None:
-            self.live.console.print(message, highlight=False, markup=False)
-        else:
-            say(message)
+        say(f"[{self.state()}] {cell.name}  {'  '.join(means)}  ({seconds:.1f} s)")
 
     def conclude(self) -> None:
         """Scores by depth, and the answers to the questions as far as the rows go."""

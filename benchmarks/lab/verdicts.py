@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.lab import claims, estimates
+from benchmarks.lab import contrasts, estimates
 from benchmarks.lab.arms import SCALINGS, Arm, Row, arms_of, is_main, is_short, with_most_seeds
 from benchmarks.lab.contrasts import Contrast, contrasts_of
 from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate
@@ -72,7 +72,7 @@ ALL_SETTINGS = {"base": "all", "fold": None, "scaling": "all", "length": None, "
 
 
 def rows_of(arms: Sequence[Arm]) -> list[Row]:
-    """All estimates, question by question, each with its verdict; in each question, last, its claims."""
+    """All estimates, question by question, each with its verdict; in each question, last, its contrasts."""
     rows = [row for contrast in contrasts_of(arms) for row in score_rows(contrast)]
     rows += interaction_rows(rows)
     rows += slope_rows(arms)
@@ -201,7 +201,7 @@ def slope_rows(arms: Sequence[Arm]) -> list[Row]:
             lines_of[key, length] = usual, dict(zip(seeds, slopes.tolist()))
             extra = {"scores": scores.mean(axis=1).tolist(), "over_steps": [arm.steps for arm in members]}
             extra["both_fail"] = bool(scores.mean(axis=1).max() < FLOOR)
-            contrast = Contrast(2, claims.SLOPE, usual, usual)
+            contrast = Contrast(2, contrasts.SLOPE, usual, usual)
             rows.append(estimate_row(contrast, "slope", length, lines_of[key, length][1], **extra))
         if members[-1] is not usual:
             rows += score_rows(Contrast(2, "longest training against the usual", members[-1], usual))
@@ -293,7 +293,7 @@ def window_rows(arms: Sequence[Arm]) -> list[Row]:
         before = bases.get(arm.base)
         if arm.kind == "base" or before is None:
             continue
-        contrast = Contrast(7, claims.KEPT, arm, before)
+        contrast = Contrast(7, contrasts.KEPT, arm, before)
         rows += [row | {"primary": True} for row in score_rows(contrast) if row["length"] == arm.window]
         a, b = arm.losses.get(arm.window, {}), before.losses.get(arm.window, {})
         values = {seed: a[seed] - b[seed] for seed in a if seed in b}
@@ -412,7 +412,7 @@ def estimate_text(row: Row) -> str:
 def claim_rows(rows: Sequence[Row]) -> list[Row]:
     """A row for each claim that the estimates speak of."""
     found = []
-    for claim in claims.CLAIMS:
+    for claim in contrasts.CLAIMS:
         chosen = [row for row in rows if claim.speaks_of(row)]
         if claim.metric == "rank_correlation":  # the row over all bases and folds is their average already
             chosen = [row for row in chosen if row["base"] == "all"] or chosen
@@ -421,7 +421,7 @@ def claim_rows(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def claim_row(claim: claims.Claim, chosen: Sequence[Row]) -> Row:
+def claim_row(claim: contrasts.Claim, chosen: Sequence[Row]) -> Row:
     live = [row for row in chosen if not row.get("both_fail")]
     shown = ("base", "fold", "scaling", "length", "labels", "value", "ci95", "n", "verdict", "chosen_on")
     row = {
@@ -465,8 +465,8 @@ def claim_sentence(row: Row) -> str:
     """The verdict on a claim: the average with its interval, every setting's own verdict, and whether they agree."""
     compared = {tuple(part["labels"]) for part in row["parts"]}
     what = row["family"] if len(compared) > 1 or not row["kinds"] else " against ".join(dict.fromkeys(row["labels"]))
-    if row["family"] == claims.KEPT:
-        what = f"{row['labels'][0]}, {claims.KEPT}"
+    if row["family"] == contrasts.KEPT:
+        what = f"{row['labels'][0]}, {contrasts.KEPT}"
     counts = Counter(part["verdict"] for part in row["parts"])
     each = "; ".join(f"{verdict} in {count}" for verdict, count in counts.items())
     several = f" (setting by setting: {each})" if len(row["parts"]) > 1 else f" ({setting_text(row)})"

@@ -217,7 +217,7 @@ def test_documents_and_samples_are_the_same_whoever_makes_them(run, tmp_path):
     items = [item for item in material.needed(cells_of(config)) if item.seed in (1, 1001)]
     assert {type(item).__name__ for item in items} == {"Part", "Samples"}
     for item in items:
-        material.make(item, tmp_path)
+        item.make(tmp_path)
         ours, theirs = item.path(tmp_path), item.path(config.cache_directory)
         if ours.is_dir():
             names = ("tokens.bin", "offsets.npy", "completions.npy")  # the manifest names a folder of its own
@@ -226,7 +226,7 @@ def test_documents_and_samples_are_the_same_whoever_makes_them(run, tmp_path):
             with np.load(ours) as made, np.load(theirs) as found:
                 assert made.files == found.files and all(np.array_equal(made[key], found[key]) for key in made.files)
         stamp = ours.stat().st_mtime_ns
-        material.make(item, tmp_path)
+        item.make(tmp_path)
         assert ours.stat().st_mtime_ns == stamp  # what is there is left alone
 
 
@@ -310,7 +310,7 @@ def begun(run, output, cell):
     """A runner that has given the cell to a worker."""
     lab = runner.Runner(lab_config(run, output=str(output)), cells_of(lab_config(run)), "cpu", 1)
     lab.directory = RunDirectory(output)
-    lab.output, lab.live = output, None
+    lab.output = output
     here, there = multiprocessing.get_context("spawn").Pipe()
     lab.workers = [runner.Worker(0, None, here, ready=True, cell=cell)]
     return lab, there
@@ -414,21 +414,3 @@ def test_the_light_entry_names_what_is_wrong(argument, code, message, capsys):
     assert main([argument]) == code
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
-
-
-@pytest.mark.parametrize("width", [100, 60, 40])
-def test_the_live_table_stays_where_it_is_while_cells_come_and_go(run, width):
-    from rich.console import Console
-
-    cells = cells_of(lab_config(run))
-    shown = []
-    for cell in sorted(cells, key=lambda cell: len(cell.name)):
-        live = runner.Runner(lab_config(run), cells, "cpu", 1, waiting=cells[2:])
-        live.workers = [runner.Worker(0, None, None, cell=cell, since=time.perf_counter())]
-        live.started = time.perf_counter()
-        console = Console(width=width, record=True, file=io.StringIO())
-        console.print(live.table(width))
-        shown.append(console.export_text().splitlines())
-    borders = {lines[1] for lines in shown}
-    assert len({cell.name for cell in cells}) > 2 and len(borders) == 1
-    assert borders.pop().endswith("\N{BOX DRAWINGS HEAVY DOWN AND LEFT}") and len(shown[0][1]) <= width

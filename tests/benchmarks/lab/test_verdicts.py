@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.lab import claims, estimates, verdicts
+from benchmarks.lab import contrasts, estimates, verdicts
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.estimates import BOTH_FAIL, HELPS, HURTS, OPEN, SAME
 from tests.support.lab_rows import BASE, Made, lab_run, made_rows, write_lines
@@ -221,7 +221,7 @@ def test_question_3_recall_wording_and_weight():
         for row in rows
         if row["task"] == "q3" and row["primary"] and row["metric"] == "score_difference"
     }
-    assert found == {claims.RECALL: (35, HELPS), claims.WORDING: (1, SAME), "weight of the prompt": (-20, HURTS)}
+    assert found == {contrasts.RECALL: (35, HELPS), contrasts.WORDING: (1, SAME), "weight of the prompt": (-20, HURTS)}
 
 
 def test_question_4_places_and_interactions():
@@ -231,12 +231,12 @@ def test_question_4_places_and_interactions():
     far = [recall(40.0, "yarn"), Made("endprompt-random", "yarn", (95, 80, 75), prompt="recall", weight=1.0)]
     far += [Made("pose", "yarn", (95, 80, 82), whole=False)]
     rows = verdicts.rows_of(arms_of(near + made_rows(far, fold=32, noise=1.0, seeds=range(10))[0]))
-    random = {"task": "q4", "family": claims.FIXED, "method": "endprompt-random-recall+yarn - endprompt-recall+yarn"}
+    random = {"task": "q4", "family": contrasts.FIXED, "method": "endprompt-random-recall+yarn - endprompt-recall+yarn"}
     assert pick(rows, **random, metric="score_difference", length=2048, fold=8)["verdict"] == SAME
     assert pick(rows, **random, metric="score_difference", length=8192)["verdict"] == HELPS
     grown = pick(rows, **random, metric="interaction_fold")
     assert grown["verdict"] == "larger" and grown["value"] == pytest.approx(35 - 1, abs=1e-5)
-    best = pick(rows, task="q4", family=claims.BEST, metric="score_difference", length=8192)
+    best = pick(rows, task="q4", family=contrasts.BEST, metric="score_difference", length=8192)
     assert best["comparison"] == ["endprompt-random-recall+yarn", "pose+yarn"] and best["verdict"] == HURTS
     assert pick(rows, source="aim")["agrees"] == "does not agree"
 
@@ -252,7 +252,9 @@ def test_the_best_with_whole_text_is_tested_where_it_was_not_chosen():
     rows += made_rows(arms, base=512, fold=32, noise=0.5, seeds=range(3))[0]
     rows += made_rows(arms, base=1024, fold=8, noise=0.5, seeds=range(3))[0]  # another fold: a choice of its own
     found = verdicts.rows_of(arms_of(rows))
-    tested = [r for r in found if r["family"] == claims.BEST and r["fold"] == 32 and r["metric"] == "score_difference"]
+    tested = [
+        r for r in found if r["family"] == contrasts.BEST and r["fold"] == 32 and r["metric"] == "score_difference"
+    ]
     assert {(r["base"], r["n"]) for r in tested if r["primary"]} == {("256", 5), ("512", 3)}
     assert {tuple(r["comparison"]) for r in tested} == {(lucky.name, "pose+yarn")}
     assert {r["chosen_on"] for r in tested} == {"base 256, seeds 0, 1, 2, 3, 4"}
@@ -273,7 +275,7 @@ def test_arms_with_few_seeds_do_not_take_seeds_from_the_others():
     for row in found:
         if row["metric"] == "rank_correlation" or row["family"].startswith("Pareto"):
             assert row["n"] == 5 and few.name not in row["comparison"]
-    assert {row["n"] for row in found if row["family"] == claims.POSE} == {2}
+    assert {row["n"] for row in found if row["family"] == contrasts.POSE} == {2}
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1, "contradicts"), (-1, "predicts")])
@@ -306,7 +308,7 @@ def test_question_6_costs():
     equal = pick(
         rows,
         task="q6",
-        family=claims.FULL,
+        family=contrasts.FULL,
         length=2048,
         metric="score_difference",
         method="endprompt-EP_1+linear - full+linear",
@@ -334,12 +336,12 @@ def test_question_6_longlora_is_judged_where_it_learns(score, paper, ours):
     arms += [fixed(70.0, "yarn"), Made("pose", "yarn", (95, 80, 80.0), whole=False), recall(75.0, "yarn")]
     full = Made("contiguous", "yarn", (90, 70, 75.0), full=True, tag="-2048", seconds=14.0)
     rows = judged([*arms, full, longlora("yarn", score, lr=2e-3)], noise=1.0)
-    told = {row["source"]: row for row in rows if row["metric"] == "claim" and row["family"] == claims.LONGLORA}
+    told = {row["source"]: row for row in rows if row["metric"] == "claim" and row["family"] == contrasts.LONGLORA}
     assert {source: row["agrees"] for source, row in told.items()} == {"paper": paper, "prototypes": ours}
     assert told["paper"]["value"] == pytest.approx(70 - score, abs=1e-5)
     assert told["prototypes"]["value"] == pytest.approx(80 - score, abs=1e-5)
     assert {part["scaling"] for row in told.values() for part in row["parts"]} == {"yarn"}
-    compared = [r for r in rows if r["family"] == claims.LONGLORA and r["primary"] and r["metric"] != "claim"]
+    compared = [r for r in rows if r["family"] == contrasts.LONGLORA and r["primary"] and r["metric"] != "claim"]
     assert {(row["kinds"][0], row["prompts"][0]) for row in compared if row["scaling"] == "yarn"} == {
         ("endprompt", "EP_1"), ("endprompt", "recall"), ("pose", ""), ("full", ""),
     }  # fmt: skip
