@@ -33,7 +33,7 @@ COLOURS = {
 }
 #: Points of a curve that can be reached one by one.
 STOPS = 24
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 12, "text.color": COLOURS["ink"],
     "axes.labelcolor": COLOURS["soft"], "axes.edgecolor": COLOURS["soft"], "xtick.color": COLOURS["soft"],
     "xtick.labelcolor": COLOURS["ink"], "ytick.labelcolor": COLOURS["ink"], "ytick.major.size": 0,
@@ -74,8 +74,8 @@ class Chart:
         self.spoken[artist.get_gid()] = kind, spoken
 
     def point(self, x: float, y: float, style: int, spoken: str, kind: str = "mark", **more: Any) -> None:
-        look = {"marker": MARKERS[style % STYLES], "markersize": 8, "markeredgewidth": 0.8, "color": colour(style)}
-        (artist,) = self.axes.plot([x], [y], markeredgecolor=COLOURS["card"], **look, **more)
+        look: dict[str, Any] = {"marker": MARKERS[style % STYLES], "color": colour(style), "markersize": 8, **more}
+        (artist,) = self.axes.plot([x], [y], markeredgecolor=COLOURS["card"], markeredgewidth=0.8, **look)
         self.value(artist, spoken, kind)
 
     def limit(self, x: float, top: float = 1.0) -> None:
@@ -246,9 +246,11 @@ def scheme(
         axes = chart.axes
         axes.set(xlim=(0, target), ylim=(bottom, 0))
         axes.set_yticks([])
-        axes.set_xticks([0, window, target], ["0", tokens(window), tokens(target)])
-        for label, side in zip(axes.get_xticklabels(), ("left", "center" if window > target / 10 else "left", "right")):
-            label.set_horizontalalignment(side)
+        names = ["0" if window > target / 10 else "", tokens(window), tokens(target)]
+        axes.set_xticks([0, window, target], names)
+        first, *_, last = axes.get_xticklabels()
+        first.set_horizontalalignment("left")
+        last.set_horizontalalignment("right")
 
         def bar(lo: int, hi: int, y: float, height: float, style: int, spoken: str) -> None:
             wide = max(hi + 1 - lo, 2 * target / (WIDTH - 24))
