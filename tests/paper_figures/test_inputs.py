@@ -239,7 +239,7 @@ def test_an_interval_at_the_border_stays_one_sided():
 
 @pytest.mark.parametrize(
     ("name", "fewer"),
-    [("anchor_place", 8), ("cost", 32), ("lab_scores", 8), ("score_against_steps", 8), ("score_against_steps", 32),
+    [("anchor_place", 8), ("cost", 32), ("lab_scores", 8), ("score_against_steps", 32),
      ("smoothness_against_score", 32)],
 )  # fmt: skip
 def test_captions_of_the_lab_tell_the_least_and_the_most_seeds(name, fewer, tmp_path):

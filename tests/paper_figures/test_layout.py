@@ -90,12 +90,15 @@ def texts_of(fig):
 CASES = [
     (name, which)
     for name in catalog.FIGURES
-    for which in (("none", "demo", "lab", "one") if catalog.module(name).INPUTS.rows else ("none",))
+    for which in (("none", "lab", "one") if catalog.module(name).INPUTS.rows else ("none",))
 ] + [(name, "plan") for name in catalog.FIGURES if "ruler" in catalog.module(name).INPUTS.rows]
 CASES += [(name, "study") for name in study_page.PICTURES]
-CASES += [("longbench_bars", which) for which in LONGBENCH_RUNS]
+CASES += [("longbench_bars", which) for which in ("four checkpoints", "two sets")]
+CASES += [pytest.param("longbench_bars", which, marks=pytest.mark.slow) for which in ("English sets", "one checkpoint")]
 CASES += [
-    pytest.param(name, which, marks=pytest.mark.slow) for name in catalog.FIGURES for which in ("small", "measured")
+    pytest.param(name, which, marks=pytest.mark.slow)
+    for name in catalog.FIGURES
+    for which in ("demo", "small", "measured")
 ]
 
 

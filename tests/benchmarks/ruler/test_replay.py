@@ -29,7 +29,14 @@ META_CHAT = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
 def cells(data: str) -> list:
     chosen = [cell for cell in GOLDEN["cells"] if cell["data"] == data]
     names = ("edition", "task", "length", "template", "random_seed")
-    return [pytest.param(cell, id="-".join(str(cell[name]) for name in names)) for cell in chosen]
+    return [
+        pytest.param(
+            cell,
+            id="-".join(str(cell[name]) for name in names),
+            marks=[pytest.mark.slow] * (cell["length"] < 4096),  # the same way as with 4096
+        )
+        for cell in chosen
+    ]
 
 
 @pytest.fixture(scope="module")
