@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +20,9 @@ from endprompt.files import read_text, sha256_of
 from endprompt.positions import Intervals
 from endprompt.results import recorded
 from endprompt.text import Reader
+
+#: Seconds between lines about the layers, where there is no terminal for a bar.
+LINE_SECONDS = 10.0
 
 
 @dataclass
@@ -154,18 +159,25 @@ def load(path: str, config: VerifyConfig) -> Any:
 
 
 def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None:
-    """Run a checkpoint over the text and hand its spectra on layer by layer; a terminal shows a bar."""
+    """Run a checkpoint over the text and hand its spectra on layer by layer; a terminal shows a bar, else lines."""
     from rich.console import Console
     from rich.progress import Progress
 
     model = load(path, scene.config)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or console.no_color) as progress:
-        bar = progress.add_task(f"verify {Path(path).name}: layers", total=model.config.num_hidden_layers)
+    console, layers = Console(stderr=True), model.config.num_hidden_layers
+    plain = not console.is_terminal or console.no_color
+    done, told = 0, time.monotonic()
+    with Progress(console=console, transient=True, disable=plain) as progress:
+        bar = progress.add_task(f"verify {Path(path).name}: layers", total=layers)
 
         def pass_on(layer: Any) -> None:
+            nonlocal done, told
             consume(layer)
             progress.advance(bar)
+            done += 1
+            if plain and time.monotonic() - told >= LINE_SECONDS:
+                print(f"verify {Path(path).name}: {done} of {layers} layers", file=sys.stderr, flush=True)
+                told = time.monotonic()
 
         without_rope: list[int] = []
         capture(model, scene.ids, scene.pairs, pass_on, without_rope=without_rope)

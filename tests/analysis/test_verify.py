@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import analysis
-from analysis import capture, findings, verify
+from analysis import capture, findings, scene, verify
 from analysis.commands import positions as positions_command
 from analysis.commands import verify as verify_command
 from analysis.config import PositionsConfig, VerifyConfig
@@ -298,13 +298,15 @@ def test_pairs_are_stratified_and_repeatable():
     assert pairs.key.min() >= 0 and pairs.query.max() < 256
 
 
-def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, capsys):
+def test_verify_writes_rows_curves_and_picture(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scene, "LINE_SECONDS", 0.0)
     config = settings(checkpoint("Llama"), tmp_path, against=str(checkpoint("Llama", seed=1)), target=1500)
     config.formats = ("png",)
     with pytest.raises(ValueError, match="must be above the window"):
         verify.verify(settings(checkpoint("Llama"), tmp_path, target=200, context=None))
     assert verify_command(config) == 0
-    assert "1.000000" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "1.000000" in shown.out and ": 2 of 2 layers\n" in shown.err
     found = results.read_rows(tmp_path / "run" / "results.jsonl")
     values = {row["metric"]: row["value"] for row in found}
     assert {row["suite"] for row in found} == {"analysis"} and {row["length"] for row in found} == {1500}
