@@ -111,8 +111,12 @@ def test_a_disk_with_too_little_room_is_refused(extend_config, tmp_path, monkeyp
         needed = max(2 * found["state"], 2 * found["state"] + found["model"])
     patched = {"free": needed}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, patched["free"]))
-    monkeypatch.setattr(train.Trainer, "fit", lambda *_: interrupted())
-    with pytest.raises(KeyboardInterrupt):
+
+    def begins(*_):
+        raise RuntimeError("the run begins")
+
+    monkeypatch.setattr(train.Trainer, "fit", begins)
+    with pytest.raises(RuntimeError, match="the run begins"):
         train.extend(config)
     patched["free"] = needed - 1
     shutil.rmtree(tmp_path / "out.partial")
