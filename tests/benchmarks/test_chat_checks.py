@@ -1,5 +1,6 @@
 """Chat templates that checkpoints come with: faults are one line, before any work."""
 
+import json
 import shutil
 
 import pytest
@@ -90,6 +91,8 @@ def test_score_says_it_in_one_line(llama, tmp_path, capsys, template):
     folder = tmp_path / "m"
     shutil.copytree(llama, folder)
     with_template(template).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2048}))  # the tokenizer's
     words = f"score {folder} --tasks niah_single_1 --lengths 400 --samples 1 --chat --prepare-only --beyond-window"
     assert cli.main([*words.split(), "--output", str(tmp_path / "o"), "--cache-dir", str(tmp_path / "c")]) == 1
     said = capsys.readouterr().err
