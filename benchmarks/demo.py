@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from analysis.config import VerifyConfig
 from analysis.verify import verify
 from benchmarks import report, scoring
@@ -26,6 +28,7 @@ from endprompt import train
 from endprompt.config import ExtendConfig
 from endprompt.data import row_spec
 from endprompt.distributed import say
+from endprompt.fast.available import bfloat16_matmuls
 from endprompt.files import aside, sole_use
 from endprompt.model import load_tokenizer
 from endprompt.results import append_rows, read_rows
@@ -81,6 +84,8 @@ def steps(config: DemoConfig) -> int:
 
     title(2, "extend", f"window {WINDOW} to {TARGET}, {config.steps} steps of 16 rows an arm, rows of {WINDOW} tokens")
     checkpoints = {"base": BASE}
+    if not fast_bfloat16():
+        say("this CPU has no bfloat16 instructions: trained in float32, so scores may differ from the README's")
     terminals = {}  # tokens of each arm's end prompt
     for arm in ARMS:
         prompt = row_spec(arm_config(arm, run / arm.name, data, config), WINDOW, tokenizer).prompt
@@ -127,6 +132,10 @@ def steps(config: DemoConfig) -> int:
 PICTURE = "score_against_length.png"
 
 
+def fast_bfloat16() -> bool:
+    return torch.cuda.is_available() or bfloat16_matmuls()
+
+
 def arm_config(arm: Arm, output: Path, data: Path, config: DemoConfig) -> ExtendConfig:
     """The arm's training; it goes on where an interrupted one was, and a finished one is left as it is."""
     begun = output.exists() or aside(output).exists()
@@ -146,7 +155,7 @@ def arm_config(arm: Arm, output: Path, data: Path, config: DemoConfig) -> Extend
         decay=0.3,
         completion_weight=10.0,
         seed=config.seed,
-        autocast=True,
+        autocast=fast_bfloat16(),
         save_every=50,
         keep=1,
         resume=begun and not config.overwrite,

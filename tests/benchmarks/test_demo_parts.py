@@ -126,3 +126,11 @@ def test_arms_differ_only_in_what_they_compare(tmp_path):
         assert {k for k, v in vars(other).items() if v != vars(control)[k]} <= free
     assert (control.scheme, paper.scheme, paper.prompt) == ("contiguous", "endprompt", "EP_1")
     assert control.scaling == paper.scaling == "linear"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_are_in_bfloat16_where_the_processor_has_instructions_for_them(played, monkeypatch, capsys, native):
+    monkeypatch.setattr(demo, "bfloat16_matmuls", lambda: native)
+    _, notes, _ = played()
+    assert {config.autocast for config in notes["extend"]} == {native}
+    assert ("trained in float32" in capsys.readouterr().err) is not native
