@@ -30,8 +30,5 @@ def triton_kernels(x: torch.Tensor) -> Any:
 
 
 def bfloat16_matmuls() -> bool:
-    """Whether this CPU has instructions for them (AVX-512, AMX); without them they take many times as long as float32.
-
-    Measured on two cores with AVX2: the demo's training makes 250 tokens/s with autocast.
-    """
+    """Whether this CPU has instructions for them (AVX-512, AMX); without, they take many times as long as float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
