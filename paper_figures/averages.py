@@ -60,15 +60,20 @@ def _number_of_cells(rows: pd.DataFrame, peers: list[str], over: Sequence[str]) 
     }
 
 
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of at least two values with Student's 95% interval."""
+    means = np.asarray(values, dtype=float)
+    half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
+    return means.mean(), means.mean() - half, means.mean() + half
+
+
 def _over_seeds(seeds: list[np.ndarray]) -> tuple[float, float, float]:
-    means = np.array([seed[:, 0].mean() for seed in seeds])
     if len(seeds) > 1:
-        half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
-        return means.mean(), means.mean() - half, means.mean() + half
+        return over_seeds([seed[:, 0].mean() for seed in seeds])
     value, low, high = seeds[0].T
     below = np.sqrt(((value - low) ** 2).sum()) / len(value)
     above = np.sqrt(((high - value) ** 2).sum()) / len(value)
-    return means[0], means[0] - below, means[0] + above
+    return value.mean(), value.mean() - below, value.mean() + above
 
 
 def interval_kind(averages: pd.DataFrame) -> str:

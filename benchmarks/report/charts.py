@@ -48,8 +48,8 @@ class Point:
 
     x: float
     y: float
-    low: float | None = None
-    high: float | None = None
+    low: float = math.nan
+    high: float = math.nan
     spoken: str = ""
 
 
@@ -171,7 +171,7 @@ def lines(
             look = {"color": colour(style), "clip_on": False, **place}
             axes.plot([p.x for p in points], [p.y for p in points], linestyle=DASHES[style % STYLES], **look)
             for p in points:
-                if p.low is not None and p.high is not None:
+                if p.low == p.low:
                     axes.plot([p.x, p.x], [p.low, p.high], linewidth=1.6, alpha=0.75, **look)
             for p in points if scores else thinned(points, STOPS):
                 chart.point(p.x, p.y, style, p.spoken, "mark" if scores else "stop", **place)
@@ -200,29 +200,6 @@ def thinned(values: Sequence[Any], most: int) -> list[Any]:
     if len(values) <= most:
         return list(values)
     return [values[round(k * (len(values) - 1) / (most - 1))] for k in range(most)]
-
-
-def ratios(title: str, rows: Sequence[tuple[str, Sequence[tuple[int, float, str]]]], key: str) -> Markup:
-    """Values over their bounds, a row a bound; a value beyond the line at 1 breaks it.
-
-    rows: (the bound's name, [(style, value over bound, what is spoken)]).
-    """
-    most = max([1.0, *(value for _, values in rows for _, value, _ in values if math.isfinite(value))]) * 1.08
-    with rc_context(SETTINGS):
-        chart = Chart(40 * len(rows) + 52, left=12, top=6, right=16)
-        axes = chart.axes
-        axes.set(xlim=(0, most), ylim=(40 * len(rows), 0), xlabel="largest value / bound; dashed: the bound")
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_yticks([])
-        for number, (name, values) in enumerate(rows):
-            y = 26 + 40 * number
-            axes.text(0, y - 10, name)
-            axes.axhline(y, color=COLOURS["line"], linewidth=1, zorder=0)
-            for place, (style, value, spoken) in enumerate(values):  # one below the other: none hides another
-                chart.point(min(value, most), y + 3.0 * (place - (len(values) - 1) / 2), style, spoken)
-        chart.limit(1.0)
-        return chart.svg(title, "Largest value over its bound. The values are in the table below.", key)
 
 
 def scheme(
