@@ -17,14 +17,10 @@ METHODS = {
 
 @dataclass
 class BenchConfig:
-    """What is measured. A method at its row length is one measurement; a suite is a list of them.
+    """What is measured: a method at its row length.
 
     Args:
         output: directory that gets results.jsonl
-        suite: none for one measurement, or h200: the published comparison, on one GPU
-        parts: of the suite, only those whose name begins with one of these, separated by semicolons; empty for all
-        seconds: the suite starts nothing that its estimate puts beyond this
-        tiny: the suite with toy sizes, on any machine: a rehearsal, its numbers mean nothing
         shape: llama3-8b, llama2-7b, mistral-7b, llama3-1b, small or tiny
         method: endprompt, full, longlora or reference
         row_tokens: physical tokens of a row
@@ -54,10 +50,6 @@ class BenchConfig:
     """
 
     output: str = "bench"
-    suite: str = "none"
-    parts: str = ""
-    seconds: float = 480.0
-    tiny: bool = False
     shape: str = "llama3-8b"
     method: str = "endprompt"
     row_tokens: int = 8192

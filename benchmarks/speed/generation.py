@@ -28,43 +28,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import ruler
 from benchmarks.scoring import generate
 from benchmarks.speed.measure import timed
 from endprompt import results, runs
+from endprompt.model import load_tokenizer, new_model
+from endprompt.shapes import model_config
 
 NEW_TOKENS = 128
 #: What RULER lets a task's families make.
 RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama3-8b": {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49_152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 16_384,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 # (model, prompts, length)
 STEPS = [
     ("llama3-8b", 4, 65_536),
@@ -121,7 +95,7 @@ class Bench:
             self._model = ("", None)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            self._model = (name, random_model(SHAPES[name], 131_072 + 512, self.device))
+            self._model = (name, random_model(name, 131_072 + 512, self.device))
             self.note(f"{name}: {self._model[1].num_parameters() / 1e9:.2f}B parameters")
         return self._model[1]
 
@@ -229,8 +203,6 @@ def hflm(model: Any) -> Callable[[generate.Job], Any] | None:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         return None
-    from endprompt.model import load_tokenizer
-
     lm: Any = HFLM(model, tokenizer=load_tokenizer(Path(__file__).parents[1] / "base" / "256"))  # ids are given as such
 
     def answer(job: generate.Job) -> Any:
@@ -244,18 +216,11 @@ def hflm(model: Any) -> Callable[[generate.Job], Any] | None:
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-def random_model(shape: dict[str, Any], window: int, device: str) -> Any:
+def random_model(shape: str, window: int, device: str) -> Any:
     """A Llama in bfloat16 that never ends its answer: all of the new tokens are generated."""
-    config = LlamaConfig(
-        **shape,
-        max_position_embeddings=window,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config = model_config(shape)
+    config.max_position_embeddings, config.bos_token_id, config.eos_token_id = window, None, None
+    model = new_model(config, seed=0, dtype="bfloat16", attention="sdpa", device=device)
     if not config.tie_word_embeddings:
         with torch.no_grad():
             model.lm_head.weight[0] = 0.0  # the end of text's logit is never the largest

@@ -16,24 +16,6 @@ from endprompt.shapes import SHAPES, model_config
 GIB = 2**30
 
 
-def multiplied_parameters(shape: str) -> int:
-    """Parameters that a token is multiplied by: the decoder layers' matrices and the head."""
-    vocabulary, hidden, layers, heads, groups, intermediate, *_ = SHAPES[shape]
-    head_dim = hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * groups)
-    return layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden
-
-
-def flops_per_token(shape: str, row_tokens: int, method: str = "full") -> float:
-    """FLOPs of one token's forward and backward pass in a causal row, as the module's docstring counts them."""
-    hidden, layers = SHAPES[shape][1:3]
-    products, attention = 6.0 * multiplied_parameters(shape), 6.0 * hidden * layers * row_tokens
-    if method == "longlora":
-        # half of the heads see T/8 keys on average instead of T/2; those with moved borders 3/4 T/8 + 1/4 T/16
-        return products * 4 / 6 + attention * 15 / 64
-    return products + attention
-
-
 def measure(config: BenchConfig) -> list[dict[str, Any]]:
     """Result rows of one measurement, in this process. Raises torch.OutOfMemoryError if it does not fit."""
     import torch
@@ -72,9 +54,8 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
         values["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         if not config.warm_layers:
             values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        peak = device_peak(device)
-        if peak is not None:
-            values["mfu_percent"] = 100 * speed * flops_per_token(config.shape, config.row_tokens, config.method) / peak
+        if (peak := device_peak(device)) is not None:
+            values["mfu_percent"] = 100 * speed * run.flops / peak
     if config.profile:
         values |= run.profile()
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_A_SETTING}
@@ -88,7 +69,7 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
 PROFILED = 2
 
 
-NOT_A_SETTING = frozenset({"output", "suite", "parts", "seconds", "tiny", "name"})
+NOT_A_SETTING = frozenset({"output", "name"})
 
 
 class Run:
@@ -99,6 +80,8 @@ class Run:
 
         from endprompt.fast import LeanAdamW, fuse, linears
         from endprompt.model import extended_config, new_model, training_attention
+        from endprompt.model.lora import add_lora
+        from endprompt.train.progress import flops_per_token
         from endprompt.train.recompute import memory_budget
 
         self.config, self.device = config, device
@@ -118,7 +101,8 @@ class Run:
         )
         self.model.train()
         if config.method == "longlora":
-            self.model = with_lora(self.model)
+            add_lora(self.model, 8, 16, ["embed", "norm"], seed=0)
+        self.flops = flops_per_token(self.model, config.row_tokens)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if config.optimizer == "lean":
             self.optimizer = LeanAdamW(trained, lr=2e-5, sums=getattr(torch, config.sums))
@@ -129,7 +113,7 @@ class Run:
             for parameter in trained:  # so that gradients and moments are there from the start, as after any step
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
-        self.decoder: Any = self.model.get_base_model().model if config.method == "longlora" else self.model.model
+        self.decoder: Any = self.model.model
         fused = 0
         if config.method == "reference" or config.recompute == "full":
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -293,17 +277,3 @@ def kind_of_kernel(name: str) -> str:
     if any(part in name for part in ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm")):
         return "matmul"
     return "other"
-
-
-def with_lora(model: Any) -> Any:
-    """LongLoRA's trained parts: LoRA r 8, alpha 16 on q, k, v, o; embeddings and norms whole."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" in name or "norm" in name:
-            parameter.requires_grad_(True)
-    return model

@@ -12,26 +12,20 @@
         weights, gradients and moments among it
 
 Speed does not depend on the values of the weights beyond the power they draw, so random ones serve. The measurements of
-a suite run in processes of their own: one that runs out of memory ends alone. `--suite h200` is the whole comparison on
-one GPU.
+the published comparison are recipes; each takes a process of its own, since one that runs out of memory ends it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.config import METHODS, BenchConfig
-from benchmarks.speed.measure import attention_rates, say
 from benchmarks.speed.step import measure
+from endprompt.results import append_rows
 from endprompt.shapes import SHAPES
 
 
@@ -40,7 +34,6 @@ def check(config: BenchConfig) -> None:
     from endprompt.config import FLOAT8
 
     choices = {
-        "suite": ("none", *SUITES),
         "shape": tuple(SHAPES),
         "method": tuple(METHODS),
         "optimizer": ("lean", "adamw", "none"),
@@ -71,182 +64,15 @@ def check(config: BenchConfig) -> None:
 
 
 def bench(config: BenchConfig) -> int:
-    """Run the measurement or the suite; rows go to results.jsonl, a table to stdout. 1 if a measurement failed."""
+    """Run the measurement; rows go to results.jsonl, a table to stdout."""
     check(config)
-    # forked parts start CUDA themselves, so this process must not: NVML answers whether there is a device
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    if config.suite == "none":
-        from endprompt.results import append_rows
-
-        rows = measure(config)
-        append_rows(output / "results.jsonl", rows)
-        print(table(rows))
-        return 0
-    suite = Suite(config, output)
-    with suite.table_at_the_end():
-        SUITES[config.suite](suite)
-    return 1 if suite.failed else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Suites
-
-
-class Suite:
-    """Runs parts one after another, each in a process of its own, until the time is up."""
-
-    def __init__(self, config: BenchConfig, output: Path):
-        self.config, self.output = config, output
-        self.results = output / "results.jsonl"
-        self.started = time.monotonic()
-        self.failed: list[str] = []
-
-    def left(self) -> float:
-        return self.config.seconds - (time.monotonic() - self.started)
-
-    def measure(self, name: str, seconds: float, **changes: Any) -> dict[str, float]:
-        """One measurement of at most `seconds`; its values by metric, empty if it failed or there was no time."""
-        config = dataclasses.replace(self.config, suite="none", name=name, **changes)
-        if self.config.tiny:
-            config = toy(config)
-        check(config)
-        rows = self.part(name, seconds, "measure", dataclasses.asdict(config))
-        return {row["metric"]: row["value"] for row in rows}
-
-    def part(self, name: str, seconds: float, function: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        """Run one of PARTS in a process of its own and append its rows to the results."""
-        wanted = [prefix.strip() for prefix in self.config.parts.split(";") if prefix.strip()]
-        if wanted and not any(name.startswith(prefix) for prefix in wanted):
-            return []
-        if self.left() < seconds * 0.6:
-            say(f"[{self.clock()}] {name}: left out, {self.left():.0f} s left of {self.config.seconds:.0f}")
-            self.failed.append(name)
-            return []
-        say(f"[{self.clock()}] {name} ...")
-        began = time.monotonic()
-        aside = self.output / "part.jsonl"
-        aside.unlink(missing_ok=True)
-        code = in_process(function, arguments, aside, min(seconds * 2, self.left() + 20))
-        rows = []
-        if aside.exists():
-            rows = [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()]
-            aside.unlink()
-        with open(self.results, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        values = {row["metric"]: row["value"] for row in rows}
-        shown = "  ".join(f"{metric} {value:,.4g}" for metric, value in values.items() if len(rows) < 12)
-        say(f"[{self.clock()}] {name}: {shown or f'{len(rows)} rows'}  ({time.monotonic() - began:.0f} s, code {code})")
-        if code != 0:
-            self.failed.append(name)
-        return rows
-
-    def clock(self) -> str:
-        return f"{time.monotonic() - self.started:5.0f} s"
-
-    @contextlib.contextmanager
-    def table_at_the_end(self) -> Iterator[None]:
-        import transformers.models.llama.modeling_llama
-
-        import endprompt.train  # noqa: F401  imported here so that every forked part has them
-
-        assert transformers.models.llama.modeling_llama
-        try:
-            yield
-        finally:
-            if self.results.exists():
-                lines = self.results.read_text(encoding="utf-8").splitlines()
-                print(table([json.loads(line) for line in lines]), flush=True)
-            if self.failed:
-                print(f"failed or left out: {', '.join(self.failed)}", flush=True)
-
-
-def in_process(function: str, arguments: dict[str, Any], aside: Path, limit: float) -> int:
-    """Exit code of a child that writes the rows of a part to `aside`; it is killed after `limit` seconds.
-
-    A forked child inherits the imports, which saves ten seconds; its parent must not have touched CUDA.
-    """
-    child = multiprocessing.get_context("fork").Process(target=run_part, args=(function, arguments, aside))
-    child.start()
-    child.join(limit)
-    child.kill()
-    child.join()
-    return child.exitcode or 0
-
-
-def run_part(function: str, arguments: dict[str, Any], aside: Path) -> None:
-    rows = PARTS[function](**arguments)
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "measure": lambda **fields: measure(BenchConfig(**fields)),
-    "attention_rates": attention_rates,
-}
-
-
-def toy(config: BenchConfig) -> BenchConfig:
-    """The same measurement with sizes for a rehearsal; a kernel that needs a GPU is replaced."""
-    shorter = max(32, config.row_tokens // 256)
-    longer = max(128, config.target // 256)
-    attention = "eager" if "flash" in config.attention else config.attention
-    sizes: dict[str, Any] = {"row_tokens": shorter, "target": longer, "rows": 4, "micro_rows": 2, "timed": 1}
-    return dataclasses.replace(config, shape="tiny", attention=attention, **sizes)
-
-
-def h200(suite: Suite) -> None:
-    """The comparison on one GPU of 141 GB, the most wanted first: what does not fit into the time is left out.
-
-    The attention kernels; whole steps with the faster one, in bfloat16 and float8; full length with it, and both with
-    cuDNN's; the reference; full length in float8; LongLoRA and the shorter window of the paper's Figure 4.
-    """
-    layer = {"shape": "tiny", "tokens": 64} if suite.config.tiny else {"shape": "llama3-8b", "tokens": 8192}
-    rates = suite.part("kernels", 40, "attention_rates", layer)
-    best = {"attention": faster_attention(rates, suite.config.attention)}
-    sdpa = {"attention": "sdpa"}
-    plain: dict[str, Any] = {"recompute": "none"}
-    float8: dict[str, Any] = {"joint": False, "float8": "fast"}
-    long: dict[str, Any] = {"micro_rows": 1, "timed": 1, "warm_layers": 2, "recompute": "full"}
-    reference = {"method": "reference", "optimizer": "adamw", "fused_sums": False, "micro_rows": 1, "recompute": "full"}
-    longlora = long | {"method": "longlora", "fused_sums": False}
-    lceg = long | reference | {"whole_logits": False}
-    at_64k = {"row_tokens": 65536, "target": 65536, "rows": 8}
-    at_32k = {"row_tokens": 32768, "target": 32768, "rows": 16}
-
-    suite.measure("endprompt, whole step", 65, whole_step=True, profile=True, **plain, **best)
-    suite.measure("float8, whole step", 60, whole_step=True, profile=True, **float8, **best)
-    suite.measure(
-        "float8 with the head, whole step", 60, whole_step=True, profile=True, float8_head=True, **float8, **best
-    )
-    suite.measure("endprompt, sdpa", 35, profile=True, **plain, **sdpa)
-    suite.measure("full, 65,536", 40, method="full", **at_64k, **long, **best)
-    if best != sdpa:
-        suite.measure("full, 65,536, sdpa", 35, method="full", **at_64k, **long, **sdpa)
-    suite.measure("LCEG, 65,536", 35, **at_64k, **lceg)
-    suite.measure("reference, short rows, with its update", 20, target=8192, **reference)
-    suite.measure("full, 65,536, float8", 40, method="full", **at_64k, **(long | float8), **best)
-    suite.measure("longlora, 65,536", 40, **at_64k, **longlora)
-    suite.measure("full, 32,768", 25, method="full", **at_32k, **long, **best)
-    suite.measure("longlora, 32,768", 25, **at_32k, **longlora)
-    suite.measure("LCEG, 32,768", 25, **at_32k, **lceg)
-    suite.measure("short rows, target 32,768", 35, target=32768, **plain, **best)
-
-
-def faster_attention(rates: list[dict[str, Any]], otherwise: str) -> str:
-    """The attention with the highest rate forward and backward: a flash one by its name, sdpa for cuDNN's.
-
-    rates: rows of `attention_rates`; without them, `otherwise`.
-    """
-    whole = {row["task"]: row["value"] for row in rates if row["task"].endswith(": forward and backward")}
-    if not whole:
-        return otherwise
-    name = max(whole, key=lambda task: whole[task]).removeprefix("attention ").partition(":")[0]
-    return name if name.startswith("flash") else "sdpa"
-
-
-SUITES: dict[str, Callable[[Suite], None]] = {"h200": h200}
+    rows = measure(config)
+    append_rows(output / "results.jsonl", rows)
+    print(table(rows))
+    return 0
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -267,7 +93,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         "other_ms": "other ms",
         "idle_ms": "idle ms",
         "update_ms": "update ms",
-        "tflop_per_s": "TFLOP/s",
     }
     used = [key for key in columns if any(key in values for values in by_task.values())]
     lines = [f"{'measurement':<52}" + "".join(f"{columns[key]:>11}" for key in used)]

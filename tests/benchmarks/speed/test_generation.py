@@ -21,7 +21,7 @@ def test_rows_of_all_methods_with_the_limit_of_a_step(tmp_path, capsys):
     assert {row["suite"] for row in made.values()} == {"scoring-speed"}
     row = made["step", "now"]
     # bfloat16: the head, two layers of q, o (64 x 64), k, v (32 x 64), the MLP, five norms; 3 rows' keys and values
-    weights = 2 * (16384 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + 5 * 64)
+    weights = 2 * (256 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + 5 * 64)
     caches = 3 * 256 * 2 * 2 * 32 * 2
     assert row["limit_ms"] == pytest.approx(1000 * (weights + caches) / row["copy_bytes_per_second"])
     assert row["decode_over_limit"] == pytest.approx(row["decode_ms"] / row["limit_ms"])

@@ -1,36 +1,23 @@
 """The arithmetic of the benchmark by hand, and its parts on toy sizes."""
 
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks.speed import step, train
 from benchmarks.speed.config import BenchConfig
-from benchmarks.speed.measure import installed
-from benchmarks.speed.step import flops_per_token, kind_of_kernel, multiplied_parameters
+from benchmarks.speed.step import kind_of_kernel
 from benchmarks.speed.train import check
 
-
-def test_llama_3_8b_s_parameters_and_flops_by_hand():
-    layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336  # q, o; k, v; gate, up, down
-    assert multiplied_parameters("llama3-8b") == 32 * layer + 128256 * 4096 == 7_504_658_432
-    # a token at place t attends to t keys: 4 t h d FLOPs forward, 8 backward, 32 layers, t = 4096 on average
-    assert flops_per_token("llama3-8b", 8192) == 6 * 7_504_658_432 + 12 * 4096 * 4096 * 32
-    assert flops_per_token("llama3-8b", 8192) / 1e9 == pytest.approx(51.47, abs=0.01)
+RECIPES = sorted((Path(train.__file__).parents[1] / "recipes" / "bench").glob("*.yaml"))
 
 
-def test_longlora_s_flops_are_those_of_its_attention_and_of_unfrozen_gradients():
-    tokens = 64
-    allowed = np.zeros((2, tokens, tokens), bool)  # plain and moved borders, [query, key]
-    for kind, starts in enumerate(([0, 16, 32, 48], [0, 8, 24, 40, 56])):
-        for start, end in zip(starts, [*starts[1:], tokens]):
-            allowed[kind, start:end, start:end] = True
-    share = (np.tril(allowed - 0.5 * np.eye(tokens) * allowed)).sum() / (2 * tokens * tokens / 2)
-    dense = flops_per_token("llama3-8b", 8192) - 6 * 7_504_658_432
-    flops = flops_per_token("llama3-8b", 8192, "longlora")
-    assert flops == pytest.approx(4 * 7_504_658_432 + share * dense)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_run(path):
+    check(BenchConfig(**yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
 def test_adamw_is_measured_with_gradients_and_moments():
@@ -62,7 +49,6 @@ def test_adamw_is_measured_with_gradients_and_moments():
         ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
         ({"float8_head": True}, "float8_head=True float8='none'"),
         ({"method": "reference"}, "fused_sums=false"),
-        ({"suite": "h999"}, "suite='h999'"),
     ],
 )
 def test_impossible_settings_name_key_and_value(changes, message):
@@ -97,21 +83,6 @@ def test_one_measurement_of_each_method(method, tmp_path, capsys):
     assert f"{speed:,.4g}" in capsys.readouterr().out
 
 
-def test_a_part_that_dies_or_hangs_does_not_take_the_others_along(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.PARTS, "die", lambda: os._exit(9))
-    monkeypatch.setitem(train.PARTS, "hang", lambda: __import__("time").sleep(60))
-    row = {"suite": "training-speed", "task": "fine", "length": 8, "metric": "tokens_per_s", "value": 7.0}
-    monkeypatch.setitem(train.PARTS, "fine", lambda: [row])
-    suite = train.Suite(BenchConfig(seconds=100), tmp_path)
-    assert suite.part("a", 5, "die", {}) == []
-    assert suite.part("b", 0.5, "hang", {}) == []
-    assert suite.part("c", 5, "fine", {}) == [row]
-    assert suite.part("d", 1000, "fine", {}) == []  # no time for it
-    assert suite.failed == ["a", "b", "d"]
-    assert (tmp_path / "results.jsonl").read_text() == json.dumps(row) + "\n"
-    assert "left out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -139,26 +110,6 @@ def test_warm_layers_leave_the_model_as_it_was():
     run.micro_batch()
     assert used == [True, False]
     assert all(layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers)
-
-
-@pytest.mark.parametrize(
-    ("fastest", "goes_on"), [("flash_attention_4", "flash_attention_4"), ("cudnn", "sdpa"), ("sdpa", "sdpa")]
-)
-def test_the_faster_attention_of_both_passes_goes_on(fastest, goes_on):
-    rates = {name: 5.0 for name in ("sdpa", "cudnn", "flash_attention_4")} | {fastest: 6.0}
-    rows = [{"task": f"attention {name}: forward and backward", "value": rate} for name, rate in rates.items()]
-    rows += [{"task": "attention flash_attention_2: forward", "value": 9.0}]
-    assert train.faster_attention(rows, "eager") == goes_on
-    assert train.faster_attention([], "eager") == "eager"
-
-
-def test_an_empty_namespace_is_no_flash_attention_2(tmp_path, monkeypatch):
-    """flash-attn-4 puts its modules below `flash_attn`, of which the older package is the whole."""
-    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert installed("flash_attention_4")
-    assert not installed("flash_attention_2") and not installed("flash_attention_3")
 
 
 def test_gaps_of_a_time_line_are_what_no_kernel_covers():
