@@ -13,6 +13,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from paper_figures.inputs import DATA
+from paper_figures.names import LONGBENCH, TASK_GROUPS
 
 AGREES, ROUNDING, DOES_NOT_FOLLOW = "agrees", "rounding", "does not follow"
 VERDICTS = (AGREES, ROUNDING, DOES_NOT_FOLLOW)
@@ -25,24 +26,13 @@ ONE_ANSWER = ("niah_s1", "niah_s2", "niah_s3", "niah_m1", "niah_m2", "niah_m3", 
 ANSWERS = {"niah_mv": 4, "niah_mq": 4, "vt": 5, "cwe": 10, "fwe": 3} | dict.fromkeys(ONE_ANSWER, 1)
 SAMPLES = 500
 LENGTH_TABLES = ("Table 6", "Table 7", "Table 8", "Table 9")
-#: Columns of Table 3 -> the columns of Table 1 that they average.
-TASK_GROUPS = {
-    "niah_single": ("niah_s1", "niah_s2", "niah_s3"),
-    "niah_multikey": ("niah_m1", "niah_m2", "niah_m3"),
-    "niah_multivalue": ("niah_mv",),
-    "niah_multiquery": ("niah_mq",),
-    "vt": ("vt",),
-    "cwe": ("cwe",),
-    "fwe": ("fwe",),
-    "qa": ("qa_1", "qa_2"),
-}
 #: Weightings of LongBench's six categories: the number of data sets in each.
 WEIGHTINGS = {
     "mean over the 16 English sets (weights 3, 3, 3, 3, 2, 2)": (3, 3, 3, 3, 2, 2),
     "mean of the six categories": (1, 1, 1, 1, 1, 1),
     "mean over all 21 sets (weights 4, 4, 4, 4, 3, 2)": (4, 4, 4, 4, 3, 2),
 }
-CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
+CATEGORIES = tuple(LONGBENCH)
 
 Finding = dict[str, Any]
 Scores = Mapping[str, Decimal]

@@ -3,82 +3,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
-#: The paper's column heads, and the task that each is in RULER.
-RULER = {
-    "niah_s1": "niah_single_1",
-    "niah_s2": "niah_single_2",
-    "niah_s3": "niah_single_3",
-    "niah_m1": "niah_multikey_1",
-    "niah_m2": "niah_multikey_2",
-    "niah_m3": "niah_multikey_3",
-    "niah_mv": "niah_multivalue",
-    "niah_mq": "niah_multiquery",
-    "vt": "vt",
-    "cwe": "cwe",
-    "fwe": "fwe",
-    "qa_1": "qa_1",
-    "qa_2": "qa_2",
-}
-TASKS = {
-    "niah_single_1": "needle in noise",
-    "niah_single_2": "needle in text",
-    "niah_single_3": "needle in text (UUID)",
-    "niah_multikey_1": "one of several keys",
-    "niah_multikey_2": "one of many keys",
-    "niah_multikey_3": "one of many UUIDs",
-    "niah_multivalue": "several values",
-    "niah_multiquery": "several queries",
-    "vt": "variable tracking",
-    "cwe": "common words",
-    "fwe": "frequent words",
-    "qa_1": "SQuAD",
-    "qa_2": "HotpotQA",
-}
-#: LongBench's 16 English sets by category, as the paper averages them.
-LONGBENCH = {
-    "single_doc_qa": ("narrativeqa", "qasper", "multifieldqa_en"),
-    "multi_doc_qa": ("hotpotqa", "2wikimqa", "musique"),
-    "summarization": ("gov_report", "qmsum", "multi_news"),
-    "few_shot": ("trec", "triviaqa", "samsum"),
-    "synthetic": ("passage_count", "passage_retrieval_en"),
-    "code": ("lcc", "repobench-p"),
-}
-#: Its Chinese sets; there are none of code.
-LONGBENCH_ZH = {
-    "single_doc_qa": ("multifieldqa_zh",),
-    "multi_doc_qa": ("dureader",),
-    "summarization": ("vcsum",),
-    "few_shot": ("lsht",),
-    "synthetic": ("passage_retrieval_zh",),
-}
-#: Columns of Table 3 and the RULER tasks that each averages.
-TASK_GROUPS = {
-    "niah_single": ("niah_single_1", "niah_single_2", "niah_single_3"),
-    "niah_multikey": ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
-    "niah_multivalue": ("niah_multivalue",),
-    "niah_multiquery": ("niah_multiquery",),
-    "vt": ("vt",),
-    "cwe": ("cwe",),
-    "fwe": ("fwe",),
-    "qa": ("qa_1", "qa_2"),
-}
+import yaml
+
+#: The paper's column heads and sets, by part (data/names.yaml says what each is).
+NAMES = yaml.safe_load(Path(__file__).with_name("data").joinpath("names.yaml").read_text(encoding="utf-8"))
+RULER, TASKS, SCALINGS = NAMES["ruler"], NAMES["tasks"], NAMES["scalings"]
+LONGBENCH, LONGBENCH_ZH, TASK_GROUPS = NAMES["longbench"], NAMES["longbench_zh"], NAMES["task_groups"]
 SHORT = ("mmlu", "gsm8k", "hellaswag", "humaneval")
 #: The tasks of each suite that averages are taken over.
 SUITE_TASKS = {
     "ruler": tuple(TASKS),
     "longbench": tuple(name for names in LONGBENCH.values() for name in names),
     "short": SHORT,
-}
-SCALINGS = {
-    "none": "no scaling",
-    "linear": "PI",
-    "ntk": "NTK",
-    "dynamic": "dynamic NTK",
-    "yarn": "YaRN",
-    "llama3": "Llama 3",
-    "longrope": "LongRoPE",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.longbench.prompts import GENERATOR, PROMPT_SHA256, Fit, Prompter, prompt_text
+from benchmarks.longbench.prompts import GENERATOR, Fit, Prompter, prompt_text
 from benchmarks.longbench.sets import Documents, dataset_of
 from endprompt.files import kept, sha256_of
 
@@ -25,7 +25,7 @@ def cached_fits(
     key = {
         "generator": GENERATOR,
         "task": prompter.task,
-        "prompt": PROMPT_SHA256[dataset_of(prompter.task).name],
+        "prompt": dataset_of(prompter.task).prompt_sha256,
         "documents": documents.sha256,
         "n": len(items),
         "tokenizer": tokenizer_sha256,

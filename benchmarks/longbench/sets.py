@@ -6,6 +6,7 @@ Nothing is fetched; every file that was read is known by its sha256.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import io
@@ -36,7 +37,8 @@ class Dataset:
     language: str  # en, zh or code; the published English figures include code, and so do the Chinese category means
     metric: str
     max_new_tokens: int
-    extended: bool = False
+    extended: bool
+    prompt_sha256: str  # of the benchmark's prompt in UTF-8, with {context} and {input} as places
 
     @property
     def chat(self) -> bool:
@@ -49,32 +51,15 @@ class Dataset:
         return self.category == "few_shot"
 
 
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset("narrativeqa", "single_doc_qa", "en", "qa_f1", 128),
-        Dataset("qasper", "single_doc_qa", "en", "qa_f1", 128, extended=True),
-        Dataset("multifieldqa_en", "single_doc_qa", "en", "qa_f1", 64, extended=True),
-        Dataset("multifieldqa_zh", "single_doc_qa", "zh", "qa_f1_zh", 64),
-        Dataset("hotpotqa", "multi_doc_qa", "en", "qa_f1", 32, extended=True),
-        Dataset("2wikimqa", "multi_doc_qa", "en", "qa_f1", 32, extended=True),
-        Dataset("musique", "multi_doc_qa", "en", "qa_f1", 32),
-        Dataset("dureader", "multi_doc_qa", "zh", "rouge_l_zh", 128),
-        Dataset("gov_report", "summarization", "en", "rouge_l", 512, extended=True),
-        Dataset("qmsum", "summarization", "en", "rouge_l", 512),
-        Dataset("multi_news", "summarization", "en", "rouge_l", 512, extended=True),
-        Dataset("vcsum", "summarization", "zh", "rouge_l_zh", 512),
-        Dataset("trec", "few_shot", "en", "classification", 64, extended=True),
-        Dataset("triviaqa", "few_shot", "en", "qa_f1", 32, extended=True),
-        Dataset("samsum", "few_shot", "en", "rouge_l", 128, extended=True),
-        Dataset("lsht", "few_shot", "zh", "classification", 64),
-        Dataset("passage_count", "synthetic", "en", "count", 32, extended=True),
-        Dataset("passage_retrieval_en", "synthetic", "en", "retrieval", 32, extended=True),
-        Dataset("passage_retrieval_zh", "synthetic", "zh", "retrieval_zh", 32),
-        Dataset("lcc", "code", "code", "code_similarity", 64, extended=True),
-        Dataset("repobench-p", "code", "code", "code_similarity", 64, extended=True),
-    )
-}
+def read_sets() -> dict[str, Dataset]:
+    """The sets by name, in the benchmark's order."""
+    with open(Path(__file__).with_name("sets.csv"), encoding="utf-8", newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    numbers = ({"max_new_tokens": int(row["max_new_tokens"]), "extended": row["extended"] == "1"} for row in rows)
+    return {row["name"]: Dataset(**row | own) for row, own in zip(rows, numbers)}
+
+
+DATASETS = read_sets()
 TASKS: tuple[str, ...] = tuple(DATASETS)
 TASKS_E: tuple[str, ...] = tuple(f"{name}_e" for name, dataset in DATASETS.items() if dataset.extended)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from endprompt.files import check_fetched, parse_json, read_text, remembered_sha256
 
@@ -34,45 +35,18 @@ SENTENCE_END = re.compile(r"[.!?][\"')\]”’]*$")
 class Source:
     """A data file that users bring: the names it may have in --data-dir, what it is, where it comes from."""
 
-    names: tuple[str, ...]
+    names: list[str]
     what: str
     origin: str
-    whole: frozenset[str] = frozenset()  # sha256 of the known copies of a question set that may be a part of one
+    whole: list[str] = field(
+        default_factory=list
+    )  # sha256 of the known copies of a question set that may be a part of one
     questions: int = 0  # answerable ones of the whole set
 
 
 SOURCES = {
-    "essays": Source(
-        ("PaulGrahamEssays.json", "essays.json"),
-        'Paul Graham essays, JSON {"text": ...}',
-        "RULER's scripts/data/synthetic/json/download_paulgraham_essay.py (https://github.com/NVIDIA/RULER)",
-    ),
-    "squad": Source(
-        ("squad.json", "dev-v2.0.json"),
-        "SQuAD v2.0 dev set",
-        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
-        frozenset({"80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"}),
-        questions=5928,
-    ),
-    "hotpotqa": Source(
-        ("hotpotqa.json", "hotpot_dev_distractor_v1.json"),
-        "HotpotQA dev set, distractor setting",
-        "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json, or where that does not answer "
-        "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/7e54db4656209750ff487f6fdf8e39a66dba136b/"
-        "hotpot_dev_distractor_v1.json, the mirror that RULER names",
-        frozenset(
-            {
-                "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
-                "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",  # the mirror's
-            }
-        ),
-        questions=7405,
-    ),
-    "words": Source(
-        ("english_words.json",),
-        "English word list, JSON {key: word}",
-        "RULER's scripts/data/synthetic/json/english_words.json (https://github.com/NVIDIA/RULER)",
-    ),
+    kind: Source(**about)
+    for kind, about in yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8")).items()
 }
 
 
