@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and of those that tests start: others run beside them
+
 import pytest
 import torch
 

@@ -342,7 +342,8 @@ class Runner:
             batch_tokens=tokens if self.device == "cuda" else tokens // 8,
         )
         here, there = self.context.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.device == "cpu" else 1
+        cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        threads = max(1, cores // self.jobs) if self.device == "cpu" else 1
         log = str(self.output / "workers" / f"worker-{number}.log")
         process = self.context.Process(target=work, args=(there, log, place, threads), name=f"lab-{number}")
         with visible(self.gpus[number % len(self.gpus)] if len(self.gpus) > 1 else None):

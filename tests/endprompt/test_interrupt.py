@@ -6,10 +6,8 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,24 +15,17 @@ from endprompt import cli, train
 from endprompt.train import loop
 from endprompt.train.output import Interrupted
 from tests.support import ruler_helpers
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+from tests.support.processes import Forked
 
 
 def interrupted(arguments, begun, cwd):
     """(exit code, stdout, stderr) of the command, interrupted as soon as `begun()`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "endprompt.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    command = Forked(cli.main, [*map(str, arguments)], cwd=cwd)
     deadline = time.monotonic() + 100
-    while not begun() and process.poll() is None and time.monotonic() < deadline:
+    while not begun() and command.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    os.kill(command.process.pid, signal.SIGINT)
+    return command.ended(60)
 
 
 def go_on(said, capsys):

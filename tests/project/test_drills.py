@@ -1,7 +1,6 @@
 """Crashes for real: kill -9 in the middle of a save and at random moments, and a disk that is full."""
 
 import dataclasses
-import json
 import os
 import random
 import resource
@@ -9,41 +8,33 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from endprompt import runs, train
 from endprompt.train.states import newest_state
+from tests.support.processes import Forked
 from tests.support.runs import interrupted, same_weights
 
-ROOT = Path(__file__).resolve().parents[2]
-#: Trains as it is told, and kills itself when the second state has been written aside but not renamed.
-KILLED_IN_SAVE = """
-import json, os, signal, sys
-from endprompt import train, config
-from endprompt.train import states
 
-real, renames = os.replace, []
-def replace(source, target):
-    if "step-" in str(target):
-        renames.append(target)
-        if len(renames) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-states.os.replace = replace
-train.extend(config.ExtendConfig(**json.load(open(sys.argv[1]))))
-"""
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def killed_in_save(config):
+    """Trains, and kills itself when the second state has been written aside but not renamed."""
+    real, renames = os.replace, []
+
+    def replace(source, target):
+        if "step-" in str(target):
+            renames.append(target)
+            if len(renames) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.replace = replace
+    train.extend(config)
 
 
 def test_killed_in_the_middle_of_a_save_and_resumed_bitwise(extend_config, tmp_path):
     config = extend_config(output=str(tmp_path / "killed"), steps=6, save_every=2, scheme="endprompt-random")
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_SAVE, str(tmp_path / "config.json")], env=ENVIRONMENT, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL
+    assert Forked(killed_in_save, config).ended()[0] == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     states = tmp_path / "killed.partial" / "states"
     assert sorted(path.name for path in states.iterdir()) == ["step-00000002", "step-00000004.partial"]
@@ -103,7 +94,7 @@ def test_killed_at_random_moments_until_it_ends(extend_config, tmp_path):
     draw, kills = random.Random(3), 0
     for attempt in range(40):
         resume = ["--resume", "true"] if list(tmp_path.glob("killed*")) else []
-        process = subprocess.Popen([*command, *resume], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *resume], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + draw.uniform(3, 7) + attempt
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

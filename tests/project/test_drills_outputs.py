@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.scoring import generate
 from endprompt import cli, files, train
 from endprompt.results import read_rows
 from tests.support import ruler_helpers
 from tests.support.checkpoints import make_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-HOLDER = """
-import sys, time
-from endprompt.files import sole_use
-with sole_use(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+from tests.support.processes import Forked
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +66,26 @@ def failed(arguments: list[str], capsys) -> str:
 # ---------------------------------------------------------------------------------------- two runs on one output
 
 
+def hold(output, held):
+    with files.sole_use(output):
+        held.set()
+        time.sleep(60)
+
+
 @pytest.fixture
 def holder():
     """`holder(output)`: a process of its own that holds the output, as a run does."""
     started = []
 
-    def start(output: Path) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(output)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
+    def start(output: Path):
+        held = multiprocessing.get_context("fork").Event()
+        started.append(Forked(hold, output, held))
+        assert held.wait(20)
+        return started[-1].process
 
     yield start
     for process in started:
-        process.kill()
-        process.wait()
+        process.ended(0)
 
 
 def test_second_run_on_an_output_refuses_and_changes_nothing(extend_config, place, tmp_path, holder, capsys):
@@ -115,7 +110,7 @@ def test_output_of_a_killed_run_is_free_again(tmp_path, holder):
     output = tmp_path / "out"
     process = holder(output)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert (tmp_path / "out.lock").exists()
     with (
         files.sole_use(output),
@@ -126,22 +121,22 @@ def test_output_of_a_killed_run_is_free_again(tmp_path, holder):
     assert list(tmp_path.iterdir()) == []
 
 
+def take_turns(output, count):
+    done = 0
+    while done < 150:
+        try:
+            with files.sole_use(output):
+                count.write_text(str(int(count.read_text()) + 1))
+                done += 1
+        except ValueError as error:
+            assert "another run" in str(error), error
+
+
 def test_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path):
     """Many processes that take turns: each is alone, and none is left with a lock on a file that is gone."""
-    code = (
-        "import sys; from endprompt.files import sole_use\n"
-        "done = 0\n"
-        "while done < 150:\n"
-        "    try:\n"
-        "        with sole_use(sys.argv[1]):\n"
-        "            n = int(open(sys.argv[2]).read()); open(sys.argv[2], 'w').write(str(n + 1)); done += 1\n"
-        "    except ValueError as error:\n"
-        "        assert 'another run' in str(error), error\n"
-    )
     (tmp_path / "count").write_text("0")
-    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "count")]
-    processes = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    processes = [Forked(take_turns, tmp_path / "out", tmp_path / "count") for _ in range(3)]
+    assert [process.ended(60)[0] for process in processes] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "450"
 
 
@@ -253,33 +248,27 @@ def values(run: Path) -> list[tuple]:
 
 # --------------------------------------------------------------------------------------------- kill -9, the clock
 
-#: Kills itself after the given number of calls of the given function.
-KILLED = """
-import os, signal, sys
-from endprompt import cli
-import {module} as module
-real, calls = module.{owner}, []
-def counted(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == {calls}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-module.{owner} = counted
-sys.exit(cli.main(sys.argv[1:]))
-"""
 
+def killed(module, name: str, calls: int, arguments: list[str]) -> None:
+    """Run a command that kills itself at the given call of the given function."""
+    real, counted = getattr(module, name), []
 
-def killed(module: str, owner: str, calls: int, arguments: list[str]) -> None:
-    code = KILLED.format(module=module, owner=owner, calls=calls)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL
+    def call(*args, **kwargs):
+        counted.append(1)
+        if len(counted) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    def run():
+        setattr(module, name, call)
+        return cli.main(arguments)
+
+    assert Forked(run).ended()[0] == -signal.SIGKILL
 
 
 def test_killed_while_building_samples(place, tmp_path, capsys):
     arguments = score_arguments(place, tmp_path / "run")
-    killed("endprompt.files", "write_text", 2, [*arguments, "--prepare_only"])  # before the second task's samples stand
+    killed(files, "write_text", 2, [*arguments, "--prepare_only"])  # before the second task's samples stand
     kept = sorted((tmp_path / "cache").glob("*.json"))
     assert [path.name.split("-")[0] for path in kept] == ["niah_single_1"]
     stamp = kept[0].stat().st_mtime_ns
@@ -292,9 +281,7 @@ def test_killed_while_building_samples(place, tmp_path, capsys):
 def test_killed_while_scoring(place, tmp_path, capsys):
     cache = tmp_path / "cache"
     arguments = score_arguments(place, tmp_path / "run", batch_size=2, cache_dir=cache)
-    killed(
-        "benchmarks.scoring.generate", "greedy", 4, arguments
-    )  # two batches of two of the second task are not made yet
+    killed(generate, "greedy", 4, arguments)  # two batches of two of the second task are not made yet
     predictions = tmp_path / "run" / "predictions.jsonl"
     before = predictions.read_bytes()
     assert before.count(b"\n") == 6

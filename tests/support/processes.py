@@ -1,0 +1,41 @@
+"""Processes forked from the tests' own: what it has imported is there already, where a new Python takes seconds.
+
+What a fresh Python does (its imports, how it is started) has tests with a fresh one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Forked:
+    """A process that runs `function(*arguments)` and exits with what that returns; `process` is multiprocessing's."""
+
+    def __init__(self, function: Callable, *arguments, cwd: Path | None = None, **environment: str):
+        self.folder = tempfile.TemporaryDirectory()
+        self.printed = [Path(self.folder.name) / name for name in ("out", "err")]
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(function, *arguments))
+        self.cwd, self.environment = cwd, environment
+        self.process.start()
+
+    def _run(self, function: Callable, *arguments) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(self.environment)
+        os.chdir(self.cwd or os.getcwd())
+        for number, path in enumerate(self.printed, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        sys.exit(function(*arguments))
+
+    def ended(self, timeout: float = 120) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) once it has ended; it is killed after so many seconds."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode, *(path.read_text() for path in self.printed)
