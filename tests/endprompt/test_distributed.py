@@ -1,11 +1,9 @@
-"""Two gloo processes on the CPU under torchrun against one process."""
+"""Two gloo processes on the CPU, as torchrun starts them, against one process."""
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from endprompt import data, distributed, train
 from endprompt.config import ExtendConfig
 from endprompt.model import load_config, load_tokenizer
 from endprompt.train import states
+from tests.support import two_processes
 from tests.support.checkpoints import (
     checkpoint_of_experts,
     checkpoint_of_other_shapes,
@@ -24,9 +23,8 @@ from tests.support.checkpoints import (
     odd_checkpoint,
     renamed_checkpoint,
 )
+from tests.support.processes import Forked
 from tests.support.runs import cut_off, lines_of, log_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def results_of(directory):
@@ -35,7 +33,7 @@ def results_of(directory):
 
 
 @pytest.fixture(scope="module")
-def two_processes(llama, checkpoints, documents, tmp_path_factory):
+def trained(llama, checkpoints, documents, tmp_path_factory):
     """(directory with the outputs that two processes have made, their configurations by name, what they printed)."""
     tmp = tmp_path_factory.mktemp("two")
     config = ExtendConfig(
@@ -75,27 +73,21 @@ def two_processes(llama, checkpoints, documents, tmp_path_factory):
     }
     jobs = {name: dataclasses.replace(config, output=str(tmp / name), **change) for name, change in changes.items()}
     cut_off(jobs["begun"], step=3)  # a run of one process that leaves its state of step 2
-    (tmp / "jobs.json").write_text(json.dumps({name: dataclasses.asdict(job) for name, job in jobs.items()}))
-    # Each process prints into files of its own: in one pipe, their lines may run into each other.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--redirects", "3", "--log-dir", str(tmp / "printed")]
-    done = subprocess.run(
-        [*command, "-m", "tests.support.two_processes", str(tmp / "jobs.json")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    printed = [path.read_text() for path in sorted((tmp / "printed").rglob("std*.log"))]
-    assert done.returncode == 0, "\n".join([done.stderr, *printed])[-3000:]
-    assert len(printed) == 4  # both streams of both processes
-    return tmp, jobs, "\n".join(printed)
+    made = {name: dataclasses.asdict(job) for name, job in jobs.items()}
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [Forked(two_processes.main, made, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
+    codes, *printed = zip(*[rank.ended(250) for rank in ranks])
+    said = "\n".join(text for stream in printed for text in stream)
+    assert codes == (0, 0), said[-3000:]
+    return tmp, jobs, said
 
 
 @pytest.fixture(scope="module")
-def one_process(two_processes):
+def one_process(trained):
     """`one_process(name)`: the output of the same configuration by one process, made once."""
-    tmp, jobs, _ = two_processes
+    tmp, jobs, _ = trained
     made = {}
 
     def get(name: str = "whole", **changes) -> Path:
@@ -120,31 +112,31 @@ def assert_equal_runs(left: Path, right: Path) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_give_the_losses_and_weights_of_one(two_processes, one_process):
-    assert_equal_runs(two_processes[0] / "whole", one_process(micro_rows=None))
+def test_two_processes_give_the_losses_and_weights_of_one(trained, one_process):
+    assert_equal_runs(trained[0] / "whole", one_process(micro_rows=None))
 
 
 @pytest.mark.parametrize("name", ["odd", "phi", "renamed", "apart", "experts", "longlora"])
-def test_every_method_and_checkpoint_trains_as_by_one_process(two_processes, one_process, name):
-    directory = two_processes[0] / name
+def test_every_method_and_checkpoint_trains_as_by_one_process(trained, one_process, name):
+    directory = trained[0] / name
     assert_equal_runs(directory, one_process(name))
     for file in ("config.json", "generation_config.json"):
         assert (directory / file).read_text() == (one_process(name) / file).read_text()
 
 
-def test_a_head_of_its_own_is_kept_and_said_once(two_processes):
+def test_a_head_of_its_own_is_kept_and_said_once(trained):
     """By transformers' own reading of what was written: apart from the embeddings, and no longer called tied."""
     from transformers import AutoModelForCausalLM
 
-    directory, _, printed = two_processes
+    directory, _, printed = trained
     assert printed.count("apart-model: config.json says tie_word_embeddings, but the files hold a head") == 1
     model = AutoModelForCausalLM.from_pretrained(directory / "apart")
     assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
     assert json.loads((directory / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_base_is_trained_from_the_same_random_weights(two_processes):
-    tmp, jobs, _ = two_processes
+def test_a_base_is_trained_from_the_same_random_weights(trained):
+    tmp, jobs, _ = trained
     source = jobs["whole"].model
     one = train.pretrain(
         dataclasses.replace(jobs["pretrained"], output=str(tmp / "one-pretrained")),
@@ -154,23 +146,23 @@ def test_a_base_is_trained_from_the_same_random_weights(two_processes):
     assert_equal_runs(tmp / "pretrained", one)
 
 
-def test_compiled_layers_are_sharded_too(two_processes, one_process):
-    assert_equal_runs(two_processes[0] / "compiled", one_process(micro_rows=None))
+def test_compiled_layers_are_sharded_too(trained, one_process):
+    assert_equal_runs(trained[0] / "compiled", one_process(micro_rows=None))
 
 
-def test_each_process_reads_its_share_of_the_checkpoint(two_processes, llama):
+def test_each_process_reads_its_share_of_the_checkpoint(trained, llama):
     """Half of every tensor's bytes each; and only what is put together anew is read whole, with a word."""
-    _, _, printed = two_processes
+    _, _, printed = trained
     counts = {found["rank"]: found["read"] for found in map(json.loads, re.findall(r'^{"rank".*}$', printed, re.M))}
     stored = sum(weight.nbytes for weight in load_file(llama / "model.safetensors").values())
     assert counts == {0: stored // 2, 1: stored // 2}
     assert re.findall(r"(\S+): its files hold the weights in other parts than the model", printed) == [
-        str(two_processes[0] / "experts-model")
+        str(trained[0] / "experts-model")
     ]
 
 
-def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(two_processes, one_process):
-    tmp, _, _ = two_processes
+def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(trained, one_process):
+    tmp, _, _ = trained
     exact, rounded = ([row["loss"] for row in log_of(run)] for run in (one_process(), tmp / "rounded"))
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != pytest.approx(exact, rel=1e-6)
     weights = load_file(tmp / "rounded" / "model.safetensors")
@@ -178,21 +170,21 @@ def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(two_proces
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
 
 
-def test_bfloat16_weights_have_sharded_float32_masters(two_processes, one_process):
+def test_bfloat16_weights_have_sharded_float32_masters(trained, one_process):
     """One rounding of each gradient to bfloat16 is elsewhere than in one process, so equality is up to that."""
-    ours, theirs = two_processes[0] / "masters", one_process("masters")
+    ours, theirs = trained[0] / "masters", one_process("masters")
     for a, b in zip(log_of(ours), log_of(theirs), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
     left, right = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
-    start = load_file(Path(two_processes[1]["masters"].model) / "model.safetensors")
+    start = load_file(Path(trained[1]["masters"].model) / "model.safetensors")
     moved = sum((right[name] - start[name].bfloat16().float()).square().sum() for name in right) ** 0.5
     apart = sum((left[name] - right[name]).square().sum() for name in right) ** 0.5
     assert left.keys() == right.keys() and float(apart) < 0.1 * float(moved)
 
 
-def test_state_of_two_processes_is_resumed_by_one(two_processes, one_process):
-    tmp, jobs, _ = two_processes
+def test_state_of_two_processes_is_resumed_by_one(trained, one_process):
+    tmp, jobs, _ = trained
     state = states.newest_state(tmp / "broken.partial" / "states")
     assert state.step == 2
     assert len(list(state.path.glob("__*.distcp"))) == 2  # each process wrote its own share
@@ -200,21 +192,21 @@ def test_state_of_two_processes_is_resumed_by_one(two_processes, one_process):
     assert_equal_runs(resumed, one_process())
 
 
-def test_state_of_one_process_is_resumed_by_two(two_processes, one_process):
-    tmp, _, printed = two_processes
+def test_state_of_one_process_is_resumed_by_two(trained, one_process):
+    tmp, _, printed = trained
     assert printed.count("resumed from step 2 of 4") == 2  # this and the next one, each said once
     assert_equal_runs(tmp / "begun", one_process())
 
 
-def test_two_processes_resume_bitwise(two_processes):
-    tmp, _, _ = two_processes
+def test_two_processes_resume_bitwise(trained):
+    tmp, _, _ = trained
     whole, again = ((tmp / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert whole == again
 
 
-def test_processes_take_the_rows_of_one(two_processes, documents):
+def test_processes_take_the_rows_of_one(trained, documents):
     """Whatever the number of processes, together they have the same rows in the same order."""
-    config = two_processes[1]["whole"]
+    config = trained[1]["whole"]
     trainers = []
     for size in (1, 2, 4):
         rows = make_rows(config, documents)
@@ -245,7 +237,7 @@ def row_share(rows, config, here, step):
         ("shapes", "does not load: model.norm.weight is (31,), the model's is (32,)"),
     ],
 )
-def test_what_the_processes_cannot_share_is_refused_by_both(two_processes, name, rule):
-    tmp, _, printed = two_processes
+def test_what_the_processes_cannot_share_is_refused_by_both(trained, name, rule):
+    tmp, _, printed = trained
     assert printed.count(rule) == 2
     assert not (tmp / name).exists()

@@ -1,4 +1,4 @@
-"""What each of two processes does under torchrun, by a file of configurations by name.
+"""What each of two processes does, by configurations by name.
 
 Whole runs, of which `compiled` goes through torch.compile but for the code that it writes (a minute of C++), a run that
 one process has begun, one that is cut off after the second step for one process to resume, one that both resume, and
@@ -6,8 +6,6 @@ some that must fail. Of `whole` it counts what is read of the checkpoint.
 """
 
 import json
-import sys
-from pathlib import Path
 
 import safetensors
 import torch
@@ -82,5 +80,3 @@ def main(jobs: dict[str, dict]) -> None:
 
 
 opened = safetensors.safe_open
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
