@@ -328,6 +328,8 @@ class Runner:
                 self.listen()
 
     def start(self, number: int) -> Worker:
+        import torch
+
         from benchmarks.lab.cells import Workplace
 
         tokens = SHARED_BATCH_TOKENS if self.jobs > max(1, len(self.gpus)) else 2 * SHARED_BATCH_TOKENS
@@ -342,7 +344,7 @@ class Runner:
             batch_tokens=tokens if self.device == "cuda" else tokens // 8,
         )
         here, there = self.context.Pipe()
-        cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        cores = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else os.cpu_count() or 1
         threads = max(1, cores // self.jobs) if self.device == "cpu" else 1
         log = str(self.output / "workers" / f"worker-{number}.log")
         process = self.context.Process(target=work, args=(there, log, place, threads), name=f"lab-{number}")

@@ -5,13 +5,18 @@ What a fresh Python does (its imports, how it is started) has tests with a fresh
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
+
+from benchmarks.lab import runner
 
 
 class Forked:
@@ -39,3 +44,11 @@ class Forked:
         self.process.kill()
         self.process.join()
         return self.process.exitcode, *(path.read_text() for path in self.printed)
+
+
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """The lab's processes inside are forked, too."""
+    forking = types.SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    with mock.patch.object(runner, "multiprocessing", forking), mock.patch.object(runner, "PATIENCE", 0.1):
+        yield  # PATIENCE: forked workers hold each other's pipes, so that idle ones do not see theirs closed

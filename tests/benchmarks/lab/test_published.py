@@ -18,6 +18,7 @@ from endprompt.data.shards import read_shard, tokenizer_sha256
 from endprompt.model import load_model, load_tokenizer
 from endprompt.results import append_rows, read_rows
 from tests.benchmarks.lab.test_runner import make_base
+from tests.support.processes import forked_workers
 
 MATRIX = {
     "inputs": ["documents", "held_out", "PaulGrahamEssays.json"],
@@ -77,11 +78,13 @@ def cells_of(config):
 @pytest.fixture(scope="module")
 def run(place):
     """Prepared with the inputs at hand, then run elsewhere from the cache alone."""
-    assert runner.lab(config_of(place, prepare_only=True, output=str(place / "first"))) == 0
+    with forked_workers():
+        assert runner.lab(config_of(place, prepare_only=True, output=str(place / "first"))) == 0
     assert not (place / "first" / "results.jsonl").exists()
     shutil.copytree(place / "cache", place / "carried")
     elsewhere = config_of(place, documents=None, held_out=None, data_dir=None, cache=str(place / "carried"))
-    assert runner.lab(elsewhere) == 0
+    with forked_workers():
+        assert runner.lab(elsewhere) == 0
     return elsewhere, read_rows(place / "run" / "results.jsonl")
 
 

@@ -28,8 +28,8 @@ from endprompt.files import sole_use
 from endprompt.model import load_tokenizer
 from endprompt.results import read_rows
 from endprompt.runs import RunDirectory
+from tests.support.processes import Forked, forked_workers
 
-ROOT = Path(__file__).parents[3]
 MATRIX = {
     "seeds": [0, 1],
     "train": {"steps": 2, "warmup": 1, "rows": 2, "lr": 1e-3},
@@ -68,26 +68,14 @@ def make_base(path):
         shutil.copy(own / name, path / name)
 
 
-def start(config):
-    code = f"import sys; from benchmarks.lab.__main__ import main; sys.exit(main([{json.dumps(json.dumps(config))}]))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", f"if __name__ == '__main__':\n    {code.replace('; ', chr(10) + '    ')}"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def written(results, words):
-    """Whether a cell that did not fail is there."""
-    return results.is_file() and words in results.read_text()
+def forked(config):
+    with forked_workers():
+        return runner.lab(LabConfig(**config))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one worker, killed when its first cell was written, then started again to its end."""
+    """A run of one worker, killed when a cell was written, then started again to its end."""
     folder = tmp_path_factory.mktemp("lab")
     make_base(folder / "base")
     content = json.loads(json.dumps(MATRIX))
@@ -95,18 +83,21 @@ def run(tmp_path_factory):
     (folder / "matrix.yaml").write_text(yaml.safe_dump(content))
     config = {"matrix": str(folder / "matrix.yaml"), "output": str(folder / "run"), "jobs": 1, "device": "cpu"}
     results = folder / "run" / "results.jsonl"
-    first = start(config)
+    asked = LabConfig(**config)
+    needed = [item.path(asked.cache_directory) for item in material.needed(cells_of(asked))]
+    first = Forked(forked, config)
     deadline = time.time() + 120
-    while not written(results, '"task": "loss"') and time.time() < deadline and first.poll() is None:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    while time.time() < deadline and first.process.is_alive():
+        time.sleep(0.02)
+        if results.is_file() and '"task": "loss"' in results.read_text() and all(path.exists() for path in needed):
+            break
+    code, *_ = first.ended(0)
+    assert code == -signal.SIGKILL
     before = results.read_text()
     with open(results, "a") as file:  # as if it had been killed in the middle of the next cell's rows
         file.write(before.splitlines()[0].replace(json.loads(before.splitlines()[0])["cell"], "0" * 24)[:200])
-    second = start(config)
-    _, messages = second.communicate(timeout=200)
-    return folder, config, before, second.returncode, messages
+    code, _, messages = Forked(forked, config).ended()
+    return folder, config, before, code, messages
 
 
 def lab_config(run, **changes):
@@ -132,6 +123,18 @@ def test_a_killed_run_goes_on_and_a_failed_cell_leaves_the_others_alone(run):
     assert broken["arm"] == "broken+linear" and "training diverged" in broken["error"]
     log = (folder / "run" / "log.jsonl").read_text()
     assert "Traceback" in log and not list((folder / "run" / "checkpoints").glob("*/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_give_the_same_rows(run, tmp_path):
+    """Started as a user starts it, with workers that are not forked."""
+    config = run[1] | {"output": str(tmp_path), "jobs": 2}
+    subprocess.run([sys.executable, "-m", "benchmarks.lab.__main__", json.dumps(config)], timeout=250)
+    ours, theirs = (
+        {(row["cell"], row["task"], row["length"]): row["value"] for row in read_rows(path / "results.jsonl")}
+        for path in (run[0] / "run", tmp_path)
+    )
+    assert ours == theirs
 
 
 def test_rows_carry_what_the_answers_need(run):
