@@ -157,7 +157,7 @@ def counted(config: Any, window: int | None = None) -> Shape:
     from transformers import AutoModelForCausalLM
 
     from endprompt.model import rope_geometry
-    from endprompt.model.geometry import window_of
+    from endprompt.model.geometry import said, window_of
 
     geometry = rope_geometry(config)
     kind, hidden = config.model_type, config.hidden_size
@@ -168,7 +168,7 @@ def counted(config: Any, window: int | None = None) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever the family's own code runs into
-        raise ValueError(f"transformers makes no model of this config: {kind!r}: {error}") from error
+        raise ValueError(f"transformers makes no model of this config: {kind!r}: {said(error)}") from error
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     attention_matrices = 2 * hidden * (query + kv)
     stored = active = 0

@@ -55,6 +55,7 @@ MUTANTS = [
     ("benchmarks/chat.py", "moment = datetime.datetime(day.year, day.month, day.day)", "moment = datetime.datetime.now()", "benchmarks/scoring/runs"),
     ("benchmarks/chat.py", 'if source is None or (source == "own" and date is None):', "if source is None:", "benchmarks/scoring/runs"),
     ("benchmarks/scoring/run.py", "kept = None if config.overwrite else fingerprint.read_day(config.directory)", "kept = None", "benchmarks/scoring/runs"),
+    ("benchmarks/scoring/run.py", "notes += check_model(config, model_config)", "pass", "benchmarks/scoring/run"),
     ("benchmarks/lab/cells.py", "cell.target, config.factor,", "cell.target, None,", "benchmarks/lab/matrix"),
     # generation
     ("benchmarks/scoring/generate.py", "read <= window < read + job.new_tokens - 1", "read < window < read + job.new_tokens - 1", "benchmarks/scoring/generate"),
@@ -154,6 +155,8 @@ MUTANTS = [
     (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "endprompt/rope"),
     # before the first step and after the last
     ("endprompt/train/outcome.py", "min(saved, config.keep + 1)", "min(saved, config.keep)", "endprompt/train/outcome"),
+    ("endprompt/train/loop.py", "and not self.evaluated():", "and False:", "endprompt/train/outcome"),
+    ("endprompt/train/loop.py", "if self.saved != self.step and", "if", "endprompt/train/outcome"),
     ("endprompt/train/output.py", "or (config.overwrite and self.work.exists())", "or False", "endprompt/train/outcome"),
     ("endprompt/train/output.py", "or not self.work.exists()  #", "or False  #", "endprompt/train/outcome"),
     ("endprompt/model/length_rope.py", "part_T.max() + 1", "position_ids.max() + 1", "endprompt/model/length_rope"),

@@ -34,6 +34,23 @@ def check_weights(directory: Path) -> None:
     weights.stored_tensors(directory)
 
 
+def check_model(config: ScoreConfig, model_config: PretrainedConfig) -> list[str]:
+    """What loading the model would refuse, found without its weights: before samples are built, in a moment.
+
+    Returns a line of each thing about the weights that the user should know. A checkpoint with code of its own, or with
+    quantized weights, is tried when it loads.
+    """
+    from endprompt.model import shares
+
+    own = not type(model_config).__module__.startswith("transformers.")
+    if config.backend != "hf" or own or getattr(model_config, "quantization_config", None):
+        return []
+    try:
+        return shares.check_weights(config.checkpoint, dtype="float32", attention=config.attn, config=model_config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("attention must", "attn must").replace("attention=", "attn=")) from error
+
+
 def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int | None = None) -> int:
     """Tokens that the checkpoint reads; a question of its config that `needed` tokens do not touch is not asked."""
     from endprompt.model import geometry

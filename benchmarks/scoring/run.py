@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import chat
 from benchmarks.scoring import fingerprint, lm_eval_results, vllm
-from benchmarks.scoring.checkpoint import method_of, read_checkpoint, window_of
+from benchmarks.scoring.checkpoint import check_model, method_of, read_checkpoint, window_of
 from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.config import ScoreConfig
 from benchmarks.scoring.suite import Suite, suite_of
@@ -46,7 +46,10 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     from endprompt.distributed import say
     from endprompt.model.load import check_vocabulary
 
-    for note in (*check_vocabulary(model_config, tokenizer), *Reader(tokenizer).notes()):
+    notes = [*check_vocabulary(model_config, tokenizer), *Reader(tokenizer).notes()]
+    if not config.prepare_only:
+        notes += check_model(config, model_config)
+    for note in notes:
         say(note)
     config = settle_date(config, tokenizer)
     suite = suite_of(config)

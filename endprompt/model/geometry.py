@@ -145,6 +145,12 @@ def named(config: PretrainedConfig) -> Iterator[None]:
         raise ValueError(said if said.startswith(where) else f"{where}{said}") from error
 
 
+def said(error: BaseException) -> str:
+    """What an error of transformers' says, in one line; a key that a table of its lacks is called what it is."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"it knows no {text}" if isinstance(error, KeyError) else text
+
+
 def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     kind = config.model_type
     text = config.get_text_config()

@@ -22,8 +22,8 @@ import torch
 from endprompt import distributed, files, origin
 from endprompt.model import length_rope
 from endprompt.model.attention import PREFIX, register_causal_only
-from endprompt.model.geometry import check_frequencies, check_no_text, named, rope_geometry, window_of
-from endprompt.model.parity import check_loaded
+from endprompt.model.geometry import check_frequencies, check_no_text, named, rope_geometry, said, window_of
+from endprompt.model.parity import ITS_OWN, check_loaded
 from endprompt.model.weights import promise_nothing, settle, stored_tensors
 from endprompt.text import vocabulary
 
@@ -125,14 +125,17 @@ def load_model(
     """
     directory = checkpoint_path(path)
     config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
+    rope_geometry(config)
     model, report = load_report(
         directory, directory, config=config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
     )
-    settle(model, report, directory)
+    notes = settle(model, report, directory)
     check_frequencies(model)
     length_rope.rows_alone(model)
     model.to(device=torch.device(device)).eval()
-    if not attention.startswith(PREFIX):  # training's is compared before the first step
+    if not attention.startswith(PREFIX):  # training says them, and compares its own forward, before it reads the data
+        for note in notes:
+            distributed.say(f"{directory}: {note}")
         check_loaded(model)
     return model
 
@@ -146,7 +149,6 @@ def load_report(
     """
     from transformers import AutoModelForCausalLM
 
-    rope_geometry(config)
     if source is not None:
         stored_tensors(source)  # names the file that is missing or cut off
     if attention.startswith(PREFIX):
@@ -168,16 +170,17 @@ def load_report(
                 **options,
             )
     except Exception as error:  # as in load_config
-        reason = str(error)
-        if attention.startswith(PREFIX):
-            if isinstance(error, KeyError) and error.args == (attention,):
-                reason = (
-                    f"{config.model_type} has attention classes of its own, which know stock attentions only: this "
-                    "family cannot be trained with the causal-only attentions"
-                )
-            elif "does not support an attention implementation through" in reason:
-                name = attention.removeprefix(PREFIX)
-                reason = f"{config.model_type} takes no attention of torch's: {name!r}; attention=eager is taken"
+        reason, name = said(error), attention.removeprefix(PREFIX)
+        family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if isinstance(error, KeyError) and error.args == (attention,):
+            reason = (
+                f"{config.model_type} has attention classes of its own, which know stock attentions only: this "
+                "family cannot be trained with the causal-only attentions"
+            )
+        elif "does not support an attention implementation through" in reason:
+            reason = f"{config.model_type} takes no attention of torch's, attention must be eager: attention={name!r}"
+            if name != attention and not family._can_set_attn_implementation():
+                reason = f"{config.model_type}: {ITS_OWN}"
         raise ValueError(f"{directory}: the checkpoint does not load: {reason}") from error
 
 
@@ -222,8 +225,7 @@ def check_builds(config: PretrainedConfig) -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # its own may be one of no arithmetic
     except Exception as error:  # whatever the family's own code runs into
         where = f"{config.name_or_path}: " if config.name_or_path else ""
-        message = " ".join(str(error).split())
-        raise ValueError(f"{where}transformers makes no model of this config: {message}") from error
+        raise ValueError(f"{where}transformers makes no model of this config: {said(error)}") from error
     check_frequencies(model)
 
 

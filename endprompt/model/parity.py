@@ -11,7 +11,6 @@ Legend: B batch, T tokens, D hidden size, V vocabulary, K last tokens.
 from __future__ import annotations
 
 import contextlib
-import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from endprompt.model.attention import PREFIX, attention_backends, registered_name, training_attention
+from endprompt.model.geometry import said
 from endprompt.model.length_rope import RowsAlone
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def _forward(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole forward
 
-_checked: set[str] = set()
+#: Why a family whose attention is no function that can be exchanged is not trained.
+ITS_OWN = "its attention is its own and cannot be chosen: this family cannot be trained"
 
 #: (last logits [K, V] in float64, mean loss in nats)
 Numbers = tuple[torch.Tensor, float]
@@ -114,8 +115,7 @@ def check_loaded(
     loss: of model and ids [1, T], the sum over the tokens, where it is made otherwise than from the model's logits.
     A checkpoint's own code has nothing to be compared with.
     """
-    key = _key(model, loss)
-    if key in _checked or not type(model).__module__.startswith("transformers."):
+    if not type(model).__module__.startswith("transformers."):
         return
     ids = _rows(model)[:1]
     weights = torch.ones_like(ids, dtype=torch.float32)
@@ -128,7 +128,6 @@ def check_loaded(
         expected, nudged = (_theirs(model, ids, weights, nudge=nudge) for nudge in (0.0, torch.finfo(model.dtype).eps))
     allowed = tolerance(expected[0], nudged[0], model.config.get_text_config().num_hidden_layers, model.dtype)
     _compare(found, expected, allowed, f"{kind}: this model, loaded with attention {attention}, does not compute what")
-    _checked.add(key)
 
 
 @torch.no_grad()
@@ -136,13 +135,11 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     """Raises ValueError if training's loss or last logits of a short row are not those of transformers' own forward.
 
     bfloat16: whether products are made in it. The attention `shifted` is another one on purpose, `sdpa` stands for it;
-    a model with a stock attention is left as it is. Every process of a sharded model must call this. Models of one
-    configuration are checked once.
+    a model with a stock attention is left as it is. Every process of a sharded model must call this.
     """
     model, kind = objective.model, objective.model.config.model_type
     attention = model.config._attn_implementation
-    key = _key(model, bfloat16)
-    if not attention.startswith(PREFIX) or key in _checked:
+    if not attention.startswith(PREFIX):
         return
     row, other = _rows(model).split(1)
     tokens = row.shape[1]
@@ -157,28 +154,30 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
 
     training = model.training
     model.eval()
-    why = "its own code reads the attention mask (to choose what a token attends to), and they make none"
+    why = "transformers' own eager forward pass of it fails"
     try:
-        if attention == registered_name("shifted"):
-            model.set_attn_implementation(training_attention("sdpa"))
-        with attention_backends(row.device):
-            found = {where: _ours(objective, row, positions, weights) for where, positions in places.items()}
-            elsewhere, _ = _ours(objective, other, jumped, weights)
-        why = "transformers' own eager forward pass of it fails"
         with transformers_own(model):
             if model.config._attn_implementation != "eager":  # both would be without a mask, and not causal
-                raise ValueError("its attention is its own and cannot be chosen: this family cannot be trained")
+                raise ValueError(ITS_OWN)
             expected = {
                 where: _theirs(model, row, weights, None if where.startswith("cont") else positions, within=within)
                 for where, positions in places.items()
             }
             nudged, _ = _theirs(model, row, weights, nudge=torch.finfo(dtype).eps, within=within)
+        why = "its own code reads the attention mask (to choose what a token attends to), and they make none"
+        if attention == registered_name("shifted"):
+            model.set_attn_implementation(training_attention("sdpa"))
+        with attention_backends(row.device):
+            found = {where: _ours(objective, row, positions, weights) for where, positions in places.items()}
+            elsewhere, _ = _ours(objective, other, jumped, weights)
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from error
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's own code does without the mask that it is used to
-        raise ValueError(f"{kind}: this family cannot be trained with the causal-only attentions: {why}") from error
+        raise ValueError(
+            f"{kind}: this family cannot be trained with the causal-only attentions: {why} ({said(error)})"
+        ) from error
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
@@ -192,13 +191,6 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
             f"{kind}: tokens after a jump of the positions do not see those before it "
             f"(attention={attention.removeprefix(PREFIX)}): this family cannot be trained at jumped positions"
         )
-    _checked.add(key)
-
-
-def _key(model: PreTrainedModel, *more: Any) -> str:
-    values = model.config.to_dict() | {"_name_or_path": None}
-    about = [values, model.config._attn_implementation, str(model.dtype), model.device.type, *map(str, more)]
-    return json.dumps(about, sort_keys=True, default=str)
 
 
 def _rows(model: PreTrainedModel) -> torch.Tensor:
@@ -245,6 +237,11 @@ def tolerance(expected: torch.Tensor, nudged: torch.Tensor, layers: int, dtype: 
 def _compare(found: Numbers, expected: Numbers, allowed: float, said: str) -> None:
     apart = float((found[0] - expected[0]).abs().amax(-1).median())
     loss_apart = abs(found[1] - expected[1])
+    if not bool(expected[0].isfinite().all()):
+        raise ValueError(
+            f"{said.partition(':')[0]}: the logits of a short row are not finite numbers, in transformers' own forward "
+            "pass too: a weight of the checkpoint is none, or the dtype is too narrow for it"
+        )
     # a loss is summed up in float32; what is not a number does not agree
     if not (apart <= allowed and loss_apart <= allowed + 8 * torch.finfo(torch.float32).eps * expected[1]):
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from endprompt.files import check_fetched, read_object
+from endprompt.model.attention import PREFIX
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -96,19 +97,20 @@ def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | 
     left_out = predicting | {
         name for name in stored_names if ignored.search(name) and name not in own and not COMPUTED.search(name)
     }
-    notes = []
+    notes, trains = [], model.config._attn_implementation.startswith(PREFIX)
     if left_out:
         what = "of multi-token prediction " if left_out == predictions(model.config, left_out) else ""
         notes.append(
             f"{len(left_out)} weights {what}are left out, such as {min(left_out)}: {type(model).__name__} has no place "
-            "for them, and what is written will not hold them"
+            f"for them{', and what is written will not hold them' if trains else ''}"
         )
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None)
-    if apart and model.config.get_text_config().tie_word_embeddings:
+    if apart and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         notes.append(
             "config.json says tie_word_embeddings, but the files hold a head that differs from the embeddings: "
-            "it stays a weight of its own, as in transformers, and what is written says tie_word_embeddings false"
+            "it stays a weight of its own, as in transformers"
+            f"{', and what is written says tie_word_embeddings false' if trains else ''}"
         )
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False

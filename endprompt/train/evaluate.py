@@ -103,6 +103,11 @@ class Evaluation:
         self.rows = {length: held_out_rows(documents, length, rows) for length in lengths}
         self.needles = {length: needle_rows(documents, length, needles, encode, seed) for length in lengths if needles}
 
+    @property
+    def asked(self) -> list[tuple[str, int]]:
+        """(task, length) of what is measured."""
+        return [*(("held_out", length) for length in self.rows), *(("needle", length) for length in self.needles)]
+
     @torch.no_grad()
     def measure(self, objective: Objective, here: World) -> Iterator[Measured]:
         """One result a task and length. Every process must call it; each takes its share of the rows."""

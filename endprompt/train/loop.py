@@ -27,6 +27,7 @@ from endprompt.data import Batch, Rows
 from endprompt.data.rows import prefetch
 from endprompt.distributed import World, say
 from endprompt.fast import linears
+from endprompt.files import sound_lines
 from endprompt.model import lora, shares, training_attention
 from endprompt.model.attention import attention_backends
 from endprompt.model.load import decoder_layers
@@ -82,6 +83,28 @@ def stop_asked(here: World) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> Objective:
+    """The loss of a model that is to be trained, with its LoRA updates; of several processes each holds a share.
+
+    Raises ValueError if it is not what transformers computes.
+    """
+    model.train()
+    model.config.use_cache = False
+    if config.lora_rank:
+        lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
+    float8 = config.float8 if config.float8_head else "none"
+    loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
+    if here.size == 1:
+        check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
+        return loss
+    distributed.shard(loss, decoder_layers(model), here, bfloat16=config.autocast)
+    shares.read_shares(model, here.device)
+    check_forward(loss, bfloat16=config.autocast)
+    sharded: Any = loss  # what is gathered for a forward pass stays so until the backward pass
+    sharded.reshard()
+    return loss
+
+
 #: Share of a batch's tokens with a weight above which the loss of all is taken.
 DENSE = 0.97
 
@@ -97,7 +120,9 @@ class Trainer:
         steps: int,
         log: RunDirectory | None,
         here: World | None = None,
+        loss: Objective | None = None,
     ):
+        """loss: `objective_of` this model, if it was made already."""
         here = here or World(device=next(model.parameters()).device.type)
         self.config, self.model, self.rows, self.steps, self.log, self.here = config, model, rows, steps, log, here
         self.device = torch.device(here.device)
@@ -105,23 +130,13 @@ class Trainer:
         self.seconds = 0.0
         self.last_loss: float | None = None
         self.stopped = False
+        self.saved: int | None = None  # the step of the newest state
         self.guard = Guard(config.divergence)
         self.evaluation: Evaluation | None = None
         self.notes: list[str] = []  # on the checkpoint's weights
-        model.train()
-        model.config.use_cache = False
-        if config.lora_rank:
-            lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
+        self.loss = loss or objective_of(config, model, here)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
-        float8 = config.float8 if config.float8_head else "none"
-        self.loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
-        if here.size > 1:  # from here on the model's weights are shares
-            distributed.shard(self.loss, decoder_layers(model), here, bfloat16=config.autocast)
-            shares.read_shares(model, here.device)
-            check_forward(self.loss, bfloat16=config.autocast)
-            sharded: Any = self.loss  # what is gathered for a forward pass stays so until the backward pass
-            sharded.reshard()
         self.graph = self.step_graph() if config.compile.startswith("graph") else None
         self.optimizer = self.graph.optimizer if self.graph else optimizer_of(config, model)
         self.budget = make_fast(model, config, self.device)
@@ -129,7 +144,7 @@ class Trainer:
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)
         linears.after_step(self.model)
-        self.step = state.step
+        self.step = self.saved = state.step
         self.guard = Guard(**(state.about["guard"] | {"limit": self.config.divergence}))
         if self.log:
             for path in (self.log.path / "log.jsonl", self.log.results):
@@ -148,6 +163,7 @@ class Trainer:
         }
         tensors = checkpoint.collect(self.model, self.optimizer)
         checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
+        self.saved = self.step
 
     @contextlib.contextmanager
     def kept(self, states: Path) -> Iterator[None]:
@@ -159,10 +175,8 @@ class Trainer:
             raise
 
     def keep(self, states: Path) -> None:
-        """Leave a state of this step. Every process must call it."""
-        newest = checkpoint.states(states)[-1:]
-        whole = not states.parent.exists() or (bool(newest) and newest[0].name == checkpoint.name_of(self.step))
-        if not distributed.from_main(whole):
+        """Leave a state of this step, if there is none and the output is not whole. Every process must call it."""
+        if self.saved != self.step and distributed.from_main(states.parent.exists()):
             self.save(states)
 
     def batch(self, step: int) -> Batch:
@@ -181,9 +195,7 @@ class Trainer:
             stop_asked(self.here) as stop,
             self.reports() as reports,
         ):
-            if self.evaluation and since == self.steps:  # the last evaluation had failed, or what came after it
-                if self.log:
-                    checkpoint.forget_after(self.log.results, self.step - 1)
+            if self.evaluation and self.evaluates() and not self.evaluated():  # it had failed
                 self.evaluate_kept(reports, states)
             for batch in batches:
                 rate = learning_rate(config, self.step, self.steps)
@@ -210,10 +222,10 @@ class Trainer:
                     advance(self.step, values)
                     last, since = now, self.step
                 paused = time.perf_counter()
-                if self.evaluation and (final or (config.eval_every and self.step % config.eval_every == 0)):
+                if self.evaluation and self.evaluates():
                     self.evaluate_kept(reports, states)
                 if save:
-                    self.save(states)
+                    self.keep(states)
                 if stopped:
                     raise KeyboardInterrupt
                 last += time.perf_counter() - paused  # tokens/s are those of the steps
@@ -243,12 +255,29 @@ class Trainer:
             values["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         return values
 
+    def evaluates(self) -> bool:
+        """Whether an evaluation follows this step."""
+        every = self.config.eval_every
+        return self.step == self.steps or bool(every and self.step and self.step % every == 0)
+
+    def evaluated(self) -> bool:
+        """Whether the results have all rows of this step's evaluation; if not, they are left with none of them."""
+        assert self.evaluation is not None
+        whole = True
+        if self.log:
+            rows = sound_lines(self.log.results) if self.log.results.is_file() else ()
+            found = {(row.get("task"), row.get("length")) for *_, row in rows if row and row.get("step") == self.step}
+            whole = found >= set(self.evaluation.asked)
+            if not whole:
+                checkpoint.forget_after(self.log.results, self.step - 1)
+        return bool(distributed.from_main(whole))
+
     def evaluate_kept(self, reports: list[Callable[[int, dict[str, float]], None]], states: Path) -> None:
         """`evaluate`, whose failure (long rows take memory) loses no step.
 
-        One of several processes may fail alone, and a state takes all of them: it is saved before the last evaluation.
+        One of several processes may fail alone, and a state takes all of them: it is saved before the evaluation.
         """
-        if self.here.size > 1 and self.step == self.steps:
+        if self.here.size > 1:
             self.keep(states)
         with self.kept(states) if self.here.size == 1 else contextlib.nullcontext():
             self.evaluate(reports)

@@ -91,8 +91,9 @@ def check_room(
     """Raises ValueError if the disk has too little room for the export and the training states at their most."""
     result = sum(parameter.numel() for parameter in model.parameters()) * torch_dtype(dtype).itemsize
     state = sum(parameter.nbytes for parameter in model.parameters()) + state_bytes(optimizer)
-    saved = (steps - 1) // config.save_every if config.save_every else 0
-    saved += processes > 1 and bool(config.eval_data)  # before the last evaluation
+    last = processes > 1 and bool(config.eval_data)  # several processes save before each evaluation
+    every = [config.save_every, config.eval_every if last else 0]
+    saved = len({step for n in every if n for step in range(n, steps, n)}) + last
     # the oldest state goes when the next one is whole, and the others when the export is
     most = max(min(saved, config.keep + 1) * state, min(saved, config.keep) * state + result)
     there = sum(path.stat().st_size for path in work.glob("states/*/*"))

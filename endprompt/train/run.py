@@ -17,14 +17,12 @@ from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
 from endprompt.model import lora
 from endprompt.model.load import check_tokens, whole_weights
-from endprompt.model.parity import check_forward
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
 from endprompt.train import determinism, outcome
 from endprompt.train.evaluate import Evaluation
-from endprompt.train.loop import Trainer
-from endprompt.train.objective import Objective
+from endprompt.train.loop import Trainer, objective_of
 from endprompt.train.output import Output
 from endprompt.train.progress import check_reports, device_memory
 from endprompt.train.start import Checkpoint, to_extend, to_pretrain
@@ -65,8 +63,7 @@ def run(start: Checkpoint) -> Path:
                 data_file(path)
         with determinism.repeatable(config.deterministic):
             model = start.to_fill() if here.size > 1 else start.load(here.device)
-            if here.size == 1:  # shares are checked by the trainer, once they are read
-                check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
+            loss = objective_of(config, model, here)
             rows = Rows(start.documents(config.data), spec)
             if len(rows) < config.rows:
                 raise ValueError(
@@ -85,7 +82,7 @@ def run(start: Checkpoint) -> Path:
                     f"{rows.truncated_tokens:,} tokens",
                     here,
                 )
-                trainer = Trainer(config, model, rows, steps, log, here)
+                trainer = Trainer(config, model, rows, steps, log, here, loss)
                 trainer.evaluation, trainer.notes = evaluation, about_weights
                 distributed.by_main(here, lambda: check_end(trainer, start, output, dtype))
                 if state is not None:

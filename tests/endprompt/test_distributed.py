@@ -70,7 +70,9 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         "graph": {"compile": "graph", "device": "auto"},
         "damaged": {"model": str(damaged_checkpoint(tmp / "damaged-model"))},
         "shapes": {"model": str(checkpoint_of_other_shapes(tmp / "shapes-model"))},
+        "other": {"attention": "eager", "data": [str(tmp / "damaged.jsonl")]},
     }
+    (tmp / "damaged.jsonl").write_text("{")  # is not read before the model is compared
     jobs = {name: dataclasses.replace(config, output=str(tmp / name), **change) for name, change in changes.items()}
     cut_off(jobs["begun"], step=3)  # a run of one process that leaves its state of step 2
     made = {name: dataclasses.asdict(job) for name, job in jobs.items()}
@@ -235,6 +237,7 @@ def row_share(rows, config, here, step):
         ("graph", "take compile=layers: compile='graph', 2 processes"),
         ("damaged", "damaged-model: the checkpoint does not load: model.safetensors: "),
         ("shapes", "does not load: model.norm.weight is (31,), the model's is (32,)"),
+        ("other", "training (contiguous positions, attention=eager) does not compute what transformers does"),
     ],
 )
 def test_what_the_processes_cannot_share_is_refused_by_both(trained, name, rule):

@@ -1,12 +1,16 @@
 """What a checkpoint's files hold against what the model takes: refused, said, or nothing to say."""
 
+import contextlib
 import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3_5TextConfig
 
+from benchmarks import scoring
+from benchmarks.scoring import ScoreConfig
 from benchmarks.scoring.hf import Complete
 from endprompt import model as models
 from endprompt.model import shares
@@ -134,15 +138,33 @@ def test_layers_of_multi_token_prediction_are_left_out_aloud(
     assert [note.startswith(said) for note in before()] == [True]
     for reading in (one, many, score):
         reading()
+    assert said not in capsys.readouterr().err
+    asked = ScoreConfig(str(directory), device="cpu", tasks="niah_single_1", lengths="32")
+    for reading in (lambda: scoring.score(asked), lambda: models.load_model(directory)):
+        with contextlib.suppress(ValueError):  # the window is too small for a sample
+            reading()
+        told = capsys.readouterr().err
+        assert told.count(said) == 1 and "written" not in told
     output = extend(extend_config(model=str(directory), scaling="linear", steps=1))
     assert capsys.readouterr().err.count(said) == 1
     assert json.loads((output / "config.json").read_text())[key] == 0
     assert said in (output / "README.md").read_text() and str(tmp_path) not in (output / "README.md").read_text()
 
 
-def test_a_family_with_attention_classes_of_its_own_is_refused_before_any_work(tmp_path, extend_config):
-    from transformers import FalconConfig
-
-    directory = checkpoint_of(FalconConfig, tmp_path / "m", new_decoder_architecture=True, num_kv_heads=2, alibi=False)
-    with pytest.raises(ValueError, match=r"falcon has attention classes of its own.*cannot be trained"):
+@pytest.mark.parametrize(
+    ("family", "own", "said"),
+    [
+        ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+         "falcon has attention classes of its own.*cannot be trained"),
+        ("GPTNeoXJapanese", {"intermediate_multiple_size": 2},
+         "gpt_neox_japanese: its attention is its own and cannot be chosen: this family cannot be trained"),
+        ("Gemma2", {"head_dim": 8, "sliding_window": 128},
+         "gemma2 takes no attention of torch's, attention must be eager: attention='sdpa'"),
+    ],
+)  # fmt: skip
+def test_a_family_whose_attention_is_not_the_asked_one_is_refused_before_any_work(
+    tmp_path, extend_config, family, own, said
+):
+    directory = checkpoint_of(getattr(transformers, f"{family}Config"), tmp_path / "m", **own)
+    with pytest.raises(ValueError, match=said):
         extend(extend_config(model=str(directory), data=["nowhere.jsonl"]))

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from collections import namedtuple
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from endprompt import cli, files, train
 from endprompt.config import check_output
+from endprompt.distributed import World
 from endprompt.model import load_model, load_tokenizer, training_attention
 from endprompt.train import loop, outcome, run, start
 from endprompt.train import states as checkpoint
@@ -199,16 +201,25 @@ def test_overwrite_stopped_before_it_has_begun_does_not_go_on_with_the_old_run(
     assert run_printed(words) == 0 and "resumed" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["evaluation", "export", "the host's memory"])
-def test_what_fails_after_the_last_step_loses_nothing(what, extend_config, documents, tmp_path, monkeypatch):
-    held = {"eval_data": [str(documents)], "eval_lengths": [24, 96], "eval_rows": 1}
+@pytest.mark.parametrize("what", ["evaluation", "evaluation in mid-run", "export", "the host's memory"])
+def test_what_fails_after_a_step_loses_nothing(what, extend_config, documents, tmp_path, monkeypatch):
+    """The steps are there, and so are all rows of all evaluations when the run has gone on."""
+    held = {"eval_data": [str(documents)], "eval_lengths": [24, 96], "eval_rows": 1, "eval_every": 2}
     whole = train.extend(extend_config(output=str(tmp_path / "whole"), **held))
 
-    def broken(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried") if what == "evaluation" else OSError("no space left")
+    real, last = train.Trainer.evaluate, 2 if "mid-run" in what else 4
+
+    def broken(*given, **__):
+        if "evaluation" not in what:
+            raise OSError("no space left")
+        if given[0].step == last:
+            given[0].log.add([lines_of(whole / "results.jsonl")[last - 2]])  # cut off between its two rows
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        real(*given)
 
     owner, name = {
         "evaluation": (train.Trainer, "evaluate"),
+        "evaluation in mid-run": (train.Trainer, "evaluate"),
         "export": (files, "sync_tree"),
         "the host's memory": (run, "whole_weights"),
     }[what]
@@ -216,15 +227,34 @@ def test_what_fails_after_the_last_step_loses_nothing(what, extend_config, docum
     with monkeypatch.context() as patch, pytest.raises((ValueError, OSError), match=r"memory is too small|no space"):
         patch.setattr(owner, name, broken)
         train.extend(config)
-    assert [path.name for path in checkpoint.states(tmp_path / "out.partial/states")] == ["step-00000004"]
+    assert [path.name for path in checkpoint.states(tmp_path / "out.partial/states")] == [f"step-0000000{last}"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", interrupted)
+        if last == 4:
+            patch.setattr(train.Trainer, "train_step", interrupted)
         resumed = train.extend(dataclasses.replace(config, resume=True))
     assert same_weights(whole, resumed)
-    rows = [[row["value"] for row in lines_of(path / "results.jsonl")] for path in (whole, resumed)]
-    assert rows[0] == rows[1]
+    rows = [[(row["step"], row["value"]) for row in lines_of(path / "results.jsonl")] for path in (whole, resumed)]
+    assert rows[0] == rows[1] and [step for step, _ in rows[0]] == [2, 2, 4, 4]
     ends = [json.loads((path / "endprompt.json").read_text())["final_loss"] for path in (whole, resumed)]
     assert ends[0] == ends[1] is not None
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_several_processes_save_before_an_evaluation_and_the_step_once(step, tmp_path, monkeypatch):
+    """In which one of them may fail alone: then no state can be made any more."""
+    trainer = train.Trainer.__new__(train.Trainer)
+    trainer.step, trainer.steps, trainer.saved, trainer.here = step, 4, None, World(size=2)
+    done = []
+    monkeypatch.setattr(checkpoint, "save_state", lambda *given: done.append("saved"))
+    monkeypatch.setattr(checkpoint, "collect", lambda *given: {})
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda *given: done.append("evaluated"))
+    for name in ("model", "optimizer", "rows", "config", "guard"):
+        setattr(trainer, name, MagicMock())
+    monkeypatch.setattr(loop, "identity", lambda config: {})
+    trainer.seconds = trainer.last_loss = 0.0
+    trainer.evaluate_kept([], tmp_path / "states")
+    trainer.keep(tmp_path / "states")  # what save_every asks for after it
+    assert done == ["saved", "evaluated"]
 
 
 def test_a_refusal_of_the_main_process_is_said_by_all(monkeypatch):
