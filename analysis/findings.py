@@ -123,7 +123,7 @@ class Findings:
         z = unit * np.concatenate([layer.z, layer.constant[..., None]], axis=-1)
         heads, pairs, _ = z.shape
         flat = z.reshape(heads * pairs, -1)
-        largest = self.sweep.maxima(flat, duffin_schaeffer=True)
+        largest = self.sweep.maxima(flat)
         ratio = bound_ratios(flat, omega, largest)
         energy = np.abs(flat[:, :-1]) ** 2
         turns = omega[:-1] * scene.length
@@ -380,7 +380,6 @@ def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: Maxima) -> dict[str,
 
     The rounding of the value is taken off, so a ratio above 1 is a violation and not noise.
     """
-    assert largest.duffin_schaeffer is not None
     sigma = np.abs(omega).max()
     sum_a = coef_bound(z, omega)
     reached = {order: np.maximum(largest.size[order] - largest.error[order], 0.0) for order in ORDERS}

@@ -1,43 +1,44 @@
 """Maxima of S, S', S'' of many spectra over a grid of distances, without ever holding the scores.
 
-P spectra times N distances is a matrix product [P, 2n] x [2n, N], reduced block by block. Inside a block of
-half-width Delta around its centre D0 the score has few degrees of freedom, sigma Delta + a few digits, so it goes
-through M Chebyshev coefficients:
+In a block of the grid around its centre D0, with A + iB = z exp(i omega D0), the score is an even part and an odd one,
 
-    exp(i omega (D0 + Delta x)) = exp(i omega D0) sum_m (2 - [m = 0]) i^m J_m(omega Delta) T_m(x),   |x| <= 1
+    S(D0 + x) = sum_j A_j cos(omega_j x) - sum_j B_j sin(omega_j x),      max |S(D0 +- x)| = |even| + |odd|
 
-P x 2n x M for the coefficients and M x (grid points of the block) for the values of each order, in place of
-2n x (grid points). What is cut off and what rounding adds is bounded frequency by frequency and returned.
+so two matrix products over half of the block give all of it, which is half the work of one over the whole grid; S' and
+S'' likewise. That is done in float32, and what its rounding could hide is counted: the blocks that may hold the
+maximum are computed again in float64. So the values are those of float64, in the time of float32.
 
-Legend: P spectra, n frequencies, N grid distances, K blocks, M coefficients, Q grid points in a block.
+Legend: P spectra, n frequencies, K blocks, H distances in half a block.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.special
 import torch
 
 from analysis.certificates import UNIT_ROUNDOFF
 from analysis.spectra import check_spectrum
 
 ORDERS = (0, 1, 2)
-#: Radians that the fastest frequency turns in half a block: the least work a point (M = 20 to 30 coefficients).
-HALF_BLOCK = 8.0
-#: Values held at a time on the CPU: a share of the second-level cache. A CUDA device takes more.
-CPU_VALUES, CUDA_VALUES = 1 << 18, 1 << 26
-UNITS = {"float32": 2.0**-24, "float64": UNIT_ROUNDOFF}
+HALF_BLOCK = 256
+#: Spectra, or blocks to be computed again, at a time: as many as stay in the cache of a core; a CUDA device takes more.
+CPU_ROWS, CUDA_ROWS = 256, 8192
+UNITS = {torch.float32: 2.0**-24, torch.float64: UNIT_ROUNDOFF}
+#: Beside the orders: max of (S'^2 + sigma^2 S^2)^(1/2).
+DUFFIN_SCHAEFFER = 3
 
 
 @dataclass(frozen=True)
 class Maxima:
     """Largest values of P spectra over the grid 0, h, 2h, ..., at most `last`; float64 [P] each.
 
-    size: order -> max |S^(order)| as computed. error: order -> bound on what truncation and rounding changed.
+    size: order -> max |S^(order)| as computed. error: order -> bound on what rounding changed.
     between: order -> what |S^(order)| may rise by between grid points, h^2 B_{order+2} / 8; so the maximum over real
     distances lies in [size - error, size + error + between]. duffin_schaeffer: max of (S'^2 + sigma^2 S^2)^(1/2).
     """
@@ -45,130 +46,141 @@ class Maxima:
     size: dict[int, np.ndarray]
     error: dict[int, np.ndarray]
     between: dict[int, np.ndarray]
-    duffin_schaeffer: np.ndarray | None
+    duffin_schaeffer: np.ndarray
     last: float
 
 
 class Sweep:
     """Everything that depends on the frequencies and the grid, and not on the spectra: use it for many of them."""
 
-    def __init__(
-        self,
-        omega: Any,
-        length: int,
-        *,
-        spacing: float = 1.0,
-        dtype: str = "float64",
-        device: str = "cpu",
-        orders: tuple[int, ...] = ORDERS,
-    ):
+    def __init__(self, omega: Any, length: int, *, spacing: float = 1.0, device: str = "cpu"):
         """Grid 0, spacing, ..., the last point the first one at or above length - 1.
 
-        Raises ValueError if length or spacing is not positive, or dtype is not float32 or float64.
+        Raises ValueError if length or spacing is not positive.
         """
         _, self.omega = check_spectrum(np.zeros(np.size(omega)), omega)
         if length < 1 or not (spacing > 0 and math.isfinite(spacing)):
             raise ValueError(f"the number of distances and the spacing must be positive: {length=} {spacing=}")
-        if dtype not in UNITS:
-            raise ValueError(f"dtype must be one of {', '.join(UNITS)}: {dtype=}")
-        self.spacing, self.orders, self.device = spacing, orders, torch.device(device)
-        self.dtype, unit = getattr(torch, dtype), UNITS[dtype]
+        self.spacing, self.device = spacing, torch.device(device)
         self.sigma = float(np.abs(self.omega).max())
         points = math.ceil((length - 1) / spacing) + 1
-        widest = 2 * HALF_BLOCK / max(self.sigma * spacing, 2 * HALF_BLOCK / 256)
-        self.per_block = min(points, max(1, int(widest)))  # Q
-        self.blocks = math.ceil(points / self.per_block)  # K; the last one begins early, so that it ends with the grid
-        half = max((self.per_block - 1) / 2, 0.5) * spacing
-        starts = np.minimum(np.arange(self.blocks) * self.per_block, points - self.per_block)
-        centres = (starts + (self.per_block - 1) / 2) * spacing
         self.last = float((points - 1) * spacing)
-        x = (np.arange(self.per_block) - (self.per_block - 1) / 2) * spacing / half
+        half = max(1, min(HALF_BLOCK, points // 2))
+        # the last block begins early, so that it ends with the grid
+        starts = np.clip(np.arange(math.ceil(points / (2 * half))) * 2 * half, 0, max(points - 2 * half, 0))
+        x = (np.arange(half) + 0.5) * spacing if points > 1 else np.zeros(1)
+        centres = starts * spacing + x[-1]
+        angle, turn = np.multiply.outer(self.omega, x), np.multiply.outer(centres, self.omega)
+        cos, sin = np.cos(angle), np.sin(angle)
+        even_and_odd = (cos, -sin, -cos), (-sin, -cos, sin)  # A's and B's parts of S, S', S'' but for omega^r
+        tables = [np.cos(turn), np.sin(turn)]
+        tables += [part * self.omega[:, None] ** r for parts in even_and_odd for r, part in enumerate(parts)]
+        self.blocks, self.half = len(centres), half
+        self.tables = {
+            dtype: [torch.as_tensor(table, dtype=dtype, device=self.device) for table in tables] for dtype in UNITS
+        }
 
-        turn = np.abs(self.omega) * half
-        size, tables = self._expand(x, half, turn, unit)
-        coefficients = size.shape[1]
-        # c_m = Re(z_j exp(i omega D0) i^m) size_jm: rows for Re z and for Im z, columns (block, m)
-        phase = np.exp(1j * np.multiply.outer(self.omega, centres))[:, :, None] * 1j ** np.arange(coefficients)
-        # J_m(-t) = (-1)^m J_m(t)
-        sign = np.where(self.omega < 0, -1.0, 1.0)[:, None] ** np.arange(coefficients)
-        full = phase * (sign * size)[:, None, :]
-        encode = np.concatenate([full.real, -full.imag]).reshape(2 * self.omega.size, -1)
-        self.encode = torch.as_tensor(encode, dtype=self.dtype, device=self.device)
-        self.decode = {r: torch.as_tensor(tables[r], dtype=self.dtype, device=self.device) for r in orders}
-        self.coefficients = coefficients
-        self.error_per_amplitude = {r: self._error(r, x, half, size, tables[r], unit) for r in orders}
+    def error_per_amplitude(self, order: int, dtype: torch.dtype) -> np.ndarray:
+        """Bound on the rounding of S^(order) computed in dtype, for each unit of amplitude of each frequency [n].
 
-    def _expand(self, x: np.ndarray, half: float, turn: np.ndarray, unit: float) -> tuple[np.ndarray, dict[int, Any]]:
-        """Bessel factors [n, M] and, for each order, the Chebyshev polynomials' derivatives on the grid [M, Q]."""
-        count = 4
-        while True:
-            rest = 2 * np.abs(scipy.special.jv(count, turn)) * float(count) ** (2 * max(self.orders))
-            if (rest <= unit * np.maximum(turn, 1e-300) ** max(self.orders)).all() or count >= 200:
-                break
-            count += 1
-        m = np.arange(count)
-        size = scipy.special.jv(m, turn[:, None]) * np.where(m == 0, 1.0, 2.0)
-        tables = {}
-        for r in self.orders:
-            identity = np.eye(count)
-            derived = np.polynomial.chebyshev.chebder(identity, r, axis=0) if r else identity
-            tables[r] = (np.polynomial.chebyshev.chebvander(x, len(derived) - 1) @ derived).T / half**r
-        return size, tables
-
-    def _error(
-        self, r: int, x: np.ndarray, half: float, size: np.ndarray, table: np.ndarray, unit: float
-    ) -> np.ndarray:
-        """Error bound of the computed S^(r) for each unit of amplitude of each frequency, float64 [n].
-
-        The expansion's own error is measured on the block's grid; rounding is that of two sums, of 2n and of M terms,
-        and of the tables' entries, with the angles of the centres rounded in float64.
+        Of a sum of n products twice, of the factors, and of the angles in float64.
         """
-        exact = (1j * np.abs(self.omega)[:, None]) ** r * np.exp(1j * np.multiply.outer(np.abs(self.omega), x * half))
-        powers = 1j ** np.arange(size.shape[1])
-        cut = np.abs((size * powers) @ table - exact).max(axis=1)
-        reach = (np.abs(size)[:, :, None] * np.abs(table)[None]).sum(axis=1).max(axis=1)
-        terms = 2 * self.omega.size + size.shape[1] + 8
-        angle = UNIT_ROUNDOFF * np.abs(self.omega) ** (r + 1) * self.last
-        return 1.01 * (cut + math.sqrt(2) * unit * terms * reach + angle + 16 * UNIT_ROUNDOFF * reach)
+        size = np.abs(self.omega)
+        return 1.01 * size**order * (UNITS[dtype] * (size.size + 16) + 2 * UNIT_ROUNDOFF * size * self.last)
 
-    def maxima(self, z: Any, duffin_schaeffer: bool = False) -> Maxima:
+    def maxima(self, z: Any) -> Maxima:
         """Maxima of spectra z, complex [P, n] (numpy or torch)."""
-        z = torch.as_tensor(z, device=self.device)
+        z = torch.as_tensor(z, device=self.device).to(torch.complex128)
         if z.ndim != 2 or z.shape[1] != self.omega.size:
             raise ValueError(f"spectra must have the shape [P, n]: {tuple(z.shape)} with n={self.omega.size}")
-        if duffin_schaeffer and not {0, 1} <= set(self.orders):
-            raise ValueError(f"Duffin-Schaeffer needs S and S': orders={self.orders}")
-        parts = torch.cat([z.real, z.imag], dim=1).to(self.dtype)
-        if not torch.isfinite(parts).all():
+        parts = [z.real.contiguous(), z.imag.contiguous()]
+        if not all(torch.isfinite(part).all() for part in parts):
             raise ValueError("amplitudes must be finite: found NaN or infinity")
-        values = CPU_VALUES if self.device.type == "cpu" else CUDA_VALUES
-        # few spectra at a time, so that a stretch of blocks stays in the cache between the two products
-        rows = min(len(z), 256 if self.device.type == "cpu" else 8192)
-        stretch = max(1, min(self.blocks, values // (rows * self.per_block) or 1))
-        size = {r: torch.zeros(len(z), dtype=self.dtype, device=self.device) for r in self.orders}
-        square = torch.zeros(len(z), dtype=self.dtype, device=self.device) if duffin_schaeffer else None
-        for block in range(0, self.blocks, stretch):
-            columns = slice(block * self.coefficients, (block + stretch) * self.coefficients)
-            encode = self.encode[:, columns].contiguous()
-            for start in range(0, len(z), rows):
-                part = slice(start, start + rows)
-                c = (parts[part] @ encode).view(-1, self.coefficients)
-                count = len(parts[part])
-                held = {}
-                for r in self.orders:
-                    s = (c @ self.decode[r]).view(count, -1)
-                    largest = torch.maximum(s.amax(1), s.amin(1).neg_())
-                    torch.maximum(size[r][part], largest, out=size[r][part])
-                    if duffin_schaeffer and r < 2:
-                        held[r] = s
-                if square is not None:
-                    both = held[1].square_().addcmul_(held[0], held[0], value=self.sigma**2).amax(1)
-                    torch.maximum(square[part], both, out=square[part])
-        amplitude = z.abs().to(torch.float64).cpu().numpy()
+        amplitude = z.abs()
+        scale = amplitude.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        peaks = self._peaks([(part / scale).float() for part in parts])
+        hidden, error = (
+            [amplitude @ torch.as_tensor(self.error_per_amplitude(r, dtype), device=self.device) for r in ORDERS]
+            for dtype in UNITS
+        )
+        # kind -> (no block is above that [P, K], what is reached [P], what rounding hides [P])
+        seen = {r: (peaks[r], peaks[r].amax(1), hidden[r]) for r in ORDERS}
+        slope, score = peaks[1], self.sigma * peaks[0]
+        reached = torch.maximum(slope, score).amax(1)
+        seen[DUFFIN_SCHAEFFER] = torch.hypot(slope, score), reached, hidden[1] + self.sigma * hidden[0]
+        size = {}
+        for kind, (above, reached, unseen) in seen.items():
+            unseen = (unseen / scale[:, 0]).float()
+            may_hold_it = (above >= (reached - 2.1 * unseen)[:, None]) & (unseen > 0)[:, None]
+            pair, block = torch.nonzero(may_hold_it, as_tuple=True)
+            largest = torch.zeros(len(z), dtype=torch.float64, device=self.device)
+            largest.scatter_reduce_(0, pair, self._again(parts, pair, block, kind), "amax")
+            size[kind] = largest.cpu().numpy()
+        a = amplitude.cpu().numpy()
         return Maxima(
-            size={r: x.double().cpu().numpy() for r, x in size.items()},
-            error={r: amplitude @ self.error_per_amplitude[r] for r in self.orders},
-            between={r: 1.01 * self.spacing**2 / 8 * (amplitude @ np.abs(self.omega) ** (r + 2)) for r in self.orders},
-            duffin_schaeffer=None if square is None else square.double().sqrt().cpu().numpy(),
+            size={r: size[r] for r in ORDERS},
+            error={r: error[r].cpu().numpy() for r in ORDERS},
+            between={r: 1.01 * self.spacing**2 / 8 * (a @ np.abs(self.omega) ** (r + 2)) for r in ORDERS},
+            duffin_schaeffer=size[DUFFIN_SCHAEFFER],
             last=self.last,
         )
+
+    def _peaks(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of each order the largest value in each block, [P, K], of spectra of which the parts are given, float32."""
+        peaks = [parts[0].new_empty(len(parts[0]), self.blocks) for _ in ORDERS]
+
+        def look(rows: slice) -> None:
+            few = [part[rows] for part in parts]
+            held = few[0].new_empty(2, len(few[0]), self.half)
+            for block in range(self.blocks):
+                a, b = self._turned(few, block)
+                for r in ORDERS:
+                    even, odd = self._halves(a, b, r, held).abs_()
+                    peaks[r][rows, block] = even.add_(odd).amax(1)
+
+        self._each(look, len(parts[0]))
+        return peaks
+
+    def _again(self, parts: list[torch.Tensor], pair: torch.Tensor, block: torch.Tensor, kind: int) -> torch.Tensor:
+        """The largest value of spectrum pair[i] in block[i], in the parts' own dtype."""
+        value = parts[0].new_empty(len(pair))
+
+        def look(rows: slice) -> None:
+            a, b = self._turned([part[pair[rows]] for part in parts], block[rows])
+            if kind == DUFFIN_SCHAEFFER:
+                (u, v), (du, dv) = self.sigma * self._halves(a, b, 0), self._halves(a, b, 1)
+                square = u**2 + v**2 + du**2 + dv**2 + 2 * (u * v + du * dv).abs()
+                value[rows] = square.amax(1).sqrt()
+            else:
+                value[rows] = self._halves(a, b, kind).abs().sum(0).amax(1)
+
+        self._each(look, len(pair))
+        return value
+
+    def _turned(self, parts: list[torch.Tensor], block: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B [rows, n] of spectra at the centre of a block: a number, or one for each row."""
+        (re, im), (cos, sin, *_) = parts, self.tables[parts[0].dtype]
+        return re * cos[block] - im * sin[block], re * sin[block] + im * cos[block]
+
+    def _halves(self, a: torch.Tensor, b: torch.Tensor, order: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A's and B's parts of S^(order) at the distances of half a block, [2, rows, H]: one is even, one odd."""
+        of_a, of_b = (self.tables[a.dtype][place + order] for place in (2, 2 + len(ORDERS)))
+        out = a.new_empty(2, len(a), of_a.shape[1]) if out is None else out
+        torch.mm(a, of_a, out=out[0])
+        torch.mm(b, of_b, out=out[1])
+        return out
+
+    def _each(self, work: Callable[[slice], None], number: int) -> None:
+        """On a CPU every thread takes the next rows by itself: none waits for another that shares a busy core."""
+        rows, threads = (CPU_ROWS, torch.get_num_threads()) if self.device.type == "cpu" else (CUDA_ROWS, 1)
+        pieces = [slice(start, min(start + rows, number)) for start in range(0, number, rows)]
+        if min(threads, len(pieces)) <= 1:
+            for piece in pieces:
+                work(piece)
+            return
+        torch.set_num_threads(1)  # those of the pool take this over
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, pieces))
+        finally:
+            torch.set_num_threads(threads)

@@ -171,6 +171,8 @@ MUTANTS = [
     (BOUNDS, "+ (np.abs(omega).max() * eval_score(z, omega, d, 0)) ** 2", "+ eval_score(z, omega, d, 0) ** 2", "analysis/bounds"),
     ("analysis/certificates.py", "curvature = 1.01 * (np.abs(z) @ omega**2) / 8", "curvature = 1.01 * (np.abs(z) @ omega**2) / 80", "analysis/bounds"),
     ("analysis/certificates.py", "lower, upper = largest - error, goal(largest) + error", "lower, upper = largest + error, goal(largest) + error", "analysis/bounds"),
+    ("analysis/sweep.py", "(reached - 2.1 * unseen)", "reached", "analysis/rank"),
+    ("analysis/sweep.py", "torch.hypot(slope, score)", "slope", "analysis/rank"),
     (OBSERVABILITY, "number = hi - lo + 1", "number = hi - lo", "analysis/observability"),
     (OBSERVABILITY, "cs = (sin_plus - sin_minus) / 2", "cs = (sin_plus + sin_minus) / 2", "analysis/observability"),
     (OBSERVABILITY, "information = (n_obs / sigma**2)", "information = (n_obs / sigma)", "analysis/observability"),

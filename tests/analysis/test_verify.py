@@ -333,7 +333,7 @@ def test_a_violated_bound_fails_the_command(checkpoint, tmp_path, monkeypatch):
 def test_the_checks_take_suprema_over_the_line():
     """sin(d/8) on [0, 4]: with the maximum over the window in place of the supremum, Bernstein would be violated."""
     z, omega, (_, end) = analysis.windowed_counterexample()
-    largest = Sweep(omega, int(end) + 1, spacing=0.01).maxima(z[None], duffin_schaeffer=True)
+    largest = Sweep(omega, int(end) + 1, spacing=0.01).maxima(z[None])
     ratio = findings.bound_ratios(z[None], omega, largest)
     assert all(value[0] <= 1 for value in ratio.values())
     assert ratio["bernstein_order1"][0] == pytest.approx(1) and ratio["duffin_schaeffer"][0] == pytest.approx(1)
