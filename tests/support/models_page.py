@@ -62,7 +62,7 @@ def reasons(rows: list[dict[str, Any]], steps: list[str]) -> list[str]:
             said = row.get(step, "works")
             if said.startswith("works"):
                 continue
-            text = said.removeprefix("refused: ").removeprefix("no: ")
+            text = said.removeprefix("refused: ").removeprefix("no: ").removeprefix(f"{row['family']}: ")
             key = re.sub(r"\d[\d,]*", "N", re.sub(rf"\b{re.escape(row['family'])}\b", "F", text))
             names = found.setdefault(key, (text, []))[1]
             if row["family"] not in names:

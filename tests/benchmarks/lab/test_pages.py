@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.lab import estimates, matrix, verdicts
+from benchmarks.lab import estimates, material, matrix, verdicts
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.config import LabConfig
+from benchmarks.ruler import build_samples
+from benchmarks.ruler.cell import samples_sha256
 from endprompt.results import read_rows
 from tests.support.lab_rows import packed_rows
 
@@ -271,3 +273,25 @@ def test_cells_that_were_done_twice_are_the_same(again):
     assert len({row["cell"] for row in twice}) == 8 and all(row["deterministic"] for row in twice + again)
     assert {key: value[:2] for key, value in second.items()} == {key: first[key][:2] for key in second}
     assert {value[2] for value in second.values()} == {3} and {first[key][2] for key in second} == {8}
+
+
+@pytest.mark.slow
+def test_todays_samples_are_those_of_the_rows(again):
+    """The models of the lab were trained on its own edition of RULER: its wording must not change."""
+    rows = {
+        (row["base"], row["task"], row["length"], row["seed"]): (row["samples_sha256"], row["n"])
+        for row in again
+        if row["suite"] == "ruler"
+    }
+    config = LabConfig(preset="micro", seeds=list(range(10)))
+    matrices = {str(path): matrix.read_matrix(path) for path in matrix.matrix_files(config)}
+    made = {}
+    for cell in matrix.all_cells(matrices, config):
+        for item in material.samples(cell):
+            key = cell.base, item.task, item.length, cell.seed
+            if key not in made:
+                options = {name: getattr(item, name) for name in ("max_new_tokens", "shots", "hops", "edition")}
+                tokenizer = material.tokenizer_of(item.model)
+                samples = build_samples(item.task, item.length, tokenizer, item.count, item.seed, **options)
+                made[key] = samples_sha256(samples), len(samples)
+    assert made == rows and len(made) == 280
