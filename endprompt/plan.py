@@ -25,7 +25,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from endprompt.shapes import GIB, Shape, tokens_at_a_time
+from endprompt.shapes import GIB, SHAPES, Shape, tokens_at_a_time
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,6 @@ EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk"
 
 def shape_of(model: str, window: int | None = None) -> Shape:
     """The shape by name, or of a checkpoint's config. Raises ValueError for neither, and for what cannot be planned."""
-    from endprompt.shapes import SHAPES
-
     if model in SHAPES:
         vocabulary, hidden, layers, heads, groups, intermediate, window, _, tied = SHAPES[model]
         head_dim = hidden // heads
@@ -275,8 +273,6 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
 
 def plans(config: PlanConfig) -> list[Plan]:
     """The settings of a run, fastest first among those that fit. Raises ValueError naming key, value and rule."""
-    from endprompt.shapes import SHAPES
-
     choices = {
         "method": METHODS,
         "device": tuple(DEVICES),

@@ -2,6 +2,6 @@
 
 from endprompt.train.loop import Trainer
 from endprompt.train.objective import Objective
-from endprompt.train.run import extend, pretrain
+from endprompt.train.run import extend
 
-__all__ = ["Objective", "Trainer", "extend", "pretrain"]
+__all__ = ["Objective", "Trainer", "extend"]

@@ -50,11 +50,10 @@ def write(
     weights: dict[str, torch.Tensor],
     about: Mapping[str, Any],
 ) -> None:
-    """A standard checkpoint with the run's record (`about`) and, where a checkpoint was extended, its card."""
+    """A standard checkpoint with the run's record (`about`) and its card."""
     export(model, tokenizer, directory, dtype, weights)
     write_text(directory / RECORD, json.dumps(about, indent=2) + "\n")
-    if about["window"] is not None:
-        write_card(directory)
+    write_card(directory)
 
 
 def rehearse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,20 +25,12 @@ from endprompt.train.evaluate import Evaluation
 from endprompt.train.loop import Trainer, objective_of
 from endprompt.train.output import Output
 from endprompt.train.progress import check_reports, device_memory
-from endprompt.train.start import Checkpoint, to_extend, to_pretrain
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from endprompt.train.start import Checkpoint, to_extend
 
 
 def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
     return run(to_extend(config))
-
-
-def pretrain(config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Train a model from random weights on rows of its own window: how a base model is made."""
-    return run(to_pretrain(config, model_config, tokenizer))
 
 
 def run(start: Checkpoint) -> Path:
@@ -142,7 +134,7 @@ def held_out(start: Checkpoint) -> Evaluation | None:
     return Evaluation(documents, lengths, config.eval_rows, config.eval_needles, encode, config.seed)
 
 
-def record_of(trainer: Trainer, window: int | None) -> dict[str, Any]:
+def record_of(trainer: Trainer, window: int) -> dict[str, Any]:
     """What a finished run says of itself in its output."""
     config, rows = trainer.config, trainer.rows
     spec = rows.spec

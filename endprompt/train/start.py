@@ -1,4 +1,4 @@
-"""What a run trains: a checkpoint with new frequencies, or random weights; its rows, and how it comes onto a device."""
+"""What a run trains: a checkpoint with new frequencies, its rows, and how it comes onto a device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from endprompt.model import (
     load_config,
     load_model,
     load_tokenizer,
-    new_model,
     rope_geometry,
     shares,
     training_attention,
 )
 from endprompt.model.geometry import window_of
-from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path, torch_dtype
+from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     spec: RowSpec
     source_dtype: Any
-    window: int | None
+    window: int
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,21 +65,6 @@ class Checkpoint:
         return shares.check_weights(self.config.model, **self.options)
 
 
-@dataclass(frozen=True)
-class RandomWeights(Checkpoint):
-    """A model that starts from random weights; it has no window that was extended."""
-
-    def load(self, device: str) -> PreTrainedModel:
-        options = {"dtype": self.config.dtype, "attention": training_attention(self.config.attention)}
-        return new_model(self.model_config, seed=self.config.seed, device=device, **options)
-
-    def to_fill(self) -> PreTrainedModel:
-        return self.load("cpu")  # every process makes the same random weights, whole
-
-    def check_weights(self) -> list[str]:
-        return []
-
-
 def to_extend(config: ExtendConfig) -> Checkpoint:
     """The checkpoint that a configuration extends. Raises ValueError for what can't be, before any weight is read."""
     check_config(config)
@@ -99,14 +83,3 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     for note in (*check_vocabulary(source, tokenizer), *Reader(tokenizer).notes(documents_end=True)):
         say(note)
     return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), source.dtype, window)
-
-
-def to_pretrain(
-    config: ExtendConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> RandomWeights:
-    """A model of this configuration with random weights, on rows of its own window."""
-    check_config(config)
-    training_attention(config.attention)  # says what this one lacks
-    check_vocabulary(model_config, tokenizer)
-    spec = row_spec(config, model_config.max_position_embeddings, tokenizer)
-    return RandomWeights(config, model_config, tokenizer, spec, torch_dtype(config.dtype), None)

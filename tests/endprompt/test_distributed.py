@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from endprompt import data, distributed, train
 from endprompt.config import ExtendConfig
-from endprompt.model import load_config, load_tokenizer
+from endprompt.model import load_tokenizer
 from endprompt.train import states
 from tests.support import two_processes
 from tests.support.checkpoints import (
@@ -58,8 +58,6 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))}
         | {"scheme": "endprompt-pose", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
-        "pretrained": {"model": "random weights", "scheme": "contiguous", "prompt": None, "scaling": "none"}
-        | {"target": 32, "eval_data": []},
         "compiled": {"compile": "layers"},
         "begun": {"save_every": 2},
         "broken": {"save_every": 2},
@@ -135,17 +133,6 @@ def test_a_head_of_its_own_is_kept_and_said_once(trained):
     model = AutoModelForCausalLM.from_pretrained(directory / "apart")
     assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
     assert json.loads((directory / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
-
-
-def test_a_base_is_trained_from_the_same_random_weights(trained):
-    tmp, jobs, _ = trained
-    source = jobs["whole"].model
-    one = train.pretrain(
-        dataclasses.replace(jobs["pretrained"], output=str(tmp / "one-pretrained")),
-        load_config(source),
-        load_tokenizer(source),
-    )
-    assert_equal_runs(tmp / "pretrained", one)
 
 
 def test_compiled_layers_are_sharded_too(trained, one_process):

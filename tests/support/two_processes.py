@@ -62,8 +62,6 @@ def main(jobs: dict[str, dict]) -> None:
     print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
     for name in WHOLE:
         train.extend(config_of(name))
-    source = jobs["whole"]["model"]
-    train.pretrain(config_of("pretrained"), model.load_config(source), model.load_tokenizer(source))
     real = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=False)
     train.extend(config_of("compiled"))
