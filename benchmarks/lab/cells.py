@@ -114,7 +114,7 @@ def run(cell: Cell, place: Workplace) -> Outcome:
             made.rows += held_out_rows(cell, columns, model, text.read(place.cache), place.batch_tokens)
         for length in sorted({cell.window, cell.target}) if text is None else ():
             loss = predict.losses(
-                model, tokenizer, [held_out(cell.model)], length, rows=cell.scoring.loss_rows,
+                model, [held_out(cell.model)], length, rows=cell.scoring.loss_rows,
                 max_batch_tokens=place.batch_tokens,
             )  # fmt: skip
             made.rows.append(row(cell, columns, suite="lab", task="loss", length=length, metric="loss", value=loss))

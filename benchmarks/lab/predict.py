@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks import ruler
 from benchmarks.scoring import generate
 from benchmarks.scoring.settled import end_of
 from endprompt.model.attention import PREFIX, kernels_first
@@ -42,21 +41,19 @@ def predict(
     samples: Sequence[Sample],
     *,
     max_batch_tokens: int = BATCH_TOKENS,
-    new_tokens: int | None = None,
     whole: bool = True,
 ) -> list[str]:
     """The model's text after each sample's prompt, greedy, in the samples' order.
 
-    samples: as `benchmarks.ruler.cell` makes them; `encoded` ones are not tokenized again. new_tokens: default each
-    sample's own `max_new_tokens`. whole: answers go on when their score is settled. Raises ValueError if the model's
-    frequencies are not float32.
+    samples: as `benchmarks.ruler.cell` makes them; those with `input_ids` are not tokenized again. whole: answers go on
+    when their score is settled. Raises ValueError if the model's frequencies are not float32.
     """
     check_precision(model)
     stops = generate.stop_tokens(model, tokenizer)
     jobs = [
         generate.Job(
             ids,
-            int(sample["max_new_tokens"] if new_tokens is None else new_tokens),
+            int(sample["max_new_tokens"]),
             generate.never if whole else end_of(tokenizer, sample, sample.get("input", "")),
         )
         for sample, ids in zip(samples, prompt_ids(tokenizer, samples))
@@ -70,29 +67,10 @@ def predict(
     return texts
 
 
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Sample],
-    task: str | None = None,
-    *,
-    max_batch_tokens: int = BATCH_TOKENS,
-    new_tokens: int | None = None,
-) -> list[float]:
-    """Percent of each sample's answers that the model gave. task: default each sample's own, so tasks can be mixed."""
-    asked = [{**sample, "task": task or sample["task"]} for sample in samples]
-    texts = predict(model, tokenizer, asked, max_batch_tokens=max_batch_tokens, new_tokens=new_tokens, whole=False)
-    return [
-        100 * ruler.score(sample["task"], text.removeprefix(sample["input"]), sample["outputs"])
-        for sample, text in zip(asked, texts)
-    ]
-
-
 @torch.inference_mode()
 def losses(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts_or_ids: Sequence[str] | Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     length: int,
     *,
     rows: int | None = None,
@@ -100,19 +78,20 @@ def losses(
 ) -> float:
     """Mean next-token loss, nats a token, over windows of `length` tokens at positions 0 .. length - 1.
 
-    Each text gives its windows one after the other, without overlap; what is left over, and shorter texts, give none.
+    Each text, as tokens, gives its windows one after the other, without overlap; what is left over, and shorter texts,
+    give none.
     rows: windows at most, taken from the front. Raises ValueError if no text is long enough.
     """
     check_precision(model)
     windows: list[np.ndarray] = []
-    for text in texts_or_ids:
+    for text in texts:
         if rows is not None and len(windows) >= rows:
             break
-        ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text)
+        ids = np.asarray(text)
         windows += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     windows = windows[:rows]
     if not windows:
-        raise ValueError(f"no held-out text has {length} tokens: {length=}, {len(texts_or_ids)} texts")
+        raise ValueError(f"no held-out text has {length} tokens: {length=}, {len(texts)} texts")
     count = max(1, max_batch_tokens // length)
     total = 0.0
     with scoring(model), kernels_first(model.device):
@@ -162,14 +141,6 @@ def loss_sum(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
-
-
-def encoded(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The samples with their prompts' tokens as `input_ids`: for samples that several models answer."""
-    return [
-        {**sample, "input_ids": np.asarray(ids, dtype=np.int32)}
-        for sample, ids in zip(samples, prompt_ids(tokenizer, samples))
-    ]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Sequence[int]]:

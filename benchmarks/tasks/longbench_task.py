@@ -1,7 +1,7 @@
 """LongBench as an lm-eval task: one class, a task a set, defined in Python.
 
-`tasks` gives what `simple_evaluate(tasks=...)` takes; the files in `tasks/longbench` register the same class for
-`lm_eval --include_path`, where lm-eval's metadata (its model arguments and `--metadata`) say what `tasks` is told:
+The files in `tasks/longbench` register the class for `lm_eval --include_path`; lm-eval's metadata (its model arguments
+and `--metadata`) say:
 
     data_dir                  folder of the data
     tokenizer or pretrained   the tokenizer that cuts the prompts
@@ -12,17 +12,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean  # its standard error is known to lm-eval
-from lm_eval.api.task import Task
-from lm_eval.config.task import TaskConfig
-from lm_eval.filters import build_filter_ensemble
 
 from benchmarks import longbench
 from benchmarks.longbench import TASKS_E, dataset_of, load_documents, prompts
@@ -36,43 +32,12 @@ if TYPE_CHECKING:
 PREFIX = "endprompt_longbench_"
 
 
-def tasks(
-    names: Iterable[str],
-    *,
-    data_dir: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    prompt_length: int | None = None,
-    add_bos_token: bool | None = None,
-) -> list[LongBenchTask]:
-    """lm-eval tasks of these sets. Data are read and checked here, prompts are made when lm-eval asks for requests.
-
-    Args:
-        names: sets, `qasper` or `qasper_e`.
-        window: the model's, tokens; `add_bos_token` as the lm-eval model has it.
-
-    Raises what `longbench_data.load_documents` does.
-    """
-    metadata = {
-        "data_dir": str(data_dir),
-        "max_length": window,
-        "prompt_length": prompt_length,
-        "add_bos_token": add_bos_token,
-    }
-    return [
-        LongBenchTask({"task": PREFIX + name, "metadata": dict(metadata)}, tokenizer=tokenizer) for name in list(names)
-    ]
-
-
-class LongBenchTask(Task):
+class LongBenchTask(SampleTask):
     """One set. Metrics a document: `score` in percent, and `truncated`, of which the sum counts the cut prompts.
 
     LongBench-E's tasks have `0-4k`, `4-8k` and `8k+` beside `score`: the mean over the documents of that length, nan
     if there is none. lm-eval's own request cache is not used: its key knows neither the window nor the tokenizer.
     """
-
-    VERSION = 1
-    OUTPUT_TYPE = "generate_until"
 
     def __init__(self, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.metadata = dict(config.get("metadata") or {})
@@ -86,24 +51,10 @@ class LongBenchTask(Task):
             | {"all_classes": item.get("all_classes") or None}
             for i, item in enumerate(self.documents.items)
         ]
-        # Everything is generated: a stop at the first newline would leave nothing of an answer that starts with one.
         # (The benchmark stops SAMSum at a newline and forbids one as the first token. Its first line is all that is
         # scored, so the two differ only for a model that would begin with a newline.)
-        generation = {"max_gen_toks": rules.max_new_tokens, "do_sample": False, "temperature": 0.0, "until": []}
-        self._config = TaskConfig(
-            task=str(config["task"]),
-            output_type="generate_until",
-            generation_kwargs=generation,
-            num_fewshot=0,
-            metadata={**self.metadata, "version": self.VERSION, "data_sha256": self.documents.sha256},
-        )
-        # As lm-eval's own configurable task, without the base class's __init__, which would make a config of its own.
-        self._instances: list[Instance] | None = None
-        self._filters = [build_filter_ensemble("none", [["take_first", None]])]
-
-    has_training_docs = SampleTask.has_training_docs
-    has_validation_docs = SampleTask.has_validation_docs
-    has_test_docs = SampleTask.has_test_docs
+        about = {**self.metadata, "data_sha256": self.documents.sha256}
+        self.configure(str(config["task"]), about, max_gen_toks=rules.max_new_tokens, temperature=0.0)
 
     def test_docs(self) -> list[dict[str, Any]]:
         return self.docs

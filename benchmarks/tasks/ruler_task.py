@@ -6,10 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
-from lm_eval.api.task import Task, TaskConfig
-from lm_eval.filters import build_filter_ensemble
 from torch.utils.data import ConcatDataset
 
 from benchmarks import ruler
@@ -18,7 +15,7 @@ from benchmarks.tasks.sample_task import SampleTask, without_echo
 from endprompt.text import Reader
 
 
-class RulerTask(Task):
+class RulerTask(SampleTask):
     """A RULER task for plain lm-eval, with the samples and scores of `endprompt score`.
 
     `config` is the YAML file's, whose task is named `endprompt_<task>`; its metadata (lm-eval's --metadata and model
@@ -27,9 +24,6 @@ class RulerTask(Task):
     run, named by it. With --apply_chat_template the template's tokens are part of the budget.
     """
 
-    VERSION = 1
-    OUTPUT_TYPE = "generate_until"
-
     def __init__(self, config: dict[str, Any]):
         self.ruler_task = str(config["task"]).removeprefix("endprompt_")
         tasks.check_task(self.ruler_task)
@@ -37,28 +31,10 @@ class RulerTask(Task):
         lengths = self.metadata.get("max_seq_lengths", [4096])
         self.lengths = [int(length) for length in (lengths if isinstance(lengths, list) else [lengths])]
         self.chat = bool(self.metadata.get("chat", False))
-        self._config = TaskConfig(
-            task=config["task"],
-            generation_kwargs={"until": [], "do_sample": False},
-            num_fewshot=0,
-            metadata={**self.metadata, "version": self.VERSION},
-        )
-        self._instances: list[Instance] = []
-        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
-
-    has_training_docs = SampleTask.has_training_docs
-    has_validation_docs = SampleTask.has_validation_docs
-    has_test_docs = SampleTask.has_test_docs
-    doc_to_text = SampleTask.doc_to_text
-    doc_to_target = SampleTask.doc_to_target
-    fewshot_context = SampleTask.fewshot_context
-    construct_requests = SampleTask.construct_requests
-
-    def test_docs(self) -> Any:
-        return self.samples
+        self.configure(config["task"], self.metadata)
 
     @functools.cached_property
-    def samples(self) -> ConcatDataset[dict[str, Any]]:
+    def samples(self) -> ConcatDataset[dict[str, Any]]:  # type: ignore[override]
         """All lengths one after the other, rendered when read."""
         from transformers import AutoTokenizer
 
@@ -81,9 +57,6 @@ class RulerTask(Task):
     def build_all_requests(
         self,
         *,
-        limit: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
         system_instruction: str | None = None,
         apply_chat_template: bool = False,
         **kwargs: Any,
@@ -91,10 +64,7 @@ class RulerTask(Task):
         if system_instruction:
             raise ValueError(f"{self.config.task} fills its budget exactly: a system instruction does not fit")
         self.chat = self.chat or apply_chat_template
-        self._instances = [
-            self.construct_requests(doc, self.doc_to_text(doc), metadata=(self.config.task, index, 1))
-            for index, doc in self.doc_iterator(rank=rank, limit=limit, world_size=world_size)
-        ]
+        super().build_all_requests(**kwargs)
 
     def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
         prediction = without_echo(results[0], doc["input"])

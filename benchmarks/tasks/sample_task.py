@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -30,8 +30,19 @@ class SampleTask(Task):
     def __init__(self, name: str, samples: Sequence[dict[str, Any]], score: Any, prompts: Sequence[str] = ()):
         self.samples, self._score, self._prompts = samples, score, prompts
         self.scores: list[float] = []
+        self.configure(name)
+
+    def configure(self, name: str, metadata: Mapping[str, Any] | None = None, **generation: Any) -> None:
+        """As lm-eval's own configurable task, without the base class's __init__, which would make a config of its own.
+
+        Everything is generated: a stop at the first newline would leave nothing of an answer that starts with one.
+        """
         self._config = TaskConfig(
-            task=name, generation_kwargs={"until": [], "do_sample": False}, metadata={"version": self.VERSION}
+            task=name,
+            output_type=self.OUTPUT_TYPE,
+            generation_kwargs={"until": [], "do_sample": False, **generation},
+            num_fewshot=0,
+            metadata={**(metadata or {}), "version": self.VERSION},
         )
         self._instances: list[Instance] = []
         self._filters = [build_filter_ensemble("none", [("take_first", None)])]

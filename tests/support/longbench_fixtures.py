@@ -151,3 +151,13 @@ def answering_model(answer):
             return "<s>" + "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages) + tail
 
     return Answering()
+
+
+def tasks(names, *, data_dir, tokenizer, window, **more):
+    """lm-eval tasks of these sets, for a tokenizer and a window as lm-eval's model arguments would give them."""
+    from benchmarks.tasks.longbench_task import PREFIX, LongBenchTask
+
+    metadata = {"data_dir": str(data_dir), "max_length": window, **more}
+    return [
+        LongBenchTask({"task": PREFIX + name, "metadata": dict(metadata)}, tokenizer=tokenizer) for name in list(names)
+    ]

@@ -16,8 +16,7 @@ from benchmarks import longbench
 from benchmarks.longbench import TASKS, TASKS_E, Documents, dataset_of, metrics, prompts
 from benchmarks.longbench.averages import averages
 from benchmarks.longbench.sets import BUCKETS, DATASETS
-from benchmarks.tasks.longbench_task import tasks
-from tests.support.longbench_fixtures import ANSWERS, CLASSES, answering_model, documents, tokenizer, write_data
+from tests.support.longbench_fixtures import ANSWERS, CLASSES, answering_model, documents, tasks, tokenizer, write_data
 
 lm_eval = pytest.importorskip("lm_eval")
 UPSTREAM = Path(lm_eval.__file__).parent / "tasks" / "longbench"

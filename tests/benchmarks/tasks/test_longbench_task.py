@@ -10,8 +10,8 @@ import pytest
 import benchmarks
 from benchmarks.longbench import TASKS, TASKS_E
 from benchmarks.longbench.sets import DATASETS
-from benchmarks.tasks.longbench_task import PREFIX, tasks
-from tests.support.longbench_fixtures import answering_model, documents, jsonl, tokenizer, write_data
+from benchmarks.tasks.longbench_task import PREFIX
+from tests.support.longbench_fixtures import answering_model, documents, jsonl, tasks, tokenizer, write_data
 
 lm_eval = pytest.importorskip("lm_eval")
 FILES = Path(benchmarks.__file__).parent / "tasks" / "longbench"
