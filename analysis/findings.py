@@ -12,12 +12,12 @@ from analysis import observability, outlook
 from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius, softmax_change
 from analysis.capture import STRATA
 from analysis.certificates import certified_max
+from analysis.coverage import spell
 from analysis.rank import true_sup
 from analysis.scene import Scene
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt import origin
-from endprompt.positions import Intervals
 from endprompt.results import recorded, result_row
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
@@ -94,10 +94,6 @@ class VerifyReport:
             if row["task"] != "bounds":
                 lines.append(f"{row['task'] + ': ' + row['metric']:<59}{row['value']:>15.4g}")
         return "\n".join(lines)
-
-
-def spell(segments: Intervals) -> str:
-    return " ".join(f"[{lo}, {hi}]" for lo, hi in segments) or "none"
 
 
 class Findings:

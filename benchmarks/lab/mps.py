@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 CONTROL = "nvidia-cuda-mps-control"
 PLACES = {"CUDA_MPS_PIPE_DIRECTORY": "pipe", "CUDA_MPS_LOG_DIRECTORY": "log"}
@@ -31,21 +32,17 @@ def service(client: Sequence[str] = CLIENT, seconds: float = 60.0) -> Iterator[s
     if shutil.which(CONTROL) is None:
         yield f"there is no {CONTROL}"
         return
-    before = {name: os.environ.get(name) for name in PLACES}
-    with tempfile.TemporaryDirectory(prefix="mps-", ignore_cleanup_errors=True) as directory:
-        for name, place in PLACES.items():
-            os.environ[name] = os.path.join(directory, place)
-            os.mkdir(os.environ[name])
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="mps-", ignore_cleanup_errors=True))
+        places = {name: os.path.join(directory, place) for name, place in PLACES.items()}
+        for place in places.values():
+            os.mkdir(place)
+        stack.enter_context(mock.patch.dict(os.environ, places))
+        stack.callback(_stop)
         reason = _failure([CONTROL, "-d"], seconds) or _failure(client, seconds)
         if reason:
-            _stop()
-            _restore(before)
-        try:
-            yield reason
-        finally:
-            if not reason:
-                _stop()
-                _restore(before)
+            stack.close()
+        yield reason
 
 
 def _failure(command: Sequence[str], seconds: float) -> str | None:
@@ -66,11 +63,3 @@ def _failure(command: Sequence[str], seconds: float) -> str | None:
 def _stop() -> None:
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run([CONTROL], input=b"quit -t 5\n", capture_output=True, timeout=20)
-
-
-def _restore(before: dict[str, str | None]) -> None:
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

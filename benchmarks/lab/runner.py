@@ -16,19 +16,20 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from benchmarks.lab import cost, material, matrix, rates
 from benchmarks.lab.config import LabConfig
 from benchmarks.lab.inputs import Inputs
 from benchmarks.lab.matrix import Cell
 from benchmarks.lab.worker import Answer, settle, work
-from endprompt.files import parse_object, sole_use, write_text
+from endprompt.files import drop_cut_line, read_json_lines, sole_use, write_text
 from endprompt.results import append_rows, read_rows, result_row
 from endprompt.runs import RunDirectory
 
@@ -167,9 +168,7 @@ def made_otherwise(results: Path, done: set[str], deterministic: bool) -> int:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of a file whose last line a crash may have cut off. Raises ValueError for any other broken line."""
-    text = path.read_bytes()
-    if text and not text.endswith(b"\n"):
-        write_text(path, text[: text.rfind(b"\n") + 1].decode())
+    drop_cut_line(path)
     return read_rows(path)
 
 
@@ -196,11 +195,11 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
             )
     alive = {row.get("cell") for row in kept}
     whole = []
-    if scores.is_file():  # a last line that a crash cut off is left out
-        lines = enumerate(scores.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1)
-        whole = [line for n, line in lines if parse_object(line, f"{scores}, line {n}").get("cell") in alive]
-    write_text(results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    write_text(scores, "".join(line + "\n" for line in whole))
+    if scores.is_file():
+        drop_cut_line(scores)
+        whole = [line for _, line in read_json_lines(scores) if line.get("cell") in alive]
+    for path, lines in ((results, kept), (scores, whole)):
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return done
 
 
@@ -214,21 +213,6 @@ def abandon(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:  # Python waits at its exit for those that still run
         process.terminate()
-
-
-@contextlib.contextmanager
-def visible(gpu: str | None) -> Iterator[None]:
-    """What starts inside sees this GPU alone."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    try:
-        yield
-    finally:
-        if gpu is not None and before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        elif gpu is not None and before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 @dataclass
@@ -348,7 +332,8 @@ class Runner:
         threads = max(1, cores // self.jobs) if self.device == "cpu" else 1
         log = str(self.output / "workers" / f"worker-{number}.log")
         process = self.context.Process(target=work, args=(there, log, place, threads), name=f"lab-{number}")
-        with visible(self.gpus[number % len(self.gpus)] if len(self.gpus) > 1 else None):
+        one = {"CUDA_VISIBLE_DEVICES": self.gpus[number % len(self.gpus)]} if len(self.gpus) > 1 else {}
+        with mock.patch.dict(os.environ, one):
             process.start()
         there.close()
         return Worker(number, process, here)

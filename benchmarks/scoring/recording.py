@@ -18,6 +18,7 @@ from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.hf import LongContextLM
 from benchmarks.tasks.sample_task import without_echo
 from endprompt.results import append_rows
+from endprompt.train.progress import clock
 
 # ------------------------------------------------------------------------------------------------------- predictions
 
@@ -165,12 +166,6 @@ class Progress:
         )
         end = "\n" if last or not self.terminal else ""
         print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks

@@ -22,20 +22,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 CARD = "README.md"
-#: What makes a checkpoint; logs, training states and notes that name folders of this machine stay here.
-UPLOADED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    CARD,
-)
+#: What makes a checkpoint, as it is taken from the hub; logs, states and notes that name folders stay here.
+UPLOADED = (*origin.FILES, *origin.WEIGHTS)
 SUITES = {"ruler": "RULER", "longbench": "LongBench", "short": "short-text tasks"}
 
 

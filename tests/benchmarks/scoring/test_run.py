@@ -183,7 +183,7 @@ def test_progress_counts_the_whole_run_whatever_the_calls_of_lm_eval(place, tmp_
     monkeypatch.setattr(evaluate, "CALL_CHARACTERS", 1)  # a call a cell
     score(config(place, tmp_path, quiet=False))
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.fullmatch(r"vt@512: 30/30 samples, [\d,]+ tokens/s, 0:00 left", last)
+    assert re.fullmatch(r"vt@512: 30/30 samples, [\d,]+ tokens/s, 0:00:00 left", last)
     calls = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [len(call["cells"]) for call in calls] == [1] * 6
     assert all(5 * 300 < call["prompt_tokens"] <= 5 * 512 for call in calls)
