@@ -5,6 +5,7 @@ import json
 import lm_eval.evaluator
 import pytest
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_filenames, make_table
 
 from benchmarks import scoring
@@ -89,8 +90,9 @@ def test_keys_are_those_that_lm_eval_saves(llama, tmp_path):
     task = SampleTask(
         "niah_single_1", [{"index": 0, "input": "a", "outputs": ["b"], "max_new_tokens": 4}], lambda *_: 0.0
     )
+    options = {"bootstrap_iters": 0, "log_samples": False, "task_manager": TaskManager(include_defaults=False)}
     with no_environment_report():
-        theirs = lm_eval.evaluator.simple_evaluate(model=Silent(), tasks=[task], bootstrap_iters=0, log_samples=False)
+        theirs = lm_eval.evaluator.simple_evaluate(model=Silent(), tasks=[task], **options)
     tracker = EvaluationTracker(output_path=str(tmp_path / "theirs"))
     tracker.save_results_aggregated(theirs)
     (saved,) = (json.loads(path.read_text()) for path in (tmp_path / "theirs").rglob("results_*.json"))
