@@ -48,7 +48,8 @@ def runs_data(path: Path, name: str, node: ast.Call) -> bool:
         return keyword(node, "weights_only") != "True"
     if name == "yaml.load":  # only with a SafeLoader
         loader = ast.unparse(node.args[1]) if len(node.args) > 1 else ""
-        return f"class {loader}(yaml.SafeLoader)" not in path.read_text(encoding="utf-8")
+        own = f"class {loader}(yaml.SafeLoader)" in path.read_text(encoding="utf-8")
+        return not own and loader not in ("yaml.SafeLoader", "yaml.CSafeLoader")
     return any(keyword(node, key) not in (None, "False") for key in ("allow_pickle", "shell")) or (
         keyword(node, "trust_remote_code") == "True"
     )
