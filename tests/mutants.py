@@ -58,6 +58,8 @@ MUTANTS = [
     ("benchmarks/scoring/run.py", "notes += check_model(config, model_config)", "pass", "benchmarks/scoring/run"),
     ("benchmarks/lab/cells.py", "cell.target, config.factor,", "cell.target, None,", "benchmarks/lab/matrix"),
     # generation
+    ("benchmarks/scoring/generate.py", "if lost[place]:", "if False:", "benchmarks/scoring/generate"),
+    ("benchmarks/scoring/generate.py", "model.generation_config = settings", "settings.eos_token_id", "benchmarks/scoring/generate"),
     ("benchmarks/scoring/generate.py", "read <= window < read + job.new_tokens - 1", "read < window < read + job.new_tokens - 1", "benchmarks/scoring/generate"),
     ("benchmarks/scoring/generate.py", "lengths_b[:, None] - 1)", "lengths_b[:, None] + 1)", "benchmarks/scoring/generate"),
     ("benchmarks/scoring/laid_out.py", "place_S > place_T[:, None] - window", "place_S >= place_T[:, None] - window", "benchmarks/scoring/generate"),

@@ -40,11 +40,18 @@ def check_model(config: ScoreConfig, model_config: PretrainedConfig) -> list[str
     Returns a line of each thing about the weights that the user should know. A checkpoint with code of its own, or with
     quantized weights, is tried when it loads.
     """
+    from transformers import GenerationConfig
+
+    from benchmarks.scoring.generate import check_settings
     from endprompt.model import shares
+    from endprompt.model.geometry import named
 
     own = not type(model_config).__module__.startswith("transformers.")
     if config.backend != "hf" or own or getattr(model_config, "quantization_config", None):
         return []
+    if (Path(config.checkpoint) / "generation_config.json").is_file():
+        with named(model_config):
+            check_settings(GenerationConfig.from_pretrained(config.checkpoint))
     try:
         return shares.check_weights(config.checkpoint, dtype="float32", attention=config.attn, config=model_config)
     except ValueError as error:

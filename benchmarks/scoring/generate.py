@@ -13,9 +13,9 @@ Legend: B rows, b those read at once, T tokens of the longest, V vocabulary
 from __future__ import annotations
 
 import bisect
-import copy
 import dataclasses
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,9 +47,16 @@ def never(tokens: list[int]) -> bool:
 
 def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends an answer: the generation config's EOS tokens and the tokenizer's."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    return frozenset(token for token in tokens if token is not None)
+    return frozenset({*ends(model.generation_config), tokenizer.eos_token_id} - {None})
+
+
+def ends(settings: Any) -> list[int | None]:
+    """The EOS tokens of a generation config. Raises ValueError if they are no ids."""
+    named = getattr(settings, "eos_token_id", None)
+    tokens = named if isinstance(named, list) else [named]
+    if wrong := [token for token in tokens if not (token is None or type(token) is int)]:
+        raise ValueError(f"eos_token_id of the generation config must be ids, whole numbers: eos_token_id={wrong[0]!r}")
+    return tokens
 
 
 class Job(NamedTuple):
@@ -79,6 +86,7 @@ class Way:
     read_again: tuple[int, ...] = ()
     records: bool = True
     penalty: float = 1.0
+    tokenizer: Any = None  # with which transformers finds the generation config's stop strings
     layer_bytes: tuple[int, ...] = ()  # of one token's keys and values
 
     def row_bytes(self, places: int) -> int:
@@ -86,7 +94,7 @@ class Way:
         return sum(size * min(places, window or places) for size, window in zip(self.layer_bytes, self.windows))
 
 
-def way(model: Any) -> Way:
+def way(model: Any, tokenizer: Any = None) -> Way:
     """The laid-out cache if the model's attention is all that it needs to know, and a trial gives its own logits.
 
     From now on each row's RoPE frequencies are those of its own length.
@@ -101,7 +109,7 @@ def way(model: Any) -> Way:
             raise Unfit(f"its attention is {attention}")
         return dataclasses.replace(found, layer_bytes=tried(model, found))
     except Unfit as error:
-        return Way(str(error))
+        return Way(str(error), tokenizer=tokenizer)
 
 
 def windows(config: PretrainedConfig) -> list[int | None]:
@@ -162,9 +170,20 @@ def penalty(model: Any) -> float:
     asked = [name for name in PROCESSORS if getattr(settings, name, None) not in (None, 0, 1.0, False, [], {})]
     if asked:
         raise Unfit(f"its generation config asks for {', '.join(asked)}")
-    if (getattr(settings, "num_beams", None) or 1) > 1:
-        raise Unfit("its generation config asks for beams")
-    return float(getattr(settings, "repetition_penalty", None) or 1.0)
+    found = getattr(settings, "repetition_penalty", None)
+    return 1.0 if found is None else float(found)
+
+
+def check_settings(settings: Any) -> None:
+    """Raises ValueError for a generation config with which no answer can be made, or not to a prompt as it is."""
+    found = getattr(settings, "repetition_penalty", None)
+    if found is not None and not (type(found) in (int, float) and 0 < found < math.inf):
+        raise ValueError(
+            f"repetition_penalty of the generation config must be a number above 0: repetition_penalty={found!r}"
+        )
+    if getattr(settings, "token_healing", None):
+        raise ValueError("token_healing of the generation config changes prompts, and must be off: token_healing=True")
+    ends(settings)
 
 
 def tried(model: Any, found: Way) -> tuple[int, ...]:
@@ -228,6 +247,7 @@ class Batch:
         self.live = list(range(len(jobs)))  # the rows of the batch
         self.over: set[int] = set()
         self.seen_BV: torch.Tensor | None = None  # tokens that a penalty for repetition is about
+        self.lost_B = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)  # rows without finite logits
 
     def answers(self) -> list[list[int]]:
         """Tokens made for each job, up to and with the first stop token, or up to the first at which it had ended."""
@@ -306,7 +326,8 @@ class Batch:
             logits_BV = logits_BV.float()
             less_BV = torch.where(logits_BV < 0, logits_BV * self.way.penalty, logits_BV / self.way.penalty)
             logits_BV = torch.where(self.seen_BV, less_BV, logits_BV)
-        self.next_B.copy_(logits_BV.argmax(-1))
+        self.next_B.copy_(logits_BV.argmax(-1))  # of what is no number, if there is one
+        self.lost_B.logical_or_(~logits_BV.gather(1, self.next_B[:, None])[:, 0].isfinite())
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, self.next_B[:, None], True)
         self.made_NB.index_copy_(0, self.scene.step_1, self.next_B[None])
@@ -352,10 +373,12 @@ class Batch:
 
     def _look(self, first: int, last: int) -> list[int]:
         """Takes over the tokens of some steps; places in the batch of the rows that are over."""
-        over = []
+        over, lost = [], self.lost_B.tolist()
         for place, new in enumerate(self.made_NB[first:last].T.tolist()):
             index = self.live[place]
             if index not in self.over:
+                if lost[place]:
+                    raise not_finite(self.model, self.jobs[index])
                 self._extend(index, new)
             if index in self.over:
                 over.append(place)
@@ -383,11 +406,18 @@ class Batch:
             return False
         rows = torch.tensor(stay, device=self.device)
         self.cache.keep_rows(rows)
-        self.next_B, self.made_NB = self.next_B[rows], self.made_NB[:, rows]
+        self.next_B, self.made_NB, self.lost_B = self.next_B[rows], self.made_NB[:, rows], self.lost_B[rows]
         if self.seen_BV is not None:
             self.seen_BV = self.seen_BV[rows]
         self.live = [self.live[place] for place in stay]
         return True
+
+
+def not_finite(model: Any, job: Job) -> ValueError:
+    return ValueError(
+        f"the model's logits are not finite numbers after a prompt of {len(job.prompt)} tokens, so there is no answer: "
+        f"a weight of the checkpoint is no number, or the dtype is too narrow: dtype={model.dtype}"
+    )
 
 
 def devices(model: Any) -> list[Any]:
@@ -428,7 +458,7 @@ def run(
         told(f"{type(model).__name__}: transformers generates, one prompt at a time, because {found.reason}")
     alone = [i for i, job in enumerate(jobs) if found.reason or by_itself(job, found)]
     for i in sorted(alone, key=lambda i: -len(jobs[i].prompt)):
-        yield [(i, by_transformers(model, jobs[i], stops))]
+        yield [(i, by_transformers(model, jobs[i], stops, found.tokenizer))]
     left = set(range(len(jobs))) - set(alone)
     order = sorted(left, key=lambda i: -len(jobs[i].prompt))
     memory = Memory(model, found)
@@ -479,9 +509,9 @@ def greedy(
 
 
 @torch.inference_mode()
-def by_transformers(model: Any, job: Job, stops: frozenset[int]) -> list[int]:
+def by_transformers(model: Any, job: Job, stops: frozenset[int], tokenizer: Any = None) -> list[int]:
     """The tokens of one job by transformers' own loop."""
-    from transformers import StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     start = len(job.prompt)
 
@@ -490,18 +520,24 @@ def by_transformers(model: Any, job: Job, stops: frozenset[int]) -> list[int]:
         ended = made[-1] in stops or job.ended(made)
         return torch.tensor([ended], device=ids_1T.device)
 
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(do_sample=False, num_beams=1, max_new_tokens=job.new_tokens, max_length=None, use_cache=True)
-    settings.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
-    if settings.pad_token_id is None:
-        settings.pad_token_id = 0  # one prompt alone has no padding
+    def finite(ids_1T: torch.Tensor, logits_1V: torch.Tensor) -> torch.Tensor:
+        if not logits_1V.max().isfinite():
+            raise not_finite(model, job)
+        return logits_1V
+
+    # what else a checkpoint's settings may ask for (samples, beams, a clock, a kind of cache) is no greedy choice
+    own = model.generation_config
+    kept = {name: getattr(own, name, None) for name in (*PROCESSORS, "repetition_penalty", "eos_token_id")}
+    settings = GenerationConfig(do_sample=False, max_new_tokens=job.new_tokens, pad_token_id=0, **kept)
     ids_1T = torch.as_tensor(job.prompt, dtype=torch.long, device=model.device)[None]
     try:
+        model.generation_config = settings  # which generate() would fill up from
         made = model.generate(
             ids_1T,
             attention_mask=torch.ones_like(ids_1T),
-            generation_config=settings,
             stopping_criteria=StoppingCriteriaList([over]),
+            logits_processor=LogitsProcessorList([finite]),
+            tokenizer=tokenizer,
         )
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -510,6 +546,8 @@ def by_transformers(model: Any, job: Job, stops: frozenset[int]) -> list[int]:
             f"memory is too small for a prompt of {start} tokens with {job.new_tokens} new ones, which transformers "
             f"generates by itself"
         ) from None
+    finally:
+        model.generation_config = own
     tokens: list[int] = made[0, start:].tolist()
     return tokens
 

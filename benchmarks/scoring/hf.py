@@ -114,7 +114,7 @@ class LongContextLM(HFLM):
 
     @functools.cached_property
     def way(self) -> generate.Way:
-        return generate.way(self.model)
+        return generate.way(self.model, self.tokenizer)
 
     def end_of(self, request: Instance, until: tuple[str, ...]) -> Callable[[list[int]], bool]:
         """Whether tokens end the answer: a stop string is in them, or the score is settled."""

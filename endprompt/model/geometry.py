@@ -124,10 +124,14 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
 
 
 def check_no_text(parameters: Mapping[str, Any]) -> None:
-    """Raises ValueError if a number of rope_parameters, of whatever kind of layer, is written as text."""
+    """Raises ValueError if a number of rope_parameters, of whatever kind of layer, is written as text, or one of a list
+    is not positive."""
     for key, value in parameters.items():
         if isinstance(value, Mapping):
             check_no_text(value)
+        elif isinstance(value, (list, tuple)):  # longrope's divisors
+            for place, number in enumerate(value):
+                _number(number, f"{key}[{place}]")
         elif isinstance(value, str) and key not in ("rope_type", "type"):
             raise ValueError(f"{key} must be a number, not text: {key}={value!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import pairwise
 
@@ -139,6 +140,86 @@ def test_a_penalty_for_repetition_is_the_checkpoints_own():
     model.generation_config.update(repetition_penalty=None, suppress_tokens=[wanted[0][0]])
     assert "suppress_tokens" in generate.way(model).reason
     assert ours(model)[0][0] == by_transformers(model, suppress_tokens=[wanted[0][0]])[0][0] != wanted[0][0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(max_time=1e-9),
+        dict(num_return_sequences=2, num_beams=2, do_sample=True),
+        dict(return_dict_in_generate=True, output_scores=True),
+        dict(penalty_alpha=0.6, top_k=4),
+        dict(cache_implementation="quantized"),
+        dict(prompt_lookup_num_tokens=2),
+    ],
+)
+def test_of_a_generation_config_nothing_but_the_greedy_choice_counts(asked):
+    """Also where transformers generates, which reads the clock, draws and keeps its cache as it is asked to."""
+    model = tiny("grouped")
+    model.generation_config.min_new_tokens = 2
+    wanted = ours(model)
+    model.generation_config.update(**asked)
+    assert ours(model) == wanted and all(len(tokens) == NEW for tokens in wanted)
+    assert all(getattr(model.generation_config, name) == value for name, value in asked.items())
+
+
+def test_stop_strings_of_a_generation_config_end_an_answer():
+    from tests.support.odd_tokenizers import byte_level
+
+    model, tokenizer = tiny("grouped"), byte_level()
+    wanted = by_transformers(model)
+    row, place, text = next(
+        (row, place, text)
+        for row, tokens in enumerate(wanted)
+        for place, text in enumerate(map(tokenizer.decode, tokens))
+        if text.isascii() and text.isprintable() and place and len(text) == 1
+    )
+    model.generation_config.stop_strings = [text]
+    found = generate.way(model, tokenizer)
+    assert "stop_strings" in found.reason
+    assert ours(model, PROMPTS[row : row + 1], found) == [wanted[row][: place + 1]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (dict(repetition_penalty=0), "repetition_penalty .* must be a number above 0: repetition_penalty=0"),
+        (dict(repetition_penalty=-1.0), "repetition_penalty=-1.0"),
+        (dict(repetition_penalty="1.2"), "repetition_penalty='1.2'"),
+        (dict(eos_token_id="0"), "eos_token_id .* must be ids, whole numbers: eos_token_id='0'"),
+        (dict(eos_token_id=[2, 1.5]), "eos_token_id=1.5"),
+        (dict(token_healing=True), "token_healing .* must be off"),
+    ],
+)
+def test_a_generation_config_that_no_answer_can_follow_is_refused(tmp_path, asked, said):
+    from benchmarks.scoring import ScoreConfig, score
+    from tests.support.ruler_helpers import checkpoint
+
+    path = checkpoint(tmp_path / "m")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | asked))
+    with pytest.raises(ValueError, match=rf"m: .*{said}"):
+        score(ScoreConfig(str(path), device="cpu", lengths="400"))
+
+
+@pytest.mark.parametrize("by", ["the own loop", "transformers"])
+def test_logits_that_are_no_numbers_are_no_answer(by):
+    """A dtype that is too narrow shows in long prompts alone: that row is an error, and those before it stand."""
+    model = tiny("grouped")
+    if by == "transformers":
+        model.generation_config.min_new_tokens = 2
+    found = generate.way(model)
+    assert bool(found.reason) == (by == "transformers")
+    wide = model.model.rotary_emb.forward
+
+    def overflows(x, position_ids):
+        cos, sin = wide(x, position_ids)
+        return torch.where(position_ids[..., None] > 80, float("inf"), cos), sin
+
+    model.model.rotary_emb.forward = overflows
+    short, long = PROMPTS[:1], PROMPTS[1:2]
+    assert ours(model, short, found) == by_transformers(model, short)
+    with pytest.raises(ValueError, match=r"not finite numbers after a prompt of 90 tokens.*dtype=torch\.float32"):
+        ours(model, long, found)
 
 
 def test_the_trial_finds_a_model_that_its_config_does_not_describe():

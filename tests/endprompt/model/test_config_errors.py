@@ -10,11 +10,22 @@ from transformers import AutoModelForCausalLM
 from endprompt.model import load_config, load_model, load_tokenizer
 
 
-def test_numbers_of_rope_written_as_text_are_named(llama, tmp_path):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rope_theta": "1e4"}, "rope_theta must be a number, not text: rope_theta='1e4'"),
+        ({"long_factor": [1.0, 2.0, 0.0, 4.0]}, r"long_factor\[2\] must be a positive number: long_factor\[2\]=0.0"),
+        ({"short_factor": [1.0, "2", 3.0, 4.0]}, r"short_factor\[1\]='2'"),
+    ],
+)
+def test_numbers_of_rope_that_are_none_are_named(llama, tmp_path, wrong, said):
+    """A divisor of 0 would be a model that answers with what is no number, beyond its original window alone."""
     shutil.copytree(llama, tmp_path / "text")
     path = tmp_path / "text" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": {"rope_theta": "1e4"}}))
-    with pytest.raises(ValueError, match=r"text: rope_theta must be a number, not text: rope_theta='1e4'"):
+    own = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    own |= {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": own | wrong}))
+    with pytest.raises(ValueError, match=f"text: .*{said}"):
         load_config(tmp_path / "text")
 
 
