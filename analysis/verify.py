@@ -16,7 +16,7 @@ from analysis.config import VerifyConfig
 from analysis.findings import Findings, VerifyReport
 from analysis.scene import prepare, read_layers
 from endprompt.files import sole_use, write_text
-from endprompt.results import read_rows
+from endprompt.results import read_rows, write_rows
 from endprompt.runs import RunDirectory
 
 CURVES = "curves.json"
@@ -50,5 +50,5 @@ def replace_rows(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
     own = {(row["suite"], row["model"], row["method"]) for row in rows}
     if run.results.exists():
         kept = [row for row in read_rows(run.results) if (row["suite"], row["model"], row["method"]) not in own]
-        write_text(run.results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_rows(run.results, kept)
     run.add(rows)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,32 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     """(line number from 1, object) of each line. Raises ValueError naming file and line if one is not an object."""
     with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
         try:
-            for number, raw in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line := decode(raw, where).strip():
-                    yield number, parse_object(line, where)
+            yield from json_lines(file, os.fspath(path))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+
+
+def json_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_json_lines`, of a file that is open: its lines end at newlines alone, since texts hold other ends."""
+    for number, raw in enumerate(file, 1):
+        where = f"{name}, line {number}"
+        if line := decode(raw, where).strip():
+            yield number, parse_object(line, where)
+
+
+def read_parquet(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, record) of each row. Raises ValueError naming the file if it is not a whole one."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
 
 
 def sound_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, dict[str, Any] | None]]:

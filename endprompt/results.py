@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from endprompt.files import read_json_lines, read_object
+from endprompt.files import read_json_lines, read_object, write_text
 
 SCHEMA = 1
 
@@ -104,9 +104,20 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
         os.fsync(file.fileno())
 
 
-def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED) -> list[dict[str, Any]]:
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON Lines file anew, complete or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All rows of a JSON Lines file. Raises ValueError naming file, line and column if one is broken."""
-    rows = []
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(
+    path: str | os.PathLike[str], required: Sequence[str] = REQUIRED
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of each, as `read_rows`; also of a packed file (.gz)."""
     for number, row in read_json_lines(path):
         missing = [key for key in required if key not in row]
         if missing:
@@ -117,8 +128,7 @@ def read_rows(path: str | os.PathLike[str], required: tuple[str, ...] = REQUIRED
         for key, (kind, name) in KINDS.items():
             if not isinstance(row.get(key, kind() if isinstance(kind, type) else None), kind):
                 raise ValueError(f"{path}, line {number}: {key} must be {name}, is {row[key]!r}")
-        rows.append(row)
-    return rows
+        yield number, row
 
 
 #: What a finished output says of its making.

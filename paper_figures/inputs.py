@@ -1,16 +1,13 @@
 """What the figures read: published numbers (CSV) and result rows (JSON Lines), checked on the way in.
 
 Every number keeps where it came from in the column `origin`: the table or figure of the paper, or file and line of a
-row. Nothing here imports the rest of the project, so that a figure can be drawn from files alone.
+row. Of the rest of the project only what reads rows is imported, so that a figure can be drawn from files alone.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,31 +15,13 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from endprompt.files import read_object
+from endprompt.results import REQUIRED, SCHEMA, numbered_rows
 from paper_figures import lab
 
 DATA = Path(__file__).resolve().parent / "data"
-#: The version of the rows this package reads (`schema` in a row), and the columns that every row has.
-SCHEMA = 1
-REQUIRED = (
-    "suite",
-    "task",
-    "length",
-    "metric",
-    "value",
-    "stderr",
-    "ci95",
-    "n",
-    "n_truncated",
-    "model",
-    "method",
-    "seed",
-    "samples_sha256",
-)
-#: What the columns that every figure reads must hold.
-KINDS = {"suite": str, "task": str, "metric": str, "value": float, "model": str, "method": str}
 #: How the name of a file of scores by depth ends; it is the name in a run directory.
 DEPTHS = "depth.jsonl"
-HALF_PAIR = re.compile("[\ud800-\udfff]")
 #: A cell that is scored once: two rows that agree in these must agree in their value.
 CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
 #: Suites without samples that are scored: a timing may be taken again, bounds hold on whatever text, estimates are made
@@ -172,7 +151,7 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     revision = _revision(path.with_name("environment.json"))
-    for origin, row in _json_lines(path, REQUIRED):
+    for origin, row in _numbered(path, REQUIRED):
         lo, hi = _interval(row["ci95"], origin)
         rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
     return rows
@@ -205,58 +184,28 @@ def _read_depths(path: Path) -> list[dict[str, Any]]:
 
     return [
         {**row, **blank, **{c: row[c] for c in columns}, "depth": middle(row), "origin": origin}
-        for origin, row in _json_lines(path, columns)
+        for origin, row in _numbered(path, columns)
     ]
 
 
-def _json_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, object) of each line. Raises ValueError naming both and the column that is missing."""
-    for number, line in enumerate(_read(path).split(b"\n"), 1):  # text may hold other separators of lines
-        if not line.strip():
-            continue
+def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, row) of each. Raises ValueError naming both for what `numbered_rows` refuses, and half a text."""
+    for number, row in numbered_rows(path, required):
         origin = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{origin}: not valid JSON ({error.msg} at character {error.pos})") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{origin}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{origin}: must be a JSON object, got {type(row).__name__}")
         if row.get("schema", SCHEMA) != SCHEMA:
             raise ValueError(f"{origin}: rows of schema {row['schema']!r} cannot be read; schema must be {SCHEMA}")
-        missing = [column for column in required if column not in row]
-        if missing:
-            raise ValueError(f"{origin}: a row must have the column {missing[0]!r}")
-        for column, kind in KINDS.items():
-            value = row.get(column)
-            if column in required and not (_is_number(value) if kind is float else isinstance(value, kind)):
-                rule = "a finite number" if kind is float else kind.__name__
-                raise ValueError(f"{origin}: {column} must be {rule}, is {value!r}")
-        if b"\\u" in line and HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):  # only an escape can be one
-            raise ValueError(f"{origin}: a row's text must be Unicode, this one holds half of a surrogate pair")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{origin}: a row's text must be Unicode, this one holds half of a surrogate pair"
+            ) from None
         yield origin, row
-
-
-def _read(path: Path) -> bytes:
-    """The file's bytes, unpacked if its name ends in .gz."""
-    content = path.read_bytes()
-    if path.suffix != ".gz":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not whole gzip data ({error})") from None
 
 
 def _revision(path: Path) -> str | None:
     """The revision of the code that made a run, from its environment.json; None where the run does not say."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("revision")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: must be a JSON object ({error})") from None
+    return read_object(path, optional=True).get("revision")
 
 
 def check_cells(rows: pd.DataFrame) -> None:

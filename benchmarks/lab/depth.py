@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import summary
-from endprompt.files import read_json_lines, write_text
-from endprompt.results import read_rows
+from endprompt.files import read_json_lines
+from endprompt.results import read_rows, write_rows
 
 #: What a row of depth.jsonl takes over from the arm's rows of scores.
 KEPT = (
@@ -70,4 +69,4 @@ def write(run: Path) -> None:
     if not (run / "scores.jsonl").is_file():
         return
     made = depth_rows(read_rows(run / "results.jsonl"), (row for _, row in read_json_lines(run / "scores.jsonl")))
-    write_text(run / "depth.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    write_rows(run / "depth.jsonl", made)

@@ -10,7 +10,6 @@ others away.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
@@ -29,8 +28,8 @@ from benchmarks.lab.config import LabConfig
 from benchmarks.lab.inputs import Inputs
 from benchmarks.lab.matrix import Cell
 from benchmarks.lab.worker import Answer, settle, work
-from endprompt.files import drop_cut_line, read_json_lines, sole_use, write_text
-from endprompt.results import append_rows, read_rows, result_row
+from endprompt.files import drop_cut_line, read_json_lines, sole_use
+from endprompt.results import append_rows, read_rows, result_row, write_rows
 from endprompt.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -198,8 +197,8 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
     if scores.is_file():
         drop_cut_line(scores)
         whole = [line for _, line in read_json_lines(scores) if line.get("cell") in alive]
-    for path, lines in ((results, kept), (scores, whole)):
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_rows(results, kept)
+    write_rows(scores, whole)
     return done
 
 

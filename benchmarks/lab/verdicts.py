@@ -17,7 +17,6 @@ How numbers become words (also printed with every table):
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,8 +29,8 @@ from benchmarks.lab import contrasts, estimates
 from benchmarks.lab.arms import SCALINGS, Arm, Row, arms_of, is_main, is_short, with_most_seeds
 from benchmarks.lab.contrasts import Contrast, contrasts_of
 from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate
-from endprompt.files import read_json_lines, write_text
-from endprompt.results import read_rows, result_row
+from endprompt.files import read_json_lines
+from endprompt.results import read_rows, result_row, write_rows
 
 SUITE = "lab-question"
 
@@ -500,8 +499,7 @@ def write(run: str | Path) -> list[Row]:
     if not arms:
         raise ValueError(f"{run / 'results.jsonl'}: the questions need a lab's rows of suite 'ruler'; found none")
     found = rows_of(arms)
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found)
-    write_text(run / "questions.jsonl", text)
+    write_rows(run / "questions.jsonl", found)
     return found
 
 

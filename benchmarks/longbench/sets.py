@@ -10,16 +10,17 @@ import csv
 import difflib
 import hashlib
 import io
+import itertools
 import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from endprompt.files import check_fetched, parse_json, remembered_sha256
+from endprompt.files import check_fetched, json_lines, read_json_lines, read_parquet, remembered_sha256
 
 SOURCE = "https://huggingface.co/datasets/THUDM/LongBench (data.zip)"
 OPTION = "--data-dir"
@@ -129,8 +130,7 @@ def find_jsonl(task: str, folder: Path) -> Found:
     for path in (folder / f"{task}.jsonl", folder / "data" / f"{task}.jsonl"):
         if path.is_file():
             check_fetched(path)
-            data = path.read_bytes()
-            return json_records(data, str(path)), {path.name: hashlib.sha256(data).hexdigest()}
+            return placed(path, "line", read_json_lines(path)), {path.name: remembered_sha256(path)}
     return None
 
 
@@ -153,7 +153,8 @@ def find_in_archive(task: str, folder: Path) -> Found:
     except UNREADABLE as error:
         raise ValueError(f"{path}, {names[0]}: cannot be read ({error}); download it again") from None
     sha256 = {path.name: remembered_sha256(path), f"{path.name}:{names[0]}": hashlib.sha256(data).hexdigest()}
-    return json_records(data, f"{path}:{names[0]}"), sha256
+    name = f"{path}:{names[0]}"
+    return placed(name, "line", json_lines(io.BytesIO(data), name)), sha256
 
 
 def archive_members(path: Path) -> list[str]:
@@ -174,40 +175,18 @@ def find_parquet(task: str, folder: Path) -> Found:
         if paths := sorted(folder.glob(pattern)):
             for path in paths:
                 check_fetched(path)
-            contents = {path: path.read_bytes() for path in paths}
-            sha256 = {
-                str(path.relative_to(folder)): hashlib.sha256(data).hexdigest() for path, data in contents.items()
-            }
-            return parquet_records(contents), sha256
+            records = itertools.chain.from_iterable(placed(path, "row", read_parquet(path)) for path in paths)
+            return records, {str(path.relative_to(folder)): remembered_sha256(path) for path in paths}
     return None
 
 
-def json_records(data: bytes, name: str) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line. Lines end at newlines alone: documents hold other separators of lines."""
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        yield where, parse_json(line, where)
+def placed(path: Path | str, kind: str, records: Iterable[tuple[int, Any]]) -> Iterator[tuple[str, Any]]:
+    """(place, record) of numbered ones."""
+    return ((f"{path}, {kind} {number}", record) for number, record in records)
 
 
-def parquet_records(contents: Mapping[Path, bytes]) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    for path, data in contents.items():
-        try:
-            records = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
-        for number, record in enumerate(records, 1):
-            yield f"{path}, row {number}", record
-
-
-def check_document(task: str, record: Any, where: str) -> dict[str, Any]:
+def check_document(task: str, record: dict[str, Any], where: str) -> dict[str, Any]:
     """The document with LongBench's own field names. Raises ValueError naming the place, the key and the rule."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: a document must be a JSON object, got {type(record).__name__}")
     document = dict(record)
     if "input" not in document and "question" in document:
         document["input"] = document.pop("question")

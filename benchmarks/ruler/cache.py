@@ -5,16 +5,16 @@ The key holds everything that a sample depends on, so a file never serves anothe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.ruler import tasks, texts
 from benchmarks.ruler.cell import Cell
@@ -65,7 +65,8 @@ def cells(
     if workers > 1 and n * sum(length for _, length in missing) > PARALLEL_TOKENS:
         # The longest first, and question answering before the rest, so that no process is left alone with it.
         missing.sort(key=lambda pair: (-pair[1], tasks.SPECS[pair[0]].family != "qa"))
-        with single_threaded_tokenizers():
+        # threads of tokenizers do not survive a fork
+        with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="false"):
             pool = multiprocessing.get_context("fork").Pool(workers, keep, (common,))
         with pool:
             for _ in pool.imap_unordered(build_kept, missing):
@@ -78,20 +79,6 @@ def processes() -> int:
     if sys.platform != "linux" or int(os.environ.get("RANK", "0")) > 0:
         return 1
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-
-
-@contextlib.contextmanager
-def single_threaded_tokenizers() -> Iterator[None]:
-    """What is forked inside keeps its tokenizers to one thread: threads do not survive a fork."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 _common: tuple[Any, ...] = ()  # in a building process: what all cells share

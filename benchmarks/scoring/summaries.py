@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scoring import fingerprint
 from benchmarks.scoring.checkpoint import method_of
 from benchmarks.scoring.config import ScoreConfig
-from endprompt import files
 from endprompt.results import read_rows
 
 
@@ -43,7 +40,3 @@ def about(config: ScoreConfig, settings: str) -> dict[str, Any]:
     """The columns that all rows of a call share."""
     named = {"model": config.model_name, "method": method_of(config)}
     return {**named, "seed": config.seed, "run_sha256": settings}
-
-
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.files import read_json_lines, read_text, sha256_of
+from endprompt.files import read_json_lines, read_parquet, read_text, sha256_of
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         for number, record in read_json_lines(path):
             yield document_of(record, f"{path}, line {number}")
     elif path.suffix == ".parquet":
-        for number, record in _parquet(path):
+        for number, record in read_parquet(path):
             yield document_of(record, f"{path}, row {number}")
     elif path.suffix == ".txt":
         yield Document(read_text(path))
@@ -62,20 +62,6 @@ def data_file(path: str | Path) -> Path:
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
     return path
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
 
 
 def document_of(record: Any, where: str) -> Document:

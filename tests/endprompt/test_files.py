@@ -9,7 +9,6 @@ import yaml
 from analysis import scene
 from analysis.config import VerifyConfig
 from benchmarks.lab import matrix
-from benchmarks.longbench.sets import json_records
 from benchmarks.ruler import texts
 from endprompt import cli, files
 from endprompt.data import read_documents
@@ -48,7 +47,7 @@ def test_a_byte_order_mark_in_haystacks_json_rows_and_matrices(write, tmp_path):
         plain, marked = (texts.essay(str(write(start + name, mark + data)), None, "niah_single_2")
                          for start, mark in (("plain", b""), ("marked", MARK)))  # fmt: skip
         assert marked.words == plain.words == ["one", "two", "three"]
-    assert [value for _, value in json_records(MARK + b'{"a": 1}\n{"a": 2}', "x")] == [{"a": 1}, {"a": 2}]
+    assert list(files.json_lines([MARK + b'{"a": 1}\n', b'{"a": 2}'], "x")) == [(1, {"a": 1}), (2, {"a": 2})]
     assert list(files.read_json_lines(write("r.jsonl", MARK + b'{"a": 1}\n'))) == [(1, {"a": 1})]
     assert matrix.read_matrix(write("m.yaml", MARK + b"seeds: 2\n")) == {"seeds": 2}
 

@@ -15,9 +15,9 @@ from benchmarks.ruler.cell import samples_sha256, text_sha256
 from benchmarks.scoring.checkpoint import window_of
 from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.evaluate import SampleSuite
-from benchmarks.scoring.summaries import about, write_lines
+from benchmarks.scoring.summaries import about
 from benchmarks.scoring.units import Unit, predicted
-from endprompt.results import read_rows
+from endprompt.results import read_rows, write_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ class LongBench(SampleSuite):
             unit.task: [{**s, "score": 100 * unit.score(s, text)} for s, text in predicted(entries, unit)]
             for unit in units
         }
-        write_lines(out.path / "summary.jsonl", averages.summary_rows(scored, **about(self.config, settings)))
+        write_rows(out.path / "summary.jsonl", averages.summary_rows(scored, **about(self.config, settings)))
 
     def table(self, made: list[dict[str, Any]]) -> str:
         return averages.table([*made, *read_rows(self.config.directory / "summary.jsonl")])

@@ -10,9 +10,9 @@ from benchmarks.ruler import cache, tasks
 from benchmarks.scoring.checkpoint import window_of
 from benchmarks.scoring.compare import Entries, read_run
 from benchmarks.scoring.evaluate import SampleSuite
-from benchmarks.scoring.summaries import about, write_lines
+from benchmarks.scoring.summaries import about
 from benchmarks.scoring.units import Unit, needed, predicted
-from endprompt.results import result_row
+from endprompt.results import result_row, write_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -51,10 +51,10 @@ class Ruler(SampleSuite):
 
     def summarise(self, out: RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str) -> None:
         common = {"suite": "ruler", **about(self.config, settings)}
-        write_lines(out.path / "summary.jsonl", [result_row(**common, **one) for one in summary.ruler_summary(made)])
+        write_rows(out.path / "summary.jsonl", [result_row(**common, **one) for one in summary.ruler_summary(made)])
         entries = read_run(self.config.directory, settings)
         needles = [entry for unit in units for entry in found_by_depth(entries, unit)]
-        write_lines(out.path / "depth.jsonl", [common | one for one in summary.depth_table(needles)])
+        write_rows(out.path / "depth.jsonl", [common | one for one in summary.depth_table(needles)])
 
     def table(self, made: list[dict[str, Any]]) -> str:
         return summary.table(made, shutil.get_terminal_size().columns)

@@ -91,7 +91,7 @@ GOOD = documents("qasper", n=1)[0]
     [
         (b'{"input": "x", "cont', r"line 2: not valid JSON"),
         (b"\xff\xfe", r"line 2: not UTF-8"),
-        (b'"text"', r"line 2: a document must be a JSON object, got str"),
+        (b'"text"', r"line 2: must be a JSON object, got str"),
         (json.dumps({**GOOD, "context": None}).encode(), r"line 2: context must be str, got NoneType"),
         (json.dumps({**GOOD, "answers": "yes"}).encode(), r"line 2: answers must be list, got str"),
         (json.dumps({**GOOD, "answers": []}).encode(), r"line 2: answers must not be empty"),
@@ -168,7 +168,7 @@ def test_a_damaged_parquet_is_refused(tmp_path):
     path = tmp_path / "qasper" / "test-0.parquet"
     path.parent.mkdir()
     path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"test-0\.parquet: not a Parquet file"):
+    with pytest.raises(ValueError, match=r"test-0\.parquet: not a whole Parquet file"):
         load_documents("qasper", tmp_path)
     parquet(path, [{key: value for key, value in GOOD.items() if key != "context"}])
     with pytest.raises(ValueError, match=r"test-0\.parquet, row 1: context must be str"):
