@@ -39,4 +39,4 @@ def test_tokens_of_the_tasks_are_rulers():
 
 
 def test_it_needs_torch_and_transformers_only():
-    assert loaded("benchmarks.speed.generation") - sys.stdlib_module_names == {"numpy", "torch", "transformers"}
+    assert loaded("benchmarks.speed.generation") - sys.stdlib_module_names == {"numpy", "torch", "transformers", "yaml"}
