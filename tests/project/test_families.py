@@ -37,6 +37,7 @@ def test_a_family_that_transformers_adds_has_no_row(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_family_is_as_its_row_says():
     """A family that transformers has added since has no row: sweep it and write the page again."""
     rows = {row["family"]: row | {"versions": None} for row in models_page.read_rows()}

@@ -276,6 +276,7 @@ def test_cells_that_were_done_twice_are_the_same(again):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_todays_samples_are_those_of_the_rows(again):
     """The models of the lab were trained on its own edition of RULER: its wording must not change."""
     rows = {

@@ -174,6 +174,12 @@ def test_edit_ratio_is_difflib_s_not_the_indel_ratio():
     assert metrics.edit_ratio("ababab", "aaaaab") == 33  # python-Levenshtein: 67
     assert metrics.indel_ratio("ababab", "aaaaab") == 67 and metrics.indel_ratio("", "") == 100
     assert metrics.indel_ratio("", "x") == 0 == metrics.indel_ratio("ab", "cd")
+
+
+@pytest.mark.parametrize(("same", "percent"), [(1, 3), (3, 7), (17, 43), (23, 57)])
+def test_a_half_percent_is_rounded_as_python_levenshtein_does(same, percent):
+    """Values of python-Levenshtein 0.27.5 with fuzzywuzzy 0.18.0; the halves are 2.5, 7.5, 42.5 and 57.5."""
+    assert metrics.indel_ratio("x" * same + "y" * (40 - same), "x" * same + "z" * (40 - same)) == percent
     assert metrics.edit_ratio("", "x") == metrics.edit_ratio("x", "") == 0 and metrics.edit_ratio("", "") == 100
     # from 200 characters on difflib starts no block at a character that makes up more than 1% of the second string
     assert metrics.edit_ratio("ab" * 120, "x" + "ab" * 120) == 0
