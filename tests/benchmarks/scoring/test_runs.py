@@ -12,7 +12,7 @@ import transformers.utils.chat_template_utils as template_utils
 from transformers import AutoTokenizer
 
 from benchmarks import chat, ruler
-from benchmarks.report import runs
+from benchmarks.report import page, runs
 from benchmarks.ruler import cache, tokens
 from benchmarks.ruler.cell import samples_sha256
 from benchmarks.scoring import ScoreConfig, compare, fingerprint, score, summaries
@@ -180,9 +180,9 @@ def test_first_second_first_again_in_one_output(place, tmp_path, asked, monkeypa
     assert all(e["prediction"].endswith(" of 12") for e in compare.show(tmp_path, "niah_single_1"))
     (run_,) = runs.read_runs([str(tmp_path)])
     assert run_.parts[0].environment["revision"] == "first"
-    assert {e["run"] for e in runs.predictions(run_.parts[0])} == {first[0]["run_sha256"]}
+    assert {e["run"] for e in page.last_predictions(run_.parts[0])} == {first[0]["run_sha256"]}
     (facet,) = runs.facets([run_])
-    assert len(facet.methods) == 2 and len({m.label for m in facet.methods}) == 2
+    assert len(facet.methods) == 2 and set(facet.methods.values()) == {first[0]["method"]}
 
 
 def test_depths_and_averages_are_of_the_run_that_is_asked_for(place, tmp_path, monkeypatch):
