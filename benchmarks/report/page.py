@@ -170,7 +170,7 @@ def training(name: str, run: Run, part: Part) -> list[str]:
 
 def drawn_schemes(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A picture for each way in which the runs lay out their rows, with the methods that do."""
-    wanted: dict[tuple[Any, ...], dict[str, None]] = {}
+    wanted: dict[tuple[Any, ...], dict[Any, None]] = {}
     for run in runs:
         for key, method in layouts(run):
             wanted.setdefault(key, {})[method] = None
@@ -178,7 +178,7 @@ def drawn_schemes(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [view | {"methods": methods} for view, methods in views if view]
 
 
-def layouts(run: Run) -> Iterator[tuple[tuple[Any, ...], str]]:
+def layouts(run: Run) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """((scheme, context, prompt, target, anchors), method), as a training says it of itself, else as rows do."""
     known: set[Any] = set()
     for own in ([{**(part.about.get("config") or {}), **part.about} for part in run.parts], run.rows):
@@ -212,7 +212,11 @@ def drawn_scheme(key: tuple[Any, ...], name: str) -> dict[str, Any] | None:
         return None
     fixed = all(np.array_equal(rows[0], row) for row in rows)
     drawn = [
-        [(lo, hi, place) for place, ids in enumerate((row[:context], row[context:])) for lo, hi in ids_of(ids, target)]
+        [
+            (lo, hi, place == 1)
+            for place, ids in enumerate((row[:context], row[context:]))
+            for lo, hi in ids_of(ids, target)
+        ]
         for row in (rows[:1] if fixed else rows)
     ]
     numbers = [("context", f"{context:,} tokens"), ("end prompt", f"{prompt:,} tokens" if prompt else "none")]
