@@ -48,7 +48,8 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    device: dict[str, Any] = {"machine": platform.machine(), "cpu_count": os.cpu_count()}
+    waiting = os.environ.get("OMP_WAIT_POLICY")
+    device: dict[str, Any] = {"machine": platform.machine(), "cpu_count": os.cpu_count(), "omp_wait_policy": waiting}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         device["gpu"] = torch.cuda.get_device_name()

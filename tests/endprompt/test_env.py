@@ -2,7 +2,10 @@
 
 import getpass
 import json
+import os
 import platform
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,6 +46,19 @@ def test_no_secret_and_no_home_is_shown(printed, as_json, monkeypatch):
     shown = printed(as_json)
     assert not [name for name in (*SECRETS, *SECRETS.values()) if name in shown]
     assert str(root.parent) + "/" not in shown and f"~/{root.name}" in shown
+
+
+@pytest.mark.parametrize(
+    ("package", "given", "spins"),
+    [("endprompt", {}, "0"), ("benchmarks", {}, "0"), ("endprompt", {"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_threads_of_torch_wait_asleep_unless_the_user_says_otherwise(package, given, spins):
+    """By what torch's own OpenMP prints of itself when it is loaded."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    around = {name: value for name, value in os.environ.items() if name not in names}
+    work = [sys.executable, "-c", f"import {package}, torch"]
+    done = subprocess.run(work, env=around | {"OMP_DISPLAY_ENV": "verbose"} | given, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_paths_lose_the_user_wherever_they_lie(monkeypatch):
