@@ -39,17 +39,18 @@ class Document:
 def read_documents(path: str | Path) -> Iterator[Document]:
     """Documents of a JSONL, JSONL.gz, Parquet or plain-text file; `text` (and `completion`) or `input_ids` a record.
 
-    A plain-text file is one document. Raises ValueError naming file and line if a record is broken.
+    A plain-text file is one document. Raises ValueError naming file and line if a record is broken, the file if there
+    is none.
     """
-    path = data_file(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for number, record in read_json_lines(path):
-            yield document_of(record, f"{path}, line {number}")
-    elif path.suffix == ".parquet":
-        for number, record in read_parquet(path):
-            yield document_of(record, f"{path}, row {number}")
-    elif path.suffix == ".txt":
+    path, number = data_file(path), 0
+    if path.suffix == ".txt":
         yield Document(read_text(path))
+        return
+    parquet = path.suffix == ".parquet"
+    for number, record in read_parquet(path) if parquet else read_json_lines(path):
+        yield document_of(record, f"{path}, {'row' if parquet else 'line'} {number}")
+    if not number:
+        raise ValueError(f"{path}: a data file must hold at least one document")
 
 
 def data_file(path: str | Path) -> Path:
@@ -69,7 +70,7 @@ def document_of(record: Any, where: str) -> Document:
         raise ValueError(f"{where}: a document must be an object, got {type(record).__name__}")
     ids = record.get("input_ids")
     if ids is not None:
-        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in ids):
+        if not isinstance(ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"{where}: input_ids must be a list of integers >= 0")
         return Document(input_ids=ids, where=where)
     text, completion = record.get("text"), record.get("completion")
