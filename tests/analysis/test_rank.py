@@ -184,17 +184,13 @@ def test_pretraining_window_as_data(scaling, expected):
     )
 
 
-def test_amplification_with_the_end_prompt():
+@pytest.mark.slow
+@pytest.mark.parametrize(("prompt", "bits", "expected"), [(True, 2000, 42.0), (False, 2500, 138.4)])
+def test_amplification_with_the_end_prompt_and_without(prompt, bits, expected):
     pytest.importorskip("flint")
     observed, gap = analysis.distance_segments(65536, 8172, 20)
-    assert analysis.amplification_log10(500000, 128, 8, observed, gap, 2000) == pytest.approx(42.0, abs=0.05)
-
-
-@pytest.mark.slow
-def test_amplification_without_it():
-    pytest.importorskip("flint")
-    _, gap = analysis.distance_segments(65536, 8172, 20)
-    assert analysis.amplification_log10(500000, 128, 8, [(0, 8171)], gap) == pytest.approx(138.4, abs=0.05)
+    given = (500000, 128, 8, observed if prompt else [(0, 8171)], gap)
+    assert analysis.amplification_log10(*given, bits) == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))}
         | {"scheme": "endprompt-pose", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
-        "compiled": {"compile": "layers"},
+        "compiled": {"compile": "layers", "eval_data": []},
         "begun": {"save_every": 2},
         "broken": {"save_every": 2},
         "again": {"save_every": 2},
@@ -136,7 +136,7 @@ def test_a_head_of_its_own_is_kept_and_said_once(trained):
 
 
 def test_compiled_layers_are_sharded_too(trained, one_process):
-    assert_equal_runs(trained[0] / "compiled", one_process(micro_rows=None))
+    assert_equal_runs(trained[0] / "compiled", one_process("compiled", compile="none", micro_rows=None))
 
 
 def test_each_process_reads_its_share_of_the_checkpoint(trained, llama):

@@ -37,8 +37,8 @@ def scores(model, names, data, bpe, window=100_000, **options) -> dict[str, floa
     return {name: results[PREFIX + name]["score,none"] for name in names}
 
 
-def test_an_oracle_scores_100_and_silence_0(data, bpe):
-    names = TASKS + TASKS_E
+def test_an_oracle_scores_100_and_silence_0(tmp_path, bpe):
+    names, data = TASKS + TASKS_E, write_data(tmp_path, words=200)
     oracle = scores(answering_model(lambda text, doc: doc["answers"][0]), names, data, bpe)
     assert oracle == pytest.approx(dict.fromkeys(names, 100.0), abs=1e-5)
     assert scores(answering_model(lambda text, doc: ""), names, data, bpe) == dict.fromkeys(names, 0.0)
