@@ -11,11 +11,10 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
-from endprompt.runs import git_revision
+from endprompt.runs import git_revision, installed
 
 NEEDED = (
     "torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "lm-eval", "datasets", "numpy",
@@ -66,13 +65,6 @@ def surroundings() -> dict[str, Any]:
         "optional": {name: installed(name) for name in OPTIONAL},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def device() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -40,14 +41,17 @@ def git_revision() -> str | None:
     return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")
 
 
+@functools.cache
+def installed(name: str) -> str | None:
+    """A package's version, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Provenance: revision, Python, package versions, device. Reads torch only if it is imported already."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     waiting = os.environ.get("OMP_WAIT_POLICY")
     device: dict[str, Any] = {"machine": platform.machine(), "cpu_count": os.cpu_count(), "omp_wait_policy": waiting}
     torch = sys.modules.get("torch")
@@ -57,7 +61,7 @@ def environment() -> dict[str, Any]:
     return {
         "revision": git_revision(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
         "device": device,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -8,6 +8,7 @@ can grant it. Results stand in the metadata's `model-index` and, with their inte
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from endprompt.results import RECORD
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
+    from jinja2 import Template
 
 CARD = "README.md"
 #: What makes a checkpoint, as it is taken from the hub; logs, states and notes that name folders stay here.
@@ -111,12 +113,17 @@ def eval_result(row: Mapping[str, Any]) -> EvalResult:
     )
 
 
-def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: str) -> str:
+@functools.cache
+def template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    config = record["config"]
     templates = Environment(loader=PackageLoader("endprompt"), undefined=StrictUndefined, keep_trailing_newline=True)
-    return templates.get_template("card.md").render(
+    return templates.get_template("card.md")
+
+
+def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: str) -> str:
+    config = record["config"]
+    return template().render(
         name=name,
         base=hub_name(config["model"]),
         window=record["window"],

@@ -170,7 +170,7 @@ def test_the_readme_from_extend_to_figures(tmp_path, monkeypatch, capsys):
     small = {
         "prepare": ["--data", "documents.jsonl"],
         "extend": ["--target", "4096", "--steps", "2", "--rows", "2", "--device", "cpu", "--overwrite"],
-        "verify": ["--pairs", "8", "--tokens", "64", "--target", "4096"],
+        "verify": ["--pairs", "8", "--tokens", "64", "--target", "4096", "--formats", "png"],
         "score": ["--lengths", "1024", "--samples", "2", "--dtype", "float32", "--device", "cpu", "--quiet",
                   "--cache-dir", "cache", "--max-new-tokens", "8", "--shots", "0"],
         "figures": ["--only", "score_against_length"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from endprompt import cli, files, train
+from endprompt import cli, files, runs, train
 from endprompt.config import check_output
 from endprompt.distributed import World
 from endprompt.model import load_model, load_tokenizer, training_attention
@@ -72,7 +72,8 @@ def test_the_rehearsal_changes_nothing_and_leaves_nothing(extend_config, tmp_pat
     model = load_model(extend_config().model, attention=training_attention("sdpa"))
     before = model.config.to_dict(), model.config._attn_implementation
     tokenizer = load_tokenizer(extend_config().model)
-    about = {"window": None, "model": "m"}
+    about = dict.fromkeys(("method", "model", "window", "target", "steps", "tokens", "row_tokens", "seconds"), 1)
+    about |= {"config": dataclasses.asdict(extend_config()), "environment": runs.environment()}
     outcome.rehearse(tmp_path, model, tokenizer, "float16", about)
     assert (model.config.to_dict(), model.config._attn_implementation) == before
     assert tokenizer.model_max_length == int(1e30) and not list(tmp_path.iterdir())
