@@ -10,7 +10,7 @@ import yaml
 
 #: The paper's column heads and sets, by part (data/names.yaml says what each is).
 NAMES = yaml.safe_load(Path(__file__).with_name("data").joinpath("names.yaml").read_text(encoding="utf-8"))
-RULER, TASKS, SCALINGS = NAMES["ruler"], NAMES["tasks"], NAMES["scalings"]
+RULER, TASKS, SCALINGS, QUESTIONS = NAMES["ruler"], NAMES["tasks"], NAMES["scalings"], NAMES["questions"]
 LONGBENCH, LONGBENCH_ZH, TASK_GROUPS = NAMES["longbench"], NAMES["longbench_zh"], NAMES["task_groups"]
 SHORT = ("mmlu", "gsm8k", "hellaswag", "humaneval")
 #: The tasks of each suite that averages are taken over.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from paper_figures.inputs import Frames, Inputs
-from paper_figures.names import SCALINGS, short_length
+from paper_figures.names import QUESTIONS, SCALINGS, short_length
 from paper_figures.table import Row, Section, Table, Value
 
 #: The columns of an estimate that the tables and the page read, beyond those of every row.
@@ -32,15 +32,6 @@ COLUMNS = (
     "against",
 )
 INPUTS = Inputs(rows={"lab-question": ("question", "family", "labels", "verdict", "sentence")}, needs_rows=True)
-QUESTIONS = {
-    1: "Does the terminal anchor help beyond interpolation trained short?",
-    2: "What happens when a fixed prompt is trained longer?",
-    3: "Does it matter what the terminal tokens must predict?",
-    4: "Where should the anchor be?",
-    5: "Does the smoothness constant predict success?",
-    6: "At what cost?",
-    7: "Is the short window kept?",
-}
 RULE = (
     "A difference is taken seed by seed: arms of one training seed share documents, their order and samples; 95% "
     "intervals by Student's t over the seeds. Helps or hurts: the interval is free of 0, the mean is 5 points or more, "

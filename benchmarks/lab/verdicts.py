@@ -31,18 +31,9 @@ from benchmarks.lab.contrasts import Contrast, contrasts_of
 from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate
 from endprompt.files import read_json_lines
 from endprompt.results import read_rows, result_row, write_rows
+from paper_figures.names import QUESTIONS
 
 SUITE = "lab-question"
-
-QUESTIONS = {
-    1: "Does the terminal anchor help beyond interpolation trained short?",
-    2: "What happens when a fixed prompt is trained longer?",
-    3: "Does it matter what the terminal tokens must predict?",
-    4: "Where should the anchor be?",
-    5: "Does the smoothness constant predict success?",
-    6: "At what cost?",
-    7: "Is the short window kept?",
-}
 
 #: Mean next-token loss inside the window may move this far (nats per token) and still count as kept.
 LOSS_MARGIN = 0.05

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.longbench.prompts import samples_sha256
 from benchmarks.longbench.sets import BUCKETS, CATEGORIES, DATASETS, bucket, dataset_of
+from benchmarks.ruler.cell import samples_sha256
 from endprompt.files import sha256_of
 from endprompt.results import result_row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.longbench.sets import dataset_of
-from endprompt.files import sha256_of
 from endprompt.text import Reader, render
 
 if TYPE_CHECKING:
@@ -212,8 +211,3 @@ def cut_middle(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], limit:
     return "".join(
         str(tokenizer.decode(list(end), skip_special_tokens=True, clean_up_tokenization_spaces=False)) for end in ends
     )
-
-
-def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
-    """One hash over every input and its answers, in order."""
-    return sha256_of(*(text for sample in samples for text in (sample["input"], *sample["outputs"])))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class Cell(Sequence[dict[str, Any]]):
         return (self[i] for i in range(len(self)))
 
 
-def samples_sha256(samples: Sequence[dict[str, Any]]) -> str:
+def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
     """One hash over every prompt and its answers, in order."""
     digest = hashlib.sha256()
     for sample in samples:
@@ -161,7 +161,7 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_sample(digest: Any, sample: dict[str, Any]) -> None:
+def digest_sample(digest: Any, sample: Mapping[str, Any]) -> None:
     for text in (sample["input"], *sample["outputs"]):
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)

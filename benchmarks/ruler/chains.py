@@ -8,7 +8,7 @@ import string
 from dataclasses import dataclass
 
 from benchmarks.ruler import texts
-from benchmarks.ruler.needles import NoiseSource, places, weave
+from benchmarks.ruler.needles import NoiseDraft, NoiseSource, places, weave
 from benchmarks.ruler.source import Draft
 
 VT_EXAMPLE_TOKENS = 500  # RULER's size of the worked example of variable tracking
@@ -79,9 +79,7 @@ class Chain:
         )
 
 
-class ChainDraft(Draft):
-    empty = 0
-
+class ChainDraft(NoiseDraft):
     def __init__(self, made: ChainSource, rng: random.Random):
         self.made = made
         self.example = ""
@@ -95,13 +93,6 @@ class ChainDraft(Draft):
             self.chain = Chain.draw(made.options.hops, 5, rng)
         self.outputs = self.chain.names
         self._key = rng.getrandbits(64)
-
-    def fill(self, room: int) -> tuple[int, int]:
-        count = self.made.most(room)
-        return count, self.made.added(count)
-
-    def cut(self, count: int) -> tuple[None, int]:
-        return None, self.made.added(count)
 
     def render(self, count: int) -> tuple[str, str]:
         question, prefix = self.chain.text(self.made.lines(count), self._key, self.made.options.edition)

@@ -86,6 +86,11 @@ def searched(make: Callable[[int], Made], measure: Callable[[Made], int], length
     return best
 
 
+def most_expected(length: int, step: int, tokens: int) -> int:
+    """Three times the size that a haystack of `step`, whose prompt has so many tokens, lets expect."""
+    return max(int(length / (tokens / step) * 3), 2 * step)
+
+
 # ----------------------------------------------------------------------------------------------------------- sources
 
 
@@ -135,12 +140,11 @@ class ReplaySource(Source):
         """Size of the cell's haystacks."""
         if self.old:
             return grown(self.make, self.answered, self.length, self.step, self.most)
-        return searched(self.make, self.measured, self.length, self.step, self.highest(self.measured))
+        return searched(self.make, self.measured, self.length, self.step, self.highest())
 
-    def highest(self, measure: Callable[[Made], int]) -> int:
+    def highest(self) -> int:
         """The largest size that the search looks at: three times what a first sample lets expect."""
-        each = self.tokens(self.assemble(*self.make(self.step).parts)) / self.step
-        return max(int(self.length / each * 3), 2 * self.step)
+        return most_expected(self.length, self.step, self.tokens(self.assemble(*self.make(self.step).parts)))
 
     @property
     def most(self) -> int | None:
@@ -411,8 +415,7 @@ class ReplayChains(ReplaySource):
                 step,
             )
         else:
-            each = self.tokens("".join(self.first_example(step).parts)) / step
-            high = max(int(limit / each * 3), 2 * step)
+            high = most_expected(limit, step, self.tokens("".join(self.first_example(step).parts)))
             size = searched(self.first_example, measure, limit, step, high)
         found: list[Made] = []
 
@@ -457,8 +460,7 @@ class ReplayChains(ReplaySource):
                 return self.measured(made) + more <= self.length
 
             return [self.placed(index, size, size, self.make, fits) for index in range(n)]
-        each = self.tokens(self.assemble(*self.bare(self.step).parts)) / self.step
-        high = max(int(self.length / each * 3), 2 * self.step)
+        high = most_expected(self.length, self.step, self.tokens(self.assemble(*self.bare(self.step).parts)))
         size = searched(self.bare, lambda made: self.measured(made) + more, self.length, self.step, high)
         return [self.placed(index, size, self.step, self.make, self.fits) for index in range(n)]
 
@@ -487,7 +489,7 @@ class ReplayCommonWords(ReplaySource):
     def behind(self, made: Made) -> str:
         return " " + ruler_words.numbered(made.outputs)
 
-    def highest(self, measure: Callable[[Made], int]) -> int:
+    def highest(self) -> int:
         each = self.tokens(self.assemble(*self.make(ESTIMATE_WORDS).parts)) / ESTIMATE_WORDS
         return max(int(self.length // each) * 2, 2 * self.step)
 

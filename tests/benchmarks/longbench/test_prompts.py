@@ -10,6 +10,7 @@ import pytest
 from benchmarks import longbench
 from benchmarks.longbench import TASKS, Documents, prompts
 from benchmarks.longbench.sets import WITHOUT_QUESTION
+from benchmarks.ruler.cell import samples_sha256
 from tests.support.longbench_fixtures import KINDS, documents, tokenizer
 
 cached_tokenizer = cache(tokenizer)
@@ -160,6 +161,6 @@ def test_samples_do_not_depend_on_how_many_are_asked_for():
     assert [sample["index"] for sample in whole] == list(range(70))
     few = samples("qasper", "byte_bpe", 500, items=items, n=3)
     assert few == whole[:3]
-    assert prompts.samples_sha256(few) == prompts.samples_sha256(whole[:3]) != prompts.samples_sha256(whole)
+    assert samples_sha256(few) == samples_sha256(whole[:3]) != samples_sha256(whole)
     changed = [{**few[0], "outputs": ["other"]}, *few[1:]]
-    assert prompts.samples_sha256(changed) != prompts.samples_sha256(few)
+    assert samples_sha256(changed) != samples_sha256(few)
