@@ -74,7 +74,8 @@ def render(runs: Sequence[Run], reference: str | None = None) -> str:
         loader=PackageLoader("benchmarks"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"count": count, "tokens": tokens, "span": spans, "tidy": tidy}
+    environment.filters |= {"count": count, "tokens": tokens, "tidy": tidy, "basename": os.path.basename}
+    environment.tests["number"] = number
     facets = report_data.facets(runs)
     if reference is not None and not any(report_data.choose_reference(facet, reference) for facet in facets):
         names = sorted({label for facet in facets for label in facet.methods})
@@ -88,14 +89,13 @@ def render(runs: Sequence[Run], reference: str | None = None) -> str:
         runs=runs,
         parts=parts,
         about_run=about_run,
-        trainings=[training(*named) for named in parts if named[2].about or named[2].losses()],
         schemes=drawn_schemes(runs),
         losses=loss_charts(parts),
         facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
         comparisons=[view for facet in facets if (view := comparison(facet, reference))],
         heat_maps=[view for _, run, part in parts for view in heat_maps(run, part, len(runs) > 1)],
         bounds=bounds(runs),
-        others=other_rows(runs),
+        others=report_data.others(runs),
         predictions=[wrong_predictions(name, part) for name, _, part in parts if last_predictions(part)],
         environments=environments(parts),
         configurations=[
@@ -146,23 +146,6 @@ def about_run(run: Run) -> dict[str, Any]:
         "Started": environment.get("time"),
         "Time taken": f"{seconds / 60:.1f} min" if seconds else "",
     }
-
-
-def training(name: str, run: Run, part: Part) -> list[str]:
-    """Part, method, base, target, steps, tokens, rate, seconds, last loss."""
-    about, config, losses = part.about, part.config or part.about.get("config") or {}, part.losses()
-    last = about.get("final_loss") or (losses[-1]["loss"] if losses else None)
-    return [
-        name.removeprefix(f"{run.name}/"),
-        about.get("method") or config.get("scheme") or "",
-        about.get("model") or Path(str(config.get("model") or "")).name,
-        count(about.get("target") or config.get("target")),
-        count(about.get("steps") or (losses[-1]["step"] if losses else None)),
-        count(about.get("tokens")),
-        f"{config['lr']:g}" if number(config.get("lr")) else "",
-        f"{about['seconds']:,.0f} s" if number(about.get("seconds")) else "",
-        f"{last:.4f}" if number(last) else "",
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- positions
@@ -353,19 +336,6 @@ def bounds(runs: Sequence[Run]) -> list[tuple[bool, list[str], list[Any]]]:
         holds = all(min(v) >= 1 for m in group for k, v in found[m].items() if k.startswith("share_within"))
         views.append((holds, group, table))
     return views
-
-
-def other_rows(runs: Sequence[Run]) -> dict[str, list[list[Any]]]:
-    """Every other number, by suite: evaluations while training, LongBench, short tasks, the lab's questions."""
-    suites: dict[str, list[list[Any]]] = {}
-    for row in report_data.others(runs):
-        ci = row["ci95"]
-        about = ", ".join(f"{k} {row[k]}" for k in ("base", "fold", "comparison", "step") if row.get(k) is not None)
-        value = f"{row['value']:.4g}" + (f" [{ci[0]:.4g}, {ci[1]:.4g}]" if ci else "")
-        line = [row["method"], row["task"], count(row["length"]), row["metric"], value, row["n"], row["seed"]]
-        note = row.get("verdict") or row.get("error") or ""
-        suites.setdefault(str(row["suite"]), []).append([*line, f"{about} {note}".strip()])
-    return suites
 
 
 def last_predictions(part: Part) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class Run:
     path: Path
     parts: list[Part] = field(default_factory=list)
 
-    @property
+    @cached_property
     def rows(self) -> list[Row]:
         """Rows of all parts; one that an outer part repeats from an inner one counts once."""
         found: list[Row] = []
