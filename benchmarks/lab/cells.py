@@ -21,6 +21,7 @@ from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
 from benchmarks.lab.matrix import Cell
+from benchmarks.scoring import generate
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
@@ -101,11 +102,12 @@ def run(cell: Cell, place: Workplace) -> Outcome:
         tokenizer = material.tokenizer_of(cell.model)
     columns = columns_of(cell, place, about, str(model.dtype).removeprefix("torch."))
     with made.phase("score"):
+        found = generate.way(model)  # once: it takes as long as a task of few samples
         for item in material.samples(cell):
             key = f"{item.task}@{item.length}"
             if key not in begun.done:
                 single = Outcome()
-                scored(single, cell, item, model, tokenizer, place, columns)
+                scored(single, cell, item, model, tokenizer, found, place, columns)
                 begun.add({"key": key, "rows": single.rows, "scores": single.scores})
             made.rows += begun.done[key]["rows"]
             made.scores += begun.done[key]["scores"]
@@ -201,12 +203,14 @@ def scored(
     item: material.Samples,
     model: Any,
     tokenizer: Any,
+    found: generate.Way,
     place: Workplace,
     columns: Mapping[str, Any],
 ) -> None:
     """The row of one task and length, and the scores of its samples."""
     samples, about = read_samples(item, place.cache)
-    texts = predict.predict(model, tokenizer, samples, max_batch_tokens=place.batch_tokens, whole=False)
+    options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": False, "found": found}
+    texts = predict.predict(model, tokenizer, samples, **options)
     percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
     metric = "string_match_part" if ruler.SPECS[item.task].metric == "any" else "string_match_all"

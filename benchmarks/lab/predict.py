@@ -42,11 +42,13 @@ def predict(
     *,
     max_batch_tokens: int = BATCH_TOKENS,
     whole: bool = True,
+    found: generate.Way | None = None,
 ) -> list[str]:
     """The model's text after each sample's prompt, greedy, in the samples' order.
 
     samples: as `benchmarks.ruler.cell` makes them; those with `input_ids` are not tokenized again. whole: answers go on
-    when their score is settled. Raises ValueError if the model's frequencies are not float32.
+    when their score is settled. found: `generate.way(model)` if it is known. Raises ValueError if the model's
+    frequencies are not float32.
     """
     check_precision(model)
     stops = generate.stop_tokens(model, tokenizer)
@@ -60,7 +62,7 @@ def predict(
     ]
     texts = [""] * len(jobs)
     with scoring(model):
-        for batch in generate.run(model, jobs, stops=stops, places=max_batch_tokens):
+        for batch in generate.run(model, jobs, stops=stops, places=max_batch_tokens, found=found):
             for i, tokens in batch:
                 kept = [token for token in tokens if token not in stops]
                 texts[i] = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
