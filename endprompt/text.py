@@ -29,7 +29,7 @@ NEIGHBOURS = (("a", "b"), ("a", " b"), ("a b", "c"), ("a\n", "b"), ("a", "\nb"),
 # What stands in front of a text to read it as inner text: the first that keeps its tokens to itself.
 ANCHORS = ("\n", ".", "a", "0", "a ")
 # White space, capitals, characters that compatibility forms change, a letter of two marks, punctuation after a space.
-UNUSUAL = "Ab  c\n\td ﬁ ½ e\u0301 é , don 't ."
+UNUSUAL = "Ab  c\n\td ﬁ ½ e\u0301 é , don 't .\n"
 
 
 class Reader:
@@ -133,7 +133,13 @@ class Reader:
             found.append(f"{self.name}: the tokenizer has no EOS, so nothing stands between documents")
         if self.end:
             found.append(f"{self.name}: the tokenizer puts {self._end_tokens} behind every text; prompts go without it")
-        if self.lossy:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in self.ids([PROBE])[0]:
+            found.append(
+                f"{self.name}: the tokenizer reads parts of {PROBE!r} as {self.tokenizer.unk_token}: such text is "
+                "lost, and an answer with it scores 0"
+            )
+        elif self.lossy:
             found.append(f"{self.name}: the tokenizer gives some texts back changed; answers are scored as it writes")
         return found
 

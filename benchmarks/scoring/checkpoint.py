@@ -15,23 +15,12 @@ if TYPE_CHECKING:
 def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Configuration and tokenizer. Raises ValueError if there is no such checkpoint."""
     from endprompt import model
+    from endprompt.model.weights import stored_tensors
 
     loaded = model.load_config(config.checkpoint, trust_remote_code=config.trust_remote_code)
     if not config.prepare_only:
-        check_weights(Path(config.checkpoint))
+        stored_tensors(Path(config.checkpoint))  # names the file that is missing or cut off
     return loaded, model.load_tokenizer(config.checkpoint)
-
-
-def check_weights(directory: Path) -> None:
-    """Reads the heads of a checkpoint's weight files, which takes milliseconds where loading takes minutes.
-
-    Raises ValueError if there are none, or one is missing, cut short or no tensor file.
-    """
-    from endprompt.model import weights
-
-    if not any(directory.glob("*.safetensors*")):
-        raise ValueError(f"{directory}: the checkpoint does not load: it has no weights (*.safetensors)")
-    weights.stored_tensors(directory)
 
 
 def check_model(config: ScoreConfig, model_config: PretrainedConfig) -> list[str]:

@@ -33,18 +33,22 @@ PROMISE = re.compile(r"num.*(mtp|nextn)|(mtp|nextn).*num")
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, and its shape."""
+    """Where a tensor is, its shape, and its dtype as safetensors calls it."""
 
     path: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """The tensors of a safetensors checkpoint, of one file or several with an index, by the files' heads.
 
-    Raises ValueError where a file is missing or is no tensor file, or the index names none, or one of another folder.
+    Raises ValueError where there is none, one is missing or is no tensor file, or the index names none, or one of
+    another folder.
     """
     index = directory / INDEX
+    if not any(os.path.lexists(directory / name) for name in (WHOLE, INDEX)):
+        raise ValueError(f"{directory}: the checkpoint does not load: it has no weights ({WHOLE}, or {INDEX})")
     paths = {directory / WHOLE}
     if not (directory / WHOLE).is_file() and os.path.lexists(index):
         places = read_object(index).get("weight_map")
@@ -57,7 +61,8 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for path in sorted(paths):
         with open_tensors(path) as file:
-            found |= {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found |= {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     return found
 
 
@@ -92,11 +97,18 @@ def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | 
             f"{where}the checkpoint holds {len(unknown)} weights that the model does not have, such as {unknown[0]}"
         )
     ignored = re.compile("|".join(f"({p})" for p in model._keys_to_ignore_on_load_unexpected or []) or r"(?!)")
-    own = set(model.state_dict())
+    own = model.state_dict()
     stored_names = stored_tensors(directory) if directory is not None else {}
     left_out = predicting | {
         name for name in stored_names if ignored.search(name) and name not in own and not COMPUTED.search(name)
     }
+    for name, stored in sorted(stored_names.items()):
+        floats = "F" in stored.dtype or (name in own and not own[name].is_floating_point())
+        if not (floats or name in left_out or COMPUTED.search(name)):
+            raise ValueError(
+                f"{where}weights must be floating-point numbers, and {name} is {stored.dtype}: quantized weights need "
+                "quantization_config in config.json"
+            )
     notes, trains = [], model.config._attn_implementation.startswith(PREFIX)
     if left_out:
         what = "of multi-token prediction " if left_out == predictions(model.config, left_out) else ""

@@ -4,7 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from endprompt import data, prompts
 from endprompt.data import Document, Documents, Rows, RowSpec
@@ -235,12 +236,17 @@ def test_notes_name_what_a_tokenizer_does_to_text():
     assert said(odd.byte_level()) == said(odd.llama(bos=True)) == ""
     assert "puts </s> behind every text" in said(odd.llama(eos=True))
     assert "gives some texts back changed" in said(odd.wordpiece()) and "changed" in said(odd.unigram())
+    bytes_, words = odd.byte_level().backend_tokenizer, Tokenizer(models.WordLevel({"[UNK]": 0, "One": 1}, "[UNK]"))
+    bytes_.normalizer = normalizers.Strip(left=False)
+    assert "gives some texts back changed" in said(PreTrainedTokenizerFast(tokenizer_object=bytes_))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    assert "1234.' as [UNK]: such text is lost" in said(wrapped) and "changed" not in said(wrapped)
 
 
 def test_a_prompt_has_no_end_in_any_suite():
     """A tokenizer that puts </s> behind every text: sizes, what the model is given and the lab leave it out."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
     from benchmarks import ruler
     from benchmarks.lab import predict

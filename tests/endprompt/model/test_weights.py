@@ -87,6 +87,19 @@ def test_weights_that_do_not_fit_are_refused_on_every_way(tmp_path, made, change
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int32])
+def test_weights_that_are_whole_numbers_are_refused(tmp_path, dtype):
+    """transformers casts them: a model of numbers that were to be scaled, which answers and trains."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    directory = llama_with(tmp_path, added={name: torch.ones(48, 32).to(dtype)})
+    for reading in readings(directory)[:3]:
+        with pytest.raises(ValueError, match=rf"/m: weights must be floating-point numbers, and {name} is [IUB]"):
+            reading()
+    asked = ScoreConfig(str(directory), device="cpu")
+    with pytest.raises(ValueError, match="weights must be floating-point numbers"):
+        scoring.score(asked)
+
+
 def test_other_shapes_are_named_on_every_way(tmp_path):
     directory = llama_with(tmp_path, intermediate_size=40)
     for reading in readings(directory)[:3]:
