@@ -13,9 +13,8 @@ demo: setup
 test: style
 	@$(MAKE) --no-print-directory --jobs 2 test-fast types
 
-# Each process takes half of the files, and whoever is done takes half of what is left to the other.
 test-fast: setup
-	@"$(BIN)/python" -m pytest -n 2 --dist worksteal
+	@"$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	@"$(BIN)/python" -m pytest -m slow

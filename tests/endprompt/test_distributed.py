@@ -41,16 +41,17 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         warmup=2, lr=1e-3, device="cpu", log_every=1, weight_decay=0.1, clip=0.5, micro_rows=1,
         eval_data=[str(documents)], eval_lengths=[96], eval_rows=3, eval_needles=3,
     )  # fmt: skip
-    in_bfloat16 = {"dtype": "bfloat16", "export_dtype": "float32"}
-    recall = {"row_tokens": 64, "prompt": "recall", "recall_span": 8, "recall_given": 2}
+    unmeasured = {"eval_data": []}
+    in_bfloat16 = unmeasured | {"dtype": "bfloat16", "export_dtype": "float32"}
+    recall = unmeasured | {"row_tokens": 64, "prompt": "recall", "recall_span": 8, "recall_given": 2}
     long = {"scheme": "contiguous", "prompt": None, "row_tokens": 128}
     pose = {"scheme": "pose", "prompt": None, "micro_rows": None}
     changes = {
         "whole": {},
-        "rounded": {"autocast": True},
+        "rounded": unmeasured | {"autocast": True},
         "masters": in_bfloat16,
         # each method on another checkpoint
-        "odd": long | {"model": str(odd_checkpoint(tmp / "odd-model")), "checkpointing": "full"},
+        "odd": long | unmeasured | {"model": str(odd_checkpoint(tmp / "odd-model")), "checkpointing": "full"},
         "phi": pose | {"model": str(checkpoints("Phi3")), "scaling": "longrope"},
         "renamed": pose | {"model": str(renamed_checkpoint(llama, tmp / "renamed-model")), "scaling": "dynamic"},
         "apart": recall
@@ -58,7 +59,7 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))}
         | {"scheme": "endprompt-pose", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
-        "compiled": {"compile": "layers", "eval_data": []},
+        "compiled": unmeasured | {"compile": "layers"},
         "begun": {"save_every": 2},
         "broken": {"save_every": 2},
         "again": {"save_every": 2},
