@@ -11,7 +11,8 @@ import yaml
 #: The paper's column heads and sets, by part (data/names.yaml says what each is).
 NAMES = yaml.safe_load(Path(__file__).with_name("data").joinpath("names.yaml").read_text(encoding="utf-8"))
 RULER, TASKS, SCALINGS, QUESTIONS = NAMES["ruler"], NAMES["tasks"], NAMES["scalings"], NAMES["questions"]
-LONGBENCH, LONGBENCH_ZH, TASK_GROUPS = NAMES["longbench"], NAMES["longbench_zh"], NAMES["task_groups"]
+LONGBENCH, LONGBENCH_ZH, CATEGORIES = NAMES["longbench"], NAMES["longbench_zh"], NAMES["categories"]
+TASK_GROUPS = NAMES["task_groups"]
 SHORT = ("mmlu", "gsm8k", "hellaswag", "humaneval")
 #: The tasks of each suite that averages are taken over.
 SUITE_TASKS = {
@@ -19,8 +20,6 @@ SUITE_TASKS = {
     "longbench": tuple(name for names in LONGBENCH.values() for name in names),
     "short": SHORT,
 }
-
-
 #: Schemes whose name in the rows is not their name in a picture.
 SCHEMES = {"full": "full length", "longlora": "LongLoRA"}
 

@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 
 from paper_figures import lab, style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
-from paper_figures.figures.score_against_length import end_labels, mark_window
+from paper_figures.figures.score_against_length import end_labels, labelled_lines, mark_window
 from paper_figures.inputs import Frames, Inputs
-from paper_figures.names import short_length
 
 TITLE = "The lab: RULER score against length, all schemes, by base, fold and scaling"
 INPUTS = Inputs(rows={"ruler": lab.COLUMNS[:5]}, needs_rows=True, lab="only")
@@ -49,19 +48,8 @@ def draw(frames: Frames) -> Figure:
 
 def panel(ax: Axes, means: pd.DataFrame, labels: dict[str, str], looks: dict[str, dict], gap: float) -> None:
     """gap: between labels at the lines' ends, in percent of the axis."""
-    last = []
     names = sorted(means["method"].unique(), key=lambda name: list(looks).index(labels[name]))
-    for i, name in enumerate(names):
-        line = means[means["method"] == name].sort_values("length")
-        look = looks[labels[name]]
-        x = line["length"].to_numpy(float) * 2 ** (0.03 * (i - (len(names) - 1) / 2))  # intervals side by side
-        ax.plot(x, line["value"], markersize=3.5, markeredgewidth=0.7, clip_on=False, zorder=3, **look)
-        ax.vlines(x, line["lo"], line["hi"], color=look["color"], linewidth=0.7, alpha=0.6, clip_on=False)
-        last.append((labels[name], look["color"], x[-1], line["value"].iloc[-1]))
-    lengths = sorted(means["length"].unique())
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [short_length(length) for length in lengths])
-    ax.minorticks_off()
+    last = labelled_lines(ax, means, {n: (labels[n], looks[labels[n]] | {"markeredgewidth": 0.7}) for n in names}, 3.5)
     style.percent_axis(ax)
     ax.set_xlabel("length, tokens")
     end_labels(ax, last, gap=gap)

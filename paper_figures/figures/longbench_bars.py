@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,23 +14,13 @@ from matplotlib.patheffects import withStroke
 from paper_figures import style
 from paper_figures.averages import average, interval_kind
 from paper_figures.inputs import Frames, Inputs
-from paper_figures.names import LONGBENCH, LONGBENCH_ZH, Method
+from paper_figures.names import CATEGORIES, LONGBENCH, LONGBENCH_ZH, Method
 from paper_figures.style import ordered_methods
 
 TITLE = "LongBench by category and by set, all methods, 95% intervals"
 INPUTS = Inputs(rows={"longbench": ()}, needs_rows=True)
-CATEGORIES = {
-    "single_doc_qa": "single-doc QA",
-    "multi_doc_qa": "multi-doc QA",
-    "summarization": "summarization",
-    "few_shot": "few-shot",
-    "synthetic": "synthetic",
-    "code": "code",
-}
 #: More bars than this in a panel have no room for their numbers.
 NUMBERED = 36
-#: Width of a letter of 6 pt, inches.
-LETTER = 0.05
 
 
 def draw(frames: Frames) -> Figure:
@@ -65,28 +54,17 @@ def draw(frames: Frames) -> Figure:
 def categories(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Averages by method of each category all of whose English sets were run, then the two published averages."""
     run = set(rows["task"])
-    found = {
-        label: average(rows[rows["task"].isin(LONGBENCH[category])], ["method"])
-        for category, label in CATEGORIES.items()
-        if set(LONGBENCH[category]) <= run
+    members = {
+        CATEGORIES[category]: rows[rows["task"].isin(names)]
+        for category, names in LONGBENCH.items()
+        if set(names) <= run
     }
+    found = {label: average(part, ["method"]) for label, part in members.items()}
     if len(found) == len(LONGBENCH):
-        english = rows[rows["task"].isin([name for names in LONGBENCH.values() for name in names])]
-        found |= {"mean of\n6 categories": mean_of(found), "mean of\n16 sets": average(english, ["method"])}
+        means = [average(part, ["method", "seed"]).assign(task=label) for label, part in members.items()]
+        found["mean of\n6 categories"] = average(pd.concat(means), ["method"], ["task"])
+        found["mean of\n16 sets"] = average(pd.concat(members.values()), ["method"])
     return found
-
-
-def mean_of(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The mean of averages, their intervals combined by squares, of the methods that have all of them."""
-    cells = pd.concat(parts.values())
-    out = []
-    for method, group in cells.groupby("method", sort=False):
-        if len(group) == len(parts):
-            value, k = group["value"].mean(), len(group)
-            below = np.sqrt(((group["value"] - group["lo"]) ** 2).sum(skipna=False)) / k
-            above = np.sqrt(((group["hi"] - group["value"]) ** 2).sum(skipna=False)) / k
-            out.append((method, value, value - below, value + above))
-    return pd.DataFrame(out, columns=["method", "value", "lo", "hi"])
 
 
 def grouped_bars(ax: Axes, groups: Mapping[str, pd.DataFrame], looks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -124,28 +102,16 @@ def looks_of(methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def name_categories(ax: Axes, sets: Mapping[str, Sequence[str]], inches: float = 6.3) -> None:
-    """Category names above their sets where there is room, and a thin line between categories.
-
-    inches: width of the axes.
-    """
+def name_categories(ax: Axes, sets: Mapping[str, Sequence[str]]) -> None:
+    """Category names above their sets where there is room, and a thin line between categories."""
     total, start = sum(map(len, sets.values())), 0
     for category, names in sets.items():
-        room = inches * len(names) / total
-        label = CATEGORIES[category] if room > 0.7 else CATEGORIES[category].replace(" ", "\n")
-        if max(map(len, label.split("\n"))) * LETTER <= room:
+        room = 120 * len(names) / total  # letters of 6 pt in the part of the axes that the sets take
+        label = CATEGORIES[category]
+        label = label if len(names) > 0.11 * total else label.replace(" ", "\n")
+        if max(map(len, label.split("\n"))) <= room:
             middle = start + (len(names) - 1) / 2
-            ax.annotate(
-                label,
-                (middle, 1.0),
-                (0, 2),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                va="bottom",
-                ha="center",
-                fontsize=6,
-                color="#555555",
-            )
+            ax.text(middle, 1.02, label, transform=ax.get_xaxis_transform(), ha="center", fontsize=6, color="#555555")
         start += len(names)
         if names and start < total:
             ax.axvline(start - 0.5, color="#DDDDDD", linewidth=0.6, zorder=0)

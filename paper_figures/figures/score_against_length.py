@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,8 @@ from paper_figures.style import Methods, ordered_methods
 TITLE = "RULER score against length, all methods, 95% intervals"
 
 INPUTS = Inputs(rows={"ruler": ()}, needs_rows=True)
-
-
+#: Label, colour, last length and last value of a line.
+End = tuple[str, str, float, float]
 #: More methods than this are drawn in one panel for each RoPE scaling, as averages only.
 ONE_PANEL = 6
 
@@ -80,32 +81,30 @@ def panel(ax: Axes, rows: pd.DataFrame, means: pd.DataFrame, methods: Methods, t
     end_labels(ax, last)
 
 
-def lines(ax: Axes, means: pd.DataFrame, methods: Methods, size: float) -> list[tuple[str, str, float, float]]:
-    """One line with intervals a method; returns (label, colour, last length, last value) of each."""
+def lines(ax: Axes, means: pd.DataFrame, methods: Methods, size: float) -> list[End]:
+    """One line with intervals a method; returns their ends."""
     arms = list(dict.fromkeys(method.arm for method in methods.values()))
     several = len({method.scaling for method in methods.values() if method.scheme != "base"}) > 1
+    looks = {}
+    for name, method in methods.items():
+        named = several or method.scheme == "base"  # the panel's title names the scaling if there is one only
+        label = method.label if named else method._replace(scaling="").label
+        looks[name] = label, style.arm_style(method, arms) | {"markeredgecolor": "white", "markeredgewidth": 0.4}
+    return labelled_lines(ax, means, looks, size)
+
+
+def labelled_lines(ax: Axes, means: pd.DataFrame, looks: Mapping[str, tuple[str, dict]], size: float) -> list[End]:
+    """Lines against the length of the methods in `looks` (label, style), their intervals side by side."""
     last = []
-    lengths = sorted(means["length"].unique())
-    for i, (name, method) in enumerate(methods.items()):
+    for i, (name, (label, look)) in enumerate(looks.items()):
         line = means[means["method"] == name].sort_values("length")
         if line.empty:
             continue
-        look = style.arm_style(method, arms)
-        x = line["length"].to_numpy(float) * 2 ** (0.03 * (i - (len(methods) - 1) / 2))  # intervals side by side
-        ax.plot(
-            x,
-            line["value"],
-            markersize=size,
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-            clip_on=False,
-            zorder=3,
-            **look,
-        )
+        x = line["length"].to_numpy(float) * 2 ** (0.03 * (i - (len(looks) - 1) / 2))
+        ax.plot(x, line["value"], markersize=size, clip_on=False, zorder=3, **look)
         ax.vlines(x, line["lo"], line["hi"], color=look["color"], linewidth=0.9, alpha=0.7, clip_on=False, zorder=2)
-        named = several or method.scheme == "base"  # the panel's title names the scaling if there is one only
-        label = method.label if named else method._replace(scaling="").label
         last.append((label, look["color"], x[-1], line["value"].iloc[-1]))
+    lengths = sorted(means["length"].unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [short_length(length) for length in lengths])
     ax.minorticks_off()
@@ -125,7 +124,7 @@ def mark_window(ax: Axes, rows: pd.DataFrame, name: bool = True) -> None:
     ax.set_xlim(left=low)
 
 
-def end_labels(ax: Axes, last: list[tuple[str, str, float, float]], gap: float = 7.0) -> None:
+def end_labels(ax: Axes, last: list[End], gap: float = 7.0) -> None:
     """Names to the right of the last points, moved apart, each tied to its point by a thin line."""
     last = sorted(last, key=lambda entry: entry[3])
     places = spread([entry[3] for entry in last], gap, 0, 100)
