@@ -105,12 +105,23 @@ def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerpr
         checkpoint=checkpoint_sha256(config.checkpoint, model_config),
         trust_remote_code=config.trust_remote_code,
         backend=config.backend,
-        backend_args=config.backend_args,
+        backend_args=with_files(config.backend_args),
         attn=config.attn if config.backend == "hf" else None,
         dtype=config.dtype,
         device=device_of(config.device).partition(":")[0],
         whole_answers=config.answers != "until settled",
     )
+
+
+def with_files(arguments: str) -> str:
+    """Arguments of the backend; behind one that names a folder or file (an adapter, a template) the hash of that."""
+    parts = []
+    for part in arguments.split(","):
+        path = part.partition("=")[2].strip()
+        digest = checkpoint_sha256(path, None) if os.path.isdir(path) else ""
+        digest = files.remembered_sha256(path) if os.path.isfile(path) else digest
+        parts.append(f"{part} ({digest})" if digest else part)
+    return ",".join(parts)
 
 
 def device_of(device: str) -> str:
@@ -121,7 +132,7 @@ def device_of(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig) -> str:
+def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig | None) -> str:
     """Hash of every file of a checkpoint that answers may depend on, whole; of a model of the hub, its revision."""
     directory = Path(checkpoint)
     if not directory.is_dir():

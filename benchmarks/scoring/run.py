@@ -40,6 +40,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     cannot be read.
     """
     suite_of(config)
+    if config.directory.exists() and not config.directory.is_dir():
+        raise ValueError(f"output must be a folder, or nothing yet: output={str(config.directory)!r}")
     directory = origin.directory_of(config.checkpoint, weights=not config.prepare_only, code=config.trust_remote_code)
     config = dataclasses.replace(config, checkpoint=str(directory))
     model_config, tokenizer = read_checkpoint(config)

@@ -433,6 +433,13 @@ def test_what_does_not_load_is_an_error_before_samples_are_built(place, tmp_path
     assert "\n" not in str(raised.value)
 
 
+def test_an_output_that_is_a_file_is_refused_before_samples_are_built(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "read_checkpoint", lambda *args: pytest.fail("the checkpoint is read"))
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"output must be a folder, or nothing yet: output='.*out'"):
+        score(config(place, tmp_path / "out"))
+
+
 def test_samples_are_prepared_without_weights(place, tmp_path):
     tokenizer_only = helpers.checkpoint(tmp_path / "m")
     (tokenizer_only / "model.safetensors").unlink()

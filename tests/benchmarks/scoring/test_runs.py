@@ -147,6 +147,20 @@ def test_every_file_that_answers_depend_on_is_in_the_checkpoints_hash(place, tmp
     assert fingerprint.checkpoint_sha256(str(made), None) != before
 
 
+@pytest.mark.parametrize("name", ["adapter", "adapter/adapter_model.safetensors"])
+def test_what_an_argument_of_the_backend_names_is_in_the_hash_by_its_content(place, tmp_path, name):
+    from endprompt.model import load_config
+
+    made, adapter = ScoreConfig(str(place / "llama"), device="cpu"), tmp_path / "adapter"
+    made.backend_args, digests = f"max_batch_size=4,peft={tmp_path / name}", []
+    for content in (None, b"one", b"other", b"one"):
+        if content:
+            adapter.mkdir(exist_ok=True)
+            (adapter / "adapter_model.safetensors").write_bytes(content)
+        digests.append(fingerprint.fingerprint(made, load_config(made.checkpoint)).sha256)
+    assert len(set(digests)) == 3 and digests[1] == digests[3]
+
+
 def test_another_generation_limit_is_another_answer(place, tmp_path, asked):
     (two,) = score(config(place, tmp_path, max_new_tokens=2))
     (many,) = score(config(place, tmp_path, max_new_tokens=64))
