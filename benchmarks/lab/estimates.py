@@ -73,11 +73,9 @@ def over_settings(parts: Sequence[Estimate]) -> Estimate:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Statist. 6, 65)."""
     order = np.argsort(p_values, kind="stable")
+    steps = np.arange(len(p_values), 0, -1) * np.asarray(p_values)[order]
     adjusted = np.empty(len(p_values))
-    highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, steps))
     return [float(p) for p in adjusted]
 
 

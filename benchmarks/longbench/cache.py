@@ -5,6 +5,7 @@ The key holds everything that a prompt depends on.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,4 @@ def restore(task: str, item: Mapping[str, Any], about: Mapping[str, Any]) -> Fit
 
 def common_start(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common start, by bisection."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])

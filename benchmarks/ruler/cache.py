@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,24 +55,25 @@ def cells(
     options: tasks.Options = tasks.DEFAULTS,
     directory: str | Path | None = None,
 ) -> list[Cell]:
-    """The cells of (task, length) pairs, in order; the missing ones are built by several processes where it pays."""
-    directory, options = directory or default_directory(), options.dated(tokenizer)
-    tokenizer_hash = tokenizer_sha256(tokenizer)
-    keys = [key_of(*pair, tokenizer, n, seed, data_dir, options, tokenizer_hash) for pair in wanted]
-    paths = [files.kept_path(directory, f"{task}-{length}", key) for (task, length), key in zip(wanted, keys)]
-    missing = [pair for pair, path in zip(wanted, paths) if not path.is_file()]
-    common = (tokenizer, n, seed, data_dir, options, directory, tokenizer_hash)
+    """The cells of (task, length) pairs, in order, from the cache if they are there, else built and kept, by several
+    processes where it pays.
+
+    Raises ValueError if a file in the cache was changed, and as `ruler.build_samples`.
+    """
+    directory, options = Path(directory or default_directory()), options.dated(tokenizer)
+    cache = Cache(directory, tokenizer, tokenizer_sha256(tokenizer), n, seed, data_dir, options)
+    missing = [pair for pair in wanted if not files.kept_path(*cache.place(*pair)).is_file()]
     workers = min(len(missing), processes())
     if workers > 1 and n * sum(length for _, length in missing) > PARALLEL_TOKENS:
         # The longest first, and question answering before the rest, so that no process is left alone with it.
         missing.sort(key=lambda pair: (-pair[1], tasks.SPECS[pair[0]].family != "qa"))
         # threads of tokenizers do not survive a fork
         with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="false"):
-            pool = multiprocessing.get_context("fork").Pool(workers, keep, (common,))
+            pool = multiprocessing.get_context("fork").Pool(workers, keep, (cache,))
         with pool:
             for _ in pool.imap_unordered(build_kept, missing):
                 pass
-    return [cell(task, length, *common) for task, length in wanted]
+    return [cache.cell(*pair) for pair in wanted]
 
 
 def processes() -> int:
@@ -81,70 +83,58 @@ def processes() -> int:
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
 
 
-_common: tuple[Any, ...] = ()  # in a building process: what all cells share
+_cache: Cache  # in a building process
 
 
-def keep(common: tuple[Any, ...]) -> None:
-    global _common
-    _common = common
+def keep(cache: Cache) -> None:
+    global _cache
+    _cache = cache
 
 
 def build_kept(pair: tuple[str, int]) -> None:
-    cell(*pair, *_common)
+    _cache.cell(*pair)
 
 
-def cell(
-    task: str,
-    length: int,
-    tokenizer: Any,
-    n: int,
-    seed: int,
-    data_dir: str | Path | None = None,
-    options: tasks.Options = tasks.DEFAULTS,
-    directory: str | Path | None = None,
-    tokenizer_hash: str | None = None,
-) -> Cell:
-    """The samples of one cell, from the cache if they are there, else built and kept.
+@dataclass(frozen=True)
+class Cache:
+    """What cells that are asked for together share."""
 
-    Raises ValueError if the file in the cache was changed, and as `ruler.build_samples`.
-    """
-    options = options.dated(tokenizer)
-    key = key_of(task, length, tokenizer, n, seed, data_dir, options, tokenizer_hash)
+    directory: Path
+    tokenizer: Any
+    tokenizer_hash: str
+    n: int
+    seed: int
+    data_dir: str | Path | None
+    options: tasks.Options
 
-    def make() -> dict[str, Any]:
-        built = Cell.build(task, length, tokenizer, n, seed, data_dir, options)
-        built.describe()
-        return built.recipe
+    def cell(self, task: str, length: int) -> Cell:
+        def make() -> dict[str, Any]:
+            built = Cell.build(task, length, self.tokenizer, self.n, self.seed, self.data_dir, self.options)
+            built.describe()
+            return built.recipe
 
-    recipe = files.kept(directory or default_directory(), f"{task}-{length}", key, make)
-    recipe["options"]["haystack_text"] = options.haystack_text
-    return Cell(recipe, tokenizer, data_dir)
+        recipe = files.kept(*self.place(task, length), make)
+        recipe["options"]["haystack_text"] = self.options.haystack_text
+        return Cell(recipe, self.tokenizer, self.data_dir)
 
-
-def key_of(
-    task: str,
-    length: int,
-    tokenizer: Any,
-    n: int,
-    seed: int,
-    data_dir: str | Path | None,
-    options: tasks.Options,
-    tokenizer_hash: str | None,
-) -> dict[str, Any]:
-    """All that a cell depends on. Raises ValueError for an unknown task and for missing data."""
-    tasks.check_task(task)
-    return {
-        "layout": LAYOUT,
-        "generator": tasks.GENERATOR,
-        "task": task,
-        "length": length,
-        "n": n,
-        "seed": seed,
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "haystack_text"},
-        "max_new_tokens": tasks.reserve(task, options),
-        "tokenizer": tokenizer_hash or tokenizer_sha256(tokenizer),
-        "texts": text_versions(task, length, data_dir, options),
-    }
+    def place(self, task: str, length: int) -> tuple[Path, str, dict[str, Any]]:
+        """Folder, name, and as the key all that a cell depends on. Raises ValueError for an unknown task and for
+        missing data.
+        """
+        tasks.check_task(task)
+        key = {
+            "layout": LAYOUT,
+            "generator": tasks.GENERATOR,
+            "task": task,
+            "length": length,
+            "n": self.n,
+            "seed": self.seed,
+            "options": {k: v for k, v in dataclasses.asdict(self.options).items() if k != "haystack_text"},
+            "max_new_tokens": tasks.reserve(task, self.options),
+            "tokenizer": self.tokenizer_hash,
+            "texts": text_versions(task, length, self.data_dir, self.options),
+        }
+        return self.directory, f"{task}-{length}", key
 
 
 def text_versions(task: str, length: int, data_dir: str | Path | None, options: tasks.Options) -> dict[str, str]:

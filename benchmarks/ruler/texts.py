@@ -15,7 +15,7 @@ import gc
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -38,9 +38,7 @@ class Source:
     names: list[str]
     what: str
     origin: str
-    whole: list[str] = field(
-        default_factory=list
-    )  # sha256 of the known copies of a question set that may be a part of one
+    whole: Sequence[str] = ()  # sha256 of the known copies of a question set that may be a part of one
     questions: int = 0  # answerable ones of the whole set
 
 
@@ -255,6 +253,16 @@ def more_words(path: Path) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------------------- essays
 
 
+def sentence_ends(words: Sequence[str]) -> list[int]:
+    """Words up to each end of a sentence by punctuation; the last word ends one."""
+    ends, start = [], 0
+    for i, word in enumerate(words, 1):
+        if SENTENCE_END.search(word) or i - start >= LONGEST_SENTENCE or i == len(words):
+            ends.append(i)
+            start = i
+    return ends
+
+
 @dataclass
 class Essay:
     """A haystack of running text, repeated without end.
@@ -270,19 +278,9 @@ class Essay:
     ends: np.ndarray = field(init=False)  # [sentences] words up to each sentence end, within one copy
 
     def __post_init__(self) -> None:
-        ends, start = [], 0
-        for i, word in enumerate(self.words):
-            ended = SENTENCE_END.search(word) is not None or i + 1 - start >= LONGEST_SENTENCE
-            if ended or i + 1 == len(self.words):
-                ends.append(i + 1)
-                start = i + 1
-        self.ends = np.array(ends, dtype=np.int64)
-        starts, at = [], 0
-        for word in self.words:
-            starts.append(at)
-            at += len(word) + 1
+        self.ends = np.array(sentence_ends(self.words), dtype=np.int64)
         self._text = " ".join(self.words) + " "
-        self._starts = [*starts, at]
+        self._starts = [0, *itertools.accumulate(len(word) + 1 for word in self.words)]
 
     def text(self, first: int, last: int) -> str:
         """Words first..last-1 joined by single spaces."""
@@ -370,13 +368,8 @@ def sentences(text: str) -> list[str]:
     """Sentences of running text: NLTK's if it has its data, else by punctuation."""
     if has_punkt():
         return list(_punkt().tokenize(text))
-    made, words = [], text.split(" ")
-    start = 0
-    for i, word in enumerate(words):
-        if SENTENCE_END.search(word) or i + 1 - start >= LONGEST_SENTENCE or i + 1 == len(words):
-            made.append(" ".join(words[start : i + 1]))
-            start = i + 1
-    return made if text else []
+    words = text.split(" ") if text else []
+    return [" ".join(words[first:last]) for first, last in itertools.pairwise([0, *sentence_ends(words)])]
 
 
 # ---------------------------------------------------------------------------------------------- question answering

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import operator
@@ -281,12 +282,7 @@ class FrequentWordDraft(Draft):
         high = low + room + 1  # a word has a token or more, up to the counts cut off; widened below
         while self.tokens(high) - bare <= room:
             high *= 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.tokens(middle) - bare <= room:
-                low = middle
-            else:
-                high = middle
+        low += bisect.bisect_right(range(low + 1, high), room, key=lambda total: self.tokens(total) - bare)
         return low, self.tokens(low) - bare
 
     def cut(self, total: int) -> tuple[None, int]:

@@ -49,9 +49,8 @@ class RulerTask(SampleTask):
         names = {option.name for option in dataclasses.fields(ruler.Options)}
         options = ruler.Options(**{**{k: v for k, v in given.items() if k in names}, "chat": self.chat})
         common = (int(given.get("samples", 500)), int(given.get("seed", 0)), given.get("data_dir"), options)
-        cells: list[Any] = [
-            cache.cell(self.ruler_task, length, tokenizer, *common, given.get("cache_dir")) for length in self.lengths
-        ]
+        wanted = [(self.ruler_task, length) for length in self.lengths]
+        cells: list[Any] = [*cache.cells(wanted, tokenizer, *common, given.get("cache_dir"))]
         return ConcatDataset(cells)
 
     def build_all_requests(

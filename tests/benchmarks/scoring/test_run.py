@@ -268,9 +268,9 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
 
 
 def cell(directory, **changes):
-    settings = dict(task="vt", length=512, tokenizer=helpers.tokenizer(), n=3, seed=0)
-    options = ruler.Options(shots=0, max_new_tokens=12)
-    return cache.cell(**{**settings, "options": options, **changes}, directory=directory)
+    wanted = [("vt", changes.pop("length", 512))]
+    settings = dict(tokenizer=helpers.tokenizer(), n=3, seed=0, options=ruler.Options(shots=0, max_new_tokens=12))
+    return cache.cells(wanted, **{**settings, **changes}, directory=directory)[0]
 
 
 def test_a_cached_cell_renders_the_same_bytes_and_is_not_built_again(tmp_path, monkeypatch):

@@ -339,7 +339,7 @@ def test_prompts_are_those_of_the_day_that_was_written_down(place, tmp_path, ask
 def cell(checkpoint, place):
     options = ruler.Options(max_new_tokens=12, chat=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    return cache.cell("niah_single_1", 512, tokenizer, 3, 0, None, options, place / "cache")
+    return cache.cells([("niah_single_1", 512)], tokenizer, 3, 0, None, options, place / "cache")[0]
 
 
 def test_an_interrupted_run_goes_on_with_its_day_and_overwrite_begins_a_new_one(place, tmp_path, day, monkeypatch):
