@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 #: A difference smaller than this many points is not called one; percent of samples, on the mean over tasks.
 MARGIN = 5.0
@@ -44,11 +44,11 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     if array.size == 1:
         return Estimate(mean, None, None, None, None, 1)
     error = float(array.std(ddof=1) / math.sqrt(array.size))
-    half = float(stats.t.ppf(0.975, array.size - 1)) * error
+    half = float(special.stdtrit(array.size - 1, 0.975)) * error
     if error == 0:  # every seed agrees to the digit (all samples right, or all wrong)
         p = 1.0 if mean == 0 else 0.0
     else:
-        p = float(2 * stats.t.sf(abs(mean) / error, array.size - 1))
+        p = float(2 * special.stdtr(array.size - 1, -abs(mean) / error))
     return Estimate(mean, mean - half, mean + half, error, p, array.size)
 
 
@@ -66,8 +66,8 @@ def over_settings(parts: Sequence[Estimate]) -> Estimate:
     if error == 0:
         return Estimate(value, value, value, 0.0, 1.0 if value == 0 else 0.0, n)
     freedom = float(squares.sum() ** 2 / sum(s**2 / (part.n - 1) for s, part in zip(squares, parts)))
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    return Estimate(value, value - half, value + half, error, float(2 * stats.t.sf(abs(value) / error, freedom)), n)
+    half = float(special.stdtrit(freedom, 0.975)) * error
+    return Estimate(value, value - half, value + half, error, float(2 * special.stdtr(freedom, -abs(value) / error)), n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
