@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from unittest import mock
@@ -40,6 +42,8 @@ def parse_arguments(text: str) -> dict[str, Any]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (equals and name.isidentifier()):
             raise ValueError(f"template_args must be NAME=VALUE,NAME=VALUE: {part!r} in template_args={text!r}")
+        if name in found:
+            raise ValueError(f"template_args must give each name once: {name!r} in template_args={text!r}")
         words: dict[str, Any] = {"true": True, "false": False, "none": None}
         found[name] = words[value.lower()] if value.lower() in words else number_of(value)
     return found
@@ -67,12 +71,24 @@ def renderer(tokenizer: Any, date: str | None = None, arguments: str = "") -> Re
 
 def settled(tokenizer: Any, date: str | None, arguments: str) -> tuple[dict[str, Any], datetime.date | None]:
     """(arguments for the tokenizer's template, day at which its clock must stand)."""
-    check_template(tokenizer)
-    given = parse_arguments(arguments)
+    given = arguments_of(tokenizer, arguments)
     day = parse_day(date) if date is not None else None
     if day is not None and date_source(tokenizer, arguments) in ("date_string", "own"):
         return {"date_string": day.strftime(DATE_STRING), **given}, None
     return given, day
+
+
+def arguments_of(tokenizer: Any, arguments: str) -> dict[str, Any]:
+    """`parse_arguments` for a tokenizer's template. Raises ValueError for one that is not the template's to read."""
+    check_template(tokenizer)
+    taken = {"messages", "day", "tokenizer", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    given = parse_arguments(arguments)
+    for name in given:
+        if name in taken:
+            raise ValueError(f"template_args must be the template's own, and {name!r} is set here: {arguments!r}")
+        if not re.search(rf"\b{name}\b", str(tokenizer.get_chat_template())):
+            raise ValueError(f"template_args must be read by the chat template, which has no {name!r}: {arguments!r}")
+    return given
 
 
 def check_template(tokenizer: Any) -> None:
@@ -96,8 +112,7 @@ def date_source(tokenizer: Any, arguments: str = "") -> Literal["clock", "date_s
 
     "date_string": there is none if it is not given. "own": the template then writes one of its own.
     """
-    check_template(tokenizer)
-    given = parse_arguments(arguments)
+    given = arguments_of(tokenizer, arguments)
 
     def rendered(day: datetime.date = DAYS[0], **more: str) -> str:
         return apply(tokenizer, PROBE, day, add_generation_prompt=True, **{**given, **more})

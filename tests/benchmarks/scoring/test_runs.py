@@ -411,6 +411,14 @@ def test_arguments_of_the_template_are_part_of_prompt_and_hash(place, tmp_path, 
     assert usual["run_sha256"] != quick["run_sha256"] and usual["samples_sha256"] != quick["samples_sha256"]
     assert [text.startswith("Quick.User") for text, _ in asked] == [False] * 3 + [True] * 3
     assert quick["template_args"] == "enable_thinking=false"
+    for wrong, said in (
+        ("enable_thinkin=false", "must be read by the chat template, which has no 'enable_thinkin'"),
+        ("add_generation_prompt=false", "must be the template's own, and 'add_generation_prompt' is set here"),
+        ("chat_template=x", "'chat_template' is set here"),
+        ("enable_thinking=false,enable_thinking=true", "must give each name once: 'enable_thinking'"),
+    ):
+        with pytest.raises(ValueError, match=f"template_args .*{said}"):
+            score(config(place, tmp_path, template_args=wrong, **about))
     with pytest.raises(ValueError, match="they need chat"):
         config(place, tmp_path, template_args="enable_thinking=false")
     with pytest.raises(ValueError, match="'enable_thinking' is read by no prompt made here"):
