@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from paper_figures.inputs import DATA
 
 Value = float | str | None
 
@@ -60,63 +64,20 @@ def latex(table: Table) -> str:
 
     A table too long for one page is a `longtable` (package longtable, in one column of text) in small print instead.
     """
-    width = len(table.columns) + 1
-    heads = " & ".join(_escape(head) for head in (table.first, *table.columns)) + " \\\\"
-    caption = f"\\caption{{{_escape(table.caption)}}}"
-    label = f"\\label{{tab:{table.name}}}"
-    note = f"\\par\\smallskip\\raggedright {_escape(table.note)}\\par" if table.note else ""
-    long = sum(1 + len(section.rows) for section in table.sections) > ONE_PAGE
-    between, column = ("\\addlinespace", "p{.96\\linewidth}") if long else ("\\midrule", "l")
-    body: list[str] = []
-    for section in table.sections:
-        body.append(between if body else "\\midrule")
-        if section.heading:  # the star keeps it with its first line
-            heading = f"\\emph{{{_escape(section.heading)}}}"
-            body.append(f"\\multicolumn{{{width}}}{{{column}}}{{{heading}}} \\\\{'*' * long}")
+    environment = Environment(
+        variable_start_string="<<", variable_end_string=">>", block_start_string="<%", block_end_string="%>",
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.filters["tex"] = _escape
+    template = environment.from_string(DATA.joinpath("table.tex").read_text(encoding="utf-8"))
+
+    def lines(section: Section) -> Iterator[tuple[str, list[str]]]:
         for row, bold in zip(section.rows, _bold(section)):
-            cells = [_text(value, table.digits, "--") for value in row.values]
-            cells = [f"\\textbf{{{_escape(c)}}}" if b else _escape(c) for c, b in zip(cells, bold)]
-            name = "\\raggedright " * long + _escape(row.name)
-            body.append(" & ".join([name, *cells]) + " \\\\")
-    names = "p{.4\\linewidth}" if long else "l"  # long names break over lines
-    columns = f"{{{names}{'r' * len(table.columns)}}}"
-    if long:
-        lines = [
-            "% needs \\usepackage{booktabs,longtable}",
-            "{\\scriptsize\\setlength{\\tabcolsep}{3pt}\\setlength{\\LTcapwidth}{\\linewidth}",
-            f"\\begin{{longtable}}{columns}",
-            f"{caption}{label} \\\\",
-            "\\toprule",
-            heads,
-            "\\endfirsthead",
-            "\\toprule",
-            heads,
-            "\\midrule",
-            "\\endhead",
-            *body,
-            "\\bottomrule",
-            "\\end{longtable}",
-            f"{note}}}",
-        ]
-    else:
-        lines = [
-            "% needs \\usepackage{booktabs,graphicx}",
-            "\\begin{table*}[t]",
-            "\\centering",
-            "\\footnotesize",
-            caption,
-            label,
-            "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
-            f"\\begin{{tabular}}{columns}",
-            "\\toprule",
-            heads,
-            *body,
-            "\\bottomrule",
-            "\\end{tabular}}",
-            *([note] if note else []),
-            "\\end{table*}",
-        ]
-    return "\n".join([*lines, ""])
+            cells = [_escape(_text(value, table.digits, "--")) for value in row.values]
+            yield row.name, [f"\\textbf{{{c}}}" if b else c for c, b in zip(cells, bold)]
+
+    long = sum(1 + len(section.rows) for section in table.sections) > ONE_PAGE
+    return template.render(table=table, lines=lines, long=long)
 
 
 def markdown(table: Table) -> str:
