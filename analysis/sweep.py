@@ -5,8 +5,9 @@ In a block of the grid around its centre D0, with A + iB = z exp(i omega D0), th
     S(D0 + x) = sum_j A_j cos(omega_j x) - sum_j B_j sin(omega_j x),      max |S(D0 +- x)| = |even| + |odd|
 
 so two matrix products over half of the block give all of it, which is half the work of one over the whole grid; S' and
-S'' likewise. That is done in float32, and what its rounding could hide is counted: the blocks that may hold the
-maximum are computed again in float64. So the values are those of float64, in the time of float32.
+S'' likewise. That is done in float32, of S at every other distance, of S' and S'' without frequencies that hardly add
+to them. What this and rounding could hide is counted: the blocks that may hold the maximum are computed again, whole
+and in float64. So the values are those of float64, in the time of float32.
 
 Legend: P spectra, n frequencies, K blocks, H distances in half a block.
 """
@@ -27,8 +28,10 @@ from analysis.spectra import check_spectrum
 
 ORDERS = (0, 1, 2)
 HALF_BLOCK = 256
+#: Frequencies whose power is below this share of the largest one's are left out at first.
+SLOW = 1e-4
 #: Spectra, or blocks to be computed again, at a time: as many as stay in the cache of a core; a CUDA device takes more.
-CPU_ROWS, CUDA_ROWS = 256, 8192
+CPU_ROWS, CUDA_ROWS = 384, 8192
 UNITS = {torch.float32: 2.0**-24, torch.float64: UNIT_ROUNDOFF}
 #: Beside the orders: max of (S'^2 + sigma^2 S^2)^(1/2).
 DUFFIN_SCHAEFFER = 3
@@ -58,7 +61,9 @@ class Sweep:
 
         Raises ValueError if length or spacing is not positive.
         """
-        _, self.omega = check_spectrum(np.zeros(np.size(omega)), omega)
+        _, omega = check_spectrum(np.zeros(np.size(omega)), omega)
+        self.fastest_first = np.argsort(-np.abs(omega), kind="stable")
+        self.omega = omega[self.fastest_first]
         if length < 1 or not (spacing > 0 and math.isfinite(spacing)):
             raise ValueError(f"the number of distances and the spacing must be positive: {length=} {spacing=}")
         self.spacing, self.device = spacing, torch.device(device)
@@ -75,24 +80,33 @@ class Sweep:
         even_and_odd = (cos, -sin, -cos), (-sin, -cos, sin)  # A's and B's parts of S, S', S'' but for omega^r
         tables = [np.cos(turn), np.sin(turn)]
         tables += [part * self.omega[:, None] ** r for parts in even_and_odd for r, part in enumerate(parts)]
-        self.blocks, self.half = len(centres), half
+        self.blocks = len(centres)
+        size = np.abs(self.omega)
+        self.kept = [max(1, int((size**r >= SLOW * self.sigma**r).sum())) for r in ORDERS]
+        self.gap = 3 * spacing if half > 1 else 0.0  # between distances of S at first: every other, from a block's ends
+        few = tables[:2] + [table[: self.kept[i % 3], :: -1 if i % 3 else -2] for i, table in enumerate(tables[2:])]
         self.tables = {
-            dtype: [torch.as_tensor(table, dtype=dtype, device=self.device) for table in tables] for dtype in UNITS
+            dtype: [torch.as_tensor(table.copy(), dtype=dtype, device=self.device) for table in chosen]
+            for dtype, chosen in ((torch.float32, few), (torch.float64, tables))
         }
 
     def error_per_amplitude(self, order: int, dtype: torch.dtype) -> np.ndarray:
         """Bound on the rounding of S^(order) computed in dtype, for each unit of amplitude of each frequency [n].
 
-        Of a sum of n products twice, of the factors, and of the angles in float64.
+        Of a sum of n products twice, of the factors, and of the angles in float64; whole for what float32 leaves out.
         """
         size = np.abs(self.omega)
-        return 1.01 * size**order * (UNITS[dtype] * (size.size + 16) + 2 * UNIT_ROUNDOFF * size * self.last)
+        share = UNITS[dtype] * (size.size + 16) + 2 * UNIT_ROUNDOFF * size * self.last
+        if dtype == torch.float32:
+            share[self.kept[order] :] = 1.0
+        return 1.01 * size**order * share
 
     def maxima(self, z: Any) -> Maxima:
         """Maxima of spectra z, complex [P, n] (numpy or torch)."""
         z = torch.as_tensor(z, device=self.device).to(torch.complex128)
         if z.ndim != 2 or z.shape[1] != self.omega.size:
             raise ValueError(f"spectra must have the shape [P, n]: {tuple(z.shape)} with n={self.omega.size}")
+        z = z[:, torch.as_tensor(self.fastest_first, device=self.device)]
         parts = [z.real.contiguous(), z.imag.contiguous()]
         if not all(torch.isfinite(part).all() for part in parts):
             raise ValueError("amplitudes must be finite: found NaN or infinity")
@@ -103,15 +117,18 @@ class Sweep:
             [amplitude @ torch.as_tensor(self.error_per_amplitude(r, dtype), device=self.device) for r in ORDERS]
             for dtype in UNITS
         )
-        # kind -> (no block is above that [P, K], what is reached [P], what rounding hides [P])
+        # what the largest value may exceed the largest one seen by, and that may be above the true one by
+        hidden = [2.1 * part for part in hidden]
+        hidden[0] += amplitude @ torch.as_tensor(1.01 * self.gap**2 / 8 * self.omega**2, device=self.device)
+        # kind -> (seen in each block [P, K], reached [P], hidden [P])
         seen = {r: (peaks[r], peaks[r].amax(1), hidden[r]) for r in ORDERS}
         slope, score = peaks[1], self.sigma * peaks[0]
         reached = torch.maximum(slope, score).amax(1)
         seen[DUFFIN_SCHAEFFER] = torch.hypot(slope, score), reached, hidden[1] + self.sigma * hidden[0]
         size = {}
-        for kind, (above, reached, unseen) in seen.items():
+        for kind, (there, reached, unseen) in seen.items():
             unseen = (unseen / scale[:, 0]).float()
-            may_hold_it = (above >= (reached - 2.1 * unseen)[:, None]) & (unseen > 0)[:, None]
+            may_hold_it = (there >= (reached - unseen)[:, None]) & (unseen > 0)[:, None]
             pair, block = torch.nonzero(may_hold_it, as_tuple=True)
             largest = torch.zeros(len(z), dtype=torch.float64, device=self.device)
             largest.scatter_reduce_(0, pair, self._again(parts, pair, block, kind), "amax")
@@ -131,11 +148,11 @@ class Sweep:
 
         def look(rows: slice) -> None:
             few = [part[rows] for part in parts]
-            held = few[0].new_empty(2, len(few[0]), self.half)
+            held = [few[0].new_empty(2, len(few[0]), self.tables[torch.float32][2 + r].shape[1]) for r in ORDERS]
             for block in range(self.blocks):
                 a, b = self._turned(few, block)
                 for r in ORDERS:
-                    even, odd = self._halves(a, b, r, held).abs_()
+                    even, odd = self._halves(a, b, r, held[r]).abs_()
                     peaks[r][rows, block] = even.add_(odd).amax(1)
 
         self._each(look, len(parts[0]))
@@ -163,11 +180,11 @@ class Sweep:
         return re * cos[block] - im * sin[block], re * sin[block] + im * cos[block]
 
     def _halves(self, a: torch.Tensor, b: torch.Tensor, order: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A's and B's parts of S^(order) at the distances of half a block, [2, rows, H]: one is even, one odd."""
+        """A's and B's parts of S^(order) at distances of half a block, [2, rows, .]: one is even, one odd."""
         of_a, of_b = (self.tables[a.dtype][place + order] for place in (2, 2 + len(ORDERS)))
         out = a.new_empty(2, len(a), of_a.shape[1]) if out is None else out
-        torch.mm(a, of_a, out=out[0])
-        torch.mm(b, of_b, out=out[1])
+        torch.mm(a[:, : len(of_a)], of_a, out=out[0])
+        torch.mm(b[:, : len(of_b)], of_b, out=out[1])
         return out
 
     def _each(self, work: Callable[[slice], None], number: int) -> None:
