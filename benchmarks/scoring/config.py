@@ -122,8 +122,14 @@ class ScoreConfig:
             raise ValueError(f"prompt_length is for suite longbench, not {self.suite}: {self.prompt_length}")
         if self.json and self.compare is None and self.show is None:
             raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
+        if self.wrong and self.show is None:
+            raise ValueError("wrong is for show, the rows of a run have all answers: wrong=True")
         if self.date is not None:
             chat.parse_day(self.date)
+            if not self.chat:
+                raise ValueError(f"date is for a chat template, it needs chat: {self.date!r}")
+        if self.chat_layout is not None and not self.chat:
+            raise ValueError(f"chat_layout is for a chat template, it needs chat: {self.chat_layout!r}")
         if self.template_args and not self.chat:
             raise ValueError(f"template_args are for a chat template, they need chat: {self.template_args!r}")
         unread = {"enable_thinking", "chat_template_args"} | ({"think_end_token"} if self.backend == "hf" else set())

@@ -419,8 +419,9 @@ def test_arguments_of_the_template_are_part_of_prompt_and_hash(place, tmp_path, 
     ):
         with pytest.raises(ValueError, match=f"template_args .*{said}"):
             score(config(place, tmp_path, template_args=wrong, **about))
-    with pytest.raises(ValueError, match="they need chat"):
-        config(place, tmp_path, template_args="enable_thinking=false")
+    for unread in ({"template_args": "a=1"}, {"date": "2026-05-01"}, {"chat_layout": "ruler"}, {"wrong": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(unread))} .*need chat|needs chat|wrong is for show"):
+            config(place, tmp_path, **unread)
     with pytest.raises(ValueError, match="'enable_thinking' is read by no prompt made here"):
         config(place, tmp_path, backend_args="enable_thinking=False")
     assert chat.parse_arguments("a=true, b=2,c=0.5,d=none,e=high") == {
