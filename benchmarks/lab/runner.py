@@ -341,6 +341,7 @@ class Runner:
         """End the workers: the idle ones by themselves, the busy ones now."""
         for worker in self.workers:
             with contextlib.suppress(OSError, ValueError):
+                worker.pipe.send(None)
                 worker.pipe.close()
             if worker.cell is not None or not worker.ready:
                 worker.process.terminate()

@@ -47,7 +47,7 @@ def settle(log: Path, threads: int) -> None:
 
 
 def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
-    """Answer each cell that comes through the pipe, until it is closed.
+    """Answer each cell that comes through the pipe, until None comes or it is closed.
 
     After an error that no check foresaw the process ends, since a GPU may be left unusable: it is replaced by another.
     """

@@ -50,5 +50,5 @@ class Forked:
 def forked_workers() -> Iterator[None]:
     """The lab's processes inside are forked, too."""
     forking = types.SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
-    with mock.patch.object(runner, "multiprocessing", forking), mock.patch.object(runner, "PATIENCE", 0.1):
-        yield  # PATIENCE: forked workers hold each other's pipes, so that idle ones do not see theirs closed
+    with mock.patch.object(runner, "multiprocessing", forking):
+        yield

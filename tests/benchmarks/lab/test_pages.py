@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -128,6 +129,7 @@ def test_longlora_against_the_others_is_said_for_each_base(arms):
             assert INTERVAL.findall(cell) == [shown(found.value, found.lo, found.hi)], (name, base)
 
 
+@functools.cache
 def micro_cells(seeds):
     config = LabConfig(preset="micro", seeds=list(seeds))
     made = matrix.cells(matrix.read_matrix(matrix.matrix_files(config)[0]), "micro", config)
