@@ -46,6 +46,9 @@ class CountedSlice:
     def get_shape(self):
         return self.stored.get_shape()
 
+    def get_dtype(self):
+        return self.stored.get_dtype()
+
     def __getitem__(self, place):
         part = self.stored[place]
         read.append(part.nbytes)
