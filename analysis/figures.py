@@ -38,8 +38,18 @@ def draw(source: str | Path, directory: str | Path, formats: Sequence[str] = ("p
 
 
 def save(figure: Any, path: Path) -> Path:
-    # a creation date would make every drawing of the same data a different file
-    figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else {"Software": None})
+    from matplotlib import rcParams
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+    figure.dpi = rcParams["savefig.dpi"]
+    # PNG and PDF by their canvas: `savefig` would draw twice. A date or version would make each drawing another file
+    if path.suffix == ".png":
+        FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+    elif path.suffix == ".pdf":
+        FigureCanvasPdf(figure).print_pdf(path, metadata={"CreationDate": None})
+    else:
+        figure.savefig(path)
     figure.set_layout_engine("none")  # laid out once: the next format has the same places
     return path
 

@@ -398,9 +398,9 @@ def envelope(values: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     """(lowest, highest value, middle) of each of at most CURVE_POINTS bins; the values themselves if they are fewer."""
     if values.size <= CURVE_POINTS:
         return values, values, d
-    parts = np.array_split(values, CURVE_POINTS)
-    centres = np.array([part.mean() for part in np.array_split(d, CURVE_POINTS)])
-    return np.array([p.min() for p in parts]), np.array([p.max() for p in parts]), centres
+    first = np.array([part[0] for part in np.array_split(np.arange(values.size), CURVE_POINTS)])
+    centres = np.add.reduceat(d, first) / np.diff(first, append=values.size)
+    return np.minimum.reduceat(values, first), np.maximum.reduceat(values, first), centres
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
