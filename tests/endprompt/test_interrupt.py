@@ -18,9 +18,17 @@ from tests.support import ruler_helpers
 from tests.support.processes import Forked
 
 
-def interrupted(arguments, begun, cwd):
+def fresh(arguments):
+    os.execv(sys.executable, [sys.executable, "-m", "endprompt.cli", *arguments])
+
+
+#: The command line in the forked process, and in a Python of its own.
+COMMANDS = [cli.main, pytest.param(fresh, marks=pytest.mark.slow)]
+
+
+def interrupted(command, arguments, begun, cwd):
     """(exit code, stdout, stderr) of the command, interrupted as soon as `begun()`."""
-    command = Forked(cli.main, [*map(str, arguments)], cwd=cwd)
+    command = Forked(command, [*map(str, arguments)], cwd=cwd)
     deadline = time.monotonic() + 100
     while not begun() and command.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -42,12 +50,15 @@ def lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(llama, documents, tmp_path, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(
+    command, llama, documents, tmp_path, capsys
+):
     output = tmp_path / "with a space"
     usual = ["extend", "--model", llama, "--data", documents, "--target", 128, "--prompt", "EP_3", "--rows", 2,
              "--steps", 60, "--device", "cpu", "--log-every", 1]  # fmt: skip
     log = output.with_name("with a space.partial") / "log.jsonl"
-    code, out, said = interrupted([*usual, "--output", output], lambda: lines(log) > 3, tmp_path)
+    code, out, said = interrupted(command, [*usual, "--output", output], lambda: lines(log) > 3, tmp_path)
     assert code == 130 and out == "" and "Warning" not in said and "\x1b" not in said and not output.exists()
     (state,) = (log.parent / "states").iterdir()
     stopped = int(state.name.removeprefix("step-"))
@@ -62,13 +73,14 @@ def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(l
     assert steps == list(range(1, 61))
 
 
-def test_score_keeps_its_predictions(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_score_keeps_its_predictions(command, tmp_path, monkeypatch, capsys):
     ruler_helpers.checkpoint(tmp_path / "tiny")
     arguments = ["score", "tiny", "--tasks", "niah_single_1", "--lengths", 512, "--samples", 30, "--batch-size", 1,
                  "--max-new-tokens", 16, "--cache-dir", "cache", "--device", "cpu", "--quiet", "--output", "run",
                  "--overwrite"]  # fmt: skip
     predictions = tmp_path / "run" / "predictions.jsonl"
-    code, out, said = interrupted(arguments, lambda: lines(predictions) > 2, tmp_path)
+    code, out, said = interrupted(command, arguments, lambda: lines(predictions) > 2, tmp_path)
     assert code == 130 and out == "", said
     kept = predictions.read_text().splitlines()
     assert 2 < len(kept) < 30
