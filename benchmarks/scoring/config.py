@@ -12,6 +12,13 @@ from endprompt import origin
 
 SAMPLES = 500  # RULER's own number
 
+#: Settings that not every suite reads, by those that do.
+READ_BY = {
+    "ruler": "lengths haystack_text shots hops edition chat_layout beyond_window whole_answers",
+    "longbench": "prompt_length",
+    "ruler or longbench": "data_dir max_new_tokens cache_dir prepare_only",
+}
+
 
 @dataclass
 class ScoreConfig:
@@ -118,8 +125,10 @@ class ScoreConfig:
             raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1: {self.samples}")
-        if self.prompt_length is not None and self.suite != "longbench":
-            raise ValueError(f"prompt_length is for suite longbench, not {self.suite}: {self.prompt_length}")
+        for suites, keys in READ_BY.items():
+            for key in keys.split() if self.suite not in suites.split() else ():
+                if (value := getattr(self, key)) != getattr(type(self), key):
+                    raise ValueError(f"{key} is for suite {suites}, not {self.suite}: {key}={value!r}")
         if self.json and self.compare is None and self.show is None:
             raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
         if self.wrong and self.show is None:

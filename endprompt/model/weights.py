@@ -102,9 +102,11 @@ def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | 
     left_out = predicting | {
         name for name in stored_names if ignored.search(name) and name not in own and not COMPUTED.search(name)
     }
+    whole = {name for name, value in own.items() if not value.is_floating_point()}
+    ends = {name.rpartition(".")[2] for name in whole}  # a family may rename what it loads (DeepSeek-V4's tables)
     for name, stored in sorted(stored_names.items()):
-        floats = "F" in stored.dtype or (name in own and not own[name].is_floating_point())
-        if not (floats or name in left_out or COMPUTED.search(name)):
+        table = name in whole if name in own else name.rpartition(".")[2] in ends
+        if not ("F" in stored.dtype or table or name in left_out or COMPUTED.search(name)):
             raise ValueError(
                 f"{where}weights must be floating-point numbers, and {name} is {stored.dtype}: quantized weights need "
                 "quantization_config in config.json"

@@ -450,3 +450,22 @@ def test_a_day_from_the_command_line(place, tmp_path, asked, capsys):
     capsys.readouterr()
     assert main([*arguments, "--date", "1 May"]) != 0
     assert "date must be a day as YYYY-MM-DD: date='1 May'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("suite", "unread", "reader"),
+    [
+        ("longbench", {"lengths": "8192"}, "ruler"),
+        ("longbench", {"edition": "2024"}, "ruler"),
+        ("longbench", {"chat": True, "chat_layout": "ruler"}, "ruler"),
+        ("short", {"whole_answers": True}, "ruler"),
+        ("short", {"prompt_length": 3500}, "longbench"),
+        ("ruler", {"prompt_length": 3500}, "longbench"),
+        ("short", {"max_new_tokens": 8}, "ruler or longbench"),
+    ],
+)
+def test_a_setting_that_the_suite_does_not_read_is_refused(suite, unread, reader):
+    key, value = list(unread.items())[-1]
+    with pytest.raises(ValueError, match=f"^{key} is for suite {reader}, not {suite}: {key}={value!r}$"):
+        ScoreConfig("checkpoint", suite=suite, **unread)
+    ScoreConfig("checkpoint", suite=reader.split()[0], **unread)
