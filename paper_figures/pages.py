@@ -31,7 +31,7 @@ def renewed(name: str, parts: Mapping[str, Sequence[str]]) -> str:
 
 def readme() -> str:
     """README.md: figure -> file -> data -> columns."""
-    return renewed("README.md", {"list of figures": _table(("figure", "file", "data", "columns"), _listing())})
+    return renewed("README.md", {"list of figures": table(("figure", "file", "data", "columns"), _listing())})
 
 
 def _listing() -> Iterable[Sequence[str]]:
@@ -67,8 +67,8 @@ def audit_page() -> str:
             f"{count['does not follow']} do not follow."
         ],
         "what does not follow": _findings(f for f in found if f["verdict"] == audit.DOES_NOT_FOLLOW),
-        "64K": _table(("method", *order, "mean"), cells),
-        "constants": _table(("table", "row", "rule", "printed"), told),
+        "64K": table(("method", *order, "mean"), cells),
+        "constants": table(("table", "row", "rule", "printed"), told),
         "all findings": _findings(found),
     }
     return renewed("AUDIT.md", parts)
@@ -82,7 +82,7 @@ def lab_page(frames: Frames) -> str:
         (SAID_BY[who], *(str(sum(f[0] == who and f[3] == word for f in every)) for word in questions.HOLDS.values()))
         for who in dict.fromkeys(f[0] for f in every)
     )
-    parts = {"claims": _table(("claims of", "hold", "do not hold", "not decided"), counted)}
+    parts = {"claims": table(("claims of", "hold", "do not hold", "not decided"), counted)}
     for number, found in said.items():
         parts[f"claims of question {number}"] = [
             f"- {shown}; the claim of {SAID_BY[who]}, that {claim}: **{holds}**." for who, claim, shown, holds in found
@@ -90,7 +90,7 @@ def lab_page(frames: Frames) -> str:
         lines = [
             line
             for heading, heads, body in questions.side_by_side(frames, number)
-            for line in ("", f"{heading}:", "", *_table(heads, body))
+            for line in ("", f"{heading}:", "", *table(heads, body))
         ]
         parts[f"estimates of question {number}"] = lines[1:]
     return renewed("LAB.md", parts)
@@ -103,7 +103,7 @@ def lab_frames() -> Frames | None:
 
 
 def _findings(found: Iterable[audit.Finding]) -> list[str]:
-    return _table(
+    return table(
         ("table", "row", "rule", "printed", "recomputed", "verdict"),
         ((f["table"], f["row"], f["rule"], _show(f["printed"]), _show(f["recomputed"]), f["verdict"]) for f in found),
     )
@@ -117,7 +117,7 @@ def _show(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) and round(value, 2) == value else str(value)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 

@@ -78,7 +78,7 @@ MUTANTS = [
     (ATTENTION, "if mask is not None:", "if False:", "endprompt/model/attention"),
     ("endprompt/model/parity.py", "torch.linspace(-1000, 1000, 2 * size)", "torch.zeros(2 * size)", "endprompt/model/parity"),
     ("endprompt/model/parity.py", 'if model.config._attn_implementation != "eager":', "if False:", "endprompt/model/parity"),
-    (LOAD, "        check_loaded(model)", "        pass", "endprompt/model/parity"),
+    (LOAD, "        check_loaded(model, loss)", "        pass", "endprompt/model/parity"),
     ("benchmarks/scoring/hf.py", "parity.check_loaded(model.eval())", "model.eval()", "endprompt/model/parity"),
     (LOAD, "if set(beyond) - set(added):", "if False:", "endprompt/text"),
     (LOAD, "check_files(directory, TOKENIZER)", "pass", "endprompt/model/config_errors"),

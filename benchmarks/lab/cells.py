@@ -27,7 +27,6 @@ from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
 from endprompt.files import aside, drop_cut_line, sound_lines
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
-from endprompt.model.parity import check_loaded
 from endprompt.positions import PIECES, TEXT_WHOLE
 from endprompt.results import append_rows, result_row
 
@@ -185,9 +184,7 @@ def load(cell: Cell, checkpoint: Path, device: str) -> Any:
     """The model to score: bfloat16 on a GPU, float32 on a CPU."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     path, config = (checkpoint, None) if cell.trained else (cell.model, extended(cell))
-    model = load_model(path, dtype=dtype, attention="sdpa", device=device, config=config)
-    check_loaded(model, predict.loss_sum)
-    return model
+    return load_model(path, dtype=dtype, attention="sdpa", device=device, config=config, loss=predict.loss_sum)
 
 
 def extended(cell: Cell) -> Any:

@@ -12,7 +12,7 @@ import codecs
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +116,13 @@ def load_model(
     device: str = "cpu",
     config: PretrainedConfig | None = None,
     trust_remote_code: bool = False,
+    loss: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, its RoPE checked against our own frequencies, and without memory.
 
     attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
-    config: one changed by the caller, such as a scaled one. Raises ValueError as `checkpoint_path`, `rope_geometry` and
-    `check_loaded`.
+    config: one changed by the caller, such as a scaled one. loss: as of `check_loaded`. Raises ValueError as
+    `checkpoint_path`, `rope_geometry` and `check_loaded`.
     """
     directory = checkpoint_path(path)
     config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
@@ -136,7 +137,7 @@ def load_model(
     if not attention.startswith(PREFIX):  # training says them, and compares its own forward, before it reads the data
         for note in notes:
             distributed.say(f"{directory}: {note}")
-        check_loaded(model)
+        check_loaded(model, loss)
     return model
 
 

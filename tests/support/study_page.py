@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.lab import estimates, verdicts
 from benchmarks.lab.arms import Arm, arms_of
+from paper_figures import pages
 
 FIGURES = Path(__file__).resolve().parents[2] / "paper_figures"
 ROWS = FIGURES / "data" / "measured" / "pages"
@@ -151,8 +152,7 @@ def shown(values: Sequence[float]) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " --- |" * (len(heads) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return "\n".join(pages.table(heads, rows))
 
 
 def page() -> str:

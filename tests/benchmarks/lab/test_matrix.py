@@ -103,8 +103,7 @@ def test_the_factor_of_an_arm_is_that_of_the_model_that_is_scored(monkeypatch):
     omega = about["rope_parameters"]["rope_theta"] ** (-np.arange(0, 64, 2) / 64)
     assert work.frequencies(sixteen)[0] == pytest.approx(omega / 16) and work.bernstein_constant(sixteen) == 1 / 16
     assert work.frequencies(eight)[0] == pytest.approx(omega / 8) and eight.sha256 != sixteen.sha256
-    monkeypatch.setattr(work, "load_model", lambda *_, config, **__: config.rope_parameters["factor"])
-    monkeypatch.setattr(work, "check_loaded", lambda *_: None)
+    monkeypatch.setattr(work, "load_model", lambda *_, config, loss, **__: loss and config.rope_parameters["factor"])
     assert work.load(sixteen, Path("nowhere"), "cpu") == 16
 
 
