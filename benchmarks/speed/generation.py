@@ -49,7 +49,13 @@ STEPS = [
     ("smollm2-135m", 8, 65_536),
     ("smollm2-135m", 32, 8_192),
 ]
-RULER = [("llama3-8b", 65_536, 1), ("llama3-8b", 4_096, 1), ("llama3-8b", 4_096, 20)]
+# (model, length, samples of each task)
+RULER = [
+    ("llama3-8b", 65_536, 1),
+    ("llama3-8b", 4_096, 1),
+    ("llama3-8b", 4_096, 20),
+    *(("smollm2-135m", length, 20) for length in (4_096, 8_192, 16_384, 32_768, 65_536)),
+]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 
-from benchmarks.speed import busy, train
+from benchmarks.speed import busy, train, verifying
+from endprompt.results import read_rows
 
 
 def test_the_table_puts_each_number_under_its_head():
@@ -43,3 +44,23 @@ def test_a_command_is_timed_beside_a_busy_core_with_threads_of_both_kinds(monkey
     with pytest.raises(ValueError, match="ended with 1: endprompt verify here"):
         busy.measure(1, ["verify", "here"])
     assert all(process.poll() is not None for process in started)
+
+
+def test_verify_is_timed_on_every_head_of_the_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr("endprompt.runs.git_revision", lambda: None)
+    command = [
+        "--model",
+        "tiny",
+        "--target",
+        "256",
+        "--device",
+        "cpu",
+        "--runs",
+        "2",
+        "--out",
+        f"{tmp_path}/rows.jsonl",
+    ]
+    verifying.main(command)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["run"], row["n"], row["holds"]) for row in rows] == [(0, 8, True)]
+    assert all(0 < row["value"] < 600 and row["length"] == 256 for row in rows)

@@ -1,0 +1,51 @@
+"""Seconds of `endprompt verify` on random weights of a model's shape.
+
+    python -m benchmarks.speed.verifying --model llama3-8b --device cuda --out runs/verify-speed.jsonl
+
+The checkpoint is written first, in bfloat16, and not counted. Each run is whole, from loading the weights to the
+pictures; the first one also sets up libraries and kernels. A row for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from analysis.config import VerifyConfig
+from analysis.verify import verify
+from benchmarks.speed.measure import say, speed_rows, timed
+from endprompt.model import load_tokenizer, new_model
+from endprompt.results import append_rows
+from endprompt.shapes import SHAPES, model_config
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the speed of verify.")
+    parser.add_argument("--out", type=Path, default=Path("runs/verify-speed.jsonl"))
+    parser.add_argument("--model", default="llama3-8b", choices=sorted(SHAPES))
+    parser.add_argument("--target", type=int, default=65_536)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--runs", type=int, default=2)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(Path(__file__).parents[1] / "base" / "256")
+        tokenizer.save_pretrained(folder)
+        shape = model_config(args.model)
+        shape.vocab_size = max(shape.vocab_size, len(tokenizer))
+        new_model(shape, seed=0, dtype="bfloat16", attention="sdpa", device=args.device).save_pretrained(folder)
+        heads = shape.num_attention_heads * shape.num_hidden_layers
+        for run in range(args.runs):
+            output = str(Path(folder) / f"verify-{run}")
+            config = VerifyConfig(folder, target=args.target, dtype="bfloat16", device=args.device, output=output)
+            seconds, report = timed(args.device, partial(verify, config))
+            say(f"verify, {args.model}, {heads} heads, target {args.target:,}, run {run}: {seconds:.1f} s")
+            about = {"suite": "analysis-speed", "task": "verify", "model": args.model, "method": "random weights"}
+            about |= {"length": args.target, "n": heads, "run": run, "holds": report.holds, "dtype": "bfloat16"}
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            append_rows(args.out, speed_rows({"seconds": seconds}, **about))
+
+
+if __name__ == "__main__":
+    main()
