@@ -12,6 +12,7 @@ Legend: H query heads, G key heads, T tokens, P pairs, D head dim, R rotated par
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class LayerSpectra:
 
     z: complex128 [H, P, n], rotated part; constant: float64 [H, P], what the part of the head that RoPE leaves alone
     adds to S at every distance (0 without partial rotary). scaling: S * attention_factor^2 * scaling is the logit.
-    error: largest |S - the model's own| over sum a, at the pairs' own distances.
+    error: largest |S - the model's own| over sum a, at the pairs' own distances. q, k: complex128 [H, P, n], [G, P, n]
+    of the pairs' places before RoPE; still_q, still_k: float64 [H, P, m], [G, P, m], what RoPE leaves alone.
     """
 
     layer: int
@@ -55,6 +57,10 @@ class LayerSpectra:
     constant: np.ndarray
     scaling: float
     error: float
+    q: np.ndarray
+    k: np.ndarray
+    still_q: np.ndarray
+    still_k: np.ndarray
 
 
 def choose_pairs(tokens: int, number: int, seed: int) -> Pairs:
@@ -120,6 +126,7 @@ def capture(
         k0, k_place = _complex(turn, turn.k, k1, key, k_GTD.dtype, layer)
         if q_place != k_place:
             raise ValueError(f"layer {layer}: the rotated part of q begins at {q_place}, that of k at {k_place}")
+        own_k, own_k1 = k0, k1
         k0, k1 = k0.repeat(group, axis=0), k1.repeat(group, axis=0)
         z = q0 * k0.conj()
         still = np.setdiff1d(np.arange(q1.shape[-1]), k_place + turn.place[np.concatenate([turn.first, turn.second])])
@@ -135,7 +142,8 @@ def capture(
                 f"layer {layer}: S(m - n) differs from the model's own logit by {error:.1e} of sum a, more than "
                 f"{allowed:.1e}: the config's frequencies are not the model's"
             )
-        consume(LayerSpectra(layer, z, constant / attention_factor**2, scaling, error))
+        rest = q1[..., still], own_k1[..., still]
+        consume(LayerSpectra(layer, z, constant / attention_factor**2, scaling, error, q0, own_k, *rest))
         seen.append(layer)
 
     with torch.no_grad(), _wrapped(model, turns, on_attention, tokens=ids.shape[1]):
@@ -143,6 +151,19 @@ def capture(
     if not seen:
         raise ValueError(f"no attention layer of {type(model).__name__} could be read")
     return geometry
+
+
+def capture_tokens(model: PreTrainedModel, input_ids: Any, consume: Callable[[LayerSpectra], None]) -> RopeGeometry:
+    """`capture` with every token once as a query and once as a key; q and k are in the order of the text.
+
+    The pairs join the first token with the last, so that the model's own logits are checked at distances of all sizes.
+    """
+    places = np.arange(len(input_ids))
+
+    def in_order(layer: LayerSpectra) -> None:
+        consume(dataclasses.replace(layer, k=layer.k[:, ::-1], still_k=layer.still_k[:, ::-1]))
+
+    return capture(model, input_ids, Pairs(places, places[::-1].copy(), np.zeros_like(places)), in_order)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Settings of the commands `verify` and `positions`."""
+"""Settings of the commands `verify`, `predict` and `positions`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,37 @@ class VerifyConfig:
     device: str = "cpu"
     formats: tuple[str, ...] = ("png", "pdf")
     heads: str = ""
+
+
+@dataclass
+class PredictConfig:
+    """Measures of scalings and schemes on a checkpoint before it is extended.
+
+    Args:
+        checkpoint: directory of the model, a hub's ORG/NAME (@REVISION), or a GGUF file.
+        target: window L in tokens that it is to be extended to.
+        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
+        prompt: tokens of the end prompt of the schemes that have one.
+        text: a text file to read (default: the sample that ships with the package).
+        tokens: at most this many tokens of the text are read, and never more than the window.
+        noise: standard deviation of an observed score, in units of the score's own root mean square.
+        seed: of the keys that fill long rows.
+        dtype: of the weights: float32, bfloat16.
+        device: cpu or cuda.
+        json: print one JSON object a scaling and scheme, with every measure, instead of a table.
+    """
+
+    checkpoint: str
+    target: int
+    window: int | None = None
+    prompt: int = 20
+    text: str | None = None
+    tokens: int = 1024
+    noise: float = 0.1
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    json: bool = False
 
 
 @dataclass

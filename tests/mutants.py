@@ -153,6 +153,12 @@ MUTANTS = [
     (POSITIONS, "if scheme in WITH_PROMPT and not prompt:", "if False:", "endprompt/positions"),
     ("analysis/capture.py", "first = np.flatnonzero((moved > 0).any(1))", "first = np.flatnonzero((moved < 0).any(1))", "analysis/verify"),
     ("analysis/capture.py", "factor[..., None] * (before", "(before", "analysis/verify"),
+    ("analysis/capture.py", "k=layer.k[:, ::-1]", "k=layer.k", "analysis/verify"),
+    ("analysis/attention.py", "factor**2 * torch", "factor * torch", "analysis/measures"),
+    ("analysis/attention.py", "integers(1, tokens, length", "integers(0, tokens, length", "analysis/measures"),
+    ("analysis/measures.py", "np.mod(angle - omega * lo,", "np.mod(angle + omega * lo,", "analysis/measures"),
+    ("analysis/measures.py", "np.sqrt(2 * share(energy, _turned(theta - omega", "np.sqrt(share(energy, _turned(theta - omega", "analysis/measures"),
+    ("analysis/measures.py", "length * np.sin(half), out", "np.sin(half), out", "analysis/measures"),
     ("analysis/scene.py", 'for value in (stated, rows[key], usual)', 'for value in (stated, usual)', "analysis/verify"),
     (ROPE, "(1 - smooth) * theta / factor + smooth * theta, 1.0", "smooth * theta / factor + (1 - smooth) * theta, 1.0", "endprompt/rope"),
     # before the first step and after the last

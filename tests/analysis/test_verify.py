@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import analysis
-from analysis import capture, findings, scene, verify
+from analysis import attention, capture, findings, predict, scene, verify
 from analysis.commands import positions as positions_command
 from analysis.commands import verify as verify_command
-from analysis.config import PositionsConfig, VerifyConfig
+from analysis.config import PositionsConfig, PredictConfig, VerifyConfig
 from analysis.scene import prepare
 from analysis.sweep import Sweep
 from endprompt import positions, results
@@ -501,3 +501,34 @@ def test_without_an_end_prompt_only_schemes_without_one_are_compared(capsys):
         positions_command(PositionsConfig(scheme="endprompt", target=2048, context=256, prompt=0))
     with pytest.raises(ValueError, match="must leave a gap"):
         positions_command(PositionsConfig(target=300, context=236, prompt=20))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Glm", "StableLm", "JetMoe", "DeepseekV3"])
+def test_a_row_as_long_as_its_text_is_the_models_own(checkpoint, family):
+    """Grouped, normed, partial, interleaved, in tiles and from compressed keys, against eager attention's weights."""
+    model = load_model(checkpoint(family), attention="eager")
+    ids, found = np.random.default_rng(0).integers(0, 256, size=40), []
+    geometry = capture.capture_tokens(model, ids, found.append)
+    with torch.no_grad():
+        weights = model(torch.as_tensor(ids)[None], output_attentions=True).attentions
+    omega, factor = geometry.frequencies(40)
+    frame = attention.Frame(omega, 40, 40)
+    for layer in found:
+        rows = frame.rows(layer, factor)
+        np.testing.assert_allclose(rows.p, weights[layer.layer][0][:, frame.query], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("Mistral", {}, r"reads the checkpoint before extension: .* is extended already \(rope_type='yarn'\)"),
+        ("Gemma2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "attn_logit_softcapping=50"),
+    ],
+)
+def test_predict_names_what_it_cannot_compare(checkpoint, family, changes, words):
+    with pytest.raises(ValueError, match=words):
+        predict.read(PredictConfig(str(checkpoint(family, **changes)), 4096))
+    extended = recorded_as(checkpoint("Llama", rope_parameters={"rope_type": "default", "rope_theta": 8e4}),
+                           config={"scheme": "pose", "scaling": "ntk"})  # fmt: skip
+    with pytest.raises(ValueError, match="extended already"):
+        predict.read(PredictConfig(str(extended), 4096))

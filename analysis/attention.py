@@ -1,0 +1,77 @@
+"""Whole rows of attention of one layer at a length and scaling that the model never saw, from its own queries and keys.
+
+A row of N keys is made of a text of T <= N tokens: the first token stands at position 0, the text's others at the end,
+in their order; in between their keys are drawn again at random. So N = T gives the model's own row, and a longer one
+keeps what is near a query and fills the distance with keys of the same kind. What a longer text would say, and what a
+layer hands to the next under other frequencies, is not in it.
+
+Legend: H query heads, G key heads, T tokens, N keys, Q queries, n frequencies, m components that RoPE leaves alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Queries of a row, from the second half of the text.
+QUERIES = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Q rows of each head: p [H, Q, N] probabilities (0 behind the query), entropy [H] in nats and sink [H], the share
+    of the first token, both means over the rows."""
+
+    p: torch.Tensor
+    entropy: np.ndarray
+    sink: np.ndarray
+
+
+def keys_of_row(tokens: int, length: int, seed: int = 0) -> np.ndarray:
+    """Which token's key stands at each position, int64 [N]. Raises ValueError if the row is shorter than the text."""
+    if not 2 <= tokens <= length:
+        raise ValueError(f"a row must hold the whole text, of 2 tokens or more: {length=} {tokens=}")
+    again = np.random.default_rng([seed, tokens, length]).integers(1, tokens, length - tokens)
+    return np.concatenate([[0], again, np.arange(1, tokens)])
+
+
+class Frame:
+    """A length and a scaling, the same for all layers: cos and sin are made once."""
+
+    def __init__(self, omega: np.ndarray, tokens: int, length: int, device: str = "cpu", seed: int = 0):
+        self.device = torch.device(device)
+        self.key = torch.as_tensor(keys_of_row(tokens, length, seed), device=self.device)
+        self.query = torch.linspace(tokens // 2, tokens - 1, QUERIES).round().long().unique().to(self.device)
+        self.place = length - tokens + self.query  # of a query's own token
+        turn_Nn = torch.outer(
+            torch.arange(length, dtype=torch.float64, device=self.device), torch.as_tensor(omega, device=self.device)
+        )
+        self.turn_Nn = torch.polar(torch.ones_like(turn_Nn), turn_Nn).to(torch.complex64)
+
+    def tensor(self, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(np.ascontiguousarray(values), device=self.device).to(dtype)
+
+    def rows(self, layer: Any, factor: float) -> Rows:
+        """layer: `capture.LayerSpectra` of `capture_tokens`. factor: the attention factor, 1.0 to leave it out."""
+        q_HTn, k_GTn = (self.tensor(x, torch.complex64) for x in (layer.q, layer.k))
+        rest_q, rest_k = (self.tensor(x, torch.float32) for x in (layer.still_q, layer.still_k))
+        q_HQn = q_HTn[:, self.query] * self.turn_Nn[self.place]
+        k_GNn = k_GTn[:, self.key] * self.turn_Nn
+        q = torch.cat([factor**2 * torch.view_as_real(q_HQn).flatten(-2), rest_q[:, self.query]], -1)
+        k = torch.cat([torch.view_as_real(k_GNn).flatten(-2), rest_k[:, self.key]], -1)
+        groups = k.shape[0]
+        logits = layer.scaling * (q.unflatten(0, (groups, -1)).flatten(1, 2) @ k.mT)
+        logits = logits.view(q.shape[0], self.query.numel(), -1)
+        behind = torch.arange(self.key.numel(), device=self.device) > self.place[:, None]
+        logp = torch.log_softmax(logits.masked_fill_(behind, -torch.inf), -1)
+        p = logp.exp()
+        entropy = -(p * logp.masked_fill_(behind, 0.0)).sum(-1).mean(-1)
+        return Rows(p, entropy.double().cpu().numpy(), p[..., 0].mean(-1).double().cpu().numpy())
+
+
+def moved(before: Rows, after: Rows) -> np.ndarray:
+    """Share of attention that is elsewhere than before, [H]: total variation of the same rows, mean over them. Ours."""
+    return (0.5 * (before.p - after.p).abs().sum(-1).mean(-1)).double().cpu().numpy()

@@ -1,0 +1,202 @@
+"""`endprompt predict`: measures of each scaling and scheme on a checkpoint that was not trained yet.
+
+A text is read once at the checkpoint's own frequencies; every measure of `analysis.measures` and `analysis.attention`
+is computed from its queries and keys for each scaling, and from the pairs of a row for each scheme.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from analysis import attention, measures, observability
+from analysis.capture import LayerSpectra, capture_tokens
+from analysis.config import PredictConfig, VerifyConfig
+from analysis.outlook import SCALINGS
+from analysis.scene import load
+from endprompt.rope import Frequencies
+
+#: Tokens of text below which rows of attention say little; a smaller window is read whole.
+FEWEST = 256
+
+#: Each measure, and what it is in a line of a table. Those of SCHEME need a scheme's pairs beside the scaling.
+SCALING = {
+    "smoothness": "constant of the smoothness bound, radians per token",
+    "turns": "turns of the slowest frequency over the target",
+    "left_range": "share of energy at frequencies whose angles leave the trained range",
+    "unseen": "share of distances, by energy, at angles not seen in pretraining",
+    **{f"local_change_{d}": f"change of the score over {d} distances, of its own size" for d in measures.NEAR},
+    **{f"resolution_lost_{d}": f"resolution lost over {d} distances" for d in measures.NEAR},
+    "distance_change": "change of the mean score over 256 distances, heads by what distance carries of them",
+    "separation_lost": "loss of separation of queries and keys, target against the base's window",
+    "entropy": "entropy of attention at the target less the base's in its window, nats",
+    "entropy_plain": "the same without the attention factor",
+    "sink_lost": "attention on the first token, the base's in its window less that at the target",
+    "attention_moved": "share of attention inside the window that is elsewhere than the base's",
+}
+SCHEME = {
+    "gap_rows": "predicted error in the gap, from the rows alone",
+    "gap_pretrained": "predicted error in the gap, from pretraining and the rows",
+    "gap_heads": "the same with the energies of the checkpoint's heads",
+    "unseen_rows": "share of distances, by energy, at angles seen neither in pretraining nor in the rows",
+}
+MEASURES = SCALING | SCHEME
+
+
+class Reading:
+    """What layers of one kind give, each head with the same weight; a layer's queries and keys are let go.
+
+    theta: frequencies of pretraining [n]. scalings: name -> (frequencies at the target [n], attention factor).
+    """
+
+    def __init__(
+        self,
+        theta: np.ndarray,
+        scalings: Mapping[str, Frequencies],
+        window: int,
+        target: int,
+        tokens: int,
+        device: str = "cpu",
+        seed: int = 0,
+    ):
+        if target <= window:
+            raise ValueError(f"the target must be above the checkpoint's window: {target=} {window=}")
+        if tokens < min(FEWEST, window):
+            raise ValueError(f"the text must have at least {min(FEWEST, window)} tokens: tokens={tokens}")
+        self.theta, self.scalings, self.window, self.target = theta, dict(scalings), window, target
+        self.energy, self.heads = np.zeros(theta.size), 0
+
+        def frame(omega: np.ndarray, length: int) -> attention.Frame:
+            return attention.Frame(omega, tokens, length, device, seed)
+
+        self.base = frame(theta, window)
+        self.frames = {name: (frame(omega, window), frame(omega, target)) for name, (omega, _) in scalings.items()}
+        self.found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in scalings}
+        self.weights: list[np.ndarray] = []
+
+    def add(self, layer: LayerSpectra) -> None:
+        group = layer.q.shape[0] // layer.k.shape[0]
+        q, k = layer.q.mean(1), layer.k.mean(1).repeat(group, axis=0)  # [H, n]
+        power_q = (np.abs(layer.q) ** 2).mean(1)
+        power_k = (np.abs(layer.k) ** 2).mean(1).repeat(group, axis=0)
+        energy, mean = power_q * power_k, q * k.conj()
+        self.energy += (energy / np.maximum(energy.sum(-1, keepdims=True), measures.TINY)).sum(0)
+        self.heads += len(energy)
+        self.weights.append(measures.distance_share(energy, mean))
+        own = self.base.rows(layer, 1.0)
+        apart = measures.separation(q, k, power_q, power_k, self.theta, self.window)
+        for name, (omega, factor) in self.scalings.items():
+            near, far = self.frames[name]
+            at_target, inside = far.rows(layer, factor), near.rows(layer, factor)
+            plain = at_target if factor == 1 else far.rows(layer, 1.0)
+            after = measures.separation(q, k, power_q, power_k, omega, self.target)
+            values = {
+                "distance_change": measures.distance_change(mean, self.theta, omega, measures.NEAR[-1]),
+                "separation_lost": 1 - after / np.maximum(apart, measures.TINY),
+                "entropy": at_target.entropy - own.entropy,
+                "entropy_plain": plain.entropy - own.entropy,
+                "sink_lost": own.sink - at_target.sink,
+                "attention_moved": attention.moved(own, inside),
+            }
+            for key, value in values.items():
+                self.found[name].setdefault(key, []).append(value)
+
+    def of_scaling(self, name: str) -> dict[str, float]:
+        """Every measure of SCALING. Raises ValueError if no layer was read."""
+        if not self.heads:
+            raise ValueError("no attention layer with RoPE could be read")
+        omega, factor = self.scalings[name]
+        energy, ranges = self.energy, (self.theta, omega, self.window, self.target)
+        weights = np.concatenate(self.weights)
+        heads = {key: np.concatenate(values) for key, values in self.found[name].items()}
+        values: dict[str, Any] = {
+            "smoothness": measures.smoothness(omega, factor),
+            "turns": measures.turns(omega, self.target),
+            "left_range": measures.left_range(energy, *ranges),
+            "unseen": measures.unseen_angles(energy, *ranges),
+        }
+        for d in measures.NEAR:
+            values[f"local_change_{d}"] = measures.local_change(energy, self.theta, omega, d)
+            values[f"resolution_lost_{d}"] = measures.resolution_lost(energy, self.theta, omega, d)
+        even = weights if weights.sum() > 0 else np.ones_like(weights)
+        values["distance_change"] = np.average(heads.pop("distance_change"), weights=even)
+        return {key: float(value) for key, value in (values | {k: v.mean() for k, v in heads.items()}).items()}
+
+    def of_scheme(self, name: str, counts: np.ndarray | None, tokens: int, noise: float = 0.1) -> dict[str, float]:
+        """Every measure of SCHEME. counts: pairs of a row at each distance 0..target-1, of `tokens` tokens; None if
+        nothing is trained."""
+        omega, _ = self.scalings[name]
+        gap = [(self.window, max(self.window, self.target - self.window))]
+        pretraining = (self.theta, self.window)
+        observed = [] if counts is None else observability.runs(counts > 0)
+        return {
+            "gap_rows": measures.gap_error(omega, counts, tokens, gap, noise),
+            "gap_pretrained": measures.gap_error(omega, counts, tokens, gap, noise, pretraining),
+            "gap_heads": measures.gap_error(omega, counts, tokens, gap, noise, pretraining, self.energy),
+            "unseen_rows": float(
+                measures.unseen_angles(self.energy, self.theta, omega, self.window, self.target, observed)
+            ),
+        }
+
+
+def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS) -> Reading:
+    """One text through a checkpoint. Raises ValueError for what cannot be predicted from it, before it is loaded."""
+    from endprompt import model as models
+    from endprompt.files import read_text
+    from endprompt.model.geometry import extended_config, window_of
+    from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
+    from endprompt.results import recorded
+    from endprompt.text import Reader
+
+    path = str(checkpoint_path(config.checkpoint))
+    settings = models.load_config(path)
+    geometry = models.rope_geometry(settings)
+    kind = geometry.parameters.get("rope_type", "default")
+    record = recorded(path)
+    if kind != "default" or record.get("target", 0) > record.get("window", math.inf):
+        raise ValueError(
+            "predict compares with the base inside its window, so it reads the checkpoint before extension: "
+            f"checkpoint={config.checkpoint!r} is extended already (rope_type={kind!r})"
+        )
+    if cap := getattr(settings, "attn_logit_softcapping", None):
+        raise ValueError(f"predict knows attention by a plain softmax: attn_logit_softcapping={cap}")
+    window = window_of(settings, config.window).window
+    theta, _ = geometry.frequencies()
+    scaled = {}
+    for name in scalings:
+        extended = extended_config(settings, name, config.target, window=config.window)
+        scaled[name] = models.rope_geometry(extended).frequencies(config.target)
+    text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
+    tokenizer = models.load_tokenizer(path)
+    check_vocabulary(settings, tokenizer)
+    ids = np.asarray(Reader(tokenizer).prompts([text])[0], dtype=np.int64)[: min(config.tokens, window)]
+    check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
+    reading = Reading(theta, scaled, window, config.target, ids.size, config.device, config.seed)
+    model = load(path, VerifyConfig(path, dtype=config.dtype, device=config.device))
+    capture_tokens(model, ids, reading.add)
+    return reading
+
+
+def table(config: PredictConfig, reading: Reading) -> list[dict[str, Any]]:
+    """A line a scaling and scheme, the scheme `none` for the checkpoint as it is under the scaling."""
+    context = reading.window - config.prompt
+    lines = []
+    for name in reading.scalings:
+        fixed = reading.of_scaling(name)
+        for scheme in ("none", *observability.with_room_for(config.prompt)):
+            counts = None
+            if scheme != "none":
+                prompt = 0 if scheme in ("contiguous", "pose", "sentences") else config.prompt
+                counts = observability.pair_counts(scheme, reading.window - prompt, prompt, reading.target)
+            found = reading.of_scheme(name, counts, context + config.prompt, config.noise)
+            lines.append({"scaling": name, "scheme": scheme} | fixed | found)
+    return lines
+
+
+def as_json(lines: list[dict[str, Any]]) -> str:
+    return "\n".join(json.dumps(line) for line in lines)
