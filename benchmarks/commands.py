@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import CardConfig, DemoConfig, ReportConfig, TasksPathConfig
+from benchmarks.config import CardConfig, DemoConfig, FetchConfig, ReportConfig, TasksPathConfig
 from benchmarks.lab.config import LabConfig
 from benchmarks.scoring import ScoreConfig
 
@@ -80,6 +80,14 @@ def lab(config: LabConfig) -> int | None:
 
     with going_on({"overwrite": False} if config.overwrite else {}):
         return runner.lab(config)
+
+
+def fetch(config: FetchConfig) -> int | None:
+    """Bring the files that a suite needs from their hosts: resumed, checked by sha256, nothing overwritten."""
+    from benchmarks import originals
+
+    with going_on({}):
+        return 0 if originals.fetch(config.suites, config.data_dir) else 1
 
 
 def report(config: ReportConfig) -> int | None:

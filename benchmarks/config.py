@@ -1,4 +1,4 @@
-"""Settings of the commands `card`, `demo`, `report` and `tasks-path`."""
+"""Settings of the commands `card`, `demo`, `fetch`, `report` and `tasks-path`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,19 @@ class DemoConfig:
     samples: int = 32
     overwrite: bool = False
     open: bool = False
+
+
+@dataclass
+class FetchConfig:
+    """Settings of `endprompt fetch`.
+
+    Args:
+        suites: ruler (essays, SQuAD, HotpotQA, word list; 60 MB), longbench (its 21 sets and LongBench-E; 114 MB).
+        data_dir: folder that they come into, for the data_dir of `endprompt score`.
+    """
+
+    suites: list[str]
+    data_dir: str = "data"
 
 
 @dataclass

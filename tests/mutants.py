@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VLLM = "benchmarks/scoring/vllm.py"
+ORIGINALS = "benchmarks/originals.py"
 ORIGIN = "endprompt/origin.py"
 FINGERPRINT = "benchmarks/scoring/fingerprint.py"
 ATTENTION = "endprompt/model/attention.py"
@@ -46,6 +47,10 @@ MUTANTS = [
     (ORIGIN, "if not (snapshot / name).is_file()", "if False", "endprompt/origin"),
     (ORIGIN, 'LEFT = ("*/*", "consolidated*", "*.py")', 'LEFT = ("consolidated*",)', "endprompt/origin"),
     (ORIGIN, 'if missing := sorted(report["missing_keys"])', "if missing := []", "endprompt/origin"),
+    # originals from their hosts
+    (ORIGINALS, "if sha256 and found != sha256", "if False", "benchmarks/originals"),
+    (ORIGINALS, 'if version or (sha256 and held.get("sha256") == sha256)', "if part.is_file()", "benchmarks/originals"),
+    (ORIGINALS, "known and sha256 not in known", "False", "benchmarks/originals"),
     # what a prediction depends on
     ("benchmarks/scoring/compare.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
     (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),

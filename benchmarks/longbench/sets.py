@@ -1,7 +1,7 @@
 """LongBench's 21 sets and LongBench-E's 13: what they are, and their documents, read from the user's folder.
 
 Bai et al. 2023, arXiv:2308.14508. A task is named by its set, `qasper`, or with `_e` in LongBench-E, `qasper_e`.
-Nothing is fetched; every file that was read is known by its sha256.
+Every file that was read is known by its sha256.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from benchmarks import originals
 from endprompt.files import check_fetched, json_lines, read_json_lines, read_parquet, remembered_sha256
 
-SOURCE = "https://huggingface.co/datasets/THUDM/LongBench (data.zip)"
 OPTION = "--data-dir"
 
 CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
@@ -98,26 +98,30 @@ def load_documents(task: str, data_dir: str | Path | None) -> Documents:
 
     Looked for, in this order: `TASK.jsonl` and `data/TASK.jsonl`; the same inside `data.zip` as it is downloaded;
     Parquet files `TASK/test-*.parquet`, `data/TASK/test-*.parquet`, `TASK.parquet` (where `question` stands for
-    `input`, as in Xnhyacinth/LongBench). Raises FileNotFoundError that says what is missing and where it comes from,
+    `input`, as in Xnhyacinth/LongBench). Raises FileNotFoundError that says what is missing and what brings it,
     ValueError with file and line for a corrupt document or archive.
     """
     dataset_of(task)
     if data_dir is None:
-        raise FileNotFoundError(f"LongBench's data are needed for {task}: give their folder with {OPTION}; {SOURCE}")
+        raise FileNotFoundError(f"LongBench's data are needed for {task}: {brought(None)}")
     folder = Path(data_dir)
     if not folder.exists():
-        raise FileNotFoundError(f"no such folder given by {OPTION}: {folder}; LongBench's data come from {SOURCE}")
+        raise FileNotFoundError(f"no such folder given by {OPTION}: {folder}; {brought(folder)}")
     found = find_jsonl(task, folder) or find_in_archive(task, folder) or find_parquet(task, folder)
     if found is None:
         raise FileNotFoundError(
             f"LongBench's {task} is missing in {folder}: neither {task}.jsonl, nor data.zip with data/{task}.jsonl, "
-            f"nor {task}/test-*.parquet; it comes from {SOURCE}, and {OPTION} names the folder"
+            f"nor {task}/test-*.parquet; {brought(folder)}"
         )
     records, sha256 = found
     items = [check_document(task, record, where) for where, record in records]
     if not items:
         raise ValueError(f"{next(iter(sha256))}: holds no document of {task}")
     return Documents(task, items, sha256)
+
+
+def brought(folder: Path | None) -> str:
+    return f"{originals.command('longbench', folder)} brings LongBench's data.zip, and {OPTION} names its folder"
 
 
 # What zipfile raises for a damaged archive; a password is a RuntimeError.
@@ -163,7 +167,8 @@ def archive_members(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not a whole zip archive ({error}); download it again from {SOURCE}") from None
+        message = f"{path}: not a whole zip archive ({error}); move it away, and {brought(path.parent)}"
+        raise ValueError(message) from None
     for name in names:
         if name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{path}: the path of a member must stay inside the archive: {name!r}")

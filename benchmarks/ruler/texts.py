@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from benchmarks import originals
 from endprompt.files import check_fetched, parse_json, read_text, remembered_sha256
 
 # A text without sentence ends (code, lists) is cut after this many words, so that needle depths stay spread.
@@ -31,32 +31,18 @@ LONGEST_SENTENCE = 50
 SENTENCE_END = re.compile(r"[.!?][\"')\]”’]*$")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data file that users bring: the names it may have in --data-dir, what it is, where it comes from."""
-
-    names: list[str]
-    what: str
-    origin: str
-    whole: Sequence[str] = ()  # sha256 of the known copies of a question set that may be a part of one
-    questions: int = 0  # answerable ones of the whole set
-
-
-SOURCES = {
-    kind: Source(**about)
-    for kind, about in yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8")).items()
-}
+SOURCES = originals.originals("ruler")
 
 
 def data_file(kind: str, data_dir: str | Path | None, task: str) -> Path:
-    """Path of a user's data file. Raises ValueError saying what is missing, where it comes from, which option."""
+    """Path of a user's data file. Raises ValueError saying what is missing, which option, which command."""
     source = SOURCES[kind]
     if (path := found_file(kind, data_dir)) is not None:
         return path
     where = "--data-dir is not set" if data_dir is None else f"it is not in --data-dir {data_dir}"
     raise ValueError(
-        f"task {task} needs {source.names[0]} ({source.what}) and {where}: get it from {source.origin} "
-        f"and put it into that folder"
+        f"task {task} needs {source.names[0]} ({source.what}) and {where}: "
+        f"{originals.command('ruler', data_dir)} brings it there"
     )
 
 

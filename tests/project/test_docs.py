@@ -104,6 +104,7 @@ WALK = (
 #: Commands that are not run as they stand, why, and the tests that run what they are made of.
 ELSEWHERE = {
     "extend --recipe": ("needs a checkpoint of 8B", "endprompt/test_recipes.py", "endprompt/train/test_loop.py"),
+    "fetch": ("needs the network", "benchmarks/test_originals.py"),
     "prepare --data hub:": ("needs the network", "endprompt/data/test_shards.py"),
     "score extended --suite short": ("needs the network", "benchmarks/scoring/test_short.py"),
     "score extended --chat": ("needs a chat template", "benchmarks/scoring/test_runs.py"),

@@ -76,7 +76,7 @@ def test_a_missing_file_says_what_from_where_and_by_which_option(tmp_path):
     for folder in (None, tmp_path / "nowhere", tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             load_documents("qasper", folder)
-        assert "THUDM/LongBench" in str(error.value) and "--data-dir" in str(error.value)
+        assert "`endprompt fetch longbench --data-dir" in str(error.value)
     assert "qasper.jsonl" in str(error.value)
     archive(tmp_path / "data.zip", {"data/hotpotqa.jsonl": b"{}"})
     with pytest.raises(FileNotFoundError, match=r"qasper is missing"):

@@ -171,7 +171,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:affcd6d45fdf3c
 
 
 def test_missing_files_and_pointers_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"huggingface.co/datasets/namlh2004/hotpotqa/\S+, the mirror"):
+    with pytest.raises(ValueError, match=r"qa_2 needs hotpotqa\.json .* `endprompt fetch ruler --data-dir \S+` brings"):
         haystack.library("hotpotqa", tmp_path, "qa_2")
     for name, read in (
         ("squad.json", lambda: haystack.library("squad", tmp_path, "qa_1")),
@@ -191,7 +191,7 @@ def test_a_part_of_a_question_set_is_told_from_the_whole(own, monkeypatch):
     assert cell.recipe["questions"] == {"count": 48, "whole": False}
     known = dict(haystack.SOURCES)
     source = known["squad"]
-    for change in ({"questions": 48}, {"whole": frozenset({file_sha256(own / "squad.json")})}):
+    for change in ({"questions": 48}, {"copies": {"": file_sha256(own / "squad.json")}}):
         monkeypatch.setitem(haystack.SOURCES, "squad", tasks.dataclasses.replace(source, **change))
         haystack._library.cache_clear()
         assert haystack.library("squad", own, "qa_1").whole

@@ -1,0 +1,218 @@
+"""`endprompt fetch` against a server of this machine that breaks off, lies, refuses, sends pages and redirects."""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import http.server
+import io
+import json
+import os
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from benchmarks import originals
+from benchmarks.originals import SUMS, Original
+from endprompt.cli import main
+
+DATA = json.dumps({"text": "All work and no play. " * 500}).encode()
+SHA256 = hashlib.sha256(DATA).hexdigest()
+PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """Each path has the answers that it gives, one a request; the last one is given from then on."""
+
+    answers: ClassVar[dict[str, list[dict]]] = {}
+    asked: ClassVar[list[tuple[str, str | None]]] = []  # (path, Range)
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.asked.append((self.path, wanted))
+        queue = self.answers.get(self.path, [{"status": 404, "body": PAGE}])
+        answer = queue.pop(0) if len(queue) > 1 else queue[0]
+        body, status, headers = answer.get("body", DATA), answer.get("status", 200), dict(answer.get("headers", {}))
+        tag = answer.get("tag")
+        if tag:
+            headers["ETag"] = tag
+        if wanted and answer.get("ranges", True) and status == 200 and self.headers.get("If-Range") in (None, tag):
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            status, whole = (206, len(body)) if begin < len(body) else (416, len(body))
+            headers["Content-Range"] = f"bytes {begin + answer.get('shift', 0)}-{whole - 1}/{whole}"
+            body = body[begin:]
+        self.send_response(status)
+        for key, value in {"Content-Length": str(answer.get("length", len(body))), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[: answer.get("sent", len(body))])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The server's address; what it is asked is in `Host.asked`."""
+    Host.answers, Host.asked = {}, []
+    monkeypatch.setattr(originals, "PAUSE", 0.0)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(host, monkeypatch, tmp_path, capsys):
+    """`fetch(answers of /a, of /b ..., sha256)`: (whether all is there, the folder, what was said)."""
+
+    def run(*answers: list[dict], sha256: str | None = SHA256, name: str = "essays.json"):
+        paths = dict(zip(("/a", "/b", "/c"), answers))
+        Host.answers |= paths
+        one = Original([name, "other.json"], "essays", "CC0", {host + path: sha256 for path in paths})
+        monkeypatch.setattr(originals, "originals", lambda suite: {"essays": one})
+        code = main(["fetch", "ruler", "--data-dir", str(tmp_path / "data")])
+        return code == 0, tmp_path / "data", "".join(capsys.readouterr())
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_fetched_checked_noted_and_not_asked_for_again(fetch, capsys):
+    whole, folder, said = fetch([{}])
+    assert whole and (folder / "essays.json").read_bytes() == DATA
+    assert (folder / SUMS).read_text() == f"{SHA256}  essays.json\n"
+    assert names(folder) == [SUMS, "essays.json"]
+    assert "essays.json: essays. Licence: CC0" in said and said.startswith(str(folder / "essays.json"))
+    whole, folder, said = fetch([{}])
+    assert whole and len(Host.asked) == 1 and f"is there already, sha256 {SHA256}" in said
+
+
+HALF = {"sent": 4000}
+LATE = email.utils.formatdate(time.time() - 60)
+
+
+@pytest.mark.parametrize(
+    ("answers", "sha256", "ranges"),
+    [
+        ([HALF, {}], SHA256, [None, "bytes=4000-"]),
+        ([HALF, {"sent": 3000}, {}], SHA256, [None, "bytes=4000-", "bytes=7000-"]),
+        ([HALF | {"tag": '"1"'}, {"tag": '"1"'}], None, [None, "bytes=4000-"]),
+        # another version, a weak tag or no tag: nothing is put together that may not belong together
+        ([HALF | {"tag": '"1"', "body": b"x" * 9000}, {"tag": '"2"'}], None, [None, "bytes=4000-"]),
+        ([HALF | {"tag": 'W/"1"'}, {}], None, [None, None]),
+        ([HALF, {}], None, [None, None]),
+        # a server that knows no ranges, one that sends others than asked for, one with other bytes at first
+        ([HALF, {"ranges": False}], SHA256, [None, "bytes=4000-"]),
+        ([HALF, {"shift": 5}, {}], SHA256, [None, "bytes=4000-", None]),
+        ([{"body": b"x" * 9000, "sent": 4000}, {}], SHA256, [None, "bytes=4000-", None]),
+        # it states more than there is
+        ([{"length": len(DATA) + 5, "ranges": False}], SHA256, [None] + [f"bytes={len(DATA)}-"] * 5),
+        ([{"status": 503, "headers": {"Retry-After": "0"}}, {"status": 429}, {}], SHA256, [None] * 3),
+        ([{"status": 503, "headers": {"Retry-After": LATE}}, {}], SHA256, [None] * 2),
+        ([{"status": 302, "headers": {"Location": "/moved"}}], SHA256, [None] * 2),
+    ],
+)  # fmt: skip
+def test_what_breaks_off_or_is_not_ready_ends_as_the_original(fetch, answers, sha256, ranges):
+    Host.answers["/moved"] = [{}]
+    whole, folder, said = fetch(answers, sha256=sha256)
+    assert whole, said
+    assert (folder / "essays.json").read_bytes() == DATA and names(folder) == [SUMS, "essays.json"]
+    assert [wanted for _, wanted in Host.asked] == ranges
+
+
+@pytest.mark.parametrize(
+    ("answer", "sha256", "reason"),
+    [
+        ({"status": 404, "body": PAGE}, SHA256, "answers 404 Not Found"),
+        ({"status": 403}, SHA256, "answers 403 Forbidden"),
+        ({"body": PAGE, "headers": {"Content-Type": "text/html"}}, SHA256, "sends a page (text/html) in place of the"),
+        ({"body": PAGE, "headers": {"Content-Type": "application/json"}}, None, "sends a page (application/json)"),
+        ({"status": 503, "headers": {"Retry-After": "3600"}}, SHA256, "503 Service Unavailable and asks to wait 3600"),
+        ({"status": 503}, SHA256, "answers 503 Service Unavailable, 5 times"),
+        ({"length": 4000}, SHA256, "sends other data: sha256 "),  # it states less than there is
+        ({"length": 4000}, None, "sends no whole file: essays.json: not valid JSON"),
+        ({"length": len(DATA) + 5}, None, f"breaks off after {len(DATA):,} bytes"),
+        ({"body": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, None, "is a Git LFS pointer"),
+        ({"body": b""}, SHA256, "sends other data: sha256 e3b0c442"),
+        ({"status": 302, "headers": {"Location": "/a"}}, SHA256, "leads nowhere (Exceeded 30 redirects"),
+        ({"status": 302, "headers": {"Location": "ftp://x/y"}}, SHA256, "leads nowhere (No connection adapters"),
+    ],
+)
+def test_an_address_without_the_data_is_said_in_a_line_and_the_next_one_is_asked(fetch, host, answer, sha256, reason):
+    whole, folder, said = fetch([answer], sha256=sha256)
+    (line,) = [line for line in said.splitlines() if line.startswith("endprompt:")]
+    assert not whole and line.startswith(f"endprompt: {folder / 'essays.json'}: cannot be fetched: {host}/a ")
+    assert reason in line and not (folder / "essays.json").exists() and not (folder / SUMS).exists()
+    whole, folder, _ = fetch([answer], [{}], sha256=sha256)
+    assert whole and (folder / "essays.json").read_bytes() == DATA
+
+
+def test_a_part_of_another_start_goes_on_at_any_copy_of_the_same_hash(fetch, monkeypatch):
+    monkeypatch.setattr(originals, "ATTEMPTS", 1)
+    whole, folder, _ = fetch([HALF, {"status": 404}])
+    assert not whole and (folder / "essays.json.partial").stat().st_size == 4000
+    whole, folder, _ = fetch([{"status": 404}], [{}])
+    assert whole and Host.asked[-1] == ("/b", "bytes=4000-") and (folder / "essays.json").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("name", ["essays.json", "other.json"])
+def test_a_file_that_is_there_is_never_overwritten(fetch, tmp_path, name):
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    path.write_bytes(b'{"text": "mine"}')
+    whole, _, said = fetch([{}])
+    assert not whole and path.read_bytes() == b'{"text": "mine"}' and Host.asked == []
+    assert f"{path}: is there, and is not the original (essays)" in said and SHA256 in said
+
+
+def test_a_hash_that_was_not_known_is_noted_and_held_to(fetch):
+    whole, folder, _ = fetch([{}], sha256=None)
+    assert whole and (folder / SUMS).read_text() == f"{SHA256}  essays.json\n"
+    os.truncate(folder / "essays.json", 100)
+    whole, _, said = fetch([{}], sha256=None)
+    assert not whole and "is not the original" in said and SHA256 in said
+
+
+def test_an_archive_without_a_known_hash_must_be_whole(fetch):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("data/qasper.jsonl", "x" * 5000)
+    damaged = bytearray(packed.getvalue())
+    damaged[200] ^= 1
+    whole, folder, said = fetch([{"body": bytes(damaged)}], sha256=None, name="data.zip")
+    assert not whole and "sends no whole file" in said + "sends no whole file" * ("damaged in" in said)
+    whole, folder, _ = fetch([{"body": packed.getvalue()}], sha256=None, name="data.zip")
+    assert whole and (folder / "data.zip").read_bytes() == packed.getvalue()
+
+
+def test_the_hub_may_be_another_one(host, monkeypatch, tmp_path, capsys):
+    Host.answers["/datasets/x/data.json"] = [{}]
+    one = Original(["data.json"], "data", "CC0", {"https://huggingface.co/datasets/x/data.json": SHA256})
+    monkeypatch.setattr(originals, "originals", lambda suite: {"data": one})
+    monkeypatch.setenv("HF_ENDPOINT", host)
+    assert originals.fetch(["x"], tmp_path)
+
+
+def test_every_original_has_licence_and_pinned_or_own_addresses():
+    for suite in ("ruler", "longbench"):
+        for one in originals.originals(suite).values():
+            assert one.licence and one.what and one.copies
+            for url, sha256 in one.copies.items():
+                assert sha256 is None or (len(sha256) == 64 and int(sha256, 16))
+                assert url.startswith("https://") or sha256  # what is not encrypted is known by its hash
+
+
+def test_an_unknown_suite_is_named(tmp_path, capsys):
+    assert main(["fetch", "rulr", "--data-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "endprompt: no originals of 'rulr' are known; did you mean ruler?\n"
