@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,11 @@ def checked(template: Template, reader: Reader) -> Template:
     """
     checks = functools.partial(render, template, reader.name)
     text, tokenizer = checks([{"role": "user", "content": QUESTION}], add_generation_prompt=True), reader.tokenizer
+    if written := re.search(r"<\w.* at 0x[0-9a-f]+>", text):
+        raise ValueError(
+            f"{reader.name}: its chat template writes a function where its result is meant, and another name of it "
+            f"in every process: {written[0]!r}"
+        )
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if bos and bos != eos and reader.prompts([text])[0].count(tokenizer.bos_token_id) > 1:
         raise ValueError(

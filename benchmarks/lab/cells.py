@@ -25,7 +25,7 @@ from benchmarks.scoring import generate
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
 from endprompt.data import Rows, load_documents, row_spec
-from endprompt.files import aside, drop_cut_line, sound_lines
+from endprompt.files import aside, drop_cut_line, sha256_of, sound_lines
 from endprompt.model import extended_config, load_config, load_model, rope_geometry
 from endprompt.positions import PIECES, TEXT_WHOLE
 from endprompt.results import append_rows, result_row
@@ -83,7 +83,8 @@ def run(cell: Cell, place: Workplace) -> Outcome:
     made = Outcome()
     checkpoint = place.output / "checkpoints" / cell.name
     about: dict[str, Any] = {}
-    begun = Begun(place.output / "unfinished" / f"{cell.name}.jsonl", cell.sha256)
+    how = (place.device, place.compile, str(place.deterministic))  # the cell's hash leaves out how it is computed
+    begun = Begun(place.output / "unfinished" / f"{cell.name}.jsonl", sha256_of(cell.sha256, *how))
     with made.phase("train"):
         if cell.trained and not (begun.trained and (checkpoint / results.RECORD).is_file()):
             begun.forget()
@@ -134,7 +135,8 @@ def run(cell: Cell, place: Workplace) -> Outcome:
 class Begun:
     """What an interrupted attempt at a cell has done already: its training, and the tasks that were scored.
 
-    The file names the cell by its hash; lines of another cell, or one that was cut off, count for nothing.
+    The file names the cell and how it is computed by a hash; lines of another, or one that was cut off, count for
+    nothing.
     """
 
     def __init__(self, path: Path, sha256: str):
@@ -145,7 +147,7 @@ class Begun:
                 self._take(line)
 
     def _take(self, line: Mapping[str, Any]) -> None:
-        if line["cell"] == self.sha256:
+        if line.get("cell") == self.sha256:
             self.trained = self.trained or bool(line.get("trained"))
             if "key" in line:
                 self.done[line["key"]] = line

@@ -39,7 +39,7 @@ from benchmarks.lab.rates import rate_key, read_rates
 from benchmarks.ruler.texts import EDITIONS
 from endprompt import origin
 from endprompt.config import ExtendConfig, check_config, method_name
-from endprompt.files import file_sha256, read_text, sha256_of
+from endprompt.files import read_text, remembered_sha256, sha256_of
 from endprompt.runs import plain
 
 FOLDER = Path(__file__).parent
@@ -254,7 +254,6 @@ def base_shape(model: str) -> Shape:
     return Shape(window_of(load_config(model)).window, parameters, layers, heads * head_dim)
 
 
-@cache
 def base_sha256(model: str) -> str:
     """Hash of a base's configuration and weights."""
     import hashlib
@@ -265,7 +264,7 @@ def base_sha256(model: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*")):
         if path.name in ("config.json", "tokenizer.json") or path.suffix in (".safetensors", ".bin"):
-            digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
+            digest.update(path.name.encode() + bytes.fromhex(remembered_sha256(path)))
     return digest.hexdigest()
 
 

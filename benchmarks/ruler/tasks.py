@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import chat
 from benchmarks.ruler import texts
+from endprompt.text import Reader
 
 # Part of every random stream and cache key: a change of generated text changes it.
 GENERATOR = "ruler-1"
@@ -127,6 +128,29 @@ def check_task(task: str) -> None:
         near = difflib.get_close_matches(task, TASKS, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"tasks: {', '.join(TASKS)}"
         raise ValueError(f"unknown RULER task {task!r}; {hint}")
+
+
+#: Answers as the tasks draw them, by what they are; documents' own answers are of all kinds.
+ANSWERS = {
+    "numbers": "7364950",
+    "uuids": "5a1c0f6e-93bd-4e27-8d40-b1f25c7a6e98",
+    "vt": "QKZVD",
+    "cwe": "harbor",
+    "fwe": "kqzvxw",
+}
+
+
+def check_writable(task: str, reader: Reader) -> None:
+    """Raises ValueError if the tokenizer cannot write an answer of the task's kind, so that no model could score."""
+    spec = SPECS[task]
+    answer = ANSWERS.get(spec.value if spec.family == "niah" else spec.family)
+    if answer is not None:
+        written = reader.decode(reader.ids([f"It is {answer}."])[0])
+        if not score(task, written, [answer]):
+            raise ValueError(
+                f"{task}: the tokenizer must be able to write the task's answers, and it makes {written!r} of one: "
+                f"{answer!r} (name the other tasks in tasks)"
+            )
 
 
 def reserve(task: str, options: Options = DEFAULTS) -> int:

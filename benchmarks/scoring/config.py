@@ -37,7 +37,7 @@ class ScoreConfig:
         tasks: names separated by commas, or all.
         lengths: token budgets separated by commas (RULER): prompt and generation together.
         samples: samples a task and length (short: all documents unless a number is set).
-        seed: seed of the samples.
+        seed: of RULER's samples and of intervals; short: of the examples in front. LongBench's samples have none.
         data_dir: folder with RULER's essays, SQuAD, HotpotQA, or the LongBench sets.
         haystack_text: text file for the essay haystack, instead of RULER's essays.
         max_new_tokens: tokens kept for generation, instead of RULER's number (for very small windows).

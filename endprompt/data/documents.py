@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -104,11 +105,16 @@ class Documents:
         weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
         return weights if self.weights is None else weights * self.weights[places]
 
-    def fingerprint(self) -> str:
-        """Hash of the documents' lengths and of a sample of their tokens, to notice that data have changed."""
-        step = max(1, len(self.tokens) // 65_536)
-        sample = np.asarray(self.tokens[::step], dtype=np.uint32)
-        return sha256_of(self.offsets.tobytes(), self.completions.tobytes(), sample.tobytes())
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of all that rows are made of; how many files it came from does not matter."""
+        arrays = ((self.tokens, np.uint32), (() if self.weights is None else self.weights, np.uint8))
+        blocks = (
+            np.asarray(array[start : start + 2**22], dtype=kind).tobytes()
+            for array, kind in arrays
+            for start in range(0, len(array), 2**22)
+        )
+        return sha256_of(self.offsets.tobytes(), self.completions.tobytes(), *map(sha256_of, blocks))
 
     def __len__(self) -> int:
         return len(self.completions)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from endprompt.model import length_rope
 from endprompt.model.attention import PREFIX, register_causal_only
 from endprompt.model.geometry import check_frequencies, check_no_text, named, rope_geometry, said, window_of
 from endprompt.model.parity import ITS_OWN, check_loaded
-from endprompt.model.weights import promise_nothing, settle, stored_tensors
+from endprompt.model.weights import promise_nothing, sampled_sha256, settle, stored_tensors
 from endprompt.text import vocabulary
 
 if TYPE_CHECKING:
@@ -67,6 +68,14 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
             files.parse_object(data, str(path))
         elif path.suffix != ".model":
             files.decode(data, str(path))
+
+
+def identity(path: str | Path, config: PretrainedConfig) -> dict[str, Any]:
+    """What another checkpoint in the same place would not have: the keys of its (extended) config, and `weights`, a
+    hash of every tensor's name, shape and dtype and of the bytes in its middle."""
+    keys = json.loads(config.to_json_string(use_diff=False))
+    kept = {key: value for key, value in keys.items() if key not in ("transformers_version", "_name_or_path")}
+    return {**kept, "weights": sampled_sha256(checkpoint_path(path))}
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

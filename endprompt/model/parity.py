@@ -242,6 +242,11 @@ def _compare(found: Numbers, expected: Numbers, allowed: float, said: str) -> No
             f"{said.partition(':')[0]}: the logits of a short row are not finite numbers, in transformers' own forward "
             "pass too: a weight of the checkpoint is none, or the dtype is too narrow for it"
         )
+    if bool(expected[0].max() == expected[0].min()):
+        raise ValueError(
+            f"{said.partition(':')[0]}: all logits of a short row are the same number, in transformers' own forward "
+            "pass too: weights of the checkpoint are zero"
+        )
     # a loss is summed up in float32; what is not a number does not agree
     if not (apart <= allowed and loss_apart <= allowed + 8 * torch.finfo(torch.float32).eps * expected[1]):
         raise ValueError(

@@ -6,15 +6,17 @@ is a fault and what is not is decided here, from its report.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from endprompt.files import check_fetched, read_object
+from endprompt.files import check_fetched, parse_object, read_object, sha256_of
 from endprompt.model.attention import PREFIX
 
 if TYPE_CHECKING:
@@ -74,6 +76,30 @@ def open_tensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.parent}: the checkpoint does not load: {path.name}: {error}") from error
+
+
+def stored_dtype(directory: Path) -> str | None:
+    """torch's name of the dtype that most of a checkpoint's numbers have in its files; None for one of no export."""
+    sizes: Counter[str] = Counter()
+    for stored in stored_tensors(directory).values():
+        sizes[stored.dtype] += math.prod(stored.shape)
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    return names.get(max(sizes, key=lambda dtype: sizes[dtype])) if sizes else None
+
+
+def sampled_sha256(directory: Path, taken: int = 4096) -> str:
+    """Hash of every tensor's name, shape and dtype and of so many bytes in its middle: in no time, of any size."""
+    parts: list[str | bytes] = []
+    for path in sorted({stored.path for stored in stored_tensors(directory).values()}):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            for name, about in sorted(parse_object(file.read(size), str(path)).items()):
+                parts.append(f"{name} {about}")
+                if "data_offsets" in about:
+                    start, end = about["data_offsets"]
+                    file.seek(8 + size + max(start, (start + end - taken) // 2))
+                    parts.append(file.read(min(taken, end - start)))
+    return sha256_of(*parts)
 
 
 def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | None = None) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from endprompt import distributed
 from endprompt.data import Documents
 from endprompt.distributed import World
+from endprompt.files import sha256_of
 from endprompt.model.length_rope import reading
 from endprompt.positions import sample_rng
 
@@ -30,13 +31,15 @@ Objective = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """task: `held_out` (metric loss, nats a token) or `needle` (metric exact_match, percent). n: rows."""
+    """task: `held_out` (metric loss, nats a token) or `needle` (metric exact_match, percent). n: rows, samples_sha256:
+    of their tokens and weights."""
 
     task: str
     metric: str
     length: int
     value: float
     n: int
+    samples_sha256: str
 
 
 def held_out_rows(documents: Documents, length: int, count: int) -> list[Row]:
@@ -104,19 +107,24 @@ class Evaluation:
         self.needles = {length: needle_rows(documents, length, needles, encode, seed) for length in lengths if needles}
 
     @property
-    def asked(self) -> list[tuple[str, int]]:
-        """(task, length) of what is measured."""
-        return [*(("held_out", length) for length in self.rows), *(("needle", length) for length in self.needles)]
+    def asked(self) -> set[tuple[str, int, str]]:
+        """(task, length, samples_sha256) of what is measured."""
+        kinds = (("held_out", self.rows), ("needle", self.needles))
+        return {(task, length, rows_sha256(rows)) for task, made in kinds for length, rows in made.items()}
 
     @torch.no_grad()
     def measure(self, objective: Objective, here: World) -> Iterator[Measured]:
         """One result a task and length. Every process must call it; each takes its share of the rows."""
         for length, rows in self.rows.items():
             loss = _sum(objective, rows, here, hits=False)
-            yield Measured("held_out", "loss", length, loss / (len(rows) * (length - 1)), len(rows))
+            yield Measured("held_out", "loss", length, loss / (len(rows) * (length - 1)), len(rows), rows_sha256(rows))
         for length, rows in self.needles.items():
             hits = _sum(objective, rows, here, hits=True)
-            yield Measured("needle", "exact_match", length, 100.0 * hits / len(rows), len(rows))
+            yield Measured("needle", "exact_match", length, 100.0 * hits / len(rows), len(rows), rows_sha256(rows))
+
+
+def rows_sha256(rows: list[Row]) -> str:
+    return sha256_of(*(array.tobytes() for row in rows for array in row))
 
 
 def _sum(objective: Objective, rows: list[Row], here: World, hits: bool) -> float:

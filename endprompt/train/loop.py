@@ -134,6 +134,7 @@ class Trainer:
         self.guard = Guard(config.divergence)
         self.evaluation: Evaluation | None = None
         self.notes: list[str] = []  # on the checkpoint's weights
+        self.source: dict[str, Any] = {}  # its identity
         self.loss = loss or objective_of(config, model, here)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
@@ -156,7 +157,8 @@ class Trainer:
     def save(self, directory: Path) -> None:
         about = {
             "config": identity(self.config),
-            "documents": self.rows.documents.fingerprint(),
+            "checkpoint": self.source,
+            "documents": self.rows.documents.sha256,
             "seconds": self.seconds,
             "guard": vars(self.guard),
             "loss": self.last_loss,
@@ -266,8 +268,9 @@ class Trainer:
         whole = True
         if self.log:
             rows = sound_lines(self.log.results) if self.log.results.is_file() else ()
-            found = {(row.get("task"), row.get("length")) for *_, row in rows if row and row.get("step") == self.step}
-            whole = found >= set(self.evaluation.asked)
+            keys = ("task", "length", "samples_sha256")
+            found = {tuple(map(row.get, keys)) for *_, row in rows if row and row.get("step") == self.step}
+            whole = found >= self.evaluation.asked
             if not whole:
                 checkpoint.forget_after(self.log.results, self.step - 1)
         return bool(distributed.from_main(whole))

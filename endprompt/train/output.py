@@ -75,12 +75,15 @@ class Output:
                 f"an unfinished run has states in {self.work}; set resume to go on, or overwrite to start again"
             )
 
-    def resume(self, rows: Rows) -> TrainingState | None:
-        """The state to go on from; without one nothing is left of an earlier run. The last check of all processes."""
+    def resume(self, rows: Rows, source: dict[str, Any]) -> TrainingState | None:
+        """The state to go on from; without one nothing is left of an earlier run. The last check of all processes.
+
+        source: `endprompt.model.load.identity` of the checkpoint that is extended.
+        """
         config = self.config
         state = checkpoint.newest_state(self.states, self.here) if config.resume else None
         if state is not None:
-            check_identity(config, rows, state.about)
+            check_identity(config, rows, source, state.about)
         distributed.barrier()  # nothing is written before every process has made its checks
         if self.here.main and state is None and self.work.exists():
             if config.resume:
@@ -116,8 +119,8 @@ class Output:
         distributed.by_main(self.here, whole)
 
 
-def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> None:
-    """Refuse a state of another configuration, or of data that have changed since."""
+def check_identity(config: ExtendConfig, rows: Rows, source: dict[str, Any], about: dict[str, Any]) -> None:
+    """Refuse a state of another configuration, or of a checkpoint or data that have changed since."""
     ours, saved = identity(config), about.get("config", {})
     different = sorted(key for key in ours if saved.get(key) != ours[key])
     if different:
@@ -126,7 +129,14 @@ def check_identity(config: ExtendConfig, rows: Rows, about: dict[str, Any]) -> N
             f"resume needs the configuration that the run was started with: {key}={ours[key]!r}, the state has "
             f"{saved.get(key)!r} ({', '.join(different)} differ)"
         )
-    if about.get("documents") != rows.documents.fingerprint():
+    known = about.get("checkpoint", source)
+    for key in sorted(source.keys() & known.keys()):  # a key that only one release of transformers has is no change
+        if known[key] != source[key]:
+            raise ValueError(
+                f"resume needs the checkpoint that the run was started with, and model={config.model!r} has changed: "
+                f"{key}={source[key]!r}, the state has {known[key]!r}"
+            )
+    if about.get("documents") != rows.documents.sha256:
         raise ValueError(f"resume needs the documents that the run was started with: data={config.data} have changed")
 
 

@@ -16,7 +16,7 @@ from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
 from endprompt.model import lora
-from endprompt.model.load import check_tokens, whole_weights
+from endprompt.model.load import check_tokens, identity, whole_weights
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
@@ -47,6 +47,7 @@ def run(start: Checkpoint) -> Path:
         check_reports(config.report)
         if here.device == "cpu" and (config.autocast or config.dtype == "bfloat16") and not bfloat16_matmuls():
             say("bfloat16 has no instructions on this CPU and is many times slower than float32 without autocast", here)
+        source = identity(config.model, start.model_config) | {"dtype": dtype}
         about_weights = start.check_weights()
         for note in about_weights:
             say(f"{config.model}: {note}", here)
@@ -64,7 +65,7 @@ def run(start: Checkpoint) -> Path:
                 )
             check_tokens(rows.row(0)[0], start.model_config, tokenizer, "the end prompt or BOS")
             evaluation = held_out(start)
-            state = output.resume(rows)
+            state = output.resume(rows, source)
             with output.resumable():
                 log = RunDirectory(output.work, config) if here.main else None
                 steps = total_steps(config, spec.row_tokens)
@@ -75,7 +76,7 @@ def run(start: Checkpoint) -> Path:
                     here,
                 )
                 trainer = Trainer(config, model, rows, steps, log, here, loss)
-                trainer.evaluation, trainer.notes = evaluation, about_weights
+                trainer.evaluation, trainer.notes, trainer.source = evaluation, about_weights, source
                 distributed.by_main(here, lambda: check_end(trainer, start, output, dtype))
                 if state is not None:
                     trainer.resume(state)

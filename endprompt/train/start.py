@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from endprompt.config import ExtendConfig, check_config
@@ -21,6 +22,7 @@ from endprompt.model import (
 )
 from endprompt.model.geometry import window_of
 from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path
+from endprompt.model.weights import stored_dtype
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A checkpoint that is extended.
 
-    model_config: with the new frequencies. source_dtype: of its files. window: its own, in tokens.
+    model_config: with the new frequencies. source_dtype: of its config, else of its files. window: its own, in tokens.
     """
 
     config: ExtendConfig
@@ -82,4 +84,5 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     tokenizer = load_tokenizer(config.model)
     for note in (*check_vocabulary(source, tokenizer), *Reader(tokenizer).notes(documents_end=True)):
         say(note)
-    return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), source.dtype, window)
+    dtype = source.dtype or stored_dtype(Path(config.model))
+    return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), dtype, window)

@@ -20,6 +20,7 @@ FAULTS = [
     ("{% for m in messages %}{{ m['content'] }", "unexpected '}'"),
     ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
     ("{{ messages[0]['text'].strip() }}", "has no attribute 'text'"),
+    ("{{ strftime_now }}" + GOOD, "writes a function where its result is meant"),
     ("<|user|><|assistant|>", "leaves the user's text out, or changes it"),
     (GOOD.replace("m['content'] }}", "m['content'] | e }}"), "leaves the user's text out, or changes it"),
     (GOOD.replace("m['content'] }}", "m['content'] | replace('\\n', ' ') }}"), "leaves the user's text out"),

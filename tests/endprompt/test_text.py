@@ -4,9 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks import ruler
+from benchmarks.ruler import tasks as ruler_tasks
 from endprompt import data, prompts
 from endprompt.data import Document, Documents, Rows, RowSpec
 from endprompt.data.documents import tokenize, tokens_ending
@@ -244,11 +246,36 @@ def test_notes_name_what_a_tokenizer_does_to_text():
     assert "1234.' as [UNK]: such text is lost" in said(wrapped) and "changed" not in said(wrapped)
 
 
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("byte_level", set()),
+        ("llama", set()),
+        ("wordpiece", {"niah_single_3", "niah_multikey_3"}),  # its words end at hyphens
+        ("digits", {task for task in ruler.TASKS if task not in ("vt", "cwe", "fwe", "qa_1", "qa_2")}),
+    ],
+)
+def test_a_task_whose_answers_the_tokenizer_cannot_write_is_refused(kind, lost):
+    if kind == "digits":  # are no part of its vocabulary
+        inner = Tokenizer.from_str(odd.byte_level().backend_tokenizer.to_str())
+        inner.normalizer = normalizers.Replace(Regex("[0-9]"), "")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    else:
+        tokenizer = getattr(odd, kind)()
+    found = set()
+    for task in ruler.TASKS:
+        try:
+            ruler_tasks.check_writable(task, Reader(tokenizer))
+        except ValueError as error:
+            assert str(error).startswith(f"{task}: the tokenizer must be able to write the task's answers")
+            found.add(task)
+    assert found == lost
+
+
 def test_a_prompt_has_no_end_in_any_suite():
     """A tokenizer that puts </s> behind every text: sizes, what the model is given and the lab leave it out."""
     from tokenizers import processors
 
-    from benchmarks import ruler
     from benchmarks.lab import predict
     from benchmarks.longbench import Prompter
     from benchmarks.ruler import tokens

@@ -13,6 +13,7 @@ from benchmarks.scoring.evaluate import SampleSuite
 from benchmarks.scoring.summaries import about
 from benchmarks.scoring.units import Unit, needed, predicted
 from endprompt.results import result_row, write_rows
+from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -27,8 +28,10 @@ class Ruler(SampleSuite):
         """Samples from the cache. Raises ValueError for unknown tasks, and lengths over the window."""
         config = self.config
         names = list(ruler.TASKS) if config.task_names == ["all"] else config.task_names
+        reader = Reader(tokenizer)
         for name in names:
             tasks.check_task(name)
+            tasks.check_writable(name, reader)
         if not names:
             raise ValueError("tasks must name at least one task, or be all")
         asked = 1 if config.beyond_window or config.prepare_only else max(config.length_list)

@@ -1,5 +1,6 @@
 """The lab on a base that others trained: inputs of the user's, prepared apart, cells that go on, rates by the loss."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -144,10 +145,13 @@ def test_an_interrupted_cell_goes_on_behind_its_training_and_its_scored_tasks(pl
     monkeypatch.setattr(cell_runs, "scored", broken)
     with pytest.raises(KeyboardInterrupt):
         cell_runs.run(cell, spot)
+    other = shutil.copytree(tmp_path, tmp_path.with_name("other"))
+    monkeypatch.setattr(cell_runs.train, "extend", lambda config: pytest.fail("trained again"))
+    with pytest.raises(pytest.fail.Exception):  # nothing is taken over of what was computed in another way
+        cell_runs.run(cell, dataclasses.replace(spot, deterministic=False, output=other))
     monkeypatch.setattr(
         cell_runs, "scored", lambda made, cell, item, *rest: (calls.append(item.length), real(made, cell, item, *rest))
     )
-    monkeypatch.setattr(cell_runs.train, "extend", lambda config: pytest.fail("trained again"))
     made = cell_runs.run(cell, spot)
     assert calls == [512]
     before = {(r["task"], r["length"]): r["value"] for r in rows if r["cell"] == cell.sha256}

@@ -4,12 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from endprompt import model as models
+from endprompt import train
 from endprompt.model import geometry, length_rope, parity
 from endprompt.model.attention import registered_name
 from endprompt.train import Objective
+from tests.support.checkpoints import make_checkpoint
 
 COMMON = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -249,6 +252,15 @@ def test_a_fault_of_a_loaded_model_is_found_by_every_command_that_loads_one(tmp_
         for attempt in loads:
             with pytest.raises(ValueError, match=r"llama: .* attention sdpa, does not compute what transformers does"):
                 attempt()
+
+
+def test_weights_that_are_zero_are_called_so(extend_config, tmp_path):
+    path = make_checkpoint(tmp_path / "m")
+    zeros = {name: torch.zeros_like(weight) for name, weight in load_file(path / "model.safetensors").items()}
+    save_file(zeros, path / "model.safetensors", {"format": "pt"})
+    for load in (models.load_model, lambda path: train.extend(extend_config(model=str(path)))):
+        with pytest.raises(ValueError, match=r"all logits .* the same number.*: weights of the checkpoint are zero"):
+            load(path)
 
 
 def test_another_checkpoint_of_the_same_config_is_compared_too(tmp_path):

@@ -70,7 +70,7 @@ def test_needle_counts_rows_with_all_tokens_right():
         return torch.tensor(next(answers))
 
     (found,) = held.measure(objective, World())
-    assert found == evaluate.Measured("needle", "exact_match", 4, 40.0, 5)
+    assert found == evaluate.Measured("needle", "exact_match", 4, 40.0, 5, found.samples_sha256)
 
 
 @torch.no_grad()
@@ -96,6 +96,8 @@ def test_run_is_evaluated_on_its_way_and_at_its_end(extend_config, documents):
     ]
     assert {(row["metric"], row["n"]) for row in rows} == {("loss", 3), ("exact_match", 2)}
     assert {row["method"] for row in rows} == {"endprompt+EP_3+linear"}
+    told = [row["samples_sha256"] for row in rows]  # a run that goes on with another text has rows of two, told apart
+    assert told[:4] == told[4:] and len(set(told)) == 4
     plain = train.extend(extend_config(steps=4, output=str(output) + "-plain"))
     same = ((path / "model.safetensors").read_bytes() for path in (output, plain))
     assert next(same) == next(same)  # evaluation leaves no trace in the weights

@@ -1,18 +1,23 @@
 """The loop: exact accumulation, exact resume, schedules, the guard, and outputs that are whole or absent."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from endprompt import data, train
+from endprompt.config import ExtendConfig
 from endprompt.data import Batch, rows
 from endprompt.model.load import decoder_layers, load_tokenizer
 from endprompt.train import loop, objective, run, start
 from endprompt.train import states as checkpoint
+from endprompt.train.output import check_identity, identity
 from tests.support.checkpoints import TARGET, make_checkpoint
 from tests.support.runs import cut_off, log_of, same_weights, weights_of
 
@@ -183,6 +188,53 @@ def test_resume_with_another_configuration_is_refused(extend_config, documents, 
     config.lr = 5e-4
     with pytest.raises(ValueError, match=r"lr=0\.0005, the state has 0\.001"):
         train.extend(config)
+
+
+#: Settings with which a run may go on that was started with others: none changes what is trained but by rounding.
+MAY_CHANGE = {
+    *("output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile", "report"),
+    *("divergence", "checkpointing", "deterministic", "fused", "eval_data", "eval_every", "eval_lengths", "eval_rows"),
+    "eval_needles",
+}
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(ExtendConfig)])
+def test_resume_refuses_or_takes_every_setting_by_its_name(extend_config, key):
+    config = extend_config()
+    about = {"config": identity(config), "documents": "of these"}
+    rows = SimpleNamespace(documents=SimpleNamespace(sha256="of these"))
+    value = getattr(config, key)
+    others = {bool: lambda: not value, str: lambda: value + "2", list: lambda: [*value, "2"]}
+    other = dataclasses.replace(config, **{key: others.get(type(value), lambda: (value or 0) + 1)()})
+    check_identity(config, rows, {}, about)
+    with contextlib.nullcontext() if key in MAY_CHANGE else pytest.raises(ValueError, match=rf"with: {key}="):
+        check_identity(other, rows, {}, about)
+
+
+def changed(directory, kind):
+    path = directory / "model.safetensors"
+    if kind == "weights":  # one matrix of another training
+        weights = load_file(path)
+        weights["model.layers.1.self_attn.q_proj.weight"] += 1e-3
+        save_file(weights, path, {"format": "pt"})
+    else:
+        config = json.loads((directory / "config.json").read_text())
+        config["rope_parameters"] |= {"rope_theta": 50_000.0} if kind == "rope_parameters" else {}
+        config |= {"rope_parameters": {}, "rms_norm_eps": {"rms_norm_eps": 1e-2}, "dtype": {"dtype": "bfloat16"}}[kind]
+        (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["rope_parameters", "rms_norm_eps", "dtype", "weights"])
+def test_resume_on_another_checkpoint_in_the_same_place_is_refused(extend_config, llama, tmp_path, kind):
+    base = shutil.copytree(llama, tmp_path / "base")
+    config = extend_config(model=str(base), steps=3, save_every=1, resume=True)
+    cut_off(dataclasses.replace(config, resume=False), 1)
+    changed(base, kind)
+    with pytest.raises(ValueError, match=rf"checkpoint that the run was started with.*base' has changed: {kind}="):
+        train.extend(config)
+    shutil.rmtree(base)
+    shutil.copytree(llama, base)
+    assert same_weights(train.extend(config), train.extend(extend_config(steps=3, output=str(tmp_path / "whole"))))
 
 
 def test_schedules_by_hand(extend_config):

@@ -1,5 +1,6 @@
 """What a run leaves: tried before the first step, kept when something fails after the last, and Ctrl-C of a new run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from endprompt import cli, files, runs, train
-from endprompt.config import check_output
+from endprompt.config import ExtendConfig, check_output
 from endprompt.distributed import World
 from endprompt.model import load_model, load_tokenizer, training_attention
 from endprompt.train import loop, outcome, run, start
@@ -50,6 +51,19 @@ def test_a_dtype_that_no_export_has_is_refused_and_another_may_be_chosen(extend_
         refused(extend_config(model=str(path)), tmp_path, r"/m: .*set export_dtype to one of .*'float8_e4m3fn'")
     done = train.extend(extend_config(model=str(path), export_dtype="bfloat16", steps=1))
     assert {weight.dtype for weight in load_file(done / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stated", [None, "float16"])
+def test_the_export_has_the_dtype_of_the_config_or_else_of_the_files(extend_config, tmp_path, stated):
+    path = make_checkpoint(tmp_path / "m")
+    weights = {name: weight.bfloat16() for name, weight in load_file(path / "model.safetensors").items()}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    settings = json.loads((path / "config.json").read_text()) | {"dtype": stated}
+    (path / "config.json").write_text(json.dumps(settings))
+    done = train.extend(extend_config(model=str(path), steps=1))
+    wanted = stated or "bfloat16"
+    assert {str(weight.dtype) for weight in load_file(done / "model.safetensors").values()} == {f"torch.{wanted}"}
+    assert json.loads((done / "config.json").read_text())["dtype"] == wanted
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "generation config", "card"])
@@ -124,6 +138,19 @@ def test_a_disk_with_too_little_room_is_refused(extend_config, tmp_path, monkeyp
     patched["free"] = needed - 1
     shutil.rmtree(tmp_path / "out.partial")
     refused(config, tmp_path, r"too little room for this run: .* GiB needed and .* GiB free: .*save_every=\d+ keep=\d")
+
+
+@pytest.mark.parametrize(("keep", "states", "exports"), [(5, 6, 0), (6, 6, 1), (2, 3, 0)])
+def test_room_for_states_that_several_processes_save_before_evaluations(monkeypatch, tmp_path, keep, states, exports):
+    """Steps 2, 4, 6, 8 before evaluations, 3 and 6 as asked, the last one: six, by hand; 64 bytes of weights."""
+    model = torch.nn.Linear(4, 4, bias=False)
+    config = ExtendConfig(save_every=3, eval_every=2, eval_data=["text"], keep=keep)
+    needed = states * 3 * 64 + exports * 32
+    for free, held in ((needed, contextlib.nullcontext()), (needed - 1, pytest.raises(ValueError, match="too little"))):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
+        with held:
+            about = (config, 9, model, torch.optim.AdamW(model.parameters()), "float16", 2)
+            outcome.check_room(tmp_path, *about)
 
 
 def test_an_output_that_cannot_be_renamed_to_is_refused(tmp_path, monkeypatch):
@@ -249,7 +276,7 @@ def test_several_processes_save_before_an_evaluation_and_the_step_once(step, tmp
     monkeypatch.setattr(checkpoint, "save_state", lambda *given: done.append("saved"))
     monkeypatch.setattr(checkpoint, "collect", lambda *given: {})
     monkeypatch.setattr(train.Trainer, "evaluate", lambda *given: done.append("evaluated"))
-    for name in ("model", "optimizer", "rows", "config", "guard"):
+    for name in ("model", "optimizer", "rows", "config", "guard", "source"):
         setattr(trainer, name, MagicMock())
     monkeypatch.setattr(loop, "identity", lambda config: {})
     trainer.seconds = trainer.last_loss = 0.0
