@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VLLM = "benchmarks/scoring/vllm.py"
 ORIGINALS = "benchmarks/originals.py"
+SERVER = "benchmarks/scoring/server.py"
 ORIGIN = "endprompt/origin.py"
 FINGERPRINT = "benchmarks/scoring/fingerprint.py"
 ATTENTION = "endprompt/model/attention.py"
@@ -43,6 +44,13 @@ MUTANTS = [
     (VLLM, "if shortest <= original < needed", "if shortest < original < needed", "benchmarks/scoring/vllm"),
     (VLLM, '"short_mscale": scale, "long_mscale": scale', '"short_mscale": 1.0, "long_mscale": 1.0', "benchmarks/scoring/vllm"),
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "benchmarks/scoring/vllm"),
+    # what a server is asked and believed
+    (SERVER, "if read != tokens:", "if read is None:", "benchmarks/scoring/server"),
+    (SERVER, "if tried == tries:", "if False:", "benchmarks/scoring/server"),
+    (SERVER, 'if choice.get("finish_reason") == "length" and made is not None and made < new:', "if False:", "benchmarks/scoring/server"),
+    (SERVER, "if waiting and self.served.window is None:", "if False:", "benchmarks/scoring/server"),
+    (SERVER, "return text.replace(key, \"[key]\") if key else text", "return text", "benchmarks/scoring/server"),
+    (FINGERPRINT, "model=served.model if served else config.model,", "model=None,", "benchmarks/scoring/runs"),
     # checkpoints of the hub and of GGUF files
     (ORIGIN, "if not (snapshot / name).is_file()", "if False", "endprompt/origin"),
     (ORIGIN, 'LEFT = ("*/*", "consolidated*", "*.py")', 'LEFT = ("consolidated*",)', "endprompt/origin"),

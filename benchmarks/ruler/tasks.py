@@ -66,8 +66,8 @@ class Options:
         template_args: further arguments of the chat template, NAME=VALUE,NAME=VALUE.
         edition: state of RULER's tasks, one of `texts.EDITIONS`.
         chat_layout: of chats: "one-turn" (the worked example and the question in one turn, no space in front of the
-            answer prefix) or "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept); the
-            edition's if None.
+            answer prefix), "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept) or
+            "no-prefix" (one turn, no answer prefix); the edition's if None.
     """
 
     max_new_tokens: int | None = None
@@ -118,7 +118,7 @@ class Options:
         return (self.chat_layout or self.rules.layout) if self.chat else None
 
 
-LAYOUTS = ("one-turn", "ruler")
+LAYOUTS = ("one-turn", "ruler", "no-prefix")
 
 DEFAULTS = Options()
 

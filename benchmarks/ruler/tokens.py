@@ -49,7 +49,7 @@ def assembler(tokenizer: Any, options: Options = DEFAULTS) -> Assemble:
     """Joins what a draft renders: questions and the text behind each, of which the last is the answer prefix.
 
     Chat layout "one-turn" puts all but the prefix into one turn of the user's, and the prefix starts the assistant's;
-    "ruler" makes a turn of each question and keeps the prefix's leading space.
+    "ruler" makes a turn of each question and keeps the prefix's leading space, "no-prefix" leaves the prefix out.
     """
     if not options.chat:
         return lambda *parts: "".join(parts)
@@ -59,6 +59,8 @@ def assembler(tokenizer: Any, options: Options = DEFAULTS) -> Assemble:
     def wrap(question: str) -> str:
         return render([{"role": "user", "content": question}], add_generation_prompt=True)
 
+    if options.layout == "no-prefix":
+        return lambda *parts: wrap("".join(parts[:-1]))
     if options.layout == "one-turn":
         return lambda *parts: wrap("".join(parts[:-1])) + parts[-1].lstrip()
 

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 
 def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer. Raises ValueError if there is no such checkpoint."""
+    """Configuration and tokenizer. Raises ValueError if there is no such checkpoint, or a server does not serve it."""
     from endprompt import model
     from endprompt.model.weights import stored_tensors
 
+    if config.backend == "server":
+        from benchmarks.scoring import server
+
+        return server.config_of(config), model.load_tokenizer(config.checkpoint)
     loaded = model.load_config(config.checkpoint, trust_remote_code=config.trust_remote_code)
     if not config.prepare_only:
         stored_tensors(Path(config.checkpoint))  # names the file that is missing or cut off
@@ -51,7 +55,8 @@ def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int |
     """Tokens that the checkpoint reads; a question of its config that `needed` tokens do not touch is not asked."""
     from endprompt.model import geometry
 
-    return geometry.window_of(model_config, config.window, needed).window
+    stated = None if config.backend == "server" else config.window  # a server's is settled already
+    return geometry.window_of(model_config, stated, needed).window
 
 
 # --------------------------------------------------------------------------------------------------------------- run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,11 @@ READ_BY = {
     "ruler": "lengths haystack_text shots hops edition chat_layout beyond_window whole_answers",
     "longbench": "prompt_length",
     "ruler or longbench": "data_dir max_new_tokens cache_dir prepare_only",
+}
+#: The same of backends.
+READ_BY_BACKEND = {
+    "hf or vllm": "attn dtype device batch_size whole_answers beyond_window",
+    "server": "url model tokenizer api concurrency timeout retries",
 }
 
 
@@ -51,21 +58,33 @@ class ScoreConfig:
     Prompts:
         prompt_length: LongBench: cut prompts over so many tokens; published tables have 3500 for a window of 4k.
         chat: wrap prompts in the tokenizer's chat template.
-        chat_layout: with chat: one-turn, or ruler (cwe's example in a turn of its own, the answer prefix after a
-            space); the editions that repeat RULER's samples have ruler, the others one-turn, if not given.
+        chat_layout: with chat: one-turn, ruler (cwe's example in a turn of its own, the answer prefix after a space),
+            or no-prefix (one turn, the answer starts by itself); if not given, no-prefix with api=chat, else ruler for
+            the editions that repeat RULER's samples and one-turn for the others.
         date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
             given.
         template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
 
     Backend:
-        backend: hf or vllm.
-        backend_args: further arguments of the backend's model, as key=value,key=value.
+        backend: hf, vllm, or server: a model behind an OpenAI-compatible address.
+        backend_args: further arguments of the backend's model, or fields of a server's requests, as
+            key=value,key=value.
         batch_size: prompts that run together at most (hf; vLLM schedules by itself, see its max_num_seqs); memory may
             ask for fewer.
         whole_answers: let answers go on when their RULER score is settled (hf; vLLM's always do).
         attn: attention implementation of transformers.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
         device: cpu, cuda, cuda:1, or auto.
+
+    Server (the key, if it asks for one, is read from the environment, ENDPROMPT_API_KEY):
+        url: address up to /v1, http://HOST:PORT/v1.
+        model: the model's name there; needed where the server has more than one.
+        tokenizer: folder or hub name of the model's tokenizer, if it is not the checkpoint's; the checkpoint is then a
+            name alone.
+        api: completions (prompts as texts, templates applied here) or chat (one turn of the user's).
+        concurrency: requests at a time.
+        timeout: seconds for one answer.
+        retries: further tries, with growing waits, where the server is busy, restarts, or breaks off.
 
     Output:
         output: run directory; runs/score/<checkpoint's name> if not given.
@@ -100,17 +119,25 @@ class ScoreConfig:
 
     prompt_length: int | None = None
     chat: bool = False
-    chat_layout: Literal["one-turn", "ruler"] | None = None
+    chat_layout: Literal["one-turn", "ruler", "no-prefix"] | None = None
     date: str | None = None
     template_args: str = ""
 
-    backend: Literal["hf", "vllm"] = "hf"
+    backend: Literal["hf", "vllm", "server"] = "hf"
     backend_args: str = ""
     batch_size: int = 32
     whole_answers: bool = False
     attn: str = "sdpa"
     dtype: str = "auto"
     device: str = "auto"
+
+    url: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    api: Literal["completions", "chat"] = "completions"
+    concurrency: int = 16
+    timeout: float = 600.0
+    retries: int = 8
 
     output: str | None = None
     overwrite: bool = False
@@ -125,10 +152,14 @@ class ScoreConfig:
             raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1: {self.samples}")
-        for suites, keys in READ_BY.items():
-            for key in keys.split() if self.suite not in suites.split() else ():
-                if (value := getattr(self, key)) != getattr(type(self), key):
-                    raise ValueError(f"{key} is for suite {suites}, not {self.suite}: {key}={value!r}")
+        for kind, readers in (("suite", READ_BY), ("backend", READ_BY_BACKEND)):
+            own = getattr(self, kind)
+            for names, keys in readers.items():
+                for key in keys.split() if own not in names.split() else ():
+                    if (value := getattr(self, key)) != getattr(type(self), key):
+                        raise ValueError(f"{key} is for {kind} {names}, not {own}: {key}={value!r}")
+        if self.backend == "server":
+            self.check_server()
         if self.json and self.compare is None and self.show is None:
             raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
         if self.wrong and self.show is None:
@@ -145,6 +176,24 @@ class ScoreConfig:
         for part in self.backend_args.split(","):
             if (name := part.partition("=")[0].strip()) in unread:
                 raise ValueError(f"backend_args {name!r} is read by no prompt made here; template_args are: {part!r}")
+
+    def check_server(self) -> None:
+        found = urllib.parse.urlsplit(self.url or "")
+        if found.scheme not in ("http", "https") or not found.hostname:
+            raise ValueError(f"url must be the server's address, as http://HOST:PORT/v1: url={self.url!r}")
+        if found.username or found.password or found.query or found.fragment:
+            raise ValueError(f"url must hold no name, password or query, since it is written down: {found.hostname}")
+        for key, least in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}: {getattr(self, key)}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be over 0 seconds: {self.timeout}")
+        if self.suite == "short":
+            raise ValueError("suite short asks for log-likelihoods, and a server gives texts alone: backend='server'")
+        if self.api == "chat" and not self.chat:
+            raise ValueError("api=chat has the server apply its chat template: it needs chat")
+        if self.api == "chat" and self.chat_layout not in (None, "no-prefix"):
+            raise ValueError(f"api=chat asks with one turn and no answer prefix: chat_layout={self.chat_layout!r}")
 
     @property
     def model_name(self) -> str:
@@ -181,4 +230,5 @@ class ScoreConfig:
     @property
     def options(self) -> ruler.Options:
         names = ("max_new_tokens", "haystack_text", "chat", "shots", "hops", "date", "template_args")
-        return ruler.Options(**{name: getattr(self, name) for name in (*names, "edition", "chat_layout")})
+        layout = self.chat_layout or ("no-prefix" if self.api == "chat" else None)
+        return ruler.Options(chat_layout=layout, **{name: getattr(self, name) for name in (*names, "edition")})

@@ -37,7 +37,7 @@ PROMPTS = frozenset(
 #: Settings that change no prediction: where and under what name it is kept, what is shown, how many run together.
 FREE = frozenset(
     {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "compare", "json", "quiet"}
-    | {"beyond_window", "batch_size"}
+    | {"beyond_window", "batch_size", "tokenizer", "concurrency", "timeout", "retries"}
 )
 #: Files of a checkpoint that say something about it and change no answer.
 NOTES = frozenset({"endprompt.json", "environment.json", "origin.json", "sources.json", "trainer_state.json"})
@@ -60,8 +60,10 @@ class Fingerprint:
         asked: of tasks whose prompts are made by lm-eval, what they depend on.
         checkpoint: hash of weights, configuration, generation configuration, tokenizer, template, own code.
         trust_remote_code: whether that code is run.
-        backend, backend_args, attn, dtype, device: what computes, and in what precision.
+        backend, backend_args, attn, dtype, device: what computes, and in what precision; of a server nothing is known.
         whole_answers: whether answers go on when their score is settled.
+        url, model, api, served: the server, its name of the model, how it is asked, and what it says of the model.
+            Fields with a default came later: at their default they are not hashed, so that older answers stay valid.
     """
 
     suite: str
@@ -80,10 +82,16 @@ class Fingerprint:
     dtype: str
     device: str
     whole_answers: bool
+    url: str | None = None
+    model: str | None = None
+    api: str = "completions"
+    served: str = ""
 
     @property
     def sha256(self) -> str:
-        return files.sha256_of(json.dumps(dataclasses.asdict(self), sort_keys=True))
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        kept = {field.name: value for field, value in values if value != field.default}
+        return files.sha256_of(json.dumps(kept, sort_keys=True))
 
 
 #: The first group of the fingerprint's fields.
@@ -92,7 +100,7 @@ QUESTION = ("suite", "generator", "edition", "max_new_tokens", "chat", "date", "
 
 def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerprint:
     """Of a run whose `date` is settled (`benchmarks.scoring.run.settle_date`)."""
-    suite = suite_of(config)
+    suite, served = suite_of(config), getattr(model_config, "served", None)
     return Fingerprint(
         suite=config.suite,
         generator=suite.generator,
@@ -102,14 +110,18 @@ def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerpr
         date=config.date,
         template_args=config.template_args,
         asked=suite.asked,
-        checkpoint=checkpoint_sha256(config.checkpoint, model_config),
+        checkpoint="" if served else checkpoint_sha256(config.checkpoint, model_config),
         trust_remote_code=config.trust_remote_code,
         backend=config.backend,
         backend_args=with_files(config.backend_args),
         attn=config.attn if config.backend == "hf" else None,
-        dtype=config.dtype,
-        device=device_of(config.device).partition(":")[0],
+        dtype="" if served else config.dtype,
+        device="" if served else device_of(config.device).partition(":")[0],
         whole_answers=config.answers != "until settled",
+        url=config.url,
+        model=served.model if served else config.model,
+        api=config.api,
+        served=json.dumps(served.identity, sort_keys=True) if served else "",
     )
 
 

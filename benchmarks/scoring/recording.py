@@ -15,7 +15,6 @@ from lm_eval.api.model import LM
 
 from benchmarks.ruler import cell
 from benchmarks.scoring.compare import read_run
-from benchmarks.scoring.hf import LongContextLM
 from benchmarks.tasks.sample_task import without_echo
 from endprompt.results import append_rows
 from endprompt.train.progress import clock
@@ -107,7 +106,7 @@ class RecordingLM(LM):
         for request in requests:
             if self.known(request) is None:
                 task, index = str(request.task_name), int(request.doc_id or 0)
-                together = "" if isinstance(self.inner, LongContextLM) else task
+                together = "" if hasattr(self.inner, "batches") else task
                 waiting.setdefault(together, {})[task, index] = request
         self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
         for own in waiting.values():
@@ -123,7 +122,7 @@ class RecordingLM(LM):
 
     def answered(self, todo: Sequence[Instance]) -> Iterator[list[tuple[Instance, str]]]:
         """Requests with their answers as they come: by the model's own batches if it has them, else by chunks."""
-        if isinstance(self.inner, LongContextLM):
+        if hasattr(self.inner, "batches"):
             for batch in self.inner.batches(todo):
                 yield [(todo[i], answer) for i, answer in batch]
             return

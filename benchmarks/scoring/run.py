@@ -40,16 +40,22 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     cannot be read.
     """
     suite_of(config)
+    if config.backend == "server" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("backend server runs in one process: concurrency says how many requests run together")
     if config.directory.exists() and not config.directory.is_dir():
         raise ValueError(f"output must be a folder, or nothing yet: output={str(config.directory)!r}")
-    directory = origin.directory_of(config.checkpoint, weights=not config.prepare_only, code=config.trust_remote_code)
+    served, method = config.backend == "server", method_of(config)
+    typed = config.tokenizer or config.checkpoint
+    directory = origin.directory_of(typed, weights=not (config.prepare_only or served), code=config.trust_remote_code)
+    if served:
+        config = dataclasses.replace(config, name=config.model_name, method=method)
     config = dataclasses.replace(config, checkpoint=str(directory))
     model_config, tokenizer = read_checkpoint(config)
     from endprompt.distributed import say
     from endprompt.model.load import check_vocabulary
 
-    notes = [*check_vocabulary(model_config, tokenizer), *Reader(tokenizer).notes()]
-    if not config.prepare_only:
+    notes = [*([] if served else check_vocabulary(model_config, tokenizer)), *Reader(tokenizer).notes()]
+    if not (config.prepare_only or served):
         notes += check_model(config, model_config)
     for note in notes:
         say(note)
@@ -164,6 +170,10 @@ def load(
             trust_remote_code=config.trust_remote_code,
             **{**options, **extra},
         )
+    if config.backend == "server":
+        from benchmarks.scoring.server import ServerLM
+
+        return ServerLM(config, model_config.served, window_of(config, model_config), tokenizer)
     from benchmarks.scoring.hf import LongContextLM
     from endprompt.model.load import quiet
 

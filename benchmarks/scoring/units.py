@@ -80,7 +80,7 @@ def row(config: ScoreConfig, unit: Unit, scores: Sequence[float], settings: str)
         ci=kind,
         backend=config.backend,
         attn=config.attn if config.backend == "hf" else None,
-        dtype=config.dtype,
+        dtype=None if config.backend == "server" else config.dtype,
         run_sha256=settings,
         **({"answers": config.answers} if config.answers else {}),
         **unit.columns,

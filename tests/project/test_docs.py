@@ -113,6 +113,8 @@ ELSEWHERE = {
         "benchmarks/scoring/test_vllm.py",
         "benchmarks/scoring/test_vllm_engine.py",
     ),
+    "score extended --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
+    "score NAME --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
     "score extended --tasks all": (
         "needs RULER's own data",
         "benchmarks/scoring/test_run.py",

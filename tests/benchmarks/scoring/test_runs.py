@@ -104,7 +104,7 @@ def test_every_setting_is_an_ingredient_or_said_to_be_none():
 CHANGES = {
     "max_new_tokens": 13, "chat": True, "date": "2026-05-01", "template_args": "a=1", "trust_remote_code": True,
     "backend": "vllm", "backend_args": "x=1", "attn": "eager", "dtype": "bfloat16", "device": "cuda", "suite": "short",
-    "whole_answers": True, "edition": "2024",
+    "whole_answers": True, "edition": "2024", "url": "http://a/v1", "model": "m", "api": "chat",
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_every_ingredient_changes_the_hash_and_nothing_else_does(place):
 
     usual = digest()
     ingredients = {field.name for field in dataclasses.fields(fingerprint.Fingerprint)}
-    assert CHANGES.keys() == ingredients - {"checkpoint", "generator", "asked"}
+    assert CHANGES.keys() == ingredients - {"checkpoint", "generator", "asked", "served"}
     digests = [digest(**{name: value}) for name, value in CHANGES.items()]
     assert len({usual, *digests}) == len(CHANGES) + 1
     free = {"output": "o", "name": "n", "method": "m", "batch_size": 3, "samples": 7, "quiet": True, "overwrite": True}
