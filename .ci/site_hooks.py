@@ -32,6 +32,7 @@ NAV = {
     "index.md": "EndPrompt Lab",
     "install.md": "Installing",
     "training.md": "Training",
+    "library.md": "As a library",
     "scoring.md": "Scoring",
     "models.md": "Which models work",
     "parity.md": "Checked against the originals",

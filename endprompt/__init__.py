@@ -6,3 +6,7 @@ import os
 # OpenMP reads this when torch is imported; what the user has set stays.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
     os.environ["OMP_WAIT_POLICY"] = "passive"
+
+from endprompt.calls import extend, score, verify
+
+__all__ = ["extend", "score", "verify"]

@@ -197,11 +197,8 @@ def check(key: str, value: Any, holds: bool, rule: str) -> None:
         raise ValueError(f"{key} must be {rule}: {key}={value!r}")
 
 
-def check_config(config: ExtendConfig) -> None:
-    """Raises ValueError naming key, value and rule for what no run can use."""
-    for key in ("model", "output"):
-        if not getattr(config, key):
-            raise ValueError(f"{key} must be given: {key}=''")
+def check_values(config: ExtendConfig) -> None:
+    """The rules of single settings. Raises ValueError naming key, value and rule."""
     for key, names in ONE_OF.items():
         check(key, getattr(config, key), getattr(config, key) in names, f"one of {', '.join(filter(None, names))}")
     for key, least in AT_LEAST.items():
@@ -209,6 +206,14 @@ def check_config(config: ExtendConfig) -> None:
         check(key, value, value is None or value >= least, f"at least {least}")
     if prompts := prompt_names(config):
         check_names(prompts)
+
+
+def check_config(config: ExtendConfig) -> None:
+    """Raises ValueError naming key, value and rule for what no run can use."""
+    for key in ("model", "output"):
+        if not getattr(config, key):
+            raise ValueError(f"{key} must be given: {key}=''")
+    check_values(config)
     check("lr", config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0")
     check("decay", config.decay, 0 <= config.decay <= 1, "between 0 and 1")
     for key in ("beta1", "beta2"):

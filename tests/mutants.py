@@ -36,8 +36,15 @@ OBSERVABILITY = "analysis/observability.py"
 SUMMARY = "benchmarks/summary.py"
 METRICS = "benchmarks/longbench/metrics.py"
 TEXT = "endprompt/text.py"
+COLLATE = "endprompt/collate.py"
 #: (file, text, what it becomes, tests: folder/name below tests/, without test_)
 MUTANTS = [
+    # the schemes in other trainers
+    (COLLATE, "model.set_attn_implementation(name)", "pass", "endprompt/collate"),
+    (COLLATE, "model.set_submodule(path, made)", "pass", "endprompt/collate"),
+    (COLLATE, "setattr(module, key, value)", "pass", "endprompt/collate"),
+    (COLLATE, 'batch["weight_total"] = total', "pass", "endprompt/collate"),
+    (COLLATE, "weights._read = False", "weights._read = True", "endprompt/collate"),
     # what is given to vLLM
     (VLLM, 'kind in ("default", "linear", "llama3")', 'kind in ("default", "linear", "llama3", "dynamic")', "benchmarks/scoring/vllm"),
     (VLLM, 'int(parameters["original_max_position_embeddings"] * (parameters.get("factor") or 1))', "window", "benchmarks/scoring/vllm"),

@@ -181,8 +181,11 @@ class Rows:
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input_ids int64 (T,), position_ids int64 (T,), weights float32 (T,)) of one row."""
-        spec, rng = self.spec, sample_rng(self.spec.seed, index)
-        unit = self.unit(index)
+        return self.row_of(self.unit(index), sample_rng(self.spec.seed, index))
+
+    def row_of(self, unit: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`row` of one unit, with the draws of this generator."""
+        spec = self.spec
         question = self._question(unit) if isinstance(spec.prompt, Question) else 0
         choice = spec.prompt.choose(rng) if spec.prompt else 0
         b = question or (spec.prompt.length(choice) if spec.prompt else 0)
@@ -340,8 +343,8 @@ def prefetch(make: Callable[[int], Any], steps: Iterable[int], ahead: int = 4) -
         pool.shutdown(cancel_futures=True)
 
 
-def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBase) -> RowSpec:
-    """The rows that this configuration trains on."""
+def row_spec(config: ExtendConfig, window: int | None, tokenizer: PreTrainedTokenizerBase) -> RowSpec:
+    """The rows that this configuration trains on. window: their tokens by default; None for few that fit the prompt."""
     names = prompt_names(config)
     prompt = None
     if names:
@@ -354,7 +357,7 @@ def row_spec(config: ExtendConfig, window: int, tokenizer: PreTrainedTokenizerBa
     begin = Reader(tokenizer).begin
     by_sentences = config.scheme in BY_SENTENCE
     return RowSpec(
-        row_tokens=config.row_tokens or window,
+        row_tokens=config.row_tokens or window or 3 * (prompt.longest if prompt else 1) + len(begin),
         target=config.target,
         scheme=config.scheme,
         prompt=prompt,

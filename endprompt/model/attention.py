@@ -217,7 +217,9 @@ def _causal_block_mask(tokens: int, device: torch.device) -> Any:
 
 
 #: Keyword arguments of an attention function that change nothing about a causal row, whatever they hold ...
-HARMLESS = frozenset({"position_ids", "cache_position", "num_items_in_batch", "use_cache", "return_dict"})
+HARMLESS = frozenset(
+    {"position_ids", "cache_position", "num_items_in_batch", "use_cache", "return_dict", "loss_weights", "weight_total"}
+)
 
 #: ... and those that change nothing if they hold one of these.
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {

@@ -1,0 +1,107 @@
+"""The examples at tiny size: the losses of the first steps, and of what they save, are those of `endprompt extend`."""
+
+import importlib.util
+import json
+import random
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from endprompt import train
+from endprompt.config import ExtendConfig
+from endprompt.data import Rows, load_documents, row_spec
+from endprompt.model import load_config, load_model
+from tests.support.checkpoints import TARGET, WINDOW, WORDS
+from tests.support.runs import losses_of, weights_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """JSONL of 20 documents that each have room for one row of the window, and not for two."""
+    draw = random.Random(3)
+    path = tmp_path / "texts.jsonl"
+    lines = (" ".join(draw.choice(WORDS) for _ in range(99))[: draw.randint(145, 210)] for _ in range(20))
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def in_the_order_of_training(texts, config, tokenizer):
+    rows = Rows(load_documents([str(texts)], tokenizer), row_spec(config, WINDOW, tokenizer))
+    assert len(rows) == 20
+    lines = texts.read_text().splitlines()
+    path = texts.with_name("ordered.jsonl")
+    path.write_text("".join(lines[rows.unit(index)] + "\n" for index in range(20)))
+    return path
+
+
+def loaded(example):
+    found = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("example", "family", "scheme", "prompt", "weight", "scaling"),
+    [
+        ("loop", "Llama", "endprompt-random", "EP_3", 0.1, "yarn"),
+        pytest.param("trainer", "Llama", "endprompt", "EP_3", 0.1, "linear", marks=pytest.mark.slow),
+        pytest.param("trl_sft", "Llama", "endprompt", "EP_3", 1.0, "yarn", marks=pytest.mark.slow),
+        pytest.param("trl_sft", "Qwen3", "pose", "none", 1.0, "linear", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_weights_are_those_of_the_trainer(
+    checkpoints, texts, tokenizer, tmp_path, example, family, scheme, prompt, weight, scaling
+):
+    config = ExtendConfig(
+        model=str(checkpoints(family)),
+        data=[str(texts)],
+        output=str(tmp_path / "ours"),
+        target=TARGET,
+        scheme=scheme,
+        prompt=prompt,
+        prompt_weight=weight,
+        scaling=scaling,
+        **{"rows": 4, "steps": 5, "warmup": 0, "lr": 1e-3, "device": "cpu", "log_every": 1},
+    )
+    ours, theirs = train.extend(config), tmp_path / "theirs"
+    module = loaded(example)
+    options = {
+        **{"model": config.model, "data": in_the_order_of_training(texts, config, tokenizer), "output": theirs},
+        **{"target": TARGET, "row-tokens": WINDOW, "scheme": scheme, "prompt": prompt, "scaling": scaling},
+        **{"steps": 5, "lr": 1e-3, "rows": 4},
+    }
+    if example != "loop":  # micro-batches of a step
+        options |= {"rows": 2, "accumulate": 2}
+    losses = module.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
+    assert losses == pytest.approx(losses_of(ours), abs=2e-5)
+    assert load_config(theirs).rope_parameters == load_config(ours).rope_parameters
+    load_model(theirs)  # which compares loss and logits with transformers' own
+    expected = weights_of(ours)
+    for name, found in weights_of(theirs).items():
+        assert float((found - expected[name]).abs().max()) < 2e-4, name
+
+
+def test_axolotls_plugin_prepares_the_model_and_lays_rows_out(monkeypatch, llama, tokenizer):
+    """axolotl stands in as its plugin's base class and the arguments that it calls plugins and collators with."""
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = object
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
+    plugin = loaded("axolotl_plugin").EndPromptPlugin()
+    settings = {"scheme": "endprompt", "prompt": "EP_3", "target": TARGET, "scaling": "yarn"}
+    config = types.SimpleNamespace(endprompt=settings, sample_packing=False, eval_sample_packing=None)
+    model = load_model(llama)
+    plugin.pre_lora_load(config, model)
+    make, options = plugin.get_collator_cls_and_kwargs(config, is_eval=False)
+    batch = make(tokenizer, **({"return_tensors": "pt", "padding": True, "pad_to_multiple_of": 64} | options))(
+        [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}]
+    )
+    assert batch["position_ids"][0, -1] == TARGET - 1 and model.config.max_position_embeddings == TARGET
+    assert model(**batch).loss.isfinite()
+    config.sample_packing = True
+    with pytest.raises(ValueError, match="sample_packing must be false"):
+        plugin.get_collator_cls_and_kwargs(config)
