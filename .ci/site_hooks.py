@@ -33,6 +33,7 @@ NAV = {
     "install.md": "Installing",
     "training.md": "Training",
     "library.md": "As a library",
+    "talk.md": "Trying a checkpoint",
     "scoring.md": "Scoring",
     "models.md": "Which models work",
     "parity.md": "Checked against the originals",

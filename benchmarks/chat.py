@@ -136,7 +136,8 @@ def apply(tokenizer: Any, messages: Messages, day: datetime.date | None, **optio
             return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
         except Exception as error:  # whatever a template raises, or makes Jinja run into
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the tokenizer's chat template fails on one turn of a user: {first}") from error
+            turns = "one turn of a user" if len(messages) == 1 else f"turns of {', '.join(m['role'] for m in messages)}"
+            raise ValueError(f"the tokenizer's chat template fails on {turns}: {first}") from error
 
 
 @contextlib.contextmanager

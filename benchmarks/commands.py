@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import CardConfig, DemoConfig, FetchConfig, ReportConfig, TasksPathConfig
+from benchmarks.config import (
+    CardConfig,
+    ChatConfig,
+    DemoConfig,
+    FetchConfig,
+    GenerateConfig,
+    ReportConfig,
+    TasksPathConfig,
+)
 from benchmarks.lab.config import LabConfig
 from benchmarks.scoring import ScoreConfig
 
@@ -88,6 +96,22 @@ def fetch(config: FetchConfig) -> int | None:
 
     with going_on({}):
         return 0 if originals.fetch(config.suites, config.data_dir) else 1
+
+
+def generate(config: GenerateConfig) -> int | None:
+    """Ask a checkpoint about long texts, or let it continue them; greedy, written as it comes."""
+    from benchmarks import talk
+
+    talk.generate(config)
+    return None
+
+
+def chat(config: ChatConfig) -> int | None:
+    """Talk with a checkpoint, about files if some are given; its window, and what fills it, are said."""
+    from benchmarks import talk
+
+    talk.converse(config)
+    return None
 
 
 def report(config: ReportConfig) -> int | None:

@@ -217,11 +217,12 @@ def as_parsed(argv: list[str], config_type: type, recipes: dict[str, Path]) -> l
     """The arguments as jsonargparse reads them.
 
     `--save_every 5` and `--checkpoints.save_every 5` are `--save-every 5`, `--recipe NAME` is `--config FILE`. A bare
-    switch is true. The words of a list become one, `["a","b"]`; where the command has positional arguments a list takes
+    switch is true. The words of a list become one, `["a","b"]`; before the command's positional arguments a list takes
     one word only and does not swallow them.
     """
     hints = typing.get_type_hints(config_type)
     places = [field.name for field in dataclasses.fields(config_type) if is_positional(field)]
+    several = any(is_list(hints[name]) for name in places)
     out: list[str] = []
     words: list[str] = []
     rest = list(argv)
@@ -243,7 +244,7 @@ def as_parsed(argv: list[str], config_type: type, recipes: dict[str, Path]) -> l
             if not equals and rest and not rest[0].startswith("--") and name not in ("help", "print_config"):
                 out.append(rest.pop(0))
         else:
-            most = 1 if places or not is_list(hints[name]) else len(rest)
+            most = 1 if len(words) < len(places) or several or not is_list(hints[name]) else len(rest)
             given = [value] if equals else []
             while not equals and len(given) < most and rest and not rest[0].startswith("--"):
                 if hints[name] is bool and rest[0].lower() not in ("true", "false", "yes", "no"):

@@ -66,6 +66,10 @@ MUTANTS = [
     (ORIGINALS, "if sha256 and found != sha256", "if False", "benchmarks/originals"),
     (ORIGINALS, 'if version or (sha256 and held.get("sha256") == sha256)', "if part.is_file()", "benchmarks/originals"),
     (ORIGINALS, "known and sha256 not in known", "False", "benchmarks/originals"),
+    # a question about a long text
+    ("benchmarks/talk.py", "return self.window - self.new_tokens", "return self.window", "benchmarks/talk"),
+    ("benchmarks/talk.py", "self.kept = self.text[:first] + self.text[first + count :]", "self.kept = self.text[: len(self.text) - count]", "benchmarks/talk"),
+    (TEXT, "(bos in reader.lead(ids) and bos in ids)", "(bos in ids)", "benchmarks/chat_checks"),
     # what a prediction depends on
     ("benchmarks/scoring/compare.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
     (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),

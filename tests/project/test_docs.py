@@ -93,6 +93,7 @@ WALK = (
     "prepare --data a.",
     "plan --model CHECKPOINT",
     "extend --model",
+    "generate extended --file book.txt",
     "verify extended",
     "score extended --tasks niah",
     "score extended --show",
@@ -105,6 +106,8 @@ WALK = (
 ELSEWHERE = {
     "extend --recipe": ("needs a checkpoint of 8B", "endprompt/test_recipes.py", "endprompt/train/test_loop.py"),
     "fetch": ("needs the network", "benchmarks/test_originals.py"),
+    "chat extended": ("asks at the terminal", "benchmarks/test_talk.py"),
+    "generate extended --file report": ("another line's with other files", "benchmarks/test_talk.py"),
     "prepare --data hub:": ("needs the network", "endprompt/data/test_shards.py"),
     "score extended --suite short": ("needs the network", "benchmarks/scoring/test_short.py"),
     "score extended --chat": ("needs a chat template", "benchmarks/scoring/test_runs.py"),
@@ -169,10 +172,12 @@ def test_the_readme_from_extend_to_figures(tmp_path, monkeypatch, capsys):
     ruler_helpers.checkpoint(tmp_path / "CHECKPOINT")
     text = [{"text": ruler_helpers.STORY * 12} for _ in range(30)]
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    (tmp_path / "book.txt").write_text(ruler_helpers.STORY * 5)
     monkeypatch.chdir(tmp_path)
     small = {
         "prepare": ["--data", "documents.jsonl"],
         "extend": ["--target", "4096", "--steps", "2", "--rows", "2", "--device", "cpu", "--overwrite"],
+        "generate": ["--max-new-tokens", "8"],
         "verify": ["--pairs", "8", "--tokens", "64", "--target", "4096", "--formats", "png"],
         "score": ["--lengths", "1024", "--samples", "2", "--dtype", "float32", "--device", "cpu", "--quiet",
                   "--cache-dir", "cache", "--max-new-tokens", "8", "--shots", "0"],
