@@ -29,7 +29,7 @@ from paper_figures.averages import average, over_seeds
 NO_PARTS = ("states", "samples", "figures", "tensorboard", "wandb")
 DEPTH = 3
 #: Columns that tell rows of one method apart, in the order in which a name shows them.
-APART = ("target", "steps", "prompt_weight", "row_tokens", "chat", "backend", "dtype")
+APART = ("target", "steps", "prompt_weight", "row_tokens", "chat", "backend", "backend_args", "dtype")
 #: Further columns by which rows and predictions are told apart, each a plain value.
 SCALARS = ("index", "prompt_sha256", "samples_sha256", "run", "run_sha256", "base", "fold")
 #: In the place of a task: the mean over all of them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -37,6 +38,21 @@ class Complete:
         return model
 
 
+def check_adapter(model: Any, folder: Path) -> None:
+    """Raises ValueError if an adapter's weights are not those that it adds to the model: peft leaves others out."""
+    from peft import get_peft_model_state_dict
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"peft must be a folder with an adapter, adapter_model.safetensors: peft={str(folder)!r}")
+    with weights.open_tensors(path) as file:
+        stored = set(file.keys())
+    if other := sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
+        raise ValueError(
+            f"{folder}: the adapter is of another model: {len(other)} weights are on one side alone, such as {other[0]}"
+        )
+
+
 class LongContextLM(HFLM):
     """HFLM that generates greedily from unpadded prompts, last-position logits only.
 
@@ -59,6 +75,8 @@ class LongContextLM(HFLM):
             super()._create_model(*args, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = found
+        if adapter := kwargs.get("peft"):
+            check_adapter(self._model, Path(adapter))
 
     def get_model_info(self) -> dict[str, Any]:
         """Without asking the hub for a revision, which HFLM does even for local paths."""

@@ -82,7 +82,7 @@ def row(config: ScoreConfig, unit: Unit, scores: Sequence[float], settings: str)
         attn=config.attn if config.backend == "hf" else None,
         dtype=None if config.backend == "server" else config.dtype,
         run_sha256=settings,
-        **({"answers": config.answers} if config.answers else {}),
+        **{key: value for key in ("answers", "backend_args") if (value := getattr(config, key))},
         **unit.columns,
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 import endprompt
 from benchmarks import longbench, scoring
@@ -247,13 +248,28 @@ def test_damaged_file_is_read_or_named_in_one_line(name, tmp_path, capsys):
     assert refused > ROUNDS // 10 or name.startswith(("states", "documents.txt", "story", "run/")), refused
 
 
-CHECKPOINT = {"config.json": read_config, "tokenizer.json": read_tokenizer, "model.safetensors": read_weights}
+def read_generation(path: Path):
+    settings = scoring.ScoreConfig(str(path.parent), device="cpu", dtype="float32")
+    checkpoint.check_model(settings, model.load_config(path.parent))
+
+
+CHECKPOINT = {
+    "config.json": read_config,
+    "generation_config.json": read_generation,
+    "tokenizer.json": read_tokenizer,
+    "tokenizer_config.json": read_tokenizer,
+    "model.safetensors": read_weights,
+    "model.safetensors.index.json": read_weights,
+}
 
 
 @pytest.mark.parametrize("name", CHECKPOINT)
 def test_damaged_checkpoint_is_read_or_named_in_one_line(name, tmp_path, capsys):
     """As above; only the first bytes of the weights are damaged, their header: no hash protects the numbers."""
     path = make_checkpoint(tmp_path / "checkpoint") / name
+    if "index" in name:
+        AutoModelForCausalLM.from_pretrained(path.parent).save_pretrained(path.parent, max_shard_size="20KB")
+        path.with_name("model.safetensors").unlink()
     whole, draw, refused = path.read_bytes(), random.Random(name), 0
     for number in range(ROUNDS // 4):
         copy = damaged(whole[:2000], draw) + whole[2000:]

@@ -45,13 +45,17 @@ def stand_in(monkeypatch):
             self.llm_engine = types.SimpleNamespace(model_config=None)
 
         def generate(self, prompts, sampling_params, use_tqdm, lora_request):
-            assert use_tqdm is False and lora_request is None
+            assert use_tqdm is False and bool(lora_request) == bool(given.get("enable_lora"))
+            if lora_request and not hasattr(self.model, "peft_config"):
+                from peft import PeftModel
+
+                self.model = PeftModel.from_pretrained(self.model, lora_request[2])
             given["batches"].append(len(prompts))
             texts = []
             for prompt, sampling in zip(prompts, sampling_params, strict=True):
                 assert sampling.temperature == 0 and sampling.skip_special_tokens
                 ids = torch.tensor([prompt["prompt_token_ids"]])
-                made = self.model.generate(ids, max_new_tokens=sampling.max_tokens, do_sample=False)
+                made = self.model.generate(input_ids=ids, max_new_tokens=sampling.max_tokens, do_sample=False)
                 texts.append(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
             return [Output([Completion(text)]) for text in texts]
 
@@ -68,7 +72,7 @@ def stand_in(monkeypatch):
 
     module("vllm", LLM=LLM, SamplingParams=Sampling, TokensPrompt=dict)
     module("vllm.lora")
-    module("vllm.lora.request", LoRARequest=None)
+    module("vllm.lora.request", LoRARequest=lambda *names: names)
     module("vllm.renderers")
     module("vllm.renderers.hf", resolve_chat_template=lambda **_: None)
     module("vllm.tokenizers", get_tokenizer=tokenizer_of)

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -24,6 +25,9 @@ def config(checkpoint, output, **changes):
         cache_dir=str(checkpoint.parent / "cache"), dtype="float32", device="cpu", output=str(output), quiet=True,
     )  # fmt: skip
     return ScoreConfig(**{**settings, **changes})
+
+
+ONE = dict(tasks="niah_single_1", lengths="400", samples=3)
 
 
 @pytest.fixture
@@ -57,12 +61,58 @@ def test_its_answers_are_those_of_the_own_backend(stand_in, checkpoint, tmp_path
     assert stand_in["batches"] == [5, 5, 5, 5]  # all samples of a cell at once
     assert all((row["backend"], row["attn"]) == ("vllm", None) for row in made)
     score(config(checkpoint, tmp_path / "hf"))
+    assert predicted(tmp_path / "vllm") == predicted(tmp_path / "hf")
+    assert len(set(predicted(tmp_path / "hf").values())) > 5
 
-    def predicted(name):
-        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
-        return {(e["task"], e["index"]): e["prediction"] for e in map(json.loads, lines)}
 
-    assert predicted("vllm") == predicted("hf") and len(set(predicted("hf").values())) > 5
+@pytest.fixture(scope="module")
+def adapter(checkpoint):
+    """Folder of a LoRA adapter of random numbers, and the checkpoint with it merged."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = dict(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig(**options))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    folder, merged = checkpoint.parent / "adapter", shutil.copytree(checkpoint, checkpoint.parent / "merged")
+    made.save_pretrained(folder)
+    made.merge_and_unload().save_pretrained(merged)
+    return folder, merged
+
+
+def predicted(output):
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    return {(e["task"], e["index"]): e["prediction"] for e in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(("backend", "key"), [("hf", "peft"), ("vllm", "lora_local_path")])
+def test_answers_with_an_adapter_are_those_of_the_merged_checkpoint(
+    stand_in, checkpoint, adapter, tmp_path, backend, key
+):
+    folder, merged = adapter
+    arguments = f"{key}={folder}"
+    (row,) = score(config(checkpoint, tmp_path / "a", **ONE, backend=backend, backend_args=arguments))
+    score(config(merged, tmp_path / "merged", **ONE))
+    score(config(checkpoint, tmp_path / "base", **ONE))
+    assert predicted(tmp_path / "a") == predicted(tmp_path / "merged") != predicted(tmp_path / "base")
+    assert row["backend_args"] == arguments  # the row says that it is not the base's
+
+
+@pytest.mark.parametrize("change", ["lost", "more"])
+def test_an_adapter_of_another_model_is_refused(checkpoint, adapter, tmp_path, change):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapter[0], tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = min(weights)
+    weights[name.replace("layers.0", "layers.7")] = weights.pop(name) if change == "lost" else weights[name].clone()
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the adapter is of another model: [12] weights .* such as .*layers\."):
+        score(config(checkpoint, tmp_path / "out", **ONE, backend_args=f"peft={folder}"))
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(stand_in, checkpoint):
