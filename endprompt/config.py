@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from endprompt.files import read_object
 from endprompt.positions import PIECES, SCHEMES, WITH_PROMPT
 from endprompt.prompts import check_names
 
@@ -26,7 +27,9 @@ class ExtendConfig:
         overwrite: replace a finished output
 
     Data:
-        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards
+        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards; a mixture has a weight behind each,
+            books.jsonl:0.6 code:0.4, which are shares of the tokens
+        max_epochs: largest number of passes over any source; default no limit
         row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
         rows: rows of one step
         micro_rows: rows that go through the model at once; default all of a step
@@ -112,6 +115,7 @@ class ExtendConfig:
     overwrite: bool = False
 
     data: list[str] = dataclasses.field(default_factory=list)
+    max_epochs: float | None = None
     row_tokens: int | None = None
     rows: int = 64
     micro_rows: int | None = None
@@ -188,6 +192,7 @@ AT_LEAST = {
     **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles"), 0),
     **dict.fromkeys(("factor", "rows", "micro_rows", "steps", "tokens"), 1),
     **dict.fromkeys(("keep", "log_every", "lora_alpha", "eval_rows"), 1),
+    "max_epochs": 0,
     "row_tokens": 2,
 }
 
@@ -195,6 +200,43 @@ AT_LEAST = {
 def check(key: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(f"{key} must be {rule}: {key}={value!r}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of a mixture: a file or a shard, and its weight."""
+
+    path: str
+    weight: float
+
+
+def mixture(data: list[str]) -> list[Source]:
+    """The sources of a mixture, FILE:WEIGHT each, or the one that `prepare` made; empty if none has a weight.
+
+    What has such a name is a file. Raises ValueError for a weight that is not a finite number above 0, or if only some
+    sources have one.
+    """
+    if len(data) == 1 and (manifest := Path(data[0], "manifest.json")).is_file():
+        made = read_object(manifest).get("mixture", [])
+        return [Source(str(Path(data[0], one["shard"])), float(one["weight"])) for one in made]
+    parts = [(text, *text.rpartition(":")[::2]) for text in data]
+    weighted = [path and not Path(text).exists() and _is_number(weight) for text, path, weight in parts]
+    if not any(weighted):
+        return []
+    for (text, _, weight), known in zip(parts, weighted):
+        if not known:
+            raise ValueError(f"in a mixture every source has a weight, as in FILE:0.5: data={text!r}")
+        if not 0 < float(weight) < math.inf:
+            raise ValueError(f"a source's weight must be a finite number above 0: data={text!r}")
+    return [Source(path, float(weight)) for _, path, weight in parts]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def check_values(config: ExtendConfig) -> None:
@@ -214,6 +256,9 @@ def check_config(config: ExtendConfig) -> None:
         if not getattr(config, key):
             raise ValueError(f"{key} must be given: {key}=''")
     check_values(config)
+    mixture(config.data)
+    if mixture(config.eval_data):
+        raise ValueError(f"held-out text has no weights: eval_data={config.eval_data}")
     check("lr", config.lr, math.isfinite(config.lr) and config.lr > 0, "a finite number above 0")
     check("decay", config.decay, 0 <= config.decay <= 1, "between 0 and 1")
     for key in ("beta1", "beta2"):
@@ -298,7 +343,8 @@ class PrepareConfig:
     """Which documents become a token shard.
 
     Args:
-        data: JSONL, JSONL.gz, Parquet or text files, or hub:ID for a data set of the Hugging Face hub (streamed)
+        data: JSONL, JSONL.gz, Parquet or text files, or hub:ID for a data set of the Hugging Face hub (streamed); with
+            a weight behind each, books.jsonl:0.6 code.jsonl:0.4, they become a mixture, a shard a source
         output: directory of the shard; it appears when it is whole
         tokenizer: checkpoint whose tokenizer is used: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file
         hub_name: configuration of the hub's data set
@@ -306,7 +352,7 @@ class PrepareConfig:
         append_eos: end each document with the tokenizer's EOS token
         min_tokens: shorter documents are dropped, and counted
         max_tokens: longer documents are cut there, and counted; default no limit
-        max_documents: stop after so many; default all
+        max_documents: stop after so many of a mixture's source, or of all; default none
         overwrite: replace a finished output
     """
 
@@ -332,6 +378,7 @@ def check_prepare_config(config: PrepareConfig) -> None:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
         raise ValueError(f"max_tokens must not be below min_tokens={config.min_tokens}: max_tokens={config.max_tokens}")
+    mixture(config.data)
     check_output(config.output, config.overwrite, "manifest.json", "shard")
 
 

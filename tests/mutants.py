@@ -39,6 +39,9 @@ TEXT = "endprompt/text.py"
 COLLATE = "endprompt/collate.py"
 #: (file, text, what it becomes, tests: folder/name below tests/, without test_)
 MUTANTS = [
+    # mixtures
+    ("endprompt/data/mixture.py", "for n in (index, index + 1)", "for n in (index, index)", "endprompt/data/mixture"),
+    ("endprompt/data/mixture.py", "dataclasses.replace(spec, seed=seed)", "spec", "endprompt/data/mixture"),
     # the schemes in other trainers
     (COLLATE, "model.set_attn_implementation(name)", "pass", "endprompt/collate"),
     (COLLATE, "model.set_submodule(path, made)", "pass", "endprompt/collate"),

@@ -120,6 +120,11 @@ class Batch:
     weights: np.ndarray
 
 
+def stacked(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
+    """Rows of one length as a batch."""
+    return Batch(*(np.stack(parts) for parts in zip(*rows)))
+
+
 @dataclass
 class Rows:
     """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
@@ -171,6 +176,10 @@ class Rows:
     def __len__(self) -> int:
         """Number of units: rows of one pass."""
         return len(self._document)
+
+    @property
+    def sha256(self) -> str:
+        return self.documents.sha256
 
     def unit(self, index: int) -> int:
         epoch, place = divmod(index, len(self))
@@ -231,9 +240,7 @@ class Rows:
         """Rows first .. first + count - 1."""
         if self.spec.scheme == "contiguous" and not self.spec.lead:
             return self._contiguous_batch(first, count)
-        rows = [self.row(index) for index in range(first, first + count)]
-        ids, positions, weights = (np.stack(parts) for parts in zip(*rows))
-        return Batch(ids, positions, weights)
+        return stacked([self.row(index) for index in range(first, first + count)])
 
     def _contiguous_batch(self, first: int, count: int) -> Batch:
         """The same rows without a Python loop over them where a document is exactly one row long."""

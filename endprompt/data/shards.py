@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from endprompt.config import PrepareConfig, check_prepare_config
+from endprompt.config import PrepareConfig, check_prepare_config, mixture
 from endprompt.data.documents import HUB, Document, Documents, Joined, document_of, read_documents, tokenize, tokenized
 from endprompt.distributed import say
 from endprompt.files import aside, file_sha256, read_object, sha256_of, sole_use, sync_tree, write_text
@@ -146,7 +147,27 @@ def prepare(config: PrepareConfig) -> Path:
     """Write one shard; returns its directory. Raises ValueError naming key, value and rule."""
     check_prepare_config(config)
     with sole_use(config.output):
-        return write(config)
+        return write_mixture(config) if mixture(config.data) else write(config)
+
+
+def write_mixture(config: PrepareConfig) -> Path:
+    """A shard for each source, and a manifest that holds their weights."""
+    output, made = Path(config.output), []
+    work = aside(output)
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        for place, source in enumerate(mixture(config.data)):
+            shard = f"{place:02d}"
+            write(dataclasses.replace(config, data=[source.path], output=str(work / shard)))
+            made.append({"shard": shard, "source": source.path, "weight": source.weight})
+        write_text(work / "manifest.json", json.dumps({"mixture": made}, indent=2) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(work, output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return output
 
 
 def write(config: PrepareConfig) -> Path:
@@ -198,9 +219,9 @@ def write(config: PrepareConfig) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         raise
     say(
-        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name}); dropped {dropped:,} "
-        f"documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens); cut {cut:,} documents "
-        f"({cut_tokens:,} tokens)"
+        f"{', '.join(config.data)}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name}); "
+        f"dropped {dropped:,} documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens); cut {cut:,} "
+        f"documents ({cut_tokens:,} tokens)"
     )
     return output
 

@@ -158,7 +158,7 @@ class Trainer:
         about = {
             "config": identity(self.config),
             "checkpoint": self.source,
-            "documents": self.rows.documents.sha256,
+            "documents": self.rows.sha256,
             "seconds": self.seconds,
             "guard": vars(self.guard),
             "loss": self.last_loss,

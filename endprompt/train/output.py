@@ -136,7 +136,7 @@ def check_identity(config: ExtendConfig, rows: Rows, source: dict[str, Any], abo
                 f"resume needs the checkpoint that the run was started with, and model={config.model!r} has changed: "
                 f"{key}={source[key]!r}, the state has {known[key]!r}"
             )
-    if about.get("documents") != rows.documents.sha256:
+    if about.get("documents") != rows.sha256:
         raise ValueError(f"resume needs the documents that the run was started with: data={config.data} have changed")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from endprompt import distributed, origin
 from endprompt.config import ExtendConfig, check_processes, method_name
-from endprompt.data import Rows, RowSpec, encoder
+from endprompt.data import Mixture, Rows, RowSpec, encoder
 from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
@@ -51,30 +51,36 @@ def run(start: Checkpoint) -> Path:
         about_weights = start.check_weights()
         for note in about_weights:
             say(f"{config.model}: {note}", here)
-        for path in (*config.data, *config.eval_data):  # what takes no time first, then the model, then the data
+        for path in (*start.paths, *config.eval_data):  # what takes no time first, then the model, then the data
             if not Path(path).is_dir():
                 data_file(path)
         with determinism.repeatable(config.deterministic):
             model = start.to_fill() if here.size > 1 else start.load(here.device)
             loss = objective_of(config, model, here)
-            rows = Rows(start.documents(config.data), spec)
+            rows, steps = start.rows(), total_steps(config, spec.row_tokens)
             if len(rows) < config.rows:
                 raise ValueError(
                     f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped "
                     f"{rows.dropped} shorter ones), rows={config.rows}: data={config.data}"
                 )
+            taken = check_epochs(config, rows, steps * config.rows)
             check_tokens(rows.row(0)[0], start.model_config, tokenizer, "the end prompt or BOS")
             evaluation = held_out(start)
             state = output.resume(rows, source)
             with output.resumable():
                 log = RunDirectory(output.work, config) if here.main else None
-                steps = total_steps(config, spec.row_tokens)
                 say(
                     f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; "
                     f"dropped {rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated "
                     f"{rows.truncated_tokens:,} tokens",
                     here,
                 )
+                for one in taken:
+                    say(
+                        f"{one['source']}: {one['share']:.2%} of the tokens, {one['rows']:,} rows, {one['epochs']:.2f} "
+                        f"epochs; dropped {one['documents_dropped']:,} shorter documents",
+                        here,
+                    )
                 trainer = Trainer(config, model, rows, steps, log, here, loss)
                 trainer.evaluation, trainer.notes, trainer.source = evaluation, about_weights, source
                 distributed.by_main(here, lambda: check_end(trainer, start, output, dtype))
@@ -88,6 +94,19 @@ def run(start: Checkpoint) -> Path:
                 if trainer.stopped:  # at its last step: what called this run is to stop
                     raise KeyboardInterrupt
                 return output.path
+
+
+def check_epochs(config: ExtendConfig, rows: Rows | Mixture, needed: int) -> list[dict[str, Any]]:
+    """What the run takes of each source of a mixture. Raises ValueError if one of them would be read too often."""
+    taken = rows.record(needed) if isinstance(rows, Mixture) else []
+    counts = [(one["source"], one["epochs"]) for one in taken] or [(config.data, needed / len(rows))]
+    for source, epochs in counts:
+        if config.max_epochs is not None and epochs > config.max_epochs:
+            raise ValueError(
+                f"a source runs dry: the run takes {epochs:.2f} passes over it, max_epochs={config.max_epochs}: "
+                f"data={source!r}"
+            )
+    return taken
 
 
 def check_end(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> None:
@@ -151,6 +170,7 @@ def record_of(trainer: Trainer, window: int) -> dict[str, Any]:
         "steps": trainer.steps,
         "tokens": trainer.steps * config.rows * spec.row_tokens,
         "weights": trainer.notes,
+        "mixture": rows.record(trainer.steps * config.rows) if isinstance(rows, Mixture) else [],
         "documents_dropped": rows.dropped,
         "tokens_dropped": rows.dropped_tokens,
         "tokens_truncated": rows.truncated_tokens,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endprompt.config import ExtendConfig, check_config
-from endprompt.data import Documents, RowSpec, load_documents
+from endprompt.config import ExtendConfig, check_config, mixture
+from endprompt.data import Documents, Mixture, Rows, RowSpec, load_documents
 from endprompt.data.rows import row_spec
 from endprompt.distributed import say
 from endprompt.model import (
@@ -55,6 +55,17 @@ class Checkpoint:
     def to_fill(self) -> PreTrainedModel:
         """The model for several processes: its weights on meta, each process will read its share of them."""
         return shares.model_to_fill(self.config.model, **self.options)
+
+    @property
+    def paths(self) -> list[str]:
+        """What is trained on, without its weights."""
+        return [source.path for source in mixture(self.config.data)] or self.config.data
+
+    def rows(self) -> Rows | Mixture:
+        """The rows of the run, of a mixture where the sources have weights."""
+        if sources := mixture(self.config.data):
+            return Mixture(sources, lambda path: self.documents([path]), self.spec)
+        return Rows(self.documents(self.config.data), self.spec)
 
     def documents(self, paths: list[str]) -> Documents:
         """What is trained or evaluated on. Raises ValueError if the model has no embedding for one of its tokens."""

@@ -104,6 +104,8 @@ WALK = (
 )
 #: Commands that are not run as they stand, why, and the tests that run what they are made of.
 ELSEWHERE = {
+    "prepare --data books.jsonl:": ("needs the reader's own data", "endprompt/data/test_mixture.py"),
+    "extend --data mix": ("needs the reader's own data", "endprompt/data/test_mixture.py"),
     "extend --recipe": ("needs a checkpoint of 8B", "endprompt/test_recipes.py", "endprompt/train/test_loop.py"),
     "fetch": ("needs the network", "benchmarks/test_originals.py"),
     "chat extended": ("asks at the terminal", "benchmarks/test_talk.py"),
