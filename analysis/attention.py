@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 #: Queries of a row, from the second half of the text.
-QUERIES = 16
+QUERIES = 8
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,30 @@ class Frame:
     def tensor(self, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(values), device=self.device).to(dtype)
 
-    def rows(self, layer: Any, factor: float) -> Rows:
-        """layer: `capture.LayerSpectra` of `capture_tokens`. factor: the attention factor, 1.0 to leave it out."""
+    def rows(self, layer: Any, *factors: float) -> list[Rows]:
+        """layer: `capture.LayerSpectra` of `capture_tokens`. factors: attention factors, rows for each; 1.0 is none."""
         q_HTn, k_GTn = (self.tensor(x, torch.complex64) for x in (layer.q, layer.k))
         rest_q, rest_k = (self.tensor(x, torch.float32) for x in (layer.still_q, layer.still_k))
         q_HQn = q_HTn[:, self.query] * self.turn_Nn[self.place]
         k_GNn = k_GTn[:, self.key] * self.turn_Nn
-        q = torch.cat([factor**2 * torch.view_as_real(q_HQn).flatten(-2), rest_q[:, self.query]], -1)
-        k = torch.cat([torch.view_as_real(k_GNn).flatten(-2), rest_k[:, self.key]], -1)
-        groups = k.shape[0]
-        logits = layer.scaling * (q.unflatten(0, (groups, -1)).flatten(1, 2) @ k.mT)
-        logits = logits.view(q.shape[0], self.query.numel(), -1)
+        score = grouped(torch.view_as_real(q_HQn).flatten(-2), torch.view_as_real(k_GNn).flatten(-2))
+        rest = grouped(rest_q[:, self.query], rest_k[:, self.key]) if rest_q.shape[-1] else None
         behind = torch.arange(self.key.numel(), device=self.device) > self.place[:, None]
-        logp = torch.log_softmax(logits.masked_fill_(behind, -torch.inf), -1)
-        p = logp.exp()
-        entropy = -(p * logp.masked_fill_(behind, 0.0)).sum(-1).mean(-1)
-        return Rows(p, entropy.double().cpu().numpy(), p[..., 0].mean(-1).double().cpu().numpy())
+        made = []
+        for factor in factors:
+            logits = score * (factor**2 * layer.scaling)
+            if rest is not None:
+                logits += layer.scaling * rest
+            p = torch.softmax(logits.masked_fill_(behind, -torch.inf), -1)
+            entropy, sink = torch.special.entr(p).sum(-1).mean(-1), p[..., 0].mean(-1)
+            made.append(Rows(p, entropy.double().cpu().numpy(), sink.double().cpu().numpy()))
+        return made
+
+
+def grouped(q_HQm: torch.Tensor, k_GNm: torch.Tensor) -> torch.Tensor:
+    """Products of each head's queries with the keys of its group, [H, Q, N]."""
+    groups = k_GNm.shape[0]
+    return (q_HQm.unflatten(0, (groups, -1)).flatten(1, 2) @ k_GNm.mT).view(*q_HQm.shape[:2], -1)
 
 
 def moved(before: Rows, after: Rows) -> np.ndarray:

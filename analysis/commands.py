@@ -1,10 +1,10 @@
-"""The commands of this package, `endprompt verify` and `endprompt positions`; the work is imported when called."""
+"""The commands of this package, `endprompt verify`, `predict` and `positions`; the work is imported when called."""
 
 from __future__ import annotations
 
 import sys
 
-from analysis.config import PositionsConfig, VerifyConfig
+from analysis.config import PositionsConfig, PredictConfig, VerifyConfig
 
 
 def verify(config: VerifyConfig) -> int:
@@ -16,6 +16,13 @@ def verify(config: VerifyConfig) -> int:
     print("all bounds hold" if report.holds else "A CERTIFIED BOUND IS VIOLATED: see the rows")
     print(f"rows and pictures: {config.output}", file=sys.stderr)
     return 0 if report.holds else 1
+
+
+def predict(config: PredictConfig) -> None:
+    """Compare scalings and schemes for a target on a checkpoint's own weights, before any training."""
+    from analysis import predict as work
+
+    print(work.report(config))
 
 
 def positions(config: PositionsConfig) -> None:

@@ -61,7 +61,7 @@ class PredictConfig:
 
     Args:
         checkpoint: directory of the model, a hub's ORG/NAME (@REVISION), or a GGUF file.
-        target: window L in tokens that it is to be extended to.
+        target: window L in tokens that it is to be extended to (must be given).
         window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
         prompt: tokens of the end prompt of the schemes that have one.
         text: a text file to read (default: the sample that ships with the package).
@@ -74,7 +74,7 @@ class PredictConfig:
     """
 
     checkpoint: str
-    target: int
+    target: int = 0
     window: int | None = None
     prompt: int = 20
     text: str | None = None

@@ -50,8 +50,7 @@ def base_bounds(target: int, layers: int, coherence: float, precision: float) ->
 
 def gap_error(
     omega: np.ndarray,
-    counts: np.ndarray | None,
-    tokens: int,
+    rows: tuple[np.ndarray, int] | None,
     gap: Intervals,
     noise: float,
     pretraining: tuple[np.ndarray, int] | None = None,
@@ -59,13 +58,13 @@ def gap_error(
 ) -> float:
     """Predicted error of the score in the gap, in units of its own root mean square; the average case of README.md.
 
-    counts: pairs of a row at each distance, of which `tokens` observations are made; None for no training. pretraining:
-    (theta, L0): the distances 0..L0-1 as observations at those frequencies, with the same coefficients. prior: energies
-    [n], scaled to a score of mean square 1; None for the same energy at each frequency.
+    rows: (Gram matrix of a row's pairs, number of observations), None for no training. pretraining: (theta, L0), the
+    distances 0..L0-1 as observations at those frequencies, with the same coefficients. prior: energies [n], scaled to a
+    score of mean square 1; None for the same energy at each frequency.
     """
     weighted, number = np.zeros((2 * omega.size,) * 2), 0
-    if counts is not None:
-        weighted, number = tokens * observability.gram_weighted(omega, counts), tokens
+    if rows is not None:
+        weighted, number = rows[1] * rows[0], rows[1]
     if pretraining is not None:
         theta, window = pretraining
         weighted = weighted + window * observability.gram(theta, [(0, window - 1)])

@@ -24,6 +24,7 @@ FIGURES = (
     "longbench_bars",
     "cost",
     "smoothness_against_score",
+    "measure_against_score",
     "lab_scores",
     "score_against_steps",
     "loss_by_position",

@@ -181,7 +181,7 @@ MUTANTS = [
     ("analysis/capture.py", "first = np.flatnonzero((moved > 0).any(1))", "first = np.flatnonzero((moved < 0).any(1))", "analysis/verify"),
     ("analysis/capture.py", "factor[..., None] * (before", "(before", "analysis/verify"),
     ("analysis/capture.py", "k=layer.k[:, ::-1]", "k=layer.k", "analysis/verify"),
-    ("analysis/attention.py", "factor**2 * torch", "factor * torch", "analysis/measures"),
+    ("analysis/attention.py", "factor**2 * layer", "factor * layer", "analysis/measures"),
     ("analysis/attention.py", "integers(1, tokens, length", "integers(0, tokens, length", "analysis/measures"),
     ("analysis/measures.py", "np.mod(angle - omega * lo,", "np.mod(angle + omega * lo,", "analysis/measures"),
     ("analysis/measures.py", "np.sqrt(2 * share(energy, _turned(theta - omega", "np.sqrt(share(energy, _turned(theta - omega", "analysis/measures"),

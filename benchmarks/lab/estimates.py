@@ -141,12 +141,12 @@ def rank_correlation(
     total, weight = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     value, arms = 0.0, 0
     for group in members.values():
-        whole = _spearman(predictor[group][None], scores[group].mean(axis=1)[None])[0]
+        whole = spearman(predictor[group][None], scores[group].mean(axis=1)[None])[0]
         if len(group) < 3 or np.isnan(whole):
             continue
         value, arms = value + len(group) * whole, arms + len(group)
         picks = np.asarray(group)[rng.integers(0, len(group), (RESAMPLES, len(group)))]
-        drawn = _spearman(predictor[picks], np.take_along_axis(resampled, picks, axis=1))
+        drawn = spearman(predictor[picks], np.take_along_axis(resampled, picks, axis=1))
         found = ~np.isnan(drawn)
         total[found] += len(group) * drawn[found]
         weight[found] += len(group)
@@ -157,7 +157,7 @@ def rank_correlation(
     return Correlation(value, min(float(low), value), max(float(high), value), arms)
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlation of each row [rows, arms]; NaN where a row does not vary."""
     a, b = stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)

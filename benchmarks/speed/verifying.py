@@ -1,9 +1,9 @@
-"""Seconds of `endprompt verify` on random weights of a model's shape.
+"""Seconds of `endprompt verify` and of `endprompt predict` on random weights of a model's shape.
 
     python -m benchmarks.speed.verifying --model llama3-8b --device cuda --out runs/verify-speed.jsonl
 
 The checkpoint is written first, in bfloat16, and not counted. Each run is whole, from loading the weights to the
-pictures; the first one also sets up libraries and kernels. A row for each run.
+pictures or the table; the first one also sets up libraries and kernels. A row for each run of each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from analysis.config import VerifyConfig
+from analysis import predict
+from analysis.config import PredictConfig, VerifyConfig
 from analysis.verify import verify
 from benchmarks.speed.measure import say, speed_rows, timed
 from endprompt.model import load_tokenizer, new_model
@@ -22,7 +23,7 @@ from endprompt.shapes import SHAPES, model_config
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure the speed of verify.")
+    parser = argparse.ArgumentParser(description="Measure the speed of verify and predict.")
     parser.add_argument("--out", type=Path, default=Path("runs/verify-speed.jsonl"))
     parser.add_argument("--model", default="llama3-8b", choices=sorted(SHAPES))
     parser.add_argument("--target", type=int, default=65_536)
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> None:
             about |= {"length": args.target, "n": heads, "run": run, "holds": report.holds, "dtype": "bfloat16"}
             args.out.parent.mkdir(parents=True, exist_ok=True)
             append_rows(args.out, speed_rows({"seconds": seconds}, **about))
+            measured = PredictConfig(folder, args.target, dtype="bfloat16", device=args.device)
+            seconds, _ = timed(args.device, partial(predict.report, measured))
+            say(f"predict, {args.model}, {heads} heads, target {args.target:,}, run {run}: {seconds:.1f} s")
+            del about["holds"]
+            append_rows(args.out, speed_rows({"seconds": seconds}, **about | {"task": "predict"}))
 
 
 if __name__ == "__main__":

@@ -106,19 +106,19 @@ def test_gap_error_is_the_tables(scaling, alone, with_prompt):
     for lo, hi in observed:
         counts[lo : hi + 1] = 1
     pretraining = theta, 8192
-    assert measures.gap_error(omega, None, 0, gap, 0.1, pretraining) == pytest.approx(alone, abs=0.006)
-    assert measures.gap_error(omega, counts, int(counts.sum()), gap, 0.1, pretraining) == pytest.approx(
-        with_prompt, abs=0.006
-    )
-    assert measures.gap_error(omega, None, 0, gap, 0.1) == pytest.approx(1, abs=0.05)  # all of a score of size 1
+    assert measures.gap_error(omega, None, gap, 0.1, pretraining) == pytest.approx(alone, abs=0.006)
+    assert measures.gap_error(
+        omega, (observability.gram_weighted(omega, counts), int(counts.sum())), gap, 0.1, pretraining
+    ) == pytest.approx(with_prompt, abs=0.006)
+    assert measures.gap_error(omega, None, gap, 0.1) == pytest.approx(1, abs=0.05)  # all of a score of size 1
 
 
 def test_energies_are_the_prior_of_the_gap():
     """All energy at a frequency that pretraining saw in full leaves next to nothing; at a slow one, what it is wide."""
     omega = np.array([1.0, 1e-3])
-    fast, slow = (measures.gap_error(omega, None, 0, [(2000, 2100)], 0.1, (omega, 100), e) for e in np.eye(2))
+    fast, slow = (measures.gap_error(omega, None, [(2000, 2100)], 0.1, (omega, 100), e) for e in np.eye(2))
     assert fast < 0.02 < slow
-    assert measures.gap_error(omega, None, 0, [(2000, 2100)], 0.1, None, np.array([0.0, 5.0])) == pytest.approx(1)
+    assert measures.gap_error(omega, None, [(2000, 2100)], 0.1, None, np.array([0.0, 5.0])) == pytest.approx(1)
 
 
 def test_bounds_of_the_base():
@@ -144,7 +144,7 @@ def test_rows_longer_than_the_text_by_the_plain_sum():
     frame = attention.Frame(omega, 6, length)
     content = attention.keys_of_row(6, length)
     assert content[0] == 0 and list(content[-5:]) == [1, 2, 3, 4, 5] and 0 not in content[1:]
-    rows = frame.rows(layer, factor)
+    (rows,) = frame.rows(layer, factor)
     assert frame.query.tolist() == [3, 4, 5]
     for head in range(4):
         entropies = []

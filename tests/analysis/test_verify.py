@@ -514,7 +514,7 @@ def test_a_row_as_long_as_its_text_is_the_models_own(checkpoint, family):
     omega, factor = geometry.frequencies(40)
     frame = attention.Frame(omega, 40, 40)
     for layer in found:
-        rows = frame.rows(layer, factor)
+        (rows,) = frame.rows(layer, factor)
         np.testing.assert_allclose(rows.p, weights[layer.layer][0][:, frame.query], atol=2e-5)
 
 

@@ -62,5 +62,6 @@ def test_verify_is_timed_on_every_head_of_the_shape(tmp_path, monkeypatch):
     ]
     verifying.main(command)
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert [(row["run"], row["n"], row["holds"]) for row in rows] == [(0, 8, True)]
+    told = [(row["task"], row["run"], row["n"], row.get("holds")) for row in rows]
+    assert told == [(task, run, 8, holds) for run in (0, 1) for task, holds in (("verify", True), ("predict", None))]
     assert all(0 < row["value"] < 600 and row["length"] == 256 for row in rows)

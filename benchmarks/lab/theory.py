@@ -1,0 +1,299 @@
+"""The theory held to the scores: do measures of a scaling and a scheme, taken before training, say which arm works?
+
+    python -m benchmarks.lab.theory --lab ROWS --study ROWS --study-model CHECKPOINT --output predict.jsonl
+
+Each arm of a lab's rows has the measures of `analysis.predict` on its base, and its score: the mean over tasks and
+training seeds at the target. What is chosen (a measure's sign, the best pair, a calibration) is chosen on the settings
+CHOSEN alone; the lab's other settings and the study's arms are what it is tested on. All measures are reported.
+
+- Rank correlation (Spearman; Kendall's tau beside it) inside a setting (base and target), averaged by its arms, with a
+  95% interval over drawn arms.
+- p: permutation test, one-sided in the direction of the chosen half, the larger of two: arms change places inside a
+  setting; whole scalings do, an arm taking the measure of the same scheme under the other scaling if there is one. Arms
+  of one scaling are much alike, so few exchanges are left: 36 on the other half, 24 on the study.
+- error: mean distance in points of the score from its prediction, isotonic in one measure, a straight line in two,
+  beside that of the chosen half's mean.
+- ceiling: what a measure of the scaling alone could reach, the mean score of each scaling's own arms.
+- Two candidates go to the test: the best single measure and the best pair of the chosen half. One holds if its
+  correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. All other
+  measures are reported beside them, without a claim.
+
+Left out: arms whose pairs `pair_counts` does not know (schemes that are no longer there, other numbers of pieces), and
+shifted sparse attention, which no measure is about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import optimize, stats
+
+from analysis import observability, predict
+from analysis.config import PredictConfig
+from benchmarks.lab import estimates
+from benchmarks.lab.arms import Arm, arms_of
+from benchmarks.lab.matrix import BASES
+from endprompt.results import read_rows, result_row, write_rows
+from endprompt.runs import git_revision
+
+#: (base, fold) of the half that everything is chosen on; the lab's others are the other half.
+CHOSEN = (("256", 8), ("512", 32))
+PERMUTATIONS = 4000
+#: Tokens of the text, or the window if that is shorter.
+TOKENS = 1024
+SETS = ("chosen", "other", "study")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One arm at its target. scheme: of its rows, None if it was not trained. values: of every measure."""
+
+    arm: Arm
+    target: int
+    scheme: str | None
+    score: float
+    values: dict[str, float]
+
+    @property
+    def setting(self) -> tuple[str, int]:
+        return self.arm.base, self.target
+
+    @property
+    def half(self) -> str:
+        if self.arm.base not in ("256", "512"):
+            return "study"
+        return "chosen" if (self.arm.base, self.target // self.arm.window) in CHOSEN else "other"
+
+
+def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str]) -> list[Case]:
+    """The arms that can be measured, each base read once a target. checkpoints: base -> directory."""
+    layouts = {(str(r["base"]), r["arm"], r["target"]): r for r in rows if r["suite"] == "ruler"}
+    found = []
+    arms = arms_of(rows)
+    targets = sorted({(arm.base, arm.target) for arm in arms if (arm.kind, arm.scaling) != ("base", "none")})
+    for base, target in targets:
+        mine = [arm for arm in arms if arm.base == base and target in arm.scores and known(arm)]
+        mine = [arm for arm in mine if arm.target == target or (arm.kind, arm.scaling) == ("base", "none")]
+        names = [name for name in predict.SCALINGS if any(arm.scaling == name for arm in mine)]
+        reading = predict.read(PredictConfig(checkpoints[base], target, tokens=TOKENS), names)
+        fixed = {name: reading.of_scaling(name) for name in names}
+        by_layout: dict[Any, dict[str, float]] = {}
+        for arm in mine:
+            scheme, counts, size = None, None, 0
+            if arm.kind != "base":
+                row = layouts[base, arm.name, target]
+                scheme, size, prompt = row["scheme"], row["row_tokens"], row["prompt_tokens"]
+                key = (arm.scaling, scheme, size, prompt)
+                if key not in by_layout:
+                    count = row["anchors"] or 4
+                    counts = observability.pair_counts(scheme, size - prompt, prompt, target, count=count)
+                    by_layout[key] = reading.of_scheme(arm.scaling, counts, size)
+            else:
+                key = (arm.scaling,)
+                by_layout.setdefault(key, reading.of_scheme(arm.scaling, None, 0))
+            found.append(Case(arm, target, scheme, arm.mean(target), fixed[arm.scaling] | by_layout[key]))
+    return found
+
+
+def known(arm: Arm) -> bool:
+    scheme = arm.kind.rstrip("0123456789") if arm.kind.startswith("anchors") else arm.kind
+    return scheme in (*observability.SCHEMES, "base", "full")
+
+
+# --- the test ---------------------------------------------------------------------------------------------------------
+
+
+def correlation(x: np.ndarray, cases: Sequence[Case], inside_scaling: bool = False) -> estimates.Correlation | None:
+    """Spearman's of x with the score inside each setting, or each setting and scaling."""
+    groups = [(*case.setting, case.arm.scaling if inside_scaling else "") for case in cases]
+    return estimates.rank_correlation(x, np.array([[case.score] for case in cases]), groups)
+
+
+def part(x: np.ndarray, cases: Sequence[Case]) -> list[float] | None:
+    """The correlation among the trained arms."""
+    chosen = [i for i, case in enumerate(cases) if case.scheme]
+    found = correlation(x[chosen], [cases[i] for i in chosen])
+    return None if found is None else list(found)
+
+
+def kendall(x: np.ndarray, cases: Sequence[Case]) -> float:
+    found = []
+    for setting in sorted({case.setting for case in cases}):
+        members = [i for i, case in enumerate(cases) if case.setting == setting]
+        tau = stats.kendalltau(x[members], [cases[i].score for i in members]).statistic
+        if len(members) >= 3 and not np.isnan(tau):
+            found.append((float(tau), len(members)))
+    return sum(tau * n for tau, n in found) / max(sum(n for _, n in found), 1)
+
+
+def p_value(x: np.ndarray, cases: Sequence[Case], sign: float, seed: int = 0) -> float:
+    """One-sided permutation test of the correlation, the larger p of two exchanges: of arms, and of whole scalings."""
+    rng = np.random.default_rng([seed, len(cases)])
+    scores = np.array([case.score for case in cases])
+    total, value = np.zeros((2, PERMUTATIONS)), 0.0
+    for setting in sorted({case.setting for case in cases}):
+        members = np.array([i for i, case in enumerate(cases) if case.setting == setting])
+        own, y = x[members], scores[members]
+        if len(members) < 3 or np.ptp(own) == 0 or np.ptp(y) == 0:
+            continue
+        drawn = (
+            rng.permuted(np.tile(own, (PERMUTATIONS, 1)), axis=1),
+            exchanged(own, [cases[i] for i in members], rng),
+        )
+        for place, values in enumerate(drawn):
+            total[place] += len(members) * np.nan_to_num(estimates.spearman(values, np.tile(y, (PERMUTATIONS, 1))))
+        value += len(members) * float(estimates.spearman(own[None], y[None])[0])
+    reached = (sign * total >= sign * value - 1e-9).sum(axis=1)
+    return float((1 + reached.max()) / (1 + PERMUTATIONS))
+
+
+def exchanged(x: np.ndarray, cases: Sequence[Case], rng: np.random.Generator) -> np.ndarray:
+    """x of one setting with its scalings exchanged at random, [PERMUTATIONS, arms]."""
+    names = sorted({case.arm.scaling for case in cases})
+    takes = np.empty((len(names), len(cases)))  # [scaling, arm]: what an arm takes from it
+    for i, name in enumerate(names):
+        there = [j for j, case in enumerate(cases) if case.arm.scaling == name]
+        for k, case in enumerate(cases):
+            same = [j for j in there if cases[j].scheme == case.scheme]
+            takes[i, k] = x[rng.choice(same or there)] if case.arm.scaling != name else x[k]
+    own = np.array([names.index(case.arm.scaling) for case in cases])
+    place = rng.permuted(np.tile(np.arange(len(names)), (PERMUTATIONS, 1)), axis=1)[:, own]
+    return takes[place, np.arange(len(cases))]
+
+
+class Line:
+    """A prediction of the score fitted on the chosen half: isotonic in one measure, a straight line in two."""
+
+    def __init__(self, names: Sequence[str], cases: Sequence[Case]):
+        self.names = tuple(names)
+        x, y = self.of(cases), np.array([case.score for case in cases])
+        self.mean = float(y.mean())
+        if len(names) == 1:
+            found = correlation(x[:, 0], cases)
+            self.sign = 1.0 if found is None or found.value >= 0 else -1.0
+            order = np.argsort(self.sign * x[:, 0], kind="stable")
+            at, first = np.unique(self.sign * x[order, 0], return_index=True)
+            means = np.array([part.mean() for part in np.split(y[order], first[1:])])
+            weights = np.diff([*first, len(y)])
+            self.at, self.value = at, optimize.isotonic_regression(means, weights=weights).x
+        else:
+            self.centre, self.scale = x.mean(0), np.maximum(x.std(0), 1e-12)
+            design = np.column_stack([(x - self.centre) / self.scale, np.ones(len(x))])
+            self.slope = np.linalg.lstsq(design, y, rcond=None)[0]
+            self.sign = 1.0
+
+    def of(self, cases: Sequence[Case]) -> np.ndarray:
+        return np.array([[case.values[name] for name in self.names] for case in cases])
+
+    def __call__(self, cases: Sequence[Case]) -> np.ndarray:
+        x = self.of(cases)
+        if len(self.names) == 1:
+            return np.interp(self.sign * x[:, 0], self.at, self.value)
+        return np.clip((x - self.centre) / self.scale @ self.slope[:-1] + self.slope[-1], 0, 100)
+
+    def ranking(self, cases: Sequence[Case]) -> np.ndarray:
+        """What ranks the arms: the measure itself, or the line before it is cut at 0 and 100."""
+        x = self.of(cases)
+        return x[:, 0] if len(self.names) == 1 else (x - self.centre) / self.scale @ self.slope[:-1]
+
+
+def tested(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Rows of the test: every measure, and the pair that is best on the chosen half, on each of SETS."""
+    sets = {name: [case for case in cases if case.half == name] for name in SETS}
+    singles = [Line([name], sets["chosen"]) for name in predict.MEASURES]
+    pairs = [Line(names, sets["chosen"]) for names in itertools.combinations(predict.MEASURES, 2)]
+
+    def chosen_value(line: Line) -> float:
+        found = correlation(line.ranking(sets["chosen"]), sets["chosen"])
+        return -1.0 if found is None else line.sign * found.value
+
+    candidates = [max(lines, key=chosen_value) for lines in (singles, pairs)]
+    rows = []
+    for line in (*singles, candidates[1]):
+        mine = []
+        for name, members in sets.items():
+            x = line.ranking(members)
+            found, scheme = correlation(x, members), correlation(x, members, inside_scaling=True)
+            scores = np.array([case.score for case in members])
+            about = {
+                "half": name,
+                "kendall": kendall(x, members),
+                "p": p_value(x, members, line.sign),
+                "candidate": line in candidates,
+                "error": float(np.abs(line(members) - scores).mean()),
+                "error_of_mean": float(np.abs(line.mean - scores).mean()),
+                "inside_scaling": None if scheme is None else list(scheme),
+                "trained": part(x, members),
+            }
+            value, ci95 = (0.0, None) if found is None else (found.value, (found.lo, found.hi))
+            method = " + ".join(line.names)
+            mine.append(row("predict-test", "rank_correlation", value, method, ci95=ci95, n=len(members), **about))
+        one_sign = all(r["ci95"] and r["ci95"][0] * r["ci95"][1] > 0 and r["value"] * line.sign > 0 for r in mine)
+        holds = line in candidates and one_sign and mine[1]["p"] < estimates.LEVEL
+        rows += [r | {"one_sign": bool(one_sign), "holds": bool(holds)} for r in mine]
+    for name, members in sets.items():
+        best = {key: np.mean([c.score for c in members if (c.setting, c.arm.scaling) == key])
+                for key in {(c.setting, c.arm.scaling) for c in members}}  # fmt: skip
+        top = correlation(np.array([best[c.setting, c.arm.scaling] for c in members]), members)
+        assert top is not None
+        about = {"half": name, "n": len(members), "ci95": (top.lo, top.hi)}
+        rows.append(row("predict-test", "ceiling", top.value, "mean score of the scaling", **about))
+    return rows
+
+
+def row(task: str, metric: str, value: float, method: str, model: str = "lab", **extra: Any) -> dict[str, Any]:
+    return result_row(
+        suite="analysis", task=task, metric=metric, value=value, model=model, method=method, seed=None, **extra
+    )
+
+
+def rows_of(cases: Iterable[Case]) -> list[dict[str, Any]]:
+    """A row for each arm and measure, with the arm's score."""
+    found = []
+    for case in cases:
+        arm = case.arm
+        about = {
+            "length": case.target,
+            "base": arm.base,
+            "window": arm.window,
+            "target": case.target,
+            "arm": arm.name,
+            "label": arm.label,
+            "scaling": arm.scaling,
+            "scheme": case.scheme,
+            "score": case.score,
+            "seeds": len(arm.scores[case.target]),
+            "half": case.half,
+        }
+        found += [
+            row("predict", key, value, arm.name, f"base {arm.base}", **about) for key, value in case.values.items()
+        ]
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lab", required=True)
+    parser.add_argument("--study", required=True)
+    parser.add_argument("--study-model", required=True)
+    parser.add_argument("--output", required=True, type=Path)
+    given = parser.parse_args(argv)
+    bases = {base: str(BASES / base) for base in ("256", "512")}
+    study = read_rows(given.study)
+    cases = cases_of(read_rows(given.lab), bases)
+    cases += cases_of(study, {str(r["base"]): given.study_model for r in study})
+    tests = tested(cases)
+    about = {"text": "analysis/sample.txt", "tokens": TOKENS, "device": "cpu", "revision": git_revision()}
+    write_rows(given.output, [one | about for one in (*rows_of(cases), *tests)])
+    for r in tests:
+        print(r["method"], r["half"], r["n"], f"{r['value']:+.2f}", r["ci95"], f"p {r.get('p', 0):.3f}", r.get("holds"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The test of the theory on made-up arms whose answer is known, and on a few of the lab's own."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from analysis import predict
+from benchmarks.lab import theory
+from benchmarks.lab.arms import Arm
+
+#: (base, window, fold) of the lab's four settings and of the study.
+SETTINGS = [("256", 256, 8), ("512", 512, 32), ("256", 256, 32), ("512", 512, 8), ("Published", 8192, 8)]
+SCALES = {"linear": 10.0, "ntk": 30.0, "yarn": 70.0}
+
+
+def case(base="256", window=256, fold=8, scaling="linear", scheme="pose", score=50.0, **values):
+    arm = Arm(f"{scheme}+{scaling}", base, fold, window, window * fold, scheme or "base", scaling, "", None, 300, None,
+              None, None, None, True)  # fmt: skip
+    arm = dataclasses.replace(arm, scores={arm.target: {0: score}})
+    return theory.Case(arm, arm.target, scheme, score, dict.fromkeys(predict.MEASURES, 0.0) | values)
+
+
+def made_up(seed=0):
+    """Scores fall with `entropy` (of the scaling) and, less, with `gap_rows` (of the scheme); `turns` is noise."""
+    rng = np.random.default_rng(seed)
+    return [
+        case(*setting, scaling, scheme, level - 6 * place, entropy=-level, gap_rows=float(place), turns=rng.random())
+        for setting in SETTINGS
+        for scaling, level in SCALES.items()
+        for place, scheme in enumerate(("pose", "endprompt", "contiguous"))
+    ]
+
+
+def test_what_the_scores_were_made_of_is_found_and_holds():
+    rows = theory.tested(made_up())
+    assert {r["half"] for r in rows} == set(theory.SETS)
+    candidates = {r["method"] for r in rows if r.get("candidate")}
+    assert candidates == {"entropy", "entropy + gap_rows"}
+    found = {(r["method"], r["half"]): r for r in rows}
+    pair = found["entropy + gap_rows", "other"]
+    assert pair["value"] == pytest.approx(1) and pair["kendall"] == pytest.approx(1) and pair["holds"]
+    # whole scalings can be exchanged in 3! ways in each of two settings: no p below 1 in 36
+    assert pair["p"] == pytest.approx(1 / 36, rel=0.35)
+    assert pair["error"] < 1 < pair["error_of_mean"]
+    noise = found["turns", "other"]
+    assert not noise["holds"] and noise["p"] > 0.05
+    assert found["gap_rows", "other"]["inside_scaling"][0] == pytest.approx(-1), "inside a scaling it orders all"
+    ceiling = found["mean score of the scaling", "other"]["value"]
+    assert found["entropy", "other"]["value"] == pytest.approx(-ceiling) and ceiling < 1
+
+
+def test_a_measure_that_turns_round_on_the_study_does_not_hold():
+    cases = [
+        dataclasses.replace(c, values=c.values | {"entropy": -c.values["entropy"]}) if c.half == "study" else c
+        for c in made_up()
+    ]
+    rows = [r for r in theory.tested(cases) if r["method"] == "entropy"]
+    assert all(r["candidate"] and not r["holds"] and not r["one_sign"] for r in rows)
+
+
+def test_exchanges_of_scalings_count_arms_of_one_scaling_as_one():
+    """Two scalings of five arms: perfect, but the exchange is one of two; arms alone would say 1 in 252."""
+    cases = [
+        case(scaling=s, scheme=f"scheme {i}", score=10 * j + i) for j, s in enumerate(SCALES) for i in range(5) if j < 2
+    ]
+    x = np.array([float(c.arm.scaling == "ntk") for c in cases])
+    assert theory.p_value(x, cases, 1.0) == pytest.approx(0.5, abs=0.03)
+    assert theory.p_value(x, cases, -1.0) == pytest.approx(1, abs=0.03)
+    apart = [case(scaling=s, score=level) for s, level in SCALES.items()]
+    scores = np.array([c.score for c in apart])
+    orders = [np.corrcoef(order, [0, 1, 2])[0, 1] for order in itertools.permutations(range(3))]
+    for order, rho in zip(itertools.permutations(range(3)), orders):
+        expected = np.mean(np.array(orders) >= rho - 1e-9)
+        assert theory.p_value(np.array(order, dtype=float), apart, 1.0) == pytest.approx(expected, abs=0.03)
+    assert scores.argsort().tolist() == [0, 1, 2]
+
+
+def test_the_isotonic_prediction_by_hand():
+    cases = [
+        case(scheme=str(i), score=s, entropy=x) for i, (x, s) in enumerate([(1, 40), (2, 10), (3, 30), (3, 10), (4, 0)])
+    ]
+    line = theory.Line(["entropy"], cases)
+    assert line.sign == -1
+    # falling: 40, then 10 and twice 20 are pooled to 16.67, then 0
+    assert line(cases) == pytest.approx([40, 50 / 3, 50 / 3, 50 / 3, 0])
+    assert line([case(entropy=9.0), case(entropy=1.5)]) == pytest.approx([0, (40 + 50 / 3) / 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "there"),
+    [("pose", True), ("anchors4", True), ("base", True), ("full", True), ("longlora", False), ("relay", False),
+     ("randomised", False), ("sentences-8", False), ("endprompt-sentences", True)],
+)  # fmt: skip
+def test_arms_whose_pairs_are_not_known_are_left_out(kind, there):
+    assert theory.known(dataclasses.replace(case().arm, kind=kind)) is there
+
+
+def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
+    """Each base is read once a target; an arm's rows decide its pairs, an untrained one has none."""
+    asked = []
+
+    class Reading:
+        def of_scaling(self, name):
+            return {"entropy": float(len(name))}
+
+        def of_scheme(self, name, counts, tokens):
+            asked.append((name, None if counts is None else counts.sum().round(6), tokens))
+            return {"gap_rows": 1.0}
+
+    read = []
+    monkeypatch.setattr(predict, "read", lambda config, names: read.append((config.target, [*names])) or Reading())
+
+    def row(arm, scaling, method, target=2048, **more):
+        about = {"suite": "ruler", "task": "vt", "length": target, "value": 30.0, "seed": 0, "samples_sha256": "x"}
+        about |= {"base": "256", "window": 256, "target": target, "fold": target // 256, "arm": arm, "method": method}
+        return about | {"scaling": scaling, "steps": 0, "n": 4} | more
+
+    trained = {
+        "steps": 300,
+        "scheme": "endprompt",
+        "row_tokens": 256,
+        "prompt_tokens": 13,
+        "anchors": None,
+        "prompt": "EP_1",
+    }
+    rows = [
+        row("untrained+none", "none", "base"),
+        row("untrained+none", "none", "base", 8192),
+        row("untrained+yarn", "yarn", "untrained+yarn"),
+        row("endprompt+yarn", "yarn", "endprompt+yarn", **trained),
+        row("endprompt+yarn", "yarn", "endprompt+yarn", 8192, **trained),
+        row("relay+yarn", "yarn", "relay+yarn", **(trained | {"scheme": "relay"})),
+    ]
+    cases = theory.cases_of(rows, {"256": "somewhere"})
+    assert read == [(2048, ["none", "yarn"]), (8192, ["none", "yarn"])]
+    assert [(c.target, c.arm.name, c.scheme) for c in cases] == [
+        (2048, "untrained+none", None),
+        (2048, "untrained+yarn", None),
+        (2048, "endprompt+yarn", "endprompt"),
+        (8192, "untrained+none", None),
+        (8192, "endprompt+yarn", "endprompt"),
+    ]
+    pairs = 256 * 257 / 2  # of a row, a token with itself included
+    assert asked[:3] == [("none", None, 0), ("yarn", None, 0), ("yarn", pairs, 256)]
+    assert [c.half for c in cases] == ["chosen"] * 3 + ["other"] * 2
