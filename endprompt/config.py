@@ -36,6 +36,10 @@ class ExtendConfig:
         steps: optimizer steps; or give tokens
         tokens: physical training tokens, instead of steps
         completion_weight: loss weight of a document's completion
+        chat_loss: of records with messages, score all turns of the assistant, or as a completion its last one alone:
+            assistant or completion
+        text_weight: loss weight of the text in front of a completion (default 1), and of what the assistant did not
+            write (default 0)
         short_documents: drop (and count) documents shorter than a row, or pack them one after the other
         long_documents: split longer ones into several rows, or truncate them to their first
         seed: of positions, prompts and the order of documents
@@ -122,6 +126,8 @@ class ExtendConfig:
     steps: int | None = None
     tokens: int | None = None
     completion_weight: float = 1.0
+    chat_loss: str = "assistant"
+    text_weight: float | None = None
     short_documents: str = "drop"
     long_documents: str = "split"
     seed: int = 0
@@ -175,9 +181,11 @@ class ExtendConfig:
 #: Attentions whose gradients can be summed in a fixed order.
 REPEATABLE = ("sdpa", "eager", "shifted")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+CHAT_LOSSES = ("assistant", "completion")
 FLOAT8 = ("none", "exact", "fast")
 ONE_OF: dict[str, tuple[str | None, ...]] = {
     "scheme": tuple(SCHEMES),
+    "chat_loss": CHAT_LOSSES,
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("auto", "adamw", "masters", "lean"),
     "float8": FLOAT8,
@@ -192,7 +200,7 @@ AT_LEAST = {
     **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles"), 0),
     **dict.fromkeys(("factor", "rows", "micro_rows", "steps", "tokens"), 1),
     **dict.fromkeys(("keep", "log_every", "lora_alpha", "eval_rows"), 1),
-    "max_epochs": 0,
+    **dict.fromkeys(("max_epochs", "text_weight"), 0),
     "row_tokens": 2,
 }
 
@@ -350,6 +358,8 @@ class PrepareConfig:
         hub_name: configuration of the hub's data set
         hub_split: its split
         append_eos: end each document with the tokenizer's EOS token
+        chat_loss: of records with messages, score all turns of the assistant, or as a completion its last one alone:
+            assistant or completion
         min_tokens: shorter documents are dropped, and counted
         max_tokens: longer documents are cut there, and counted; default no limit
         max_documents: stop after so many of a mixture's source, or of all; default none
@@ -362,6 +372,7 @@ class PrepareConfig:
     hub_name: str | None = None
     hub_split: str = "train"
     append_eos: bool = True
+    chat_loss: str = "assistant"
     min_tokens: int = 2
     max_tokens: int | None = None
     max_documents: int | None = None
@@ -378,6 +389,7 @@ def check_prepare_config(config: PrepareConfig) -> None:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
         raise ValueError(f"max_tokens must not be below min_tokens={config.min_tokens}: max_tokens={config.max_tokens}")
+    check("chat_loss", config.chat_loss, config.chat_loss in CHAT_LOSSES, f"one of {', '.join(CHAT_LOSSES)}")
     mixture(config.data)
     check_output(config.output, config.overwrite, "manifest.json", "shard")
 

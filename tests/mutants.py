@@ -39,7 +39,9 @@ TEXT = "endprompt/text.py"
 COLLATE = "endprompt/collate.py"
 #: (file, text, what it becomes, tests: folder/name below tests/, without test_)
 MUTANTS = [
-    # mixtures
+    # conversations and mixtures
+    ("endprompt/data/chat.py", "scored[len(ids) - completion :] = 1", "scored[:] = 1", "endprompt/data/chat"),
+    ("endprompt/data/rows.py", "fronts_marked(self.documents)", "self.documents", "endprompt/data/chat"),
     ("endprompt/data/mixture.py", "for n in (index, index + 1)", "for n in (index, index)", "endprompt/data/mixture"),
     ("endprompt/data/mixture.py", "dataclasses.replace(spec, seed=seed)", "spec", "endprompt/data/mixture"),
     # the schemes in other trainers

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from endprompt.data.chat import check_messages, conversation
 from endprompt.files import read_json_lines, read_parquet, read_text, sha256_of
 from endprompt.text import Reader
 
@@ -29,16 +30,18 @@ HUB = "hub:"
 
 @dataclass
 class Document:
-    """text and completion as words, or input_ids already tokenised. where: file and line it is from, for messages."""
+    """text and completion as words, or messages, or input_ids already tokenised. where: file and line, for errors."""
 
     text: str = ""
     completion: str = ""
     input_ids: Sequence[int] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Any = None
     where: str = field(default="a document", compare=False)
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:
-    """Documents of a JSONL, JSONL.gz, Parquet or plain-text file; `text` (and `completion`) or `input_ids` a record.
+    """Documents of a JSONL, JSONL.gz, Parquet or plain-text file; a record has text (and completion), messages or ids.
 
     A plain-text file is one document. Raises ValueError naming file and line if a record is broken, the file if there
     is none.
@@ -74,10 +77,15 @@ def document_of(record: Any, where: str) -> Document:
         if not isinstance(ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"{where}: input_ids must be a list of integers >= 0")
         return Document(input_ids=ids, where=where)
+    if (messages := record.get("messages")) is not None:
+        check_messages(messages, where)
+        return Document(messages=messages, tools=record.get("tools"), where=where)
     text, completion = record.get("text"), record.get("completion")
     completion = "" if completion is None else completion  # as Parquet has what a row leaves out
     if not isinstance(text, str) or not isinstance(completion, str):
-        raise ValueError(f"{where}: a document must have `text` (and may have `completion`) as strings, or `input_ids`")
+        raise ValueError(
+            f"{where}: a document must have `text` (and may have `completion`) as strings, `messages`, or `input_ids`"
+        )
     try:
         (text + completion).encode()
     except UnicodeEncodeError:
@@ -92,7 +100,8 @@ class Documents:
     tokens: integer (total,), all documents one after the other; may be memory-mapped, several of them joined.
     offsets: int64 (documents + 1,), where each one starts.
     completions: int64 (documents,), where its completion starts (its end if it has none).
-    weights: uint8 (total,), a loss weight for each token as a target, or None where all are alike.
+    weights: uint8 (total,), a loss weight for each token as a target, 0 for the text of a conversation that the
+    assistant did not write; or None where all are alike.
     """
 
     tokens: np.ndarray | Joined
@@ -100,10 +109,20 @@ class Documents:
     completions: np.ndarray
     weights: np.ndarray | Joined | None = None
 
-    def target_weights(self, places: np.ndarray, ends: np.ndarray, completion_weight: float) -> np.ndarray:
-        """float32 loss weights of the tokens at `places`; a completion starts at `ends` (which broadcasts)."""
-        weights = np.where(places >= ends, completion_weight, 1.0).astype(np.float32)
-        return weights if self.weights is None else weights * self.weights[places]
+    def target_weights(
+        self, places: np.ndarray, document: int | np.ndarray, completion_weight: float, text_weight: float | None = None
+    ) -> np.ndarray:
+        """float32 loss weights of the tokens at `places` of a document (or one a row, which broadcasts).
+
+        text_weight: of what stands in front of a completion, default 1, and of what has weight 0, default 0.
+        """
+        start, end = self.completions[document], self.offsets[np.add(document, 1)]
+        text = np.where(start < end, 1.0 if text_weight is None else text_weight, 1.0)
+        weights = np.where(places >= start, completion_weight, text).astype(np.float32)
+        if self.weights is None:
+            return weights
+        own = self.weights[places]
+        return np.where(own > 0, weights * own, np.float32(text_weight or 0.0)).astype(np.float32)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -137,12 +156,18 @@ def tokens_ending(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...]) ->
 
 
 def tokenized(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, batch: int = 512
-) -> Iterator[tuple[list[int], int]]:
-    """(token ids, how many of them are the completion) of each document, in order.
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+    chat_loss: str = "assistant",
+    batch: int = 512,
+) -> Iterator[tuple[list[int], int, np.ndarray | None]]:
+    """(token ids, how many of them are the completion, weights or None) of each document, in order.
 
-    Text and completion as `Reader.pairs` reads them. append_eos: end each document with the tokenizer's EOS token, if
-    it has one and the document lacks it. Raises ValueError for ids beyond the vocabulary.
+    Text and completion as `Reader.pairs` reads them, messages as `conversation` does with chat_loss. append_eos: end
+    each document with the tokenizer's EOS token, if it has one and the document lacks it; not a conversation, whose end
+    its template writes. Raises ValueError for ids beyond the vocabulary, and as `conversation`.
     """
     eos = tokenizer.eos_token_id if append_eos else None
     reader = Reader(tokenizer)
@@ -150,6 +175,9 @@ def tokenized(
     while group := list(itertools.islice(documents, batch)):
         encoded = reader.pairs([(document.text, document.completion) for document in group])
         for document, (ids, completion) in zip(group, encoded):
+            if document.messages is not None:
+                yield conversation(document.messages, reader, chat_loss, document.where, document.tools)
+                continue
             if document.input_ids is not None:
                 ids, completion = list(document.input_ids), 0
                 if ids and max(ids) >= reader.vocabulary:
@@ -160,21 +188,30 @@ def tokenized(
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
                 completion += completion > 0
-            yield ids, completion
+            yield ids, completion, None
 
 
 def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+    chat_loss: str = "assistant",
 ) -> Documents:
     """All documents in memory; arguments and errors as of `tokenized`."""
     pieces: list[np.ndarray] = []
     completions: list[int] = []
-    for ids, completion in tokenized(documents, tokenizer, append_eos=append_eos):
+    marks: list[np.ndarray | None] = []
+    for ids, completion, weights in tokenized(documents, tokenizer, append_eos=append_eos, chat_loss=chat_loss):
         pieces.append(np.asarray(ids, dtype=np.uint32))
         completions.append(completion)
+        marks.append(weights)
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
-    return Documents(tokens, offsets, offsets[1:] - np.asarray(completions, dtype=np.int64))
+    found = None
+    if any(own is not None for own in marks):
+        found = np.concatenate([np.ones(len(ids), np.uint8) if own is None else own for ids, own in zip(pieces, marks)])
+    return Documents(tokens, offsets, offsets[1:] - np.asarray(completions, dtype=np.int64), found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

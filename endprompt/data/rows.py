@@ -7,6 +7,7 @@ run holds is a pure function of (seed, index): resume is exact, and workers do n
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +42,8 @@ class RowSpec:
 
     row_tokens: physical tokens n of a row, context and end prompt together. target: the window L.
     scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
-    weights: of context tokens 1, of a completion's, of the end prompt's scored tokens.
+    weights: of context tokens 1, of a completion's, of the end prompt's scored tokens; text_weight as of
+    `Documents.target_weights`.
     bos: id or ids put in front of every context, None for none; a context that has them already gets no others.
     short: what happens to documents shorter than a context: `drop` (counted), or `pack`, one after the other.
     long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
@@ -55,6 +57,7 @@ class RowSpec:
     prompt: PromptKind | None = None
     anchors: int = 4
     completion_weight: float = 1.0
+    text_weight: float | None = None
     prompt_weight: float = 0.1
     bos: int | tuple[int, ...] | None = None
     short: str = "drop"
@@ -89,8 +92,8 @@ class RowSpec:
                 f"recall copies a span of the context, which must be as long: recall_span={self.prompt.span} "
                 f"context={self.row_tokens - longest}"
             )
-        for name in ("completion_weight", "prompt_weight"):
-            if getattr(self, name) < 0:
+        for name in ("completion_weight", "prompt_weight", "text_weight"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"a loss weight must not be negative: {name}={getattr(self, name)}")
 
     @property
@@ -144,7 +147,8 @@ class Rows:
         spec, needed = self.spec, self.spec.needed
         if spec.short == "pack":
             self._refuse_packed_completions()
-            self.documents = pack(self.documents, needed)
+            front_counts = spec.text_weight in (None, 1.0)
+            self.documents = pack(self.documents if front_counts else fronts_marked(self.documents), needed)
         self._starts = behind_lead(self.documents, spec.lead)
         lengths = self.documents.offsets[1:] - self._starts
         has_completion = self.documents.completions < self.documents.offsets[1:]
@@ -248,8 +252,8 @@ class Rows:
         starts = np.array([self._start(self.unit(i), n, i) for i in range(first, first + count)])
         places = starts[:, None] + np.arange(n)
         documents = self._document[[self.unit(i) for i in range(first, first + count)]]
-        ends = self.documents.completions[documents][:, None]
-        weights = self.documents.target_weights(places, ends, self.spec.completion_weight)
+        loss = self.spec.completion_weight, self.spec.text_weight
+        weights = self.documents.target_weights(places, documents[:, None], *loss)
         weights[:, 0] = 0.0
         ids = np.asarray(self.documents.tokens[places], dtype=np.int64)
         return Batch(ids, np.broadcast_to(np.arange(n, dtype=np.int64), ids.shape), weights)
@@ -299,8 +303,8 @@ class Rows:
             else:
                 places, lead = np.concatenate([places[0] - len(lead) + np.arange(len(lead)), places]), lead[:0]
             tokens = np.asarray(self.documents.tokens[places], dtype=np.int64)
-        end = self.documents.completions[self._document[unit]]
-        weights = self.documents.target_weights(places, end, self.spec.completion_weight)
+        loss = self.spec.completion_weight, self.spec.text_weight
+        weights = self.documents.target_weights(places, int(self._document[unit]), *loss)
         if len(lead):
             tokens = np.concatenate([lead, tokens])
             weights = np.concatenate([np.zeros(len(lead), dtype=np.float32), weights])
@@ -316,6 +320,14 @@ def behind_lead(documents: Documents, lead: Sequence[int]) -> np.ndarray:
         open_ = open_[(documents.tokens[starts[open_][:, None] + np.arange(len(lead))] == wanted).all(1)]
         starts[open_] += len(lead)
     return starts
+
+
+def fronts_marked(documents: Documents) -> Documents:
+    """The documents with weight 0 for what stands in front of a completion, which is then told from other text."""
+    weights = np.ones(len(documents.tokens), np.uint8) if documents.weights is None else documents.weights[:].copy()
+    for document in np.flatnonzero(documents.completions < documents.offsets[1:]):
+        weights[documents.offsets[document] : documents.completions[document]] = 0
+    return dataclasses.replace(documents, weights=weights)
 
 
 def pack(documents: Documents, needed: int) -> Documents:
@@ -370,6 +382,7 @@ def row_spec(config: ExtendConfig, window: int | None, tokenizer: PreTrainedToke
         prompt=prompt,
         anchors=config.anchors,
         completion_weight=config.completion_weight,
+        text_weight=config.text_weight,
         prompt_weight=weight,
         bos=begin[0] if len(begin) == 1 else tuple(begin) or None,
         short=config.short_documents,

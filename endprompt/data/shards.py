@@ -118,16 +118,28 @@ def check_manifest(manifest: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: sha256 must name {', '.join(needed)}, names {', '.join(manifest['sha256'])}")
 
 
-def load_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True) -> Documents:
-    """All documents of data files and shards, in the order given. Raises ValueError if there is nothing to read."""
+def load_documents(
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+    chat_loss: str = "assistant",
+) -> Documents:
+    """All documents of data files and shards, in the order given.
+
+    Raises ValueError if there is nothing to read, or if a shard's conversations were prepared for another chat_loss.
+    """
     if not paths:
         raise ValueError("data must name at least one file or shard: data=[]")
     parts: list[Documents] = []
     for path in paths:
         if Path(path).is_dir():
             parts.append(read_shard(path, tokenizer_sha256(tokenizer)))
+            known = read_object(Path(path) / "manifest.json").get("chat_loss", chat_loss)
+            if known != chat_loss:
+                raise ValueError(f"the shard was prepared for another chat_loss, {known}: {chat_loss=} data={path!r}")
         else:
-            parts.append(tokenize(read_documents(path), tokenizer, append_eos=append_eos))
+            parts.append(tokenize(read_documents(path), tokenizer, append_eos=append_eos, chat_loss=chat_loss))
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
@@ -181,11 +193,13 @@ def write(config: PrepareConfig) -> Path:
     work.mkdir(parents=True)
     lengths: list[int] = []
     completions: list[int] = []
+    marks: list[tuple[int, np.ndarray]] = []
     dropped = dropped_tokens = cut = cut_tokens = 0
     shown = time.monotonic()
     try:
         with open(work / "tokens.bin", "wb") as file:
-            for ids, completion in tokenized(documents(config), tokenizer, append_eos=config.append_eos):
+            settings = {"append_eos": config.append_eos, "chat_loss": config.chat_loss}
+            for ids, completion, own in tokenized(documents(config), tokenizer, **settings):
                 if len(ids) < config.min_tokens:
                     dropped, dropped_tokens = dropped + 1, dropped_tokens + len(ids)
                     continue
@@ -194,6 +208,8 @@ def write(config: PrepareConfig) -> Path:
                     cut, cut_tokens = cut + 1, cut_tokens + over
                     ids, completion = ids[:-over], max(0, completion - over)
                 np.asarray(ids, dtype=dtype).tofile(file)
+                if own is not None:
+                    marks.append((len(lengths), own[: len(ids)]))
                 lengths.append(len(ids))
                 completions.append(completion)
                 if time.monotonic() - shown > 5:
@@ -209,7 +225,13 @@ def write(config: PrepareConfig) -> Path:
             "documents_cut": cut,
             "tokens_cut": cut_tokens,
         }
-        about = {"data": config.data, "append_eos": config.append_eos, **counts}
+        about: dict[str, Any] = {"data": config.data, "append_eos": config.append_eos, **counts}
+        if marks:
+            about["chat_loss"] = config.chat_loss
+            weights = np.ones(offsets[-1], dtype=np.uint8)
+            for document, own in marks:
+                weights[offsets[document] : offsets[document + 1]] = own
+            weights.tofile(work / "weights.bin")
         manifest = seal_shard(work, offsets, starts, dtype.name, tokenizer_sha256(tokenizer), **about)
         sync_tree(work)
         if output.exists():
@@ -245,5 +267,7 @@ def hub_documents(name: str, config: PrepareConfig) -> Iterator[Document]:
         rows = datasets.load_dataset(name, config.hub_name, split=config.hub_split, streaming=True)
         for number, record in enumerate(rows, 1):
             yield document_of(record, f"hub:{name}, row {number}")
-    except (OSError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if "scripts are no longer supported" in str(error):
+            error = ValueError(f"it needs Python code of its own, which is not run ({str(error).split()[-1]})")
         raise ValueError(f"hub:{name}: the data set cannot be read (split={config.hub_split!r}): {error}") from error

@@ -69,7 +69,7 @@ class Checkpoint:
 
     def documents(self, paths: list[str]) -> Documents:
         """What is trained or evaluated on. Raises ValueError if the model has no embedding for one of its tokens."""
-        found = load_documents(paths, self.tokenizer)
+        found = load_documents(paths, self.tokenizer, chat_loss=self.config.chat_loss)
         check_tokens(found.tokens, self.model_config, self.tokenizer, ", ".join(paths))
         return found
 
