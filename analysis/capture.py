@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from endprompt.model import RopeGeometry, rope_geometry
+from endprompt.model.geometry import frequencies_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,15 +94,16 @@ def capture(
 ) -> RopeGeometry:
     """Run the model over a text [T] and hand each layer's spectra to `consume`, which should not keep all of them.
 
-    length: tokens that the model believes to read, where its scaling depends on it (default T). without_rope: gets the
-    layers that turn nothing, which are left out. Returns the geometry.
+    Each layer is held against its own set of frequencies. length: tokens that the model believes to read, where its
+    scaling depends on it (default T). without_rope: gets the layers that turn nothing, which are left out. Returns the
+    geometry of the layers that an extension scales.
     Raises ValueError if a weight gives a value that is not finite, if the model's source has not the two functions, if
     the model's score is no function of the distance, or if S differs from the model's own logit by more than its dtype
     explains.
     """
     geometry = rope_geometry(model.config)
+    sets = frequencies_by_layer(model.config, length or len(input_ids))
     ids = torch.as_tensor(input_ids, dtype=torch.long, device=model.device)[None]
-    omega, attention_factor = geometry.frequencies(length or ids.shape[1])
     query, key = (torch.as_tensor(x, device=model.device) for x in (pairs.query, pairs.key))
     turns: list[_Turn] = []
     seen = []
@@ -116,6 +118,9 @@ def capture(
                 f"layer {layer}: its RoPE is applied {len(turns)} times before its attention, and verify reads one"
             )
         turn = turns.pop()
+        if layer not in sets:
+            raise ValueError(f"layer {layer}: it turns, and by its config it has no RoPE")
+        omega, attention_factor = sets[layer]
         if turn.first.size != omega.size:
             raise ValueError(
                 f"layer {layer}: the model turns {turn.first.size} pairs of a head, its config gives {omega.size}"

@@ -100,6 +100,7 @@ class PositionsConfig:
         head_dim: rotated part of a head, for the predicted gap RMS.
         factor: interpolation factor (default: target / (context + prompt)).
         noise: standard deviation of an observed score, in units of the score's own root mean square.
+        model: a checkpoint, of which it is said which layers an extension to the target changes
         plot: file to draw the coverage to (PNG or PDF by its name).
         json: print one JSON object a scheme instead of a table.
     """
@@ -113,5 +114,6 @@ class PositionsConfig:
     head_dim: int = 128
     factor: float | None = None
     noise: float = 0.1
+    model: str | None = None
     plot: str | None = None
     json: bool = False

@@ -70,10 +70,18 @@ def survey(config: PositionsConfig) -> list[Coverage]:
 def report(config: PositionsConfig) -> str:
     """The schemes as a table, or as a line of JSON each; drawn too if asked."""
     found = survey(config)
+    kinds: list[str] = []
+    if config.model:
+        from endprompt.model import load_config, rope_geometry
+        from endprompt.model.kinds import described
+
+        settings = load_config(config.model)
+        rope_geometry(settings)
+        kinds = described(settings, config.target)
     if config.json:
         if config.plot:
             plot(config, found, config.plot)
-        return "\n".join(json.dumps(values(c)) for c in found)
+        return "\n".join(json.dumps(values(c) | ({"layers": kinds} if kinds else {})) for c in found)
     lines = [
         f"target {config.target}, context {config.context}, end prompt {config.prompt}; predicted RMS error in the gap "
         f"(score = 1, noise {config.noise})",
@@ -84,6 +92,7 @@ def report(config: PositionsConfig) -> str:
             f"{c.scheme:<18}{c.share:>9.1%}{c.gap_rms:>20.4f}{c.gap_rms_by_pairs:>19.4f}  "
             f"{spell(c.observed)}; {spell(c.gap)}"
         )
+    lines += kinds
     if config.plot:
         lines.append(f"drawn: {plot(config, found, config.plot)}")
     return "\n".join(lines)

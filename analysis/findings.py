@@ -18,6 +18,7 @@ from analysis.scene import Scene
 from analysis.spectra import derivative_spectrum, eval_score
 from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt import origin
+from endprompt.model.kinds import spelled
 from endprompt.results import recorded, result_row
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
@@ -78,6 +79,8 @@ class VerifyReport:
                 if c["without_rope"]
                 else []
             ),
+            *([f"layers that slide below the target, left out: {spelled(c['sliding'])}"] if c["sliding"] else []),
+            *c["kinds"],
             f"observed {spell(c['observed'])}; "
             + (
                 f"gap {spell(c['gap'])}" if c["gap"] else f"no gap: {c['scheme']} shows every distance below the target"
@@ -224,6 +227,8 @@ class Findings:
             "radius": nonvacuous_radius(scene.omega),
             "layers": len(layers),
             "without_rope": scene.without_rope,
+            "sliding": sorted(scene.sliding),
+            "kinds": scene.kinds,
             "heads": int(heads),
             "pairs": int(pairs),
             "curves": [self.drawn(curve) for curve in to_draw],

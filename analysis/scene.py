@@ -43,6 +43,8 @@ class Scene:
     samples: str
     heads: list[tuple[int, int]]
     without_rope: list[int] = dataclasses.field(default_factory=list)
+    sliding: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> tokens that it sees, below the target
+    kinds: list[str] = dataclasses.field(default_factory=list)  # a line each, where there is more than one
 
 
 def prepare(config: VerifyConfig) -> Scene:
@@ -50,6 +52,7 @@ def prepare(config: VerifyConfig) -> Scene:
     import torch
 
     from endprompt import model as models
+    from endprompt.model.kinds import described
     from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
 
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -98,7 +101,19 @@ def prepare(config: VerifyConfig) -> Scene:
         gap=gap,
         samples=sha256_of(ids.tobytes(), pairs.query.tobytes(), pairs.key.tobytes()),
         heads=parse_heads(config.heads, settings.num_hidden_layers, settings.num_attention_heads),
+        sliding=narrower(settings, length),
+        kinds=lines if len(lines := described(settings, length)) > 1 else [],
     )
+
+
+def narrower(settings: Any, length: int) -> dict[int, int]:
+    """Layers that see less than a length, and how much; none if all do, for then there are no others to read."""
+    from endprompt.model.kinds import layer_kinds
+
+    kinds = layer_kinds(settings)
+    if not any(kind.sees(length) and kind.parameters for kind in kinds):
+        return {}
+    return {layer: kind.reach for kind in kinds if kind.reach and kind.reach < length for layer in kind.layers}
 
 
 def parse_heads(names: str, layers: int, heads: int) -> list[tuple[int, int]]:
@@ -172,7 +187,8 @@ def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None
 
         def pass_on(layer: Any) -> None:
             nonlocal done, told
-            consume(layer)
+            if layer.layer not in scene.sliding:
+                consume(layer)
             progress.advance(bar)
             done += 1
             if plain and time.monotonic() - told >= LINE_SECONDS:
@@ -185,3 +201,7 @@ def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None
     for layer, head in scene.heads:
         if layer in without_rope:
             raise ValueError(f"heads must be of layers with RoPE, which layer {layer} has not: heads={layer}.{head}")
+        if layer in scene.sliding:
+            raise ValueError(
+                f"heads must be of layers that see the target, and layer {layer} slides: heads={layer}.{head}"
+            )

@@ -24,6 +24,7 @@ import torch
 from endprompt.config import ExtendConfig, check_values
 from endprompt.data import Documents, Rows, RowSpec, row_spec
 from endprompt.model import extended_config, length_rope, training_attention
+from endprompt.model.attention import attention_for, mask_by_position
 from endprompt.model.geometry import check_frequencies, window_of
 from endprompt.model.parity import check_forward
 from endprompt.positions import sample_rng
@@ -209,14 +210,17 @@ def prepare_model(
     before = model.config
     now = window_of(before, window).window
     config = extended_config(before, scaling, target, factor, window=now, **(rope_options or {}))
-    name = training_attention(attention)
+    name = attention_for(config, training_attention(attention))
     _rebuild(model, config)
     model.set_attn_implementation(name)
+    mask_by_position(model)
     check_frequencies(model)
     length_rope.rows_alone(model)
     check_forward(Objective(model, autocast=False))
     model.loss_function = weighted_loss
-    model.base_model.register_forward_pre_hook(_check_batch, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        _check_batch, with_kwargs=True, prepend=True
+    )  # sees the batch's own mask
     model.base_model.register_forward_hook(_expect_weights, with_kwargs=True)
     return model
 

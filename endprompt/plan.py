@@ -137,11 +137,11 @@ def shape_of(model: str, window: int | None = None) -> Shape:
         head_dim = hidden // heads
         return Shape(vocabulary, hidden, layers, head_dim * groups, intermediate, window, tied, hidden, head_dim)
     from endprompt.model import load_config
-    from endprompt.model.geometry import check_whole_attention
+    from endprompt.model.kinds import check_layers
 
     config = load_config(model)
     shape = counted(config, window)
-    check_whole_attention(config, shape.window)
+    check_layers(config, shape.window)
     return shape
 
 

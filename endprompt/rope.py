@@ -170,6 +170,7 @@ READ: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", *YARN),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+    "proportional": ("factor",),
 }
 #: Keys that no scaling sets, and that an extension leaves as they are: the rotated part of a head, Llama 4's growth of
 #: the queries with the position (Ministral 3), a note of YaRN's authors; the stated window, which some repeat.
@@ -265,6 +266,8 @@ def frequencies_of(parameters: Mapping[str, Any], head_dim: int, window: int, le
     options: dict[str, Any] = {}
     if kind == "default":
         return none(base, rotary, 1.0, original)
+    if kind == "proportional":  # Gemma 4: the fastest frequencies of a whole head, and the rest of it is not turned
+        return base_frequencies(base, head_dim)[: rotary // 2] / (parameters.get("factor") or 1.0), 1.0
     if kind not in SCALINGS:
         raise ValueError(f"rope_type must be one of default, {', '.join(SCALINGS)}: rope_type={kind!r}")
     if kind == "dynamic":

@@ -50,6 +50,11 @@ MUTANTS = [
     (COLLATE, "setattr(module, key, value)", "pass", "endprompt/collate"),
     (COLLATE, 'batch["weight_total"] = total', "pass", "endprompt/collate"),
     (COLLATE, "weights._read = False", "weights._read = True", "endprompt/collate"),
+    (ATTENTION, "mask_function(row, head, known[row, query], known[row, key])", "mask_function(row, head, query, key)",
+     "endprompt/model/kinds"),
+    (ATTENTION, "return (key <= query) & visible", "return visible | (key == query)", "endprompt/model/kinds"),
+    ("endprompt/model/kinds.py", "key=lambda kind: kind.reach is not None", "key=lambda kind: kind.reach is None",
+     "endprompt/model/kinds"),
     # what is given to vLLM
     (VLLM, 'kind in ("default", "linear", "llama3")', 'kind in ("default", "linear", "llama3", "dynamic")', "benchmarks/scoring/vllm"),
     (VLLM, 'int(parameters["original_max_position_embeddings"] * (parameters.get("factor") or 1))', "window", "benchmarks/scoring/vllm"),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from endprompt import rope
+from endprompt.model.kinds import LayerKind, by_kind, check_layers, head_dim_of, layer_kinds, scaled_kind
 from endprompt.results import recorded
 
 if TYPE_CHECKING:
@@ -67,17 +68,17 @@ def window_of(config: PretrainedConfig, window: int | None = None, needed: int |
 
 def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -> Window:
     stated = _stated_window(text)
-    parameters = getattr(text, "rope_parameters", None) or {}
+    parameters = _scaled_parameters(text)
     kind = parameters.get("rope_type", "default")
     original: float | None = None
     factor: float | None = None
-    if kind != "default" and not any(isinstance(value, Mapping) for value in parameters.values()):
+    if kind != "default":
         original = _number(parameters.get("original_max_position_embeddings"), "original_max_position_embeddings")
         original = original or getattr(text, "original_max_position_embeddings", None)
         factor = _number(parameters.get("factor"), "factor") or stated / (original or stated)
     factor = factor or 1.0
     readings = {max(stated, round((original or stated) * factor)): int(original or stated)}
-    if kind == "linear" and original is None:
+    if kind in ("linear", "proportional") and original is None:
         readings[stated] = round(stated / factor)
     if window is None and len(readings) > 1 and (needed or stated + 1) <= stated:
         window = stated
@@ -93,6 +94,15 @@ def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -
     if window not in readings:
         raise ValueError(f"the window must be one that the checkpoint's config can mean, {allowed}: {window=}")
     return Window(window, readings[window], factor)
+
+
+def _scaled_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
+    """`rope_parameters` of the layers that an extension scales, of which the window is reckoned."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not by_kind(parameters):
+        return parameters
+    kind = scaled_kind(layer_kinds(config))
+    return {} if kind is None or kind.parameters is None else kind.parameters
 
 
 def _stated_window(config: PretrainedConfig) -> int:
@@ -117,10 +127,22 @@ def _number(value: Any, key: str) -> float | None:
     return value
 
 
-def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
-    """What the config says. Raises ValueError for no RoPE, ALiBi, multimodal models or per-layer frequencies."""
+def rope_geometry(config: PretrainedConfig, kind: LayerKind | None = None) -> RopeGeometry:
+    """What the config says of a kind of layers; default those that an extension scales.
+
+    Raises ValueError for no RoPE, ALiBi, multimodal models, and kinds of layers that are not known.
+    """
     with named(config):
-        return _rope_geometry(config)
+        return _rope_geometry(config, kind)
+
+
+def frequencies_by_layer(config: PretrainedConfig, length: int | None = None) -> dict[int, rope.Frequencies]:
+    """The frequencies of each layer that has RoPE; length as of `RopeGeometry.frequencies`."""
+    found = {}
+    for kind in layer_kinds(config):
+        if kind.parameters:
+            found |= dict.fromkeys(kind.layers, rope_geometry(config, kind).frequencies(length))
+    return found
 
 
 def check_no_text(parameters: Mapping[str, Any]) -> None:
@@ -155,7 +177,7 @@ def said(error: BaseException) -> str:
     return f"it knows no {text}" if isinstance(error, KeyError) else text
 
 
-def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
+def _rope_geometry(config: PretrainedConfig, layers: LayerKind | None) -> RopeGeometry:
     kind = config.model_type
     text = config.get_text_config()
     alibi = getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi"
@@ -169,11 +191,12 @@ def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
         raise ValueError(f"the model's RoPE is its own, not one of rope_parameters: model_type={kind!r}")
     if not parameters:
         raise ValueError(f"the checkpoint has no RoPE (its config has no rope_parameters): model_type={kind!r}")
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise ValueError(
-            f"layers with different RoPE frequencies are not supported: {kind} has rope_parameters for "
-            f"{', '.join(sorted(parameters))}"
-        )
+    layers = layers or scaled_kind(layer_kinds(config))
+    if layers is not None and layers.parameters is not None:
+        parameters = layers.parameters
+    elif by_kind(parameters):
+        names = ", ".join(sorted(parameters))
+        raise ValueError(f"rope_parameters has no kind of layer that is known here: {names} (model_type={kind!r})")
     parameters = {key: value for key, value in parameters.items() if value is not None}
     if parameters.get("mrope_section"):
         raise ValueError(f"multimodal RoPE sections are not supported: mrope_section={parameters['mrope_section']}")
@@ -184,7 +207,7 @@ def _rope_geometry(config: PretrainedConfig) -> RopeGeometry:
         _number(parameters.get(key), key)
     if parameters.get("rope_type") in ("linear", "dynamic") and "factor" not in parameters:
         raise ValueError(f"{parameters['rope_type']} scaling must state its factor: {parameters}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = layers.head_dim if layers else head_dim_of(config)
     if kind.startswith("hunyuan") and parameters.get("rope_type") == "dynamic" and parameters.get("alpha"):
         base = rope.ntk_base(parameters["rope_theta"], head_dim, parameters["alpha"])  # whatever the length, once
         parameters = {"rope_type": "default", "rope_theta": base}
@@ -217,8 +240,9 @@ def extended_rope_parameters(
     with named(config):
         parameters = geometry.parameters
         kind = parameters.get("rope_type", "default")
-        if kind not in ("default", scaling):
-            known = f"it is extended again by scaling={kind} alone" if kind in rope.READ else "which is not known here"
+        if kind not in ("default", scaling) and (kind, scaling) != ("proportional", "linear"):
+            again = "linear" if kind == "proportional" else kind
+            known = f"it is extended again by scaling={again} alone" if kind in rope.READ else "which is not known here"
             raise ValueError(f"this checkpoint is scaled by {kind!r} already; {known}: {scaling=}")
         if unknown := rope.unknown_keys(parameters):
             raise ValueError(
@@ -249,7 +273,14 @@ def extended_rope_parameters(
         if "llama_4_scaling_beta" in own or kind == "linear":  # whose formula reads it, and to whom it says the window
             own |= {key: parameters[key] for key in ("original_max_position_embeddings",) if key in parameters}
         base = parameters["rope_theta"]
-        return own | rope.rope_parameters(scaling, base, geometry.rotary_dim, times, now.original, **options)
+        made = own | rope.rope_parameters(scaling, base, geometry.rotary_dim, times, now.original, **options)
+        if kind == "proportional":  # which takes linear's factor by itself
+            made |= {"rope_type": kind}
+        if not by_kind(config.rope_parameters):
+            return made
+        scaled = scaled_kind(layer_kinds(config))
+        assert scaled is not None
+        return {**config.rope_parameters, scaled.name: made}
 
 
 def extended_config(
@@ -266,7 +297,8 @@ def extended_config(
     With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
     A head_dim that is null is stated, because some of transformers' scalings read it.
     """
-    check_whole_attention(config, target)
+    with named(config):
+        check_layers(config, target, scaling)
     if getattr(config, "quantization_config", None):
         where = f"{config.name_or_path}: " if config.name_or_path else ""
         raise ValueError(
@@ -289,48 +321,41 @@ def extended_config(
     return extended
 
 
-def check_whole_attention(config: PretrainedConfig, target: int) -> None:
-    """Raises ValueError if layers attend within a window or chunk below the target, which no extension would pass."""
-    width = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
-    if width is not None and slides and width < target:
-        raise ValueError(
-            f"the checkpoint's layers see only a sliding window, which must not be below the target: "
-            f"sliding_window={width} {target=}; set sliding_window to null in its config.json to attend to all"
-        )
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None and "chunked_attention" in (kinds or ()) and chunk < target:
-        raise ValueError(
-            f"the checkpoint's layers attend within chunks, which must not be below the target: "
-            f"attention_chunk_size={chunk} {target=}: this family cannot be trained with the causal-only attentions"
-        )
-
-
 def check_frequencies(model: PreTrainedModel) -> None:
     """The model's own float32 inverse frequencies and attention factor must equal ours, computed from its config.
 
     Raises ValueError with the largest relative difference if they do not.
     """
-    geometry = rope_geometry(model.config)
-    ours, attention_factor = geometry.frequencies()
-    found = False
-    for name, module in model.named_modules():
-        buffer = getattr(module, "inv_freq", None)
-        if not isinstance(buffer, torch.Tensor):
-            continue
-        found = True
-        theirs = buffer.detach().double().cpu().numpy()
-        scale = float(getattr(module, "attention_scaling", 1.0))
-        if theirs.shape != ours.shape:
-            raise ValueError(f"{name}: the model has {theirs.size} RoPE frequencies, its config gives {ours.size}")
-        difference = float(np.max(np.abs(theirs - ours) / ours))
-        if difference > 1e-5 or abs(scale - attention_factor) > 1e-6:
-            unknown = ", ".join(rope.unknown_keys(geometry.parameters))
-            raise ValueError(
-                f"{name}: the model's RoPE differs from its config's: frequencies by {difference:.1e} (relative), "
-                f"attention factor {scale} against {attention_factor}"
-                + (f"; rope_parameters has keys that are not known here: {unknown}" if unknown else "")
-            )
+    config = model.config
+    kinds = (
+        {kind.name: kind for kind in layer_kinds(config) if kind.parameters} if by_kind(config.rope_parameters) else {}
+    )
+    names = {f"{name}_inv_freq": kind for name, kind in kinds.items()} or {"inv_freq": None}
+    found = set()
+    for path, module in model.named_modules():
+        for name, kind in names.items():
+            buffer = getattr(module, name, None)
+            if isinstance(buffer, torch.Tensor):
+                found.add(name)
+                scale = float(getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0))
+                _check_buffer(f"{path}: {kind.name}" if kind else path, buffer, scale, rope_geometry(config, kind))
     if not found:
         raise ValueError(f"no RoPE module found in {type(model).__name__}")
+    if missing := [kinds[name.removesuffix("_inv_freq")].name for name in names if name not in found]:
+        raise ValueError(f"no RoPE of {missing[0]} layers found in {type(model).__name__}")
+
+
+def _check_buffer(where: str, buffer: torch.Tensor, scale: float, geometry: RopeGeometry) -> None:
+    ours, attention_factor = geometry.frequencies()
+    theirs = buffer.detach().double().cpu().numpy()
+    theirs = theirs[: theirs.size if theirs.all() else np.argmin(theirs)]  # `proportional` ends in frequencies of 0
+    if theirs.shape != ours.shape:
+        raise ValueError(f"{where}: the model has {theirs.size} RoPE frequencies, its config gives {ours.size}")
+    difference = float(np.max(np.abs(theirs - ours) / ours))
+    if difference > 1e-5 or abs(scale - attention_factor) > 1e-6:
+        unknown = ", ".join(rope.unknown_keys(geometry.parameters))
+        raise ValueError(
+            f"{where}: the model's RoPE differs from its config's: frequencies by {difference:.1e} (relative), "
+            f"attention factor {scale} against {attention_factor}"
+            + (f"; rope_parameters has keys that are not known here: {unknown}" if unknown else "")
+        )

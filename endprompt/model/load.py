@@ -22,7 +22,14 @@ import torch
 
 from endprompt import distributed, files, origin
 from endprompt.model import length_rope
-from endprompt.model.attention import PREFIX, register_causal_only
+from endprompt.model.attention import (
+    PREFIX,
+    NotAttended,
+    attention_for,
+    mask_by_position,
+    plain_name,
+    register_causal_only,
+)
 from endprompt.model.geometry import check_frequencies, check_no_text, named, rope_geometry, said, window_of
 from endprompt.model.parity import ITS_OWN, check_loaded
 from endprompt.model.weights import promise_nothing, sampled_sha256, settle, stored_tensors
@@ -163,6 +170,8 @@ def load_report(
         stored_tensors(source)  # names the file that is missing or cut off
     if attention.startswith(PREFIX):
         register_causal_only()
+        with named(config):
+            attention = attention_for(config, attention)
     wanted = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
     try:
         with quiet():
@@ -170,7 +179,7 @@ def load_report(
             if source is None:
                 with torch.device("meta"):
                     kind = type(AutoModelForCausalLM.from_config(config, **wanted))
-            return kind.from_pretrained(
+            model, report = kind.from_pretrained(
                 source,
                 config=config,
                 use_safetensors=True,
@@ -179,8 +188,11 @@ def load_report(
                 **wanted,
                 **options,
             )
+        if attention.startswith(PREFIX):
+            mask_by_position(model)
+        return model, report
     except Exception as error:  # as in load_config
-        reason, name = said(error), attention.removeprefix(PREFIX)
+        reason, name = said(error), plain_name(attention)
         family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
         if isinstance(error, KeyError) and error.args == (attention,):
             reason = (
@@ -215,17 +227,22 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
+    attention = attention_for(config, attention)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=attention)
+    if attention.startswith(PREFIX):
+        mask_by_position(model)
     check_frequencies(model)
     length_rope.rows_alone(model)
     return model
 
 
-def check_builds(config: PretrainedConfig) -> None:
+def check_builds(config: PretrainedConfig, attention: str = "") -> None:
     """Make the model of a config without its weights, which takes a second at most for any size.
 
-    Raises ValueError if transformers makes none of it, or one whose RoPE is not what the config says.
+    attention: a causal-only one, which is given what the model gives it, without numbers. Raises ValueError if
+    transformers makes no model of it, one whose RoPE is not what the config says, or one that asks for what this
+    attention has not.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -237,6 +254,25 @@ def check_builds(config: PretrainedConfig) -> None:
         where = f"{config.name_or_path}: " if config.name_or_path else ""
         raise ValueError(f"{where}transformers makes no model of this config: {said(error)}") from error
     check_frequencies(model)
+    if not attention:
+        return
+    with named(config):
+        if not type(model)._can_set_attn_implementation():
+            raise ValueError(f"{config.model_type}: {ITS_OWN}")
+        name = attention_for(config, attention)
+        model.to("meta")
+        mask_by_position(model)
+        row = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+        try:
+            model.set_attn_implementation(name)
+            with torch.no_grad():
+                model.base_model(input_ids=row, position_ids=row, use_cache=False)
+        except NotAttended as error:
+            raise ValueError(f"{config.model_type}: {error}") from error
+        except (
+            Exception
+        ):  # what needs numbers (a choice of experts) or a mask is seen with the weights, by check_forward
+            return
 
 
 def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict[str, torch.Tensor]:

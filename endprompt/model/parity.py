@@ -19,7 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from endprompt.model.attention import PREFIX, attention_backends, registered_name, training_attention
+from endprompt.model.attention import (
+    BY_POSITION,
+    PREFIX,
+    attention_backends,
+    eager_by_position,
+    narrow_layers,
+    plain_name,
+    registered_name,
+    training_attention,
+)
 from endprompt.model.geometry import said
 from endprompt.model.length_rope import RowsAlone
 
@@ -144,7 +153,10 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     row, other = _rows(model).split(1)
     tokens = row.shape[1]
     contiguous = torch.arange(tokens, device=row.device)[None]
-    jumped = contiguous + (contiguous >= tokens // 2) * (tokens // 4)
+    jump = max([tokens // 4, *(kind.reach or 0 for kind in narrow_layers(model.config))])
+    if getattr(model.config, "attn_temperature_tuning", False):  # Llama 4's own goes by place: up to here that is equal
+        jump = max(0, min(jump, int(model.config.floor_scale) - tokens - 1))
+    jumped = contiguous + (contiguous >= tokens // 2) * jump
     dtype = torch.bfloat16 if bfloat16 else model.dtype
     places = {"contiguous positions": contiguous, "positions with a jump": jumped}
     weights = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.5], device=row.device).repeat(-(-tokens // 5))[None, :tokens]
@@ -184,12 +196,12 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     allowed = tolerance(expected["contiguous positions"][0], nudged, layers, dtype)
     for where, numbers in found.items():
-        given = f"{where}, attention={attention.removeprefix(PREFIX)}"
+        given = f"{where}, attention={plain_name(attention)}"
         _compare(numbers, expected[where], allowed, f"{kind}: training ({given}) does not compute what")
     if torch.equal(found["positions with a jump"][0], elsewhere):
         raise ValueError(
             f"{kind}: tokens after a jump of the positions do not see those before it "
-            f"(attention={attention.removeprefix(PREFIX)}): this family cannot be trained at jumped positions"
+            f"(attention={plain_name(attention)}): this family cannot be trained at jumped positions"
         )
 
 
@@ -208,8 +220,12 @@ def _rows(model: PreTrainedModel) -> torch.Tensor:
 
 @contextlib.contextmanager
 def transformers_own(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model is transformers' own: RoPE modules of its classes, eager attention if it can be chosen."""
+    """Within it the model is transformers' own: RoPE modules of its classes, eager attention if it can be chosen.
+
+    Where the model's attention masks by position, so does eager.
+    """
     attention = model.config._attn_implementation
+    masks = eager_by_position() if attention.endswith(BY_POSITION) else contextlib.nullcontext()
     ours = {module: type(module) for module in model.modules() if isinstance(module, RowsAlone)}
     try:
         for module, kind in ours.items():
@@ -217,7 +233,8 @@ def transformers_own(model: PreTrainedModel) -> Iterator[None]:
             module.__class__ = family
         with contextlib.suppress(ValueError):
             model.set_attn_implementation("eager")
-        yield
+        with masks:
+            yield
     finally:
         for module, kind in ours.items():
             module.__class__ = kind

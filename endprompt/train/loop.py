@@ -289,11 +289,12 @@ class Trainer:
         """Append a row of results for each task and length of the held-out text."""
         assert self.evaluation is not None
         self.model.eval()
+        attention = self.model.config._attn_implementation
         if self.config.attention == "shifted":  # sparse in training only
             self.model.set_attn_implementation(training_attention("sdpa"))
         with attention_backends(self.device):
             found = list(self.evaluation.measure(self.loss, self.here))
-        self.model.set_attn_implementation(training_attention(self.config.attention))
+        self.model.set_attn_implementation(attention)
         self.model.train()
         if not self.log:
             return

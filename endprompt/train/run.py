@@ -15,7 +15,7 @@ from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
-from endprompt.model import lora
+from endprompt.model import lora, rope_geometry
 from endprompt.model.load import check_tokens, identity, whole_weights
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
@@ -164,7 +164,7 @@ def record_of(trainer: Trainer, window: int) -> dict[str, Any]:
         "origin": origin.about(config.model),
         "window": window,
         "target": config.target,
-        "factor": trainer.model.config.rope_parameters.get("factor"),
+        "factor": rope_geometry(trainer.model.config).parameters.get("factor"),
         "row_tokens": spec.row_tokens,
         "prompt_tokens": spec.prompt.longest if spec.prompt else 0,
         "steps": trainer.steps,

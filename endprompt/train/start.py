@@ -21,6 +21,7 @@ from endprompt.model import (
     training_attention,
 )
 from endprompt.model.geometry import window_of
+from endprompt.model.kinds import described, layer_kinds
 from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path
 from endprompt.model.weights import stored_dtype
 from endprompt.text import Reader
@@ -88,8 +89,11 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     window = window_of(source, config.window).window
     options = {"window": window} | (config.rope_options or {})
     new_config = extended_config(source, config.scaling, config.target, config.factor, **options)
-    check_builds(new_config)
-    before, after = (c.rope_parameters.get("factor") for c in (source, new_config))
+    check_builds(new_config, training_attention(config.attention))
+    before, after = (rope_geometry(c).parameters.get("factor") for c in (source, new_config))
+    if len(layer_kinds(new_config)) > 1:
+        for line in described(new_config, config.target, config.scaling):
+            say(line)
     if (before or 1) != 1 and config.scaling != "none":
         say(f"the checkpoint is scaled by {before:g} already; the factors multiply: {before:g} becomes {after:g}")
     tokenizer = load_tokenizer(config.model)

@@ -198,9 +198,10 @@ def test_what_turns_no_pairs_is_refused():
 def test_wrong_pairs_or_frequency_is_caught(checkpoint, monkeypatch, wrong):
     import dataclasses
 
-    def mistaken(config):
+    def mistaken(config, length):
         geometry = rope_geometry(config)
-        return dataclasses.replace(geometry, parameters=geometry.parameters | {"factor": 8.5})
+        wrong = dataclasses.replace(geometry, parameters=geometry.parameters | {"factor": 8.5})
+        return dict.fromkeys(range(config.num_hidden_layers), wrong.frequencies(length))
 
     def swapped(rotate, q):
         return np.array([0, 2, 4, 6]), np.array([1, 3, 5, 7]), np.arange(8)
@@ -208,7 +209,7 @@ def test_wrong_pairs_or_frequency_is_caught(checkpoint, monkeypatch, wrong):
     if wrong == "pairs":
         monkeypatch.setattr(capture, "measured_pairs", swapped)
     else:
-        monkeypatch.setattr(capture, "rope_geometry", mistaken)
+        monkeypatch.setattr(capture, "frequencies_by_layer", mistaken)
     with pytest.raises(ValueError, match="differs from the model's own logit"):
         spectra_of(checkpoint("Llama"))
 

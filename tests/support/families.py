@@ -125,6 +125,7 @@ OWN: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": LATENT | {"num_layers": 2, "num_hidden_layers": None},
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "default",
@@ -189,6 +190,9 @@ def tiny_config(family: str, window: int = TARGET) -> Any:
     if about.get("rope_type", "default") != "default":  # scaled already; what is tried is an unscaled one
         kept = {key: about[key] for key in ("rope_theta", "partial_rotary_factor") if key in about}
         values["rope_parameters"] = {"rope_type": "default"} | kept
+    kinds = getattr(default, "layer_types", None) or ()
+    if {"sliding_attention", "full_attention"} <= set(kinds):
+        values["layer_types"] = ["sliding_attention", "full_attention"] * 2
     values |= OWN.get(family, {})
     if window != TARGET:
         values |= {key: window for key in WINDOWS if has(default, key)}
@@ -233,9 +237,17 @@ def ids(seed: int, tokens: int = TOKENS) -> torch.Tensor:
 
 
 @torch.no_grad()
-def expected_loss(model: Any, row: torch.Tensor, positions: torch.Tensor) -> tuple[float, str]:
-    """(mean loss of eager attention under a mask [1, 1, T, T] written out, or under one of ones, which mask)."""
+def expected_loss(model: Any, row: torch.Tensor, positions: torch.Tensor, narrow: bool = False) -> tuple[float, str]:
+    """(mean loss of eager attention under a mask [1, 1, T, T] written out, or under one of ones, which mask).
+
+    narrow: some layers see a window: the row is then at its places in one of the target's length, the others masked.
+    """
     tokens = row.shape[1]
+    if narrow:
+        whole, seen = torch.full((1, TARGET), 7), torch.zeros(1, TARGET, dtype=torch.int64)
+        whole[0, positions[0]], seen[0, positions[0]] = row[0], 1
+        logits = model(input_ids=whole, attention_mask=seen, use_cache=False).logits[0, positions[0]]
+        return float(F.cross_entropy(logits[:-1].double(), row[0, 1:])), "full length"
     written = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
     for mask, name in ((written, "4-D"), (torch.ones_like(row), "ones")):
         try:
@@ -251,19 +263,23 @@ def expected_loss(model: Any, row: torch.Tensor, positions: torch.Tensor) -> tup
 def trained(source: Path, export_to: Path, row: dict[str, Any]) -> str:
     """Extend by YaRN as `endprompt extend` does up to its first step; loss, gradient, export, reload."""
     from endprompt import model
+    from endprompt.model import rope_geometry
+    from endprompt.model.attention import narrow_layers
     from endprompt.model.load import check_builds, export
     from endprompt.model.parity import check_forward
     from endprompt.train.objective import Objective
 
     config = model.load_config(source)
-    scaling = "yarn"
-    try:
-        extended = model.extended_config(config, scaling, TARGET)
-    except ValueError as error:
-        if "does not take this scaling" not in str(error):
-            raise
-        scaling = "longrope"
-        extended = model.extended_config(config, scaling, TARGET)
+    refused: ValueError | None = None
+    for scaling in ("yarn", "longrope", "linear", "none"):
+        try:
+            extended = model.extended_config(config, scaling, TARGET)
+            break
+        except ValueError as error:
+            others = ("does not take this scaling", "by scaling=linear alone", "scaling must be none")
+            refused = refused if refused and scaling != "longrope" else error
+            if not any(words in str(error) for words in others):
+                raise refused from error
     check_builds(extended)
     reasons = {}
     for attention in ("sdpa", "eager"):
@@ -288,8 +304,9 @@ def trained(source: Path, export_to: Path, row: dict[str, Any]) -> str:
     found = float(total.detach()) / (TOKENS - 1)
     export(live, make_tokenizer(), export_to, "float32")
     again = stock(export_to, "eager")
-    wanted, row["mask"] = expected_loss(again, tokens, positions)
-    elsewhere, _ = expected_loss(again, tokens, torch.arange(TOKENS)[None])
+    narrow = bool(narrow_layers(again.config))
+    wanted, row["mask"] = expected_loss(again, tokens, positions, narrow)
+    elsewhere, _ = expected_loss(again, tokens, torch.arange(TOKENS)[None], narrow)
     close = 3e-6 * wanted  # float32; a wrong one is farther off, as the next line but one sees to
     assert abs(found - wanted) <= close, f"training loss {found:.6f}, transformers {wanted:.6f}"
     assert abs(elsewhere - wanted) > 4 * close, f"the loss does not depend on positions: {elsewhere:.6f}"
@@ -298,9 +315,11 @@ def trained(source: Path, export_to: Path, row: dict[str, Any]) -> str:
         given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
         apart = float((live(**given).logits - again(**given).logits).abs().max())
     assert apart <= 1e-5, f"logits of the export differ by {apart:.1e}"
-    about = again.config.rope_parameters
-    kept = (about["rope_type"], about["factor"], again.config.max_position_embeddings)
-    assert kept == (scaling, TARGET / WINDOW, TARGET), f"the export's RoPE is {kept}"
+    about = rope_geometry(again.config).parameters
+    kept = (about["rope_type"], about.get("factor"), again.config.max_position_embeddings)
+    rope_type = {"none": "default"}.get(scaling, "proportional" if about["rope_type"] == "proportional" else scaling)
+    wanted_rope = (rope_type, None if scaling == "none" else TARGET / WINDOW, TARGET)
+    assert kept == wanted_rope, f"the export's RoPE is {kept}"
     return " ".join(
         [
             "works",
@@ -335,7 +354,7 @@ def generated(directory: Path, row: dict[str, Any]) -> str:
 
 
 def narrowed(family: str, work: Path) -> str:
-    """Answers with a window narrower than the prompts; an extension must be refused, or its loss be right."""
+    """Answers with a window narrower than the prompts, and an extension, whose loss is that of rows of full length."""
     config, row = tiny_config(family, NARROW), {}
     make(config, work / "narrow")
     generated(work / "narrow", row)
@@ -383,11 +402,14 @@ def captured(directory: Path) -> str:
     from analysis.capture import capture, choose_pairs
     from analysis.config import VerifyConfig
     from analysis.scene import load
+    from endprompt.model.geometry import frequencies_by_layer
 
     left: list[int] = []
     layers: list[int] = []
     model = load(str(directory), VerifyConfig(str(directory), dtype="float32"))
     capture(model, ids(5)[0].tolist(), choose_pairs(TOKENS, 12, 0), lambda one: layers.append(one.layer), 0, left)
+    turned = frequencies_by_layer(model.config)
+    assert not set(left) & set(turned), f"layers {left} turn nothing, and by the config they have RoPE"
     return f"works, less {len(left)} of {len(left) + len(layers)} layers" if left else "works"
 
 
@@ -430,7 +452,7 @@ def swept(family: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         asked = outcome(work, lambda: str(bool(rope_geometry(config))))
-        if asked != "True" and "different RoPE frequencies" not in asked and "must be even" not in asked:
+        if asked != "True" and "no kind of layer" not in asked and "must be even" not in asked:
             return row | {"built": "no: not tried", "extend": asked, "versions": versions}
         for key in WINDOWS:
             if getattr(config, key, None):

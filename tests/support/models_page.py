@@ -25,10 +25,10 @@ planned. Everything else is an error of one line, and these are below. The page 
 
 What a yes means, each against transformers' own code on the same weights:
 
-- **extend**: YaRN times 4, longrope where the family takes that alone. The training loss at positions that jump over
-  three quarters of the target is that of transformers' eager attention under a causal mask that is written out (for
-  layers that know no such mask, one of ones), the gradient is finite, the export loads with the same logits and says
-  the new window. "eager" is `--attention eager`.
+- **extend**: YaRN times 4, or the scaling that the family takes alone (none where the layers that see everything have
+  no RoPE). The training loss at positions that jump over three quarters of the target is that of transformers' eager
+  attention under a causal mask that is written out (for layers that know no such mask, one of ones), the gradient is
+  finite, the export loads with the same logits and says the new window. "eager" is `--attention eager`.
 - **score**: answers of prompts alone and in one batch are those of `generate()`, and `endprompt score` gives a row.
   "eager" is `--attn eager`; * marks families that transformers generates by itself, one prompt at a time, which is
   slower.
@@ -42,6 +42,19 @@ good. Not tried: weights of real checkpoints, families that bring code of their 
 """
 
 
+WINDOWS = """\
+The default config of these families has a sliding window or chunks, in tokens. `extend` masks such layers by
+position, and refuses a target above the window where all layers have one.
+
+{windows}.
+"""
+TRIED_NARROW = """\
+With a window of {tokens} tokens, narrower than the prompts, {families} families were tried too: answers are
+those of `generate()`. {extended} were extended: their training loss at jumped positions is that of transformers' own
+row of the target's length, whose other places are masked. The others are refused:
+"""
+
+
 def cell(row: dict[str, Any], step: str) -> str:
     said = row.get(step, "")
     if step == "score" and not row.get("generate", "works").startswith("works"):
@@ -51,7 +64,8 @@ def cell(row: dict[str, Any], step: str) -> str:
     if part := re.search(r"less (\d+) of (\d+)", said):
         return f"{int(part[2]) - int(part[1])} of {part[2]}"
     star = "\\*" if step == "score" and row.get("loop") != "own" else ""
-    return ("eager" if "eager" in said else "yes") + (", longrope" if "longrope" in said else "") + star
+    scaling = re.search(r"\b(longrope|linear|none)\b", said)
+    return ("eager" if "eager" in said else "yes") + (f", {scaling[0]}" if scaling else "") + star
 
 
 def reasons(rows: list[dict[str, Any]], steps: list[str]) -> list[str]:
@@ -108,17 +122,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         for row in tried
         if (row.get("sliding_window") or row.get("attention_chunk_size")) and cell(row, "extend") != "no"
     ]
-    lines += ["", "## Layers that see a window", ""]
-    lines += ["The default config of these families has a sliding window or chunks, in tokens. Where layers use it,"]
-    lines += ["`extend` refuses a target above it; the sweep tried the families with a window of the target's size."]
-    lines += ["", ", ".join(windows) + "."]
     narrow = [row for row in tried if row.get("narrow", "").startswith("works")]
-    refused = sum("not extended" in row["narrow"] for row in narrow)
-    lines += [
-        "",
-        f"With a window of {NARROW} tokens, narrower than the prompts, {len(narrow)} families were tried too:",
-    ]
-    lines += [f"answers are those of `generate()`, and `extend` refuses {refused} of them."]
+    extended = sum("extended too" in row["narrow"] for row in narrow)
+    lines += ["", "## Layers that see a window", "", WINDOWS.format(windows=", ".join(windows))]
+    lines += [TRIED_NARROW.format(tokens=NARROW, families=len(narrow), extended=extended)]
+    others = [row | {"narrow": row["narrow"].partition("not extended: ")[2] or "works"} for row in narrow]
+    lines += reasons(others, ["narrow"])
     lines += ["", "## Not built", ""]
     lines += [
         "No tiny model of these could be made: transformers' words, or sizes that the sweep cannot shrink.",

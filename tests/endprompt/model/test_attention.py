@@ -107,8 +107,8 @@ def test_eager_takes_soft_caps_and_sinks():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"softcap": 30.0}, r"no soft-capping of attention scores \(softcap=30.0\): attention=eager has"),
-        ({"s_aux": torch.zeros(2)}, r"no attention sinks \(s_aux\): attention=eager has"),
+        ({"softcap": 30.0}, r"no soft-capping of attention scores \(softcap=30.0\): attention=eager or flex has"),
+        ({"s_aux": torch.zeros(2)}, r"no attention sinks \(s_aux\): attention=sdpa, eager or flex has"),
         ({"is_causal": False}, "gives its attention: is_causal=False"),
         ({"indices": torch.zeros(1)}, "gives its attention: indices"),
         ({"position_bias": torch.zeros(1)}, "gives its attention: position_bias"),
@@ -119,7 +119,8 @@ def test_eager_takes_soft_caps_and_sinks():
 )
 def test_what_an_attention_does_not_know_is_refused_by_name(name, given, said):
     x = torch.randn(1, 2, 8, 8)
-    if name == "eager" and set(given) <= {"softcap", "s_aux"}:
+    has = {"eager": {"softcap", "s_aux"}, "flex": {"softcap", "s_aux"}, "sdpa": {"s_aux"}}
+    if set(given) <= has.get(name, set()):
         return
     with pytest.raises(ValueError, match=said):
         ATTENTIONS[name](torch.nn.Module(), x, x, x, **given)

@@ -139,7 +139,7 @@ def test_the_loss_of_a_row_is_that_of_a_fresh_model_of_transformers(extend_confi
     from transformers import AutoModelForCausalLM
 
     path = make_checkpoint(tmp_path / "m", rope_parameters=scaled("dynamic"))
-    ours = load_model(path, attention="causal_only_sdpa")
+    ours = load_model(path, attention="causal_only_torch")
     draw = torch.Generator().manual_seed(1)
     ids, ends = torch.randint(1, 300, (3, 24), generator=draw), (23, 90, 47)
     positions = torch.stack([torch.cat([torch.arange(12), torch.arange(end - 11, end + 1)]) for end in ends])
@@ -156,7 +156,7 @@ def test_needles_are_read_with_the_frequencies_of_their_prompt(tmp_path):
     from transformers import AutoModelForCausalLM
 
     path = make_checkpoint(tmp_path / "m", rope_parameters=scaled("dynamic") | {"factor": 64.0}, initializer_range=0.5)
-    objective = train.Objective(load_model(path, attention="causal_only_sdpa"), autocast=False)
+    objective = train.Objective(load_model(path, attention="causal_only_torch"), autocast=False)
     draw = torch.Generator().manual_seed(3)
     rows = []
     for _ in range(6):

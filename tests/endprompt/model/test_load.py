@@ -170,7 +170,7 @@ def test_what_cannot_be_extended_is_refused(llama, tmp_path):
         models.extended_config(tiny_config("Phi3"), "yarn", TARGET)
     with pytest.raises(ValueError, match=r"phimoe does not take this scaling: scaling='longrope': .*short_mscale"):
         models.extended_config(PhimoeConfig(max_position_embeddings=WINDOW), "longrope", TARGET)
-    with pytest.raises(ValueError, match="the config must state hidden_size, and it does not: model_type='blt'"):
+    with pytest.raises(ValueError, match="the config must state num_hidden_layers, and it does not: model_type='blt'"):
         models.rope_geometry(BltConfig())
     with pytest.raises(ValueError, match="has no option 'beta'"):
         models.extended_config(models.load_config(llama), "yarn", TARGET, beta=3)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from endprompt import model as models
 from endprompt import train
-from endprompt.model import geometry, length_rope, parity
+from endprompt.model import kinds, length_rope, parity
 from endprompt.model.attention import registered_name
 from endprompt.train import Objective
 from tests.support.checkpoints import make_checkpoint
@@ -134,9 +134,9 @@ def test_chunks_below_the_target_are_refused_however_long():
     """A short row fits into one chunk and shows nothing: the config says it, before any work."""
     own = {"attention_chunk_size": 128, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}
     config = transformers.Llama4TextConfig(**(COMMON | own))
-    geometry.check_whole_attention(config, 128)
+    kinds.check_layers(config, 128)
     with pytest.raises(ValueError, match=r"attention_chunk_size=128 target=129"):
-        geometry.check_whole_attention(config, 129)
+        kinds.check_layers(config, 129)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "GPTNeoX"])

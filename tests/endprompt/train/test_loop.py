@@ -58,7 +58,7 @@ def test_loss_of_a_step_is_the_weighted_mean_of_torchs(extend_config, tmp_path, 
     trainer.model.set_attn_implementation("eager")
     with torch.no_grad():
         logits = trainer.model(input_ids=ids, position_ids=places, attention_mask=mask, use_cache=False).logits
-    trainer.model.set_attn_implementation("causal_only_sdpa")
+    trainer.model.set_attn_implementation("causal_only_torch")
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     expected = (losses * weights[:, 1:].flatten()).sum() / weights.sum()
     loss, norm = trainer.train_step(batch, 0.0)
