@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from accelerate import PartialState
 from lm_eval.api.instance import Instance
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.scoring import generate
 from benchmarks.scoring.settled import end_of
+from benchmarks.scoring.units import contexts_cut
 from endprompt.model import length_rope, parity, weights
 from endprompt.model.load import check_tokens
 from endprompt.text import Reader
@@ -104,6 +106,18 @@ class LongContextLM(HFLM):
         return str(
             self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """lm-eval pads the texts of a batch, where frequencies may depend on the length: such texts go one by one."""
+        self.cut |= contexts_cut(requests, self.max_length + 1)  # the last token is asked for and not read
+        alone = any(map(length_rope.length_kinds, self.model.modules()))
+        with mock.patch.object(self, "batch_size_per_gpu", 1 if alone else self.batch_size_per_gpu):
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    @functools.cached_property
+    def cut(self) -> set[str]:
+        """Contexts of log-likelihoods that lm-eval cut on their left."""
+        return set()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = dict(answer for batch in self.batches(requests) for answer in batch)

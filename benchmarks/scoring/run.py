@@ -133,7 +133,7 @@ def score_units(
         with_samples = [unit for unit in units if unit.samples]  # other prompts are made as they are asked
         if with_samples:
             begin()  # other processes write there once the model is loaded, which waits for all
-        longest = max(map(needed, with_samples), default=1)
+        longest = max(map(needed, with_samples), default=window_of(config, model_config, 1))
         shortest = min(map(shortest_prompt, with_samples), default=1)
         lm = load(config, longest, shortest, model_config, tokenizer, suite.model_args)
         done |= suite.evaluate(waiting, lm, made_by.sha256, begin)

@@ -53,6 +53,11 @@ def needed(unit: Unit) -> int:
     return max(sample["length"] + sample["max_new_tokens"] for sample in unit.samples)
 
 
+def contexts_cut(requests: Sequence[tuple[Any, list[int], list[int]]], limit: int) -> set[str]:
+    """Contexts that are over so many tokens with their answer: lm-eval takes what is too long off their left."""
+    return {texts[0] for texts, context, answer in requests if texts and len(context) + len(answer) > limit}
+
+
 def shortest_prompt(unit: Unit) -> int:
     """Tokens of the unit's shortest prompt."""
     if isinstance(unit.samples, ruler.Cell):  # without rendering any

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from benchmarks.scoring.units import contexts_cut
 from endprompt import rope
 from endprompt.text import Reader
 
@@ -150,6 +151,10 @@ def load(checkpoint: str, **options: Any) -> Any:
                             f"window {self.max_length}"
                         )
                 return super().generate_until(requests, disable_tqdm=True)
+
+            def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+                self.cut = getattr(self, "cut", set()) | contexts_cut(requests, self.max_length - 1)
+                return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
             def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
                 """As the backend hf: BOS once, no EOS behind."""

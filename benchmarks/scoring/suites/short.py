@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 class Short(Suite):
-    generator = f"lm-eval {version('lm_eval')}"
+    generator = f"lm-eval {version('lm_eval')}, 2"  # 2: texts whose frequencies depend on their length go one by one
 
     def __init__(self, config: ScoreConfig):
         super().__init__(config)
@@ -68,11 +68,14 @@ def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
     from lm_eval.evaluator import simple_evaluate
 
     from benchmarks.scoring.recording import no_environment_report
+    from endprompt import distributed
 
     shots, metric = SETTINGS[task]
     code = task == "humaneval"
     if code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    cut: set[str] = getattr(lm, "cut", set())
+    cut.clear()
     try:
         with no_environment_report():
             results = simple_evaluate(
@@ -90,6 +93,7 @@ def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
     except (OSError, ConnectionError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"the data of {task} come from the hub and are not to be had: {first}") from error
+    truncated = sum(distributed.gathered(len(cut)))
     if results is None:
         return None
     own = results["results"][task]
@@ -101,12 +105,16 @@ def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
         value=100 * own[metric],
         stderr=100 * stderr if isinstance(stderr, float) else None,
         n=own.get("sample_len"),
+        n_truncated=truncated,
         model=config.model_name,
         method=method_of(config),
         seed=config.seed,
         shots=shots,
         chat=config.chat,
-        **{name: value for name in ("date", "template_args") if (value := getattr(config, name))},
+        backend=config.backend,
+        attn=config.attn if config.backend == "hf" else None,
+        dtype=config.dtype,
+        **{name: value for name in ("date", "template_args", "backend_args") if (value := getattr(config, name))},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -453,10 +454,13 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(place, tmp_path):
-    """Of the smallest base, with a number of samples that two do not divide."""
-    base = Path(__file__).resolve().parents[3] / "benchmarks" / "base" / "256"
+    """Of the smallest base with `dynamic`, beyond its window, with a number of samples that two do not divide."""
+    base = shutil.copytree(Path(__file__).resolve().parents[3] / "benchmarks" / "base" / "256", tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    (base / "config.json").write_text(json.dumps(settings))
     flags = (
-        "--tasks niah_single_1,vt --lengths 256 --samples 7 --shots 0 --max-new-tokens 16 --quiet "
+        "--tasks niah_single_1,vt --lengths 320 --samples 7 --shots 0 --max-new-tokens 16 --quiet "
         "--dtype float32 --device cpu --batch-size 4"
     )
     arguments = ["score", str(base), *flags.split(), f"--cache-dir={tmp_path / 'cache'}", "--output"]

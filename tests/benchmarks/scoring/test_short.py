@@ -6,11 +6,16 @@ import os
 
 import lm_eval.evaluator
 import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM
 
 from benchmarks import scoring
 from benchmarks.scoring import ScoreConfig, run
+from benchmarks.scoring.hf import LongContextLM
 from benchmarks.scoring.suites import short
 from endprompt import files, results
+from endprompt.model import load_tokenizer
 from tests.support import ruler_helpers
 
 
@@ -54,6 +59,49 @@ def test_generated_code_runs_only_where_it_is_asked_for(llama, tmp_path, evaluat
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "0" and all(c["limit"] is None for c in evaluated)
     scoring.score(ScoreConfig(str(llama), suite="short", tasks="humaneval", output=str(tmp_path / "b")))
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1" and evaluated[-1]["confirm_run_unsafe_code"]
+
+
+SCALED = {
+    "dynamic": {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 8.0}},
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_log_likelihoods_are_those_of_each_text_alone_and_what_is_cut_is_counted(tmp_path, kind, monkeypatch):
+    path = ruler_helpers.checkpoint(tmp_path / "m")
+    settings = json.loads((path / "config.json").read_text()) | SCALED[kind]
+    settings["rope_parameters"] |= {"rope_theta": 10000.0}
+    (path / "config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(path)
+    options = dict(tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=4, max_length=512)
+    lm = LongContextLM(pretrained=str(path), **options)
+    texts = [("the grass is green " * n, "the sky is blue") for n in (2, 30, 45)]
+    requests = [Instance("loglikelihood", {}, pair, 0, ("t", i, 1)) for i, pair in enumerate(texts)]
+    found = [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    wanted = []
+    for context, answer in texts:
+        ids = torch.tensor([tokenizer(context + answer)["input_ids"]])
+        first = len(tokenizer(context.rstrip())["input_ids"])
+        with torch.no_grad():  # a fresh model, which no other text has been through
+            logits = AutoModelForCausalLM.from_pretrained(path)(ids[:, :-1]).logits[0, first - 1 :]
+        wanted.append(float(logits.log_softmax(-1).gather(1, ids[0, first:, None]).sum()))
+    assert found == pytest.approx(wanted, rel=1e-4) and lm.cut == set()
+    lm._max_length = 100
+
+    def simple_evaluate(model, **settings):
+        model.loglikelihood(2 * requests, disable_tqdm=True)
+        return {"results": {"mmlu": {"acc,none": 0.5, "sample_len": 3}}}
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", simple_evaluate)
+    row = short.made_row(ScoreConfig(str(path), suite="short"), lm, "mmlu")
+    lengths = [len(tokenizer(context + answer)["input_ids"]) for context, answer in texts]
+    assert row["n_truncated"] == sum(length > 101 for length in lengths) > 0
 
 
 def test_unknown_task_and_data_that_cannot_be_had(llama, tmp_path, evaluated, monkeypatch):

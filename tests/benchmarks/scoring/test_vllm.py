@@ -129,6 +129,15 @@ def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(stand_in, checkpoint)
         lm.generate_until([request])
 
 
+def test_tasks_of_lm_eval_are_asked_within_the_whole_window(stand_in, checkpoint, tmp_path, monkeypatch):
+    import lm_eval.evaluator
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", lambda **_: {"results": {"mmlu": {"acc,none": 0.5}}})
+    asked = dict(suite="short", tasks="mmlu", backend="vllm", device="cpu", output=str(tmp_path / "out"))
+    (row,) = score(ScoreConfig(str(checkpoint), **asked))
+    assert stand_in["max_model_len"] == 512 and (row["backend"], row["n_truncated"]) == ("vllm", 0)
+
+
 def test_what_the_engine_says_is_one_line(stand_in, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"llama: vLLM does not load it: 1 validation error no_such: unexpected a$"):
         score(config(checkpoint, tmp_path / "out", backend="vllm", backend_args="no_such=1"))
