@@ -51,7 +51,7 @@ over the arms below, and a margin of {margin:.0f} points.
 
 {verdicts}
 
-- **With PI nothing is found at any length, 4,096 included, though the loss is back.** Held-out loss falls from
+- **With PI nothing is found at any length, 4,096 included, though the loss is back.** It falls at 65,536 from
   {pi_before} to {pi_after}, within {pi_gap} nats of YaRN's; the tasks stay under {pi_most} percent, nearly all of it
   from the two question tasks, where a guess can be right. The best of the three rates tried was the highest, so more
   may be better.
@@ -92,6 +92,18 @@ Each claim that these arms can speak of, as `endprompt lab` answers it from the 
 
 The mean over seeds.
 
+## Five times the tokens
+
+Five cells of seed 0 again, on the same samples, after {more} million tokens: {one_seed} samples a length and one seed,
+so no verdict. The last column has the interval of samples drawn anew.
+
+{tokens_table}
+
+- **With PI a few needles are found near by:** at 4,096 the control goes from {pi_few} to {pi_many} percent, PoSE from
+  {pi_pose_few} to {pi_pose_many}; at 65,536 none. The control's loss at 65,536 is then lower than YaRN's, {pi_loss}
+  against {yarn_loss}: loss and scores go apart here, too.
+- **With YaRN `recall` stays ahead at 65,536:** {recall_many} percent, PoSE {pose_many}, the control {control_many}.
+
 ## Learning rates
 
 Held-out loss at 65,536 after 5 million tokens (38 steps), seed 100, no task scored. The lowest was taken.
@@ -100,20 +112,23 @@ Held-out loss at 65,536 after 5 million tokens (38 steps), seed 100, no task sco
 
 ## What is missing
 
-The study that this is a part of asks for 50 million tokens an arm, 50 to 100 samples a cell, a curve of tokens, the
-full-length and LongLoRA baselines and LongBench. Presets `smollm2` and `smollm2-rates` hold it; `endprompt lab --preset
-smollm2 --dry-run` says what it takes. This part took 39 minutes of two H200,
-the rates among them:
+The study that this is a part of asks for 50 million tokens an arm with three seeds, 50 to 100 samples a cell, a curve
+to 200 million tokens, the full-length and LongLoRA baselines and LongBench. Presets `smollm2` and `smollm2-rates` hold
+it; `endprompt lab --preset smollm2 --dry-run` says what it takes. This part took 39 minutes of two H200, the rates
+among them, and the longer cells 28 minutes of one:
 
     endprompt lab --preset smollm2-rates --steps 38 --only 'arm=contiguous*,pose*' --documents books.jsonl \\
         --held-out held-out.jsonl --deterministic false --output runs/rates
     endprompt lab --preset smollm2-small --rates runs/rates/rates.json --documents books.jsonl \\
         --held-out held-out.jsonl --data-dir DATA --deterministic false --output runs/small
+    endprompt lab --preset smollm2-small --steps 382 --seeds 0 --only 'arm=contiguous+*,pose+*,recall+yarn' \\
+        --rates runs/rates/rates.json --documents books.jsonl --held-out held-out.jsonl --data-dir DATA \\
+        --deterministic false --output runs/longer
 
 The rates of both end prompts were added to `rates.json` by hand, as said above. All rows are of one revision, whose
-edition `2025` of some needle tasks differs in spaces from today's. Rows: `smollm2_small`, `smollm2_small_scores` and
-`smollm2_rates` in `data/measured/pages`. `python -m tests.support.study_page` writes this page and its pictures from
-them.
+edition `2025` of some needle tasks differs in spaces from today's. Rows: `smollm2_small`, `smollm2_50m`, the scores of
+each sample of both (`_scores`) and `smollm2_rates` in `data/measured/pages`. `python -m tests.support.study_page`
+writes this page and its pictures from them.
 """
 
 #: What a verdict of the lab's rule says of an arm against the control.
@@ -149,6 +164,11 @@ def spread(arm: Arm, length: int) -> tuple[float, float, float]:
 def shown(values: Sequence[float]) -> str:
     mean, low, high = (round(value, 1) + 0.0 for value in values)
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def millions(rows: list[dict[str, Any]]) -> str:
+    """Tokens that an arm of these rows was trained on."""
+    return f"{next(row['train_tokens'] for row in rows if row.get('train_tokens')) / 1e6:.0f}"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -210,9 +230,41 @@ def page() -> str:
         ]
         for name in compared
     ]
+    longer = read("smollm2_50m")
+    later = {arm.name: arm for arm in arms_of(longer, read("smollm2_50m_scores"))}
+    losses_later = {(row["arm"], row["length"]): row["value"] for row in longer if row["task"] == "loss"}
+
+    def gained(name: str) -> str:
+        before, after = arms[name].samples[target, 0], later[name].samples[target, 0]
+        difference = [after[task] - before[task] for task in before]
+        mean = float(np.mean([part.mean() for part in difference]))
+        return shown((mean, *estimates.nested_bootstrap([difference])))
+
+    tokens_table = [
+        [named(name), f"{millions(part)} million", *(f"{study[name].scores[n][0]:.1f}" for n in lengths), change]
+        for name in order
+        if name in later
+        for study, part, change in ((arms, rows, ""), (later, longer, gained(name)))
+    ]
     claims = [row["sentence"] for row in verdicts.rows_of([*arms.values()]) if row["metric"] == "claim"]
     return TEXT.format(
-        tokens=f"{next(row['train_tokens'] for row in rows if row.get('train_tokens')) / 1e6:.0f}",
+        tokens=millions(rows),
+        more=millions(longer),
+        one_seed=sum(len(part) for part in later["pose+yarn"].samples[target, 0].values()),
+        tokens_table=table(["arm", "tokens", *heads[1:], "difference at 65,536"], tokens_table),
+        pi_loss=f"{losses_later['contiguous+linear', target]:.2f}",
+        yarn_loss=f"{losses_later['contiguous+yarn', target]:.2f}",
+        **{
+            f"{word}_{when}": f"{study[arm].scores[length][0]:.1f}"
+            for word, arm, length in (
+                ("pi", "contiguous+linear", lengths[0]),
+                ("pi_pose", "pose+linear", lengths[0]),
+                ("recall", "recall+yarn", target),
+                ("pose", "pose+yarn", target),
+                ("control", "contiguous+yarn", target),
+            )
+            for when, study in (("few", arms), ("many", later))
+        },
         seeds={3: "three"}[len(seeds)],
         margin=estimates.MARGIN,
         verdicts="\n".join(textwrap.fill(line, 119, subsequent_indent="  ") for line in said),
