@@ -56,17 +56,60 @@ def number_of(text: str) -> int | float | str:
     return text
 
 
-def renderer(tokenizer: Any, date: str | None = None, arguments: str = "") -> Render:
+def renderer(tokenizer: Any, date: str | None = None, arguments: str = "", system: str | None = None) -> Render:
     """Messages to text by the tokenizer's chat template, as on the day `date`, with further arguments of the template.
 
-    Without a day the template reads the clock itself. Raises ValueError if the tokenizer has no template.
+    Without a day the template reads the clock itself. system: a message in front. Raises ValueError if the tokenizer
+    has no template.
     """
     given, day = settled(tokenizer, date, arguments)
 
     def render(messages: Messages, **options: Any) -> str:
-        return apply(tokenizer, messages, day, **given, **options)
+        return apply(tokenizer, [*system_turn(system), *messages], day, **given, **options)
 
     return checked(render, Reader(tokenizer))
+
+
+def system_turn(system: str | None) -> Messages:
+    return [{"role": "system", "content": system}] if system else []
+
+
+END_OF_THOUGHT = "</think>"
+#: Arguments by which templates turn thinking on and off (Qwen3's and SmolLM3's, DeepSeek-V3.1's and Granite's).
+SWITCHES = ("enable_thinking", "thinking")
+
+
+def with_thinking(tokenizer: Any, arguments: str, thinks: bool) -> str:
+    """The template's arguments with thinking turned on or off; found by rendering it both ways.
+
+    Raises ValueError for a template that cannot be told not to think, or never thinks, and for a tokenizer by which the
+    end of a thought cannot be seen.
+    """
+    given = arguments_of(tokenizer, arguments)
+
+    def rendered(**more: bool) -> str:
+        return apply(tokenizer, PROBE, DAYS[0], add_generation_prompt=True, **{**given, **more})
+
+    switch = next((name for name in SWITCHES if rendered(**{name: True}) != rendered(**{name: False})), None)
+    if switch is None and not thinks:
+        raise ValueError(
+            f"thinking=off needs a chat template that reads one of {', '.join(SWITCHES)}; this one does not"
+        )
+    if thinks and switch is None and END_OF_THOUGHT not in str(tokenizer.get_chat_template()):
+        raise ValueError(f"thinking needs a chat template that thinks, and this one has no {END_OF_THOUGHT}")
+    if thinks and END_OF_THOUGHT in tokenizer.all_special_tokens:
+        raise ValueError(f"thinking needs an end that stays in the text, and {END_OF_THOUGHT} is a special token here")
+    if switch is None or given.get(switch) is thinks:
+        return arguments
+    if switch in given:
+        raise ValueError(f"template_args must agree with thinking: {arguments!r}")
+    return ",".join(filter(None, [arguments, f"{switch}={str(thinks).lower()}"]))
+
+
+def cut_thought(text: str) -> tuple[str, str | None]:
+    """(thought, answer behind it), both without white space around; no answer where the thought has not ended."""
+    thought, end, answer = text.rpartition(END_OF_THOUGHT)
+    return (thought.strip(), answer.strip()) if end else (text.strip(), None)
 
 
 def settled(tokenizer: Any, date: str | None, arguments: str) -> tuple[dict[str, Any], datetime.date | None]:

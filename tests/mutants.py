@@ -68,6 +68,11 @@ MUTANTS = [
     (SERVER, "if waiting and self.served.window is None:", "if False:", "benchmarks/scoring/server"),
     (SERVER, "return text.replace(key, \"[key]\") if key else text", "return text", "benchmarks/scoring/server"),
     (FINGERPRINT, "model=served.model if served else config.model,", "model=None,", "benchmarks/scoring/runs"),
+    # thoughts
+    ("benchmarks/chat.py", "text.rpartition(END_OF_THOUGHT)", "text.partition('<think>')", "benchmarks/scoring/server"),
+    ("benchmarks/scoring/recording.py", "if len(ids := reader.ids([found])[0]) > limit:", "if False:", "benchmarks/scoring/server"),
+    ("benchmarks/scoring/recording.py", 'settings["max_gen_toks"] + more', 'settings["max_gen_toks"]', "benchmarks/scoring/server"),
+    ("benchmarks/scoring/checkpoint.py", " - config.thought_tokens", "", "benchmarks/scoring/server"),
     # checkpoints of the hub and of GGUF files
     (ORIGIN, "if not (snapshot / name).is_file()", "if False", "endprompt/origin"),
     (ORIGIN, 'LEFT = ("*/*", "consolidated*", "*.py")', 'LEFT = ("consolidated*",)', "endprompt/origin"),

@@ -68,6 +68,7 @@ class Options:
         chat_layout: of chats: "one-turn" (the worked example and the question in one turn, no space in front of the
             answer prefix), "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept) or
             "no-prefix" (one turn, no answer prefix); the edition's if None.
+        system: message in front of a chat.
     """
 
     max_new_tokens: int | None = None
@@ -79,6 +80,7 @@ class Options:
     template_args: str = ""
     edition: str = texts.DEFAULT_EDITION
     chat_layout: str | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

@@ -53,7 +53,7 @@ def assembler(tokenizer: Any, options: Options = DEFAULTS) -> Assemble:
     """
     if not options.chat:
         return lambda *parts: "".join(parts)
-    render = chat.renderer(tokenizer, options.date, options.template_args)
+    render = chat.renderer(tokenizer, options.date, options.template_args, options.system)
     bos = getattr(tokenizer, "bos_token", None) or ""
 
     def wrap(question: str) -> str:

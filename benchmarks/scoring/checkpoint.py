@@ -52,11 +52,13 @@ def check_model(config: ScoreConfig, model_config: PretrainedConfig) -> list[str
 
 
 def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int | None = None) -> int:
-    """Tokens that the checkpoint reads; a question of its config that `needed` tokens do not touch is not asked."""
+    """Tokens that the checkpoint reads, less those of thoughts; a question of its config that `needed` tokens do not
+    touch is not asked.
+    """
     from endprompt.model import geometry
 
     stated = None if config.backend == "server" else config.window  # a server's is settled already
-    return geometry.window_of(model_config, stated, needed).window
+    return geometry.window_of(model_config, stated, needed).window - config.thought_tokens
 
 
 # --------------------------------------------------------------------------------------------------------------- run

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks import chat, ruler
 from benchmarks.ruler.tasks import VT_HOPS
 from endprompt import origin
 
 SAMPLES = 500  # RULER's own number
+THINKING = re.compile(r"off|cut|budget \d+")
 
 #: Settings that not every suite reads, by those that do.
 READ_BY = {
     "ruler": "lengths haystack_text shots hops edition chat_layout beyond_window whole_answers",
     "longbench": "prompt_length",
-    "ruler or longbench": "data_dir max_new_tokens cache_dir prepare_only",
+    "ruler or longbench": "data_dir max_new_tokens cache_dir prepare_only thinking system",
 }
 #: The same of backends.
 READ_BY_BACKEND = {
-    "hf or vllm": "attn dtype device batch_size whole_answers beyond_window",
+    "hf or vllm": "attn dtype device batch_size beyond_window",
     "server": "url model tokenizer api concurrency timeout retries",
 }
 
@@ -59,8 +61,11 @@ class ScoreConfig:
         prompt_length: LongBench: cut prompts over so many tokens; published tables have 3500 for a window of 4k.
         chat: wrap prompts in the tokenizer's chat template.
         chat_layout: with chat: one-turn, ruler (cwe's example in a turn of its own, the answer prefix after a space),
-            or no-prefix (one turn, the answer starts by itself); if not given, no-prefix with api=chat, else ruler for
-            the editions that repeat RULER's samples and one-turn for the others.
+            or no-prefix (one turn, the answer starts by itself); if not given, no-prefix with api=chat or a thinking
+            model, else ruler for the editions that repeat RULER's samples and one-turn for the others.
+        system: with chat: a system message.
+        thinking: with chat: off (the template is told so), cut (what stands behind </think> is scored; thought and
+            answer share the answer's tokens), or "budget N" (N further tokens for the thought).
         date: day that a chat template which reads one is given, YYYY-MM-DD; that of the output's first start if not
             given.
         template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
@@ -120,6 +125,8 @@ class ScoreConfig:
     prompt_length: int | None = None
     chat: bool = False
     chat_layout: Literal["one-turn", "ruler", "no-prefix"] | None = None
+    system: str | None = None
+    thinking: str | None = None
     date: str | None = None
     template_args: str = ""
 
@@ -170,12 +177,46 @@ class ScoreConfig:
                 raise ValueError(f"date is for a chat template, it needs chat: {self.date!r}")
         if self.chat_layout is not None and not self.chat:
             raise ValueError(f"chat_layout is for a chat template, it needs chat: {self.chat_layout!r}")
+        if self.system is not None and not self.chat:
+            raise ValueError(f"system is for a chat template, it needs chat: {self.system!r}")
+        self.check_thinking()
         if self.template_args and not self.chat:
             raise ValueError(f"template_args are for a chat template, they need chat: {self.template_args!r}")
         unread = {"enable_thinking", "chat_template_args"} | ({"think_end_token"} if self.backend == "hf" else set())
         for part in self.backend_args.split(","):
             if (name := part.partition("=")[0].strip()) in unread:
                 raise ValueError(f"backend_args {name!r} is read by no prompt made here; template_args are: {part!r}")
+
+    def check_thinking(self) -> None:
+        if self.thinking is None:
+            return
+        if not THINKING.fullmatch(self.thinking) or self.thinking == "budget 0":
+            raise ValueError(f"thinking must be off, cut, or 'budget N' in tokens: {self.thinking!r}")
+        if not self.chat:
+            raise ValueError(f"thinking is for a chat template, it needs chat: {self.thinking!r}")
+        if self.thinks and self.chat_layout not in (None, "no-prefix"):
+            raise ValueError(f"thinking comes before the answer, which has no prefix: chat_layout={self.chat_layout!r}")
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers begin with a thought that is cut off."""
+        return self.thinking not in (None, "off")
+
+    @property
+    def thought_tokens(self) -> int:
+        """Tokens for the thought beside the answer's."""
+        return int(self.thinking.split()[1]) if self.thinking and self.thinks and self.thinking != "cut" else 0
+
+    @property
+    def templated(self) -> tuple[str | None, str, str | None]:
+        """Arguments of `chat.renderer` beside the tokenizer."""
+        return self.date, self.template_args, self.system
+
+    @property
+    def asked_in_chat(self) -> dict[str, Any]:
+        """Columns of rows, where they say something."""
+        told = {"thinking": self.thinking, "system": self.system, "api": self.api if self.api == "chat" else None}
+        return {name: value for name, value in told.items() if value}
 
     def check_server(self) -> None:
         found = urllib.parse.urlsplit(self.url or "")
@@ -208,7 +249,7 @@ class ScoreConfig:
         """Where RULER's answers end beside stop tokens, as the rows name it."""
         if self.suite != "ruler":
             return None
-        return "whole" if self.whole_answers or self.backend != "hf" else "until settled"
+        return "whole" if self.whole_answers or self.thinks or self.backend != "hf" else "until settled"
 
     @property
     def task_names(self) -> list[str]:
@@ -229,6 +270,6 @@ class ScoreConfig:
 
     @property
     def options(self) -> ruler.Options:
-        names = ("max_new_tokens", "haystack_text", "chat", "shots", "hops", "date", "template_args")
-        layout = self.chat_layout or ("no-prefix" if self.api == "chat" else None)
+        names = ("max_new_tokens", "haystack_text", "chat", "shots", "hops", "date", "template_args", "system")
+        layout = self.chat_layout or ("no-prefix" if self.api == "chat" or self.thinks else None)
         return ruler.Options(chat_layout=layout, **{name: getattr(self, name) for name in (*names, "edition")})

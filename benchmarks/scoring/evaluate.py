@@ -75,7 +75,8 @@ def evaluate(
 
     if isinstance(lm, hf.LongContextLM):
         lm.settles = config.answers == "until settled"
-    recording = RecordingLM(lm, predictions, chunk, progress, note)
+    thoughts = {unit.name: config.thought_tokens for unit in units if config.thinks and unit.columns["chat"]}
+    recording = RecordingLM(lm, predictions, chunk, progress, note, thoughts)
     tasks = [SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
     with no_environment_report():
         simple_evaluate(
@@ -90,8 +91,11 @@ def evaluate(
         )
     if out is None:
         return {}
-    entries = read_run(config.directory, settings) if any(unit.readings for unit in units) else {}
+    entries = read_run(config.directory, settings) if thoughts or any(unit.readings for unit in units) else {}
     for unit in units:
+        if unit.name in thoughts:
+            keys = ((unit.name, i, prompt, unit.columns["max_new_tokens"]) for i, prompt in enumerate(unit.prompts))
+            unit.columns["n_unfinished"] = sum(entries[key].get("unfinished", False) for key in keys)
         texts = predicted(entries, unit) if unit.readings else []
         for name, reading in unit.readings.items():
             unit.columns[name] = 100 * sum(reading(sample, text) for sample, text in texts) / len(texts)

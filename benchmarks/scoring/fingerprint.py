@@ -32,7 +32,7 @@ DAY = "day.txt"
 #: (The short-text tasks make theirs inside lm-eval: for them `Fingerprint.asked` has what they depend on.)
 PROMPTS = frozenset(
     {"tasks", "lengths", "samples", "seed", "data_dir", "haystack_text", "shots", "hops"}
-    | {"window", "chat_layout", "prompt_length"}
+    | {"window", "chat_layout", "prompt_length", "system"}
 )
 #: Settings that change no prediction: where and under what name it is kept, what is shown, how many run together.
 FREE = frozenset(
@@ -63,6 +63,7 @@ class Fingerprint:
         backend, backend_args, attn, dtype, device: what computes, and in what precision; of a server nothing is known.
         whole_answers: whether answers go on when their score is settled.
         url, model, api, served: the server, its name of the model, how it is asked, and what it says of the model.
+        thinking: whether and how long the model thinks before it answers.
             Fields with a default came later: at their default they are not hashed, so that older answers stay valid.
     """
 
@@ -86,6 +87,7 @@ class Fingerprint:
     model: str | None = None
     api: str = "completions"
     served: str = ""
+    thinking: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -121,6 +123,7 @@ def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerpr
         url=config.url,
         model=served.model if served else config.model,
         api=config.api,
+        thinking=config.thinking,
         served=json.dumps(served.identity, sort_keys=True) if served else "",
     )
 

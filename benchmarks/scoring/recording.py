@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from benchmarks import chat
 from benchmarks.ruler import cell
 from benchmarks.scoring.compare import read_run
 from benchmarks.tasks.sample_task import without_echo
 from endprompt.results import append_rows
+from endprompt.text import Reader
 from endprompt.train.progress import clock
 
 # ------------------------------------------------------------------------------------------------------- predictions
@@ -64,9 +67,13 @@ class RecordingLM(LM):
         chunk: int,
         progress: Progress | None = None,
         note: Callable[[str, dict[str, Any], str], dict[str, Any]] = lambda task, doc, answer: {},
+        thoughts: Mapping[str, int] | None = None,
     ):
-        """note: further columns of a prediction, from (task, doc, prediction)."""
+        """note: further columns of a prediction, from (task, doc, prediction). thoughts: of tasks whose answers begin
+        with a thought, the tokens for it beside the answer's; it is kept in a column of its own.
+        """
         super().__init__()
+        self.thoughts = thoughts or {}
         self.note = note
         self.inner, self.predictions, self.chunk = inner, predictions, chunk
         self.progress = progress or Progress(total=0, quiet=True)
@@ -113,8 +120,8 @@ class RecordingLM(LM):
             began = time.perf_counter()
             for group in self.answered(sorted(own.values(), key=lambda request: -prompt_tokens(request))):
                 seconds = time.perf_counter() - began
-                answers = [(request, without_echo(answer, request.args[0])) for request, answer in group]
-                self.predictions.add([(r, answer, self.note(str(r.task_name), r.doc, answer)) for r, answer in answers])
+                answers = [(request, *self.parted(request, answer)) for request, answer in group]
+                self.predictions.add([(r, a, self.note(str(r.task_name), r.doc, a) | more) for r, a, more in answers])
                 tokens = sum(prompt_tokens(request) for request, _ in group)
                 self.progress.step(str(group[-1][0].task_name), len(group), tokens, seconds)
                 began = time.perf_counter()
@@ -122,13 +129,34 @@ class RecordingLM(LM):
 
     def answered(self, todo: Sequence[Instance]) -> Iterator[list[tuple[Instance, str]]]:
         """Requests with their answers as they come: by the model's own batches if it has them, else by chunks."""
+        asked = [self.with_thought(request) for request in todo]
         if hasattr(self.inner, "batches"):
-            for batch in self.inner.batches(todo):
+            for batch in self.inner.batches(asked):
                 yield [(todo[i], answer) for i, answer in batch]
             return
         for start in range(0, len(todo), self.chunk):
-            group = list(todo[start : start + self.chunk])
-            yield list(zip(group, self.inner.generate_until(group), strict=True))
+            group = asked[start : start + self.chunk]
+            yield list(zip(todo[start : start + self.chunk], self.inner.generate_until(group), strict=True))
+
+    def with_thought(self, request: Instance) -> Instance:
+        prompt, settings = request.args
+        if not (more := self.thoughts.get(str(request.task_name))):
+            return request
+        asked = {**settings, "max_gen_toks": settings["max_gen_toks"] + more}
+        return dataclasses.replace(request, arguments=(prompt, asked))
+
+    def parted(self, request: Instance, text: str) -> tuple[str, dict[str, Any]]:
+        """(answer, columns of its thought). Tokens that the thought left over are not the answer's to use."""
+        answer = without_echo(text, request.args[0])
+        if str(request.task_name) not in self.thoughts:
+            return answer, {}
+        thought, found = chat.cut_thought(answer)
+        if found is None:
+            return "", {"thought": thought, "unfinished": True}
+        reader, limit = Reader(self.inner.tokenizer), request.args[1]["max_gen_toks"]
+        if len(ids := reader.ids([found])[0]) > limit:
+            found = reader.decode(ids[:limit])
+        return found, {"thought": thought}
 
     def known(self, request: Instance) -> str | None:
         return self.predictions.get(request)

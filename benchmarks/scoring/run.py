@@ -59,6 +59,9 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         notes += check_model(config, model_config)
     for note in notes:
         say(note)
+    if config.thinking:
+        arguments = chat.with_thinking(tokenizer, config.template_args, config.thinks)
+        config = dataclasses.replace(config, template_args=arguments)
     config = settle_date(config, tokenizer)
     suite = suite_of(config)
     units = suite.units(model_config, tokenizer)
@@ -133,7 +136,7 @@ def score_units(
         with_samples = [unit for unit in units if unit.samples]  # other prompts are made as they are asked
         if with_samples:
             begin()  # other processes write there once the model is loaded, which waits for all
-        longest = max(map(needed, with_samples), default=window_of(config, model_config, 1))
+        longest = max(map(needed, with_samples), default=window_of(config, model_config, 1)) + config.thought_tokens
         shortest = min(map(shortest_prompt, with_samples), default=1)
         lm = load(config, longest, shortest, model_config, tokenizer, suite.model_args)
         done |= suite.evaluate(waiting, lm, made_by.sha256, begin)
@@ -170,10 +173,11 @@ def load(
             trust_remote_code=config.trust_remote_code,
             **{**options, **extra},
         )
+    room = window_of(config, model_config, needed) + config.thought_tokens
     if config.backend == "server":
         from benchmarks.scoring.server import ServerLM
 
-        return ServerLM(config, model_config.served, window_of(config, model_config), tokenizer)
+        return ServerLM(config, model_config.served, room, tokenizer)
     from benchmarks.scoring.hf import LongContextLM
     from endprompt.model.load import quiet
 
@@ -182,7 +186,7 @@ def load(
             return LongContextLM(
                 pretrained=config.checkpoint,
                 tokenizer=tokenizer,
-                max_length=max(needed, window_of(config, model_config, needed)),
+                max_length=max(needed, room),
                 dtype=config.dtype,
                 device=fingerprint.device_of(config.device),
                 batch_size=config.batch_size,

@@ -269,10 +269,11 @@ class ServerLM(LM):
         bos = tokenizer.bos_token_id
         self.bos = str(tokenizer.bos_token) if bos is not None and self.reader.begin[:1] == [bos] else ""
         self.head = self.tail = ""
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Mapping[str, str]] = []
         if self.chat:
             if chat.date_source(tokenizer, config.template_args) == "clock":
                 raise ValueError("api=chat has the server render a template that reads the clock: use api=completions")
+            self.messages = list(chat.system_turn(config.system))
             render = chat.renderer(tokenizer, config.date, config.template_args)
             self.head, self.tail = render(self.asked(CONTENT), add_generation_prompt=True).split(CONTENT)
             if config.template_args:
@@ -281,7 +282,7 @@ class ServerLM(LM):
 
     tokenizer_name = property(lambda self: self.reader.name)
 
-    def asked(self, text: str) -> list[dict[str, str]]:
+    def asked(self, text: str) -> list[Mapping[str, str]]:
         return [*self.messages, {"role": "user", "content": text}]
 
     def body(self, prompt: str, new_tokens: int, until: Sequence[str] = ()) -> dict[str, Any]:

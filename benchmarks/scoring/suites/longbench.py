@@ -32,7 +32,7 @@ class LongBench(SampleSuite):
         """All data are read before any model. Raises what `load_documents` and `Prompter.fit` do."""
         config = self.config
         window = window_of(config, model_config)
-        template = chat.renderer(tokenizer, config.date, config.template_args) if config.chat else None
+        template = chat.renderer(tokenizer, *config.templated) if config.chat else None
         directory = config.cache_dir or default_directory()
         tokenizer_hash = tokenizer_sha256(tokenizer)
         # All files are read, and so checked, before the first prompt is made; texts are let go set by set.
@@ -60,6 +60,7 @@ class LongBench(SampleSuite):
                 "max_new_tokens": prompter.new_tokens,
                 "chat": config.chat and rules.chat,
                 "date": config.date if config.chat and rules.chat else None,
+                **(config.asked_in_chat if rules.chat else {}),
                 "data_sha256": documents.sha256,
                 "generator": prompts.GENERATOR,
             }

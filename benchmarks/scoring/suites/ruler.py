@@ -38,13 +38,16 @@ class Ruler(SampleSuite):
         window = window_of(config, model_config, asked)
         over = [length for length in config.length_list if length > window]
         if over and not config.beyond_window and not config.prepare_only:
+            less = f" less {config.thought_tokens} tokens of thought" if config.thought_tokens else ""
             raise ValueError(
-                f"lengths must be at most the checkpoint's window {window}: {over} (beyond_window allows longer ones)"
+                f"lengths must be at most the checkpoint's window{less}, {window}: {over} (beyond_window allows longer "
+                "ones)"
             )
         wanted = [(task, length) for length in config.length_list for task in names]
         settings = (config.samples, config.seed, config.data_dir, config.options, config.cache_dir)
         units = [ruler_unit(cell) for cell in cache.cells(wanted, tokenizer, *settings)]
         for unit in units:
+            unit.columns |= config.asked_in_chat
             if needed(unit) > window and not config.beyond_window and not config.prepare_only:
                 raise ValueError(
                     f"{unit.name}: prompt and generation must be at most the checkpoint's window {window}, and edition "

@@ -104,7 +104,7 @@ def test_every_setting_is_an_ingredient_or_said_to_be_none():
 CHANGES = {
     "max_new_tokens": 13, "chat": True, "date": "2026-05-01", "template_args": "a=1", "trust_remote_code": True,
     "backend": "vllm", "backend_args": "x=1", "attn": "eager", "dtype": "bfloat16", "device": "cuda", "suite": "short",
-    "whole_answers": True, "edition": "2024", "url": "http://a/v1", "model": "m", "api": "chat",
+    "whole_answers": True, "edition": "2024", "url": "http://a/v1", "model": "m", "api": "chat", "thinking": "off",
 }  # fmt: skip
 
 

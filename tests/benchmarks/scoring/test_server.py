@@ -198,7 +198,7 @@ def test_a_server_that_states_no_window_is_asked_the_longest_prompt_first_and_al
         with pytest.raises(ValueError, match=r"niah_single_1@512, sample \d+: .*HTTP 400"):
             score(config(place, tmp_path / "a", served))
         assert len(served.asked) == 2 and not (tmp_path / "a" / "predictions.jsonl").exists()
-        with pytest.raises(ValueError, match=r"lengths must be at most the checkpoint's window 450: \[512\]"):
+        with pytest.raises(ValueError, match=r"lengths must be at most the checkpoint's window, 450: \[512\]"):
             score(config(place, tmp_path / "b", served, window=450))
         assert len(served.asked) == 2
 
@@ -212,7 +212,7 @@ def changed(**entries):
 
 
 REFUSED = {
-    "a window below the length": (changed(entry={"id": "tiny", "max_model_len": 511}), {}, "window 511", 0),
+    "a window below the length": (changed(entry={"id": "tiny", "max_model_len": 511}), {}, "window, 511", 0),
     "another window than the server's": (changed(), {"window": 600}, "at most what the server states, 512: 600", 0),
     "a wrong name": (changed(), {"model": "other"}, "model must be one of the server's, tiny: model='other'", 0),
     "no models": (changed(entry={}), {}, r"/models must list the server's models", 0),
@@ -291,3 +291,99 @@ def test_a_chat_is_asked_by_messages_whose_tokens_are_counted_with_the_template(
     served.render = lambda messages: "another template " + messages[-1]["content"]
     with pytest.raises(ValueError, match="tokens by the tokenizer"):
         score(config(place, tmp_path / "other", served, **asked, api="chat"))
+
+
+# ----------------------------------------------------------------------------------------------------------- thinking
+
+#: Of Qwen3's shape: a thought that is turned off is written into the prompt as an empty one.
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and enable_thinking is false %}"
+    "<think></think>{% endif %}{% endif %}"
+)
+SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+ALWAYS = THINKS.replace(SWITCH, "<think>{# </think> #}")
+
+
+def thinker(prompt, body):
+    """Thinks of other numbers first; told not to, it answers at once."""
+    return needle(prompt, body) if "<think></think>" in prompt else f"<think>1 2</think> {needle(prompt, body)}"
+
+
+def with_thoughts(place, name, template=THINKS):
+    if not (place / name).exists():
+        made = helpers.checkpoint(place / name)
+        about = json.loads((made / "tokenizer_config.json").read_text())
+        (made / "tokenizer_config.json").write_text(json.dumps(about | {"chat_template": template}))
+    return dict(checkpoint=str(place / name), chat=True, lengths="400", samples=4)
+
+
+def ids(text):
+    return helpers.tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(("thinking", "value", "limit"), [("off", 100, 12), ("cut", 100, 30), ("budget 20", 100, 32)])
+def test_a_model_that_thinks_is_scored_by_what_stands_behind_its_thought(
+    place, tmp_path, served, thinking, value, limit
+):
+    served.answer = thinker
+    asked = with_thoughts(place, "thinks") | dict(max_new_tokens=30 if thinking == "cut" else 12)
+    (row,) = score(config(place, tmp_path, served, **asked, thinking=thinking))
+    assert (row["value"], row["thinking"]) == (value, thinking) and {b["max_tokens"] for b in served.asked[1:]} == {
+        limit
+    }
+    assert row["template_args"] == f"enable_thinking={str(thinking != 'off').lower()}"
+    assert [row["chat_layout"], row.get("n_unfinished")] == (
+        ["one-turn", None] if thinking == "off" else ["no-prefix", 0]
+    )
+    kept = lines(tmp_path)
+    assert {e.get("thought") for e in kept} == {None if thinking == "off" else "<think>1 2"}
+    assert all("think" not in e["prediction"] for e in kept)
+
+
+def test_answers_in_thoughts_and_thoughts_without_end_score_nothing(place, tmp_path, served):
+    asked = with_thoughts(place, "always", ALWAYS) | dict(thinking="budget 20")
+    served.answer = lambda prompt, body: f"it is {needle(prompt, body)}</think> unknown"
+    (row,) = score(config(place, tmp_path / "inside", served, **asked))
+    assert (row["value"], row["n_unfinished"]) == (0, 0)
+    served.answer = lambda prompt, body: f"it is {needle(prompt, body)}"
+    (row,) = score(config(place, tmp_path / "open", served, **asked))
+    assert (row["value"], row["n_unfinished"]) == (0, 4) and {e["prediction"] for e in lines(tmp_path / "open")} == {""}
+    filler = "one two three four five six seven eight nine ten eleven twelve "
+    assert len(ids(filler)) > 12
+    served.answer = lambda prompt, body: f"so</think> {filler}{needle(prompt, body)}"  # behind its 12 tokens
+    (row,) = score(config(place, tmp_path / "late", served, **asked))
+    assert row["value"] == 0 and {len(ids(e["prediction"])) for e in lines(tmp_path / "late")} == {12}
+
+
+def test_a_server_that_parts_thought_and_answer_is_put_together_again():
+    assert server.spoken({"content": "5", "reasoning_content": "hm"}) == "<think>hm</think>5"
+    assert server.spoken({"content": None, "reasoning": "hm"}) == "<think>hm" and server.spoken({"content": "5"}) == "5"
+
+
+UNTHINKABLE = {
+    "a template that has none": ("chat", {"thinking": "cut"}, "has no </think>"),
+    "off where nothing turns it off": ("always", {"thinking": "off"}, "reads one of enable_thinking, thinking"),
+    "no room": ("thinks", {"thinking": "budget 113"}, r"window less 113 tokens of thought, 399: \[400\]"),
+    "a prefix": ("thinks", {"thinking": "cut", "chat_layout": "ruler"}, "which has no prefix: chat_layout='ruler'"),
+    "no chat": ("thinks", {"thinking": "cut", "chat": False}, "thinking is for a chat template, it needs chat"),
+    "no number": ("thinks", {"thinking": "budget"}, "must be off, cut, or 'budget N' in tokens: 'budget'"),
+    "against the arguments": ("thinks", {"thinking": "cut", "template_args": "enable_thinking=false"}, "must agree"),
+}
+
+
+@pytest.mark.parametrize("name", UNTHINKABLE)
+def test_thinking_that_cannot_be_is_refused_before_the_first_request(place, tmp_path, served, name):
+    checkpoint, changes, message = UNTHINKABLE[name]
+    with_thoughts(place, "thinks"), with_thoughts(place, "always", ALWAYS)
+    asked = dict(checkpoint=str(place / checkpoint), chat=True, lengths="400") | changes
+    with pytest.raises(ValueError, match=message):
+        score(config(place, tmp_path, served, **asked))
+    assert not served.asked
+
+
+def test_a_system_message_is_in_every_prompt_and_in_the_row(place, tmp_path, served):
+    asked = with_thoughts(place, "thinks") | dict(system="Be brief.")
+    (row,) = score(config(place, tmp_path, served, **asked))
+    assert row["system"] == "Be brief." and row["value"] == 100
+    assert all(body["prompt"].startswith("<system>Be brief.</system><user>") for body in served.asked[1:])
