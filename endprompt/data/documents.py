@@ -73,6 +73,8 @@ def document_of(record: Any, where: str) -> Document:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a document must be an object, got {type(record).__name__}")
     ids = record.get("input_ids")
+    if record.get("completion") and (ids is not None or record.get("messages") is not None):
+        raise ValueError(f"{where}: completion goes with text, and this document has input_ids or messages")
     if ids is not None:
         if not isinstance(ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"{where}: input_ids must be a list of integers >= 0")

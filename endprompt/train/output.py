@@ -121,7 +121,8 @@ class Output:
 
 def check_identity(config: ExtendConfig, rows: Rows, source: dict[str, Any], about: dict[str, Any]) -> None:
     """Refuse a state of another configuration, or of a checkpoint or data that have changed since."""
-    ours, saved = identity(config), about.get("config", {})
+    ours = identity(config)
+    saved = identity(ExtendConfig()) | about.get("config", {})  # a setting that is newer than the state
     different = sorted(key for key in ours if saved.get(key) != ours[key])
     if different:
         key = different[0]
@@ -143,6 +144,6 @@ def check_identity(config: ExtendConfig, rows: Rows, source: dict[str, Any], abo
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "divergence", "checkpointing", "deterministic", "fused"}
+    free |= {"report", "divergence", "checkpointing", "fused"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}

@@ -90,6 +90,18 @@ def test_the_hash_follows_every_setting_and_not_the_questions():
         assert dataclasses.replace(cell, **change).sha256 != cell.sha256
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_another_base_under_the_same_path_is_another_cell(tmp_path, name):
+    base = shutil.copytree(made()[4].model, tmp_path / "base")
+    cell = dataclasses.replace(made()[4], model=str(base))
+    before, content = cell.sha256, bytearray((base / name).read_bytes())
+    (base / "README.md").write_text("another card")
+    assert cell.sha256 == before
+    content[len(content) // 2] ^= 1
+    (base / name).write_bytes(content)
+    assert cell.sha256 != before
+
+
 def test_the_factor_of_an_arm_is_that_of_the_model_that_is_scored(monkeypatch):
     """Linear scaling divides every frequency by its factor: by hand from the base's own."""
     from benchmarks.lab import cells as work

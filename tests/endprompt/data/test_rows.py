@@ -65,6 +65,7 @@ def test_all_formats_give_the_same_documents(tmp_path):
         ("a.jsonl", b'{"words": "x"}\n', r"a\.jsonl, line 1: a document must have `text`"),
         ("a.jsonl", b'{"input_ids": [1, -2]}\n', r"a\.jsonl, line 1: input_ids must be"),
         ("a.jsonl", b'{"input_ids": [true, false]}\n', r"a\.jsonl, line 1: input_ids must be"),
+        ("a.jsonl", b'{"input_ids": [1], "completion": "b"}\n', r"a\.jsonl, line 1: completion goes with text"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: a data file must hold at least one document"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"te', mtime=0), r"a\.jsonl\.gz, line 2: not valid JSON"),
