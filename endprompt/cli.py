@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import time
 import traceback
 import typing
@@ -403,6 +404,46 @@ class CompletionConfig:
     """
 
     shell: Literal["bash", "zsh"]
+
+
+@dataclass
+class HelpConfig:
+    """Settings of `endprompt help`.
+
+    Args:
+        command: name of a command.
+    """
+
+    command: str
+
+
+EXIT_STATUS = "0 done; 1 failed, with one line on stderr that names the key, the value and the rule; 2 bad usage; 130 \
+interrupted, with the command that goes on."
+
+ENVIRONMENT = {
+    "ENDPROMPT_TRACEBACK": "set: show the whole traceback of an error, as --debug does",
+    "ENDPROMPT_CACHE": "folder of dequantised GGUF files; ~/.cache/endprompt if not set",
+    "HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE": "the hub's own: its cache, its address, whether it is asked",
+    "NO_COLOR": "set: no escape codes on a terminal either",
+}
+
+
+def manual(name: str) -> str:
+    """A command's manual page. Raises ValueError with the nearest names if there is no such command."""
+    commands = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=3)
+        raise ValueError(f"unknown command: {name!r}; {f'did you mean {near[0]}?' if near else 'see endprompt --help'}")
+    entry = commands[name]
+    _, _, body = command_parser(entry, entry.load()).format_help().partition("\n\n")  # behind the usage
+    about, _, options = body.partition("\n\n")
+    command = entry.load()
+    places = "".join(f" {f.name.upper()}" for f in dataclasses.fields(typing.get_type_hints(command)["config"])
+                     if is_positional(f))  # fmt: skip
+    parts = {"NAME": f"endprompt {name} - {summary(entry)}", "SYNOPSIS": f"endprompt {name}{places} [options]"}
+    parts |= {"DESCRIPTION": about.strip(), "OPTIONS": options.strip(), "RECIPES": recipe_list(recipe_files(entry))}
+    parts |= {"EXIT STATUS": EXIT_STATUS, "ENVIRONMENT": "\n".join(f"{k}: {v}" for k, v in ENVIRONMENT.items())}
+    return "\n\n".join(f"{head}\n{textwrap.indent(text, '    ')}" for head, text in parts.items() if text) + "\n"
 
 
 def script(shell: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from endprompt.cli import CompletionConfig
+from endprompt.cli import CompletionConfig, HelpConfig
 from endprompt.config import ExtendConfig, PrepareConfig
 from endprompt.env import EnvConfig
 from endprompt.plan import PlanConfig
@@ -13,12 +13,14 @@ from endprompt.plan import PlanConfig
 def extend(config: ExtendConfig) -> int:
     """Train: extend a checkpoint's window and write a standard checkpoint directory."""
     from endprompt import train
+    from endprompt.train import curves
 
     try:
         path = train.extend(config)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(getattr(stop, "flags", {})) from None
     if os.environ.get("RANK", "0") == "0":  # once for all processes of torchrun
+        curves.show(path)
         print(path)
     return 0
 
@@ -50,3 +52,12 @@ def completion(config: CompletionConfig) -> None:
     from endprompt import cli
 
     print(cli.script(config.shell), end="")
+
+
+def help(config: HelpConfig) -> None:
+    """A command's manual: what it does, its options in groups, recipes, exit codes, environment."""
+    import pydoc
+
+    from endprompt import cli
+
+    pydoc.pager(cli.manual(config.command))

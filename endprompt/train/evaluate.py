@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from endprompt.files import sha256_of
 from endprompt.model.length_rope import reading
 from endprompt.positions import sample_rng
 
+PARTS = 16  # of a row, whose losses are told apart
 NEEDLE = " The pass key is {key}. Remember it: {key} is the pass key. "
 QUESTION = " What is the pass key? The pass key is"
 
 Row = tuple[np.ndarray, np.ndarray]
-#: (input_ids, position_ids, weights, count hits instead of loss) -> float32 scalar
+#: (input_ids, position_ids, weights, hits or parts) -> float32 sum or sums
 Objective = Callable[..., torch.Tensor]
 
 
@@ -104,6 +106,7 @@ class Evaluation:
         seed: int,
     ):
         self.rows = {length: held_out_rows(documents, length, rows) for length in lengths}
+        self.by_position: dict[int, list[float]] = {}  # of each length, as last measured: by equal parts of the row
         self.needles = {length: needle_rows(documents, length, needles, encode, seed) for length in lengths if needles}
 
     @property
@@ -116,10 +119,13 @@ class Evaluation:
     def measure(self, objective: Objective, here: World) -> Iterator[Measured]:
         """One result a task and length. Every process must call it; each takes its share of the rows."""
         for length, rows in self.rows.items():
-            loss = _sum(objective, rows, here, hits=False)
-            yield Measured("held_out", "loss", length, loss / (len(rows) * (length - 1)), len(rows), rows_sha256(rows))
+            sums = _sum(objective, rows, here, parts=min(PARTS, length - 1))
+            counts = [len(part) * len(rows) for part in np.array_split(np.arange(length - 1), len(sums))]
+            self.by_position[length] = [value / count for value, count in zip(sums, counts)]
+            loss = sum(sums) / sum(counts)
+            yield Measured("held_out", "loss", length, loss, len(rows), rows_sha256(rows))
         for length, rows in self.needles.items():
-            hits = _sum(objective, rows, here, hits=True)
+            (hits,) = _sum(objective, rows, here, hits=True)
             yield Measured("needle", "exact_match", length, 100.0 * hits / len(rows), len(rows), rows_sha256(rows))
 
 
@@ -127,15 +133,17 @@ def rows_sha256(rows: list[Row]) -> str:
     return sha256_of(*(array.tobytes() for row in rows for array in row))
 
 
-def _sum(objective: Objective, rows: list[Row], here: World, hits: bool) -> float:
-    device = torch.device(here.device)
-    total = torch.zeros((), device=device)
+def _sum(objective: Objective, rows: list[Row], here: World, **what: Any) -> list[float]:
+    """Sums over the rows: of losses, by `parts` of the positions, or of `hits`."""
+    device, hits = torch.device(here.device), "hits" in what
+    total = torch.zeros(what.get("parts", 1), device=device)
     for first in range(0, len(rows), here.size):
         place = first + here.rank
         ids, weights = rows[min(place, len(rows) - 1)]
         positions = torch.arange(len(ids), device=device)[None]
         row = torch.from_numpy(ids).to(device)[None], positions, torch.from_numpy(weights).to(device)[None]
         with reading(int(weights.argmax())) if hits else contextlib.nullcontext():  # frequencies as in generation
-            value = objective(*row, hits)
+            value = objective(*row, **what)
         total += value * (place < len(rows))  # processes without a row of their own still take part in the gathering
-    return float(distributed.total(total))
+    sums: list[float] = distributed.total(total).tolist()
+    return sums

@@ -305,6 +305,8 @@ class Trainer:
             )
             self.log.add([row])
             say(f"step {self.step}: {one.task} at {one.length}: {one.metric} {one.value:.4f}")
+        for length, losses in self.evaluation.by_position.items():
+            self.log.log(step=self.step, held_out_length=length, by_position=[round(loss, 6) for loss in losses])
         for report in reports[1:]:
             report(self.step, {f"{one.task}/{one.length}": one.value for one in found})
 

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def in_parts(total: Callable[..., torch.Tensor], parts: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """`total` of the tensors, or [parts] of their parts along the first dimension."""
+    if parts == 1:
+        return total(*tensors)
+    return torch.stack([total(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in tensors))])
+
+
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
@@ -45,8 +52,11 @@ class Objective(torch.nn.Module):
         weights_BT: torch.Tensor,
         hits: bool = False,
         instead: Callable[[], torch.Tensor] | None = None,
+        parts: int = 1,
     ) -> torch.Tensor:
         """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first.
+
+        parts: a sum for each of so many equal parts of the tokens, in their order.
 
         hits: instead the number of rows in which each token with a weight is the most likely one. instead: some other
         work with the model, whose weights are whole in here and nowhere else.
@@ -65,15 +75,16 @@ class Objective(torch.nn.Module):
                 labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
             if not plain:
                 logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-                return logits_cross_entropy(logits[:, :-1].flatten(0, 1), labels, weights)
+                return in_parts(logits_cross_entropy, parts, logits[:, :-1].flatten(0, 1), labels, weights)
             hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
             head = self.model.get_output_embeddings().weight
             hidden_ND = (hidden if dense else hidden[:, :-1]).flatten(0, 1)
             head8 = None
             if self.float8 != "none" and self.model.training:
                 head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
-            return linear_cross_entropy(
-                hidden_ND, head, labels, weights, head_sum_VD=self.head_sum(), head8=head8, **options
+            options = options | {"head_sum_VD": self.head_sum(), "head8": head8}
+            return in_parts(
+                lambda h, l, w: linear_cross_entropy(h, head, l, w, **options), parts, hidden_ND, labels, weights
             )
 
     def head_sum(self) -> torch.Tensor | None:

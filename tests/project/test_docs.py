@@ -87,7 +87,7 @@ def test_command_on_a_page_is_one_that_the_script_takes(arguments):
     assert isinstance(yaml.safe_load(out.getvalue()), dict)
 
 
-CHEAP = ("audit", "plan", "positions", "tasks-path", "figures", "env", "completion")
+CHEAP = ("audit", "plan", "positions", "tasks-path", "figures", "env", "completion", "help")
 #: Commands of the README that are run one after the other, in this order, with fewer of everything.
 WALK = (
     "prepare --data a.",
