@@ -182,7 +182,9 @@ def test_resume_with_another_configuration_is_refused(extend_config, documents, 
     (tmp_path / "changed.jsonl").write_text("\n".join([lines[0], lines[2], *lines[2:]]))
     with pytest.MonkeyPatch.context() as patch:
         load = data.load_documents
-        patch.setattr(start, "load_documents", lambda _, *rest: load([str(tmp_path / "changed.jsonl")], *rest))
+        patch.setattr(
+            start, "load_documents", lambda _, *rest, **more: load([str(tmp_path / "changed.jsonl")], *rest, **more)
+        )
         with pytest.raises(ValueError, match=r"documents that the run was started with: .* have changed"):
             train.extend(config)
     config.lr = 5e-4
@@ -202,7 +204,7 @@ MAY_CHANGE = {
 def test_resume_refuses_or_takes_every_setting_by_its_name(extend_config, key):
     config = extend_config()
     about = {"config": identity(config), "documents": "of these"}
-    rows = SimpleNamespace(documents=SimpleNamespace(sha256="of these"))
+    rows = SimpleNamespace(sha256="of these")
     value = getattr(config, key)
     others = {bool: lambda: not value, str: lambda: value + "2", list: lambda: [*value, "2"]}
     other = dataclasses.replace(config, **{key: others.get(type(value), lambda: (value or 0) + 1)()})
