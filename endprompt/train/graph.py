@@ -168,7 +168,7 @@ def recorded_values(config: ExtendConfig, model: PreTrainedModel, shape: tuple[i
     architecture: dict[str, Any] = model.config.to_dict()
     for free in ("rope_parameters", "max_position_embeddings", "_name_or_path", "transformers_version", "use_cache"):
         architecture.pop(free, None)
-    scales = [getattr(m, "attention_scaling", None) for m in model.modules() if hasattr(m, "inv_freq")]
+    scales = [one for m in model.modules() for one in sorted(vars(m).items()) if one[0].endswith("attention_scaling")]
     trained = ("beta1", "beta2", "weight_decay", "clip", "autocast", "dtype", "attention", "compile", "micro_rows")
     lora = (config.lora_rank, config.lora_alpha, tuple(config.lora_also)) if config.lora_rank else None
     tensors = [(name, str(t.device), t.dtype, tuple(t.shape), t.requires_grad) for name, t in named_tensors(model)]

@@ -15,7 +15,7 @@ from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
-from endprompt.model import lora, rope_geometry
+from endprompt.model import lora, rope_geometry, wrapper
 from endprompt.model.load import check_tokens, identity, whole_weights
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
@@ -190,5 +190,7 @@ def finish(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> N
         def write() -> None:
             merged = lora.merge(weights, config.lora_alpha / config.lora_rank) if config.lora_rank else weights
             outcome.write(output.work, trainer.model, start.tokenizer, dtype, merged, record_of(trainer, start.window))
+            if start.wrapper:
+                wrapper.put_back(output.work, *start.wrapper)
 
         output.commit(write)

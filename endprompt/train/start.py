@@ -19,6 +19,7 @@ from endprompt.model import (
     rope_geometry,
     shares,
     training_attention,
+    wrapper,
 )
 from endprompt.model.geometry import window_of
 from endprompt.model.kinds import described, layer_kinds
@@ -43,6 +44,7 @@ class Checkpoint:
     spec: RowSpec
     source_dtype: Any
     window: int
+    wrapper: tuple[Path, PretrainedConfig] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,8 +85,14 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     """The checkpoint that a configuration extends. Raises ValueError for what can't be, before any weight is read."""
     check_config(config)
     training_attention(config.attention)  # says what this one lacks
-    config = dataclasses.replace(config, model=str(checkpoint_path(config.model)))
-    source = load_config(config.model)
+    directory = checkpoint_path(config.model)
+    source, whole = load_config(directory), None
+    if wrapper.is_wrapper(source):
+        whole = directory, source
+        directory = wrapper.text_of(*whole)
+        source = load_config(directory)
+        say(f"{whole[0]}: its text model ({source.model_type}) is extended and put back, the rest stays as it is")
+    config = dataclasses.replace(config, model=str(directory))
     rope_geometry(source)  # says what a model without RoPE is before its window is asked for
     window = window_of(source, config.window).window
     options = {"window": window} | (config.rope_options or {})
@@ -100,4 +108,4 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     for note in (*check_vocabulary(source, tokenizer), *Reader(tokenizer).notes(documents_end=True)):
         say(note)
     dtype = source.dtype or stored_dtype(Path(config.model))
-    return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), dtype, window)
+    return Checkpoint(config, new_config, tokenizer, row_spec(config, window, tokenizer), dtype, window, whole)

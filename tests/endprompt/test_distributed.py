@@ -17,6 +17,7 @@ from endprompt.train import states
 from tests.support import two_processes
 from tests.support.checkpoints import (
     checkpoint_of_experts,
+    checkpoint_of_kinds,
     checkpoint_of_other_shapes,
     checkpoint_with_a_head_of_its_own,
     damaged_checkpoint,
@@ -58,6 +59,7 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         | {"model": str(checkpoint_with_a_head_of_its_own(tmp / "apart-model")), "checkpointing": "selective"},
         "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))}
         | {"scheme": "endprompt-pose", "scaling": "yarn"},
+        "kinds": {"model": str(checkpoint_of_kinds(tmp / "kinds-model")), "checkpointing": "full", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
         "compiled": unmeasured | {"compile": "layers"},
         "begun": {"save_every": 2},
@@ -117,7 +119,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(trained, one_process):
     assert_equal_runs(trained[0] / "whole", one_process(micro_rows=None))
 
 
-@pytest.mark.parametrize("name", ["odd", "phi", "renamed", "apart", "experts", "longlora"])
+@pytest.mark.parametrize("name", ["odd", "phi", "renamed", "apart", "experts", "kinds", "longlora"])
 def test_every_method_and_checkpoint_trains_as_by_one_process(trained, one_process, name):
     directory = trained[0] / name
     assert_equal_runs(directory, one_process(name))

@@ -116,6 +116,19 @@ def checkpoint_of_experts(directory):
     return directory
 
 
+def checkpoint_of_kinds(directory):
+    """Gemma 3: a layer that slides over 8 tokens and one that sees everything, each with its own frequencies."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": WINDOW}
+    kinds = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    AutoModelForCausalLM.from_config(Gemma3TextConfig(**sizes, **kinds)).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def damaged_checkpoint(directory):
     path = make_checkpoint(directory) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from endprompt import config, model, train
 from tests.support.runs import cut_off
 
-WHOLE = ("rounded", "masters", "odd", "phi", "renamed", "apart", "experts", "longlora")
+WHOLE = ("rounded", "masters", "odd", "phi", "renamed", "apart", "experts", "kinds", "longlora")
 REFUSED = ("uneven", "lean", "float8", "graph", "damaged", "shapes", "other")
 read: list[int] = []
 

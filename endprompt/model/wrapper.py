@@ -1,0 +1,169 @@
+"""Multimodal checkpoints: their text model is taken out, extended like any other, and put back; the rest stays.
+
+What else the checkpoint holds (vision tower, projector) is written again tensor for tensor, byte for byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from endprompt import origin
+from endprompt.files import read_object, write_text
+from endprompt.model.geometry import named
+from endprompt.model.weights import INDEX, Stored, open_tensors, sampled_sha256, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: How files name the text model's weights beside others, as a pattern and what transformers' text class calls them.
+NAMES = (
+    (r"^language_model\.(model\.|lm_head\.)", r"\1"),
+    (r"^model\.language_model\.", "model."),
+    (r"^", ""),
+)
+#: Keys of a text config that an extension writes, and those of older configs that would go before them.
+CHANGED = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "head_dim")
+#: Files beside the weights: configs, tokenizers, templates.
+BESIDE = (".json", ".jinja", ".model", ".txt")
+OLDER = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+
+
+def is_wrapper(config: PretrainedConfig) -> bool:
+    """Whether the config is of a model around a text model with RoPE."""
+    text = config.get_text_config()
+    return text is not config and bool(getattr(text, "rope_parameters", None))
+
+
+def text_of(directory: Path, config: PretrainedConfig) -> Path:
+    """The directory of the text model alone, made once a checkpoint in the cache.
+
+    Raises ValueError if transformers has no causal model of it, or the files name its weights in no known way.
+    """
+    from filelock import FileLock
+
+    digest = sampled_sha256(directory)
+    made = origin.cache_folder() / "text" / digest[:16] / origin.name_of(directory)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{made}.lock"), named(config):
+        if not (made / origin.NOTE).is_file():
+            aside = made.with_name(made.name + ".making")
+            shutil.rmtree(aside, ignore_errors=True)
+            _take_out(directory, config, aside)
+            note = dict(origin.about(directory)) | {"text_model_of": origin.name_of(directory)}
+            write_text(aside / origin.NOTE, json.dumps(note, indent=2) + "\n")
+            shutil.rmtree(made, ignore_errors=True)
+            os.replace(aside, made)
+    return made
+
+
+def _take_out(directory: Path, config: PretrainedConfig, made: Path) -> None:
+    from safetensors.torch import save_file
+
+    stored = stored_tensors(directory)
+    renamed = text_names(config, stored)
+    text = _text_config(config, renamed)
+    made.mkdir(parents=True)
+    for path in directory.iterdir():
+        if path.is_file() and path.suffix in BESIDE and path.name not in ("config.json", INDEX):
+            shutil.copy(path, made)
+    places = {}
+    for number, (path, names) in enumerate(_by_file(renamed, stored).items()):
+        file = f"model-{number:05}.safetensors"
+        with open_tensors(path) as source:
+            save_file({renamed[name]: source.get_tensor(name) for name in names}, made / file, {"format": "pt"})
+        places |= {renamed[name]: file for name in names}
+    write_text(made / INDEX, json.dumps({"metadata": {}, "weight_map": places}))
+    text.save_pretrained(made)
+
+
+def _by_file(renamed: Mapping[str, str], stored: Mapping[str, Stored]) -> dict[Path, list[str]]:
+    files: dict[Path, list[str]] = {}
+    for name in renamed:
+        files.setdefault(stored[name].path, []).append(name)
+    return files
+
+
+def _text_config(config: PretrainedConfig, renamed: Mapping[str, str]) -> PretrainedConfig:
+    text = copy.deepcopy(config.get_text_config())
+    text.name_or_path = config.name_or_path
+    text.architectures = None
+    text.dtype = config.dtype or text.dtype
+    if "lm_head.weight" not in renamed.values():
+        text.tie_word_embeddings = True
+    if quantized := getattr(config, "quantization_config", None):
+        text.quantization_config = quantized
+    return text
+
+
+def text_names(config: PretrainedConfig, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """What transformers' text model calls each of the stored tensors that are its own: stored name -> its name."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"transformers has no causal model of this checkpoint's text model alone: {text.model_type}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(text))
+    wanted = {name for name, _ in model.named_parameters()}
+    tied = {"lm_head.weight"}
+    for pattern, ours in NAMES:
+        renamed = {name: re.sub(pattern, ours, name) for name in stored if re.search(pattern, name)}
+        found = {name: new for name, new in renamed.items() if new in wanted | tied}
+        if wanted - set(found.values()) <= tied:
+            return found
+    raise ValueError(f"the files name the weights of the text model ({text.model_type}) in no way that is known here")
+
+
+def put_back(work: Path, wrapper: Path, config: PretrainedConfig) -> None:
+    """Make of an extended text model in `work` the whole checkpoint: its weights in the place of the wrapper's.
+
+    config: the wrapper's. The config of the whole says the text model's new window and frequencies; every tensor that
+    is not the text model's has the bytes that it had.
+    """
+    import safetensors
+    from safetensors.torch import save_file
+
+    stored, made = stored_tensors(wrapper), stored_tensors(work)
+    renamed = text_names(config, stored)
+    embeddings = next(name for name in made if name.endswith("embed_tokens.weight"))
+    total, files = 0, _by_file(dict.fromkeys(stored, ""), stored)
+    for path, names in files.items():
+        tensors = {}
+        with open_tensors(path) as file:
+            about = file.metadata()
+            for name in names:
+                new = renamed.get(name)
+                if new is None:
+                    tensors[name] = file.get_tensor(name)
+                else:
+                    place = new if new in made else embeddings  # a head that is tied
+                    with safetensors.safe_open(made[place].path, framework="pt") as own:
+                        tensors[name] = own.get_tensor(place)
+        save_file(tensors, work / f"{path.name}.whole", about or {"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    for path in {one.path for one in made.values()}:
+        path.unlink()
+    (work / INDEX).unlink(missing_ok=True)
+    for path in files:
+        os.replace(work / f"{path.name}.whole", work / path.name)
+    if (wrapper / INDEX).is_file():
+        index = read_object(wrapper / INDEX)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        write_text(work / INDEX, json.dumps(index, indent=2) + "\n")
+    whole, text = read_object(wrapper / "config.json"), read_object(work / "config.json")
+    key = next(name for name, value in vars(config).items() if value is config.get_text_config())
+    kept = {name: value for name, value in whole[key].items() if name not in OLDER}
+    whole[key] = kept | {name: text[name] for name in CHANGED if name in text}
+    write_text(work / "config.json", json.dumps(whole, indent=2) + "\n")
+    for path in wrapper.iterdir():  # what processors of images read, and the wrapper's own generation config
+        there = (work / path.name).exists() and path.name != "generation_config.json"
+        if path.is_file() and path.suffix in BESIDE and path.name != INDEX and not there:
+            shutil.copy(path, work)

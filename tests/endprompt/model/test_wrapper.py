@@ -1,0 +1,97 @@
+"""Multimodal checkpoints: the text model inside is extended as it would be alone, and nothing else changes a byte."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from endprompt import train
+from endprompt.model import wrapper
+from endprompt.model.load import load_config
+from tests.support.checkpoints import make_tokenizer
+
+TEXT = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 32, "sliding_window": 8,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def gemma(directory):
+    from transformers import Gemma3Config
+
+    text = TEXT | {"layer_types": ["sliding_attention", "full_attention"]}
+    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=319)
+    return made(directory, config)
+
+
+def mistral(directory):
+    from transformers import Mistral3Config
+
+    text = TEXT | {"model_type": "mistral", "sliding_window": None}
+    vision = VISION | {"model_type": "pixtral", "head_dim": 8}
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=319)
+    return made(directory, config)
+
+
+def made(directory, config):
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory, max_shard_size="30KB")
+    make_tokenizer().save_pretrained(directory)
+    (directory / "preprocessor_config.json").write_text('{"size": 28}')
+    return directory
+
+
+def tensors_of(directory):
+    return {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("make", [gemma, pytest.param(mistral, marks=pytest.mark.slow)])
+def test_the_text_model_is_extended_and_the_rest_stays(make, tmp_path, extend_config, monkeypatch, capsys):
+    monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
+    source = make(tmp_path / "whole")
+    asked = extend_config(model=str(source), scaling="yarn", steps=2, output=str(tmp_path / "out"))
+    out = train.extend(asked)
+    assert "is extended and put back, the rest stays as it is" in capsys.readouterr().err
+    text = wrapper.text_of(source, load_config(source))
+    alone = train.extend(dataclasses.replace(asked, model=str(text), output=str(tmp_path / "alone")))
+    before, after = tensors_of(source), tensors_of(out)
+    assert before.keys() == after.keys()
+    own = {name for name in before if "language_model" in name or name == "lm_head.weight"}
+    assert 0 < len(own) < len(before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) is (name not in own), name
+    assert {path.name for path in source.glob("*.safetensors*")} == {path.name for path in out.glob("*.safetensors*")}
+    config, old = (json.loads((one / "config.json").read_text()) for one in (out, source))
+    assert config["text_config"]["max_position_embeddings"] == 128
+    full = config["text_config"]["rope_parameters"]
+    full = full.get("full_attention", full)
+    assert (full["rope_type"], full["factor"]) == ("yarn", 4.0)
+    for one in (config, old):
+        for key in ("max_position_embeddings", "rope_parameters"):
+            del one["text_config"][key]
+    assert config == old
+    assert (out / "preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
+    ids = torch.randint(1, 318, (1, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(alone)(input_ids=ids).logits
+        found = AutoModelForImageTextToText.from_pretrained(out)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert json.loads((out / "endprompt.json").read_text())["model"] == "whole"
+
+
+def test_names_that_are_not_known_are_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
+    source = made(tmp_path / "m", load_config(gemma(tmp_path / "first")))
+    for path in source.glob("*.safetensors"):
+        save_file({f"other.{name}": t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {f"other.{name}": place for name, place in index["weight_map"].items()}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"name the weights of the text model \(gemma3_text\) in no way that is known"):
+        wrapper.text_of(source, load_config(source))
