@@ -13,7 +13,6 @@ stock attentions of torch (not flash-attn) are right without `prepare_model`.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,12 @@ import torch
 
 from endprompt.config import ExtendConfig, check_values
 from endprompt.data import Documents, Rows, RowSpec, row_spec
+from endprompt.data.rows import row_alone
 from endprompt.model import extended_config, length_rope, training_attention
 from endprompt.model.attention import attention_for, mask_by_position
 from endprompt.model.geometry import check_frequencies, window_of
 from endprompt.model.parity import check_forward
 from endprompt.positions import sample_rng
-from endprompt.prompts import Cues
 from endprompt.train.loss import logits_cross_entropy
 from endprompt.train.objective import Objective
 
@@ -120,23 +119,11 @@ class PositionalCollator:
         name = "a sample" if index is None else f"sample {index}"
         index = int(torch.randint(2**62, ())) if index is None else int(index)
         rng, spec = sample_rng(self.spec.seed, index), self.spec
-        lead, length = len(spec.lead), len(document.tokens)
+        length = len(document.tokens)
         try:
             if self.row_tokens is None or length < spec.needed:
-                b = 0
-                if spec.prompt is not None:
-                    choice = spec.prompt.choose(rng)
-                    b = spec.prompt.length(choice)
-                    if isinstance(spec.prompt, Cues):
-                        spec = dataclasses.replace(spec, prompt=Cues((spec.prompt.token_lists[choice],)))
-                own = int(np.array_equal(document.tokens[:lead], spec.lead)) * lead  # in front already
-                most = self.row_tokens or spec.target
-                spec = dataclasses.replace(spec, row_tokens=min(length - own + lead + b, most))
+                return row_alone(document, spec, rng, self.row_tokens or spec.target)
             rows = Rows(document, spec)
-            if not len(rows):
-                raise ValueError(
-                    f"it has {length} tokens, and a row needs {spec.needed} (row_tokens={spec.row_tokens})"
-                )
             unit = int(sample_rng(spec.seed, index).spawn(1)[0].integers(len(rows)))
             return rows.row_of(unit, rng)
         except ValueError as error:

@@ -40,7 +40,8 @@ class ExtendConfig:
             assistant or completion
         text_weight: loss weight of the text in front of a completion (default 1), and of what the assistant did not
             write (default 0)
-        short_documents: drop (and count) documents shorter than a row, or pack them one after the other
+        short_documents: drop (and count) documents shorter than a row, pack them one after the other as one text, or
+            put several apart in a row, each with attention, positions and an end prompt of its own
         long_documents: split longer ones into several rows, or truncate them to their first
         seed: of positions, prompts and the order of documents
 
@@ -292,6 +293,11 @@ def check_config(config: ExtendConfig) -> None:
         )
     if config.compile.startswith("graph"):
         check_recordable(config)
+    if config.short_documents == "apart" and config.scaling in ("dynamic", "longrope"):
+        raise ValueError(
+            f"the frequencies of scaling={config.scaling} depend on a row's farthest position, so its documents would "
+            "not be apart: short_documents='apart'"
+        )
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
 
@@ -319,6 +325,7 @@ def check_recordable(config: ExtendConfig) -> None:
         "optimizer": (config.optimizer in ("auto", "adamw") and config.dtype == "float32", "adamw on float32 weights"),
         "checkpointing": (config.checkpointing == "none", "none"),
         "attention": (config.attention != "flex", "one that needs no block mask"),
+        "short_documents": (config.short_documents != "apart", "drop or pack"),
         "scaling": (config.scaling not in ("dynamic", "longrope"), "one whose frequencies do not depend on positions"),
     }
     for key, (holds, rule) in rules.items():

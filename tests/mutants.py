@@ -39,6 +39,8 @@ TEXT = "endprompt/text.py"
 COLLATE = "endprompt/collate.py"
 #: (file, text, what it becomes, tests: folder/name below tests/, without test_)
 MUTANTS = [
+    # documents apart in a row
+    ("endprompt/model/packed.py", "return (positions_BT == 0).cumsum(-1) - 1", "return positions_BT * 0", "endprompt/model/packed"),
     # conversations and mixtures
     ("endprompt/data/chat.py", "scored[len(ids) - completion :] = 1", "scored[:] = 1", "endprompt/data/chat"),
     ("endprompt/data/rows.py", "fronts_marked(self.documents)", "self.documents", "endprompt/data/chat"),

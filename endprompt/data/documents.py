@@ -140,6 +140,13 @@ class Documents:
     def __len__(self) -> int:
         return len(self.completions)
 
+    def one(self, document: int) -> Documents:
+        """A document by itself."""
+        start, end = int(self.offsets[document]), int(self.offsets[document + 1])
+        weights = None if self.weights is None else self.weights[start:end]
+        completion = self.completions[document : document + 1] - start
+        return Documents(np.asarray(self.tokens[start:end]), np.array([0, end - start]), completion, weights)
+
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)

@@ -87,6 +87,10 @@ class Mixture:
     def truncated_tokens(self) -> int:
         return sum(rows.truncated_tokens for rows in self.rows)
 
+    @property
+    def padding(self) -> int:
+        return sum(rows.padding for rows in self.rows)
+
     def record(self, rows: int) -> list[dict[str, Any]]:
         """What the first `rows` rows take of each source: share of the tokens, passes over what it has."""
         return [

@@ -45,7 +45,8 @@ class RowSpec:
     weights: of context tokens 1, of a completion's, of the end prompt's scored tokens; text_weight as of
     `Documents.target_weights`.
     bos: id or ids put in front of every context, None for none; a context that has them already gets no others.
-    short: what happens to documents shorter than a context: `drop` (counted), or `pack`, one after the other.
+    short: what happens to documents shorter than a context: `drop` (counted); `pack`, one after the other as one text;
+    or `apart`, several in a row, each a row of its own length with positions from 0 and an end prompt of its own.
     long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
     line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
     sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
@@ -72,8 +73,8 @@ class RowSpec:
         if (self.prompt is not None) != (self.scheme in WITH_PROMPT):
             rule = "needs an end prompt" if self.scheme in WITH_PROMPT else "takes no end prompt (prompt=none)"
             raise ValueError(f"scheme {self.scheme!r} {rule}")
-        if self.short not in ("drop", "pack"):
-            raise ValueError(f"short_documents must be drop or pack: short_documents={self.short!r}")
+        if self.short not in ("drop", "pack", "apart"):
+            raise ValueError(f"short_documents must be drop, pack or apart: short_documents={self.short!r}")
         if self.long not in ("split", "truncate"):
             raise ValueError(f"long_documents must be split or truncate: long_documents={self.long!r}")
         longest = self.prompt.longest if self.prompt else 0
@@ -102,6 +103,13 @@ class RowSpec:
         if self.bos is None:
             return ()
         return self.bos if isinstance(self.bos, tuple) else (self.bos,)
+
+    @property
+    def least(self) -> int:
+        """Tokens that a document must have to make a row of its own length."""
+        longest = self.prompt.longest if self.prompt else 0
+        span = self.prompt.span if isinstance(self.prompt, Recall) else 0
+        return max(2, span, longest - len(self.lead))
 
     @property
     def needed(self) -> int:
@@ -133,8 +141,9 @@ class Rows:
     """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
 
     A unit is a stretch of a document with room for one row: a long document has several, one with a completion has one,
-    which is cut at its front if need be. dropped: documents too short to make a row, and their tokens.
-    truncated: tokens of other documents that no row can hold.
+    which is cut at its front if need be. Of `apart` a unit may also be several short documents.
+    dropped: documents too short to make a row, and their tokens. truncated: tokens of other documents that no row can
+    hold. padding: tokens of a pass that hold nothing (apart).
     """
 
     documents: Documents
@@ -142,6 +151,7 @@ class Rows:
     dropped: int = field(init=False)
     dropped_tokens: int = field(init=False)
     truncated_tokens: int = field(init=False)
+    padding: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         spec, needed = self.spec, self.spec.needed
@@ -157,8 +167,15 @@ class Rows:
             least[has_completion] = spec.row_tokens - len(spec.lead)
         single = has_completion | (spec.long == "truncate")
         units = np.where(single, np.minimum(lengths // least, 1), lengths // least)
-        self.dropped = int(np.count_nonzero(units == 0))
-        self.dropped_tokens = int(lengths[units == 0].sum())
+        self._packs: list[list[int]] = []
+        lost = units == 0
+        if spec.short == "apart":
+            sizes = lengths + len(spec.lead) + (spec.prompt.longest if spec.prompt else 0)
+            short = np.flatnonzero(lost & (lengths >= spec.least) & (sizes <= spec.row_tokens))
+            self._packs = [short[pack].tolist() for pack in best_fit(sizes[short], spec.row_tokens)]
+            self.padding = len(self._packs) * spec.row_tokens - int(sizes[short].sum())
+            lost[short] = False
+        self.dropped, self.dropped_tokens = int(np.count_nonzero(lost)), int(lengths[lost].sum())
         self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
         # as arrays once, since every row looks for them
@@ -179,7 +196,7 @@ class Rows:
 
     def __len__(self) -> int:
         """Number of units: rows of one pass."""
-        return len(self._document)
+        return len(self._document) + len(self._packs)
 
     @property
     def sha256(self) -> str:
@@ -198,6 +215,8 @@ class Rows:
 
     def row_of(self, unit: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`row` of one unit, with the draws of this generator."""
+        if unit >= len(self._document):
+            return self._apart(self._packs[unit - len(self._document)], rng)
         spec = self.spec
         question = self._question(unit) if isinstance(spec.prompt, Question) else 0
         choice = spec.prompt.choose(rng) if spec.prompt else 0
@@ -218,6 +237,13 @@ class Rows:
             context = np.concatenate([context, prompt.tokens])
             weights = np.concatenate([weights, prompt.scored.astype(np.float32) * spec.prompt_weight])
         return context, placed.position_ids, weights
+
+    def _apart(self, pack: list[int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The row of several short documents; what is left of it is one more, without loss."""
+        rows = [row_alone(self.documents.one(document), self.spec, rng, self.spec.row_tokens) for document in pack]
+        ids, positions, weights = (np.concatenate(parts) for parts in zip(*rows))
+        rest = self.spec.row_tokens - len(ids)
+        return np.pad(ids, (0, rest)), np.concatenate([positions, np.arange(rest)]), np.pad(weights, (0, rest))
 
     def _question(self, unit: int) -> int:
         """Tokens of the document's last line before its completion, and of the completion; 0 without a completion.
@@ -242,7 +268,7 @@ class Rows:
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""
-        if self.spec.scheme == "contiguous" and not self.spec.lead:
+        if self.spec.scheme == "contiguous" and not self.spec.lead and not self._packs:
             return self._contiguous_batch(first, count)
         return stacked([self.row(index) for index in range(first, first + count)])
 
@@ -320,6 +346,45 @@ def behind_lead(documents: Documents, lead: Sequence[int]) -> np.ndarray:
         open_ = open_[(documents.tokens[starts[open_][:, None] + np.arange(len(lead))] == wanted).all(1)]
         starts[open_] += len(lead)
     return starts
+
+
+def row_alone(
+    document: Documents, spec: RowSpec, rng: np.random.Generator, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The row of a document that is shorter than a row: as long as it is with its end prompt, at most `most` tokens."""
+    b = 0
+    if spec.prompt is not None:
+        choice = spec.prompt.choose(rng)
+        b = spec.prompt.length(choice)
+        if isinstance(spec.prompt, Cues):
+            spec = dataclasses.replace(spec, prompt=Cues((spec.prompt.token_lists[choice],)))
+    length = len(document.tokens) - int(behind_lead(document, spec.lead)[0])
+    spec = dataclasses.replace(spec, short="drop", row_tokens=min(length + len(spec.lead) + b, most))
+    rows = Rows(document, spec)
+    if not len(rows):
+        raise ValueError(f"it has {len(document.tokens)} tokens, and a row needs {spec.needed}: {spec.row_tokens=}")
+    return rows.row_of(0, rng)
+
+
+def best_fit(sizes: np.ndarray, room: int) -> list[list[int]]:
+    """Indices of the sizes in packs of at most `room`: the largest first, each where it leaves the least."""
+    packs: list[list[int]] = []
+    left: dict[int, list[int]] = {}  # packs by what is left in them
+    some = 0  # bit r: a pack has r left
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
+        fitting = some >> size
+        rest = size + (fitting & -fitting).bit_length() - 1 if fitting else room
+        if fitting:
+            pack = left[rest].pop()
+            some &= ~(0 if left[rest] else 1 << rest)
+        else:
+            pack = len(packs)
+            packs.append([])
+        packs[pack].append(index)
+        left.setdefault(rest - size, []).append(pack)
+        some |= 1 << (rest - size)
+    return packs
 
 
 def fronts_marked(documents: Documents) -> Documents:

@@ -72,7 +72,8 @@ def run(start: Checkpoint) -> Path:
                 say(
                     f"{len(rows):,} rows of {spec.row_tokens:,} tokens a pass, {steps * config.rows:,} to train on; "
                     f"dropped {rows.dropped:,} shorter documents ({rows.dropped_tokens:,} tokens), truncated "
-                    f"{rows.truncated_tokens:,} tokens",
+                    f"{rows.truncated_tokens:,} tokens"
+                    + (f", padded {rows.padding:,} tokens of a pass" if rows.padding else ""),
                     here,
                 )
                 for one in taken:

@@ -24,6 +24,7 @@ from endprompt.model import (
 from endprompt.model.geometry import window_of
 from endprompt.model.kinds import described, layer_kinds
 from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path
+from endprompt.model.packed import apart_attention
 from endprompt.model.weights import stored_dtype
 from endprompt.text import Reader
 
@@ -48,8 +49,7 @@ class Checkpoint:
 
     @property
     def options(self) -> dict[str, Any]:
-        attention = training_attention(self.config.attention)
-        return {"dtype": self.config.dtype, "attention": attention, "config": self.model_config}
+        return {"dtype": self.config.dtype, "attention": attention_of(self.config), "config": self.model_config}
 
     def load(self, device: str) -> PreTrainedModel:
         """The model with its weights on a device."""
@@ -81,10 +81,16 @@ class Checkpoint:
         return shares.check_weights(self.config.model, **self.options)
 
 
+def attention_of(config: ExtendConfig) -> str:
+    """transformers' name of the attention that a run trains with. Raises ValueError for what it lacks."""
+    name = training_attention(config.attention)
+    return apart_attention(config.attention) if config.short_documents == "apart" else name
+
+
 def to_extend(config: ExtendConfig) -> Checkpoint:
     """The checkpoint that a configuration extends. Raises ValueError for what can't be, before any weight is read."""
     check_config(config)
-    training_attention(config.attention)  # says what this one lacks
+    attention_of(config)  # says what this one lacks
     directory = checkpoint_path(config.model)
     source, whole = load_config(directory), None
     if wrapper.is_wrapper(source):

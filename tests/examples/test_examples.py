@@ -8,12 +8,13 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from endprompt import train
 from endprompt.config import ExtendConfig
 from endprompt.data import Rows, load_documents, row_spec
 from endprompt.model import load_config, load_model
-from tests.support.checkpoints import TARGET, WINDOW, WORDS
+from tests.support.checkpoints import TARGET, VOCABULARY, WINDOW, WORDS
 from tests.support.runs import losses_of, weights_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,6 +53,7 @@ def loaded(example):
         pytest.param("trainer", "Llama", "endprompt", "EP_3", 0.1, "linear", marks=pytest.mark.slow),
         pytest.param("trl_sft", "Llama", "endprompt", "EP_3", 1.0, "yarn", marks=pytest.mark.slow),
         pytest.param("trl_sft", "Qwen3", "pose", "none", 1.0, "linear", marks=pytest.mark.slow),
+        pytest.param("trl_sft", "Gemma3Text", "endprompt", "EP_3", 1.0, "linear", marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_weights_are_those_of_the_trainer(
@@ -80,7 +82,10 @@ def test_losses_and_weights_are_those_of_the_trainer(
     losses = module.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
     assert losses == pytest.approx(losses_of(ours), abs=2e-5)
     assert load_config(theirs).rope_parameters == load_config(ours).rope_parameters
-    load_model(theirs)  # which compares loss and logits with transformers' own
+    row = torch.randint(0, VOCABULARY, (1, TARGET), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # loaded as anyone would, which also compares loss and logits with transformers' own
+        exported = [float(load_model(path)(row, labels=row).loss) for path in (ours, theirs)]
+    assert exported[0] == pytest.approx(exported[1], abs=2e-5)
     expected = weights_of(ours)
     for name, found in weights_of(theirs).items():
         assert float((found - expected[name]).abs().max()) < 2e-4, name

@@ -55,6 +55,12 @@ def tiny_config(architecture: str, **changes):
         "Qwen3": {"head_dim": 16},
         "Phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         "Gemma": {"head_dim": 16},
+        "Gemma3Text": {
+            "head_dim": 16,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
     }[architecture]
     return getattr(transformers, f"{architecture}Config")(**(common | own | changes))
 

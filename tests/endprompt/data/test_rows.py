@@ -338,7 +338,7 @@ def test_sequence_that_is_too_short_never_becomes_contiguous():
         ({"scheme": "endprompt", "prompt": Cues(((1,) * 5,))}, "does not fit: it has 5 tokens"),
         ({"row_tokens": 65}, "must fit into the target window"),
         ({"scheme": "anchors", "prompt": CUE, "anchors": 32}, "first of 32 anchors"),
-        ({"short": "merge"}, "short_documents must be drop or pack"),
+        ({"short": "merge"}, "short_documents must be drop, pack or apart"),
         ({"long": "fold"}, "long_documents must be split or truncate"),
         ({"scheme": "endprompt", "prompt": CUE, "prompt_weight": -1.0}, "prompt_weight=-1.0"),
     ],
