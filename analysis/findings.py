@@ -20,6 +20,7 @@ from analysis.sweep import ORDERS, Maxima, Sweep
 from endprompt import origin
 from endprompt.model.kinds import spelled
 from endprompt.results import recorded, result_row
+from endprompt.rope import COHERENCE, base_bounds
 
 #: A curve with more distances than this is stored as the range in each of so many bins.
 CURVE_POINTS = 2048
@@ -350,6 +351,9 @@ class Findings:
         log_probability, variation = softmax_change(max(r["B1"] for r in layers))
         rows.append(row("softmax", "log_probability_change_per_token_bound", log_probability))
         rows.append(row("softmax", "total_variation_per_token_bound", variation))
+        slowest = 1 / float(scene.omega.min())
+        bounds = {"base": slowest} | base_bounds(scene.length, len(layers))
+        rows += [row("rope_base", name, value, n=None, coherence=COHERENCE) for name, value in bounds.items()]
         if scene.gap:
             rows += quantiles("roughness", "gap_over_observed", together("roughness"))
             rows += quantiles("roughness", "gap_over_observed_random_phase", together("null"))

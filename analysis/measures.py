@@ -35,19 +35,6 @@ def turns(omega: np.ndarray, target: int) -> float:
     return float(np.min(omega) * (target - 1) / (2 * math.pi))
 
 
-def base_bounds(target: int, layers: int, coherence: float, precision: float) -> dict[str, float]:
-    """Bounds on the RoPE base for a target window, by arXiv 2602.10959, which takes 1/base as the slowest frequency.
-
-    aliasing: base > L / 2 pi. stability: base >= L / arccos(coherence^(1/layers)), where `coherence` is the share of
-    the slowest component that must be left after all layers. precision (from above): base < 1 / epsilon.
-    """
-    return {
-        "aliasing": target / (2 * math.pi),
-        "stability": target / math.acos(coherence ** (1 / layers)),
-        "precision": 1 / precision,
-    }
-
-
 def gap_error(
     omega: np.ndarray,
     rows: tuple[np.ndarray, int] | None,

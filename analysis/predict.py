@@ -215,7 +215,8 @@ def table(config: PredictConfig, reading: Reading) -> list[dict[str, Any]]:
             found = reading.of_scheme(scaling, counts, reading.window, config.noise)
             values = fixed | found
             order = sum(points * values[key] for key, points in ORDER.items())
-            lines.append({"scaling": scaling, "scheme": scheme, "order": order} | values)
+            about = {"target": reading.target, "scaling": scaling, "scheme": scheme, "order": order}
+            lines.append(about | values)
     return lines
 
 

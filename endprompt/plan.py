@@ -25,6 +25,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from endprompt.files import read_json_lines
+from endprompt.rope import COHERENCE, base_bounds, base_frequencies
 from endprompt.shapes import GIB, SHAPES, Shape, tokens_at_a_time
 
 
@@ -90,6 +92,7 @@ class PlanConfig:
         optimizer: lean or adamw (float32 masters)
         fused: the lean optimizer's layers are fused, as extend has them by itself where it can
         float8: none or fast
+        advice: a file of what `endprompt predict --json` printed for this target: its first choice is named, no more
         json: print one JSON object a setting instead of a table
     """
 
@@ -106,6 +109,7 @@ class PlanConfig:
     optimizer: str = "lean"
     fused: bool = True
     float8: str = "none"
+    advice: str | None = None
     json: bool = False
 
 
@@ -133,9 +137,10 @@ EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk"
 def shape_of(model: str, window: int | None = None) -> Shape:
     """The shape by name, or of a checkpoint's config. Raises ValueError for neither, and for what cannot be planned."""
     if model in SHAPES:
-        vocabulary, hidden, layers, heads, groups, intermediate, window, _, tied = SHAPES[model]
+        vocabulary, hidden, layers, heads, groups, intermediate, window, theta, tied = SHAPES[model]
         head_dim = hidden // heads
-        return Shape(vocabulary, hidden, layers, head_dim * groups, intermediate, window, tied, hidden, head_dim)
+        sizes = (vocabulary, hidden, layers, head_dim * groups, intermediate, window, tied, hidden, head_dim)
+        return Shape(*sizes, base=1 / float(base_frequencies(theta, head_dim)[-1]))
     from endprompt.model import load_config
     from endprompt.model.kinds import check_layers
 
@@ -186,7 +191,8 @@ def counted(config: Any, window: int | None = None) -> Shape:
     other = sum(p.numel() for p in model.parameters()) - stored - embeddings.numel() * (1 if tied else 2)
     intermediate = round((active / len(layers) - attention_matrices) / (3 * hidden))
     vocabulary, reads = embeddings.shape[0], window_of(config, window).window
-    return Shape(vocabulary, hidden, len(layers), kv, intermediate, reads, tied, query, head_dim, stored, active, other)
+    sizes = (vocabulary, hidden, len(layers), kv, intermediate, reads, tied, query, head_dim, stored, active, other)
+    return Shape(*sizes, base=1 / float(geometry.frequencies()[0].min()))
 
 
 def unused_experts(config: Any, layer: Any) -> int:
@@ -342,12 +348,43 @@ def report(config: PlanConfig, made: list[Plan]) -> str:
             f"{plan.micro_rows:>10}  {plan.recompute:<10}{plan.total_gib:>8.1f}  {'yes' if plan.fits else 'no':<5}"
             f"{plan.tokens_per_s:>10,.0f}{plan.hours:>9.1f}{plan.gpu_hours:>11.1f}"
         )
+    said = advised(config, shape)
     best = made[0]
     if not best.fits:
-        return "\n".join([*lines, f"nothing fits into {DEVICES[config.device].memory:.0f} GiB: take more GPUs"])
+        return "\n".join([*lines, *said, f"nothing fits into {DEVICES[config.device].memory:.0f} GiB: take more GPUs"])
     lines.append(f"\nmemory of the first, GiB a GPU (of {DEVICES[config.device].memory:.0f} usable):")
     lines += [f"  {part:<22}{size / GIB:>8.1f}" for part, size in best.memory.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *said])
+
+
+def advised(config: PlanConfig, shape: Shape) -> list[str]:
+    """What is said of the target beside the settings: the bounds on the RoPE base, and what `predict` put first.
+
+    Raises ValueError if the file of advice is of another target or holds no line of `predict`.
+    """
+    said = []
+    if shape.base is not None and config.target > shape.window:
+        bounds = base_bounds(config.target, shape.layers)
+        inside = max(bounds["aliasing"], bounds["stability"]) <= shape.base < bounds["precision"]
+        said.append(
+            f"\nRoPE base without scaling, {shape.base:,.0f}, for {config.target:,} tokens: by arXiv 2602.10959 above "
+            f"{bounds['aliasing']:,.0f} against aliasing, above {bounds['stability']:,.0f} to keep {COHERENCE:g} of "
+            f"the slowest component through {shape.layers} layers, below {bounds['precision']:,.0f} in float32: "
+            + ("it is" if inside else "it is not")
+        )
+    if config.advice is None:
+        return said
+    lines = [line for _, line in read_json_lines(config.advice)]
+    if not lines or not all({"target", "scaling", "scheme", "order"} <= line.keys() for line in lines):
+        raise ValueError(f"advice must be what `endprompt predict --json` printed: advice={config.advice!r}")
+    if others := {line["target"] for line in lines} - {config.target}:
+        raise ValueError(f"advice must be for the same target: target={config.target}, advice for {others.pop()}")
+    best = max((line for line in lines if line["scheme"] != "none"), key=lambda line: line["order"])
+    return [
+        *said,
+        f"advice of predict: scaling {best['scaling']} and scheme {best['scheme']} come first "
+        f"(order {best['order']:.1f}; what that is worth: `endprompt predict`); nothing here follows it by itself",
+    ]
 
 
 def plan(config: PlanConfig) -> int:

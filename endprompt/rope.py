@@ -161,6 +161,23 @@ SCALINGS: dict[str, Callable[..., Frequencies]] = {
 }
 
 
+#: Share of the slowest component that `base_bounds` asks to be left after all layers; the paper leaves it open.
+COHERENCE = 0.9
+
+
+def base_bounds(
+    target: int, layers: int, coherence: float = COHERENCE, precision: float = 2.0**-23
+) -> dict[str, float]:
+    """Bounds on the RoPE base for a window of `target`, by arXiv:2602.10959, which takes 1/base as slowest frequency.
+
+    From below, aliasing: L / 2 pi, less than a turn over the window; stability: L / arccos(coherence^(1/layers)), so
+    that so much is left of the slowest component after all layers. From above, precision: 1 / machine epsilon, of
+    float32 by default, in which transformers holds frequencies. A scaled model's base is 1 / its slowest frequency.
+    """
+    stability = target / math.acos(coherence ** (1 / layers))
+    return {"aliasing": target / (2 * math.pi), "stability": stability, "precision": 1 / precision}
+
+
 #: Keys of rope_parameters that each scaling reads beside rope_theta; `rope_type` in transformers' configs.
 YARN = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
 READ: dict[str, tuple[str, ...]] = {

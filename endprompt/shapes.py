@@ -46,7 +46,7 @@ class Shape:
 
     stored: parameters of all decoder layers together; active: those in matrices that a token is multiplied with, fewer
     where it is sent to some of the experts. Both default to those of Llama's layers. other: parameters that are neither
-    in a decoder layer nor in embeddings and head.
+    in a decoder layer nor in embeddings and head. base: of RoPE, 1 / its slowest frequency.
     """
 
     vocabulary: int
@@ -61,6 +61,7 @@ class Shape:
     stored: int = -1
     active: int = -1
     other: int = -1
+    base: float | None = None
 
     def __post_init__(self) -> None:
         matrices = self.layers * (2 * self.hidden * (self.hidden + self.kv) + 3 * self.hidden * self.intermediate)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,11 @@ class Line:
             self.slope = np.linalg.lstsq(design, y, rcond=None)[0]
             self.sign = 1.0
 
+    @property
+    def points(self) -> dict[str, float]:
+        """Points of score a unit of each of two measures."""
+        return dict(zip(self.names, map(float, self.slope[:-1] / self.scale)))
+
     def of(self, cases: Sequence[Case]) -> np.ndarray:
         return np.array([[case.values[name] for name in self.names] for case in cases])
 
@@ -200,11 +205,11 @@ class Line:
     def ranking(self, cases: Sequence[Case]) -> np.ndarray:
         """What ranks the arms: the measure itself, or the line before it is cut at 0 and 100."""
         x = self.of(cases)
-        return x[:, 0] if len(self.names) == 1 else (x - self.centre) / self.scale @ self.slope[:-1]
+        return x[:, 0] if len(self.names) == 1 else x @ (self.slope[:-1] / self.scale)
 
 
-def tested(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Rows of the test: every measure, and the pair that is best on the chosen half, on each of SETS."""
+def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
+    """(rows of the test: every measure, and the pair that is best on the chosen half, on each of SETS; that pair)."""
     sets = {name: [case for case in cases if case.half == name] for name in SETS}
     singles = [Line([name], sets["chosen"]) for name in predict.MEASURES]
     pairs = [Line(names, sets["chosen"]) for names in itertools.combinations(predict.MEASURES, 2)]
@@ -230,6 +235,7 @@ def tested(cases: Sequence[Case]) -> list[dict[str, Any]]:
                 "error_of_mean": float(np.abs(line.mean - scores).mean()),
                 "inside_scaling": None if scheme is None else list(scheme),
                 "trained": part(x, members),
+                "points": line.points if len(line.names) == 2 else None,
             }
             value, ci95 = (0.0, None) if found is None else (found.value, (found.lo, found.hi))
             method = " + ".join(line.names)
@@ -244,7 +250,7 @@ def tested(cases: Sequence[Case]) -> list[dict[str, Any]]:
         assert top is not None
         about = {"half": name, "n": len(members), "ci95": (top.lo, top.hi)}
         rows.append(row("predict-test", "ceiling", top.value, "mean score of the scaling", **about))
-    return rows
+    return rows, candidates[1]
 
 
 def row(task: str, metric: str, value: float, method: str, model: str = "lab", **extra: Any) -> dict[str, Any]:
@@ -253,11 +259,11 @@ def row(task: str, metric: str, value: float, method: str, model: str = "lab", *
     )
 
 
-def rows_of(cases: Iterable[Case]) -> list[dict[str, Any]]:
-    """A row for each arm and measure, with the arm's score."""
+def rows_of(cases: Sequence[Case], pair: Line) -> list[dict[str, Any]]:
+    """A row for each arm and measure, and for the best pair (`best_pair`, in points), with the arm's score."""
     found = []
-    for case in cases:
-        arm = case.arm
+    for case, order in zip(cases, pair.ranking(cases)):
+        arm, values = case.arm, case.values | {"best_pair": float(order)}
         about = {
             "length": case.target,
             "base": arm.base,
@@ -271,9 +277,7 @@ def rows_of(cases: Iterable[Case]) -> list[dict[str, Any]]:
             "seeds": len(arm.scores[case.target]),
             "half": case.half,
         }
-        found += [
-            row("predict", key, value, arm.name, f"base {arm.base}", **about) for key, value in case.values.items()
-        ]
+        found += [row("predict", key, value, arm.name, f"base {arm.base}", **about) for key, value in values.items()]
     return found
 
 
@@ -288,9 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     study = read_rows(given.study)
     cases = cases_of(read_rows(given.lab), bases)
     cases += cases_of(study, {str(r["base"]): given.study_model for r in study})
-    tests = tested(cases)
+    tests, pair = tested(cases)
     about = {"text": "analysis/sample.txt", "tokens": TOKENS, "device": "cpu", "revision": git_revision()}
-    write_rows(given.output, [one | about for one in (*rows_of(cases), *tests)])
+    write_rows(given.output, [one | about for one in (*rows_of(cases, pair), *tests)])
     for r in tests:
         print(r["method"], r["half"], r["n"], f"{r['value']:+.2f}", r["ci95"], f"p {r.get('p', 0):.3f}", r.get("holds"))
 

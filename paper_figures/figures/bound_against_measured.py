@@ -27,6 +27,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def draw(frames: Frames) -> Figure:
     rows = frames["analysis"]
+    rows = rows[rows["task"] == "bounds"]
     for column in ("stratum", "layer"):  # parts of the whole
         if column in rows:
             rows = rows[rows[column].isna()]

@@ -17,8 +17,8 @@ INPUTS = Inputs(rows={"analysis": ("metric", "arm", "scaling", "score", "base", 
 SHOWN = {
     "smoothness": "smoothness constant",
     "gap_rows": "gap error, rows alone",
-    "local_change_16": "change over 16 distances",
     "entropy": "entropy, nats over the base's",
+    "best_pair": "best pair, points",
 }
 MARKERS = {"none": "x", "linear": "o", "ntk": "v", "yarn": "s", "llama3": "D"}
 
@@ -72,4 +72,4 @@ def scheme_of(row: dict) -> str:
 
 
 def short(base: str) -> str:
-    return f"base {base}" if base.isdigit() else base.split("-Instruct")[0]
+    return f"base {base}" if base.isdigit() else base.split("-")[0]

@@ -10,7 +10,7 @@ import torch
 import analysis
 from analysis import attention, measures, observability, predict
 from analysis.config import PredictConfig
-from endprompt.rope import inverse_frequencies
+from endprompt.rope import base_bounds, inverse_frequencies
 
 BASE_256 = "benchmarks/base/256"
 THETA, ENERGY = np.array([1.0, 0.01]), np.array([3.0, 1.0])
@@ -122,11 +122,11 @@ def test_energies_are_the_prior_of_the_gap():
 
 
 def test_bounds_of_the_base():
-    found = measures.base_bounds(65536, 32, 0.9, 2**-7)
+    found = base_bounds(65536, 32, 0.9, 2**-7)
     assert found["aliasing"] * 2 * math.pi == pytest.approx(65536)
     assert math.cos(65536 / found["stability"]) ** 32 == pytest.approx(0.9)
     assert found["precision"] == 128
-    assert measures.base_bounds(65536, 1, 0.9, 2**-7)["stability"] < found["stability"], "depth asks for more"
+    assert base_bounds(65536, 1, 0.9, 2**-7)["stability"] < found["stability"], "depth asks for more"
 
 
 def layer_of(rng, heads=4, groups=2, tokens=6, n=2, still=1):

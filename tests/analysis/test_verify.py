@@ -14,7 +14,7 @@ from analysis.config import PositionsConfig, PredictConfig, VerifyConfig
 from analysis.scene import prepare
 from analysis.sweep import Sweep
 from endprompt import positions, results
-from endprompt.model import load_model, rope_geometry
+from endprompt.model import load_config, load_model, rope_geometry
 
 WINDOW, TARGET = 256, 2048
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": WINDOW}
@@ -481,6 +481,10 @@ def test_verify_of_every_scheme(checkpoint, tmp_path, scheme):
 def test_layers_without_rope_are_left_out_of_verify(checkpoint, tmp_path):
     report = verify.verify(settings(checkpoint("SmolLM3"), tmp_path, target=1500))
     assert report.holds and "layers without RoPE, left out: 1" in report.table()
+    base = {row["metric"]: row["value"] for row in report.rows if row["task"] == "rope_base"}
+    omega, _ = rope_geometry(load_config(checkpoint("SmolLM3"))).frequencies(1500)
+    assert base["base"] == pytest.approx(1 / omega[-1]) and base["aliasing"] == pytest.approx(1500 / (2 * np.pi))
+    assert np.cos(1500 / base["stability"]) ** 2 == pytest.approx(0.9), "of two layers with RoPE"
     with pytest.raises(ValueError, match=r"layer 1 has not: heads=1\.0"):
         verify.verify(settings(checkpoint("SmolLM3"), tmp_path, target=1500, heads="1.0"))
 

@@ -261,3 +261,31 @@ def test_a_plan_of_a_named_shape_waits_for_no_torch():
         "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_bounds_of_the_base_and_advice_are_said_and_change_nothing(tmp_path, capsys):
+    def printed(**changes):
+        assert plan(PlanConfig(**({"model": "smollm2-135m"} | changes))) == 0
+        return capsys.readouterr().out
+
+    lines = [
+        {"target": 65536, "scaling": "yarn", "scheme": "none", "order": 9.0},
+        {"target": 65536, "scaling": "linear", "scheme": "pose", "order": 1.0},
+        {"target": 65536, "scaling": "llama3", "scheme": "pose", "order": 2.0},
+    ]
+    advice = tmp_path / "advice.jsonl"
+    advice.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone, advised = printed(), printed(advice=str(advice))
+    # the slowest of 32 frequencies is 100000^-(62/64); 65536 / 2 pi = 10430.4
+    assert (
+        f"RoPE base without scaling, {100000 ** (62 / 64):,.0f}," in alone and "above 10,430 against aliasing" in alone
+    )
+    assert "below 8,388,608 in float32: it is not" in alone
+    assert advised.startswith(alone.rstrip("\n")) and "scaling llama3 and scheme pose come first" in advised
+    assert "RoPE base" not in printed(target=8192), "the window itself is no extension"
+    assert "float32: it is\n" in printed(model="llama3-8b", target=16384)
+    with pytest.raises(ValueError, match="for the same target: target=32768, advice for 65536"):
+        plan(PlanConfig(model="smollm2-135m", target=32768, advice=str(advice)))
+    advice.write_text('{"scaling": "yarn"}\n')
+    with pytest.raises(ValueError, match="must be what `endprompt predict --json` printed"):
+        plan(PlanConfig(model="smollm2-135m", advice=str(advice)))

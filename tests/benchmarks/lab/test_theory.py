@@ -34,7 +34,7 @@ def made_up(seed=0):
 
 
 def test_what_the_scores_were_made_of_is_found_and_holds():
-    rows = theory.tested(made_up())
+    rows, pair_line = theory.tested(made_up())
     assert {r["half"] for r in rows} == set(theory.SETS)
     candidates = {r["method"] for r in rows if r.get("candidate")}
     assert candidates == {"entropy", "entropy + gap_rows"}
@@ -44,6 +44,8 @@ def test_what_the_scores_were_made_of_is_found_and_holds():
     # whole scalings can be exchanged in 3! ways in each of two settings: no p below 1 in 36
     assert pair["p"] == pytest.approx(1 / 36, rel=0.35)
     assert pair["error"] < 1 < pair["error_of_mean"]
+    assert pair["points"] == pair_line.points == pytest.approx({"entropy": -1, "gap_rows": -6})
+    assert {r["metric"] for r in theory.rows_of(made_up(), pair_line)} == {*predict.MEASURES, "best_pair"}
     noise = found["turns", "other"]
     assert not noise["holds"] and noise["p"] > 0.05
     assert found["gap_rows", "other"]["inside_scaling"][0] == pytest.approx(-1), "inside a scaling it orders all"
@@ -56,7 +58,7 @@ def test_a_measure_that_turns_round_on_the_study_does_not_hold():
         dataclasses.replace(c, values=c.values | {"entropy": -c.values["entropy"]}) if c.half == "study" else c
         for c in made_up()
     ]
-    rows = [r for r in theory.tested(cases) if r["method"] == "entropy"]
+    rows = [r for r in theory.tested(cases)[0] if r["method"] == "entropy"]
     assert all(r["candidate"] and not r["holds"] and not r["one_sign"] for r in rows)
 
 
