@@ -160,10 +160,13 @@ class Reading:
 
 
 def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS) -> Reading:
-    """One text through a checkpoint. Raises ValueError for what cannot be predicted from it, before it is loaded."""
+    """One text through the layers of a checkpoint that an extension scales, as `endprompt.model.kinds` has it.
+
+    Raises ValueError for what cannot be predicted from it."""
     from endprompt import model as models
     from endprompt.files import read_text
     from endprompt.model.geometry import extended_config, window_of
+    from endprompt.model.kinds import layer_kinds, scaled_kind
     from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
     from endprompt.results import recorded
     from endprompt.text import Reader
@@ -173,12 +176,12 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS) -> Reading:
     path = str(checkpoint_path(config.checkpoint))
     settings = models.load_config(path)
     geometry = models.rope_geometry(settings)
-    kind = geometry.parameters.get("rope_type", "default")
+    scaling = geometry.parameters.get("rope_type", "default")
     record = recorded(path)
-    if kind != "default" or record.get("target", 0) > record.get("window", math.inf):
+    if scaling != "default" or record.get("target", 0) > record.get("window", math.inf):
         raise ValueError(
             "predict compares with the base inside its window, so it reads the checkpoint before extension: "
-            f"checkpoint={config.checkpoint!r} is extended already (rope_type={kind!r})"
+            f"checkpoint={config.checkpoint!r} is extended already (rope_type={scaling!r})"
         )
     if cap := getattr(settings, "attn_logit_softcapping", None):
         raise ValueError(f"predict knows attention by a plain softmax: attn_logit_softcapping={cap}")
@@ -195,7 +198,13 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS) -> Reading:
     check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
     reading = Reading(theta, scaled, window, config.target, ids.size, config.device, config.seed)
     model = load(path, VerifyConfig(path, dtype=config.dtype, device=config.device))
-    capture_tokens(model, ids, reading.add)
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"predict knows attention by a plain softmax, and this family has sinks: {settings.model_type!r}"
+        )
+    kind = scaled_kind(layer_kinds(settings))
+    # layers that slide turn by frequencies of their own, and no distance beyond their window reaches them
+    capture_tokens(model, ids, lambda layer: reading.add(layer) if kind and layer.layer in kind.layers else None)
     return reading
 
 

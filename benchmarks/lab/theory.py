@@ -1,6 +1,6 @@
 """The theory held to the scores: do measures of a scaling and a scheme, taken before training, say which arm works?
 
-    python -m benchmarks.lab.theory --lab ROWS --study ROWS --study-model CHECKPOINT --output predict.jsonl
+    python -m benchmarks.lab.theory --lab ROWS --study ROWS --later ROWS --study-model CHECKPOINT --output FILE
 
 Each arm of a lab's rows has the measures of `analysis.predict` on its base, and its score: the mean over tasks and
 training seeds at the target. What is chosen (a measure's sign, the best pair, a calibration) is chosen on the settings
@@ -16,7 +16,8 @@ CHOSEN alone; the lab's other settings and the study's arms are what it is teste
 - ceiling: what a measure of the scaling alone could reach, the mean score of each scaling's own arms.
 - Two candidates go to the test: the best single measure and the best pair of the chosen half. One holds if its
   correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. All other
-  measures are reported beside them, without a claim.
+  measures are reported beside them, without a claim. `later`: the study's arms trained five times as long, whose rows
+  came when everything here was settled; they decide nothing.
 
 Left out: arms whose pairs `pair_counts` does not know (schemes that are no longer there, other numbers of pieces), and
 shifted sparse attention, which no measure is about.
@@ -25,6 +26,7 @@ shifted sparse attention, which no measure is about.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +49,9 @@ CHOSEN = (("256", 8), ("512", 32))
 PERMUTATIONS = 4000
 #: Tokens of the text, or the window if that is shorter.
 TOKENS = 1024
+#: What decides; then what only stands beside it.
 SETS = ("chosen", "other", "study")
+LATER = "later"
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,24 @@ class Case:
     scheme: str | None
     score: float
     values: dict[str, float]
+    half: str
 
     @property
     def setting(self) -> tuple[str, int]:
         return self.arm.base, self.target
 
-    @property
-    def half(self) -> str:
-        if self.arm.base not in ("256", "512"):
-            return "study"
-        return "chosen" if (self.arm.base, self.target // self.arm.window) in CHOSEN else "other"
+
+def half_of(arm: Arm, target: int) -> str:
+    return "chosen" if (arm.base, target // arm.window) in CHOSEN else "other"
 
 
-def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str]) -> list[Case]:
-    """The arms that can be measured, each base read once a target. checkpoints: base -> directory."""
+@functools.cache
+def reading_of(checkpoint: str, target: int) -> predict.Reading:
+    return predict.read(PredictConfig(checkpoint, target, tokens=TOKENS))
+
+
+def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str], half: str | None = None) -> list[Case]:
+    """The arms that can be measured. checkpoints: base -> directory. half: of all of them, where not by `half_of`."""
     layouts = {(str(r["base"]), r["arm"], r["target"]): r for r in rows if r["suite"] == "ruler"}
     found = []
     arms = arms_of(rows)
@@ -80,9 +88,8 @@ def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str]) -> lis
     for base, target in targets:
         mine = [arm for arm in arms if arm.base == base and target in arm.scores and known(arm)]
         mine = [arm for arm in mine if arm.target == target or (arm.kind, arm.scaling) == ("base", "none")]
-        names = [name for name in predict.SCALINGS if any(arm.scaling == name for arm in mine)]
-        reading = predict.read(PredictConfig(checkpoints[base], target, tokens=TOKENS), names)
-        fixed = {name: reading.of_scaling(name) for name in names}
+        reading = reading_of(checkpoints[base], target)
+        fixed = {name: reading.of_scaling(name) for name in {arm.scaling for arm in mine}}
         by_layout: dict[Any, dict[str, float]] = {}
         for arm in mine:
             scheme, counts, size = None, None, 0
@@ -97,7 +104,8 @@ def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str]) -> lis
             else:
                 key = (arm.scaling,)
                 by_layout.setdefault(key, reading.of_scheme(arm.scaling, None, 0))
-            found.append(Case(arm, target, scheme, arm.mean(target), fixed[arm.scaling] | by_layout[key]))
+            values = fixed[arm.scaling] | by_layout[key]
+            found.append(Case(arm, target, scheme, arm.mean(target), values, half or half_of(arm, target)))
     return found
 
 
@@ -118,7 +126,7 @@ def correlation(x: np.ndarray, cases: Sequence[Case], inside_scaling: bool = Fal
 def part(x: np.ndarray, cases: Sequence[Case]) -> list[float] | None:
     """The correlation among the trained arms."""
     chosen = [i for i, case in enumerate(cases) if case.scheme]
-    found = correlation(x[chosen], [cases[i] for i in chosen])
+    found = correlation(x[np.array(chosen, dtype=int)], [cases[i] for i in chosen])
     return None if found is None else list(found)
 
 
@@ -210,7 +218,8 @@ class Line:
 
 def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
     """(rows of the test: every measure, and the pair that is best on the chosen half, on each of SETS; that pair)."""
-    sets = {name: [case for case in cases if case.half == name] for name in SETS}
+    sets = {name: [case for case in cases if case.half == name] for name in (*SETS, LATER)}
+    sets = {name: members for name, members in sets.items() if members}
     singles = [Line([name], sets["chosen"]) for name in predict.MEASURES]
     pairs = [Line(names, sets["chosen"]) for names in itertools.combinations(predict.MEASURES, 2)]
 
@@ -240,7 +249,8 @@ def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
             value, ci95 = (0.0, None) if found is None else (found.value, (found.lo, found.hi))
             method = " + ".join(line.names)
             mine.append(row("predict-test", "rank_correlation", value, method, ci95=ci95, n=len(members), **about))
-        one_sign = all(r["ci95"] and r["ci95"][0] * r["ci95"][1] > 0 and r["value"] * line.sign > 0 for r in mine)
+        free = [r["ci95"] and r["ci95"][0] * r["ci95"][1] > 0 and r["value"] * line.sign > 0 for r in mine]
+        one_sign = all(free[: len(SETS)])
         holds = line in candidates and one_sign and mine[1]["p"] < estimates.LEVEL
         rows += [r | {"one_sign": bool(one_sign), "holds": bool(holds)} for r in mine]
     for name, members in sets.items():
@@ -285,13 +295,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lab", required=True)
     parser.add_argument("--study", required=True)
+    parser.add_argument("--later", required=True)
     parser.add_argument("--study-model", required=True)
     parser.add_argument("--output", required=True, type=Path)
     given = parser.parse_args(argv)
     bases = {base: str(BASES / base) for base in ("256", "512")}
-    study = read_rows(given.study)
     cases = cases_of(read_rows(given.lab), bases)
-    cases += cases_of(study, {str(r["base"]): given.study_model for r in study})
+    for half, rows in (("study", read_rows(given.study)), (LATER, read_rows(given.later))):
+        cases += cases_of(rows, {str(r["base"]): given.study_model for r in rows}, half)
     tests, pair = tested(cases)
     about = {"text": "analysis/sample.txt", "tokens": TOKENS, "device": "cpu", "revision": git_revision()}
     write_rows(given.output, [one | about for one in (*rows_of(cases, pair), *tests)])

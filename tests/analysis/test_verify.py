@@ -60,6 +60,7 @@ def config_of(family, **changes):
         "DeepseekV3": MLA | MOE | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
         "Ministral3": {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
         "HunYuanDenseV1": {"head_dim": 16},
+        "Gemma3Text": {},
         "DiffLlama": {},  # attends twice with one rotation
     }[family]
     return getattr(transformers, f"{family}Config")(**(settings | own | changes))
@@ -537,3 +538,13 @@ def test_predict_names_what_it_cannot_compare(checkpoint, family, changes, words
                            config={"scheme": "pose", "scaling": "ntk"})  # fmt: skip
     with pytest.raises(ValueError, match="extended already"):
         predict.read(PredictConfig(str(extended), 4096))
+
+
+def test_predict_reads_the_layers_that_an_extension_scales(checkpoint):
+    """Of layers with frequencies by kind those that see everything, each head of theirs once."""
+    full, sliding = ({"rope_type": "default", "rope_theta": base} for base in (1e6, 1e4))
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "head_dim": 16}
+    kinds |= {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+    reading = predict.read(PredictConfig(str(checkpoint("Gemma3Text", max_position_embeddings=256, **kinds)), 2048))
+    assert reading.heads == 4
+    np.testing.assert_allclose(reading.theta, 1e6 ** -(np.arange(8) / 8))

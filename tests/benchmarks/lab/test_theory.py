@@ -19,7 +19,8 @@ def case(base="256", window=256, fold=8, scaling="linear", scheme="pose", score=
     arm = Arm(f"{scheme}+{scaling}", base, fold, window, window * fold, scheme or "base", scaling, "", None, 300, None,
               None, None, None, True)  # fmt: skip
     arm = dataclasses.replace(arm, scores={arm.target: {0: score}})
-    return theory.Case(arm, arm.target, scheme, score, dict.fromkeys(predict.MEASURES, 0.0) | values)
+    half = theory.half_of(arm, arm.target) if base in ("256", "512") else "study"
+    return theory.Case(arm, arm.target, scheme, score, dict.fromkeys(predict.MEASURES, 0.0) | values, half)
 
 
 def made_up(seed=0):
@@ -112,7 +113,7 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
             return {"gap_rows": 1.0}
 
     read = []
-    monkeypatch.setattr(predict, "read", lambda config, names: read.append((config.target, [*names])) or Reading())
+    monkeypatch.setattr(predict, "read", lambda config: read.append(config.target) or Reading())
 
     def row(arm, scaling, method, target=2048, **more):
         about = {"suite": "ruler", "task": "vt", "length": target, "value": 30.0, "seed": 0, "samples_sha256": "x"}
@@ -136,7 +137,8 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
         row("relay+yarn", "yarn", "relay+yarn", **(trained | {"scheme": "relay"})),
     ]
     cases = theory.cases_of(rows, {"256": "somewhere"})
-    assert read == [(2048, ["none", "yarn"]), (8192, ["none", "yarn"])]
+    assert read == [2048, 8192] and theory.cases_of(rows, {"256": "somewhere"}, "study")[0].half == "study"
+    assert read == [2048, 8192], "a base is read once a target"
     assert [(c.target, c.arm.name, c.scheme) for c in cases] == [
         (2048, "untrained+none", None),
         (2048, "untrained+yarn", None),
