@@ -70,6 +70,9 @@ MUTANTS = [
     (SERVER, "if waiting and self.served.window is None:", "if False:", "benchmarks/scoring/server"),
     (SERVER, "return text.replace(key, \"[key]\") if key else text", "return text", "benchmarks/scoring/server"),
     (FINGERPRINT, "model=served.model if served else config.model,", "model=None,", "benchmarks/scoring/runs"),
+    # LongBench v2
+    ("benchmarks/longbench/v2.py", "*tokens[-limit // 2 :]", "*tokens[-(limit // 2) :]", "benchmarks/longbench/v2"),
+    ("benchmarks/longbench/v2.py", '.replace("*", "")', "", "benchmarks/longbench/v2"),
     # thoughts
     ("benchmarks/chat.py", "text.rpartition(END_OF_THOUGHT)", "text.partition('<think>')", "benchmarks/scoring/server"),
     ("benchmarks/scoring/recording.py", "if len(ids := reader.ids([found])[0]) > limit:", "if False:", "benchmarks/scoring/server"),

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.longbench.prompts import GENERATOR, Fit, Prompter, prompt_text
-from benchmarks.longbench.sets import Documents, dataset_of
+from benchmarks.longbench.prompts import GENERATOR, Fit, Prompter
+from benchmarks.longbench.sets import Documents
 from endprompt.files import kept, sha256_of
 
 
@@ -26,7 +26,7 @@ def cached_fits(
     key = {
         "generator": GENERATOR,
         "task": prompter.task,
-        "prompt": dataset_of(prompter.task).prompt_sha256,
+        "prompt": prompter.prompt_sha256,
         "documents": documents.sha256,
         "n": len(items),
         "tokenizer": tokenizer_sha256,
@@ -38,17 +38,16 @@ def cached_fits(
     }
 
     def make() -> list[dict[str, Any]]:
-        return [shorten(prompter.task, item, fit) for item, fit in zip(items, prompter.fit(items), strict=True)]
+        return [shorten(prompter.text(item), fit) for item, fit in zip(items, prompter.fit(items), strict=True)]
 
     cuts = kept(directory, f"longbench-{prompter.task}-{prompter.window}", key, make)
-    return [restore(prompter.task, item, cut) for item, cut in zip(items, cuts, strict=True)]
+    return [restore(prompter.text(item), cut) for item, cut in zip(items, cuts, strict=True)]
 
 
-def shorten(task: str, item: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
+def shorten(prompt: str, fit: Fit) -> dict[str, Any]:
     """What it takes to make the prompt again: the characters kept at its ends, or its text where they are not kept."""
     about: dict[str, Any] = {"tokens": fit.tokens}
     if fit.truncated:
-        prompt = prompt_text(task, item)
         head = common_start(prompt, fit.text)
         tail = len(fit.text) - head
         kept = prompt.endswith(fit.text[head:]) and head + tail <= len(prompt)
@@ -56,10 +55,9 @@ def shorten(task: str, item: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
     return about
 
 
-def restore(task: str, item: Mapping[str, Any], about: Mapping[str, Any]) -> Fit:
+def restore(prompt: str, about: Mapping[str, Any]) -> Fit:
     if "text" in about:
         return Fit(about["text"], about["tokens"], truncated=True)
-    prompt = prompt_text(task, item)
     if "ends" not in about:
         return Fit(prompt, about["tokens"], truncated=False)
     head, tail = about["ends"]

@@ -111,6 +111,22 @@ class Prompter:
     max_new_tokens: int | None = None
 
     @property
+    def chats(self) -> bool:
+        """Whether a chat template wraps the prompts."""
+        return dataset_of(self.task).chat
+
+    @property
+    def prompt_sha256(self) -> str:
+        return dataset_of(self.task).prompt_sha256
+
+    def text(self, item: Mapping[str, Any]) -> str:
+        """The whole prompt of a document, before truncation and chat template."""
+        return prompt_text(self.task, item)
+
+    def cut(self, tokens: Sequence[int], limit: int) -> str:
+        return cut_middle(self.tokenizer, tokens, limit)
+
+    @property
     def new_tokens(self) -> int:
         return dataset_of(self.task).max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
@@ -128,7 +144,7 @@ class Prompter:
         Templates write BOS themselves. lm-eval's backend looks for it at the start of a batch's first text only, and
         wrapped and unwrapped prompts share batches, so that some of them would get two or none.
         """
-        if self.chat_template is None or not dataset_of(self.task).chat:
+        if self.chat_template is None or not self.chats:
             return prompt
         head = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*head, {"role": "user", "content": prompt}]
@@ -157,7 +173,7 @@ class Prompter:
                 f"{self.task}: prompt_length must be from 2 to {room - overhead}, what a window of {self.window} "
                 f"leaves beside the chat template and the answer: {limit}"
             )
-        prompts = [prompt_text(self.task, item) for item in items]
+        prompts = [self.text(item) for item in items]
         fits: list[Fit] = []
         for start in range(0, len(prompts), 64):  # enough for the tokenizer's threads, little enough for the memory
             fits += self.fit_batch(prompts[start : start + 64], limit, room)
@@ -175,7 +191,7 @@ class Prompter:
         while changed:
             for i in changed:
                 if keeps[i] < len(ids[i]):
-                    texts[i] = cut_middle(self.tokenizer, ids[i], keeps[i])
+                    texts[i] = self.cut(ids[i], keeps[i])
             # Decoded halves need not have the tokens they came from: count again, and cut more where it is too much.
             for i, tokens in zip(changed, self.encode([self.wrap(texts[i]) for i in changed]), strict=True):
                 lengths[i] = len(tokens)

@@ -19,8 +19,8 @@ THINKING = re.compile(r"off|cut|budget \d+")
 #: Settings that not every suite reads, by those that do.
 READ_BY = {
     "ruler": "lengths haystack_text shots hops edition chat_layout beyond_window whole_answers",
-    "longbench": "prompt_length",
-    "ruler or longbench": "data_dir max_new_tokens cache_dir prepare_only thinking system",
+    "longbench or longbench-v2": "prompt_length",
+    "ruler or longbench or longbench-v2": "data_dir max_new_tokens cache_dir prepare_only thinking system",
 }
 #: The same of backends.
 READ_BY_BACKEND = {
@@ -42,7 +42,7 @@ class ScoreConfig:
         trust_remote_code: let a checkpoint bring its own code.
 
     Tasks:
-        suite: ruler, longbench or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
+        suite: ruler, longbench, longbench-v2 or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
         tasks: names separated by commas, or all.
         lengths: token budgets separated by commas (RULER): prompt and generation together.
         samples: samples a task and length (short: all documents unless a number is set).
@@ -108,7 +108,7 @@ class ScoreConfig:
     method: str | None = None
     trust_remote_code: bool = False
 
-    suite: Literal["ruler", "longbench", "short"] = "ruler"
+    suite: Literal["ruler", "longbench", "longbench-v2", "short"] = "ruler"
     tasks: str | list[str] = "all"
     lengths: str | int | list[int] = "4096"
     samples: int = SAMPLES

@@ -48,7 +48,12 @@ class Suite:
         return "\n".join(f"{row['task']:<12} {row['value']:6.2f}" for row in made)
 
 
+def module_of(suite: str) -> str:
+    """Name of the module that has a suite."""
+    return suite.partition(":")[0].replace("-", "_")
+
+
 def suite_of(config: ScoreConfig) -> Suite:
     """The suite that a configuration names."""
-    found: type[Suite] = importlib.import_module(f"benchmarks.scoring.suites.{config.suite}").SUITE
+    found: type[Suite] = importlib.import_module(f"benchmarks.scoring.suites.{module_of(config.suite)}").SUITE
     return found(config)

@@ -118,6 +118,7 @@ ELSEWHERE = {
         "benchmarks/scoring/test_vllm.py",
         "benchmarks/scoring/test_vllm_engine.py",
     ),
+    "score extended --suite longbench-v2": ("needs LongBench v2's own data", "benchmarks/longbench/test_v2.py"),
     "score extended --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
     "score NAME --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
     "score extended --tasks all": (

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from benchmarks import longbench
 from benchmarks.longbench import TASKS, TASKS_E, dataset_of
 from benchmarks.longbench.averages import result_rows, summary_rows, table
+from benchmarks.scoring import ScoreConfig
 from benchmarks.scoring.suite import suite_of
 from tests.support.longbench_fixtures import tokenizer, write_data
 
@@ -29,10 +30,8 @@ def data(tmp_path_factory):
 
 
 def units(data, bpe, names, window=700, **options):
-    config = types.SimpleNamespace(task_names=names, data_dir=data, samples=500, chat=False, max_new_tokens=None)
-    config.cache_dir, config.date, config.template_args = data / "cache", None, ""
-    config.prompt_length, config.window, config.suite = None, None, "longbench"
-    vars(config).update(options)
+    settings = {"tasks": names, "data_dir": str(data), "cache_dir": str(data / "cache"), "suite": "longbench"}
+    config = ScoreConfig("checkpoint", **{**settings, **options})
     return suite_of(config).units(LlamaConfig(max_position_embeddings=window), bpe)
 
 
@@ -98,7 +97,7 @@ def test_chat_needs_a_template(data):
     ("fault", "message"),
     [
         ("unknown task", "unknown LongBench task 'hotpotq'; did you mean hotpotqa"),
-        ("missing file", r"LongBench's qasper is missing .*https://.*--data-dir"),
+        ("missing file", r"LongBench's qasper is missing .*fetch longbench --data-dir"),
         ("corrupt line", r"qasper\.jsonl, line 2"),
         ("small window", "qasper: the window must be at least"),
         ("changed cache", "this file of the cache was changed"),
