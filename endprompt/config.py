@@ -27,7 +27,8 @@ class ExtendConfig:
         overwrite: replace a finished output
 
     Data:
-        data: JSONL, JSONL.gz, Parquet or text files, or prepared token shards; a mixture has a weight behind each,
+        data: JSONL (.gz, .zst), Parquet or text files, also at addresses such as s3://, or prepared token shards; a
+            mixture has a weight behind each,
             books.jsonl:0.6 code:0.4, which are shares of the tokens
         max_epochs: largest number of passes over any source; default no limit
         row_tokens: physical tokens of a row, context and end prompt; default the checkpoint's window
@@ -42,6 +43,7 @@ class ExtendConfig:
             write (default 0)
         short_documents: drop (and count) documents shorter than a row, pack them one after the other as one text, or
             put several apart in a row, each with attention, positions and an end prompt of its own
+        order: of the documents in each pass: shuffled, or long-first
         long_documents: split longer ones into several rows, or truncate them to their first
         seed: of positions, prompts and the order of documents
 
@@ -131,6 +133,7 @@ class ExtendConfig:
     text_weight: float | None = None
     short_documents: str = "drop"
     long_documents: str = "split"
+    order: str = "shuffled"
     seed: int = 0
 
     target: int = 0
@@ -182,11 +185,13 @@ class ExtendConfig:
 #: Attentions whose gradients can be summed in a fixed order.
 REPEATABLE = ("sdpa", "eager", "shifted")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+DUPLICATES = ("keep", "exact", "near")
 CHAT_LOSSES = ("assistant", "completion")
 FLOAT8 = ("none", "exact", "fast")
 ONE_OF: dict[str, tuple[str | None, ...]] = {
     "scheme": tuple(SCHEMES),
     "chat_loss": CHAT_LOSSES,
+    "order": ("shuffled", "long-first"),
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("auto", "adamw", "masters", "lean"),
     "float8": FLOAT8,
@@ -358,8 +363,9 @@ class PrepareConfig:
     """Which documents become a token shard.
 
     Args:
-        data: JSONL, JSONL.gz, Parquet or text files, or hub:ID for a data set of the Hugging Face hub (streamed); with
-            a weight behind each, books.jsonl:0.6 code.jsonl:0.4, they become a mixture, a shard a source
+        data: JSONL (.gz, .zst), Parquet or text files, also at addresses such as s3://, or hub:ID for a data set of the
+            Hugging Face hub (streamed); with a weight behind each, books.jsonl:0.6 code.jsonl:0.4, they become a
+            mixture, a shard a source
         output: directory of the shard; it appears when it is whole
         tokenizer: checkpoint whose tokenizer is used: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file
         hub_name: configuration of the hub's data set
@@ -369,6 +375,10 @@ class PrepareConfig:
             assistant or completion
         min_tokens: shorter documents are dropped, and counted
         max_tokens: longer documents are cut there, and counted; default no limit
+        longer: what is done with them: cut, or drop
+        duplicates: of documents with the same tokens (exact), or nearly so (near, by datasketch), the first stays; keep
+            keeps all
+        near_threshold: share of their runs of 5 tokens (Jaccard index) that makes two documents near duplicates
         max_documents: stop after so many of a mixture's source, or of all; default none
         overwrite: replace a finished output
     """
@@ -382,6 +392,9 @@ class PrepareConfig:
     chat_loss: str = "assistant"
     min_tokens: int = 2
     max_tokens: int | None = None
+    longer: str = "cut"
+    duplicates: str = "keep"
+    near_threshold: float = 0.8
     max_documents: int | None = None
     overwrite: bool = False
 
@@ -396,7 +409,11 @@ def check_prepare_config(config: PrepareConfig) -> None:
             raise ValueError(f"{key} must be at least 1: {key}={value}")
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
         raise ValueError(f"max_tokens must not be below min_tokens={config.min_tokens}: max_tokens={config.max_tokens}")
-    check("chat_loss", config.chat_loss, config.chat_loss in CHAT_LOSSES, f"one of {', '.join(CHAT_LOSSES)}")
+    for key, names in {"chat_loss": CHAT_LOSSES, "longer": ("cut", "drop"), "duplicates": DUPLICATES}.items():
+        check(key, getattr(config, key), getattr(config, key) in names, f"one of {', '.join(names)}")
+    check("near_threshold", config.near_threshold, 0 < config.near_threshold <= 1, "above 0 and at most 1")
+    if config.longer == "drop" and config.max_tokens is None:
+        raise ValueError(f"longer=drop needs max_tokens: max_tokens={config.max_tokens}")
     mixture(config.data)
     check_output(config.output, config.overwrite, "manifest.json", "shard")
 

@@ -7,13 +7,14 @@ import errno
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def drop_cut_line(path: Path) -> None:
@@ -29,13 +30,40 @@ def drop_cut_line(path: Path) -> None:
             print(f"{path}: the last line was cut off by a crash and is written again", file=sys.stderr)
 
 
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one of fsspec's addresses: s3://, hf://, memory:// and so on."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file, or an address that fsspec knows, for reading; decompressed if its name ends in .gz or .zst."""
+    name = os.fspath(path)
+    with contextlib.ExitStack() as stack:
+        if is_address(name):
+            import fsspec
+
+            raw: Any = stack.enter_context(fsspec.open(name, "rb"))
+        else:
+            raw = stack.enter_context(open(name, "rb"))
+        if name.endswith(".zst"):
+            import pyarrow
+
+            raw = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
+        yield stack.enter_context(gzip.open(raw)) if name.endswith(".gz") else raw
+
+
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of each line. Raises ValueError naming file and line if one is not an object."""
-    with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
+    name = os.fspath(path)
+    with opened(path) as file:
         try:
-            yield from json_lines(file, os.fspath(path))
+            yield from json_lines(file, name)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+        except OSError as error:
+            kind = "not a whole zstd file" if name.endswith(".zst") else "cannot be read"
+            raise ValueError(f"{path}: {kind}: {error}") from None
 
 
 def json_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -53,10 +81,11 @@ def read_parquet(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, 
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
+        with opened(path) as file:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
 
@@ -85,7 +114,8 @@ def decode(data: bytes, where: str) -> str:
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A text file that came from outside, line ends as newlines. Raises ValueError naming the file and the byte."""
-    return decode(Path(path).read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    with opened(path) as file:
+        return decode(file.read(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

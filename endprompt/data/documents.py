@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from endprompt.data.chat import check_messages, conversation
-from endprompt.files import read_json_lines, read_parquet, read_text, sha256_of
+from endprompt.files import is_address, read_json_lines, read_parquet, read_text, sha256_of
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 
 HUB = "hub:"
 
@@ -47,25 +48,36 @@ def read_documents(path: str | Path) -> Iterator[Document]:
     is none.
     """
     path, number = data_file(path), 0
-    if path.suffix == ".txt":
-        yield Document(read_text(path))
+    if path.endswith(".txt"):
+        yield Document(read_text(path), where=path)
         return
-    parquet = path.suffix == ".parquet"
+    parquet = path.endswith(".parquet")
     for number, record in read_parquet(path) if parquet else read_json_lines(path):
         yield document_of(record, f"{path}, {'row' if parquet else 'line'} {number}")
     if not number:
         raise ValueError(f"{path}: a data file must hold at least one document")
 
 
-def data_file(path: str | Path) -> Path:
-    """The file's path. Raises ValueError if there is none, or its kind is not known, in no time."""
-    if str(path).startswith(HUB):
-        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={str(path)!r}")
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the data file must exist: data={str(path)!r}")
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={str(path)!r}")
+def data_file(path: str | Path) -> str:
+    """The file's path, or an address of fsspec's. Raises ValueError if there is none, or its kind is not known."""
+    path = os.fspath(path)
+    if path.startswith(HUB):
+        raise ValueError(f"a data set of the hub becomes a shard first, by endprompt prepare: data={path!r}")
+    if is_address(path):
+        import fsspec
+
+        try:
+            system, inner = fsspec.core.url_to_fs(path)
+            there = system.isfile(inner)
+        except Exception as error:  # each kind of address has errors of its own
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the data file cannot be reached: {said}: data={path!r}") from error
+    else:
+        there = Path(path).is_file()
+    if not there:
+        raise ValueError(f"the data file must exist: data={path!r}")
+    if not path.endswith(SUFFIXES):
+        raise ValueError(f"a data file must end in one of {', '.join(SUFFIXES)}: data={path!r}")
     return path
 
 

@@ -48,6 +48,7 @@ class RowSpec:
     short: what happens to documents shorter than a context: `drop` (counted); `pack`, one after the other as one text;
     or `apart`, several in a row, each a row of its own length with positions from 0 and an end prompt of its own.
     long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
+    order: of the units in a pass: `shuffled`, or `long-first`, those of the longest documents first.
     line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
     sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
     """
@@ -63,6 +64,7 @@ class RowSpec:
     bos: int | tuple[int, ...] | None = None
     short: str = "drop"
     long: str = "split"
+    order: str = "shuffled"
     seed: int = 0
     line_ends: frozenset[int] = frozenset()
     sentence_ends: frozenset[int] = frozenset()
@@ -178,6 +180,8 @@ class Rows:
         self.dropped, self.dropped_tokens = int(np.count_nonzero(lost)), int(lengths[lost].sum())
         self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
+        packed = [max(lengths[pack]) for pack in self._packs]
+        self._lengths = np.concatenate([lengths[self._document], np.array(packed, dtype=np.int64)])  # of the units
         # as arrays once, since every row looks for them
         self._line_ends = np.array(sorted(spec.line_ends), dtype=np.int64)
         self._all_ends = np.array(sorted(spec.line_ends | spec.sentence_ends), dtype=np.int64)
@@ -206,7 +210,10 @@ class Rows:
         epoch, place = divmod(index, len(self))
         if epoch not in self._permutations:
             order = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.spec.seed, epoch, 1])))
-            self._permutations = {epoch: order.permutation(len(self)), **dict(list(self._permutations.items())[:1])}
+            permutation = order.permutation(len(self))
+            if self.spec.order == "long-first":
+                permutation = permutation[np.argsort(-self._lengths[permutation], kind="stable")]
+            self._permutations = {epoch: permutation, **dict(list(self._permutations.items())[:1])}
         return int(self._permutations[epoch][place])
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -452,6 +459,7 @@ def row_spec(config: ExtendConfig, window: int | None, tokenizer: PreTrainedToke
         bos=begin[0] if len(begin) == 1 else tuple(begin) or None,
         short=config.short_documents,
         long=config.long_documents,
+        order=config.order,
         seed=config.seed,
         line_ends=tokens_ending(tokenizer, ("\n",)) if by_sentences or names == ["question"] else frozenset(),
         sentence_ends=tokens_ending(tokenizer, (".", "!", "?")) if by_sentences else frozenset(),

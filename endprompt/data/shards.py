@@ -15,6 +15,7 @@ import numpy as np
 
 from endprompt.config import PrepareConfig, check_prepare_config, mixture
 from endprompt.data.documents import HUB, Document, Documents, Joined, document_of, read_documents, tokenize, tokenized
+from endprompt.data.duplicates import Duplicates
 from endprompt.distributed import say
 from endprompt.files import aside, file_sha256, read_object, sha256_of, sole_use, sync_tree, write_text
 from endprompt.model import load_tokenizer
@@ -194,7 +195,8 @@ def write(config: PrepareConfig) -> Path:
     lengths: list[int] = []
     completions: list[int] = []
     marks: list[tuple[int, np.ndarray]] = []
-    dropped = dropped_tokens = cut = cut_tokens = 0
+    dropped = dropped_tokens = cut = cut_tokens = longer = longer_tokens = same = same_tokens = 0
+    before = Duplicates(config.duplicates, config.near_threshold)
     shown = time.monotonic()
     try:
         with open(work / "tokens.bin", "wb") as file:
@@ -204,6 +206,12 @@ def write(config: PrepareConfig) -> Path:
                     dropped, dropped_tokens = dropped + 1, dropped_tokens + len(ids)
                     continue
                 over = len(ids) - (config.max_tokens or len(ids))
+                if over > 0 and config.longer == "drop":
+                    longer, longer_tokens = longer + 1, longer_tokens + len(ids)
+                    continue
+                if before.seen(ids):
+                    same, same_tokens = same + 1, same_tokens + len(ids)
+                    continue
                 if over > 0:
                     cut, cut_tokens = cut + 1, cut_tokens + over
                     ids, completion = ids[:-over], max(0, completion - over)
@@ -216,12 +224,20 @@ def write(config: PrepareConfig) -> Path:
                     shown = time.monotonic()
                     say(f"{len(lengths):,} documents, {sum(lengths):,} tokens")
         if not lengths:
-            raise ValueError(f"no document is left of {dropped} (min_tokens={config.min_tokens}): data={config.data}")
+            raise ValueError(
+                f"no document is left of {dropped + longer} (min_tokens={config.min_tokens}"
+                + (f" max_tokens={config.max_tokens}" if longer else "")
+                + f"): data={config.data}"
+            )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = offsets[1:] - np.asarray(completions, dtype=np.int64)
         counts = {
             "documents_dropped": dropped,
             "tokens_dropped": dropped_tokens,
+            "documents_longer": longer,
+            "tokens_longer": longer_tokens,
+            "documents_duplicate": same,
+            "tokens_duplicate": same_tokens,
             "documents_cut": cut,
             "tokens_cut": cut_tokens,
         }
@@ -242,7 +258,8 @@ def write(config: PrepareConfig) -> Path:
         raise
     say(
         f"{', '.join(config.data)}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name}); "
-        f"dropped {dropped:,} documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens); cut {cut:,} "
+        f"dropped {dropped:,} documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens), {longer:,} above "
+        f"{config.max_tokens} ({longer_tokens:,} tokens), {same:,} duplicates ({same_tokens:,} tokens); cut {cut:,} "
         f"documents ({cut_tokens:,} tokens)"
     )
     return output

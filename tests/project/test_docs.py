@@ -104,6 +104,7 @@ WALK = (
 )
 #: Commands that are not run as they stand, why, and the tests that run what they are made of.
 ELSEWHERE = {
+    "prepare --data crawl": ("needs the reader's own data", "endprompt/data/test_shards.py"),
     "prepare --data books.jsonl:": ("needs the reader's own data", "endprompt/data/test_mixture.py"),
     "extend --data mix": ("needs the reader's own data", "endprompt/data/test_mixture.py"),
     "extend --recipe": ("needs a checkpoint of 8B", "endprompt/test_recipes.py", "endprompt/train/test_loop.py"),

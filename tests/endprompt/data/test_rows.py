@@ -295,6 +295,16 @@ def test_each_pass_is_another_permutation_of_all_units():
     assert first != second
 
 
+def test_long_documents_may_come_first():
+    """Lengths of the documents in the order of their rows: falling in each pass, and otherwise as they are drawn."""
+    lengths = [24, 8, 40, 8, 16, 40]
+    made = Rows(make_documents(*lengths), spec(row_tokens=8, target=64, order="long-first"))
+    rows = [[made._document[made.unit(epoch * len(made) + i)] for i in range(len(made))] for epoch in (0, 1)]
+    for order in rows:
+        assert [lengths[document] for document in order] == sorted((lengths[d] for d in order), reverse=True)
+    assert sorted(rows[0]) == sorted(rows[1]) and rows[0] != rows[1]
+
+
 def test_epochs_draw_positions_anew():
     rows = Rows(make_documents(8), spec(scheme="pose", target=4096))
     assert len({tuple(rows.row(i)[1]) for i in range(20)}) > 15

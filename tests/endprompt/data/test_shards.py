@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -95,3 +96,85 @@ def test_shard_of_another_tokenizer_stops_a_run(prepare_config, extend_config):
     (shard / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="made with another tokenizer"):
         train.extend(extend_config(data=[str(shard)]))
+
+
+def sources(documents, tmp_path):
+    """The same documents in every way that they may be stored."""
+    import fsspec
+    import pyarrow
+
+    plain = documents.read_bytes()
+    packed = pyarrow.compress(plain, codec="zstd", asbytes=True)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    for name, content in (("a.jsonl", plain), ("b.jsonl.gz", gzip.compress(plain)), ("c.jsonl.zst", packed)):
+        with fsspec.open(f"memory://data/{name}", "wb") as file:
+            file.write(content)
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in plain.splitlines()])
+    with fsspec.open("memory://data/d.parquet", "wb") as file:
+        pyarrow.parquet.write_table(table, file)
+    names = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet")
+    return [str(tmp_path / "a.jsonl.zst"), *(f"memory://data/{name}" for name in names)]
+
+
+def test_zstd_and_addresses_hold_the_same_documents(prepare_config, documents, tmp_path, extend_config, tokenizer):
+    import pyarrow.parquet  # noqa: F401
+
+    expected = (prepare(prepare_config()) / "tokens.bin").read_bytes()
+    for number, source in enumerate(sources(documents, tmp_path)):
+        shard = prepare(prepare_config(data=[source], output=str(tmp_path / f"shard-{number}")))
+        assert (shard / "tokens.bin").read_bytes() == expected
+    loaded = data.load_documents(["memory://data/a.jsonl"], tokenizer)
+    assert len(loaded) == 60
+    packed = (tmp_path / "a.jsonl.zst").read_bytes()
+    (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    for source, rule in (
+        (str(tmp_path / "cut.jsonl.zst"), "cut.jsonl.zst: not a whole zstd file"),
+        ("memory://data/none.jsonl", "must exist: data='memory://data/none.jsonl'"),
+        ("memory://data/a.jsonl:0.5x", "must exist"),
+        ("nothing://data/a.jsonl", "cannot be reached: Protocol not known: nothing: data="),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            prepare(prepare_config(data=[source], output=str(tmp_path / "bad")))
+    with pytest.raises(ValueError, match=r"cannot be reached: .*: data='nothing://a\.jsonl'"):
+        train.extend(extend_config(data=["nothing://a.jsonl"]))
+
+
+def test_what_is_filtered_is_counted_and_printed(prepare_config, tokenizer, tmp_path, capsys):
+    """Of five kinds of documents: short, long, the same, nearly the same, kept; by hand."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(1, 300, 400).tolist()
+    near, apart = first.copy(), first.copy()
+    near[200] = 301  # 5 of 396 runs differ: a Jaccard index of 0.975
+    apart[::8] = [301] * 50  # nearly every run differs
+    path = tmp_path / "all.jsonl"
+    held = [first, [7], rng.integers(1, 300, 900).tolist(), first, near, apart]
+    path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in held))
+    counted = {}
+    for kind in ("keep", "exact", "near"):
+        config = prepare_config(data=[str(path)], max_tokens=500, min_tokens=5, longer="drop", duplicates=kind,
+                                append_eos=False, output=str(tmp_path / kind))  # fmt: skip
+        manifest = json.loads((prepare(config) / "manifest.json").read_text())
+        assert (manifest["documents_dropped"], manifest["documents_longer"], manifest["tokens_longer"]) == (1, 1, 900)
+        counted[kind] = (manifest["documents"], manifest["documents_duplicate"], manifest["tokens_duplicate"])
+        assert f"1 above 500 (900 tokens), {counted[kind][1]} duplicates" in capsys.readouterr().err
+    assert counted == {"keep": (4, 0, 0), "exact": (3, 1, 400), "near": (2, 2, 800)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"duplicates": "some"}, "duplicates must be one of keep, exact, near: duplicates='some'"),
+        ({"near_threshold": 0.0}, "near_threshold must be above 0"),
+        ({"longer": "drop"}, "longer=drop needs max_tokens"),
+        ({"longer": "drop", "max_tokens": 3}, "no document is left of 60.*max_tokens=3"),
+    ],
+)
+def test_filters_that_cannot_be_are_refused(prepare_config, changes, rule):
+    with pytest.raises(ValueError, match=rule):
+        prepare(prepare_config(**changes))
+
+
+def test_near_duplicates_need_their_package(prepare_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(ValueError, match=r"duplicates=near needs a package.*pip install datasketch"):
+        prepare(prepare_config(duplicates="near"))

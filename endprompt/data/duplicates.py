@@ -1,0 +1,65 @@
+"""Documents that were there before, as they are or nearly: the first one stays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+SHINGLE = 5  # tokens in a row that near duplicates have in common
+PERMUTATIONS = 128
+
+
+class Duplicates:
+    """Remembers documents by their tokens.
+
+    kind: `exact` for the same tokens; `near` for those that share so many of their runs of 5 tokens that the Jaccard
+    index of the two sets, estimated by MinHash (datasketch), is at least `threshold`; `keep` remembers nothing.
+    Raises ValueError if `near` lacks its package.
+    """
+
+    def __init__(self, kind: str, threshold: float):
+        self.kind, self.threshold = kind, threshold
+        self._exact: set[bytes] = set()
+        self._near: Any = None
+        self._hashes: list[Any] = []
+        if kind == "near":
+            try:
+                from datasketch import MinHashLSH
+            except ImportError as error:
+                raise ValueError(
+                    f"duplicates=near needs a package that does not load ({error}): pip install datasketch"
+                ) from None
+            self._near = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+
+    def seen(self, ids: Sequence[int]) -> bool:
+        """Whether one like it was there before; if not, it is remembered."""
+        if self.kind == "keep":
+            return False
+        tokens = np.asarray(ids, dtype=np.uint64)
+        digest = hashlib.sha256(tokens.tobytes()).digest()[:16]
+        if digest in self._exact:
+            return True
+        if self.kind == "near":
+            own = _minhash(tokens)
+            if any(self._hashes[key].jaccard(own) >= self.threshold for key in self._near.query(own)):
+                return True
+            self._near.insert(len(self._hashes), own)
+            self._hashes.append(own)
+        self._exact.add(digest)
+        return False
+
+
+def _minhash(tokens: np.ndarray) -> Any:
+    from datasketch import MinHash
+
+    runs = max(1, len(tokens) - SHINGLE + 1)
+    mixed = np.zeros(runs, dtype=np.uint64)
+    for place in range(min(SHINGLE, len(tokens))):  # arithmetic modulo 2^64, then its upper half
+        mixed = (mixed + tokens[place : place + runs] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    made = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+    made.update_batch(np.unique(mixed >> np.uint64(32)).tolist())
+    return made
