@@ -49,7 +49,8 @@ def check_adapter(model: Any, folder: Path) -> None:
         raise ValueError(f"peft must be a folder with an adapter, adapter_model.safetensors: peft={str(folder)!r}")
     with weights.open_tensors(path) as file:
         stored = set(file.keys())
-    if other := sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
+    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if other := sorted((own - stored) | (stored - own - set(model.state_dict()))):  # it may hold weights in their place
         raise ValueError(
             f"{folder}: the adapter is of another model: {len(other)} weights are on one side alone, such as {other[0]}"
         )

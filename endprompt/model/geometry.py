@@ -76,6 +76,8 @@ def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -
         original = _number(parameters.get("original_max_position_embeddings"), "original_max_position_embeddings")
         original = original or getattr(text, "original_max_position_embeddings", None)
         factor = _number(parameters.get("factor"), "factor") or stated / (original or stated)
+        if factor < 1:
+            raise ValueError(f"a scaling must make the window longer, its factor be at least 1: {factor=} {original=}")
     factor = factor or 1.0
     readings = {max(stated, round((original or stated) * factor)): int(original or stated)}
     if kind in ("linear", "proportional") and original is None:

@@ -130,9 +130,14 @@ def check_loaded(
     weights = torch.ones_like(ids, dtype=torch.float32)
     weights[:, 0] = 0
     attention, kind = model.config._attn_implementation, model.config.model_type
-    found = _numbers(model(input_ids=ids, use_cache=False).logits, ids, weights)
-    if loss is not None:
-        found = found[0], float(loss(model, ids)) / (ids.shape[1] - 1)
+    try:
+        found = _numbers(model(input_ids=ids, use_cache=False).logits, ids, weights)
+        if loss is not None:
+            found = found[0], float(loss(model, ids)) / (ids.shape[1] - 1)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a config may ask for what the family's code does not do
+        raise ValueError(f"{kind}: the model's forward pass of a short row fails: {said(error)}") from error
     with transformers_own(model):
         expected, nudged = (_theirs(model, ids, weights, nudge=nudge) for nudge in (0.0, torch.finfo(model.dtype).eps))
     allowed = tolerance(expected[0], nudged[0], model.config.get_text_config().num_hidden_layers, model.dtype)

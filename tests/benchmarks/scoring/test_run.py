@@ -453,6 +453,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_give_the_scores_of_one(place, tmp_path):
     """Of the smallest base with `dynamic`, beyond its window, with a number of samples that two do not divide."""
     base = shutil.copytree(Path(__file__).resolve().parents[3] / "benchmarks" / "base" / "256", tmp_path / "base")

@@ -59,6 +59,9 @@ def test_linear_scaling_that_states_no_original_window_is_asked_about(tmp_path):
         geometry.window_of(config, needed=257)
     with pytest.raises(ValueError, match="window=512"):
         geometry.window_of(config, 512)
+    for other in ({"factor": 0.5}, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 512}):
+        with pytest.raises(ValueError, match=r"its factor be at least 1: factor=0\.5"):
+            geometry.window_of(scaled(256, {"rope_type": "linear"} | other))
     config.save_pretrained(tmp_path)
     (tmp_path / "endprompt.json").write_text(json.dumps({"window": 64, "target": 256}))
     assert geometry.window_of(models.load_config(tmp_path)) == geometry.Window(256, 64, 4)  # an export of ours

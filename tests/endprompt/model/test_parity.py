@@ -1,5 +1,7 @@
 """Training's loss and logits against transformers' own, for families that have something beside the plain decoder."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,6 +263,19 @@ def test_weights_that_are_zero_are_called_so(extend_config, tmp_path):
     for load in (models.load_model, lambda path: train.extend(extend_config(model=str(path)))):
         with pytest.raises(ValueError, match=r"all logits .* the same number.*: weights of the checkpoint are zero"):
             load(path)
+
+
+def test_a_config_with_which_the_family_s_code_does_not_run_is_one_line(tmp_path):
+    path = make_checkpoint(tmp_path / "m")
+    settings = json.loads((path / "config.json").read_text())
+    settings["rope_parameters"] |= {
+        "rope_type": "linear",
+        "factor": 2.0,
+        "partial_rotary_factor": 0.5,
+    }  # which Llama's code has no place for
+    (path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"^llama: the model's forward pass of a short row fails: .*size of tensor"):
+        models.load_model(path)
 
 
 def test_another_checkpoint_of_the_same_config_is_compared_too(tmp_path):
