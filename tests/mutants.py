@@ -96,7 +96,11 @@ MUTANTS = [
     # what a prediction depends on
     ("benchmarks/scoring/compare.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
     (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),
-    (FINGERPRINT, "device=device_of(config.device).partition(\":\")[0]", 'device=""', "benchmarks/scoring/runs"),
+    (FINGERPRINT, 'else device_of(config.device).partition(":")[0]', 'else ""', "benchmarks/scoring/runs"),
+    ("benchmarks/scoring/hf.py", "1 if alone else self.batch_size_per_gpu", "self.batch_size_per_gpu", "benchmarks/scoring/short"),
+    ("benchmarks/scoring/hf.py", "if other := sorted((own - stored)", "if False and sorted((own - stored)", "benchmarks/scoring/vllm"),
+    ("endprompt/train/output.py", "if known[key] != source[key]:", "if False:", "endprompt/train/loop"),
+    (WEIGHTS, "parts.append(file.read(min(taken, end - start)))", "pass", "endprompt/train/loop"),
     (FINGERPRINT, "if computes or not known else known[-1]", "if True else known[-1]", "benchmarks/scoring/runs"),
     ("benchmarks/scoring/suites/short.py", 'seed={self.config.seed} samples', 'samples', "benchmarks/scoring/runs benchmarks/scoring/short"),
     ("benchmarks/chat.py", "moment = datetime.datetime(day.year, day.month, day.day)", "moment = datetime.datetime.now()", "benchmarks/scoring/runs"),
@@ -122,7 +126,7 @@ MUTANTS = [
     ("benchmarks/speed/step.py", "if end is None or stop > end:", "if True:", "benchmarks/speed/train"),
     # what a model computes and holds
     (ATTENTION, "if value is None or name in HARMLESS or", "if name or", "endprompt/model/attention"),
-    (ATTENTION, "if mask is not None:", "if False:", "endprompt/model/attention"),
+    (ATTENTION, "if mask is not None:\n        raise", "if False:\n        raise", "endprompt/model/attention"),
     ("endprompt/model/parity.py", "torch.linspace(-1000, 1000, 2 * size)", "torch.zeros(2 * size)", "endprompt/model/parity"),
     ("endprompt/model/parity.py", 'if model.config._attn_implementation != "eager":', "if False:", "endprompt/model/parity"),
     (LOAD, "        check_loaded(model, loss)", "        pass", "endprompt/model/parity"),
