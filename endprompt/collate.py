@@ -140,6 +140,10 @@ class PositionalCollator:
                     f"document and bring none of its own: it has {key} (packing and padding_free must be off)"
                 )
         tokens = np.asarray(sample["input_ids"], dtype=np.int64)
+        if tokens.ndim != 1:
+            raise ValueError(f"a sample's input_ids must be a list of ids, one document: shape={tokens.shape}")
+        if (mask := sample.get("attention_mask")) is not None and not np.asarray(mask).all():
+            raise ValueError("a sample must not be padded, the collator pads rows: its attention_mask has zeros")
         length, start, weights = len(tokens), len(tokens), None
         if (labels := sample.get("labels")) is not None:
             labels = np.asarray(labels, dtype=np.int64)

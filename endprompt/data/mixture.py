@@ -36,7 +36,7 @@ class Mixture:
             if not len(rows):
                 raise ValueError(
                     f"a source of the mixture runs dry: no document makes a row of at least {spec.needed} tokens "
-                    f"(dropped {rows.dropped} shorter ones): data={source.path!r}"
+                    f"(dropped {rows.dropped} shorter ones{rows.hint}): data={source.path!r}"
                 )
             self.rows.append(rows)
         left = np.cumsum([source.weight for source in sources][::-1])[::-1]
@@ -86,6 +86,10 @@ class Mixture:
     @property
     def truncated_tokens(self) -> int:
         return sum(rows.truncated_tokens for rows in self.rows)
+
+    @property
+    def hint(self) -> str:
+        return max(rows.hint for rows in self.rows)
 
     @property
     def padding(self) -> int:

@@ -203,6 +203,11 @@ class Rows:
         return len(self._document) + len(self._packs)
 
     @property
+    def hint(self) -> str:
+        """How documents that were dropped as too short could be kept, for a message."""
+        return "; short_documents=pack or apart keeps them" if self.dropped and self.spec.short == "drop" else ""
+
+    @property
     def sha256(self) -> str:
         return self.documents.sha256
 

@@ -144,6 +144,6 @@ def check_identity(config: ExtendConfig, rows: Rows, source: dict[str, Any], abo
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "divergence", "checkpointing", "fused"}
+    free |= {"report", "max_epochs", "divergence", "checkpointing", "fused"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}

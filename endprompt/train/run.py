@@ -61,7 +61,7 @@ def run(start: Checkpoint) -> Path:
             if len(rows) < config.rows:
                 raise ValueError(
                     f"fewer documents than one batch: {len(rows)} of at least {spec.needed} tokens (dropped "
-                    f"{rows.dropped} shorter ones), rows={config.rows}: data={config.data}"
+                    f"{rows.dropped} shorter ones{rows.hint}), rows={config.rows}: data={config.data}"
                 )
             taken = check_epochs(config, rows, steps * config.rows)
             check_tokens(rows.row(0)[0], start.model_config, tokenizer, "the end prompt or BOS")

@@ -234,6 +234,8 @@ def test_a_long_document_gives_windows_and_what_is_scored_last_is_kept(tokenizer
         ({}, {"input_ids": [1, 2, 3, 4], "seq_lengths": [2, 2]}, "'endprompt'.*one document.*seq_lengths"),
         ({}, {"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 0, 1]}, "one document.*position_ids"),
         ({}, {"input_ids": [1, 2], "labels": [1, 3]}, "labels must be the sample's input_ids"),
+        ({}, {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, "must not be padded.*has zeros"),
+        ({}, {"input_ids": [[1, 2]]}, r"one document: shape=\(1, 2\)"),
         ({}, {"input_ids": [], "index": 7}, "sample 7 of 0 tokens makes no row"),
         ({}, {"input_ids": [1], "index": 7}, "sample 7 of 1 tokens makes no row.*does not fit"),
         ({"prompt": "recall", "recall_span": 20}, {"input_ids": [1] * 30}, "of 30 tokens makes no row.*at most half"),

@@ -73,7 +73,9 @@ def test_sources_do_not_draw_alike():
 
 
 def test_a_source_without_a_row_is_named():
-    with pytest.raises(ValueError, match=r"runs dry.*at least 32 tokens \(dropped 40 shorter ones\): data='books'"):
+    with pytest.raises(ValueError, match=r"runs dry.*32 tokens \(dropped 40 shorter ones; short_documents=pack or"):
+        made(length=31)
+    with pytest.raises(ValueError, match=r"keeps them\): data='books'"):
         made(length=31)
 
 

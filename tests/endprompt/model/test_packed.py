@@ -16,7 +16,7 @@ from endprompt.model.packed import APART, apart_attention
 from endprompt.prompts import Cues, Recall
 from endprompt.train.objective import Objective
 from tests.support.checkpoints import TARGET, VOCABULARY
-from tests.support.runs import log_of
+from tests.support.runs import losses_of
 
 LENGTHS = (9, 14, 5, 30, 3, 11)
 
@@ -122,10 +122,14 @@ def test_training_on_packed_rows(extend_config, documents, tmp_path, capsys):
     config = extend_config(row_tokens=96, short_documents="apart", scaling="yarn", eval_data=[str(documents)],
                            eval_lengths=[96], eval_rows=2, eval_every=1, rows=2, steps=2, target=512)  # fmt: skip
     out = train.extend(config)
-    assert "dropped 0 shorter documents" in capsys.readouterr().err and len(log_of(out)) >= 2
+    assert "dropped 0 shorter documents" in capsys.readouterr().err and len(losses_of(out)) == 2
     again = train.extend(dataclasses.replace(config, output=str(tmp_path / "again"), eval_data=[], attention="eager"))
-    for one, other in zip(log_of(out), log_of(again)):
-        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+    assert losses_of(out) == pytest.approx(losses_of(again), abs=2e-5)
+
+
+def test_layers_that_slide_are_refused(extend_config, checkpoints):
+    with pytest.raises(ValueError, match=r"layers .*12.* by position.*must be drop or pack"):
+        train.extend(extend_config(model=str(checkpoints("Gemma3Text")), short_documents="apart"))
 
 
 @pytest.mark.parametrize(
