@@ -198,7 +198,9 @@ def receive(url: str, path: Path, sha256: str | None, session: requests.Session)
     version = held.get("version") if held.get("url") == url else None
     # what has neither a version nor a known hash might be put together of two versions
     begun = size_of(part) if version or (sha256 and held.get("sha256") == sha256) else 0
-    headers = {"Range": f"bytes={begun}-", "If-Range": version} if begun else {}
+    headers = {"Range": f"bytes={begun}-"} if begun else {}
+    if begun and version:
+        headers["If-Range"] = version
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         status = f"answers {answer.status_code} {answer.reason or ''}".strip()
         if answer.status_code in TRY_AGAIN:
