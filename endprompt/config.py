@@ -68,6 +68,8 @@ class ExtendConfig:
         lora_rank: rank of LoRA updates of the attention projections, merged at the end; 0 trains all weights
         lora_alpha: their scale is lora_alpha / lora_rank
         lora_also: with LoRA, parameters whose name holds one of these train whole
+        router_loss: weight of the loss that keeps the load of experts even; default as the model's config says
+        freeze_router: train nothing of what chooses experts
 
     Optimizer:
         optimizer: adamw, masters (AdamW on float32 copies of bfloat16 weights), lean (bfloat16 weights with stochastic
@@ -150,6 +152,8 @@ class ExtendConfig:
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_also: list[str] = dataclasses.field(default_factory=lambda: ["embed", "norm"])
+    router_loss: float | None = None
+    freeze_router: bool = False
 
     optimizer: str = "auto"
     lr: float = 2e-5
@@ -203,7 +207,7 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
 }
 AT_LEAST = {
     **dict.fromkeys(("prompt_weight", "completion_weight", "warmup", "weight_decay", "clip", "seed", "save_every"), 0),
-    **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles"), 0),
+    **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles", "router_loss"), 0),
     **dict.fromkeys(("factor", "rows", "micro_rows", "steps", "tokens"), 1),
     **dict.fromkeys(("keep", "log_every", "lora_alpha", "eval_rows"), 1),
     **dict.fromkeys(("max_epochs", "text_weight"), 0),

@@ -57,6 +57,7 @@ MUTANTS = [
     (COLLATE, "weights._read = False", "weights._read = True", "endprompt/collate"),
     (ATTENTION, "mask_function(row, head, known[row, query], known[row, key])", "mask_function(row, head, query, key)",
      "endprompt/model/kinds"),
+    ("endprompt/train/objective.py", "total * share", "share", "endprompt/train/experts"),
     (ATTENTION, "return (key <= query) & visible", "return visible | (key == query)", "endprompt/model/kinds"),
     ("endprompt/model/kinds.py", "key=lambda kind: kind.reach is not None", "key=lambda kind: kind.reach is None",
      "endprompt/model/kinds"),

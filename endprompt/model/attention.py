@@ -205,11 +205,10 @@ def causal_only_flex(
         raise ValueError(f"flex attention has no dropout: {dropout=}")
     mask = _causal_block_mask(query.shape[2], query.device) if mask is None else mask
 
-    def cap(score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    options = {"block_mask": mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    options |= {"score_mod": cap} if softcap is not None else {}
+    options: dict[str, Any] = {"block_mask": mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if softcap is not None:
+        limit = softcap
+        options["score_mod"] = lambda score, *_: limit * torch.tanh(score / limit)
     if s_aux is None:
         out_BHTD = flex_attention(query, key, value, **options)
     else:  # exp(lse) is the sum that weights are divided by, without the sink's share
@@ -333,7 +332,16 @@ def _causal_block_mask(tokens: int, device: torch.device) -> Any:
 
 #: Keyword arguments of an attention function that change nothing about a causal row, whatever they hold ...
 HARMLESS = frozenset(
-    {"position_ids", "cache_position", "num_items_in_batch", "use_cache", "return_dict", "loss_weights", "weight_total"}
+    {
+        "position_ids",
+        "cache_position",
+        "num_items_in_batch",
+        "use_cache",
+        "return_dict",
+        "loss_weights",
+        "weight_total",
+        "output_router_logits",
+    }
 )
 
 #: ... and those that change nothing if they hold one of these.
@@ -341,7 +349,6 @@ HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
-    "output_router_logits": (False,),
 }
 
 #: What some attentions take and the others do not.
@@ -457,8 +464,7 @@ def attention_for(config: PretrainedConfig, registered: str) -> str:
     name = plain_name(registered)
     if name not in MASKED:
         raise ValueError(
-            f"layers {narrow[0]} by position, which attention={name} cannot: attention must be one of "
-            f"{', '.join(MASKED)}"
+            f"{narrow[0]} by position, which attention={name} cannot: attention must be one of {', '.join(MASKED)}"
         )
     return registered + BY_POSITION
 

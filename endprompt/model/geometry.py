@@ -140,7 +140,7 @@ def rope_geometry(config: PretrainedConfig, kind: LayerKind | None = None) -> Ro
 
 def frequencies_by_layer(config: PretrainedConfig, length: int | None = None) -> dict[int, rope.Frequencies]:
     """The frequencies of each layer that has RoPE; length as of `RopeGeometry.frequencies`."""
-    found = {}
+    found: dict[int, rope.Frequencies] = {}
     for kind in layer_kinds(config):
         if kind.parameters:
             found |= dict.fromkeys(kind.layers, rope_geometry(config, kind).frequencies(length))
@@ -309,7 +309,7 @@ def extended_config(
         )
     extended = copy.deepcopy(config)
     extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, window=window, **options)
-    if getattr(config, "head_dim", 0) is None:
+    if not getattr(config, "is_heterogeneous", False) and getattr(config, "head_dim", 0) is None:
         extended.head_dim = rope_geometry(config).head_dim
     if scaling != "dynamic":
         extended.max_position_embeddings = target
@@ -332,7 +332,8 @@ def check_frequencies(model: PreTrainedModel) -> None:
     kinds = (
         {kind.name: kind for kind in layer_kinds(config) if kind.parameters} if by_kind(config.rope_parameters) else {}
     )
-    names = {f"{name}_inv_freq": kind for name, kind in kinds.items()} or {"inv_freq": None}
+    names: dict[str, LayerKind | None] = {f"{name}_inv_freq": kind for name, kind in kinds.items()}
+    names = names or {"inv_freq": None}
     found = set()
     for path, module in model.named_modules():
         for name, kind in names.items():

@@ -23,7 +23,7 @@ REACH = {
 #: Kinds that do not attend: no position reaches them.
 STILL = ("linear_attention", "conv", "moe", "mlp")
 #: Families whose code gives no RoPE to layers that see everything beside layers that slide. No key of theirs says so.
-UNTURNED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint")
+UNTURNED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1")
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ class LayerKind:
         return self.name not in STILL and (self.reach is None or self.reach >= target)
 
     def __str__(self) -> str:
-        key = REACH.get(self.name)
+        who = f"layers {spelled(self.layers)} ({self.name})"
         if self.name in STILL:
-            return f"{spelled(self.layers)} ({self.name}) do not attend"
+            return f"{who} do not attend"
         sees = "see everything"
         if self.reach is not None:
-            sees = f"{'slide over' if key == 'sliding_window' else 'see chunks of'} {self.reach:,} tokens"
-        return f"{spelled(self.layers)} ({self.name}) {sees}{'' if self.parameters else ' and have no RoPE'}"
+            chunks = REACH.get(self.name) == "attention_chunk_size"
+            sees = f"{'see chunks of' if chunks else 'slide over'} {self.reach:,} tokens"
+        return f"{who} {sees}{'' if self.parameters else ' and have no RoPE'}"
 
 
 def by_kind(parameters: Mapping[str, Any] | None) -> bool:
@@ -147,7 +148,7 @@ def described(config: PretrainedConfig, target: int, scaling: str = "") -> list[
         elif scaling != "none" and (kind is main or shared):
             more = "" if kind.sees(target) else " too, since the config has one set for all layers"
             what = f"scales their frequencies{more}"
-        lines.append(f"layers {kind}: an extension {what}")
+        lines.append(f"{kind}: an extension {what}")
     return lines
 
 

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def make_fast(model: PreTrainedModel, config: ExtendConfig, device: torch.device) -> dict[str, float]:
+def make_fast(
+    model: PreTrainedModel, config: ExtendConfig, device: torch.device, balanced: bool = False
+) -> dict[str, float]:
     """Change the model's layers in place as the configuration asks; settings of torch's compiler while a step runs.
 
     Call it when the optimizer is made: the lean one has the sums that converted layers add to. Fused layers come before
-    recomputation, which wraps the forward pass that they have by then.
+    recomputation, which wraps the forward pass that they have by then. balanced: the logits of routers are read, which
+    compiled layers do not give.
     """
     fused = _converted(model, config, device) if config.optimizer == "lean" else 0
-    compiled = config.compile == "layers" or (config.compile == "auto" and device.type == "cuda")
+    compiled = config.compile == "layers" or (config.compile == "auto" and device.type == "cuda" and not balanced)
     budget: dict[str, float] = {}
     if compiled and config.checkpointing == "selective":
         budget = {"activation_memory_budget": memory_budget(config.float8, bool(fused))}

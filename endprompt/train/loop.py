@@ -34,6 +34,7 @@ from endprompt.model.load import decoder_layers
 from endprompt.model.parity import check_forward
 from endprompt.results import result_row
 from endprompt.runs import RunDirectory, plain
+from endprompt.train import experts
 from endprompt.train import states as checkpoint
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.faster import make_fast
@@ -92,8 +93,13 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     model.config.use_cache = False
     if config.lora_rank:
         lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
+    if config.freeze_router:
+        experts.freeze_routers(model)
     float8 = config.float8 if config.float8_head else "none"
     loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
+    loss.balance = experts.balance_weight(config, model)
+    if loss.balance and config.compile not in ("auto", "none"):
+        raise ValueError(f"the experts' loss is not compiled: router_loss={loss.balance:g} compile={config.compile!r}")
     if here.size == 1:
         check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
         return loss
@@ -138,9 +144,10 @@ class Trainer:
         self.loss = loss or objective_of(config, model, here)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
+        self.has_experts = bool(experts.layers_of_experts(model)) and not config.compile.startswith("graph")
         self.graph = self.step_graph() if config.compile.startswith("graph") else None
         self.optimizer = self.graph.optimizer if self.graph else optimizer_of(config, model)
-        self.budget = make_fast(model, config, self.device)
+        self.budget = make_fast(model, config, self.device, bool(self.loss.balance))
 
     def resume(self, state: checkpoint.TrainingState) -> None:
         checkpoint.restore(self.model, self.optimizer, state)
@@ -219,8 +226,9 @@ class Trainer:
                 if log:
                     now = time.perf_counter()
                     values = self.values(rate, self.last_loss or 0.0, float(norm), self.step - since, now - last)
-                    for report in reports:
-                        report(self.step, values)
+                    load = self.expert_load(batch) if self.has_experts else {}
+                    for number, report in enumerate(reports):  # trackers take numbers alone
+                        report(self.step, values if number else values | load)
                     advance(self.step, values)
                     last, since = now, self.step
                 paused = time.perf_counter()
@@ -256,6 +264,12 @@ class Trainer:
             values["mfu"] = round(speed * self.token_flops / (self.peak * self.here.size), 4)
             values["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         return values
+
+    def expert_load(self, batch: Batch) -> dict[str, Any]:
+        """Tokens that each expert is sent of the first row of each process, over all layers."""
+        ids, positions = (torch.from_numpy(x[:1].copy()).to(self.device) for x in (batch.input_ids, batch.position_ids))
+        counts = experts.tokens_an_expert(self.loss, ids, positions)
+        return {"expert_tokens": distributed.total(torch.tensor(counts, device=self.device)).tolist()} if counts else {}
 
     def evaluates(self) -> bool:
         """Whether an evaluation follows this step."""

@@ -13,6 +13,7 @@ from endprompt.distributed import say
 from endprompt.fast.float8 import Float8Matrix
 from endprompt.model.attention import attention_backends
 from endprompt.model.parity import plain_head
+from endprompt.train.experts import balance_loss
 from endprompt.train.loss import linear_cross_entropy, logits_cross_entropy, next_tokens
 from endprompt.train.optimizers import clip_gradients, make_optimizer
 
@@ -43,6 +44,8 @@ class Objective(torch.nn.Module):
         self.model, self.autocast, self.float8 = model, autocast, float8
         self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
         self.plain = plain_head(model)  # tried while the model is whole: sharded it can't be
+        self.balance = 0.0  # weight of the experts' loss, which is added to that of a row
+        self.row_weight = 1.0  # what a row counts in the sum: the weight of a step's tokens over its rows
         self.dense = False  # nearly all tokens count: those that do not are not worth looking for
 
     def forward(
@@ -73,19 +76,28 @@ class Objective(torch.nn.Module):
                 options = options | {"every_token": True}
             else:
                 labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
+            given: dict[str, Any] = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+            balance = bool(self.balance) and self.model.training
+            if balance or getattr(self.model.config, "output_router_logits", False):
+                given["output_router_logits"] = balance
+            out = self.model.base_model(**given) if plain else self.model(**given)
+            even: Any = 0
+            if balance:
+                even = balance_loss(self.model, out.router_logits, len(ids_BT)) * self.balance * self.row_weight
             if not plain:
-                logits = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-                return in_parts(logits_cross_entropy, parts, logits[:, :-1].flatten(0, 1), labels, weights)
-            hidden = self.model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)[0]
+                logits_NV = out.logits[:, :-1].flatten(0, 1)
+                return in_parts(logits_cross_entropy, parts, logits_NV, labels, weights) + even
+            hidden = out[0]
             head = self.model.get_output_embeddings().weight
             hidden_ND = (hidden if dense else hidden[:, :-1]).flatten(0, 1)
             head8 = None
             if self.float8 != "none" and self.model.training:
                 head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
             options = options | {"head_sum_VD": self.head_sum(), "head8": head8}
-            return in_parts(
+            losses = in_parts(
                 lambda h, l, w: linear_cross_entropy(h, head, l, w, **options), parts, hidden_ND, labels, weights
             )
+            return losses + even if balance else losses
 
     def head_sum(self) -> torch.Tensor | None:
         """The lean optimizer's sum, to which the head's gradient is added at once; None where it is passed back.
@@ -143,6 +155,8 @@ def optimizer_step(
     """
     total = distributed.total(weights_BT.sum())
     loss = torch.zeros((), device=ids_BT.device)
+    share = 1.0 / (len(ids_BT) * processes)
+    objective.row_weight = share if objective.head_sum() is not None else total * share
     with attention_backends(ids_BT.device):
         for start in range(0, len(ids_BT), micro):
             part = slice(start, start + micro)

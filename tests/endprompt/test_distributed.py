@@ -58,7 +58,7 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         "apart": recall
         | {"model": str(checkpoint_with_a_head_of_its_own(tmp / "apart-model")), "checkpointing": "selective"},
         "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))}
-        | {"scheme": "endprompt-pose", "scaling": "yarn"},
+        | {"scheme": "endprompt-pose", "scaling": "yarn", "router_loss": 0.1},
         "kinds": {"model": str(checkpoint_of_kinds(tmp / "kinds-model")), "checkpointing": "full", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
         "compiled": unmeasured | {"compile": "layers"},
