@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from endprompt import files
+from endprompt.cli import one_line
 
 if TYPE_CHECKING:
     import requests
@@ -90,7 +91,7 @@ def fetch(suites: Sequence[str], data_dir: str | Path) -> bool:
             try:
                 print(bring(one, folder, session))
             except (ValueError, OSError) as error:
-                print(f"endprompt: {error}", file=sys.stderr)
+                print(f"endprompt: {one_line(error)}", file=sys.stderr)
                 whole = False
     return whole
 
@@ -182,13 +183,15 @@ def download(url: str, path: Path, sha256: str | None, session: requests.Session
             raise Refused(f"leads nowhere ({said(error)})") from None
         except (exceptions.RequestException, HTTPError) as error:
             reason = f"breaks off after {size_of(part):,} bytes ({said(error)})"
+            failures += 2 * isinstance(error, exceptions.ConnectTimeout)  # a host that is not there costs much time
         failures = 0 if size_of(part) > most else failures + 1
         most = max(most, size_of(part))
         if failures < ATTEMPTS:
+            print(f"{url} {reason}; again in {pause:.0f} s", file=sys.stderr)
             time.sleep(pause)
     if sha256 and part.is_file() and files.file_sha256(part) == sha256:  # only the length that it stated was wrong
         return sha256
-    raise Refused(f"{reason}, {ATTEMPTS} times")
+    raise Refused(f"{reason}, again and again")
 
 
 def receive(url: str, path: Path, sha256: str | None, session: requests.Session) -> tuple[str, float] | None:

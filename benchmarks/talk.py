@@ -8,6 +8,7 @@ stderr: window and scaling, where in the window each text lies, what was left ou
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
@@ -234,17 +235,19 @@ def read_texts(names: Sequence[str]) -> Texts:
     return Texts(BETWEEN.join(texts), ["standard input" if name == "-" else name for name in names], starts)
 
 
-def fit(checkpoint: Checkpoint, texts: Texts, prompt_of: Callable[[str], str], part: str | None) -> list[int]:
+def fit(
+    checkpoint: Checkpoint, texts: Texts, prompt_of: Callable[[str], str], part: str | None, spare: int = 0
+) -> list[int]:
     """Ids of the prompt of the texts, which lose some of their start, middle or end where it is too long.
 
-    Says where they lie. Raises ValueError if it is too long and no part is named, or if nothing of the texts would be
-    left.
+    Says where they lie. spare: tokens that stay free beside the answer's. Raises ValueError if the prompt is too long
+    and no part is named, or if nothing of the texts would be left.
     """
     window, new, whole = checkpoint.window, checkpoint.new_tokens, 0
     for _ in range(TRIES):
         prompt = prompt_of(texts.kept)
         ids = checkpoint.ids(prompt)
-        over, whole = len(ids) - checkpoint.room, whole or len(ids)
+        over, whole = len(ids) + spare - checkpoint.room, whole or len(ids)
         if over <= 0 or not part or not texts.kept:
             break
         # by the text's own characters a token, and a little more so that few tries are needed
@@ -252,9 +255,10 @@ def fit(checkpoint: Checkpoint, texts: Texts, prompt_of: Callable[[str], str], p
         texts.leave_out(part, min(len(texts.text), texts.cut[1] - texts.cut[0] + more))
     if over > 0:
         what = "leaves no room for any text" if part or not texts.text else "needs --cut start, middle or end"
+        turn = f" and {spare} for a turn" if spare else ""
         raise ValueError(
-            f"a prompt of {whole:,} tokens with max_new_tokens={new} {what}, or lower max_new_tokens; the window is "
-            f"{window:,} tokens"
+            f"a prompt of {whole:,} tokens with max_new_tokens={new}{turn} {what}, or lower max_new_tokens; the window "
+            f"is {window:,} tokens"
         )
     begin = prompt.index(texts.kept.strip()) - (len(texts.kept) - len(texts.kept.lstrip()))
     for name, first, last in texts.spans():
@@ -310,8 +314,11 @@ def converse(config: ChatConfig, ask: Callable[[str], str] = input) -> None:
     checkpoint = Checkpoint(config)
     render = checkpoint.renderer()
     if texts:
-        fit(checkpoint, texts, lambda text: render(messages([], text, config.system)), config.cut)
+        spare = checkpoint.new_tokens  # for what the user says
+        fit(checkpoint, texts, lambda text: render(messages([], text, config.system)), config.cut, spare)
     text = texts.kept if texts else ""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lines can be edited)
     say("/clear forgets the conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer")
     turns: list[tuple[str, str]] = []
     while True:

@@ -139,7 +139,7 @@ def test_what_breaks_off_or_is_not_ready_ends_as_the_original(fetch, answers, sh
         ({"body": PAGE, "headers": {"Content-Type": "text/html"}}, SHA256, "sends a page (text/html) in place of the"),
         ({"body": PAGE, "headers": {"Content-Type": "application/json"}}, None, "sends a page (application/json)"),
         ({"status": 503, "headers": {"Retry-After": "3600"}}, SHA256, "503 Service Unavailable and asks to wait 3600"),
-        ({"status": 503}, SHA256, "answers 503 Service Unavailable, 5 times"),
+        ({"status": 503}, SHA256, "answers 503 Service Unavailable, again and again"),
         ({"length": 4000}, SHA256, "sends other data: sha256 "),  # it states less than there is
         ({"length": 4000}, None, "sends no whole file: essays.json: not valid JSON"),
         ({"length": len(DATA) + 5}, None, f"breaks off after {len(DATA):,} bytes"),
@@ -216,3 +216,12 @@ def test_every_original_has_licence_and_pinned_or_own_addresses():
 def test_an_unknown_suite_is_named(tmp_path, capsys):
     assert main(["fetch", "rulr", "--data-dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "endprompt: no originals of 'rulr' are known; did you mean ruler?\n"
+
+
+def test_a_folder_that_cannot_be_written_is_a_line(fetch, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "essays.json.partial"))
+
+    monkeypatch.setattr(originals.files, "write_text", full)
+    whole, _, said = fetch([{}])
+    assert not whole and f"endprompt: {tmp_path / 'essays.json.partial'}: No space left on device\n" in said

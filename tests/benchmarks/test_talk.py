@@ -229,6 +229,19 @@ def test_a_full_window_is_said_and_nothing_is_dropped_unasked(checkpoints, capsy
     assert out == f"{first}\n{second}\n" and "the oldest 1 of the turns are forgotten" in err
 
 
+def test_a_long_text_leaves_room_for_a_turn(checkpoints, tmp_path, capsys):
+    directory = checkpoints("none", True)
+    (tmp_path / "t.txt").write_text("Q" * 240)
+    settings = {"file": [str(tmp_path / "t.txt")]}
+    with pytest.raises(ValueError, match="max_new_tokens=6 and 6 for a turn needs --cut"):
+        talked(directory, ["J"], capsys, **settings)
+    out, err = talked(directory, ["JJ"], capsys, cut="end", **settings)
+    kept = 240 - int(re.search(r"cut: (\d+) of 240", err)[1])
+    assert out == greedy(directory, f"[user]{'Q' * kept}\n\nJJ\n[assistant]", 6) + "\n"
+    tokens = AutoTokenizer.from_pretrained(directory)(f"[user]{'Q' * kept}\n[assistant]").input_ids
+    assert 234 <= len(tokens) <= 256 - 2 * 6
+
+
 def test_chat_needs_a_template_and_its_own_input(checkpoints, capsys):
     for arguments, said in (([], "chat needs a tokenizer with a chat template"), (["--file", "-"], "file must name")):
         assert main(["chat", str(checkpoints()), *arguments]) == 1
