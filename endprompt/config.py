@@ -222,10 +222,15 @@ def check(key: str, value: Any, holds: bool, rule: str) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of a mixture: a file or a shard, and its weight."""
+    """A source of a mixture: a file or a shard, its weight, and what it was prepared from, if it was."""
 
     path: str
     weight: float
+    prepared_from: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.prepared_from or self.path
 
 
 def mixture(data: list[str]) -> list[Source]:
@@ -236,7 +241,7 @@ def mixture(data: list[str]) -> list[Source]:
     """
     if len(data) == 1 and (manifest := Path(data[0], "manifest.json")).is_file():
         made = read_object(manifest).get("mixture", [])
-        return [Source(str(Path(data[0], one["shard"])), float(one["weight"])) for one in made]
+        return [Source(str(Path(data[0], one["shard"])), float(one["weight"]), one["source"]) for one in made]
     parts = [(text, *text.rpartition(":")[::2]) for text in data]
     weighted = [path and not Path(text).exists() and _is_number(weight) for text, path, weight in parts]
     if not any(weighted):

@@ -36,7 +36,7 @@ class Mixture:
             if not len(rows):
                 raise ValueError(
                     f"a source of the mixture runs dry: no document makes a row of at least {spec.needed} tokens "
-                    f"(dropped {rows.dropped} shorter ones{rows.hint}): data={source.path!r}"
+                    f"(dropped {rows.dropped} shorter ones{rows.hint}): data={source.name!r}"
                 )
             self.rows.append(rows)
         left = np.cumsum([source.weight for source in sources][::-1])[::-1]
@@ -99,7 +99,7 @@ class Mixture:
         """What the first `rows` rows take of each source: share of the tokens, passes over what it has."""
         return [
             {
-                "source": source.path,
+                "source": source.name,
                 "weight": source.weight,
                 "rows": count,
                 "share": count / rows if rows else 0.0,

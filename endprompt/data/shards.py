@@ -258,8 +258,8 @@ def write(config: PrepareConfig) -> Path:
         raise
     say(
         f"{', '.join(config.data)}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name}); "
-        f"dropped {dropped:,} documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens), {longer:,} above "
-        f"{config.max_tokens} ({longer_tokens:,} tokens), {same:,} duplicates ({same_tokens:,} tokens); cut {cut:,} "
+        f"dropped {dropped:,} documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens), {longer:,} "
+        f"above max_tokens ({longer_tokens:,} tokens), {same:,} duplicates ({same_tokens:,} tokens); cut {cut:,} "
         f"documents ({cut_tokens:,} tokens)"
     )
     return output

@@ -136,6 +136,7 @@ def test_a_prepared_mixture_is_the_mixture_of_its_files(extend_config, two, llam
     config = extend_config(data=[str(mix)])
     one, other = (to_extend(extend_config(data=data)).rows() for data in (two, [str(mix)]))
     assert [source.weight for source in mixture(config.data)] == [3.0, 1.0]
+    assert [one["source"] for one in other.record(1)] == [text.rpartition(":")[0] for text in two]
     for index in (0, 1, 17):
         for ours, theirs in zip(one.row(index), other.row(index)):
             np.testing.assert_array_equal(ours, theirs)

@@ -156,7 +156,7 @@ def test_what_is_filtered_is_counted_and_printed(prepare_config, tokenizer, tmp_
         manifest = json.loads((prepare(config) / "manifest.json").read_text())
         assert (manifest["documents_dropped"], manifest["documents_longer"], manifest["tokens_longer"]) == (1, 1, 900)
         counted[kind] = (manifest["documents"], manifest["documents_duplicate"], manifest["tokens_duplicate"])
-        assert f"1 above 500 (900 tokens), {counted[kind][1]} duplicates" in capsys.readouterr().err
+        assert f"1 above max_tokens (900 tokens), {counted[kind][1]} duplicates" in capsys.readouterr().err
     assert counted == {"keep": (4, 0, 0), "exact": (3, 1, 400), "near": (2, 2, 800)}
 
 
