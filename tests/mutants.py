@@ -77,6 +77,9 @@ MUTANTS = [
     # LongBench v2
     ("benchmarks/longbench/v2.py", "*tokens[-limit // 2 :]", "*tokens[-(limit // 2) :]", "benchmarks/longbench/v2"),
     ("benchmarks/longbench/v2.py", '.replace("*", "")', "", "benchmarks/longbench/v2"),
+    # lm-eval's groups
+    ("benchmarks/scoring/suites/lm_eval.py", "ids[len(ids) - keep // 2 :]", "ids[:0]", "benchmarks/scoring/lm_eval_groups"),
+    ("benchmarks/scoring/suites/lm_eval.py", "    task._filters[0].apply([request])\n", "    request.filtered_resps = {task._filters[0].name: answer}\n", "benchmarks/scoring/lm_eval_groups"),
     # thoughts
     ("benchmarks/chat.py", "text.rpartition(END_OF_THOUGHT)", "text.partition('<think>')", "benchmarks/scoring/server"),
     ("benchmarks/scoring/recording.py", "if len(ids := reader.ids([found])[0]) > limit:", "if False:", "benchmarks/scoring/server"),

@@ -13,14 +13,17 @@ from benchmarks import chat, ruler
 from benchmarks.ruler.tasks import VT_HOPS
 from endprompt import origin
 
+SUITES = ("ruler", "longbench", "longbench-v2", "short")
 SAMPLES = 500  # RULER's own number
 THINKING = re.compile(r"off|cut|budget \d+")
 
 #: Settings that not every suite reads, by those that do.
 READ_BY = {
-    "ruler": "lengths haystack_text shots hops edition chat_layout beyond_window whole_answers",
+    "ruler or lm-eval": "lengths",
+    "ruler": "haystack_text shots hops edition chat_layout beyond_window whole_answers",
     "longbench or longbench-v2": "prompt_length",
-    "ruler or longbench or longbench-v2": "data_dir max_new_tokens cache_dir prepare_only thinking system",
+    "ruler or longbench or longbench-v2": "cache_dir prepare_only",
+    "ruler or longbench or longbench-v2 or lm-eval": "data_dir max_new_tokens thinking system",
 }
 #: The same of backends.
 READ_BY_BACKEND = {
@@ -42,12 +45,13 @@ class ScoreConfig:
         trust_remote_code: let a checkpoint bring its own code.
 
     Tasks:
-        suite: ruler, longbench, longbench-v2 or short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval).
+        suite: ruler, longbench, longbench-v2, short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval), or lm-eval:GROUP
+            (any group or task of lm-eval that generates, such as lm-eval:babilong_longctx, lm-eval:infinitebench).
         tasks: names separated by commas, or all.
-        lengths: token budgets separated by commas (RULER): prompt and generation together.
+        lengths: token budgets separated by commas, prompt and generation together (RULER); sizes of BABILong.
         samples: samples a task and length (short: all documents unless a number is set).
         seed: of RULER's samples and of intervals; short: of the examples in front. LongBench's samples have none.
-        data_dir: folder with RULER's essays, SQuAD, HotpotQA, or the LongBench sets.
+        data_dir: folder with RULER's essays, SQuAD, HotpotQA, the LongBench sets, or further task files for lm-eval.
         haystack_text: text file for the essay haystack, instead of RULER's essays.
         max_new_tokens: tokens kept for generation, instead of RULER's number (for very small windows).
         shots: worked examples in front of vt and cwe, 0 or 1; RULER has 1.
@@ -108,7 +112,7 @@ class ScoreConfig:
     method: str | None = None
     trust_remote_code: bool = False
 
-    suite: Literal["ruler", "longbench", "longbench-v2", "short"] = "ruler"
+    suite: str = "ruler"
     tasks: str | list[str] = "all"
     lengths: str | int | list[int] = "4096"
     samples: int = SAMPLES
@@ -159,8 +163,10 @@ class ScoreConfig:
             raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1: {self.samples}")
+        if self.suite not in SUITES and not re.fullmatch(r"lm-eval:\S+", self.suite):
+            raise ValueError(f"suite must be one of {', '.join(SUITES)}, or lm-eval:GROUP: {self.suite!r}")
         for kind, readers in (("suite", READ_BY), ("backend", READ_BY_BACKEND)):
-            own = getattr(self, kind)
+            own = getattr(self, kind).partition(":")[0]
             for names, keys in readers.items():
                 for key in keys.split() if own not in names.split() else ():
                     if (value := getattr(self, key)) != getattr(type(self), key):

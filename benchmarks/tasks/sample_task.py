@@ -84,7 +84,12 @@ class SampleTask(Task):
                 f"{self.config.task}: prompt {doc['index']} is not the one that was measured and hashed: "
                 "a chat template must give the same text every time"
             )
-        settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": doc["max_new_tokens"]}
+        settings = {
+            "until": doc.get("until", []),
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": doc["max_new_tokens"],
+        }
         about = {key: value for key, value in doc.items() if key != "input"}
         return Instance("generate_until", about, (ctx, settings), 0, metadata=kwargs["metadata"])
 

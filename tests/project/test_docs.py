@@ -120,6 +120,7 @@ ELSEWHERE = {
         "benchmarks/scoring/test_vllm_engine.py",
     ),
     "score extended --suite longbench-v2": ("needs LongBench v2's own data", "benchmarks/longbench/test_v2.py"),
+    "score extended --suite lm-eval": ("needs the network", "benchmarks/scoring/test_lm_eval_groups.py"),
     "score extended --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
     "score NAME --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
     "score extended --tasks all": (

@@ -1,0 +1,188 @@
+"""lm-eval's own groups by name, `--suite lm-eval:GROUP`, as samples of this project's recording.
+
+So answers are kept and not asked for again, rows have intervals over samples, two runs can be compared, and a prompt
+over the window loses its middle instead of its start. For tasks that generate, and whose score is a mean over samples.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from benchmarks import chat
+from benchmarks.ruler.cell import samples_sha256, text_sha256
+from benchmarks.scoring.checkpoint import window_of
+from benchmarks.scoring.config import SAMPLES, ScoreConfig
+from benchmarks.scoring.evaluate import SampleSuite
+from benchmarks.scoring.summaries import about
+from benchmarks.scoring.units import Unit
+from endprompt.files import sha256_of
+from endprompt.results import result_row, write_rows
+from endprompt.text import Reader
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from endprompt.runs import RunDirectory
+
+#: Groups whose tasks exist at several lengths: how lm-eval's metadata name one.
+LENGTHS: dict[str, Callable[[int], str]] = {"babilong": lambda length: f"{length // 1024}k"}
+NEW_TOKENS = 256  # where a task does not say, as in lm-eval
+
+
+@functools.cache
+def manager(folder: str | None) -> TaskManager:
+    """All of lm-eval's tasks, and those of task files in the folder. Reading their names takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
+
+
+class LmEval(SampleSuite):
+    generator = f"lm-eval {version('lm_eval')}"
+
+    def __init__(self, config: ScoreConfig):
+        super().__init__(config)
+        self.group = config.suite.partition(":")[2]
+        self.named = next((name for start, name in LENGTHS.items() if self.group.startswith(start)), None)
+        known = manager(config.data_dir).task_index
+        if self.group not in known:
+            near = difflib.get_close_matches(self.group, known, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"lm-eval knows no group or task {self.group!r}{hint}")
+        if self.named is None and config.lengths != type(config).lengths:
+            groups = ", ".join(LENGTHS)
+            raise ValueError(f"lengths are for groups of {groups}, and not for {self.group}: {config.lengths}")
+
+    @property
+    def asked(self) -> str:
+        """Task files of the user's own, which say where answers end."""
+        paths = sorted(Path(self.config.data_dir).rglob("*.yaml")) if self.config.data_dir else []
+        return sha256_of(*(path.read_bytes() for path in paths)) if paths else ""
+
+    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+        """Raises ValueError for tasks that do not generate, data that are not to be had, a window that is too small."""
+        config, window = self.config, window_of(self.config, model_config)
+        lengths: list[int | None] = [*config.length_list] if self.named else [None]
+        made = []
+        for length in lengths:
+            for name, task in load(self.group, config.data_dir, self.metadata(length, tokenizer)).items():
+                made.append(self.unit(name, task, length, window, tokenizer))
+        return made
+
+    def metadata(self, length: int | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        asked = {"max_seq_lengths": self.named(length)} if self.named and length else {}
+        return {"tokenizer": tokenizer.name_or_path, **asked}
+
+    def unit(self, name: str, task: Any, length: int | None, window: int, tokenizer: PreTrainedTokenizerBase) -> Unit:
+        config, reader = self.config, Reader(tokenizer)
+        metric, template = str(next(iter(task.aggregation()))), None
+        if config.chat:
+            template = chat.renderer(tokenizer, *config.templated)
+        task.set_fewshot_seed(seed=config.seed)
+        task.build_all_requests(
+            limit=None if config.samples == SAMPLES else config.samples,
+            apply_chat_template=config.chat,
+            fewshot_as_multiturn=config.chat,
+            chat_template=template and functools.partial(template, add_generation_prompt=True),
+            tokenizer_name=reader.name,
+        )
+        kept = config.max_new_tokens or int(task.config.generation_kwargs.get("max_gen_toks", NEW_TOKENS))
+        if window - kept < 2:
+            raise ValueError(f"{name}: the window must hold a prompt beside {kept} tokens for the answer: {window}")
+        samples = []
+        for index, request in enumerate(task.instances):
+            text, tokens, cut = cut_middle(reader, request.args[0], window - kept)
+            samples.append(
+                {
+                    "input": text,
+                    "outputs": [str(task.doc_to_target(request.doc))],
+                    "length": tokens,
+                    "max_new_tokens": kept,
+                    "until": request.args[1].get("until") or [],
+                    "truncated": cut,
+                    "index": index,
+                    "document": request.doc,
+                }
+            )
+        if not samples:
+            raise ValueError(f"{name}: it has no samples")
+        columns = {
+            "group": self.group,
+            "window": window,
+            "max_new_tokens": kept,
+            "shots": task.config.num_fewshot or 0,
+            "chat": config.chat,
+            "date": config.date,
+            **config.asked_in_chat,
+            "generator": f"{self.generator}, version {task.VERSION}",
+        }
+        score = functools.partial(score_of, task, metric)
+        unit = Unit(f"{name}@{length}" if length else name, name, length, config.suite, metric, samples, score, columns)
+        unit.prompts = [text_sha256(sample["input"]) for sample in samples]
+        unit.sha256 = samples_sha256([{k: v for k, v in sample.items() if k != "document"} for sample in samples])
+        unit.characters = sum(len(sample["input"]) for sample in samples)
+        unit.n_truncated = sum(sample["truncated"] for sample in samples)
+        return unit
+
+    def summarise(self, out: RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str) -> None:
+        """The mean over the group's tasks, of each length."""
+        common = {"suite": self.config.suite, "metric": "mean_over_tasks", **about(self.config, settings)}
+        means = {
+            length: statistics.fmean(row["value"] for row in made if row["length"] == length)
+            for length in dict.fromkeys(row["length"] for row in made)
+        }
+        rows = [result_row(task="average", length=length, value=value, **common) for length, value in means.items()]
+        write_rows(out.path / "summary.jsonl", rows)
+
+
+def load(group: str, folder: str | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The group's tasks by name, with their data."""
+    tasks = manager(folder)
+    try:
+        with mock.patch.object(tasks._factory, "_meta", dict(metadata)):
+            found = tasks.load(group)["tasks"]
+    except Exception as error:  # the hub's and the datasets package's are of many kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"lm-eval:{group}: a task or its data cannot be loaded: {first}") from error
+    if others := [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]:
+        raise ValueError(
+            f"lm-eval:{group}: tasks that generate are scored, and these ask for something else: "
+            f"{', '.join(others[:5])}"
+        )
+    return found
+
+
+def score_of(task: Any, metric: str, sample: Mapping[str, Any], answer: str) -> float:
+    """The task's own score of an answer, behind its first filter."""
+    from lm_eval.api.instance import Instance
+
+    request = Instance("generate_until", sample["document"], ("", {}), 0)
+    request.resps = [answer]
+    task._filters[0].apply([request])
+    value = task.process_results(sample["document"], [request.filtered_resps[task._filters[0].name]])[metric]
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{task.config.task}: {metric} is no number of single samples: {type(value).__name__}")
+    return float(value)
+
+
+def cut_middle(reader: Reader, prompt: str, room: int) -> tuple[str, int, bool]:
+    """(the prompt, its middle cut out if it has over `room` tokens; its tokens; whether it was cut)."""
+    (ids,) = reader.ids([prompt])
+    lead = len(reader.lead(ids))
+    text, tokens, keep = prompt, lead + len(ids), room - lead
+    while tokens > room:
+        text = reader.decode(ids[: keep // 2]) + reader.decode(ids[len(ids) - keep // 2 :])
+        tokens = len(reader.prompts([text])[0])
+        keep -= max(1, tokens - room)
+    return text, tokens, text is not prompt
+
+
+SUITE = LmEval
