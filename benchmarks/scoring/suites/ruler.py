@@ -38,9 +38,9 @@ class Ruler(SampleSuite):
         window = window_of(config, model_config, asked)
         over = [length for length in config.length_list if length > window]
         if over and not config.beyond_window and not config.prepare_only:
-            less = f" less {config.thought_tokens} tokens of thought" if config.thought_tokens else ""
+            less = f", less {config.thought_tokens} tokens of thought" if config.thought_tokens else ""
             raise ValueError(
-                f"lengths must be at most the checkpoint's window{less}, {window}: {over} (beyond_window allows longer "
+                f"lengths must be at most the checkpoint's window {window}{less}: {over} (beyond_window allows longer "
                 "ones)"
             )
         wanted = [(task, length) for length in config.length_list for task in names]

@@ -198,7 +198,7 @@ def test_a_server_that_states_no_window_is_asked_the_longest_prompt_first_and_al
         with pytest.raises(ValueError, match=r"niah_single_1@512, sample \d+: .*HTTP 400"):
             score(config(place, tmp_path / "a", served))
         assert len(served.asked) == 2 and not (tmp_path / "a" / "predictions.jsonl").exists()
-        with pytest.raises(ValueError, match=r"lengths must be at most the checkpoint's window, 450: \[512\]"):
+        with pytest.raises(ValueError, match=r"lengths must be at most the checkpoint's window 450: \[512\]"):
             score(config(place, tmp_path / "b", served, window=450))
         assert len(served.asked) == 2
 
@@ -212,7 +212,7 @@ def changed(**entries):
 
 
 REFUSED = {
-    "a window below the length": (changed(entry={"id": "tiny", "max_model_len": 511}), {}, "window, 511", 0),
+    "a window below the length": (changed(entry={"id": "tiny", "max_model_len": 511}), {}, "window 511", 0),
     "another window than the server's": (changed(), {"window": 600}, "at most what the server states, 512: 600", 0),
     "a wrong name": (changed(), {"model": "other"}, "model must be one of the server's, tiny: model='other'", 0),
     "no models": (changed(entry={}), {}, r"/models must list the server's models", 0),
@@ -364,7 +364,7 @@ def test_a_server_that_parts_thought_and_answer_is_put_together_again():
 UNTHINKABLE = {
     "a template that has none": ("chat", {"thinking": "cut"}, "has no </think>"),
     "off where nothing turns it off": ("always", {"thinking": "off"}, "reads one of enable_thinking, thinking"),
-    "no room": ("thinks", {"thinking": "budget 113"}, r"window less 113 tokens of thought, 399: \[400\]"),
+    "no room": ("thinks", {"thinking": "budget 113"}, r"window 399, less 113 tokens of thought: \[400\]"),
     "a prefix": ("thinks", {"thinking": "cut", "chat_layout": "ruler"}, "which has no prefix: chat_layout='ruler'"),
     "no chat": ("thinks", {"thinking": "cut", "chat": False}, "thinking is for a chat template, it needs chat"),
     "no number": ("thinks", {"thinking": "budget"}, "must be off, cut, or 'budget N' in tokens: 'budget'"),
