@@ -12,7 +12,9 @@ from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import SCALINGS
 
 TITLE = "Measures of a scaling and a scheme before training against the score, each arm of the lab and of a study"
-INPUTS = Inputs(rows={"analysis": ("metric", "arm", "scaling", "score", "base", "target")}, needs_rows=True, lab="only")
+INPUTS = Inputs(
+    rows={"analysis": ("metric", "arm", "scaling", "score", "base", "target", "half")}, needs_rows=True, lab="only"
+)
 #: Metric -> name of its axis.
 SHOWN = {
     "smoothness": "smoothness constant",
@@ -26,7 +28,7 @@ MARKERS = {"none": "x", "linear": "o", "ntk": "v", "yarn": "s", "llama3": "D"}
 def draw(frames: Frames) -> Figure:
     """A row of panels for each base and target; colour tells the scheme, marker the scaling."""
     rows = frames["analysis"]
-    rows = rows[rows["task"].eq("predict") & rows["metric"].isin(SHOWN)]
+    rows = rows[rows["task"].eq("predict") & rows["metric"].isin(SHOWN) & rows["half"].ne("later")]
     shown = [metric for metric in SHOWN if metric in set(rows["metric"])]
     settings = rows[["window", "target", "base"]].drop_duplicates().sort_values(["window", "target"])
     schemes = list(dict.fromkeys(sorted(map(scheme_of, rows.to_dict("records")))))
@@ -43,11 +45,11 @@ def draw(frames: Frames) -> Figure:
                 ax.plot(point["value"], point["score"], markersize=3.5, clip_on=False, linestyle="none", **look)
             ax.set_title(correlation(points), loc="right", fontweight="normal", fontsize=6.5)
             ax.grid(axis="y")
-            if axes is grid[-1]:
-                ax.set_xlabel(SHOWN[metric])
         axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("score, percent")
         axes[0].set_title(f"{short(setting.base)}, to {int(setting.target)}", loc="left", fontsize=7)
+    for ax, metric in zip(grid[-1], shown):
+        ax.set_xlabel(SHOWN[metric])
     marks = {
         SCALINGS.get(s, s): {"marker": m, "color": "#444444"} for s, m in MARKERS.items() if s in set(rows["scaling"])
     }

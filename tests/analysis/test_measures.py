@@ -1,5 +1,7 @@
 """Measures of a scaling: values by hand for a head of two frequencies, and other routes for each formula."""
 
+import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -209,3 +211,23 @@ def test_the_rows_of_a_scheme_can_only_add(reading):
 def test_sizes_that_cannot_be_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         predict.read(PredictConfig(**{"checkpoint": BASE_256, "target": 2048} | changes))
+
+
+def test_the_table_goes_by_its_order(reading, monkeypatch):
+    monkeypatch.setattr(predict, "read", lambda config: reading)
+    monkeypatch.setattr(predict, "SCHEMES", ("none", "pose"))
+    config = PredictConfig(BASE_256, 2048)
+    lines = [json.loads(line) for line in predict.report(dataclasses.replace(config, json=True)).splitlines()]
+    assert len(lines) == 2 * 5 and all(set(predict.MEASURES) < set(line) for line in lines)
+    for line in lines:
+        values = reading.of_scaling(line["scaling"])
+        if line["scheme"] == "pose":
+            values |= reading.of_scheme(line["scaling"], observability.pair_counts("pose", 256, 0, 2048), 256)
+            assert line["order"] == pytest.approx(27.7 * values["smoothness"] - 125.6 * values["gap_pretrained"])
+        assert line["entropy"] == values["entropy"] and line["target"] == 2048
+    order = [(line["scaling"], line["scheme"]) for line in sorted(lines, key=lambda line: -line["order"])]
+    text = predict.report(config).splitlines()
+    assert [tuple(line.split()[:2]) for line in text[1:11]] == order
+    with pytest.raises(ValueError, match="must know the window to extend to, in tokens: target=0"):
+        monkeypatch.undo()
+        predict.read(PredictConfig(BASE_256))

@@ -138,6 +138,7 @@ ELSEWHERE = {
     "lab --": ("takes minutes or a GPU", "benchmarks/lab/test_runner.py", "benchmarks/lab/test_matrix.py"),
     "report runs/": ("needs finished runs", "benchmarks/report/test_page.py"),
     "positions --scheme all --target": ("another line's with other numbers", "analysis/test_verify.py"),
+    "predict CHECKPOINT": ("takes a minute on a checkpoint of its own", "analysis/test_measures.py"),
     "verify CHECKPOINT --against BASE": ("the README's in other words", "analysis/test_verify.py"),
     "figures --results runs/demo": ("needs finished runs", "paper_figures/test_layout.py"),
 }

@@ -9,6 +9,9 @@ import pytest
 from analysis import predict
 from benchmarks.lab import theory
 from benchmarks.lab.arms import Arm
+from paper_figures import pages
+from tests.benchmarks.lab.test_pages import MEASURED, packed_rows
+from tests.support import measures_page
 
 #: (base, window, fold) of the lab's four settings and of the study.
 SETTINGS = [("256", 256, 8), ("512", 512, 32), ("256", 256, 32), ("512", 512, 8), ("Published", 8192, 8)]
@@ -149,3 +152,52 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
     pairs = 256 * 257 / 2  # of a row, a token with itself included
     assert asked[:3] == [("none", None, 0), ("yarn", None, 0), ("yarn", pairs, 256)]
     assert [c.half for c in cases] == ["chosen"] * 3 + ["other"] * 2
+
+
+def test_the_commands_order_and_words_are_those_of_the_rows():
+    """What `endprompt predict` goes by and says, against the committed rows, from which the test is made again."""
+    rows = packed_rows(MEASURED / "lab_predict.jsonl.gz")
+    tests = {(r["method"], r["half"]): r for r in rows if r["task"] == "predict-test"}
+    pair = " + ".join(predict.ORDER)
+    assert tests[pair, "other"]["candidate"] and tests[pair, "other"]["holds"]
+    assert pytest.approx(tests[pair, "chosen"]["points"], rel=2e-3) == predict.ORDER
+    assert all(f"{tests[pair, half]['value']:+.2f}" in predict.WORTH for half in ("other", "study"))
+    assert all(f"{end:.2f}" in predict.WORTH for half in ("other", "study") for end in tests[pair, half]["ci95"])
+    assert all(f"{tests[pair, half]['n']} arms" in predict.WORTH for half in ("other", "study"))
+    assert tests[pair, "other"]["p"] == pytest.approx(1 / 36, rel=0.1)
+    assert tests[pair, "study"]["p"] == pytest.approx(2 / 24, rel=0.1)
+    made = {}
+    for r in rows:
+        if r["task"] == "predict":
+            made.setdefault((r["half"], r["base"], r["target"], r["arm"]), (r, {}))[1][r["metric"]] = r["value"]
+    cases = [
+        case(r["base"], r["window"], r["target"] // r["window"], r["scaling"], r["scheme"], r["score"], **values)
+        for r, values in made.values()
+    ]
+    for half in ("chosen", "other"):
+        members = [c for c in cases if c.half == half]
+        found = theory.correlation(np.array([c.values["best_pair"] for c in members]), members)
+        assert found.value == pytest.approx(tests[pair, half]["value"]) and found.n == tests[pair, half]["n"]
+
+
+def test_expected_pairs_predict_as_the_labs_drawn_rows_did():
+    """`gap_rows`, from expectations in closed form, beside the lab's own `gap_rms`, from rows as they were trained."""
+    ours = {
+        (r["base"], r["target"], r["arm"]): r["value"]
+        for r in packed_rows(MEASURED / "lab_predict.jsonl.gz")
+        if r["task"] == "predict" and r["metric"] == "gap_rows" and r["base"] in ("256", "512")
+    }
+    theirs = {
+        (r["base"], r["target"], r["arm"]): r["gap_rms"]
+        for r in packed_rows(MEASURED / "lab_results.jsonl.gz")
+        if r.get("gap_rms") is not None
+    }
+    both = ours.keys() & theirs.keys()
+    assert len(both) > 90
+    ratio = np.array([ours[key] / theirs[key] for key in both])
+    assert np.all(np.abs(ratio - 1) < 0.25) and np.median(np.abs(ratio - 1)) < 0.02
+
+
+def test_the_page_of_measures_is_written_from_the_rows():
+    written = (pages.HERE / measures_page.PAGE).read_text(encoding="utf-8")
+    assert written == measures_page.page(), "run python -m tests.support.measures_page"
