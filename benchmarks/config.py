@@ -125,7 +125,8 @@ class FetchConfig:
     """Settings of `endprompt fetch`.
 
     Args:
-        suites: ruler (essays, SQuAD, HotpotQA, word list; 60 MB), longbench (its 21 sets and LongBench-E; 114 MB).
+        suites: ruler (essays, SQuAD, HotpotQA, word list; 60 MB), longbench (its 21 sets and LongBench-E; 114 MB),
+            longbench-v2 (465 MB).
         data_dir: folder that they come into, for the data_dir of `endprompt score`.
     """
 

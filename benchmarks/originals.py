@@ -60,12 +60,13 @@ class Original:
 @functools.cache
 def originals(suite: str) -> dict[str, Original]:
     """The files of a suite by their kind. Raises ValueError with the nearest names if there is no such suite."""
-    known = [path.parent.name for path in sorted(Path(__file__).parent.glob("*/sources.yaml"))]
+    tables = sorted(Path(__file__).parent.glob("*/sources*.yaml"))  # sources-v2.yaml in longbench: of longbench-v2
+    known = {path.parent.name + path.stem.removeprefix("sources"): path for path in tables}
     if suite not in known:
         near = difflib.get_close_matches(suite, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"no originals of {suite!r} are known; {hint}")
-    table = yaml.safe_load((Path(__file__).parent / suite / "sources.yaml").read_text(encoding="utf-8"))
+    table = yaml.safe_load(known[suite].read_text(encoding="utf-8"))
     return {kind: Original(**about) for kind, about in table.items()}
 
 

@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks import originals
 from benchmarks.longbench.prompts import Fit, Prompter, lm_eval_folder
 from benchmarks.longbench.sets import OPTION, Documents, is_unicode, placed
 from endprompt.files import check_fetched, parse_json, read_json_lines, read_parquet, read_text, remembered_sha256
 
 GENERATOR = "longbench-v2-1"
 TASK = "longbench-v2"
-SOURCE = "https://huggingface.co/datasets/THUDM/LongBench-v2 (data.json)"
 QUESTIONS = 503
 NEW_TOKENS = 128
 PROMPT_SHA256 = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"  # of prompts/0shot.txt
@@ -66,11 +66,15 @@ def load_documents(data_dir: str | Path | None) -> Documents:
     with file and line for one that is not as published.
     """
     if data_dir is None:
-        raise FileNotFoundError(f"LongBench v2's data are needed: give their folder with {OPTION}; {SOURCE}")
+        brings = originals.command(TASK, None)
+        raise FileNotFoundError(
+            f"LongBench v2's data are needed: give their folder with {OPTION}; {brings} brings them"
+        )
     path = next((found for name in NAMES if (found := Path(data_dir) / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"LongBench v2 is missing in {data_dir}: none of {', '.join(NAMES)}; it comes from {SOURCE}"
+            f"LongBench v2 is missing in {data_dir}: none of {', '.join(NAMES)}; {originals.command(TASK, data_dir)} "
+            f"brings it"
         )
     check_fetched(path)
     if path.suffix == ".json":

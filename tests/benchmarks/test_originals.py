@@ -205,7 +205,7 @@ def test_the_hub_may_be_another_one(host, monkeypatch, tmp_path, capsys):
 
 
 def test_every_original_has_licence_and_pinned_or_own_addresses():
-    for suite in ("ruler", "longbench"):
+    for suite in ("ruler", "longbench", "longbench-v2"):
         for one in originals.originals(suite).values():
             assert one.licence and one.what and one.copies
             for url, sha256 in one.copies.items():

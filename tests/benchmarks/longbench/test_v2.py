@@ -141,7 +141,9 @@ def test_data_that_are_not_as_published_are_refused(place, tmp_path, name):
 
 
 def test_data_that_are_not_there_are_named_with_their_source(place, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none of longbench_v2.jsonl, .*comes from https://hugging"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none of longbench_v2.jsonl, .*`endprompt fetch longbench-v2 --data-dir"
+    ):
         score(config(place, tmp_path / "run", data_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="lengths is for suite ruler or lm-eval, not longbench-v2"):
         config(place, tmp_path, lengths="512")
