@@ -68,6 +68,8 @@ class ExtendConfig:
         lora_rank: rank of LoRA updates of the attention projections, merged at the end; 0 trains all weights
         lora_alpha: their scale is lora_alpha / lora_rank
         lora_also: with LoRA, parameters whose name holds one of these train whole
+        lora_targets: matrices that get updates: attention, mlp or all (linear ones of the layers)
+        adapter: of LoRA: `merged` into the model, `beside` it too (adapter/), or the adapter `only`
         router_loss: weight of the loss that keeps the load of experts even; default as the model's config says
         freeze_router: train nothing of what chooses experts
 
@@ -152,6 +154,8 @@ class ExtendConfig:
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_also: list[str] = dataclasses.field(default_factory=lambda: ["embed", "norm"])
+    lora_targets: str = "attention"
+    adapter: str = "merged"
     router_loss: float | None = None
     freeze_router: bool = False
 
@@ -204,6 +208,8 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
     "compile": ("auto", "layers", "none", "graph", "graph+layers"),
     "device": ("auto", "cpu", "cuda"),
     "checkpointing": ("none", "selective", "full"),
+    "lora_targets": ("attention", "mlp", "all"),
+    "adapter": ("merged", "beside", "only"),
 }
 AT_LEAST = {
     **dict.fromkeys(("prompt_weight", "completion_weight", "warmup", "weight_decay", "clip", "seed", "save_every"), 0),
@@ -300,6 +306,9 @@ def check_config(config: ExtendConfig) -> None:
             f"float8 is for matrices that train, and LoRA freezes them: float8={config.float8!r} "
             f"lora_rank={config.lora_rank}"
         )
+    for key, usual in (("lora_targets", "attention"), ("adapter", "merged")):
+        if getattr(config, key) != usual and not config.lora_rank:
+            raise ValueError(f"{key} needs LoRA: {key}={getattr(config, key)!r} lora_rank=0")
     if config.deterministic and config.attention not in REPEATABLE:
         raise ValueError(
             f"deterministic needs attention to be one of {', '.join(REPEATABLE)}, whose gradients can be summed in a "

@@ -1,16 +1,20 @@
 """LoRA with trained embeddings and norms, as LongLoRA trains (Chen et al. 2023, arXiv:2309.12307).
 
-Low-rank updates of the attention projections, made by peft, beside embeddings and norms that train whole. Its other
-half, shifted sparse attention, is the attention `shifted`. An export has the updates merged, and attends to everything.
+Low-rank updates of the attention projections or of other matrices, made by peft, beside embeddings and norms that train
+whole. Its other half, shifted sparse attention, is the attention `shifted`. An export has the updates merged, and
+attends to everything; the adapter by itself is what peft loads.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from endprompt.model.load import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,24 +23,65 @@ if TYPE_CHECKING:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: int, also: Sequence[str], seed: int) -> None:
-    """Freeze the model but for LoRA updates of its attention projections and parameters whose name holds one of `also`.
+def targets_of(model: PreTrainedModel, group: str) -> list[str]:
+    """The names of a group's matrices: attention (its projections), mlp (the other linear ones), or all of them."""
+    linear: set[str] = set()
+    attention: set[str] = set()
+    for layer in decoder_layers(model):
+        for path, module in layer.named_modules():
+            name = path.rpartition(".")[2]
+            if isinstance(module, torch.nn.Linear):
+                linear.add(name)
+                attention |= {name} & set(PROJECTIONS)
+    return sorted({"attention": attention, "mlp": linear - attention, "all": linear}[group])
 
-    Raises ValueError if the model has no such projections.
+
+def add_lora(
+    model: PreTrainedModel, rank: int, alpha: int, also: Sequence[str], seed: int, group: str = "attention"
+) -> None:
+    """Freeze the model but for LoRA updates of a group of matrices and parameters whose name holds one of `also`.
+
+    Raises ValueError if the model has no such matrices.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers: dict[str, list[Any]] = {}
-    for name, module in model.named_modules():
-        layers.setdefault(name.rpartition(".")[2], []).append(module)
-    targets = [name for name in PROJECTIONS if name in layers]
+    targets = targets_of(model, group)
     if not targets:
-        raise ValueError(f"lora_rank={rank}: {type(model).__name__} has none of the projections {PROJECTIONS}")
+        what = f"of the projections {PROJECTIONS}" if group == "attention" else f"of lora_targets={group!r}"
+        raise ValueError(f"lora_rank={rank}: {type(model).__name__} has none {what}")
     torch.manual_seed(seed)
-    with _real([layer for name in targets for layer in layers[name]]):
+    with _real([module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]):
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or any(word in name for word in also))
+
+
+def write_adapter(
+    directory: Path, model: PreTrainedModel, weights: Mapping[str, torch.Tensor], base: str, rank: int, alpha: int
+) -> None:
+    """The updates, and what trained whole beside them, as peft reads them; with the config that has the new window.
+
+    weights: of the model with its updates, not merged. base: what the adapter is for. Load the base with the config of
+    this folder: peft alone would give it the old frequencies.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    targets = {name.split(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    tensors = {name.replace(".default.", "."): weight for name, weight in weights.items() if ".lora_" in name}
+    tensors |= {name: weights[name] for name in trained}
+    head = model.get_output_embeddings()
+    embeddings = next((name for name in trained if name.endswith("embed_tokens.weight")), None)
+    if embeddings and head is not None and head.weight is model.get_input_embeddings().weight:
+        tensors["lm_head.weight"] = weights[embeddings].clone()  # peft's copy of the embeddings is tied to nothing
+    modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in tensors if ".lora_" not in name})
+    about = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets), modules_to_save=modules or None)
+    about.base_model_name_or_path, about.task_type, about.inference_mode = base, "CAUSAL_LM", True
+    directory.mkdir(parents=True, exist_ok=True)
+    about.save_pretrained(directory)
+    made = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(made, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: 
         window=record["window"],
         target=record["target"],
         facts=facts(record),
+        adapter=config.get("adapter") == "only",
         dynamic=config["scaling"] == "dynamic",  # vLLM's frequencies do not change with the length, its table ends
         rows=[score_cells(row) for row in results],
     )
@@ -149,7 +150,7 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
         "end prompt": f"{record['prompt_tokens']} tokens" if record.get("prompt_tokens") else "none",
         "RoPE scaling": scaling,
         "window": f"{record['window']:,} to {record['target']:,} tokens",
-        "weights trained": f"LoRA, rank {config['lora_rank']}, merged" if config.get("lora_rank") else "all",
+        "weights trained": f"LoRA, rank {config['lora_rank']}, {kept_as(config)}" if config.get("lora_rank") else "all",
         "training data": ", ".join(f"`{file_name(source)}`" for source in config["data"]),
         "training tokens": f"{record['tokens']:,}",
         "steps": f"{record['steps']:,} of {config['rows']} rows of {record['row_tokens']:,} tokens",
@@ -165,6 +166,11 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
     versions = environment.get("packages", {})
     found["made with"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if key in versions)
     return {key: value.replace("|", "\\|") for key, value in found.items()}
+
+
+def kept_as(config: Mapping[str, Any]) -> str:
+    told = {"beside": "merged, and as an adapter in adapter/", "only": "as an adapter"}
+    return told.get(config.get("adapter", ""), "merged")
 
 
 def file_name(source: str) -> str:

@@ -170,7 +170,7 @@ def recorded_values(config: ExtendConfig, model: PreTrainedModel, shape: tuple[i
         architecture.pop(free, None)
     scales = [one for m in model.modules() for one in sorted(vars(m).items()) if one[0].endswith("attention_scaling")]
     trained = ("beta1", "beta2", "weight_decay", "clip", "autocast", "dtype", "attention", "compile", "micro_rows")
-    lora = (config.lora_rank, config.lora_alpha, tuple(config.lora_also)) if config.lora_rank else None
+    lora = (config.lora_rank, config.lora_alpha, config.lora_targets, *config.lora_also) if config.lora_rank else None
     tensors = [(name, str(t.device), t.dtype, tuple(t.shape), t.requires_grad) for name, t in named_tensors(model)]
     return (
         json.dumps(architecture, sort_keys=True, default=str),

@@ -92,7 +92,8 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     model.train()
     model.config.use_cache = False
     if config.lora_rank:
-        lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_also, config.seed)
+        about = (config.lora_rank, config.lora_alpha, config.lora_also, config.seed, config.lora_targets)
+        lora.add_lora(model, *about)
     if config.freeze_router:
         experts.freeze_routers(model)
     float8 = config.float8 if config.float8_head else "none"

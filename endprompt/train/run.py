@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,18 @@ def finish(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> N
         weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
 
         def write() -> None:
+            alone = config.adapter == "only"
             merged = lora.merge(weights, config.lora_alpha / config.lora_rank) if config.lora_rank else weights
-            outcome.write(output.work, trainer.model, start.tokenizer, dtype, merged, record_of(trainer, start.window))
+            record = record_of(trainer, start.window)
+            outcome.write(output.work, trainer.model, start.tokenizer, dtype, {} if alone else merged, record)
+            for path in output.work.glob("model*.safetensors*") if alone else ():
+                path.unlink()
+            if config.adapter != "merged":
+                base = origin.hub_of(config.model).get("hub") or config.model
+                folder = output.work if alone else output.work / "adapter"
+                lora.write_adapter(folder, trainer.model, weights, base, config.lora_rank, config.lora_alpha)
+            if config.adapter == "beside":
+                shutil.copy(output.work / "config.json", folder)
             if start.wrapper:
                 wrapper.put_back(output.work, *start.wrapper)
 

@@ -96,6 +96,8 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     source, whole = load_config(directory), None
     if wrapper.is_wrapper(source):
         whole = directory, source
+        if config.adapter != "merged":
+            raise ValueError(f"a multimodal checkpoint is written with its updates merged: adapter={config.adapter!r}")
         directory = wrapper.text_of(*whole)
         source = load_config(directory)
         say(f"{whole[0]}: its text model ({source.model_type}) is extended and put back, the rest stays as it is")

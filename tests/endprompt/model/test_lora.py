@@ -74,6 +74,39 @@ def test_trained_updates_are_merged_at_export(checkpoints, extend_config, archit
     assert "lora" not in (output / "config.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("group", "also", "adapter"),
+    [("all", ["embed", "norm"], "beside"), pytest.param("mlp", [], "only", marks=pytest.mark.slow)],
+)
+def test_the_adapter_is_what_peft_loads(llama, extend_config, tmp_path, group, also, adapter):
+    """On the base with the config beside it: the logits of the merged run, tied embeddings and norms among them."""
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    options = {"scaling": "yarn", "lora_rank": 4, "lora_also": also, "lora_targets": group, "steps": 2, "lr": 1e-2}
+    out = train.extend(extend_config(output=str(tmp_path / "out"), adapter=adapter, **options))
+    folder = out / "adapter" if adapter == "beside" else out
+    merged = out if adapter == "beside" else train.extend(extend_config(output=str(tmp_path / "merged"), **options))
+    assert (out / "model.safetensors").exists() is (adapter == "beside")
+    about = json.loads((folder / "adapter_config.json").read_text())
+    names = {"all": {"q", "k", "v", "o", "gate", "up", "down"}, "mlp": {"gate", "up", "down"}}[group]
+    assert {name.removesuffix("_proj") for name in about["target_modules"]} == names
+    base = AutoModelForCausalLM.from_pretrained(llama, config=AutoConfig.from_pretrained(folder))
+    tuned = PeftModel.from_pretrained(base, folder).eval()
+    ids = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(merged).eval()(input_ids=ids).logits
+        torch.testing.assert_close(tuned(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert ("PeftModel" in (out / "README.md").read_text()) is (adapter == "only")
+
+
+def test_settings_of_lora_without_it_are_refused(extend_config):
+    with pytest.raises(ValueError, match="adapter needs LoRA: adapter='beside' lora_rank=0"):
+        train.extend(extend_config(adapter="beside"))
+    with pytest.raises(ValueError, match="lora_targets must be one of attention, mlp, all"):
+        train.extend(extend_config(lora_rank=4, lora_targets="experts"))
+
+
 @pytest.mark.parametrize(("architecture", "also"), [("Llama", ["embed", "norm"]), ("Qwen2", [])])
 def test_the_lean_optimizer_trains_lora_as_float32_masters_do(checkpoints, extend_config, tmp_path, architecture, also):
     """Llama's layers would be joined and fused, but for the frozen matrices in them."""
