@@ -58,7 +58,7 @@ MUTANTS = [
     (ATTENTION, "mask_function(row, head, known[row, query], known[row, key])", "mask_function(row, head, query, key)",
      "endprompt/model/kinds"),
     ("endprompt/train/objective.py", "total * share", "share", "endprompt/train/experts"),
-    (ATTENTION, "return (key <= query) & visible", "return visible | (key == query)", "endprompt/model/kinds"),
+    (ATTENTION, "return visible if later else (key <= query) & visible", "return visible", "endprompt/model/kinds"),
     ("endprompt/model/kinds.py", "key=lambda kind: kind.reach is not None", "key=lambda kind: kind.reach is None",
      "endprompt/model/kinds"),
     # what is given to vLLM

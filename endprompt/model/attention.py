@@ -479,7 +479,7 @@ def eager_by_position() -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
     def mask(mask_function: Callable[..., Any], **given: Any) -> torch.Tensor:
-        return eager_mask(mask_function=_by_position(mask_function), **given)
+        return eager_mask(mask_function=_by_position(mask_function, later=True), **given)
 
     token = _stock.set(True)
     ALL_MASK_ATTENTION_FUNCTIONS["eager"] = mask
@@ -490,8 +490,11 @@ def eager_by_position() -> Iterator[None]:
         _stock.reset(token)
 
 
-def _by_position(mask_function: Callable[..., Any]) -> Callable[..., Any]:
-    """A mask function of places in the row from one of positions; no later place is seen."""
+def _by_position(mask_function: Callable[..., Any], later: bool = False) -> Callable[..., Any]:
+    """A mask function of places in the row from one of positions.
+
+    later: later places are what the family's function says; else none is seen, such as padding that repeats a position.
+    """
     positions_BT = _positions.get()
     if positions_BT is None:
         raise ValueError("attention by position is for whole training rows without a cache")
@@ -499,7 +502,7 @@ def _by_position(mask_function: Callable[..., Any]) -> Callable[..., Any]:
 
     def seen(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         visible: torch.Tensor = mask_function(row, head, known[row, query], known[row, key])
-        return (key <= query) & visible
+        return visible if later else (key <= query) & visible
 
     return seen
 

@@ -221,3 +221,16 @@ def test_flex_masks_and_caps_and_sinks_by_position(tmp_path, family):
             model.requires_grad_(False)
             logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits)
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_that_repeats_a_position_is_not_seen(tmp_path):
+    """Rows that a collator has padded on the right: the last token sees nothing behind it, in any kind of layer."""
+    source = checkpoint(tmp_path / "m", "gemma3_text")
+    config = models.extended_config(models.load_config(source), "yarn", TARGET)
+    model = models.load_model(source, attention=models.training_attention("sdpa"), config=config)
+    ids, positions = jumped(1)
+    with torch.no_grad():
+        alone = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        padded = model(input_ids=F.pad(ids, (0, 9), value=7), position_ids=F.pad(positions, (0, 9), value=119),
+                       use_cache=False).logits[:, :44]  # fmt: skip
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
