@@ -462,6 +462,10 @@ def attention_for(config: PretrainedConfig, registered: str) -> str:
     if not narrow:
         return registered
     name = plain_name(registered)
+    if name.startswith("apart_"):
+        raise ValueError(
+            f"{narrow[0]} by position, which short_documents='apart' cannot: short_documents must be drop or pack"
+        )
     if name not in MASKED:
         raise ValueError(
             f"{narrow[0]} by position, which attention={name} cannot: attention must be one of {', '.join(MASKED)}"

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from endprompt import model as models
 from endprompt.model import geometry, kinds, load, parity
 from endprompt.model.attention import registered_name
+from endprompt.model.packed import apart_attention
 from endprompt.train import Objective
 from tests.support.checkpoints import make_tokenizer
 from tests.support.families import tiny_config
@@ -192,6 +193,12 @@ def test_what_is_not_understood_is_refused_before_loading(family, changes, scali
     with pytest.raises(ValueError, match=said) as raised:
         models.extended_config(config, scaling, TARGET)
     assert "\n" not in str(raised.value)
+
+
+def test_documents_that_stand_apart_have_no_windows():
+    config = models.extended_config(tiny_config("olmo3", NARROW), "yarn", TARGET)
+    with pytest.raises(ValueError, match=r"which short_documents='apart' cannot: short_documents must be drop or pack"):
+        load.check_builds(config, apart_attention("sdpa"))
 
 
 @pytest.mark.parametrize("attention", ["cudnn", "shifted", "flash_attention_2"])
