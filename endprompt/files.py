@@ -50,7 +50,9 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             import pyarrow
 
             raw = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
-        yield stack.enter_context(gzip.open(raw)) if name.endswith(".gz") else raw
+        if name.endswith(".gz"):
+            raw = stack.enter_context(gzip.open(raw))
+        yield raw
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:

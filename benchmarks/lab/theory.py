@@ -93,6 +93,7 @@ def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str], half: 
         by_layout: dict[Any, dict[str, float]] = {}
         for arm in mine:
             scheme, counts, size = None, None, 0
+            key: tuple[Any, ...] = (arm.scaling,)
             if arm.kind != "base":
                 row = layouts[base, arm.name, target]
                 scheme, size, prompt = row["scheme"], row["row_tokens"], row["prompt_tokens"]
@@ -102,7 +103,6 @@ def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str], half: 
                     counts = observability.pair_counts(scheme, size - prompt, prompt, target, count=count)
                     by_layout[key] = reading.of_scheme(arm.scaling, counts, size)
             else:
-                key = (arm.scaling,)
                 by_layout.setdefault(key, reading.of_scheme(arm.scaling, None, 0))
             values = fixed[arm.scaling] | by_layout[key]
             found.append(Case(arm, target, scheme, arm.mean(target), values, half or half_of(arm, target)))
@@ -120,7 +120,7 @@ def known(arm: Arm) -> bool:
 def correlation(x: np.ndarray, cases: Sequence[Case], inside_scaling: bool = False) -> estimates.Correlation | None:
     """Spearman's of x with the score inside each setting, or each setting and scaling."""
     groups = [(*case.setting, case.arm.scaling if inside_scaling else "") for case in cases]
-    return estimates.rank_correlation(x, np.array([[case.score] for case in cases]), groups)
+    return estimates.rank_correlation(x.tolist(), np.array([[case.score] for case in cases]), groups)
 
 
 def part(x: np.ndarray, cases: Sequence[Case]) -> list[float] | None:
@@ -235,7 +235,7 @@ def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
             x = line.ranking(members)
             found, scheme = correlation(x, members), correlation(x, members, inside_scaling=True)
             scores = np.array([case.score for case in members])
-            about = {
+            about: dict[str, Any] = {
                 "half": name,
                 "kendall": kendall(x, members),
                 "p": p_value(x, members, line.sign),

@@ -161,7 +161,8 @@ class Client:
         if status == 200 and isinstance(found, dict) and not problem:
             return found
         if isinstance(problem, dict) and status == 200:  # an error of another server that this one stands before
-            status = problem.get("code") if isinstance(problem.get("code"), int) else 500
+            code = problem.get("code")
+            status = code if isinstance(code, int) else 500
         said = f"HTTP {status}: {reason(found, data)}" if status != 200 else "its reply is no JSON object, or was cut"
         if status in AGAIN or status == 200:
             raise Again(said, retry_after(headers))

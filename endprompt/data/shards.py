@@ -200,8 +200,8 @@ def write(config: PrepareConfig) -> Path:
     shown = time.monotonic()
     try:
         with open(work / "tokens.bin", "wb") as file:
-            settings = {"append_eos": config.append_eos, "chat_loss": config.chat_loss}
-            for ids, completion, own in tokenized(documents(config), tokenizer, **settings):
+            read = tokenized(documents(config), tokenizer, append_eos=config.append_eos, chat_loss=config.chat_loss)
+            for ids, completion, own in read:
                 if len(ids) < config.min_tokens:
                     dropped, dropped_tokens = dropped + 1, dropped_tokens + len(ids)
                     continue

@@ -66,7 +66,7 @@ def layer_kinds(config: PretrainedConfig) -> tuple[LayerKind, ...]:
 
     Raises ValueError for layers that slide over a window that the config does not state.
     """
-    given = getattr(config, "rope_parameters", None)
+    given: Any = getattr(config, "rope_parameters", None)
     stated = getattr(config, "layer_types", None)
     width = getattr(config, "sliding_window", None)
     slides = width and getattr(config, "use_sliding_window", True)
@@ -80,6 +80,7 @@ def layer_kinds(config: PretrainedConfig) -> tuple[LayerKind, ...]:
         if config.model_type in UNTURNED and REACH.get(name, "") is None and width and not _forced(config, layer):
             has = False
         grouped.setdefault((name, has), []).append(layer)
+    by_name: Any = config.per_layer_config if stated and getattr(config, "is_heterogeneous", False) else None
     kinds = []
     for (name, has), layers in grouped.items():
         key = REACH.get(name)
@@ -90,7 +91,7 @@ def layer_kinds(config: PretrainedConfig) -> tuple[LayerKind, ...]:
                 "layer_types, so that these layers see everything"
             )
         parameters = (given.get(name) if by_kind(given) else given) if has else None
-        own = config.per_layer_config[name] if stated and getattr(config, "is_heterogeneous", False) else config
+        own = config if by_name is None else by_name[name]
         kinds.append(LayerKind(name, tuple(layers), reach, parameters, head_dim_of(own)))
     return tuple(kinds)
 

@@ -79,7 +79,7 @@ def write_adapter(
     about = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets), modules_to_save=modules or None)
     about.base_model_name_or_path, about.task_type, about.inference_mode = base, "CAUSAL_LM", True
     directory.mkdir(parents=True, exist_ok=True)
-    about.save_pretrained(directory)
+    about.save_pretrained(str(directory))
     made = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(made, directory / "adapter_model.safetensors", {"format": "pt"})
 

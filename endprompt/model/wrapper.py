@@ -73,7 +73,7 @@ def _take_out(directory: Path, config: PretrainedConfig, made: Path) -> None:
     for path in directory.iterdir():
         if path.is_file() and path.suffix in BESIDE and path.name not in ("config.json", INDEX):
             shutil.copy(path, made)
-    places = {}
+    places: dict[str, str] = {}
     for number, (path, names) in enumerate(_by_file(renamed, stored).items()):
         file = f"model-{number:05}.safetensors"
         with open_tensors(path) as source:

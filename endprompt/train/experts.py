@@ -79,7 +79,7 @@ def tokens_an_expert(objective: Objective, ids_BT: torch.Tensor, positions_BT: t
 
     def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if len(args) > 1 and isinstance(args[1], torch.Tensor) and not args[1].is_floating_point():
-            size = module.num_experts if hasattr(module, "num_experts") else int(args[1].max()) + 1
+            size: Any = getattr(module, "num_experts", None) or args[1].max() + 1
             counted[module] = torch.bincount(args[1].flatten(), minlength=int(size))
 
     layers = [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]

@@ -23,7 +23,7 @@ import torch._functorch.config
 
 from endprompt import distributed, origin
 from endprompt.config import ExtendConfig, method_name
-from endprompt.data import Batch, Rows
+from endprompt.data import Batch, Mixture, Rows
 from endprompt.data.rows import prefetch
 from endprompt.distributed import World, say
 from endprompt.fast import linears
@@ -123,7 +123,7 @@ class Trainer:
         self,
         config: ExtendConfig,
         model: PreTrainedModel,
-        rows: Rows,
+        rows: Rows | Mixture,
         steps: int,
         log: RunDirectory | None,
         here: World | None = None,

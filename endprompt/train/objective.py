@@ -45,7 +45,8 @@ class Objective(torch.nn.Module):
         self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
         self.plain = plain_head(model)  # tried while the model is whole: sharded it can't be
         self.balance = 0.0  # weight of the experts' loss, which is added to that of a row
-        self.row_weight = 1.0  # what a row counts in the sum: the weight of a step's tokens over its rows
+        # what a row counts in the sum: the weight of a step's tokens over its rows
+        self.row_weight: float | torch.Tensor = 1.0
         self.dense = False  # nearly all tokens count: those that do not are not worth looking for
 
     def forward(

@@ -12,7 +12,7 @@ from typing import Any
 
 from endprompt import distributed, files
 from endprompt.config import ExtendConfig, check_output
-from endprompt.data import Rows
+from endprompt.data import Mixture, Rows
 from endprompt.distributed import World, say
 from endprompt.files import read_object
 from endprompt.results import RECORD
@@ -75,7 +75,7 @@ class Output:
                 f"an unfinished run has states in {self.work}; set resume to go on, or overwrite to start again"
             )
 
-    def resume(self, rows: Rows, source: dict[str, Any]) -> TrainingState | None:
+    def resume(self, rows: Rows | Mixture, source: dict[str, Any]) -> TrainingState | None:
         """The state to go on from; without one nothing is left of an earlier run. The last check of all processes.
 
         source: `endprompt.model.load.identity` of the checkpoint that is extended.
@@ -119,7 +119,7 @@ class Output:
         distributed.by_main(self.here, whole)
 
 
-def check_identity(config: ExtendConfig, rows: Rows, source: dict[str, Any], about: dict[str, Any]) -> None:
+def check_identity(config: ExtendConfig, rows: Rows | Mixture, source: dict[str, Any], about: dict[str, Any]) -> None:
     """Refuse a state of another configuration, or of a checkpoint or data that have changed since."""
     ours = identity(config)
     saved = identity(ExtendConfig()) | about.get("config", {})  # a setting that is newer than the state
