@@ -8,6 +8,7 @@ stderr: window and scaling, where in the window each text lies, what was left ou
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import sys
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BETWEEN = "\n\n"  # texts, and the last text and the question
-TRIES = 20  # at a text that fits
 NEW_TOKENS = 512  # of an answer at most; in small windows a quarter of them
 
 
@@ -88,8 +88,8 @@ class Checkpoint:
             factor, original = one.get("factor"), one.get("original_max_position_embeddings")
             words = [one.get("rope_type", "default"), f"factor {factor:g}" if factor else ""]
             kinds.append(", ".join(filter(None, [*words, f"from {original:,} tokens" if original else ""])))
-        method = recorded(self.directory).get("method")
-        made = f"; extended by {method}" if method else ""
+        method = recorded(self.directory).get("method", "base")
+        made = f"; extended by {method}" if method != "base" else ""
         return f"window {self.window:,} tokens; RoPE scaling {' and '.join(dict.fromkeys(kinds))}{made}"
 
     def renderer(self) -> Callable[[Messages], str]:
@@ -243,28 +243,30 @@ def fit(
     Says where they lie. spare: tokens that stay free beside the answer's. Raises ValueError if the prompt is too long
     and no part is named, or if nothing of the texts would be left.
     """
-    window, new, whole = checkpoint.window, checkpoint.new_tokens, 0
-    for _ in range(TRIES):
-        prompt = prompt_of(texts.kept)
-        ids = checkpoint.ids(prompt)
-        over, whole = len(ids) + spare - checkpoint.room, whole or len(ids)
-        if over <= 0 or not part or not texts.kept:
-            break
-        # by the text's own characters a token, and a little more so that few tries are needed
-        more = max(1, round(over * len(texts.text) / whole), round(1.01 * over * len(texts.kept) / len(ids)))
-        texts.leave_out(part, min(len(texts.text), texts.cut[1] - texts.cut[0] + more))
-    if over > 0:
-        what = "leaves no room for any text" if part or not texts.text else "needs --cut start, middle or end"
-        turn = f" and {spare} for a turn" if spare else ""
-        raise ValueError(
-            f"a prompt of {whole:,} tokens with max_new_tokens={new}{turn} {what}, or lower max_new_tokens; the window "
-            f"is {window:,} tokens"
-        )
+    window, room = checkpoint.window, checkpoint.room - spare
+
+    def without(count: int) -> tuple[str, list[int]]:
+        texts.leave_out(part or "end", count)
+        return (prompt := prompt_of(texts.kept)), checkpoint.ids(prompt)
+
+    prompt, ids = without(0)
+    if (whole := len(ids)) > room:
+        counts = range(len(texts.text) if part else 0)  # the least that has to go
+        count = bisect.bisect_left(counts, True, key=lambda count: len(without(count)[1]) <= room)
+        if count == len(counts):
+            what = "leaves no room for any text" if part or not texts.text else "needs --cut start, middle or end"
+            turn = f" and {spare} for a turn" if spare else ""
+            raise ValueError(
+                f"a prompt of {whole:,} tokens with max_new_tokens={checkpoint.new_tokens}{turn} {what}, or lower "
+                f"max_new_tokens; the window is {window:,} tokens"
+            )
+        prompt, ids = without(count)
     begin = prompt.index(texts.kept.strip()) - (len(texts.kept) - len(texts.kept.lstrip()))
     for name, first, last in texts.spans():
         at = checkpoint.place(prompt, ids, max(0, begin + first), begin + last)
-        lies = f"tokens {at[0]:,} to {at[1]:,} of the window's {window:,}" if first < last else "left out"
-        say(f"{name}: {lies} ({100 * at[0] / window:.0f}% to {100 * at[1] / window:.0f}%)" if first < last else lies)
+        shares = f"{100 * at[0] / window:.0f}% to {100 * at[1] / window:.0f}%"
+        lies = f"tokens {at[0]:,} to {at[1]:,} of the window's {window:,} ({shares})" if first < last else "left out"
+        say(f"{name}: {lies}")
     if part and (count := texts.cut[1] - texts.cut[0]):
         first, last = texts.cut
         say(

@@ -206,7 +206,7 @@ def test_the_readme_from_extend_to_figures(tmp_path, monkeypatch, capsys):
     scored = yaml.safe_load((tmp_path / "extended" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     (model,) = scored["model-index"]
     assert {result["dataset"]["name"] for result in model["results"]} and len(model["results"]) == 2
-    assert (tmp_path / "figures" / "score_against_length.png").is_file()
+    assert (tmp_path / "figures" / "score_against_length.png").is_file() and (tmp_path / "extended/loss.png").is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)
