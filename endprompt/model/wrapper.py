@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from endprompt import origin
-from endprompt.files import read_object, write_text
+from endprompt.files import read_object, sha256_of, write_text
 from endprompt.model.geometry import named
 from endprompt.model.weights import INDEX, Stored, open_tensors, sampled_sha256, stored_tensors
 
@@ -48,7 +48,8 @@ def text_of(directory: Path, config: PretrainedConfig) -> Path:
     """
     from filelock import FileLock
 
-    digest = sampled_sha256(directory)
+    beside = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in BESIDE)
+    digest = sha256_of(sampled_sha256(directory).encode(), *(path.read_bytes() for path in beside))
     made = origin.cache_folder() / "text" / digest[:16] / origin.name_of(directory)
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{made}.lock"), named(config):

@@ -85,6 +85,17 @@ def test_the_text_model_is_extended_and_the_rest_stays(make, tmp_path, extend_co
     assert json.loads((out / "endprompt.json").read_text())["model"] == "whole"
 
 
+def test_another_config_of_the_same_weights_is_another_text_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
+    source = gemma(tmp_path / "m")
+    first = wrapper.text_of(source, load_config(source))
+    about = json.loads((source / "config.json").read_text())
+    about["text_config"]["sliding_window"] = 16
+    (source / "config.json").write_text(json.dumps(about))
+    second = wrapper.text_of(source, load_config(source))
+    assert [load_config(one).sliding_window for one in (first, second)] == [8, 16]
+
+
 def test_names_that_are_not_known_are_said(tmp_path, monkeypatch):
     monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
     source = made(tmp_path / "m", load_config(gemma(tmp_path / "first")))
