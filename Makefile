@@ -24,7 +24,9 @@ test-gpu: setup
 
 # The pages and the API reference, into site/ (open site/index.html).
 docs: setup
-	@NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict --quiet
+	@"$(BIN)/python" .ci/site_pages.py build/site
+	@"$(BIN)/zensical" build --strict --clean --config-file build/site/mkdocs.yml
+	@rm -rf site && mv build/site/site site
 
 # Faults put into positions, loss, bounds and metrics on purpose: each must make a test fail.
 mutants: setup

@@ -1,4 +1,6 @@
-"""What the documentation site is made of beside docs/: pages that live with what they describe, and the API reference.
+"""The documentation site's pages beside docs/: pages that live with what they describe, and the API reference.
+
+    python .ci/site_pages.py [FOLDER]     writes FOLDER/pages and FOLDER/mkdocs.yml (build/site), which zensical builds
 
 Their links point into the repository; where the file is a page of the site the link is turned to it, and where it is
 not, it is left as text.
@@ -8,10 +10,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 #: File in the repository -> page of the site.
@@ -82,28 +86,35 @@ def site_page(text: str, source: str, pages: dict[str, str]) -> str:
     return LINK.sub(turned, text)
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    own = {path.name for path in Path(config.docs_dir).glob("*.md")} | set(PAGES.values())
+def navigation(own: set[str]) -> list[Any]:
     named = [{title: page} for page, title in NAV.items() if page in own]
     rest = sorted(own - set(NAV) - {"changelog.md", "contributing.md"})
     api = {"API": [{package: f"api/{package}.md"} for package in PACKAGES]}
-    config.nav = [*named, *rest, api, {"Changelog": "changelog.md"}, {"Contributing": "contributing.md"}]
-    return config
+    return [*named, *rest, api, {"Changelog": "changelog.md"}, {"Contributing": "contributing.md"}]
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    known = {f"docs/{file.src_uri}": file.src_uri for file in files} | PAGES
-    for source, page in PAGES.items():
-        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/demo.png)", "](demo.png)")
-        files.append(File.generated(config, page, content=site_page(text, source, known)))
+def write(folder: Path) -> None:
+    """All pages with their links, and the configuration with its navigation."""
+    pages = folder / "pages"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", pages)
+    (pages / "api").mkdir()
+    docs = {f"docs/{path.name}": path.name for path in (ROOT / "docs").iterdir()}
+    known = docs | PAGES
+    for source, page in known.items():
+        if page.endswith(".md"):
+            text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/demo.png)", "](demo.png)")
+            (pages / page).write_text(site_page(text, source, known), encoding="utf-8")
+    for picture in (ROOT / "paper_figures").glob("*.png"):
+        shutil.copy(picture, pages)
     for package in PACKAGES:
-        files.append(File.generated(config, f"api/{package}.md", content=api_page(package)))
-    return files
+        (pages / "api" / f"{package}.md").write_text(api_page(package), encoding="utf-8")
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    config |= {"docs_dir": "pages", "nav": navigation({page for page in known.values() if page.endswith(".md")})}
+    (handler,) = (one["mkdocstrings"]["handlers"]["python"] for one in config["plugins"] if "mkdocstrings" in one)
+    handler["paths"] = [str(ROOT)]
+    (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the pages below docs/ that lead out of it."""
-    if page.file.src_uri in PAGES.values() or page.file.src_uri.startswith("api/"):
-        return markdown
-    known = {f"docs/{file.src_uri}": file.src_uri for file in files} | PAGES
-    return site_page(markdown, f"docs/{page.file.src_uri}", known | {page.file.src_uri: page.file.src_uri})
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if sys.argv[1:] else ROOT / "build" / "site")
