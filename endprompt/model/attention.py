@@ -464,11 +464,11 @@ def attention_for(config: PretrainedConfig, registered: str) -> str:
     name = plain_name(registered)
     if name.startswith("apart_"):
         raise ValueError(
-            f"{narrow[0]} by position, which short_documents='apart' cannot: short_documents must be drop or pack"
+            f"{narrow[0]}, by position, which short_documents='apart' cannot mask: short_documents must be drop or pack"
         )
     if name not in MASKED:
         raise ValueError(
-            f"{narrow[0]} by position, which attention={name} cannot: attention must be one of {', '.join(MASKED)}"
+            f"{narrow[0]}, by position, which attention={name} cannot mask: it must be one of {', '.join(MASKED)}"
         )
     return registered + BY_POSITION
 

@@ -46,14 +46,14 @@ class LayerKind:
         return self.name not in STILL and (self.reach is None or self.reach >= target)
 
     def __str__(self) -> str:
-        who = f"layers {spelled(self.layers)} ({self.name})"
+        who = f"layer{'s' * (len(self.layers) > 1)} {spelled(self.layers)} ({self.name})"
         if self.name in STILL:
-            return f"{who} do not attend"
-        sees = "see everything"
+            return f"{who}: no attention"
+        sees = "everything"
         if self.reach is not None:
             chunks = REACH.get(self.name) == "attention_chunk_size"
-            sees = f"{'see chunks of' if chunks else 'slide over'} {self.reach:,} tokens"
-        return f"{who} {sees}{'' if self.parameters else ' and have no RoPE'}"
+            sees = f"{'chunks' if chunks else 'a sliding window'} of {self.reach:,} tokens"
+        return f"{who}: attention to {sees}{'' if self.parameters else ', no RoPE'}"
 
 
 def by_kind(parameters: Mapping[str, Any] | None) -> bool:
@@ -149,7 +149,7 @@ def described(config: PretrainedConfig, target: int, scaling: str = "") -> list[
         elif scaling != "none" and (kind is main or shared):
             more = "" if kind.sees(target) else " too, since the config has one set for all layers"
             what = f"scales their frequencies{more}"
-        lines.append(f"{kind}: an extension {what}")
+        lines.append(f"{kind}; an extension {what}")
     return lines
 
 

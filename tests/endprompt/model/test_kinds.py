@@ -152,15 +152,16 @@ def test_the_layers_that_are_meant_are_scaled_and_exported(tmp_path, family):
 def test_what_is_said_of_each_kind():
     gemma = tiny_config("gemma3_text", NARROW)
     assert kinds.described(gemma, TARGET, "yarn") == [
-        "layers 0, 2 (sliding_attention) slide over 8 tokens: an extension leaves their frequencies",
-        "layers 1, 3 (full_attention) see everything: an extension scales their frequencies",
+        "layers 0, 2 (sliding_attention): attention to a sliding window of 8 tokens; "
+        "an extension leaves their frequencies",
+        "layers 1, 3 (full_attention): attention to everything; an extension scales their frequencies",
     ]
     assert kinds.described(tiny_config("gpt_oss", NARROW), TARGET, "yarn")[0] == (
-        "layers 0, 2 (sliding_attention) slide over 8 tokens: "
+        "layers 0, 2 (sliding_attention): attention to a sliding window of 8 tokens; "
         "an extension scales their frequencies too, since the config has one set for all layers"
     )
     assert kinds.described(tiny_config("smollm3"), TARGET, "yarn")[1] == (
-        "layers 3 (full_attention) see everything and have no RoPE: an extension changes nothing in them"
+        "layer 3 (full_attention): attention to everything, no RoPE; an extension changes nothing in them"
     )
     assert kinds.spelled([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
 
@@ -197,7 +198,7 @@ def test_what_is_not_understood_is_refused_before_loading(family, changes, scali
 
 def test_documents_that_stand_apart_have_no_windows():
     config = models.extended_config(tiny_config("olmo3", NARROW), "yarn", TARGET)
-    with pytest.raises(ValueError, match=r"which short_documents='apart' cannot: short_documents must be drop or pack"):
+    with pytest.raises(ValueError, match=r"which short_documents='apart' cannot mask: .* must be drop or pack"):
         load.check_builds(config, apart_attention("sdpa"))
 
 
@@ -207,8 +208,8 @@ def test_an_attention_without_windows_names_those_with(attention):
     config = models.extended_config(tiny_config("olmo3", NARROW), "yarn", TARGET)
     with pytest.raises(
         ValueError,
-        match=rf"slide over 8 tokens by position, which attention={attention} cannot: "
-        "attention must be one of sdpa, eager, flex",
+        match=rf"a sliding window of 8 tokens, by position, which attention={attention} cannot mask: "
+        "it must be one of sdpa, eager, flex",
     ):
         load.check_builds(config, registered_name(attention))
 
