@@ -118,9 +118,9 @@ def capture(
                 f"layer {layer}: its RoPE is applied {len(turns)} times before its attention, and verify reads one"
             )
         turn = turns.pop()
-        if layer not in sets:
+        if layer not in sets and layer >= 0:
             raise ValueError(f"layer {layer}: it turns, and by its config it has no RoPE")
-        omega, attention_factor = sets[layer]
+        omega, attention_factor = sets.get(layer) or next(iter(sets.values()))  # -1: shared by layers (Zamba 2)
         if turn.first.size != omega.size:
             raise ValueError(
                 f"layer {layer}: the model turns {turn.first.size} pairs of a head, its config gives {omega.size}"
