@@ -66,7 +66,7 @@ def test_unknown_command_is_bad_usage(capsys):
         ("extend --eval-lengths a b", "eval_lengths must be whole numbers: eval_lengths=['a', 'b']"),
         ("extend --rope-options 3", "rope_options must be a mapping: rope_options=3"),
         ("extend --data", "--data: expected one argument"),
-        ("score x --suite foo", "suite must be one of ruler, longbench, short: suite=foo"),
+        ("score x --backend foo", "backend must be one of hf, vllm, server: backend=foo"),
         ("score", "the following arguments are required: checkpoint"),
         ("completion fish", "shell must be one of bash, zsh: shell=fish"),
     ],

@@ -45,7 +45,8 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def log_of(directory: Path) -> list[dict]:
-    return lines_of(directory / "log.jsonl")
+    """The steps of a run's log, without what evaluations add to it."""
+    return [entry for entry in lines_of(directory / "log.jsonl") if "by_position" not in entry]
 
 
 def losses_of(directory: Path) -> list[float]:

@@ -197,6 +197,7 @@ MAY_CHANGE = {
     *("output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile", "report"),
     *("divergence", "checkpointing", "fused", "eval_data", "eval_every", "eval_lengths", "eval_rows"),
     "eval_needles",
+    "max_epochs",  # a limit that is only checked
 }
 
 
