@@ -258,6 +258,7 @@ def test_citation_file_is_in_the_format():
     assert (cff["version"], cff["license"]) == (project["version"], project["license"])
 
 
+@pytest.mark.slow  # GitHub's workflow builds the site, too
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("zensical")
     pytest.importorskip("mkdocstrings")

@@ -46,6 +46,7 @@ def test_a_command_is_timed_beside_a_busy_core_with_threads_of_both_kinds(monkey
     assert all(process.poll() is not None for process in started)
 
 
+@pytest.mark.slow
 def test_verify_is_timed_on_every_head_of_the_shape(tmp_path, monkeypatch):
     monkeypatch.setattr("endprompt.runs.git_revision", lambda: None)
     command = [
