@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -208,7 +208,7 @@ def receive(url: str, path: Path, sha256: str | None, session: requests.Session)
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         status = f"answers {answer.status_code} {answer.reason or ''}".strip()
         if answer.status_code in TRY_AGAIN:
-            return status, retry_after(answer.headers.get("Retry-After", ""))
+            return status, retry_after(answer.headers)
         if begun and answer.status_code == 416:  # there are no more bytes than are here already, or fewer
             if sha256 and files.file_sha256(part) == sha256:
                 return None
@@ -242,13 +242,15 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def retry_after(text: str) -> float:
-    """Seconds that a server asks to wait: a number, or a date."""
-    if text.strip().isdigit():
-        return float(text)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait in its Retry-After: a number, or a date."""
+    text = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        with contextlib.suppress(ValueError, TypeError):
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        return 0.0
 
 
 def said(error: Exception) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import email.utils
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from benchmarks import chat
+from benchmarks.originals import retry_after
 from endprompt.distributed import say
 from endprompt.text import UNUSUAL, Reader
 
@@ -182,17 +182,6 @@ def hidden(text: str) -> str:
     """The text without the key: some servers repeat it."""
     key = os.environ.get(KEY, "").strip()
     return text.replace(key, "[key]") if key else text
-
-
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the header asks to wait, given as seconds or as a date."""
-    text = headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        with contextlib.suppress(ValueError, TypeError):
-            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-        return 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ what is served
