@@ -94,15 +94,21 @@ The mean over seeds.
 
 ## Five times the tokens
 
-Five cells of seed 0 again, on the same samples, after {more} million tokens: {one_seed} samples a length and one seed,
-so no verdict. The last column has the interval of samples drawn anew.
+Eight of these cells again, on the same samples, after {more} million tokens: with YaRN of seeds 0 and 1, with PI of
+seed 0, {one_seed} samples a seed and length. The last column compares the same seeds, with the interval of seeds and
+samples drawn anew.
 
 {tokens_table}
 
+Against the control with YaRN at 65,536 after {more} million tokens. Two seeds are too few for a verdict.
+
+{later_table}
+
 - **With PI a few needles are found near by:** at 4,096 the control goes from {pi_few} to {pi_many} percent, PoSE from
-  {pi_pose_few} to {pi_pose_many}; at 65,536 none. The control's loss at 65,536 is then lower than YaRN's, {pi_loss}
-  against {yarn_loss}: loss and scores go apart here, too.
-- **With YaRN `recall` stays ahead at 65,536:** {recall_many} percent, PoSE {pose_many}, the control {control_many}.
+  {pi_pose_few} to {pi_pose_many}; at 65,536 none. The control's loss at 65,536 is then lower than YaRN's (seed 0),
+  {pi_loss} against {yarn_loss}: loss and scores go apart here, too.
+- **With YaRN `recall` stays ahead at 65,536, in both seeds:** {recall_many} percent, PoSE {pose_many}, the control
+  {control_many}. It is behind the control at 4,096.
 
 ## Learning rates
 
@@ -115,13 +121,16 @@ Held-out loss at 65,536 after 5 million tokens (38 steps), seed 100, no task sco
 The study that this is a part of asks for 50 million tokens an arm with three seeds, 50 to 100 samples a cell, a curve
 to 200 million tokens, the full-length and LongLoRA baselines and LongBench. Presets `smollm2` and `smollm2-rates` hold
 it; `endprompt lab --preset smollm2 --dry-run` says what it takes. This part took 39 minutes of two H200, the rates
-among them, and the longer cells 28 minutes of one:
+among them, and the longer cells 43 minutes of one:
 
     endprompt lab --preset smollm2-rates --steps 38 --only 'arm=contiguous*,pose*' --documents books.jsonl \\
         --held-out held-out.jsonl --deterministic false --output runs/rates
     endprompt lab --preset smollm2-small --rates runs/rates/rates.json --documents books.jsonl \\
         --held-out held-out.jsonl --data-dir DATA --deterministic false --output runs/small
     endprompt lab --preset smollm2-small --steps 382 --seeds 0 --only 'arm=contiguous+*,pose+*,recall+yarn' \\
+        --rates runs/rates/rates.json --documents books.jsonl --held-out held-out.jsonl --data-dir DATA \\
+        --deterministic false --output runs/longer
+    endprompt lab --preset smollm2-small --steps 382 --seeds 1 --only 'arm=contiguous+yarn,pose+yarn,recall+yarn' \\
         --rates runs/rates/rates.json --documents books.jsonl --held-out held-out.jsonl --data-dir DATA \\
         --deterministic false --output runs/longer
 
@@ -232,30 +241,57 @@ def page() -> str:
     ]
     longer = read("smollm2_50m")
     later = {arm.name: arm for arm in arms_of(longer, read("smollm2_50m_scores"))}
-    losses_later = {(row["arm"], row["length"]): row["value"] for row in longer if row["task"] == "loss"}
+    losses_later = {
+        (row["arm"], row["length"]): row["value"] for row in longer if row["task"] == "loss" and not row["seed"]
+    }
 
-    def gained(name: str) -> str:
-        before, after = arms[name].samples[target, 0], later[name].samples[target, 0]
-        difference = [after[task] - before[task] for task in before]
-        mean = float(np.mean([part.mean() for part in difference]))
-        return shown((mean, *estimates.nested_bootstrap([difference])))
+    def again(name: str) -> list[int]:
+        """Seeds that were trained longer."""
+        return sorted(later[name].scores[target])
+
+    def paired(mine: Arm, other: Arm, seeds: list[int]) -> str:
+        """Difference at the target, with the interval of seeds and samples drawn anew."""
+        parts = [
+            [
+                mine.samples[target, seed][task] - other.samples[target, seed][task]
+                for task in mine.samples[target, seed]
+            ]
+            for seed in seeds
+        ]
+        mean = float(np.mean([part.mean() for differences in parts for part in differences]))
+        return shown((mean, *estimates.nested_bootstrap(parts)))
+
+    def mean_of(study: dict[str, Arm], name: str, length: int) -> str:
+        return f"{np.mean([study[name].scores[length][seed] for seed in again(name)]):.1f}"
 
     tokens_table = [
-        [named(name), f"{millions(part)} million", *(f"{study[name].scores[n][0]:.1f}" for n in lengths), change]
+        [named(name), f"{millions(part)} million", str(len(again(name)))]
+        + [mean_of(study, name, n) for n in lengths]
+        + [paired(later[name], arms[name], again(name)) if study is later else ""]
         for name in order
         if name in later
-        for study, part, change in ((arms, rows, ""), (later, longer, gained(name)))
+        for study, part in ((arms, rows), (later, longer))
+    ]
+    base = later["contiguous+yarn"]
+    later_table = [
+        [
+            named(name),
+            ", ".join(f"{later[name].scores[target][seed] - base.scores[target][seed]:.1f}" for seed in again(name)),
+            paired(later[name], base, again(name)),
+        ]
+        for name in ("recall+yarn", "pose+yarn")
     ]
     claims = [row["sentence"] for row in verdicts.rows_of([*arms.values()]) if row["metric"] == "claim"]
     return TEXT.format(
         tokens=millions(rows),
         more=millions(longer),
         one_seed=sum(len(part) for part in later["pose+yarn"].samples[target, 0].values()),
-        tokens_table=table(["arm", "tokens", *heads[1:], "difference at 65,536"], tokens_table),
+        tokens_table=table(["arm", "tokens", "seeds", *heads[1:], "difference at 65,536"], tokens_table),
+        later_table=table(["arm", "seed by seed", "seeds and samples drawn anew"], later_table),
         pi_loss=f"{losses_later['contiguous+linear', target]:.2f}",
         yarn_loss=f"{losses_later['contiguous+yarn', target]:.2f}",
         **{
-            f"{word}_{when}": f"{study[arm].scores[length][0]:.1f}"
+            f"{word}_{when}": mean_of(study, arm, length)
             for word, arm, length in (
                 ("pi", "contiguous+linear", lengths[0]),
                 ("pi_pose", "pose+linear", lengths[0]),
