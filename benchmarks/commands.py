@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.config import (
     CardConfig,
     ChatConfig,
+    CompareConfig,
     DemoConfig,
     FetchConfig,
     GenerateConfig,
@@ -122,6 +123,15 @@ def report(config: ReportConfig) -> int | None:
     print(page)
     if config.open:
         work.show(page)
+    return None
+
+
+def compare(config: CompareConfig) -> int | None:
+    """Compare finished scorings: scores, effective lengths, paired differences, costs, published tables beside them."""
+    from benchmarks.report import board
+
+    made, found = board.compare(config)
+    print(json_lines(found) if config.json else "\n\n".join(table.text() for table in made))
     return None
 
 

@@ -1,9 +1,11 @@
-"""Settings of the commands `card`, `chat`, `demo`, `fetch`, `generate`, `report` and `tasks-path`."""
+"""Settings of the commands `card`, `chat`, `compare`, `demo`, `fetch`, `generate`, `report` and `tasks-path`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from benchmarks import summary
 
 
 @dataclass
@@ -149,6 +151,31 @@ class ReportConfig:
     output: str | None = None
     reference: str | None = None
     open: bool = False
+
+
+@dataclass
+class CompareConfig:
+    """Settings of `endprompt compare`.
+
+    Args:
+        runs: run directories of `endprompt score`.
+        reference: run that the others are compared with, by its name in the table or its directory; the first if not
+            given.
+        board: published tables to stand beside the runs, separated by commas: ruler, longbench, helmet.
+        page: file for a page of HTML with the same tables, which sort, and a picture; it loads nothing and can be
+            hosted as it is.
+        model_index: file for the run's scores as the front matter of a model card.
+        threshold: percent that an effective length needs; RULER has what Llama-2-7B scores at 4K.
+        json: print the differences, one JSON object a line, instead of tables.
+    """
+
+    runs: list[str]
+    reference: str | None = None
+    board: str | None = None
+    page: str | None = None
+    model_index: str | None = None
+    threshold: float = summary.THRESHOLD
+    json: bool = False
 
 
 @dataclass

@@ -100,6 +100,15 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     }
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Statist. 6, 65)."""
+    order = np.argsort(p_values, kind="stable")
+    steps = np.arange(len(p_values), 0, -1) * np.asarray(p_values)[order]
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, steps))
+    return [float(p) for p in adjusted]
+
+
 def by_length(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     """{length: {task: score}} of RULER's task rows."""
     table: dict[int, dict[str, float]] = {}

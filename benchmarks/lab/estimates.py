@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
+from benchmarks.summary import holm as holm
+
 #: A difference smaller than this many points is not called one; percent of samples, on the mean over tasks.
 MARGIN = 5.0
 #: Below this mean score (percent) of both arms a length is out of reach of both: nothing is compared there.
@@ -68,15 +70,6 @@ def over_settings(parts: Sequence[Estimate]) -> Estimate:
     freedom = float(squares.sum() ** 2 / sum(s**2 / (part.n - 1) for s, part in zip(squares, parts)))
     half = float(special.stdtrit(freedom, 0.975)) * error
     return Estimate(value, value - half, value + half, error, float(2 * special.stdtr(freedom, -abs(value) / error)), n)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Statist. 6, 65)."""
-    order = np.argsort(p_values, kind="stable")
-    steps = np.arange(len(p_values), 0, -1) * np.asarray(p_values)[order]
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, steps))
-    return [float(p) for p in adjusted]
 
 
 def decide(estimate: Estimate, p: float | None, margin: float = MARGIN) -> str:

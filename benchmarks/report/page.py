@@ -70,41 +70,50 @@ def render(runs: Sequence[Run], reference: str | None = None) -> str:
     """The page as text: the same for the same runs."""
     folder = files("benchmarks") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    environment = Environment(
-        loader=PackageLoader("benchmarks"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"count": count, "tokens": tokens, "tidy": tidy, "basename": os.path.basename}
-    environment.tests["number"] = number
     facets = report_data.facets(runs)
     if reference is not None and not any(report_data.choose_reference(facet, reference) for facet in facets):
         names = sorted({label for facet in facets for label in facet.methods})
         raise ValueError(f"reference must be a method of the runs: reference={reference!r}, they have {names}")
     parts = [(name_of(run, part), run, part) for run in runs for part in run.parts]
-    return environment.get_template("report.html").render(
-        policy=policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
-        glyphs=charts.GLYPHS,
-        runs=runs,
-        parts=parts,
-        about_run=about_run,
-        schemes=drawn_schemes(runs),
-        losses=loss_charts(parts),
-        facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
-        comparisons=[view for facet in facets if (view := comparison(facet, reference))],
-        heat_maps=[view for _, run, part in parts for view in heat_maps(run, part, len(runs) > 1)],
-        bounds=bounds(runs),
-        others=report_data.others(runs),
-        predictions=[wrong_predictions(name, part) for name, _, part in parts if last_predictions(part)],
-        environments=environments(parts),
-        configurations=[
-            (name, yaml.safe_dump(part.config, sort_keys=False, allow_unicode=True))
-            for name, _, part in parts
-            if part.config
-        ],
-        commands=[(run.name, commands(run)) for run in runs],
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            policy=policy(style, script),
+            style=Markup(style),
+            script=Markup(script),
+            glyphs=charts.GLYPHS,
+            runs=runs,
+            parts=parts,
+            about_run=about_run,
+            schemes=drawn_schemes(runs),
+            losses=loss_charts(parts),
+            facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
+            comparisons=[view for facet in facets if (view := comparison(facet, reference))],
+            heat_maps=[view for _, run, part in parts for view in heat_maps(run, part, len(runs) > 1)],
+            bounds=bounds(runs),
+            others=report_data.others(runs),
+            predictions=[wrong_predictions(name, part) for name, _, part in parts if last_predictions(part)],
+            environments=environments(parts),
+            configurations=[
+                (name, yaml.safe_dump(part.config, sort_keys=False, allow_unicode=True))
+                for name, _, part in parts
+                if part.config
+            ],
+            commands=[(run.name, commands(run)) for run in runs],
+        )
     )
+
+
+def environment() -> Environment:
+    """Of the pages' templates."""
+    made = Environment(
+        loader=PackageLoader("benchmarks"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {"count": count, "tokens": tokens, "tidy": tidy, "basename": os.path.basename}
+    made.tests["number"] = number
+    return made
 
 
 def policy(style: str, script: str) -> str:

@@ -63,7 +63,7 @@ def evaluate(
     from benchmarks.scoring.recording import Predictions, RecordingLM, no_environment_report
     from benchmarks.tasks.sample_task import SampleTask
 
-    began, before = time.perf_counter(), progress.tokens
+    began, before = time.perf_counter(), (progress.tokens, progress.made)
     predictions = Predictions(config.directory, settings, lm.rank)
     longest = max(needed(unit) for unit in units)
     chunk = config.batch_size if config.backend == "hf" else vllm.chunk(longest)
@@ -89,6 +89,8 @@ def evaluate(
             numpy_random_seed=None,
             torch_random_seed=None,
         )
+    counts = (progress.tokens - before[0], progress.made - before[1])
+    of_all = lm.gather_object(counts, dst=0) if lm.world_size > 1 else [counts]
     if out is None:
         return {}
     entries = read_run(config.directory, settings) if thoughts or any(unit.readings for unit in units) else {}
@@ -101,5 +103,21 @@ def evaluate(
             unit.columns[name] = 100 * sum(reading(sample, text) for sample, text in texts) / len(texts)
     made = {unit.name: row(config, unit, task.scores, settings) for unit, task in zip(units, tasks)}
     out.add(made.values())
-    out.log(cells=list(made), seconds=round(time.perf_counter() - began, 3), prompt_tokens=progress.tokens - before)
+    read, answered = map(sum, zip(*of_all))
+    seconds = round(time.perf_counter() - began, 3)
+    cost = {"seconds": seconds, "prompt_tokens": read, "answer_tokens": answered, "gpus": gpus(config, lm.world_size)}
+    out.log(cells=list(made), run=settings, **cost)
     return made
+
+
+def gpus(config: ScoreConfig, processes: int) -> int | None:
+    """GPUs that a run takes; a server's are not known."""
+    from lm_eval.utils import simple_parse_args_string
+
+    from benchmarks.scoring.fingerprint import device_of
+
+    extra = simple_parse_args_string(config.backend_args) if config.backend_args else {}
+    each = int(extra.get("tensor_parallel_size", 1)) * int(extra.get("data_parallel_size", 1))
+    if config.backend == "server":
+        return None
+    return processes * each if device_of(config.device).startswith("cuda") else 0

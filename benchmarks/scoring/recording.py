@@ -116,10 +116,13 @@ class RecordingLM(LM):
                 together = "" if hasattr(self.inner, "batches") else task
                 waiting.setdefault(together, {})[task, index] = request
         self.progress.skip(len(requests) - sum(len(own) for own in waiting.values()))
+        reader = Reader(known) if (known := getattr(self.inner, "tokenizer", None)) else None
         for own in waiting.values():
             began = time.perf_counter()
             for group in self.answered(sorted(own.values(), key=lambda request: -prompt_tokens(request))):
                 seconds = time.perf_counter() - began
+                if reader is not None:
+                    self.progress.made += sum(map(len, reader.ids([answer for _, answer in group])))
                 answers = [(request, *self.parted(request, answer)) for request, answer in group]
                 self.predictions.add([(r, a, self.note(str(r.task_name), r.doc, a) | more) for r, a, more in answers])
                 tokens = sum(prompt_tokens(request) for request, _ in group)
@@ -172,7 +175,7 @@ class Progress:
 
     def __init__(self, total: int, quiet: bool = False, every: float = 10.0):
         self.total, self.quiet, self.every = total, quiet, every
-        self.done = self.tokens = 0
+        self.done = self.tokens = self.made = 0  # samples, tokens of their prompts and of their answers
         self.seconds = self._shown = 0.0
         self.terminal = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 

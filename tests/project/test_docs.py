@@ -136,6 +136,7 @@ ELSEWHERE = {
     "demo": ("takes minutes", "benchmarks/test_demo.py", "project/test_packaging.py"),
     "lab --": ("takes minutes or a GPU", "benchmarks/lab/test_runner.py", "benchmarks/lab/test_matrix.py"),
     "report runs/": ("needs finished runs", "benchmarks/report/test_page.py"),
+    "compare runs/": ("needs finished runs", "benchmarks/report/test_board.py"),
     "positions --scheme all --target": ("another line's with other numbers", "analysis/test_verify.py"),
     "predict CHECKPOINT": ("takes a minute on a checkpoint of its own", "analysis/test_measures.py"),
     "verify CHECKPOINT --against BASE": ("the README's in other words", "analysis/test_verify.py"),
