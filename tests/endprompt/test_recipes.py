@@ -1,12 +1,15 @@
 """The shipped recipes: each is found, says where its numbers come from, and trains."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+import benchmarks
 import endprompt
+import paper_figures
 from endprompt import cli, train
 from endprompt.config import ExtendConfig, check_config, method_name
 from endprompt.data import rows
@@ -14,6 +17,8 @@ from tests.support.checkpoints import make_checkpoint
 
 FILES = sorted((Path(endprompt.__file__).parent / "recipes" / "extend").glob("*.yaml"))
 NAMES = [path.stem for path in FILES]
+
+STUDY = "recall-smollm2-135m-64k"
 
 
 def recipe(name):
@@ -59,9 +64,25 @@ def test_recipe_says_what_is_published_and_what_is_ours(name):
         assert part in header
     config = ExtendConfig(model="m", data=["d"], output="o", **recipe(name))
     check_config(config)
+    if name == STUDY:
+        return
     assert (config.lr, config.warmup, config.schedule, config.weight_decay) == (2e-5, 20, "constant", 0.0)
     tokens = config.rows * config.row_tokens
     assert tokens == 64 * 8192  # a step has the paper's tokens, whatever the length of its rows
+
+
+def test_recipe_of_the_study_is_the_arm_of_its_rows():
+    """The settings that the rows of the study's best arm state, after 50 million tokens, and those of its preset."""
+    lab = Path(benchmarks.__file__).parent / "lab"
+    stated = yaml.safe_load((lab / "smollm2.yaml").read_text(encoding="utf-8"))["train"]
+    rows_of = Path(paper_figures.__file__).parent / "data" / "measured" / "pages" / "smollm2_50m.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(rows_of.read_bytes()).splitlines()]
+    row = next(line for line in lines if line["arm"] == "recall+yarn")
+    config = ExtendConfig(**recipe(STUDY))
+    shared = stated.keys() - {"steps"}
+    assert {key: getattr(config, key) for key in shared} == {key: stated[key] for key in shared}
+    for key in ("target", "scaling", "scheme", "prompt", "recall_span", "row_tokens", "rows", "steps", "lr"):
+        assert getattr(config, key) == row[key], key
 
 
 def test_main_run_is_the_published_one():
