@@ -253,7 +253,10 @@ def extended_rope_parameters(
             )
         now = window_of(config, window)
         if target <= now.window:
-            raise ValueError(f"the target must be above the checkpoint's window: {target=} window={now.window}")
+            raise ValueError(
+                f"the target must be above the checkpoint's window, or equal to it with scaling=none: "
+                f"{target=} window={now.window} {scaling=}"
+            )
         times = now.factor * factor if factor is not None else target / now.original
         if kind == "llama3" and factor is None:  # whose factor does not follow from its window
             times = now.factor * target / now.window
@@ -297,6 +300,7 @@ def extended_config(
     """A copy of the config with the new window and the whole `rope_parameters`; arguments as above.
 
     With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
+    With `none` and the window itself as the target nothing of RoPE changes, whatever scaling the checkpoint has.
     A head_dim that is null is stated, because some of transformers' scalings read it.
     """
     with named(config):
@@ -308,6 +312,8 @@ def extended_config(
             f"first: quantization_config={config.quantization_config}"
         )
     extended = copy.deepcopy(config)
+    if scaling == "none" and target == window_of(config, window).window:
+        return extended
     extended.rope_parameters = extended_rope_parameters(config, scaling, target, factor, window=window, **options)
     if not getattr(config, "is_heterogeneous", False) and getattr(config, "head_dim", 0) is None:
         extended.head_dim = rope_geometry(config).head_dim

@@ -138,8 +138,10 @@ def text(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], name: 
 def facts(record: Mapping[str, Any]) -> dict[str, str]:
     """What the card's first table says, in its order."""
     config, environment = record["config"], record["environment"]
-    scaling = str(config["scaling"])
-    if scaling != "none":
+    scaling, tuned = str(config["scaling"]), record["target"] == record["window"]
+    if tuned:
+        scaling = "as the base has it"
+    elif scaling != "none":
         scaling += f", factor {record.get('factor') or config.get('factor') or record['target'] / record['window']:g}"
     if config.get("rope_options"):
         scaling += ", " + ", ".join(f"{key}={value}" for key, value in config["rope_options"].items())
@@ -149,7 +151,9 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
         "position scheme": str(config["scheme"]),
         "end prompt": f"{record['prompt_tokens']} tokens" if record.get("prompt_tokens") else "none",
         "RoPE scaling": scaling,
-        "window": f"{record['window']:,} to {record['target']:,} tokens",
+        "window": f"{record['window']:,} tokens, as before"
+        if tuned
+        else f"{record['window']:,} to {record['target']:,} tokens",
         "weights trained": f"LoRA, rank {config['lora_rank']}, {kept_as(config)}" if config.get("lora_rank") else "all",
         "training data": ", ".join(f"`{file_name(source)}`" for source in config["data"]),
         "training tokens": f"{record['tokens']:,}",

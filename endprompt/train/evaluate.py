@@ -47,16 +47,24 @@ class Measured:
 def held_out_rows(documents: Documents, length: int, count: int) -> list[Row]:
     """Up to `count` windows of `length` tokens, evenly spaced over the held-out text without overlap.
 
-    Raises ValueError if the text is shorter than one window.
+    Of conversations what the assistant wrote counts, as in training. Raises ValueError if the text is shorter than one
+    window, or nothing of it counts.
     """
     total = len(documents.tokens)
     if total < length:
         raise ValueError(f"the held-out text must be as long as an evaluation length: eval_lengths={length}, {total=}")
     count = min(count, total // length)
     starts = np.linspace(0, total - length, count).astype(np.int64)
-    weights = np.ones(length, dtype=np.float32)
-    weights[0] = 0.0
-    return [(np.asarray(documents.tokens[s : s + length], dtype=np.int64), weights) for s in starts]
+    rows = []
+    for start in starts:
+        window = slice(start, start + length)
+        weights = np.ones(length) if documents.weights is None else documents.weights[window]
+        weights = weights.astype(np.float32)
+        weights[0] = 0.0
+        rows.append((np.asarray(documents.tokens[window], dtype=np.int64), weights))
+    if not any(weights.any() for _, weights in rows):
+        raise ValueError(f"no token of the held-out rows is the assistant's: eval_lengths={length} eval_rows={count}")
+    return rows
 
 
 def needle_rows(
@@ -106,7 +114,8 @@ class Evaluation:
         seed: int,
     ):
         self.rows = {length: held_out_rows(documents, length, rows) for length in lengths}
-        self.by_position: dict[int, list[float]] = {}  # of each length, as last measured: by equal parts of the row
+        #: of each length, as last measured: by equal parts of the row, where each has tokens that count
+        self.by_position: dict[int, list[float]] = {}
         self.needles = {length: needle_rows(documents, length, needles, encode, seed) for length in lengths if needles}
 
     @property
@@ -120,8 +129,10 @@ class Evaluation:
         """One result a task and length. Every process must call it; each takes its share of the rows."""
         for length, rows in self.rows.items():
             sums = _sum(objective, rows, here, parts=min(PARTS, length - 1))
-            counts = [len(part) * len(rows) for part in np.array_split(np.arange(length - 1), len(sums))]
-            self.by_position[length] = [value / count for value, count in zip(sums, counts)]
+            weights = np.sum([weights[1:] for _, weights in rows], axis=0)
+            counts = [float(part.sum()) for part in np.array_split(weights, len(sums))]
+            if all(counts):
+                self.by_position[length] = [value / count for value, count in zip(sums, counts)]
             loss = sum(sums) / sum(counts)
             yield Measured("held_out", "loss", length, loss, len(rows), rows_sha256(rows))
         for length, rows in self.needles.items():

@@ -22,7 +22,7 @@ import torch
 import torch._functorch.config
 
 from endprompt import distributed, origin
-from endprompt.config import ExtendConfig, method_name
+from endprompt.config import ExtendConfig
 from endprompt.data import Batch, Mixture, Rows
 from endprompt.data.rows import prefetch
 from endprompt.distributed import World, say
@@ -142,6 +142,7 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.notes: list[str] = []  # on the checkpoint's weights
         self.source: dict[str, Any] = {}  # its identity
+        self.method = ""  # of result rows
         self.loss = loss or objective_of(config, model, here)
         self.token_flops = flops_per_token(model, rows.spec.row_tokens)
         self.peak = device_peak(self.device)
@@ -313,10 +314,10 @@ class Trainer:
         self.model.train()
         if not self.log:
             return
-        name, method = origin.name_of(self.config.model), method_name(self.config)
+        name = origin.name_of(self.config.model)
         for one in found:
             row = result_row(
-                suite="training", model=name, method=method, seed=self.config.seed, step=self.step, **vars(one)
+                suite="training", model=name, method=self.method, seed=self.config.seed, step=self.step, **vars(one)
             )
             self.log.add([row])
             say(f"step {self.step}: {one.task} at {one.length}: {one.metric} {one.value:.4f}")

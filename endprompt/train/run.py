@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from endprompt import distributed, origin
-from endprompt.config import ExtendConfig, check_processes, method_name
+from endprompt.config import ExtendConfig, check_processes
 from endprompt.data import Mixture, Rows, RowSpec, encoder
 from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
@@ -85,6 +85,7 @@ def run(start: Checkpoint) -> Path:
                     )
                 trainer = Trainer(config, model, rows, steps, log, here, loss)
                 trainer.evaluation, trainer.notes, trainer.source = evaluation, about_weights, source
+                trainer.method = start.method
                 distributed.by_main(here, lambda: check_end(trainer, start, output, dtype))
                 if state is not None:
                     trainer.resume(state)
@@ -161,7 +162,7 @@ def record_of(trainer: Trainer, window: int) -> dict[str, Any]:
     config, rows = trainer.config, trainer.rows
     spec = rows.spec
     return {
-        "method": method_name(config),
+        "method": trainer.method,
         "model": origin.name_of(config.model),
         "origin": origin.about(config.model),
         "window": window,

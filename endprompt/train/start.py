@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endprompt.config import ExtendConfig, check_config, mixture
+from endprompt.config import ExtendConfig, check_config, method_name, mixture
 from endprompt.data import Documents, Mixture, Rows, RowSpec, load_documents
 from endprompt.data.rows import row_spec
 from endprompt.distributed import say
@@ -27,6 +27,7 @@ from endprompt.model.kinds import described, layer_kinds
 from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path
 from endprompt.model.packed import apart_attention
 from endprompt.model.weights import stored_dtype
+from endprompt.results import recorded
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
@@ -47,6 +48,14 @@ class Checkpoint:
     source_dtype: Any
     window: int
     wrapper: tuple[Path, PretrainedConfig] | None = None
+
+    @property
+    def method(self) -> str:
+        """`method` of result rows; of a checkpoint that is tuned at its own window that of its extension, `@tuned`."""
+        if self.config.target > self.window:
+            return method_name(self.config)
+        directory = self.wrapper[0] if self.wrapper else self.config.model
+        return f"{recorded(directory).get('method', 'base')}@tuned"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -91,6 +91,21 @@ def test_losses_and_weights_are_those_of_the_trainer(
         assert float((found - expected[name]).abs().max()) < 2e-4, name
 
 
+def test_conversations_are_made_of_two_sets(tmp_path):
+    answer = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 24"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "How many clips?", "answer": answer}) + "\n")
+    turns = [{"speaker": "USER", "utterance": "A table?"}, {"speaker": "SYSTEM", "utterance": "For how many?"}]
+    (tmp_path / "dialogues_001.json").write_text(json.dumps([{"turns": turns}] * 2))
+    module = loaded("conversations")
+    (made,) = module.gsm8k(tmp_path / "train.jsonl")
+    assert [turn["role"] for turn in made] == ["user", "assistant"]
+    assert made[1]["content"] == "Natalia sold 48/2 = 24 clips.\nThe answer is 24."
+    first, second = module.sgd(tmp_path / "dialogues_001.json")
+    assert first == second == [
+        {"role": "user", "content": "A table?"}, {"role": "assistant", "content": "For how many?"},
+    ]  # fmt: skip
+
+
 def test_axolotls_plugin_prepares_the_model_and_lays_rows_out(monkeypatch, llama, tokenizer):
     """axolotl stands in as its plugin's base class and the arguments that it calls plugins and collators with."""
     base = types.ModuleType("axolotl.integrations.base")

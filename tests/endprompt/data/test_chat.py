@@ -5,12 +5,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from endprompt import train
 from endprompt.config import PrepareConfig
 from endprompt.data import Rows, RowSpec, prepare, read_shard
 from endprompt.data.documents import document_of, tokenize
-from tests.support.checkpoints import make_checkpoint
+from endprompt.train import evaluate
+from tests.support.checkpoints import TARGET, make_checkpoint
+from tests.support.runs import lines_of, losses_of
 
 OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
 TURN = "<{{ turn.role }}>{{ turn.content }}!"
@@ -97,6 +101,54 @@ def test_a_shard_of_conversations_trains_as_its_file_does(chatty, extend_config,
     assert outs[0].joinpath("model.safetensors").read_bytes() == outs[1].joinpath("model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="prepared for another chat_loss, assistant: chat_loss='completion'"):
         train.extend(extend_config(data=[str(shard)], output=str(tmp_path / "c"), chat_loss="completion", **settings))
+
+
+def test_an_extended_checkpoint_is_tuned_at_its_own_window(chatty, extend_config, tmp_path):
+    """Nothing of RoPE changes; the first loss is transformers' own over what the assistant wrote, each conversation
+    read by itself; the held-out loss is over the assistant's words, too."""
+    base = make_checkpoint(tmp_path / "base")
+    chatty(MARKED).save_pretrained(base)
+    extended = train.extend(extend_config(model=str(base), scaling="yarn", steps=1, output=str(tmp_path / "extended")))
+    chats = [{"messages": [*CHAT, *CHAT[: 2 * (i % 3)]]} for i in range(12)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    settings = {"model": str(extended), "data": [str(path)], "scheme": "contiguous", "prompt": None, "scaling": "none"}
+    settings |= {"short_documents": "apart", "row_tokens": TARGET, "rows": 1, "steps": 1}
+    settings |= {"eval_data": [str(path)], "eval_lengths": [48], "eval_rows": 2}
+    tuned = train.extend(extend_config(**settings, output=str(tmp_path / "tuned")))
+    before, after = (json.loads((out / "config.json").read_text()) for out in (extended, tuned))
+    assert before == after and after["max_position_embeddings"] == TARGET
+    assert json.loads((tuned / "endprompt.json").read_text())["method"] == "endprompt+EP_3+yarn@tuned"
+    assert f"tuned at its window of {TARGET} tokens" in (tuned / "README.md").read_text()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(extended).eval()
+    whole = tokenize([document_of(chat, "x") for chat in chats], chatty(MARKED))
+    rows = Rows(whole, RowSpec(TARGET, TARGET, "contiguous", short="apart"))
+    total = count = 0.0
+    assert len(rows._packs) == len(rows) > 1
+    for document in rows._packs[rows.unit(0)]:
+        one = whole.one(document)
+        ids = torch.from_numpy(one.tokens.astype(np.int64))[None]
+        labels = ids.masked_fill(torch.from_numpy(one.weights == 0)[None], -100)
+        scored = int((labels[:, 1:] >= 0).sum())
+        total, count = total + model(ids, labels=labels).loss.item() * scored, count + scored
+    assert losses_of(tuned) == pytest.approx([total / count], abs=1e-5)
+    ids, weights = evaluate.held_out_rows(whole, 48, 2)[1]
+    assert 0 < weights.mean() < 1 and weights[1:].tolist() == whole.weights[-47:].tolist()
+    with torch.no_grad():
+        stock = transformers.AutoModelForCausalLM.from_pretrained(tuned).eval()
+        held = [
+            (torch.from_numpy(ids)[None], torch.from_numpy(w > 0)[None])
+            for ids, w in evaluate.held_out_rows(whole, 48, 2)
+        ]
+        losses = [
+            stock(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0][w[:, 1:]] for ids, w in held
+        ]
+    (row,) = lines_of(tuned / "results.jsonl")
+    assert row["value"] == pytest.approx(-float(torch.cat(losses).mean()), abs=1e-5)
+    assert row["method"] == "endprompt+EP_3+yarn@tuned"
+    with pytest.raises(ValueError, match=r"equal to it with scaling=none: .*scaling='yarn'"):
+        train.extend(extend_config(**settings | {"scaling": "yarn"}, output=str(tmp_path / "no")))
 
 
 @pytest.mark.parametrize(
