@@ -28,8 +28,7 @@ def extend(
 
     Raises ValueError naming key, value and rule, before any weight is read where that is possible.
     """
-    path: Path = call("extend", model=model, data=data, output=output, target=target, **settings)
-    return path
+    return call("extend", model=model, data=data, output=output, target=target, **settings)
 
 
 def score(checkpoint: str | Path, **settings: Any) -> list[dict[str, Any]]:
@@ -42,8 +41,7 @@ def score(checkpoint: str | Path, **settings: Any) -> list[dict[str, Any]]:
     The rows are also in the run's directory (`output`), from which the same call goes on if it was interrupted.
     Raises ValueError naming key, value and rule.
     """
-    rows: list[dict[str, Any]] = call("score", checkpoint=checkpoint, **settings)
-    return rows
+    return call("score", checkpoint=checkpoint, **settings)
 
 
 def verify(checkpoint: str | Path, **settings: Any) -> Any:

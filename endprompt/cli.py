@@ -435,12 +435,9 @@ def manual(name: str) -> str:
         near = difflib.get_close_matches(name, commands, n=3)
         raise ValueError(f"unknown command: {name!r}; {f'did you mean {near[0]}?' if near else 'see endprompt --help'}")
     entry = commands[name]
-    _, _, body = command_parser(entry, entry.load()).format_help().partition("\n\n")  # behind the usage
-    about, _, options = body.partition("\n\n")
-    command = entry.load()
-    places = "".join(f" {f.name.upper()}" for f in dataclasses.fields(typing.get_type_hints(command)["config"])
-                     if is_positional(f))  # fmt: skip
-    parts = {"NAME": f"endprompt {name} - {summary(entry)}", "SYNOPSIS": f"endprompt {name}{places} [options]"}
+    parser = command_parser(entry, entry.load())
+    about, _, options = parser.format_help().partition("\n\n")[2].partition("\n\n")  # behind the usage
+    parts = {"NAME": f"endprompt {name} - {summary(entry)}", "SYNOPSIS": parser.usage}
     parts |= {"DESCRIPTION": about.strip(), "OPTIONS": options.strip(), "RECIPES": recipe_list(recipe_files(entry))}
     parts |= {"EXIT STATUS": EXIT_STATUS, "ENVIRONMENT": "\n".join(f"{k}: {v}" for k, v in ENVIRONMENT.items())}
     return "\n\n".join(f"{head}\n{textwrap.indent(text, '    ')}" for head, text in parts.items() if text) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,6 +227,22 @@ def check(key: str, value: Any, holds: bool, rule: str) -> None:
         raise ValueError(f"{key} must be {rule}: {key}={value!r}")
 
 
+def check_given(config: Any, *keys: str) -> None:
+    """Raises ValueError for a field that is empty."""
+    for key in keys:
+        if not getattr(config, key):
+            raise ValueError(f"{key} must be given: {key}={getattr(config, key)!r}")
+
+
+def check_fields(config: Any, choices: Mapping[str, Sequence[str | None]], least: Mapping[str, int]) -> None:
+    """Raises ValueError for a field that is none of its choices, or below its least value (None is not)."""
+    for key, names in choices.items():
+        check(key, getattr(config, key), getattr(config, key) in names, f"one of {', '.join(filter(None, names))}")
+    for key, bound in least.items():
+        value = getattr(config, key)
+        check(key, value, value is None or value >= bound, f"at least {bound}")
+
+
 @dataclass(frozen=True)
 class Source:
     """A source of a mixture: a file or a shard, its weight, and what it was prepared from, if it was."""
@@ -270,20 +287,14 @@ def _is_number(text: str) -> bool:
 
 def check_values(config: ExtendConfig) -> None:
     """The rules of single settings. Raises ValueError naming key, value and rule."""
-    for key, names in ONE_OF.items():
-        check(key, getattr(config, key), getattr(config, key) in names, f"one of {', '.join(filter(None, names))}")
-    for key, least in AT_LEAST.items():
-        value = getattr(config, key)
-        check(key, value, value is None or value >= least, f"at least {least}")
+    check_fields(config, ONE_OF, AT_LEAST)
     if prompts := prompt_names(config):
         check_names(prompts)
 
 
 def check_config(config: ExtendConfig) -> None:
     """Raises ValueError naming key, value and rule for what no run can use."""
-    for key in ("model", "output"):
-        if not getattr(config, key):
-            raise ValueError(f"{key} must be given: {key}=''")
+    check_given(config, "model", "output")
     check_values(config)
     mixture(config.data)
     if mixture(config.eval_data):
@@ -418,17 +429,11 @@ class PrepareConfig:
 
 
 def check_prepare_config(config: PrepareConfig) -> None:
-    for key in ("data", "output", "tokenizer"):
-        if not getattr(config, key):
-            raise ValueError(f"{key} must be given: {key}={getattr(config, key)!r}")
-    for key in ("min_tokens", "max_tokens", "max_documents"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ValueError(f"{key} must be at least 1: {key}={value}")
+    check_given(config, "data", "output", "tokenizer")
+    check_fields(config, {}, dict.fromkeys(("min_tokens", "max_tokens", "max_documents"), 1))
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
         raise ValueError(f"max_tokens must not be below min_tokens={config.min_tokens}: max_tokens={config.max_tokens}")
-    for key, names in {"chat_loss": CHAT_LOSSES, "longer": ("cut", "drop"), "duplicates": DUPLICATES}.items():
-        check(key, getattr(config, key), getattr(config, key) in names, f"one of {', '.join(names)}")
+    check_fields(config, {"chat_loss": CHAT_LOSSES, "longer": ("cut", "drop"), "duplicates": DUPLICATES}, {})
     check("near_threshold", config.near_threshold, 0 < config.near_threshold <= 1, "above 0 and at most 1")
     if config.longer == "drop" and config.max_tokens is None:
         raise ValueError(f"longer=drop needs max_tokens: max_tokens={config.max_tokens}")

@@ -24,16 +24,8 @@ from endprompt.files import read_object, remembered_sha256
 
 #: What is taken of a hub's repository; nothing of its subfolders, and no other copy of the weights.
 FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
-    "README.md",
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "spiece.model", "chat_template*", "README.md"),
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 LEFT = ("*/*", "consolidated*", "*.py")
@@ -99,9 +91,6 @@ def told(source: dict[str, Any]) -> str | None:
     return f"{source['hub']}, revision {source.get('revision', 'not known')}" if source.get("hub") else None
 
 
-# ------------------------------------------------------------------------------------------------------------- the hub
-
-
 @functools.cache
 def from_hub(repository: str, revision: str | None, weights: bool = True, code: bool = False) -> Path:
     """Snapshot of a hub's repository, asked for once a process."""
@@ -111,31 +100,23 @@ def from_hub(repository: str, revision: str | None, weights: bool = True, code: 
     shown = repository + (f"@{revision}" if revision else "")
     allowed = [*FILES, *(WEIGHTS if weights else ()), *(("*.py",) if code else ())]
     left = [pattern for pattern in LEFT if not (code and pattern == "*.py")]
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": allowed, "ignore_patterns": left}
     try:
-        snapshot = Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=allowed, ignore_patterns=left
-            )
-        )
-    except errors.GatedRepoError:
-        raise ValueError(
-            f"the hub gives {shown} only to those who accepted its terms: log in with `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise ValueError(f"the hub's {repository} has no such revision: model={shown!r}") from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"no such directory, and the hub has no such model (or a private one): model={shown!r}"
-        ) from None
-    except errors.IncompleteSnapshotError as error:
-        raise ValueError(f"{shown}: the download is not whole, and the hub {no_answer(error)}") from None
-    except errors.LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"no such directory, not whole in the hub's cache, and the hub {no_answer(error)}: model={shown!r}"
-        ) from None
-    except Exception as error:  # of the HTTP library underneath, whichever it is
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{shown}: the hub does not give it: {type(error).__name__}: {reason}") from None
+        snapshot = Path(huggingface_hub.snapshot_download(repository, **options))
+    except Exception as error:  # also of the HTTP library underneath, whichever it is
+        reasons = {
+            errors.GatedRepoError: f"the hub gives {shown} only to those who accepted its terms: log in with "
+            "`hf auth login`",
+            errors.RevisionNotFoundError: f"the hub's {repository} has no such revision: model={shown!r}",
+            errors.RepositoryNotFoundError: "no such directory, and the hub has no such model (or a private one): "
+            f"model={shown!r}",
+            errors.IncompleteSnapshotError: f"{shown}: the download is not whole, and the hub {no_answer(error)}",
+            errors.LocalEntryNotFoundError: "no such directory, not whole in the hub's cache, and the hub "
+            f"{no_answer(error)}: model={shown!r}",
+            Exception: f"{shown}: the hub does not give it: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300] or type(error).__name__}",
+        }
+        raise ValueError(next(said for kind, said in reasons.items() if isinstance(error, kind))) from None
     check_whole(snapshot, shown, weights)
     return snapshot
 
@@ -165,9 +146,6 @@ def check_whole(snapshot: Path, shown: str, weights: bool) -> None:
     missing = sorted(name for name in wanted if not (snapshot / name).is_file())
     if missing:
         raise ValueError(f"{shown}: the download is not whole, it lacks {', '.join(missing)}")
-
-
-# ------------------------------------------------------------------------------------------------------------- GGUF
 
 
 def cache_folder() -> Path:

@@ -25,6 +25,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from endprompt.config import check_fields
 from endprompt.files import read_json_lines
 from endprompt.rope import COHERENCE, base_bounds, base_frequencies
 from endprompt.shapes import GIB, SHAPES, Shape, tokens_at_a_time
@@ -279,19 +280,9 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
 
 def plans(config: PlanConfig) -> list[Plan]:
     """The settings of a run, fastest first among those that fit. Raises ValueError naming key, value and rule."""
-    choices = {
-        "method": METHODS,
-        "device": tuple(DEVICES),
-        "attention": tuple(ATTENTIONS),
-        "optimizer": ("lean", "adamw"),
-        "float8": ("none", "fast"),
-    }
-    for key, allowed in choices.items():
-        if getattr(config, key) not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(allowed)}: {key}={getattr(config, key)!r}")
-    for key in ("target", "gpus", "tokens", "rows"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} must be at least 1: {key}={getattr(config, key)}")
+    choices = {"method": METHODS, "device": tuple(DEVICES), "attention": tuple(ATTENTIONS)}
+    choices |= {"optimizer": ("lean", "adamw"), "float8": ("none", "fast")}
+    check_fields(config, choices, dict.fromkeys(("target", "gpus", "tokens", "rows"), 1))
     if config.rows % config.gpus:
         raise ValueError(f"the number of GPUs must divide the rows of a step: gpus={config.gpus} rows={config.rows}")
     if config.method == "longlora" and config.attention != "sdpa":

@@ -105,13 +105,11 @@ def sliding(context: int, prompt: int, target: int, rng: np.random.Generator | N
 PIECES = 3  # of a context cut at ends of sentences
 
 
+Starts = Sequence[int] | None
+
+
 def sentences(
-    context: int,
-    prompt: int,
-    target: int,
-    rng: np.random.Generator | None = None,
-    *,
-    starts: Sequence[int] | None = None,
+    context: int, prompt: int, target: int, rng: np.random.Generator | None = None, *, starts: Starts = None
 ) -> Layout:
     """The row as what is left of a long document of which only some sentences were kept, each at its place (ours).
 
@@ -123,12 +121,7 @@ def sentences(
 
 
 def endprompt_sentences(
-    context: int,
-    prompt: int,
-    target: int,
-    rng: np.random.Generator | None = None,
-    *,
-    starts: Sequence[int] | None = None,
+    context: int, prompt: int, target: int, rng: np.random.Generator | None = None, *, starts: Starts = None
 ) -> Layout:
     """`sentences` in the context, then the end prompt at L-b..L-1 (ours), as endprompt-pose is to pose."""
     begin = sentence_starts(context) if starts is None else starts
@@ -144,16 +137,10 @@ def sentence_starts(n: int) -> list[int]:
 
 
 SCHEMES: dict[str, Callable[..., Layout]] = {
-    "contiguous": contiguous,
-    "endprompt": endprompt,
-    "endprompt-random": endprompt_random,
-    "pose": pose,
-    "endprompt-pose": endprompt_pose,
-    "anchors": anchors,
-    "sliding": sliding,
-    "sentences": sentences,
-    "endprompt-sentences": endprompt_sentences,
-}
+    scheme.__name__.replace("_", "-"): scheme
+    for scheme in (contiguous, endprompt, endprompt_random, pose, endprompt_pose, anchors, sliding, sentences,
+                   endprompt_sentences)
+}  # fmt: skip
 #: Schemes whose end prompt has a place of its own; the others train without one.
 WITH_PROMPT = frozenset(
     {"endprompt", "endprompt-random", "endprompt-pose", "anchors", "sliding", "endprompt-sentences"}

@@ -92,7 +92,6 @@ class Recall:
         return EndPrompt(tokens, np.arange(len(tokens)) >= len(self.cue) + self.given)
 
 
-@dataclass(frozen=True)
 class Question(Recall):
     """The last line of a document with a completion, and the completion; documents without one are quoted from.
 

@@ -19,19 +19,8 @@ from endprompt.files import read_json_lines, read_object, write_text
 SCHEMA = 1
 
 REQUIRED = (
-    "suite",
-    "task",
-    "length",
-    "metric",
-    "value",
-    "stderr",
-    "ci95",
-    "n",
-    "n_truncated",
-    "model",
-    "method",
-    "seed",
-    "samples_sha256",
+    *("suite", "task", "length", "metric", "value", "stderr", "ci95", "n", "n_truncated"),
+    *("model", "method", "seed", "samples_sha256"),
 )
 
 #: What columns by which rows are told apart and counted hold.
@@ -72,23 +61,8 @@ def result_row(
         if not lo - slack <= value <= hi + slack:
             raise ValueError(f"a result must lie in its interval: {suite=} {task=} {metric=} {value=} ci95={[lo, hi]}")
         ci95 = [lo, hi]
-    return {
-        "schema": SCHEMA,
-        "suite": suite,
-        "task": task,
-        "length": length,
-        "metric": metric,
-        "value": float(value),
-        "stderr": stderr,
-        "ci95": ci95,
-        "n": n,
-        "n_truncated": n_truncated,
-        "model": model,
-        "method": method,
-        "seed": seed,
-        "samples_sha256": samples_sha256,
-        **extra,
-    }
+    columns = (suite, task, length, metric, float(value), stderr, ci95, n, n_truncated, model, method, seed)
+    return {"schema": SCHEMA, **dict(zip(REQUIRED, (*columns, samples_sha256), strict=True)), **extra}
 
 
 def append_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:

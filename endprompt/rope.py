@@ -151,15 +151,8 @@ def longrope_start(head_dim: int, factor: float) -> dict[str, list[float]]:
 
 
 SCALINGS: dict[str, Callable[..., Frequencies]] = {
-    "none": none,
-    "linear": linear,
-    "ntk": ntk,
-    "dynamic": dynamic,
-    "yarn": yarn,
-    "llama3": llama3,
-    "longrope": longrope,
+    scaling.__name__: scaling for scaling in (none, linear, ntk, dynamic, yarn, llama3, longrope)
 }
-
 
 #: Share of the slowest component that `base_bounds` asks to be left after all layers; the paper leaves it open.
 COHERENCE = 0.9
@@ -240,8 +233,7 @@ def inverse_frequencies(
     if original_length < 1:
         raise ValueError(f"the original window must be positive: {original_length=}")
     known = inspect.signature(SCALINGS[scheme]).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"scaling {scheme!r} has no option {unknown[0]!r}: {unknown[0]}={options[unknown[0]]!r}")
     return SCALINGS[scheme](base, head_dim, factor, original_length, **options)
 

@@ -30,13 +30,13 @@ def git_revision() -> str | None:
     if not (root / ".git").exists():  # installed, perhaps inside a repository that is not ours
         return os.environ.get("ENDPROMPT_REVISION")
     try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        if head.returncode != 0:
-            return os.environ.get("ENDPROMPT_REVISION")
-        state = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        head, state = (
+            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
         )
     except (OSError, subprocess.TimeoutExpired):
+        return os.environ.get("ENDPROMPT_REVISION")
+    if head.returncode != 0:
         return os.environ.get("ENDPROMPT_REVISION")
     return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")
 

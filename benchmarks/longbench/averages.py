@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from benchmarks.longbench.sets import BUCKETS, CATEGORIES, DATASETS, bucket, dataset_of
 from benchmarks.ruler.cell import samples_sha256
 from endprompt.files import sha256_of
 from endprompt.results import result_row
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -170,8 +169,6 @@ class Estimate:
     sha256: str
 
     def columns(self) -> dict[str, Any]:
-        import numpy as np
-
         ci95 = None
         if self.stderr is not None:
             low, high = np.percentile(self.resampled, [2.5, 97.5])
@@ -187,8 +184,6 @@ class Estimate:
 
 
 def estimate(task: str, samples: Sequence[Mapping[str, Any]], seed: int, resamples: int) -> Estimate:
-    import numpy as np
-
     scores = np.array([sample["score"] for sample in samples], dtype=np.float64)
     n = len(scores)
     rng = np.random.default_rng(int(sha256_of(str(seed), task)[:16], 16))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.longbench.sets import dataset_of
+from benchmarks.ruler.texts import package_folder
 from endprompt.text import Reader, render
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def prompt_template(dataset: str) -> str:
     """The set's published prompt with {context} and {input} as places, for `str.format`.
 
     Read from the installed lm-eval package's task file and corrected; "asconcisely" in NarrativeQA's is as published.
-    Raises OSError if the package or the file is missing, ValueError if the text is not the published one.
+    Raises ImportError or OSError if the package or the file is missing, ValueError if the text is another one.
     """
     import yaml
 
@@ -64,11 +64,9 @@ def prompt_template(dataset: str) -> str:
 
 
 def lm_eval_folder() -> Path:
-    """Folder of the lm-eval package, found without importing it."""
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("LongBench's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'")
-    return Path(spec.submodule_search_locations[0])
+    """Folder of the lm-eval package. Raises ImportError if it is not installed."""
+    said = "LongBench's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'"
+    return package_folder("lm_eval", said)
 
 
 def prompt_text(task: str, document: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +19,7 @@ from unittest import mock
 from benchmarks.ruler import tasks, texts
 from benchmarks.ruler.cell import Cell
 from endprompt import files
+from endprompt.runs import installed
 
 LAYOUT = 3  # of the files
 # Cells that are missing are built by several processes if together they have more tokens than this: a second's work.
@@ -150,10 +150,7 @@ def text_versions(task: str, length: int, data_dir: str | Path | None, options: 
         if options.rules.replayed:
             found["sentences"] = "punkt" if texts.has_punkt() else "punctuation"
     if spec.family == "niah" or spec.family == "cwe":
-        try:
-            found["wonderwords"] = version("wonderwords")
-        except PackageNotFoundError:
-            found["wonderwords"] = "unknown"
+        found["wonderwords"] = installed("wonderwords") or "unknown"
     if spec.family == "cwe" and data_dir is not None:
         for name in texts.SOURCES["words"].names:
             if (path := Path(data_dir) / name).is_file():

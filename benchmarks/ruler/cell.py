@@ -29,8 +29,6 @@ from benchmarks.ruler.tasks import DEFAULTS, GENERATOR, SPECS, Options, check_ta
 from benchmarks.ruler.tokens import assembler
 from benchmarks.ruler.words import CommonWordSource, FrequentWordSource
 
-# ---------------------------------------------------------------------------------------------------------- samples
-
 
 def build_samples(
     task: str,
@@ -123,11 +121,13 @@ class Cell(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.sample(index, whole=True)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
     def sample(self, index: int, whole: bool) -> dict[str, Any]:
         """A sample; without its `input`, which takes the most time to make, if it is not wanted whole."""
-        state, tokens = self.recipe["samples"][index]
-        recipe = self.recipe
-        index %= len(self)
+        recipe, index = self.recipe, range(len(self))[index]
+        state, tokens = recipe["samples"][index]
         draft = self._drafts[index] if self._drafts else self._source.draw(index)
         kept, length = recipe["max_new_tokens"], recipe["length"]
         return {
@@ -144,9 +144,6 @@ class Cell(Sequence[dict[str, Any]]):
             "haystack": recipe["haystack"],
             "haystack_sha256": recipe["haystack_sha256"],
         }
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
 
 
 def samples_sha256(samples: Iterable[Mapping[str, Any]]) -> str:
@@ -165,9 +162,6 @@ def digest_sample(digest: Any, sample: Mapping[str, Any]) -> None:
     for text in (sample["input"], *sample["outputs"]):
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
-
-
-# ------------------------------------------------------------------------------------------------------------ tasks
 
 
 def source(task: str, length: int, tokenizer: Any, seed: int, data_dir: str | Path | None, options: Options) -> Source:

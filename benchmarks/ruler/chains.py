@@ -9,41 +9,8 @@ from dataclasses import dataclass
 
 from benchmarks.ruler import texts
 from benchmarks.ruler.needles import NoiseDraft, NoiseSource, places, weave
-from benchmarks.ruler.source import Draft
 
 VT_EXAMPLE_TOKENS = 500  # RULER's size of the worked example of variable tracking
-
-
-# ------------------------------------------------------------------------------------------------- variable tracking
-
-
-@dataclass
-class ChainSource(NoiseSource):
-    """Variable tracking: one chain of assignments in noise, after a worked example with names and value of its own."""
-
-    def draw(self, index: int) -> Draft:
-        return ChainDraft(self, self.rng(index))
-
-    @functools.cached_property
-    def example_lines(self) -> int:
-        """Noise lines of the worked example: RULER's 500 tokens, in windows under 1,024 at most a quarter of them.
-
-        The edition of the lab counts without the answer prefix and takes a quarter of any window.
-        """
-        lab = self.options.rules.bare_end
-        limit = min(VT_EXAMPLE_TOKENS, self.length // 4) if lab or self.length < 1024 else VT_EXAMPLE_TOKENS
-        rng = self.rng("example size")
-        key = rng.getrandbits(64)
-        chain = Chain.draw(self.options.hops, 3, rng)
-        lines = 0
-
-        def shown(lines: int) -> str:
-            question, prefix = chain.text(self.lines(5 * lines), key, self.options.edition)
-            return question if lab else question + prefix
-
-        while self.costs.count([shown(lines + 1)])[0] <= limit:
-            lines += 1
-        return lines
 
 
 @dataclass
@@ -72,14 +39,12 @@ class Chain:
 
     def asked(self, context: str, edition: str) -> tuple[str, str]:
         """(prompt, answer prefix) with a context that has the assignments."""
-        wording = texts.wording("vt", edition)
-        return (
-            wording.template.format(context=context, query=self.value),
-            wording.prefix.format(num_v=len(self.names), query=self.value),
-        )
+        return texts.question("vt", edition, context=context, query=self.value, num_v=len(self.names))
 
 
 class ChainDraft(NoiseDraft):
+    made: ChainSource
+
     def __init__(self, made: ChainSource, rng: random.Random):
         self.made = made
         self.example = ""
@@ -91,14 +56,36 @@ class ChainDraft(NoiseDraft):
         self.chain = Chain.draw(made.options.hops, 5, rng)
         while made.options.shots and any(name in self.example for name in (*self.chain.names, self.chain.value)):
             self.chain = Chain.draw(made.options.hops, 5, rng)
-        self.outputs = self.chain.names
-        self._key = rng.getrandbits(64)
+        self.outputs, self.sentences = self.chain.names, self.chain.lines
+        self.asked = list(range(len(self.outputs)))
+        self._place_key = rng.getrandbits(64)
 
-    def render(self, count: int) -> tuple[str, str]:
-        question, prefix = self.chain.text(self.made.lines(count), self._key, self.made.options.edition)
+    def render(self, state: int) -> tuple[str, str]:
+        question, prefix = self.chain.text(self.made.lines(state), self._place_key, self.made.options.edition)
         return self.example + question, prefix
 
-    def depth(self, count: int) -> list[float]:
-        lines = len(self.made.lines(count))
-        at = places(lines, len(self.outputs), random.Random(self._key))
-        return [round(100 * place / max(1, lines), 2) for place in at]
+
+@dataclass
+class ChainSource(NoiseSource):
+    """Variable tracking: one chain of assignments in noise, after a worked example with names and value of its own."""
+
+    draft = ChainDraft
+
+    @functools.cached_property
+    def example_lines(self) -> int:
+        """Noise lines of the worked example: RULER's 500 tokens, in windows under 1,024 at most a quarter of them.
+
+        The edition of the lab counts without the answer prefix and takes a quarter of any window.
+        """
+        lab = self.options.rules.bare_end
+        limit = min(VT_EXAMPLE_TOKENS, self.length // 4) if lab or self.length < 1024 else VT_EXAMPLE_TOKENS
+        rng = self.rng("example size")
+        key = rng.getrandbits(64)
+        chain = Chain.draw(self.options.hops, 3, rng)
+        lines = -1
+        tokens = 0
+        while tokens <= limit:
+            lines += 1
+            question, prefix = chain.text(self.lines(5 * (lines + 1)), key, self.options.edition)
+            (tokens,) = self.costs.count([question if lab else question + prefix])
+        return lines

@@ -21,9 +21,6 @@ CHECKED_SAMPLES = 4
 SEARCH_STEPS = 20
 
 
-# ---------------------------------------------------------------------------------------------------- token counting
-
-
 def fit(
     length: int, made: Source, drafts: Sequence[Draft], kept: int, count: Count, assemble: Assemble
 ) -> list[tuple[Any, int]]:

@@ -6,8 +6,9 @@ import bisect
 import functools
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,9 +23,6 @@ DEPTHS = tuple(int(d) for d in np.round(np.linspace(0, 100, num=40)))
 RIM = 8
 
 
-# --------------------------------------------------------------------------------------------- needles in a haystack
-
-
 @dataclass
 class Needles:
     """Keys, values and the question of one needle-in-a-haystack sample. `sentences` are in order of their depth."""
@@ -37,7 +35,6 @@ class Needles:
 
     @classmethod
     def draw(cls, spec: Spec, rng: random.Random) -> Needles:
-        needle = texts.needle()
         taken: set[str] = set()
         keys = draw_values(spec.key, spec.keys, rng, taken)
         values = [draw_values(spec.value, spec.values, rng, taken) for _ in keys]
@@ -46,7 +43,7 @@ class Needles:
         asked = rng.sample(range(spec.keys), spec.queries)
         outputs = [(keys[i], value) for i in asked for value in values[i]]
         return cls(
-            [needle.format(type_needle_v=spec.value, key=key, value=value) for key, value in pairs],
+            [texts.needle_of(spec.value, key, value) for key, value in pairs],
             [value for _, value in outputs],
             [pairs.index(pair) for pair in outputs],
             *needle_question(spec, [keys[i] for i in asked]),
@@ -69,13 +66,67 @@ def needle_question(spec: Spec, keys: Sequence[str]) -> tuple[str, str]:
     )
 
 
+def places(lines: int, needles: int, rng: random.Random) -> list[int]:
+    """Sorted line numbers in front of which needles stand; distinct where there are lines enough."""
+    if lines >= needles:
+        return sorted(rng.sample(range(lines), needles))
+    return sorted(rng.choices(range(lines + 1), k=needles))
+
+
+def weave(lines: list[str], needles: Sequence[str], at: Sequence[int]) -> list[str]:
+    """Lines with each needle put in front of line `at`."""
+    ends = [0, *at, len(lines)]
+    segments = [lines[a:b] for a, b in itertools.pairwise(ends)]
+    for needle, behind in zip(needles, segments[1:]):
+        behind.insert(0, needle)
+    return list(itertools.chain.from_iterable(segments))
+
+
+class LineDraft(Draft):
+    """Needles between lines. asked: place among the needles of each output."""
+
+    def __init__(self, made: Source, rng: random.Random):
+        self.made, self.needles = made, Needles.draw(made.spec, rng)
+        self.sentences, self.asked, self.outputs = self.needles.sentences, self.needles.places, self.needles.outputs
+        self._key = self._place_key = rng.getrandbits(64)
+
+    def lines(self, state: Any) -> list[str]:
+        raise NotImplementedError
+
+    def places(self, lines: int) -> list[int]:
+        return places(lines, len(self.sentences), random.Random(self._place_key))
+
+    def render(self, state: Any) -> tuple[str, str]:
+        lines = self.lines(state)
+        context = "\n".join(weave(lines, self.sentences, self.places(len(lines))))
+        return self.needles.question.replace("{context}", context), self.needles.prefix
+
+    def depth(self, state: Any) -> list[float]:
+        lines = len(self.lines(state))
+        at = self.places(lines)
+        return [round(100 * at[i] / max(1, lines), 2) for i in self.asked]
+
+
+class NoiseDraft(LineDraft):
+    made: NoiseSource
+    empty = 0
+
+    def lines(self, state: int) -> list[str]:
+        return self.made.lines(state)
+
+    def fill(self, room: int) -> tuple[int, int]:
+        count = self.made.most(room)
+        return count, self.made.added(count)
+
+    def cut(self, count: int) -> tuple[None, int]:
+        return None, self.made.added(count)
+
+
 @dataclass
 class NoiseSource(Source):
     """Lines of RULER's five noise sentences; in some editions the last may be cut to fill the budget."""
 
-    def draw(self, index: int) -> Draft:
-        rng = self.rng(index)
-        return NoiseDraft(self, Needles.draw(self.spec, rng), rng)
+    draft: ClassVar[Callable[..., Draft]] = NoiseDraft
 
     @functools.cached_property
     def steps(self) -> list[int]:
@@ -102,77 +153,13 @@ class NoiseSource(Source):
         return ["".join(sentences)] * full + (["".join(sentences[:rest])] if rest else [])
 
 
-def places(lines: int, needles: int, rng: random.Random) -> list[int]:
-    """Sorted line numbers in front of which needles stand; distinct where there are lines enough."""
-    if lines >= needles:
-        return sorted(rng.sample(range(lines), needles))
-    return sorted(rng.choices(range(lines + 1), k=needles))
-
-
-def weave(lines: list[str], needles: Sequence[str], at: Sequence[int]) -> list[str]:
-    """Lines with each needle put in front of line `at`."""
-    woven, last = [], 0
-    for needle, place in zip(needles, at):
-        woven += lines[last:place]
-        woven.append(needle)
-        last = place
-    return woven + lines[last:]
-
-
-class NoiseDraft(Draft):
-    empty = 0
-
-    def __init__(self, made: NoiseSource, needles: Needles, rng: random.Random):
-        self.made, self.needles, self.outputs = made, needles, needles.outputs
-        self._key = rng.getrandbits(64)
-
-    def fill(self, room: int) -> tuple[int, int]:
-        count = self.made.most(room)
-        return count, self.made.added(count)
-
-    def places(self, count: int) -> list[int]:
-        return places(len(self.made.lines(count)), len(self.needles.sentences), random.Random(self._key))
-
-    def render(self, count: int) -> tuple[str, str]:
-        context = "\n".join(weave(self.made.lines(count), self.needles.sentences, self.places(count)))
-        return self.needles.question.replace("{context}", context), self.needles.prefix
-
-    def cut(self, count: int) -> tuple[None, int]:
-        return None, self.made.added(count)
-
-    def depth(self, count: int) -> list[float]:
-        at, lines = self.places(count), max(1, len(self.made.lines(count)))
-        return [round(100 * at[i] / lines, 2) for i in self.needles.places]
-
-
-@dataclass
-class EssaySource(Source):
-    essay: texts.Essay = None  # type: ignore[assignment]
-
-    def draw(self, index: int) -> Draft:
-        rng = self.rng(index)
-        return EssayDraft(self, Needles.draw(self.spec, rng), rng)
-
-    _sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-
-    def added(self, room: int) -> np.ndarray:
-        """int64 [k]: tokens that the first k words add, up to more than `room`; copies of the text follow on."""
-        while self._sums[-1] <= room:
-            known, words = len(self._sums) - 1, self.essay.words
-            further = [words[i % len(words)] for i in range(known, 2 * known + 256)]
-            sums = np.cumsum(np.maximum(self.costs.words(further), 0))
-            self._sums = np.concatenate(
-                [self._sums, self._sums[-1] + np.maximum(sums, np.arange(1, len(sums) + 1) // 64)]
-            )
-        return self._sums
-
-
 class EssayDraft(Draft):
     empty = 0
 
-    def __init__(self, made: EssaySource, needles: Needles, rng: random.Random):
-        self.made, self.needles, self.outputs = made, needles, needles.outputs
-        self.depths = sorted(rng.sample(DEPTHS, len(needles.sentences)))
+    def __init__(self, made: EssaySource, rng: random.Random):
+        self.made, self.needles = made, Needles.draw(made.spec, rng)
+        self.outputs = self.needles.outputs
+        self.depths = sorted(rng.sample(DEPTHS, len(self.needles.sentences)))
 
     def fill(self, room: int) -> tuple[int, int]:
         sums = self.made.added(room)
@@ -213,49 +200,30 @@ class EssayDraft(Draft):
 
 
 @dataclass
-class NeedleSource(Source):
-    """A haystack of needles with other keys. Distractors come from a pool of the cell's seed, measured once."""
+class EssaySource(Source):
+    essay: texts.Essay = None  # type: ignore[assignment]
+    draft = EssayDraft
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
-    def draw(self, index: int) -> Draft:
-        rng = self.rng(index)
-        return NeedleDraft(self, Needles.draw(self.spec, rng), rng)
-
-    @functools.cached_property
-    def least_tokens(self) -> int:
-        """Tokens of about the shortest needle there is."""
-        rng, needle = self.rng("shortest"), texts.needle()
-        some = [
-            needle.format(
-                type_needle_v=self.spec.value,
-                key=draw_value(self.spec.key, rng),
-                value=draw_value(self.spec.value, rng),
+    def added(self, room: int) -> np.ndarray:
+        """int64 [k]: tokens that the first k words add, up to more than `room`; copies of the text follow on."""
+        while self._sums[-1] <= room:
+            known, words = len(self._sums) - 1, self.essay.words
+            further = [words[i % len(words)] for i in range(known, 2 * known + 256)]
+            sums = np.cumsum(np.maximum(self.costs.words(further), 0))
+            self._sums = np.concatenate(
+                [self._sums, self._sums[-1] + np.maximum(sums, np.arange(1, len(sums) + 1) // 64)]
             )
-            for _ in range(64)
-        ]
-        return max(4, int(self.costs.of(["\n" + one for one in some], "\n" + some[0], "\n" + some[0]).min()))
-
-    @functools.cached_property
-    def pool(self) -> list[str]:
-        rng, needle = self.rng("pool"), texts.needle()
-        # Twice what the longest prompt can hold.
-        size = max(512, 2 * self.length // self.least_tokens)
-        taken: set[str] = set()
-        keys = draw_values(self.spec.key, size, rng, taken)
-        values = draw_values(self.spec.value, size, rng, taken)
-        return [needle.format(type_needle_v=self.spec.value, key=k, value=v) for k, v in zip(keys, values)]
-
-    @functools.cached_property
-    def pool_costs(self) -> np.ndarray:
-        end, start = self.pool[0][-1], self.pool[0].split(" ")[0]
-        return self.costs.of(["\n" + sentence for sentence in self.pool], end, "\n" + start)
+        return self._sums
 
 
-class NeedleDraft(Draft):
+class NeedleDraft(LineDraft):
+    made: NeedleSource
     empty = ()
 
-    def __init__(self, made: NeedleSource, needles: Needles, rng: random.Random):
-        self.made, self.needles, self.outputs = made, needles, needles.outputs
-        self._key = rng.getrandbits(64)
+    def __init__(self, made: NeedleSource, rng: random.Random):
+        super().__init__(made, rng)
+        self._place_key = self._key ^ 1
 
     @functools.cached_property
     def order(self) -> np.ndarray:
@@ -292,22 +260,35 @@ class NeedleDraft(Draft):
             chosen[out] = int(self.order[put])
         return chosen
 
-    def tokens(self, state: Sequence[int]) -> int:
-        return int(self.made.pool_costs[self.chosen(state)].sum())
-
     def lines(self, state: Sequence[int]) -> list[str]:
         return list(map(self.made.pool.__getitem__, self.chosen(state)))
 
-    def places(self, state: Sequence[int]) -> list[int]:
-        return places(state[0] if state else 0, len(self.needles.sentences), random.Random(self._key ^ 1))
-
-    def render(self, state: Sequence[int]) -> tuple[str, str]:
-        context = "\n".join(weave(self.lines(state), self.needles.sentences, self.places(state)))
-        return self.needles.question.replace("{context}", context), self.needles.prefix
-
     def cut(self, state: Sequence[int]) -> tuple[None, int]:
-        return None, self.tokens(state)
+        return None, int(self.made.pool_costs[self.chosen(state)].sum())
 
-    def depth(self, state: Sequence[int]) -> list[float]:
-        at, lines = self.places(state), max(1, state[0] if state else 0)
-        return [round(100 * at[i] / lines, 2) for i in self.needles.places]
+
+@dataclass
+class NeedleSource(Source):
+    """A haystack of needles with other keys. Distractors come from a pool of the cell's seed, measured once."""
+
+    draft = NeedleDraft
+
+    @functools.cached_property
+    def least_tokens(self) -> int:
+        """Tokens of about the shortest needle there is."""
+        rng, spec = self.rng("shortest"), self.spec
+        some = [texts.needle_of(spec.value, draw_value(spec.key, rng), draw_value(spec.value, rng)) for _ in range(64)]
+        return max(4, int(self.costs.of(["\n" + one for one in some], "\n" + some[0], "\n" + some[0]).min()))
+
+    @functools.cached_property
+    def pool(self) -> list[str]:
+        rng, taken = self.rng("pool"), set[str]()
+        size = max(512, 2 * self.length // self.least_tokens)  # twice what the longest prompt can hold
+        keys = draw_values(self.spec.key, size, rng, taken)
+        values = draw_values(self.spec.value, size, rng, taken)
+        return [texts.needle_of(self.spec.value, key, value) for key, value in zip(keys, values)]
+
+    @functools.cached_property
+    def pool_costs(self) -> np.ndarray:
+        end, start = self.pool[0][-1], self.pool[0].split(" ")[0]
+        return self.costs.of(["\n" + sentence for sentence in self.pool], end, "\n" + start)

@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,51 +18,6 @@ from benchmarks.ruler.tokens import Costs
 CHECKED_DOCUMENTS = 512
 
 
-# ------------------------------------------------------------------------------------------------ question answering
-
-
-@dataclass
-class DocumentSource(Source):
-    library: texts.Library = None  # type: ignore[assignment]
-    _number_sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-
-    @property
-    def questions(self) -> dict[str, Any]:
-        return {"count": len(self.library.questions), "whole": self.library.whole}
-
-    def draw(self, index: int) -> Draft:
-        return DocumentDraft(self, question_of(self.library, index, self.task), self.rng(index))
-
-    @functools.cached_property
-    def document_costs(self) -> DocumentCosts:
-        known = kept_costs(self.tokenizer, len(self.tokenizer), self.library.sha256)
-        if not known:
-            known.append(DocumentCosts(self.tokenizer, self.library.documents))
-        return known[0]
-
-    @property
-    def most_documents(self) -> int:
-        """A document takes 8 tokens at least."""
-        return self.length // 8 + 15
-
-    def number_sums(self, documents: int) -> np.ndarray:
-        """int64 [k]: tokens that the numbers of k documents take more than as many 1s; k to `documents` at least."""
-        while len(self._number_sums) <= documents:
-            known = len(self._number_sums) - 1
-            heads = [document_block(i, "a") + "\n\n" for i in (1, *range(known + 1, 2 * known + 65))]
-            costs = self.costs.of(heads, "a\n\n", "Document")
-            self._number_sums = np.append(self._number_sums, self._number_sums[-1] + np.cumsum(costs[1:] - costs[0]))
-        return self._number_sums
-
-    def prepare(self, drafts: Sequence[Draft], room: int) -> None:
-        known, own = self.document_costs, [draft for draft in drafts if isinstance(draft, DocumentDraft)]
-        needed = known.of(np.concatenate([draft.empty for draft in own]))
-        left, size = max(0, room - int(needed.sum()) // len(own)), batch_size(room)
-        # About as many as a sample tries, in whole batches.
-        count = size * math.ceil((left / needed.mean() + DocumentDraft.TRIES) / size)
-        known.of(np.concatenate([draft.candidates(count) for draft in own]))
-
-
 def question_of(library: texts.Library, index: int, task: str) -> texts.Question:
     """The question of sample `index`. Raises ValueError if there are not so many."""
     if index >= len(library.questions):
@@ -71,12 +26,6 @@ def question_of(library: texts.Library, index: int, task: str) -> texts.Question
             f"{len(library.questions)}, got index {index}"
         )
     return library.questions[index]
-
-
-def asked(question: str, context: str) -> tuple[str, str]:
-    """(prompt, answer prefix) of question answering."""
-    wording = texts.wording("qa")
-    return wording.template.format(context=context, query=question), wording.prefix
 
 
 def document_context(documents: Sequence[str]) -> str:
@@ -90,16 +39,7 @@ def batch_size(room: int) -> int:
 
 
 def document_block(number: int, document: str) -> str:
-    head, middle, tail = document_frame()
-    return f"{head}{number}{middle}{document}{tail}"
-
-
-@functools.cache
-def document_frame() -> tuple[str, str, str]:
-    """What stands in front of a document's number, between number and text, and after the text."""
-    head, rest = texts.document_prompt().split("{i}")
-    middle, tail = rest.split("{document}")
-    return head, middle, tail
+    return texts.document_prompt().format(i=number, document=document)
 
 
 class DocumentCosts:
@@ -208,7 +148,7 @@ class DocumentDraft(Draft):
         """With one document, which stands for all: their tokens are known."""
         numbers, costs = self.made.number_sums(len(self.empty)), self.made.document_costs
         left = int(costs.of(self.empty).sum() + numbers[len(self.empty)]) - costs.shortest
-        return asked(self.question.text, document_context(["a"])), left
+        return texts.question("qa", query=self.question.text, context=document_context(["a"])), left
 
     def cut(self, state: Sequence[int]) -> tuple[None, int]:
         numbers, least = self.made.number_sums(len(state)), len(self.empty)
@@ -222,8 +162,46 @@ class DocumentDraft(Draft):
 
     def render(self, state: Sequence[int]) -> tuple[str, str]:
         documents = self.made.library.documents
-        return asked(self.question.text, document_context([documents[state[i]] for i in self.shuffled(state)]))
+        context = document_context([documents[state[i]] for i in self.shuffled(state)])
+        return texts.question("qa", query=self.question.text, context=context)
 
     def depth(self, state: Sequence[int]) -> list[float]:
         order = self.shuffled(state)
         return [round(100 * order.index(0) / max(1, len(state) - 1), 2)] * len(self.outputs)
+
+
+@dataclass
+class DocumentSource(Source):
+    library: texts.Library = None  # type: ignore[assignment]
+
+    @property
+    def questions(self) -> dict[str, Any]:
+        return {"count": len(self.library.questions), "whole": self.library.whole}
+
+    def draw(self, index: int) -> Draft:
+        return DocumentDraft(self, question_of(self.library, index, self.task), self.rng(index))
+
+    @functools.cached_property
+    def document_costs(self) -> DocumentCosts:
+        known = kept_costs(self.tokenizer, len(self.tokenizer), self.library.sha256)
+        if not known:
+            known.append(DocumentCosts(self.tokenizer, self.library.documents))
+        return known[0]
+
+    @property
+    def most_documents(self) -> int:
+        """A document takes 8 tokens at least."""
+        return self.length // 8 + 15
+
+    def number_costs(self, numbers: range) -> np.ndarray:
+        """What the number takes more than 1 does, so that the costs of documents have the 1."""
+        costs = self.costs.of([document_block(i, "a") + "\n\n" for i in (1, *numbers)], "a\n\n", "Document")
+        return costs[1:] - costs[0]
+
+    def prepare(self, drafts: Sequence[Draft], room: int) -> None:
+        known, own = self.document_costs, [draft for draft in drafts if isinstance(draft, DocumentDraft)]
+        needed = known.of(np.concatenate([draft.empty for draft in own]))
+        left, size = max(0, room - int(needed.sum()) // len(own)), batch_size(room)
+        # About as many as a sample tries, in whole batches.
+        count = size * math.ceil((left / needed.mean() + DocumentDraft.TRIES) / size)
+        known.of(np.concatenate([draft.candidates(count) for draft in own]))

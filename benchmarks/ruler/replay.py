@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import functools
-import math
+import itertools
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -44,9 +44,6 @@ class Made:
     parts: tuple[str, ...]
     outputs: list[str]
     depth: list[float] = field(default_factory=list)
-
-
-# ------------------------------------------------------------------------------------------------------------- sizes
 
 
 def grown(
@@ -91,9 +88,6 @@ def most_expected(length: int, step: int, tokens: int) -> int:
     return max(int(length / (tokens / step) * 3), 2 * step)
 
 
-# ----------------------------------------------------------------------------------------------------------- sources
-
-
 @dataclass
 class ReplaySource(Source):
     """The generators, and what the tasks have in common."""
@@ -136,15 +130,17 @@ class ReplaySource(Source):
     def behind(self, made: Made) -> str:
         return f" {made.outputs}"
 
-    def size(self) -> int:
-        """Size of the cell's haystacks."""
+    def size(self, make: Callable[[int], Made] | None = None, more: int = 0) -> int:
+        """Size of the cell's haystacks. more: tokens in front of what `make` makes."""
+        make = make or self.make
         if self.old:
-            return grown(self.make, self.answered, self.length, self.step, self.most)
-        return searched(self.make, self.measured, self.length, self.step, self.highest())
+            return grown(make, lambda made: self.answered(made) + more, self.length, self.step, self.most)
+        high = self.highest(make)
+        return searched(make, lambda made: self.measured(made) + more, self.length, self.step, high)
 
-    def highest(self) -> int:
+    def highest(self, make: Callable[[int], Made]) -> int:
         """The largest size that the search looks at: three times what a first sample lets expect."""
-        return most_expected(self.length, self.step, self.tokens(self.assemble(*self.make(self.step).parts)))
+        return most_expected(self.length, self.step, self.tokens(self.assemble(*make(self.step).parts)))
 
     @property
     def most(self) -> int | None:
@@ -206,7 +202,7 @@ def _numbers_of(text: str) -> list[int]:
 
 
 class ReplayDraft(Draft):
-    """Only its state tells size and answers, which depend on the samples before it."""
+    """Only its state tells size and answers, which depend on the samples before it. Sizes are RULER's own."""
 
     def __init__(self, made: ReplaySource, index: int):
         self.made, self.index = made, index
@@ -221,12 +217,6 @@ class ReplayDraft(Draft):
 
     def render(self, state: State) -> tuple[str, ...]:
         return self.at(state).parts
-
-    def fill(self, room: int) -> tuple[Any, int]:
-        raise NotImplementedError("sizes are RULER's own")
-
-    def cut(self, state: State) -> tuple[None, int]:
-        raise NotImplementedError("sizes are RULER's own")
 
     def answers(self, state: State) -> list[str]:
         return list(dict.fromkeys(self.at(state).outputs))
@@ -256,9 +246,6 @@ def source(
     return ReplayNeedles(*common, spec.haystack, step=5 if length < 4096 else 25)
 
 
-# ----------------------------------------------------------------------------------------------------------- needles
-
-
 @dataclass
 class ReplayNeedles(ReplaySource):
     essay: texts.Essay | None = None
@@ -270,10 +257,10 @@ class ReplayNeedles(ReplaySource):
     def behind(self, made: Made) -> str:
         return " ".join(made.outputs)
 
-    def size(self) -> int:
+    def size(self, make: Callable[[int], Made] | None = None, more: int = 0) -> int:
         if self.old and self.essay is not None:
             return grown(self.make, self.answered, self.length, self.step, len(self.words), looks_first=True)
-        return super().size()
+        return super().size(make, more)
 
     @functools.cached_property
     def words(self) -> list[str]:
@@ -295,7 +282,7 @@ class ReplayNeedles(ReplaySource):
         return draw_value(kind, self.python)
 
     def make(self, size: int, index: int = 0) -> Made:
-        spec, python, needle = self.spec, self.python, texts.needle()
+        spec, python = self.spec, self.python
         keys: list[str] = []
         values: list[list[str]] = []
         for _ in range(spec.keys):
@@ -310,20 +297,14 @@ class ReplayNeedles(ReplaySource):
         else:
             lines = ["".join(texts.noise())] * size
             if spec.haystack == "needle":
-                lines = [
-                    needle.format(type_needle_v=spec.value, key=self.value(spec.key), value=self.value(spec.value))
-                    for _ in range(size)
-                ]
+                lines = [texts.needle_of(spec.value, self.value(spec.key), self.value(spec.value)) for _ in range(size)]
             at = sorted(python.sample(range(size), len(pairs)))
             pairs = pairs[::-1]  # the first one is put in the hindmost place
             place = [round(100 * i / size, 2) for i in at]
-        sentences = [needle.format(type_needle_v=spec.value, key=key, value=value) for key, value in pairs]
+        sentences = [texts.needle_of(spec.value, key, value) for key, value in pairs]
         if self.essay is not None:
-            segments = [" ".join(lines[a:b]) for a, b in zip([0, *at], [*at, len(lines)])]  # some may be empty
-            woven = [segments[0]]
-            for sentence, segment in zip(sentences, segments[1:]):
-                woven += [sentence, segment]
-            context = " ".join(woven)
+            first, *others = [" ".join(lines[a:b]) for a, b in zip([0, *at], [*at, len(lines)])]  # some may be empty
+            context = " ".join([first, *itertools.chain.from_iterable(zip(sentences, others))])
         else:
             context = "\n".join(needles.weave(lines, sentences, at))
         asked = python.sample(range(spec.keys), spec.queries)
@@ -334,9 +315,6 @@ class ReplayNeedles(ReplaySource):
             [value for _, value in outputs],
             [place[pairs.index(pair)] for pair in outputs],
         )
-
-
-# ------------------------------------------------------------------------------------------------- variable tracking
 
 
 @dataclass
@@ -361,12 +339,9 @@ class ReplayChains(ReplaySource):
     def chain(self, letters: int, value: str | None = None) -> chains.Chain:
         count = self.options.hops + 1
 
-        def name() -> str:
-            return "".join(self.python.choices(string.ascii_uppercase, k=letters))
-
-        names = [name() for _ in range(count)]
+        names: list[str] = []
         while len(set(names)) < count:
-            names.append(name())
+            names.append("".join(self.python.choices(string.ascii_uppercase, k=letters)))
         made = chains.Chain(names, value or self.number())
         if len(names) > count:  # two had the same name: RULER begins a second chain, and fails for lack of names
             if value is None:
@@ -402,29 +377,23 @@ class ReplayChains(ReplaySource):
     @functools.cached_property
     def example(self) -> tuple[str, list[str]]:
         """(text, names) of the worked example."""
-        limit, step, kept = chains.VT_EXAMPLE_TOKENS, 5, self.kept if self.old else 0
+        limit, step, make = chains.VT_EXAMPLE_TOKENS, 5, self.first_example
+        found: list[Made] = []
 
-        def measure(made: Made) -> int:
-            return self.tokens("".join(made.parts)) + kept
+        def measure(made: Made, behind: str = "") -> int:
+            return self.tokens("".join(made.parts) + behind) + (self.kept if self.old else 0)
 
         if self.old:
-            size = grown(
-                self.first_example,
-                lambda made: self.tokens("".join(made.parts) + self.behind(made)) + kept,
-                limit,
-                step,
-            )
+            size = grown(make, lambda made: measure(made, self.behind(made)), limit, step)
         else:
-            high = most_expected(limit, step, self.tokens("".join(self.first_example(step).parts)))
-            size = searched(self.first_example, measure, limit, step, high)
-        found: list[Made] = []
+            size = searched(make, measure, limit, step, most_expected(limit, step, measure(make(step))))
 
         def fits(made: Made) -> bool:
             found[:] = [made]
             return measure(made) <= limit
 
         # In 2024 the example's haystack does not shrink.
-        self.placed(0, size, size if self.old else step, self.first_example, fits)
+        self.placed(0, size, size if self.old else step, make, fits)
         made = found[0]
         end = "\n\n" if self.old else "\n"
         return f"{''.join(made.parts)} {' '.join(made.outputs)}{end}", made.outputs
@@ -453,19 +422,13 @@ class ReplayChains(ReplaySource):
 
     def states(self, n: int) -> list[State]:
         more = self.tokens(self.example[0])
-        if self.old:
-            size = grown(self.bare, lambda made: self.answered(made) + more, self.length, self.step)
+        size, front = self.size(self.bare, more), more if self.old else 0
 
-            def fits(made: Made) -> bool:
-                return self.measured(made) + more <= self.length
+        def fits(made: Made) -> bool:
+            return self.measured(made) + front <= self.length
 
-            return [self.placed(index, size, size, self.make, fits) for index in range(n)]
-        high = most_expected(self.length, self.step, self.tokens(self.assemble(*self.bare(self.step).parts)))
-        size = searched(self.bare, lambda made: self.measured(made) + more, self.length, self.step, high)
-        return [self.placed(index, size, self.step, self.make, self.fits) for index in range(n)]
-
-
-# ------------------------------------------------------------------------------------------------------- word counts
+        step = size if self.old else self.step
+        return [self.placed(index, size, step, self.make, fits) for index in range(n)]
 
 
 @dataclass
@@ -489,8 +452,8 @@ class ReplayCommonWords(ReplaySource):
     def behind(self, made: Made) -> str:
         return " " + ruler_words.numbered(made.outputs)
 
-    def highest(self) -> int:
-        each = self.tokens(self.assemble(*self.make(ESTIMATE_WORDS).parts)) / ESTIMATE_WORDS
+    def highest(self, make: Callable[[int], Made]) -> int:
+        each = self.tokens(self.assemble(*make(ESTIMATE_WORDS).parts)) / ESTIMATE_WORDS
         return max(int(self.length // each) * 2, 2 * self.step)
 
     def listed(self, size: int, common: int, other: int) -> tuple[str, list[str]]:
@@ -501,11 +464,10 @@ class ReplayCommonWords(ReplaySource):
         return ruler_words.numbered(self.shuffled(often * common + seldom * other)), often
 
     def make(self, size: int, index: int = 0) -> Made:
-        short = self.length < 4096
-        shown, answer = self.listed(20, 3, 1) if short else self.listed(40, 10, 3)
-        listed, outputs = self.listed(size, 6, 1) if short else self.listed(size, 30, 3)
-        example, prefix = ruler_words.common_question(shown)
-        question, _ = ruler_words.common_question(listed)
+        shown, answer = self.listed(*ruler_words.worked_example(self.length))
+        listed, outputs = self.listed(size, *ruler_words.repeats(self.length))
+        example, prefix = texts.question("cwe", context=shown)
+        question, _ = texts.question("cwe", context=listed)
         gap = "" if self.old else " "
         return Made((example, f"{prefix}{gap}{ruler_words.numbered(answer)}\n", question, prefix), outputs)
 
@@ -521,19 +483,15 @@ class ReplayFrequentWords(ReplaySource):
         """Coded words by their rank; the first is noise."""
         size = self.limit // 50
 
-        def word() -> str:
-            return "".join(self.python.choices(string.ascii_lowercase, k=ruler_words.FWE_LETTERS))
-
-        words = [word() for _ in range(size)]
-        while len(set(words)) < size:
-            words.append(word())
-        return ["...", *self.shuffled(sorted(set(words)))[1:]]
+        words: set[str] = set()
+        while len(words) < size:
+            words.add("".join(self.python.choices(string.ascii_lowercase, k=ruler_words.FWE_LETTERS)))
+        return ["...", *self.shuffled(sorted(words))[1:]]
 
     def text(self, words: Sequence[str], total: int) -> Made:
-        ranks = np.arange(1, len(words) + 1, dtype=np.float64)
-        counts = (total * ranks**-ruler_words.FWE_ALPHA / (math.pi**2 / 6)).astype(np.int64)
-        listed = [word for word, count in zip(words, counts.tolist()) for _ in range(count)]
-        return Made(ruler_words.frequent_question(" ".join(self.shuffled(listed))), list(words[1:4]))
+        counts = ruler_words.word_counts(total, len(words)).tolist()
+        listed = [word for word, count in zip(words, counts) for _ in range(count)]
+        return Made(texts.question("fwe", context=" ".join(self.shuffled(listed))), list(words[1:4]))
 
     def make(self, size: int, index: int = 0) -> Made:
         return self.text(self.vocabulary(), size)
@@ -555,9 +513,6 @@ class ReplayFrequentWords(ReplaySource):
                 raise self.too_short()
             states.append([size, *state[1:]])
         return states
-
-
-# ------------------------------------------------------------------------------------------------ question answering
 
 
 @dataclass
@@ -612,11 +567,6 @@ class ReplayDocuments(ReplaySource):
         else:
             chosen = self.shuffled((self.order * -(-size // len(documents)))[:size])
         context = ruler_questions.document_context([documents[i] for i in chosen])
-        depth = (
-            100 * chosen.index(question.context[0]) / max(1, len(chosen) - 1) if question.context[0] in chosen else 0
-        )
-        return Made(
-            ruler_questions.asked(question.text, context),
-            list(question.given),
-            [round(depth, 2)] * len(question.answers),
-        )
+        asked, needle = texts.question("qa", query=question.text, context=context), question.context[0]
+        depth = 100 * chosen.index(needle) / max(1, len(chosen) - 1) if needle in chosen else 0
+        return Made(asked, list(question.given), [round(depth, 2)] * len(question.answers))

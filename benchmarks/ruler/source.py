@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import random
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,40 +15,38 @@ from benchmarks.ruler import fit, texts
 from benchmarks.ruler.tasks import GENERATOR, SPECS, Options, Spec
 from benchmarks.ruler.tokens import Costs, assembler, counter
 
-# ---------------------------------------------------------------------------------------------------------- samples
 
-
-class Draft(Protocol):
-    """One sample before its haystack has a size."""
+class Draft:
+    """One sample before its haystack has a size. `empty`: state (JSON) of the smallest haystack."""
 
     outputs: list[str]
+    empty: Any
 
     def fill(self, room: int) -> tuple[Any, int]:
         """State (JSON) of the largest haystack of at most `room` tokens above the empty one, and its tokens."""
+        raise NotImplementedError
 
     def render(self, state: Any) -> tuple[str, ...]:
         """(prompt up to the end of the question, answer prefix); an example with its answer may stand in front."""
+        raise NotImplementedError
 
     def answers(self, state: Any) -> list[str]:
         return list(self.outputs)
 
     def depth(self, state: Any) -> list[float]:
-        """Percent of the context in front of the needle of each output."""
+        """Percent of the context in front of the needle of each output, where there are needles."""
+        return []
 
     def cut(self, state: Any) -> tuple[tuple[str, ...] | None, int]:
         """(the rendered prompt less the inner parts of the haystack, their tokens).
 
         None for the prompt: the smallest haystack's, to which the tokens that `fill` gave are added.
         """
+        raise NotImplementedError
 
     def core(self) -> tuple[tuple[str, ...], int]:
         """(a prompt, tokens to add): together the size of the smallest haystack's prompt."""
         return self.render(self.empty), 0
-
-    empty: Any  # state of the smallest haystack
-
-
-# ---------------------------------------------------------------------------------------------------- random streams
 
 
 def stream(*key: Any) -> random.Random:
@@ -87,9 +85,6 @@ def draw_values(kind: str, n: int, rng: random.Random, taken: set[str]) -> list[
     return values
 
 
-# ------------------------------------------------------------------------------------------------------------ tasks
-
-
 @dataclass
 class Source:
     """What the samples of one cell share: wording, haystack, measured token costs."""
@@ -101,6 +96,8 @@ class Source:
     options: Options
     haystack: str
     haystack_sha256: str | None = None
+    _number_sums: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64), init=False)
+    draft: ClassVar[Callable[..., Draft]]  # of (this source, the sample's generator)
 
     @property
     def questions(self) -> dict[str, Any] | None:
@@ -124,7 +121,19 @@ class Source:
         return stream(self.task, self.length, self.seed, index)
 
     def draw(self, index: int) -> Draft:
+        return self.draft(self, self.rng(index))
+
+    def number_costs(self, numbers: range) -> np.ndarray:
+        """int64: tokens of numbers from 1 on as they stand in the haystack's list."""
         raise NotImplementedError
+
+    def number_sums(self, count: int) -> np.ndarray:
+        """int64 [k]: tokens of the first k numbers of a list; k to `count` at least."""
+        while len(self._number_sums) <= count:
+            known = len(self._number_sums) - 1
+            sums = np.cumsum(self.number_costs(range(known + 1, 2 * known + 1025)))
+            self._number_sums = np.append(self._number_sums, self._number_sums[-1] + sums)
+        return self._number_sums
 
     def prepare(self, drafts: Sequence[Draft], room: int) -> None:
         """Measures together what the drafts will ask for one by one, where that saves time."""

@@ -83,12 +83,13 @@ class Options:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1: {self.max_new_tokens}")
-        if self.shots not in (0, 1):
-            raise ValueError(f"shots must be 0 or 1: {self.shots}")
-        if self.hops < 1:
-            raise ValueError(f"hops must be at least 1: {self.hops}")
+        for key, holds, rule in (
+            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            ("shots", self.shots in (0, 1), "0 or 1"),
+            ("hops", self.hops >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{key} must be {rule}: {getattr(self, key)}")
         if self.date is not None:
             chat.parse_day(self.date)
         if self.template_args and not self.chat:
@@ -158,9 +159,6 @@ def check_writable(task: str, reader: Reader) -> None:
 def reserve(task: str, options: Options = DEFAULTS) -> int:
     """Tokens kept for generation."""
     return options.max_new_tokens or texts.wording(SPECS[task].family).reserve
-
-
-# ---------------------------------------------------------------------------------------------------------- metrics
 
 
 def score(task: str, prediction: str, outputs: Sequence[str]) -> float:

@@ -55,9 +55,6 @@ def found_file(kind: str, data_dir: str | Path | None) -> Path | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- editions
-
-
 @dataclass(frozen=True)
 class Edition:
     """One state of RULER's tasks. `replayed`: samples are drawn and sized as by RULER's own generator, to the byte.
@@ -87,9 +84,6 @@ EDITIONS = {
     )
 }
 DEFAULT_EDITION = "2025"
-
-
-# ---------------------------------------------------------------------------------------------------------- wording
 
 
 @dataclass(frozen=True)
@@ -122,8 +116,19 @@ def wording(family: str, edition: str = DEFAULT_EDITION) -> Wording:
     return Wording(template, prefix, config["tokens_to_generate"])
 
 
+def question(family: str, edition: str = DEFAULT_EDITION, **places: Any) -> tuple[str, str]:
+    """(prompt up to the end of the question, answer prefix) with these in their places."""
+    words = wording(family, edition)
+    return words.template.format(**places), words.prefix.format(**places)
+
+
 def needle() -> str:
     return _constant("prepare_niah.py", "NEEDLE")
+
+
+def needle_of(kind: str, key: str, value: str) -> str:
+    """The needle that says a key's value. kind: numbers, words or uuids."""
+    return needle().format(type_needle_v=kind, key=key, value=value)
 
 
 def noise() -> list[str]:
@@ -147,35 +152,34 @@ def _constants(file: str, name: str) -> list:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            try:
+            with contextlib.suppress(ValueError):
                 found.append(ast.literal_eval(node.value))
-            except ValueError:
-                continue
     if not found:
         raise ImportError(f"lm-eval's RULER file {file} defines no {name}: lm-eval 0.4.13 is the tested version")
     return found
 
 
-def _lm_eval_file(name: str) -> Path:
-    spec = importlib.util.find_spec("lm_eval")
+def package_folder(name: str, said: str) -> Path:
+    """Folder of a package, found without importing it. Raises ImportError of these words if it is not installed."""
+    spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("RULER's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'")
-    path = Path(spec.submodule_search_locations[0], "tasks", "ruler", name)
+        raise ImportError(said)
+    return Path(spec.submodule_search_locations[0])
+
+
+def _lm_eval_file(name: str) -> Path:
+    said = "RULER's prompts are read from the lm-eval package: pip install 'lm-eval>=0.4.13'"
+    path = package_folder("lm_eval", said) / "tasks" / "ruler" / name
     if not path.is_file():
         raise ImportError(f"the installed lm-eval has no {path}: lm-eval 0.4.13 is the tested version")
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------ words
-
-
 @functools.cache
 def word_list(kind: str) -> tuple[str, ...]:
     """Sorted unique "noun", "adjective" or "verb" entries of the wonderwords package."""
-    spec = importlib.util.find_spec("wonderwords")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the needles' keys come from the wonderwords package: pip install wonderwords==3.0.1")
-    path = Path(spec.submodule_search_locations[0], "assets", f"{kind}list.txt")
+    said = "the needles' keys come from the wonderwords package: pip install wonderwords==3.0.1"
+    path = package_folder("wonderwords", said) / "assets" / f"{kind}list.txt"
     return tuple(sorted({line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}))
 
 
@@ -234,9 +238,6 @@ def more_words(path: Path) -> tuple[str, ...]:
         return tuple(_text(word) for word in read_json(path, dict).values())
     except (TypeError, UnicodeEncodeError) as error:
         raise ValueError(f"{path}: not in the layout of {SOURCES['words'].what} ({error})") from None
-
-
-# ----------------------------------------------------------------------------------------------------------- essays
 
 
 def sentence_ends(words: Sequence[str]) -> list[int]:
@@ -334,20 +335,19 @@ def _essay(path: Path, sha256: str) -> Essay:
     return Essay(name, sha256, words, (text[0].isspace(), text[-1].isspace()))
 
 
-def has_punkt() -> bool:
-    """Whether NLTK and its data for English sentences, with which RULER splits essays, are on this machine."""
-    try:
-        _punkt()
-    except (ImportError, LookupError):
-        return False
-    return True
-
-
 @functools.cache
 def _punkt() -> Any:
-    from nltk.tokenize.punkt import PunktTokenizer
+    """NLTK's splitter of English sentences, which RULER uses; None if it or its data are not on this machine."""
+    try:
+        from nltk.tokenize.punkt import PunktTokenizer
 
-    return PunktTokenizer("english")
+        return PunktTokenizer("english")
+    except (ImportError, LookupError):
+        return None
+
+
+def has_punkt() -> bool:
+    return _punkt() is not None
 
 
 def sentences(text: str) -> list[str]:
@@ -356,9 +356,6 @@ def sentences(text: str) -> list[str]:
         return list(_punkt().tokenize(text))
     words = text.split(" ") if text else []
     return [" ".join(words[first:last]) for first, last in itertools.pairwise([0, *sentence_ends(words)])]
-
-
-# ---------------------------------------------------------------------------------------------- question answering
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ CHECKED_PROMPTS = 64
 TEXTS_AT_ONCE = 256
 
 
-# ---------------------------------------------------------------------------------------------------- token counting
-
 Count = Callable[[Sequence[str]], list[int]]
 
 Assemble = Callable[..., str]

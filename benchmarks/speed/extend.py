@@ -32,25 +32,11 @@ GIB = 2**30
 
 @dataclass
 class ManyConfig:
-    """What is measured.
+    """What is measured: a shape's name as in bench, processes of a GPU each, and settings as of extend.
 
-    Args:
-        output: directory that gets results.jsonl
-        work: folder for the checkpoint, the data and the run
-        shape: a shape's name as in bench
-        processes: how many, one for each GPU
-        device: cuda or cpu
-        row_tokens: physical tokens of a row
-        target: the extended window
-        rows: rows of a step
-        micro_rows: rows that go through a process's model at once
-        steps: of the run, at least 2
-        dtype: float32 (multiplied in bfloat16, the shares are masters) or bfloat16 (with masters beside)
-        checkpointing: none, selective or full
-        compile: layers or none
-        optimizer: as of extend; lean is for one process
-        attention: as of extend
-        timeout: seconds that the run may take
+    work: folder for the checkpoint, the data and the run. output: of results.jsonl. timeout: of the run, seconds.
+    dtype: float32 is multiplied in bfloat16 (the shares are masters), bfloat16 has masters beside. optimizer: lean is
+    for one process.
     """
 
     output: str = "bench"
@@ -71,6 +57,13 @@ class ManyConfig:
     timeout: float = 540.0
 
 
+#: Settings that the run takes as they are.
+OF_EXTEND = (
+    *("target", "row_tokens", "rows", "micro_rows", "steps", "dtype", "checkpointing", "compile", "device"),
+    *("optimizer", "attention"),
+)
+
+
 def measure(config: ManyConfig) -> list[dict[str, Any]]:
     """Result rows of one run. Raises ValueError naming the value, or if the run fails, with the end of what it said."""
     from endprompt.shapes import SHAPES
@@ -87,12 +80,9 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
     make_shard(config, checkpoint, shard)
     shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(aside(run), ignore_errors=True)
-    job = {
-        "model": str(checkpoint), "data": [str(shard)], "output": str(run), "target": config.target,
-        "prompt": "text:" + " ".join(["end"] * min(20, config.row_tokens // 2)), "row_tokens": config.row_tokens,
-        "rows": config.rows, "micro_rows": config.micro_rows, "steps": config.steps, "dtype": config.dtype,
-        "autocast": config.dtype == "float32", "checkpointing": config.checkpointing, "compile": config.compile,
-        "device": config.device, "log_every": 1, "optimizer": config.optimizer, "attention": config.attention,
+    job = {key: getattr(config, key) for key in OF_EXTEND} | {
+        "model": str(checkpoint), "data": [str(shard)], "output": str(run), "log_every": 1,
+        "prompt": "text:" + " ".join(["end"] * min(20, config.row_tokens // 2)), "autocast": config.dtype == "float32",
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     worker = ["-m", "benchmarks.speed.extend", "--worker", json.dumps({"job": job, "work": str(work)})]

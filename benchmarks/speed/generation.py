@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -106,24 +107,13 @@ class Bench:
         return self._model[1]
 
     def add(self, task: str, model: str, method: str, length: int, n: int, seconds: float, **columns: Any) -> None:
+        each = seconds / n
         row = results.result_row(
-            suite="scoring-speed",
-            task=task,
-            metric="sample_seconds",
-            value=seconds / n,
-            model=model,
-            method=method,
-            seed=0,
-            length=length,
-            n=n,
-            sample_seconds=seconds / n,
-            **columns,
-            dtype="bfloat16",
-            copy_bytes_per_second=self.bytes_per_second,
-            matrix_flops=self.ceiling,
-            device=self.environment["device"].get("gpu", "cpu"),
+            suite="scoring-speed", task=task, metric="sample_seconds", value=each, model=model, method=method, seed=0,
+            length=length, n=n, sample_seconds=each, **columns, dtype="bfloat16", matrix_flops=self.ceiling,
+            copy_bytes_per_second=self.bytes_per_second, device=self.environment["device"].get("gpu", "cpu"),
             environment=self.environment,
-        )
+        )  # fmt: skip
         results.append_rows(self.out, [row])
         self.made.append(row)
         self.note(" ".join(f"{key}={row[key]:.4g}" for key in ("value", *columns) if isinstance(row[key], float)))
@@ -184,9 +174,6 @@ class Bench:
         return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------------------- methods
-
-
 def now(model: Any, jobs: Sequence[generate.Job], found: generate.Way) -> tuple[float, float]:
     """(seconds of reading prompts, of all)."""
     reading = 0.0
@@ -217,9 +204,6 @@ def hflm(model: Any) -> Callable[[generate.Job], Any] | None:
         return lm._model_generate(ids_BT, len(job.prompt) + job.new_tokens, stop=[], attention_mask=mask)
 
     return answer
-
-
-# --------------------------------------------------------------------------------------------------------------- models
 
 
 def random_model(shape: str, window: int, device: str) -> Any:
@@ -258,32 +242,24 @@ def prompt_flops(model: Any, tokens: int) -> float:
     return 2.0 * linear * tokens + attention
 
 
-# --------------------------------------------------------------------------------------------------------------- device
-
-
 def matrix_ceiling(device: str, size: int, repeats: int = 40) -> float:
     """FLOP/s of a bfloat16 matrix product, after a warm-up."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(10):
         a @ b
-
-    def multiply() -> None:
-        for _ in range(repeats):
-            a @ b
-
-    return 2 * size**3 * repeats / timed(device, multiply)[0]
+    return 2 * size**3 * repeats / in_a_row(device, repeats, lambda: a @ b)
 
 
 def copy_speed(device: str, size: int, repeats: int = 20) -> float:
     """Bytes a second that the device reads and writes when it copies `size` bytes."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     target.copy_(source)
+    return 2 * size * repeats / in_a_row(device, repeats, lambda: target.copy_(source))
 
-    def copy() -> None:
-        for _ in range(repeats):
-            target.copy_(source)
 
-    return 2 * size * repeats / timed(device, copy)[0]
+def in_a_row(device: str, repeats: int, work: Callable[[], Any]) -> float:
+    """Seconds of so many calls, what they return let go."""
+    return timed(device, lambda: deque((work() for _ in range(repeats)), maxlen=0))[0]
 
 
 if __name__ == "__main__":

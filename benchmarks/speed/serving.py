@@ -35,14 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     environment = runs.environment()
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {
-            "tasks": "niah_single_1",
-            "lengths": args.length,
-            "samples": args.samples,
-            "max_new_tokens": args.new_tokens,
-            "cache_dir": f"{folder}/cache",
-            "quiet": True,
-        }
+        common: dict[str, Any] = {"tasks": "niah_single_1", "lengths": args.length, "samples": args.samples}
+        common |= {"max_new_tokens": args.new_tokens, "cache_dir": f"{folder}/cache", "quiet": True}
 
         def run(name: str, **settings: Any) -> tuple[float, dict[Any, str]]:
             began = time.perf_counter()
@@ -55,24 +49,15 @@ def main(argv: list[str] | None = None) -> None:
         run("warm", **served, samples=1)
         for concurrency in map(int, args.concurrency.split(",")):
             seconds, texts = run(f"at-{concurrency}", **served, concurrency=concurrency)
+            same = sum(texts[key] == text for key, text in wanted.items())
             row = results.result_row(
-                suite="serving-speed",
-                task="niah_single_1",
-                metric="seconds",
-                value=seconds,
-                model=Path(args.checkpoint).name,
-                method=args.engine,
-                seed=0,
-                length=args.length,
-                n=args.samples,
-                same=sum(texts[key] == text for key, text in wanted.items()),
-                concurrency=concurrency,
-                new_tokens=args.new_tokens,
+                suite="serving-speed", task="niah_single_1", metric="seconds", value=seconds, seed=0,
+                model=Path(args.checkpoint).name, method=args.engine, length=args.length, n=args.samples, same=same,
+                concurrency=concurrency, new_tokens=args.new_tokens, environment=environment,
                 load_average=round(os.getloadavg()[0], 1),
-                environment=environment,
-            )
+            )  # fmt: skip
             results.append_rows(args.out, [row])
-            say(f"{concurrency} at a time: {seconds:.1f} s, {row['same']} of {args.samples} answers as hf's")
+            say(f"{concurrency} at a time: {seconds:.1f} s, {same} of {args.samples} answers as hf's")
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ from typing import Any
 
 from benchmarks.speed.config import METHODS, BenchConfig
 from benchmarks.speed.step import measure
+from endprompt.config import FLOAT8, check_fields
 from endprompt.results import append_rows
 from endprompt.shapes import SHAPES
 
 
 def check(config: BenchConfig) -> None:
     """Raises ValueError naming key, value and rule."""
-    from endprompt.config import FLOAT8
-
     choices = {
         "shape": tuple(SHAPES),
         "method": tuple(METHODS),
@@ -41,12 +40,7 @@ def check(config: BenchConfig) -> None:
         "float8": FLOAT8,
         "recompute": ("none", "selective", "full"),
     }
-    for key, allowed in choices.items():
-        if getattr(config, key) not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(allowed)}: {key}={getattr(config, key)!r}")
-    for key in ("row_tokens", "target", "micro_rows", "rows", "timed"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} must be at least 1: {key}={getattr(config, key)}")
+    check_fields(config, choices, dict.fromkeys(("row_tokens", "target", "micro_rows", "rows", "timed"), 1))
     if not 0 <= config.memory_budget <= 1:
         raise ValueError(f"memory_budget must be in [0, 1]: memory_budget={config.memory_budget}")
     if config.warm_layers < 0:

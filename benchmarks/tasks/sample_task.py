@@ -50,8 +50,7 @@ class SampleTask(Task):
     def has_training_docs(self) -> bool:
         return False
 
-    def has_validation_docs(self) -> bool:
-        return False
+    has_validation_docs = has_training_docs
 
     def has_test_docs(self) -> bool:
         return True

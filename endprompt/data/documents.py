@@ -25,10 +25,6 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 HUB = "hub:"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents
-
-
 @dataclass
 class Document:
     """text and completion as words, or messages, or input_ids already tokenised. where: file and line, for errors."""
@@ -220,23 +216,17 @@ def tokenize(
     chat_loss: str = "assistant",
 ) -> Documents:
     """All documents in memory; arguments and errors as of `tokenized`."""
-    pieces: list[np.ndarray] = []
-    completions: list[int] = []
-    marks: list[np.ndarray | None] = []
-    for ids, completion, weights in tokenized(documents, tokenizer, append_eos=append_eos, chat_loss=chat_loss):
-        pieces.append(np.asarray(ids, dtype=np.uint32))
-        completions.append(completion)
-        marks.append(weights)
+    read = [
+        (np.asarray(ids, dtype=np.uint32), completion, weights)
+        for ids, completion, weights in tokenized(documents, tokenizer, append_eos=append_eos, chat_loss=chat_loss)
+    ]
+    pieces, completions, marks = zip(*read) if read else ((), (), ())
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
     found = None
     if any(own is not None for own in marks):
         found = np.concatenate([np.ones(len(ids), np.uint8) if own is None else own for ids, own in zip(pieces, marks)])
     return Documents(tokens, offsets, offsets[1:] - np.asarray(completions, dtype=np.int64), found)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token shards
 
 
 class Joined:

@@ -27,6 +27,11 @@ BITS = 48  # of a share as a whole number, so that nothing is rounded on the way
 class Mixture:
     """Rows as `Rows` has them, from several of those. Raises ValueError for a source that no row can be made of."""
 
+    dropped: int
+    dropped_tokens: int
+    truncated_tokens: int
+    padding: int
+
     def __init__(self, sources: Sequence[Source], documents: Callable[[str], Documents], spec: RowSpec):
         self.spec, self.sources = spec, list(sources)
         self.rows: list[Rows] = []
@@ -39,6 +44,8 @@ class Mixture:
                     f"(dropped {rows.dropped} shorter ones{rows.hint}): data={source.name!r}"
                 )
             self.rows.append(rows)
+        for count in ("dropped", "dropped_tokens", "truncated_tokens", "padding"):
+            setattr(self, count, sum(getattr(rows, count) for rows in self.rows))
         left = np.cumsum([source.weight for source in sources][::-1])[::-1]
         self._shares = [round(source.weight / rest * 2**BITS) for source, rest in zip(sources, left)]
         draw = sample_rng(spec.seed, 0).spawn(1)[0]
@@ -76,24 +83,8 @@ class Mixture:
         return sha256_of(*(f"{source.weight!r} {rows.sha256}" for source, rows in zip(self.sources, self.rows)))
 
     @property
-    def dropped(self) -> int:
-        return sum(rows.dropped for rows in self.rows)
-
-    @property
-    def dropped_tokens(self) -> int:
-        return sum(rows.dropped_tokens for rows in self.rows)
-
-    @property
-    def truncated_tokens(self) -> int:
-        return sum(rows.truncated_tokens for rows in self.rows)
-
-    @property
     def hint(self) -> str:
         return max(rows.hint for rows in self.rows)
-
-    @property
-    def padding(self) -> int:
-        return sum(rows.padding for rows in self.rows)
 
     def record(self, rows: int) -> list[dict[str, Any]]:
         """What the first `rows` rows take of each source: share of the tokens, passes over what it has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -104,8 +105,7 @@ def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, veri
 def check_manifest(manifest: dict[str, Any], path: Path) -> None:
     """Raises ValueError naming the file and the rule if a shard's manifest is not one."""
     kinds: dict[str, type] = {"tokenizer_sha256": str, "dtype": str, "tokens": int, "sha256": dict}
-    missing = {"schema", *kinds} - set(manifest)
-    if missing:
+    if missing := {"schema", *kinds} - set(manifest):
         raise ValueError(f"{path}: a manifest must have {', '.join(sorted(missing))}")
     if manifest["schema"] != SHARD_SCHEMA:
         raise ValueError(f"{path}: schema must be {SHARD_SCHEMA}, is {manifest['schema']}")
@@ -163,84 +163,88 @@ def prepare(config: PrepareConfig) -> Path:
         return write_mixture(config) if mixture(config.data) else write(config)
 
 
-def write_mixture(config: PrepareConfig) -> Path:
-    """A shard for each source, and a manifest that holds their weights."""
-    output, made = Path(config.output), []
+@contextlib.contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A folder that takes the output's place once it is whole."""
     work = aside(output)
     shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
-        for place, source in enumerate(mixture(config.data)):
-            shard = f"{place:02d}"
-            write(dataclasses.replace(config, data=[source.path], output=str(work / shard)))
-            made.append({"shard": shard, "source": source.path, "weight": source.weight})
-        write_text(work / "manifest.json", json.dumps({"mixture": made}, indent=2) + "\n")
+        yield work
+        sync_tree(work)
         if output.exists():
             shutil.rmtree(output)
         os.replace(work, output)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def write_mixture(config: PrepareConfig) -> Path:
+    """A shard for each source, and a manifest that holds their weights."""
+    output, made = Path(config.output), []
+    with replacing(output) as work:
+        for place, source in enumerate(mixture(config.data)):
+            shard = f"{place:02d}"
+            write(dataclasses.replace(config, data=[source.path], output=str(work / shard)))
+            made.append({"shard": shard, "source": source.path, "weight": source.weight})
+        write_text(work / "manifest.json", json.dumps({"mixture": made}, indent=2) + "\n")
     return output
+
+
+#: What becomes of documents that are not kept as they are, as the manifest counts them and their tokens.
+FATES = ("dropped", "longer", "duplicate", "cut")
 
 
 def write(config: PrepareConfig) -> Path:
     output = Path(config.output)
-    work = aside(output)
     tokenizer = load_tokenizer(config.tokenizer)
     for note in Reader(tokenizer).notes(config.append_eos):
         say(note)
     dtype = np.dtype(np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     lengths: list[int] = []
     completions: list[int] = []
     marks: list[tuple[int, np.ndarray]] = []
-    dropped = dropped_tokens = cut = cut_tokens = longer = longer_tokens = same = same_tokens = 0
+    counts = {f"{what}_{fate}": 0 for fate in FATES for what in ("documents", "tokens")}
     before = Duplicates(config.duplicates, config.near_threshold)
     shown = time.monotonic()
-    try:
+
+    def count(fate: str, tokens: int) -> None:
+        counts[f"documents_{fate}"] += 1
+        counts[f"tokens_{fate}"] += tokens
+
+    with replacing(output) as work:
         with open(work / "tokens.bin", "wb") as file:
             read = tokenized(documents(config), tokenizer, append_eos=config.append_eos, chat_loss=config.chat_loss)
             for ids, completion, own in read:
-                if len(ids) < config.min_tokens:
-                    dropped, dropped_tokens = dropped + 1, dropped_tokens + len(ids)
-                    continue
                 over = len(ids) - (config.max_tokens or len(ids))
-                if over > 0 and config.longer == "drop":
-                    longer, longer_tokens = longer + 1, longer_tokens + len(ids)
-                    continue
-                if before.seen(ids):
-                    same, same_tokens = same + 1, same_tokens + len(ids)
-                    continue
-                if over > 0:
-                    cut, cut_tokens = cut + 1, cut_tokens + over
-                    ids, completion = ids[:-over], max(0, completion - over)
-                np.asarray(ids, dtype=dtype).tofile(file)
-                if own is not None:
-                    marks.append((len(lengths), own[: len(ids)]))
-                lengths.append(len(ids))
-                completions.append(completion)
-                if time.monotonic() - shown > 5:
-                    shown = time.monotonic()
-                    say(f"{len(lengths):,} documents, {sum(lengths):,} tokens")
+                if len(ids) < config.min_tokens:
+                    count("dropped", len(ids))
+                elif over > 0 and config.longer == "drop":
+                    count("longer", len(ids))
+                elif before.seen(ids):
+                    count("duplicate", len(ids))
+                else:
+                    if over > 0:
+                        count("cut", over)
+                        ids, completion = ids[:-over], max(0, completion - over)
+                    np.asarray(ids, dtype=dtype).tofile(file)
+                    if own is not None:
+                        marks.append((len(lengths), own[: len(ids)]))
+                    lengths.append(len(ids))
+                    completions.append(completion)
+                    if time.monotonic() - shown > 5:
+                        shown = time.monotonic()
+                        say(f"{len(lengths):,} documents, {sum(lengths):,} tokens")
         if not lengths:
             raise ValueError(
-                f"no document is left of {dropped + longer} (min_tokens={config.min_tokens}"
-                + (f" max_tokens={config.max_tokens}" if longer else "")
+                f"no document is left of {counts['documents_dropped'] + counts['documents_longer']} "
+                f"(min_tokens={config.min_tokens}"
+                + (f" max_tokens={config.max_tokens}" if counts["documents_longer"] else "")
                 + f"): data={config.data}"
             )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = offsets[1:] - np.asarray(completions, dtype=np.int64)
-        counts = {
-            "documents_dropped": dropped,
-            "tokens_dropped": dropped_tokens,
-            "documents_longer": longer,
-            "tokens_longer": longer_tokens,
-            "documents_duplicate": same,
-            "tokens_duplicate": same_tokens,
-            "documents_cut": cut,
-            "tokens_cut": cut_tokens,
-        }
         about: dict[str, Any] = {"data": config.data, "append_eos": config.append_eos, **counts}
         if marks:
             about["chat_loss"] = config.chat_loss
@@ -249,18 +253,14 @@ def write(config: PrepareConfig) -> Path:
                 weights[offsets[document] : offsets[document + 1]] = own
             weights.tofile(work / "weights.bin")
         manifest = seal_shard(work, offsets, starts, dtype.name, tokenizer_sha256(tokenizer), **about)
-        sync_tree(work)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(work, output)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    n = counts
     say(
         f"{', '.join(config.data)}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name}); "
-        f"dropped {dropped:,} documents below {config.min_tokens} tokens ({dropped_tokens:,} tokens), {longer:,} "
-        f"above max_tokens ({longer_tokens:,} tokens), {same:,} duplicates ({same_tokens:,} tokens); cut {cut:,} "
-        f"documents ({cut_tokens:,} tokens)"
+        f"dropped {n['documents_dropped']:,} documents below {config.min_tokens} tokens "
+        f"({n['tokens_dropped']:,} tokens), "
+        f"{n['documents_longer']:,} above max_tokens ({n['tokens_longer']:,} tokens), "
+        f"{n['documents_duplicate']:,} duplicates ({n['tokens_duplicate']:,} tokens); "
+        f"cut {n['documents_cut']:,} documents ({n['tokens_cut']:,} tokens)"
     )
     return output
 

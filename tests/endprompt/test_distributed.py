@@ -1,6 +1,7 @@
 """Two gloo processes on the CPU, as torchrun starts them, against one process."""
 
 import dataclasses
+import functools
 import json
 import re
 import socket
@@ -33,10 +34,22 @@ def results_of(directory):
     return lines_of(path) if path.exists() else []
 
 
+#: Methods and checkpoints that are trained only where slow tests are asked for.
+SLOW = ("odd", "phi", "renamed", "kinds", "longlora", "compiled")
+
+
 @pytest.fixture(scope="module")
 def trained(llama, checkpoints, documents, tmp_path_factory):
+    return by_two(llama, checkpoints, documents, tmp_path_factory.mktemp("two"), slow=False)
+
+
+@pytest.fixture(scope="module")
+def trained_slowly(llama, checkpoints, documents, tmp_path_factory):
+    return by_two(llama, checkpoints, documents, tmp_path_factory.mktemp("slow"), slow=True)
+
+
+def by_two(llama, checkpoints, documents, tmp, slow):
     """(directory with the outputs that two processes have made, their configurations by name, what they printed)."""
-    tmp = tmp_path_factory.mktemp("two")
     config = ExtendConfig(
         model=str(llama), data=[str(documents)], output="", target=128, prompt="EP_3", rows=4, steps=4,
         warmup=2, lr=1e-3, device="cpu", log_every=1, weight_decay=0.1, clip=0.5, micro_rows=1,
@@ -74,8 +87,10 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
         "other": {"attention": "eager", "data": [str(tmp / "damaged.jsonl")]},
     }
     (tmp / "damaged.jsonl").write_text("{")  # is not read before the model is compared
+    changes = {name: change for name, change in changes.items() if (name in SLOW) == slow}
     jobs = {name: dataclasses.replace(config, output=str(tmp / name), **change) for name, change in changes.items()}
-    cut_off(jobs["begun"], step=3)  # a run of one process that leaves its state of step 2
+    if "begun" in jobs:
+        cut_off(jobs["begun"], step=3)  # a run of one process that leaves its state of step 2
     made = {name: dataclasses.asdict(job) for name, job in jobs.items()}
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -87,18 +102,16 @@ def trained(llama, checkpoints, documents, tmp_path_factory):
     return tmp, jobs, said
 
 
+def by_one(tmp, jobs, name: str, **changes) -> Path:
+    return train.extend(dataclasses.replace(jobs[name], output=str(tmp / f"one-{name}"), **changes))
+
+
 @pytest.fixture(scope="module")
 def one_process(trained):
     """`one_process(name)`: the output of the same configuration by one process, made once."""
     tmp, jobs, _ = trained
-    made = {}
-
-    def get(name: str = "whole", **changes) -> Path:
-        if name not in made:
-            made[name] = train.extend(dataclasses.replace(jobs[name], output=str(tmp / f"one-{name}"), **changes))
-        return made[name]
-
-    return get
+    whole = dataclasses.replace(jobs["whole"], micro_rows=None)
+    return functools.cache(functools.partial(by_one, tmp, jobs | {"whole": whole}))
 
 
 def assert_equal_runs(left: Path, right: Path) -> None:
@@ -116,15 +129,26 @@ def assert_equal_runs(left: Path, right: Path) -> None:
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(trained, one_process):
-    assert_equal_runs(trained[0] / "whole", one_process(micro_rows=None))
+    assert_equal_runs(trained[0] / "whole", one_process("whole"))
 
 
-@pytest.mark.parametrize("name", ["odd", "phi", "renamed", "apart", "experts", "kinds", "longlora"])
-def test_every_method_and_checkpoint_trains_as_by_one_process(trained, one_process, name):
-    directory = trained[0] / name
-    assert_equal_runs(directory, one_process(name))
+def assert_equal_outputs(directory: Path, one: Path) -> None:
+    assert_equal_runs(directory, one)
     for file in ("config.json", "generation_config.json"):
-        assert (directory / file).read_text() == (one_process(name) / file).read_text()
+        assert (directory / file).read_text() == (one / file).read_text()
+
+
+@pytest.mark.parametrize("name", ["apart", "experts"])
+def test_every_method_and_checkpoint_trains_as_by_one_process(trained, one_process, name):
+    assert_equal_outputs(trained[0] / name, one_process(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_other_methods_and_checkpoints_train_as_by_one_process(trained_slowly, name):
+    tmp, jobs, _ = trained_slowly
+    changes = {"compile": "none", "micro_rows": None} if name == "compiled" else {}
+    assert_equal_outputs(tmp / name, by_one(tmp, jobs, name, **changes))
 
 
 def test_a_head_of_its_own_is_kept_and_said_once(trained):
@@ -136,10 +160,6 @@ def test_a_head_of_its_own_is_kept_and_said_once(trained):
     model = AutoModelForCausalLM.from_pretrained(directory / "apart")
     assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
     assert json.loads((directory / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
-
-
-def test_compiled_layers_are_sharded_too(trained, one_process):
-    assert_equal_runs(trained[0] / "compiled", one_process("compiled", compile="none", micro_rows=None))
 
 
 def test_each_process_reads_its_share_of_the_checkpoint(trained, llama):
@@ -155,7 +175,7 @@ def test_each_process_reads_its_share_of_the_checkpoint(trained, llama):
 
 def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(trained, one_process):
     tmp, _, _ = trained
-    exact, rounded = ([row["loss"] for row in log_of(run)] for run in (one_process(), tmp / "rounded"))
+    exact, rounded = ([row["loss"] for row in log_of(run)] for run in (one_process("whole"), tmp / "rounded"))
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != pytest.approx(exact, rel=1e-6)
     weights = load_file(tmp / "rounded" / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in weights.values())
@@ -181,13 +201,13 @@ def test_state_of_two_processes_is_resumed_by_one(trained, one_process):
     assert state.step == 2
     assert len(list(state.path.glob("__*.distcp"))) == 2  # each process wrote its own share
     resumed = train.extend(dataclasses.replace(jobs["broken"], resume=True))
-    assert_equal_runs(resumed, one_process())
+    assert_equal_runs(resumed, one_process("whole"))
 
 
 def test_state_of_one_process_is_resumed_by_two(trained, one_process):
     tmp, _, printed = trained
     assert printed.count("resumed from step 2 of 4") == 2  # this and the next one, each said once
-    assert_equal_runs(tmp / "begun", one_process())
+    assert_equal_runs(tmp / "begun", one_process("whole"))
 
 
 def test_two_processes_resume_bitwise(trained):

@@ -108,7 +108,7 @@ def covering() -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize("name", covering())
+@pytest.mark.parametrize("name", [*covering()[:3], *(pytest.param(n, marks=pytest.mark.slow) for n in covering()[3:])])
 def test_recipe_trains_when_scaled_down(name, small, documents, tmp_path):
     """Every length divided by 128, two rows, one step."""
     values = recipe(name)

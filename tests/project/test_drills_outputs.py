@@ -54,6 +54,20 @@ def extend_arguments(config) -> list[str]:
     return ["extend", *(f"--{key}={value}" for key, value in given.items()), "--data", *config.data]
 
 
+def commands_on(output: Path, place: Path, extend_config) -> dict[str, list[str]]:
+    """Every command that writes to an output."""
+    config = extend_config(output=str(output))
+    return {
+        "extend": extend_arguments(config),
+        "score": score_arguments(place, output),
+        "prepare": ["prepare", "--data", *config.data, f"--tokenizer={config.model}", f"--output={output}"],
+        "demo": ["demo", f"--output={output}"],
+        "verify": ["verify", str(place / "llama"), "--target=1024", f"--output={output}", "--pairs=8", "--tokens=64"],
+        "figures": ["figures", f"--output={output}", "--only=table_1"],
+        "lab": ["lab", "--preset=smoke", f"--output={output}", "--device=cpu"],
+    }
+
+
 def failed(arguments: list[str], capsys) -> str:
     """The one line that a command which fails leaves on stderr."""
     assert cli.main(arguments) == 1
@@ -90,16 +104,9 @@ def holder():
 
 def test_second_run_on_an_output_refuses_and_changes_nothing(extend_config, place, tmp_path, holder, capsys):
     output = tmp_path / "out"
-    config = extend_config(output=str(output))
-    (other := holder(output))
-    commands = {
-        "extend": extend_arguments(config),
-        "score": score_arguments(place, output),
-        "prepare": ["prepare", "--data", *config.data, f"--tokenizer={config.model}", f"--output={output}"],
-        "demo": ["demo", f"--output={output}"],
-        "verify": ["verify", str(place / "llama"), "--target=1024", f"--output={output}", "--pairs=8", "--tokens=64"],
-        "lab": ["lab", "--preset=smoke", f"--output={output}", "--device=cpu"],
-    }
+    other = holder(output)
+    commands = commands_on(output, place, extend_config)
+    del commands["figures"]  # they are drawn anew
     for name, arguments in commands.items():
         message = failed(arguments, capsys)
         assert f"another run writes to this output now (process {other.pid}): output='{output}'" in message, name
@@ -161,22 +168,14 @@ def read_only(tmp_path):
         yield folder
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "verify", "lab")]
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and not os.access("/sys/fs", os.W_OK), reason="root that may not mount")
-def test_read_only_output_is_named(extend_config, place, read_only, capsys):
-    output = read_only / "out"
-    config = extend_config(output=str(output))
-    commands = [
-        extend_arguments(config),
-        score_arguments(place, output),
-        ["prepare", "--data", *config.data, f"--tokenizer={config.model}", f"--output={output}"],
-        ["demo", f"--output={output}"],
-        ["verify", str(place / "llama"), "--target=1024", f"--output={output}", "--pairs=8", "--tokens=64"],
-        ["figures", f"--output={output}", "--only=table_1"],
-        ["lab", "--preset=smoke", f"--output={output}", "--device=cpu"],
-    ]
-    for arguments in commands:
-        message = failed(arguments, capsys)
-        assert str(read_only) in message and ("Read-only" in message or "denied" in message), message
+@pytest.mark.parametrize("name", ["extend", "score", "prepare", "figures", *SLOW])
+def test_read_only_output_is_named(name, extend_config, place, read_only, capsys):
+    message = failed(commands_on(read_only / "out", place, extend_config)[name], capsys)
+    assert str(read_only) in message and ("Read-only" in message or "denied" in message), message
 
 
 @pytest.fixture

@@ -59,16 +59,20 @@ def main(jobs: dict[str, dict]) -> None:
     def config_of(name, **changes):
         return config.ExtendConfig(**jobs[name] | changes)
 
-    safetensors.safe_open = Counted
-    train.extend(config_of("whole"))
-    safetensors.safe_open = opened
-    print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
-    for name in WHOLE:
+    if "whole" in jobs:
+        safetensors.safe_open = Counted
+        train.extend(config_of("whole"))
+        safetensors.safe_open = opened
+        print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
+    for name in filter(jobs.__contains__, WHOLE):
         train.extend(config_of(name))
-    real = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=False)
-    train.extend(config_of("compiled"))
-    torch.nn.Module.compile = real
+    if "compiled" in jobs:
+        real = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=False)
+        train.extend(config_of("compiled"))
+        torch.nn.Module.compile = real
+    if "begun" not in jobs:
+        return
     train.extend(config_of("begun", resume=True))
     for name in ("broken", "again"):
         cut_off(config_of(name), step=2)

@@ -27,8 +27,7 @@ def refuse(self, items):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("task", ["qasper", "dureader", "lcc"])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("task", "wrapped"), [("qasper", True), ("dureader", False), ("lcc", True)])
 def test_cached_prompts_are_the_same(tmp_path, tokenizers, monkeypatch, kind, task, wrapped):
     inner = tokenizers[kind]
 

@@ -61,10 +61,10 @@ def test_qa_f1_is_the_dice_coefficient_of_the_cleaned_words(upstream):
 
 
 def test_rouge_l_is_that_of_the_rouge_package(upstream):
-    pairs = phrases(300, SMALL, 60) + phrases(200, ["w1", "w2", "w3", "w4.", "w5"], 40, seed=1)
-    assert sum(upstream.rouge_score(a, b) > 0 for a, b in pairs) > 400
-    for prediction, answer in pairs:
-        assert metrics.rouge_l(prediction, answer) == pytest.approx(upstream.rouge_score(prediction, answer), abs=1e-12)
+    pairs = phrases(150, SMALL, 60) + phrases(100, ["w1", "w2", "w3", "w4.", "w5"], 40, seed=1)
+    expected = [upstream.rouge_score(*pair) for pair in pairs]
+    assert sum(value > 0 for value in expected) > 200
+    assert [metrics.rouge_l(*pair) for pair in pairs] == pytest.approx(expected, abs=1e-12)
 
 
 def test_rouge_l_by_hand():
@@ -75,10 +75,9 @@ def test_rouge_l_by_hand():
     assert metrics.rouge_l("a b", "b a") == pytest.approx(0.5, abs=1e-6)
 
 
-def test_rouge_l_does_not_depend_on_the_stack(upstream):
+def test_rouge_l_does_not_depend_on_the_stack():
     rng = random.Random(2)
     long = [f"w{rng.randint(0, 300)}" for _ in range(1100)]
-    assert upstream.rouge_score(" ".join(long), " ".join(long)) == 0.0  # a silent RecursionError
     assert metrics.rouge_l(" ".join(long), " ".join(long)) == pytest.approx(1, abs=1e-7)
 
 
@@ -102,13 +101,13 @@ def test_chinese_metrics_agree_with_the_published_ones(upstream):
 
     alphabet = [*HAN, "，", "。", "《", "》", "、", " ", "2024", "AI", "3.5", "中国", "科学技术", "研究"]
     scored = 0
-    for prediction, answer in phrases(400, alphabet, 30, joined="", seed=4):
+    for prediction, answer in phrases(200, alphabet, 30, joined="", seed=4):
         assert metrics.segment(prediction) == jieba.lcut(prediction)
         assert metrics.qa_f1_zh(prediction, answer) == upstream.qa_f1_zh_score(prediction, answer)
         value = metrics.rouge_l_zh(prediction, answer)
         assert value == pytest.approx(upstream.rouge_zh_score(prediction, answer), abs=1e-12)
         scored += value > 0
-    assert scored > 100
+    assert scored > 50
     assert metrics.chinese_words("《北京》，AI。") == ["《", "北京", "ai"]  # the published list closes a title, no more
     assert metrics.qa_f1_zh("首都是北京", "北京") == pytest.approx(2 * 1 / (3 + 1))
 
@@ -198,28 +197,6 @@ def test_code_similarity_takes_the_first_line_that_is_code():
         assert metrics.code_similarity(prediction, answer) == 1
     assert metrics.code_similarity("    return x", answer) == pytest.approx(round(100 * 16 / 20) / 100)
     assert metrics.code_similarity("# return x", answer) == 0  # no line is left
-
-
-def published_code_similarity(prediction: str, answer: str) -> float:
-    """As the benchmark's evaluation goes through the lines, with the matching blocks of `ratcliff`."""
-    chosen = ""
-    for line in prediction.lstrip("\n").split("\n"):
-        if ("`" not in line) and ("#" not in line) and ("//" not in line):
-            chosen = line
-            break
-    if not chosen or not answer:
-        return float(chosen == answer)
-    return round(200 * ratcliff(chosen, answer) / (len(chosen) + len(answer))) / 100
-
-
-def test_code_similarity_agrees_with_the_published_definition():
-    pieces = ["return", " x", "(y)", "\n", "# note", "```", "//", "    ", " = ", "self.", "zs", "\n\n"]
-    values = []
-    for prediction, other in phrases(500, pieces, 12, joined="", seed=8):
-        answer = other.replace("\n", "")
-        values.append(metrics.code_similarity(prediction, answer))
-        assert values[-1] == published_code_similarity(prediction, answer)
-    assert len(set(values)) > 40
 
 
 @pytest.mark.parametrize("task", longbench.TASKS)

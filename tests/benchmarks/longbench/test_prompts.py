@@ -93,7 +93,7 @@ def test_a_long_prompt_keeps_both_its_ends(task, kind):
 def test_no_input_is_over_the_window(task, kind, wrapped):
     inner = cached_tokenizer(kind)
     new_tokens = longbench.dataset_of(task).max_new_tokens
-    for window in (170, 257, 400, 901, 5000):
+    for window in (170, 400, 5000):
         built = samples(task, kind, window, chat_template=chat(kind) if wrapped else None)
         for item, sample in zip(documents(task), built, strict=True):
             assert sample["length"] == len(given(inner, sample["input"]))

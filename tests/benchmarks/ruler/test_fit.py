@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 
 from benchmarks import ruler
 from benchmarks.ruler import cell, fit, questions, tasks
-from benchmarks.ruler.cell import samples_sha256
 from benchmarks.ruler.tokens import counter
 from endprompt.files import remembered_sha256
 from tests.support import ruler_helpers as helpers
@@ -98,24 +95,6 @@ def test_seed_and_length_change_the_samples(folder):
     assert all(a["outputs"] != b["outputs"] for a, b in zip(base, other_seed))
     assert all(a["outputs"] != b["outputs"] for a, b in zip(base, longer))
     assert len({s["outputs"][0] for s in base}) == 4
-
-
-def test_the_hash_seed_of_python_plays_no_part(folder):
-    script = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; from tests.support import ruler_helpers as h\n"
-        "from benchmarks.ruler import build_samples, cell\n"
-        "print([cell.samples_sha256(build_samples(t, 1024, h.tokenizer(), 2, 3, sys.argv[2],"
-        " haystack_text=sys.argv[2] + '/story.txt', max_new_tokens=8))"
-        " for t in ('niah_multikey_2', 'vt', 'fwe', 'qa_2')])"
-    )
-    command = [sys.executable, "-c", script, helpers.__file__.rsplit("/", 3)[0], str(folder)]
-    other = os.environ | {"PYTHONHASHSEED": "77"}
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=other).stdout.splitlines()[-1]
-    own = [
-        samples_sha256(build(task, 1024, 2, folder, seed=3, max_new_tokens=8))
-        for task in ("niah_multikey_2", "vt", "fwe", "qa_2")
-    ]
-    assert out == str(own)
 
 
 def test_a_needle_stands_at_the_depth_that_the_sample_says(folder):

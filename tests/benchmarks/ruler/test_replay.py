@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -99,49 +98,6 @@ def test_every_task_and_both_generators_are_held():
     replayed = {(edition, task) for edition in ("2024", "2025-ruler") for task in ruler.TASKS}
     families = ("niah_single_1", "niah_multikey_2", "niah_multivalue", "vt", "cwe", "fwe", "qa_1")
     assert held == replayed | {("2025", task) for task in families}  # one of each that has code of its own
-
-
-# What the default edition, which draws for itself, has in common with RULER's samples: all that is not drawn.
-
-
-def shape(prompt: str) -> set[str]:
-    """Lines of the prompt without what is drawn: words, names, numbers."""
-    prompt = re.sub(r"(?<=coded words\. )[a-z. ]+(?=\nQ)", "CODED", prompt)
-    prompt = re.sub(r"(?:\d+\. [^.?\n]+ )+\d+\. [^.?\n]+(?=\n)", "LIST", prompt)
-    prompt = re.sub(r"(?<=in the list are: )LIST", "ANSWER", prompt)
-    prompt = re.sub(r"\b[A-Z]{5}\b", "NAME", re.sub(r"\b(?!VAR\b)[A-Z]{3}\b", "NAM", prompt))
-    prompt = re.sub(r"\b\d{5,7}\b", "NUMBER", re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "UUID", prompt))
-    prompt = re.sub(r"(magic \w+ for ).+?(?= is: | mentioned)", r"\1KEY", prompt)
-    return set(prompt.split("\n"))
-
-
-@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"])
-def test_the_default_edition_has_the_lines_of_rulers_samples(task, own):
-    """Line for line what is not drawn: wording, spaces, line ends, the worked example and its size."""
-    tokenizer, length = load_tokenizer(BASE), 2048
-    mine = ruler.build_samples(task, length, tokenizer, 3, 0, own)
-    theirs = ruler.build_samples(task, length, tokenizer, 3, 0, own, edition="2025-ruler")
-    for a, b in zip(mine, theirs):
-        assert shape(a["input"]) == shape(b["input"])
-        if task == "vt":
-            example = [sample["input"].split("Answer:")[0].count("The grass is green.") for sample in (a, b)]
-            assert example[0] == example[1]
-            assert re.search(r"they are:  [A-Z]{3}(?: [A-Z]{3}){4}\n\nMemorize", a["input"])
-            assert a["input"].endswith("they are: ")
-
-
-def test_the_default_edition_asks_questions_as_ruler_does(own):
-    tokenizer = load_tokenizer(BASE)
-    for task in ("qa_1", "qa_2"):
-        mine, theirs = (
-            ruler.build_samples(task, 4096, tokenizer, 2, 0, own, edition=edition)[1]["input"]
-            for edition in ("2025", "2025-ruler")
-        )
-        inner = re.compile(r"Document \d+:\n.*?(?=\n\nDocument \d+:|\n\nAnswer the)", re.S)
-        assert inner.sub("D", mine).replace("D\n\n", "") == inner.sub("D", theirs).replace("D\n\n", "")
-        texts = [{text.split(":\n", 1)[1] for text in inner.findall(prompt)} for prompt in (mine, theirs)]
-        assert texts[0] <= set(haystack.library("squad" if task == "qa_1" else "hotpotqa", own, task).documents)
-        assert texts[0] & texts[1]
 
 
 def test_the_keys_are_drawn_from_rulers_list(monkeypatch):

@@ -13,6 +13,7 @@ from endprompt import results
 from tests.support.imports import loaded
 
 
+@pytest.mark.slow
 def test_rows_of_all_methods_with_the_limit_of_a_step(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     generation.main(["--tiny", "--out", str(out)])
@@ -38,5 +39,6 @@ def test_tokens_of_the_tasks_are_rulers():
         assert generation.RULER_TOKENS[ruler.SPECS[task].family] == tasks.reserve(task, tasks.DEFAULTS)
 
 
+@pytest.mark.slow
 def test_it_needs_torch_and_transformers_only():
     assert loaded("benchmarks.speed.generation") - sys.stdlib_module_names == {"numpy", "torch", "transformers", "yaml"}

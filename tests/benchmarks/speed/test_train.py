@@ -56,7 +56,9 @@ def test_impossible_settings_name_key_and_value(changes, message):
         check(BenchConfig(**changes))
 
 
-@pytest.mark.parametrize("method", ["endprompt", "full", "longlora", "reference"])
+@pytest.mark.parametrize(
+    "method", ["endprompt", "reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "longlora"))]
+)
 def test_one_measurement_of_each_method(method, tmp_path, capsys):
     own = {"optimizer": "none", "fused_sums": False} if method == "reference" else {}
     recompute = "full" if method != "endprompt" else "none"
