@@ -125,19 +125,20 @@ def distance_share(energy: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.sum(np.abs(mean) ** 2, axis=-1) / np.maximum(np.sum(energy, axis=-1), TINY)
 
 
-def distance_change(mean: np.ndarray, theta: np.ndarray, omega: np.ndarray, distances: int) -> np.ndarray:
-    """Root mean square change by scaling of the mean score over the distances 0..m-1, over that of the mean score."""
+def distance_change(
+    before: np.ndarray, after: np.ndarray, theta: np.ndarray, omega: np.ndarray, distances: int
+) -> np.ndarray:
+    """Root mean square change of the mean score over the distances 0..m-1, over that of the mean score before.
+
+    before, after: mean spectra at theta and at omega; the same, where nothing was trained.
+    """
     d = np.arange(distances)
-
-    def curve(frequencies: np.ndarray) -> np.ndarray:
-        return np.real(mean @ np.exp(1j * np.multiply.outer(frequencies, d)))
-
-    before = np.sqrt(np.mean(curve(theta) ** 2, axis=-1))
-    return np.where(before > 0, _rms(curve(omega) - curve(theta)) / np.maximum(before, TINY), 0.0)
-
-
-def _rms(values: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.mean(values**2, axis=-1))
+    curves = [
+        np.real(mean @ np.exp(1j * np.multiply.outer(frequencies, d)))
+        for mean, frequencies in ((before, theta), (after, omega))
+    ]
+    size, change = (np.sqrt(np.mean(x**2, axis=-1)) for x in (curves[0], curves[1] - curves[0]))
+    return np.where(size > 0, change / np.maximum(size, TINY), 0.0)
 
 
 def separation(

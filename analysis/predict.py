@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -19,6 +21,7 @@ from analysis.capture import LayerSpectra, capture_tokens
 from analysis.config import PredictConfig, VerifyConfig
 from analysis.outlook import SCALINGS
 from analysis.scene import load
+from analysis.spectra import with_factor
 from endprompt.positions import WITH_PROMPT
 from endprompt.rope import Frequencies
 
@@ -62,6 +65,33 @@ here, against the account that a small one helps. It orders what could be traine
 no training."""
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Means over a text of a layer's queries and keys before RoPE, and of their squares: [H, n] each."""
+
+    q: np.ndarray
+    k: np.ndarray
+    power_q: np.ndarray
+    power_k: np.ndarray
+
+    @classmethod
+    def of(cls, layer: LayerSpectra) -> Moments:
+        group = layer.q.shape[0] // layer.k.shape[0]
+        k, power_k = (x.mean(1).repeat(group, axis=0) for x in (layer.k, np.abs(layer.k) ** 2))
+        return cls(layer.q.mean(1), k, (np.abs(layer.q) ** 2).mean(1), power_k)
+
+    @property
+    def energy(self) -> np.ndarray:
+        return self.power_q * self.power_k
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.q * self.k.conj()
+
+    def separation(self, omega: np.ndarray, length: int) -> np.ndarray:
+        return measures.separation(self.q, self.k, self.power_q, self.power_k, omega, length)
+
+
 class Reading:
     """What layers of one kind give, each head with the same weight; a layer's queries and keys are let go.
 
@@ -93,24 +123,22 @@ class Reading:
         self.found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in scalings}
         self.weights: list[np.ndarray] = []
 
-    def add(self, layer: LayerSpectra) -> None:
-        group = layer.q.shape[0] // layer.k.shape[0]
-        q, k = layer.q.mean(1), layer.k.mean(1).repeat(group, axis=0)  # [H, n]
-        power_q = (np.abs(layer.q) ** 2).mean(1)
-        power_k = (np.abs(layer.k) ** 2).mean(1).repeat(group, axis=0)
-        energy, mean = power_q * power_k, q * k.conj()
-        self.energy += (energy / np.maximum(energy.sum(-1, keepdims=True), measures.TINY)).sum(0)
-        self.heads += len(energy)
-        self.weights.append(measures.distance_share(energy, mean))
-        (own,) = self.base.rows(layer, 1.0)
-        apart = measures.separation(q, k, power_q, power_k, self.theta, self.window)
+    def add(self, layer: LayerSpectra, before: LayerSpectra | None = None) -> None:
+        """A layer of the checkpoint. before: the base's own, if the checkpoint was trained since."""
+        base = Moments.of(before or layer)
+        now = base if before is None else Moments.of(layer)
+        self.energy += (now.energy / np.maximum(now.energy.sum(-1, keepdims=True), measures.TINY)).sum(0)
+        self.heads += len(now.energy)
+        self.weights.append(measures.distance_share(base.energy, base.mean))
+        (own,) = self.base.rows(before or layer, 1.0)
+        apart = base.separation(self.theta, self.window)
         for name, (omega, factor) in self.scalings.items():
             near, far = self.frames[name]
             (inside,) = near.rows(layer, factor)
             at_target, plain = far.rows(layer, factor, 1.0) if factor != 1 else far.rows(layer, 1.0) * 2
-            after = measures.separation(q, k, power_q, power_k, omega, self.target)
+            after = now.separation(omega, self.target)
             values = {
-                "distance_change": measures.distance_change(mean, self.theta, omega, measures.NEAR[-1]),
+                "distance_change": measures.distance_change(base.mean, now.mean, self.theta, omega, measures.NEAR[-1]),
                 "separation_lost": 1 - after / np.maximum(apart, measures.TINY),
                 "entropy": at_target.entropy - own.entropy,
                 "entropy_plain": plain.entropy - own.entropy,
@@ -159,10 +187,12 @@ class Reading:
         }
 
 
-def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS) -> Reading:
+def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any = None) -> Reading:
     """One text through the layers of a checkpoint that an extension scales, as `endprompt.model.kinds` has it.
 
-    Raises ValueError for what cannot be predicted from it."""
+    scalings: by the names of `analysis.spectra.with_factor`. trained: the checkpoint once extended to the target, whose
+    own layers and frequencies are measured in their place, under the name `trained`: a directory, or (directory,
+    config) of weights that are to be read under another config. Raises ValueError for what cannot be predicted."""
     from endprompt import model as models
     from endprompt.files import read_text
     from endprompt.model.geometry import extended_config, window_of
@@ -188,24 +218,46 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS) -> Reading:
     window = window_of(settings, config.window).window
     theta, _ = geometry.frequencies()
     scaled = {}
-    for name in scalings:
-        extended = extended_config(settings, name, config.target, window=config.window)
-        scaled[name] = models.rope_geometry(extended).frequencies(config.target)
+    if trained is None:
+        shape = (geometry.parameters["rope_theta"], geometry.rotary_dim, max(config.target / window, 1.0), window)
+        for name in scalings:
+            scaling, options = with_factor(name, *shape)
+            extended = extended_config(settings, scaling, config.target, window=config.window, **options)
+            scaled[name] = models.rope_geometry(extended).frequencies(config.target)
+    else:
+        after, extended = (trained, models.load_config(trained)) if isinstance(trained, str) else trained
+        scaled["trained"] = models.rope_geometry(extended).frequencies(config.target)
     text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
     tokenizer = models.load_tokenizer(path)
     check_vocabulary(settings, tokenizer)
     ids = np.asarray(Reader(tokenizer).prompts([text])[0], dtype=np.int64)[: min(config.tokens, window)]
     check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
     reading = Reading(theta, scaled, window, config.target, ids.size, config.device, config.seed)
-    model = load(path, VerifyConfig(path, dtype=config.dtype, device=config.device))
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        raise ValueError(
-            f"predict knows attention by a plain softmax, and this family has sinks: {settings.model_type!r}"
-        )
     kind = scaled_kind(layer_kinds(settings))
-    # layers that slide turn by frequencies of their own, and no distance beyond their window reaches them
-    capture_tokens(model, ids, lambda layer: reading.add(layer) if kind and layer.layer in kind.layers else None)
+
+    def layers(model: Any, consume: Callable[[LayerSpectra], None]) -> None:
+        if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+            raise ValueError(
+                f"predict knows attention by a plain softmax, and this family has sinks: {settings.model_type!r}"
+            )
+        # layers that slide turn by frequencies of their own, and no distance beyond their window reaches them
+        capture_tokens(model, ids, lambda layer: consume(layer) if kind and layer.layer in kind.layers else None)
+
+    base: dict[int, LayerSpectra] = {}
+    loaded = partial(load, config=VerifyConfig(path, dtype=config.dtype, device=config.device))
+    layers(loaded(path), reading.add if trained is None else lambda layer: base.__setitem__(layer.layer, layer))
+    if trained is not None:
+        layers(loaded(after, settings=extended), lambda layer: reading.add(layer, base.pop(layer.layer)))
     return reading
+
+
+def even_factor(config: PredictConfig, scaling: str) -> float:
+    """The attention factor, 1 to 2, at which a scaling's frequencies keep the entropy at the target that the base has
+    in its window, before any training; the nearer end where none does."""
+    names = {f"{scaling}@{factor}": factor for factor in np.linspace(1, 2, 11)}
+    reading = read(config, names)
+    entropy = np.array([reading.of_scaling(name)["entropy"] for name in names])
+    return float(np.interp(0, -entropy, list(names.values())))
 
 
 #: Schemes that a table compares, `none` for the checkpoint as it is under the scaling.

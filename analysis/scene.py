@@ -160,17 +160,18 @@ def resolved(config: VerifyConfig, settings: Any, base: Any | None) -> tuple[Ver
     return dataclasses.replace(config, context=context, **rows), window, length
 
 
-def load(path: str, config: VerifyConfig) -> Any:
+def load(path: str, config: VerifyConfig, settings: Any = None) -> Any:
+    """The model, read by its own config or another."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from endprompt import model as models
 
-    settings = models.load_config(path)
+    settings = settings or models.load_config(path)
     # torch's fused attention has no soft-capping of logits and no sinks, so those families run their own
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     fused = getattr(family, "_supports_sdpa", True) and not getattr(settings, "attn_logit_softcapping", None)
     attention = "sdpa" if fused else "eager"
-    return models.load_model(path, dtype=config.dtype, attention=attention, device=config.device)
+    return models.load_model(path, dtype=config.dtype, attention=attention, device=config.device, config=settings)
 
 
 def read_layers(path: str, scene: Scene, consume: Callable[[Any], None]) -> None:

@@ -9,11 +9,12 @@ rotary) is a frequency 0 with a real z. All angles are float64.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from endprompt.rope import inverse_frequencies
+from endprompt.rope import base_frequencies, inverse_frequencies
 
 LAYOUTS = ("half", "interleaved")
 
@@ -26,6 +27,29 @@ def rope_freqs(
     Raises ValueError as endprompt.rope.inverse_frequencies does.
     """
     return inverse_frequencies(scheme, base, head_dim, factor, original_length, **options)
+
+
+def with_factor(name: str, base: float, head_dim: int, factor: float, window: int) -> tuple[str, dict[str, Any]]:
+    """(scaling, options) of a name: a scaling, or NAME@FACTOR, its frequencies with that attention factor on q and k.
+
+    FACTOR is a number, or `yarn` for YaRN's own, 0.1 ln s + 1. Frequencies of scalings that know no such factor go as
+    the divisors of longrope, for every length. Raises ValueError for a factor that is not positive.
+    """
+    name, at, stated = name.partition("@")
+    if not at:
+        return name, {}
+    try:
+        attention_factor = 0.1 * math.log(factor) + 1 if stated == "yarn" else float(stated)
+    except ValueError:
+        attention_factor = math.nan
+    if not 0 < attention_factor < math.inf:
+        raise ValueError(f"an attention factor must be a positive number, or yarn: scaling={name}@{stated}")
+    if name == "yarn":
+        return name, {"attention_factor": attention_factor}
+    divisors = (
+        base_frequencies(base, head_dim) / inverse_frequencies(name, base, head_dim, factor, window)[0]
+    ).tolist()
+    return "longrope", {"short_factor": divisors, "long_factor": divisors, "attention_factor": attention_factor}
 
 
 def spectrum_from_qk(q: Any, k: Any, layout: str = "half") -> np.ndarray:

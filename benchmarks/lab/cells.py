@@ -60,6 +60,7 @@ class Workplace:
         if self.compile != "auto":
             return self.compile
         plain = not cell.settings.get("lora_rank") and cell.settings.get("attention", "sdpa") == "sdpa"
+        plain = plain and cell.config([], "").scaling not in ("dynamic", "longrope")
         return "graph+layers" if self.device == "cuda" and plain else "none"
 
 

@@ -33,6 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from analysis.spectra import with_factor
 from benchmarks.lab.config import LabConfig
 from benchmarks.lab.inputs import sources
 from benchmarks.lab.rates import rate_key, read_rates
@@ -85,12 +86,14 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a base model. parameters: those that multiply a token."""
+    """Of a base model. parameters: those that multiply a token. theta: base of RoPE, which turns head_dim of a head."""
 
     window: int
     parameters: int
     layers: int
     width: int
+    theta: float
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,14 @@ class Cell:
         compile: str = "auto",
         deterministic: bool = False,
     ) -> ExtendConfig:
-        """The trainer's configuration."""
+        """The trainer's configuration; a scaling NAME@FACTOR as `analysis.spectra.with_factor` has it."""
+        scaling = self.settings.get("scaling", ExtendConfig.scaling)
+        shape = base_shape(self.model)
+        factor = self.settings.get("factor") or self.fold
+        name, options = with_factor(scaling, shape.theta, shape.head_dim, factor, self.window)
+        settings = {**self.settings, "scaling": name}
         return ExtendConfig(
-            **self.settings,
+            **settings | ({"rope_options": {**self.settings.get("rope_options", {}), **options}} if options else {}),
             model=self.model,
             data=list(data),
             output=output,
@@ -242,7 +250,7 @@ def base_directory(base: str, weights: bool = True) -> Path:
 @cache
 def base_shape(model: str) -> Shape:
     """The base's shape, from its config.json."""
-    from endprompt.model import load_config
+    from endprompt.model import load_config, rope_geometry
     from endprompt.model.geometry import window_of
 
     about = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
@@ -251,7 +259,10 @@ def base_shape(model: str) -> Shape:
     keys = (about.get("num_key_value_heads") or heads) * head_dim
     layer = 2 * hidden * (heads * head_dim + keys) + 3 * hidden * about["intermediate_size"]
     parameters = layers * layer + about["vocab_size"] * hidden
-    return Shape(window_of(load_config(model)).window, parameters, layers, heads * head_dim)
+    config = load_config(model)
+    geometry = rope_geometry(config)
+    turned = geometry.parameters["rope_theta"], geometry.rotary_dim
+    return Shape(window_of(config).window, parameters, layers, heads * head_dim, *turned)
 
 
 def base_sha256(model: str) -> str:
@@ -433,7 +444,8 @@ def method_of(cell: Cell, arm: Mapping[str, Any], told: Mapping[str, Any]) -> st
     scaling = cell.settings.get("scaling", ExtendConfig.scaling)
     if not cell.trained and "method" not in arm:
         return "base" if scaling == "none" else f"untrained+{scaling}"
-    stem = arm["method"] if "method" in arm else method_name(cell.config([], "")).removesuffix(f"+{scaling}")
+    config = cell.config([], "")
+    stem = arm["method"] if "method" in arm else method_name(config).removesuffix(f"+{config.scaling}")
     known = {"steps", "prompt", "prompt_weight", "anchors", "scheme"}
     return "+".join([stem, *(f"{key}-{value}" for key, value in told.items() if key not in known), scaling])
 

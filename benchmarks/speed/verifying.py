@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", type=int, default=65_536)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", default=["verify", "predict"], choices=["verify", "predict"])
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(Path(__file__).parents[1] / "base" / "256")
@@ -39,18 +40,19 @@ def main(argv: list[str] | None = None) -> None:
         heads = shape.num_attention_heads * shape.num_hidden_layers
         for run in range(args.runs):
             output = str(Path(folder) / f"verify-{run}")
-            config = VerifyConfig(folder, target=args.target, dtype="bfloat16", device=args.device, output=output)
-            seconds, report = timed(args.device, partial(verify, config))
-            say(f"verify, {args.model}, {heads} heads, target {args.target:,}, run {run}: {seconds:.1f} s")
-            about = {"suite": "analysis-speed", "task": "verify", "model": args.model, "method": "random weights"}
-            about |= {"length": args.target, "n": heads, "run": run, "holds": report.holds, "dtype": "bfloat16"}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            append_rows(args.out, speed_rows({"seconds": seconds}, **about))
-            measured = PredictConfig(folder, args.target, dtype="bfloat16", device=args.device)
-            seconds, _ = timed(args.device, partial(predict.report, measured))
-            say(f"predict, {args.model}, {heads} heads, target {args.target:,}, run {run}: {seconds:.1f} s")
-            del about["holds"]
-            append_rows(args.out, speed_rows({"seconds": seconds}, **about | {"task": "predict"}))
+            common = {"target": args.target, "dtype": "bfloat16", "device": args.device}
+            works = {
+                "verify": partial(verify, VerifyConfig(folder, **common, output=output)),
+                "predict": partial(predict.report, PredictConfig(folder, **common)),
+            }
+            for task in args.parts:
+                seconds, found = timed(args.device, works[task])
+                say(f"{task}, {args.model}, {heads} heads, target {args.target:,}, run {run}: {seconds:.1f} s")
+                about = {"suite": "analysis-speed", "task": task, "model": args.model, "method": "random weights"}
+                about |= {"length": args.target, "n": heads, "run": run, "dtype": "bfloat16"}
+                about |= {"holds": found.holds} if task == "verify" else {}
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                append_rows(args.out, speed_rows({"seconds": seconds}, **about))
 
 
 if __name__ == "__main__":

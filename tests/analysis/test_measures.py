@@ -12,6 +12,8 @@ import torch
 import analysis
 from analysis import attention, measures, observability, predict
 from analysis.config import PredictConfig
+from analysis.spectra import with_factor
+from endprompt.model import extended_config, load_config, rope_geometry
 from endprompt.rope import base_bounds, inverse_frequencies
 
 BASE_256 = "benchmarks/base/256"
@@ -42,7 +44,7 @@ EVEN = np.array([1.0, 1.0])
         (lambda: measures.resolution_lost(EVEN, FULL, HALF, 2), 0.141421356237),
         (lambda: measures.distance_share(ENERGY, np.array([1.0, 1j])), 2 / 4),
         # d = 0, 1: the mean score is 2, 0 before and 2, 1 + 1 after
-        (lambda: measures.distance_change(EVEN.astype(complex), np.full(2, np.pi / 2), np.zeros(2), 2), 1),
+        (lambda: measures.distance_change(*[EVEN.astype(complex)] * 2, np.full(2, np.pi / 2), np.zeros(2), 2), 1),
         # means (1, 0) and (0, 1) of unit vectors, each component of power 1: 2 / (1 + 1)
         (lambda: measures.separation(*np.eye(2), EVEN, EVEN, np.zeros(2), 7), 1),
         # one frequency of half a turn a token: at four positions the means are gone
@@ -65,7 +67,11 @@ def test_interpolation_by_one_changes_nothing_and_a_head_without_rope_has_nothin
             assert (
                 measures.local_change(energy, THETA, omega, d) == 0 == measures.resolution_lost(energy, THETA, omega, d)
             )
-    assert measures.distance_change(mean, THETA, THETA, 9) == 0 == measures.distance_change(0 * mean, THETA, PI, 9)
+    assert (
+        measures.distance_change(mean, mean, THETA, THETA, 9)
+        == 0
+        == measures.distance_change(0 * mean, mean, THETA, PI, 9)
+    )
     assert measures.distance_share(np.zeros(2), 0 * mean) == 0
 
 
@@ -131,6 +137,20 @@ def test_bounds_of_the_base():
     assert base_bounds(65536, 1, 0.9, 2**-7)["stability"] < found["stability"], "depth asks for more"
 
 
+@pytest.mark.parametrize("name", ["yarn@1", "linear@yarn", "ntk@1.5", "llama3@yarn", "llama3"])
+def test_a_factor_goes_with_any_frequencies(name):
+    """By the config that a model of transformers is made of: the frequencies of the one, the factor of the other."""
+    plain, _, stated = name.partition("@")
+    scaling, options = with_factor(name, 10000.0, 64, 8, 256)
+    config = extended_config(load_config(BASE_256), scaling, 2048, **options)
+    omega, factor = rope_geometry(config).frequencies(2048)
+    np.testing.assert_allclose(omega, inverse_frequencies(plain, 10000.0, 64, 8, 256)[0], rtol=1e-12)
+    assert factor == pytest.approx({"yarn": 1.2079441541679836, "": 1}.get(stated) or float(stated))
+    for bad in ("yarn@", "linear@x", "ntk@0", "llama3@inf"):
+        with pytest.raises(ValueError, match=f"must be a positive number, or yarn: scaling={bad}"):
+            with_factor(bad, 10000.0, 64, 8, 256)
+
+
 def layer_of(rng, heads=4, groups=2, tokens=6, n=2, still=1):
     def draw(number):
         return rng.normal(size=(number, tokens, n)) + 1j * rng.normal(size=(number, tokens, n))
@@ -192,6 +212,14 @@ def test_a_checkpoint_read_once(reading):
     assert linear["separation_lost"] == pytest.approx(0, abs=1e-3) and none["separation_lost"] > 0.1
     assert found["yarn"]["entropy"] < found["yarn"]["entropy_plain"], "the attention factor sharpens"
     assert none["entropy"] == none["entropy_plain"]
+
+
+def test_the_even_factor_keeps_the_entropy():
+    config = PredictConfig(BASE_256, 2048, tokens=256)
+    factor = predict.even_factor(config, "yarn")
+    assert 1.2079 < factor < 1.5
+    name = f"yarn@{factor}"
+    assert predict.read(config, [name]).of_scaling(name)["entropy"] == pytest.approx(0, abs=0.03)
 
 
 def test_the_rows_of_a_scheme_can_only_add(reading):

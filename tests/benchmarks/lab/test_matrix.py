@@ -60,6 +60,15 @@ def test_crossed_runs_give_each_arm_once_and_collect_the_questions():
     assert methods["full+linear"] == "full+linear"
 
 
+def test_a_scaling_with_another_factor_is_an_arm_of_its_own():
+    cells = {c.arm: c for c in made(MATRIX.replace("scaling: [linear, yarn]", "scaling: [linear, linear@yarn]"))}
+    plain, sharp = cells["short+linear"], cells["short+linear@yarn"]
+    assert sharp.method == plain.method + "@yarn" and sharp.sha256 != plain.sha256
+    config, fold = sharp.config([], ""), sharp.fold
+    assert config.scaling == "longrope" and set(config.rope_options["long_factor"]) == {float(fold)}
+    assert config.rope_options["attention_factor"] == pytest.approx(0.1 * np.log(fold) + 1)
+
+
 def test_documents_are_shared_by_all_arms_of_a_row_length_and_seed():
     cells = made()
     files = {cell.arm: material.parts(cell) for cell in cells if cell.seed == 1}
