@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from endprompt.config import ExtendConfig, check_values
+from endprompt.config import ExtendConfig, check_apart_scaling, check_values
 from endprompt.data import Documents, Rows, RowSpec, row_spec
 from endprompt.data.rows import row_alone
 from endprompt.model import extended_config, length_rope, training_attention
 from endprompt.model.attention import attention_for, mask_by_position
 from endprompt.model.geometry import check_frequencies, window_of
+from endprompt.model.packed import apart_attention
 from endprompt.model.parity import check_forward
 from endprompt.positions import sample_rng
 from endprompt.train.loss import logits_cross_entropy
@@ -35,17 +37,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token that carries no loss, in transformers and torch
-PACKED = ("seq_lengths", "cu_seq_lens_q", "position_ids")  # what says that a sample is several documents
 
 
 class PositionalCollator:
     """Samples to a batch whose rows have a scheme's positions and its end prompt.
 
-    A sample is a mapping with `input_ids`, one document, and may have `labels` (-100 for what carries no loss, else the
-    ids) and `index`. Its row is what `endprompt extend` makes of the document with the same seed and row index: the
-    context, cut to a window of it if the document is longer than a row, and the end prompt. Shorter documents stay
-    whole, and rows are padded on the right to the longest of the batch. What is drawn for a sample is a pure function
-    of (seed, index). Without an `index` the number is drawn from torch's own generator, as a Trainer's shuffling is.
+    A sample is a mapping with `input_ids`, and may have `labels` (-100 for what carries no loss, else the ids) and
+    `index`. Its row is what `endprompt extend` makes of the document with the same seed and row index: the context, cut
+    to a window of it if the document is longer than a row, and the end prompt. Shorter documents stay whole, and rows
+    are padded on the right to the longest of the batch. What is drawn for a sample is a pure function of (seed, index).
+    Without an `index` the number is drawn from torch's own generator, as a Trainer's shuffling is.
+
+    A sample may be several documents, as its `seq_lengths` (TRL's `pack_dataset`) or `position_ids` that begin anew at
+    0 say. Each is then laid out by itself with an end prompt of its own, as by `short_documents=apart`; the model must
+    be one of prepare_model(packed=True).
 
     tokenizer: its ids, its BOS in front of a row, and what pads (its own pad token, else EOS).
     scheme: of endprompt.positions. target: the window to reach, in tokens. prompt: as of `endprompt extend`
@@ -121,40 +126,72 @@ class PositionalCollator:
         rng, spec = sample_rng(self.spec.seed, index), self.spec
         length = len(document.tokens)
         try:
+            if len(document) > 1:
+                parts = [
+                    row_alone(document.one(i), spec, rng, self.row_tokens or spec.target) for i in range(len(document))
+                ]
+                ids, positions, weights = (np.concatenate(part) for part in zip(*parts))
+                if self.row_tokens is not None and len(ids) > self.row_tokens:
+                    raise ValueError(
+                        f"its documents and their end prompts take {len(ids)}: row_tokens={self.row_tokens}"
+                    )
+                return ids, positions, weights
             if self.row_tokens is None or length < spec.needed:
                 return row_alone(document, spec, rng, self.row_tokens or spec.target)
             rows = Rows(document, spec)
             unit = int(sample_rng(spec.seed, index).spawn(1)[0].integers(len(rows)))
             return rows.row_of(unit, rng)
         except ValueError as error:
-            raise ValueError(f"{name} of {length} tokens makes no row: {error}") from None
+            packed = f", {len(document)} documents packed," if len(document) > 1 else ""
+            raise ValueError(
+                f"{name} of {length} tokens{packed} makes no row of scheme {spec.scheme!r}: {error}"
+            ) from None
 
     def _document(self, sample: Mapping[str, Any]) -> Documents:
         if "input_ids" not in sample:
             raise ValueError(f"a sample must have input_ids, it has {', '.join(sample) or 'nothing'}")
-        for key in PACKED:
-            lengths = sample.get(key)
-            if lengths is not None and (key != "seq_lengths" or len(lengths) > 1):
-                raise ValueError(
-                    f"scheme {self.spec.scheme!r} gives a row's tokens their positions, so a sample must be one "
-                    f"document and bring none of its own: it has {key} (packing and padding_free must be off)"
-                )
         tokens = np.asarray(sample["input_ids"], dtype=np.int64)
         if tokens.ndim != 1:
-            raise ValueError(f"a sample's input_ids must be a list of ids, one document: shape={tokens.shape}")
+            raise ValueError(f"a sample's input_ids must be a list of ids: shape={tokens.shape}")
         if (mask := sample.get("attention_mask")) is not None and not np.asarray(mask).all():
             raise ValueError("a sample must not be padded, the collator pads rows: its attention_mask has zeros")
-        length, start, weights = len(tokens), len(tokens), None
+        offsets, weights = _borders(sample, len(tokens), self.spec.scheme), None
+        completions = offsets[1:].copy()
         if (labels := sample.get("labels")) is not None:
             labels = np.asarray(labels, dtype=np.int64)
             scored = labels != IGNORED
-            if len(labels) != length or not np.array_equal(labels[scored], tokens[scored]):
+            if len(labels) != len(tokens) or not np.array_equal(labels[scored], tokens[scored]):
                 raise ValueError("labels must be the sample's input_ids, or -100 where no loss is wanted")
             weights = scored.astype(np.uint8)
-            if scored.any() and not scored.all():  # what is scored last is kept to its end, as a completion is
-                last = int(np.flatnonzero(scored)[-1])
-                start = last - int(np.argmin(scored[last::-1])) + 1 if not scored[: last + 1].all() else length
-        return Documents(tokens, np.array([0, length]), np.array([start]), weights)
+            for document, (first, end) in enumerate(itertools.pairwise(offsets)):
+                marks = scored[first:end]  # what is scored last is kept to its end, as a completion is
+                if marks.any() and not marks.all() and not marks[: (last := int(np.flatnonzero(marks)[-1])) + 1].all():
+                    completions[document] = first + last - int(np.argmin(marks[last::-1])) + 1
+        return Documents(tokens, offsets, completions, weights)
+
+
+def _borders(sample: Mapping[str, Any], length: int, scheme: str) -> np.ndarray:
+    """Where each document of a sample begins, and the end of the last."""
+    lengths, positions = sample.get("seq_lengths"), sample.get("position_ids")
+    if sample.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "a sample says how it is packed by seq_lengths, not by cu_seq_lens_q (padding_free must be off)"
+        )
+    starts = np.cumsum([0, *([length] if lengths is None else lengths)])[:-1]
+    if positions is not None and lengths is None:
+        starts = np.flatnonzero(np.asarray(positions) == 0)
+    sizes = np.diff([*starts, length])
+    whole = len(starts) > 0 and starts[0] == 0 and (sizes > 0).all() and (lengths is None or sum(lengths) == length)
+    if not whole and length:
+        raise ValueError(
+            f"seq_lengths must be above 0 and add up to the sample's {length} tokens: seq_lengths={lengths}"
+        )
+    if positions is not None and not np.array_equal(positions, np.arange(length) - np.repeat(starts, sizes)):
+        raise ValueError(
+            f"scheme {scheme!r} gives a row's tokens their positions, so a sample brings none of its own: its "
+            "position_ids must count up from 0 in each document"
+        )
+    return np.array([*starts, length])
 
 
 class WeightedSteps:
@@ -184,6 +221,7 @@ def prepare_model(
     window: int | None = None,
     attention: str = "sdpa",
     rope_options: Mapping[str, Any] | None = None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """Set a loaded model, in place, to train at positions up to `target`; returns it.
 
@@ -192,7 +230,9 @@ def prepare_model(
     Trainer, or PEFT, wraps the model. `save_pretrained` then writes a standard checkpoint with stock attention, which
     `endprompt score` and `verify` take.
 
-    scaling, target, factor, window, attention, rope_options: as of `endprompt extend`. Raises ValueError for what
+    scaling, target, factor, window, attention, rope_options: as of `endprompt extend`. packed: a row may be of several
+    documents, which begin where positions do and attend within themselves; `attention` and `scaling` must be such as
+    `short_documents=apart` takes. Raises ValueError for what
     `endprompt extend` refuses, among it a model whose loss or logits would not be those of transformers. A batch that
     the attention would get wrong (padding on the left, packed rows, weights that no loss reads) is refused as it comes.
     """
@@ -201,7 +241,9 @@ def prepare_model(
     before = model.config
     now = window_of(before, window).window
     config = extended_config(before, scaling, target, factor, window=now, **(rope_options or {}))
-    name = attention_for(config, training_attention(attention))
+    if packed:
+        check_apart_scaling(scaling, "packed=True")
+    name = attention_for(config, apart_attention(attention) if packed else training_attention(attention))
     _rebuild(model, config)
     model.set_attn_implementation(name)
     mask_by_position(model)
@@ -210,7 +252,7 @@ def prepare_model(
     check_forward(Objective(model, autocast=False))
     model.loss_function = weighted_loss
     model.base_model.register_forward_pre_hook(
-        _check_batch, with_kwargs=True, prepend=True
+        functools.partial(_check_batch, packed), with_kwargs=True, prepend=True
     )  # sees the batch's own mask
     model.base_model.register_forward_hook(_expect_weights, with_kwargs=True)
     return model
@@ -270,18 +312,22 @@ def weighted_loss(
     ) / (total)
 
 
-def _check_batch(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _check_batch(
+    packed: bool, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Refuse what a causal-only attention would get wrong without a word. It is given no mask, and no cache to fill."""
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         if bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any()):
             raise ValueError("the rows are padded on the left; this attention takes padding on the right only")
         kwargs = kwargs | {"attention_mask": None}
-    if positions is not None and positions.ndim == 2 and bool((positions.diff(dim=-1) < 0).any()):
-        raise ValueError(
-            "position_ids go back, as in rows packed of several documents, and this attention would not keep these "
-            "apart: turn packing off"
-        )
+    if positions is not None and positions.ndim == 2:
+        back = (positions.diff(dim=-1) < 0) & ((positions[:, 1:] != 0) | (not packed))
+        if bool(back.any()):
+            raise ValueError(
+                "position_ids go back, as in rows packed of several documents, and this attention would not keep these "
+                "apart: turn packing off, or prepare_model(packed=True), for which each document begins at position 0"
+            )
     return args, kwargs | ({"use_cache": False} if module.training else {})
 
 

@@ -327,13 +327,19 @@ def check_config(config: ExtendConfig) -> None:
         )
     if config.compile.startswith("graph"):
         check_recordable(config)
-    if config.short_documents == "apart" and config.scaling in ("dynamic", "longrope"):
-        raise ValueError(
-            f"the frequencies of scaling={config.scaling} depend on a row's farthest position, so its documents would "
-            "not be apart: short_documents='apart'"
-        )
+    if config.short_documents == "apart":
+        check_apart_scaling(config.scaling, "short_documents='apart'")
     if (config.steps is None) == (config.tokens is None):
         raise ValueError(f"give either steps or tokens: steps={config.steps} tokens={config.tokens}")
+
+
+def check_apart_scaling(scaling: str, asked: str) -> None:
+    """Raises ValueError naming what asked for documents apart, if a scaling's frequencies are one set for a row."""
+    if scaling in ("dynamic", "longrope"):
+        raise ValueError(
+            f"the frequencies of scaling={scaling} depend on a row's farthest position, so its documents would not be "
+            f"apart: {asked}"
+        )
 
 
 def check_processes(config: ExtendConfig, processes: int) -> None:

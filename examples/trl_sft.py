@@ -31,11 +31,12 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
     parser.add_argument("--accumulate", type=int, default=64, help="micro-batches of a step")
     parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--packed", action="store_true", help="several short documents in a row, kept apart")
     given = parser.parse_args(argv)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(given.model)
-    prepare_model(model, given.scaling, given.target)
+    prepare_model(model, given.scaling, given.target, packed=given.packed)
     collator = PositionalCollator(
         tokenizer, scheme=given.scheme, target=given.target, prompt=given.prompt, row_tokens=given.row_tokens
     )
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     documents = datasets.load_dataset("json", data_files=given.data, split="train")
     documents = documents.map(tokenized, with_indices=True, remove_columns=documents.column_names)
+    if given.packed:  # here, since SFTTrainer's own packing takes no collator but its own
+        documents = trl.pack_dataset(documents.remove_columns("index"), given.row_tokens)
+        documents = documents.add_column("index", range(len(documents)))
     settings = trl.SFTConfig(
         output_dir=given.output,
         max_steps=given.steps,

@@ -49,7 +49,11 @@ MUTANTS = [
     ("endprompt/data/rows.py", "fronts_marked(self.documents)", "self.documents", "endprompt/data/chat"),
     ("endprompt/data/mixture.py", "for n in (index, index + 1)", "for n in (index, index)", "endprompt/data/mixture"),
     ("endprompt/data/mixture.py", "dataclasses.replace(spec, seed=seed)", "spec", "endprompt/data/mixture"),
+    ("endprompt/train/evaluate.py", "else documents.weights[window]", "else np.ones(length)", "endprompt/data/chat"),
+    (GEOMETRY, "return extended\n    extended.rope", "pass\n    extended.rope", "endprompt/data/chat"),
     # the schemes in other trainers
+    (COLLATE, "apart_attention(attention) if packed else training", "training_attention(attention) if packed else training",
+     "endprompt/collate"),
     (COLLATE, "model.set_attn_implementation(name)", "pass", "endprompt/collate"),
     (COLLATE, "model.set_submodule(path, made)", "pass", "endprompt/collate"),
     (COLLATE, "setattr(module, key, value)", "pass", "endprompt/collate"),

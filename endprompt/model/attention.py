@@ -464,7 +464,8 @@ def attention_for(config: PretrainedConfig, registered: str) -> str:
     name = plain_name(registered)
     if name.startswith("apart_"):
         raise ValueError(
-            f"{narrow[0]}, by position, which short_documents='apart' cannot mask: short_documents must be drop or pack"
+            f"{narrow[0]}, by position, which short_documents='apart' (packed=True of prepare_model) cannot mask: "
+            f"short_documents must be drop or pack: model_type={config.model_type!r}"
         )
     if name not in MASKED:
         raise ValueError(

@@ -21,7 +21,6 @@ from endprompt.model import (
     training_attention,
     wrapper,
 )
-from endprompt.model.attention import narrow_layers
 from endprompt.model.geometry import window_of
 from endprompt.model.kinds import described, layer_kinds
 from endprompt.model.load import check_builds, check_tokens, check_vocabulary, checkpoint_path
@@ -115,11 +114,6 @@ def to_extend(config: ExtendConfig) -> Checkpoint:
     window = window_of(source, config.window).window
     options = {"window": window} | (config.rope_options or {})
     new_config = extended_config(source, config.scaling, config.target, config.factor, **options)
-    if config.short_documents == "apart" and (narrow := narrow_layers(new_config)):
-        raise ValueError(
-            f"layers {narrow[0]} by position, in which the documents of a row are not kept apart: short_documents must "
-            f"be drop or pack: short_documents='apart' model_type={new_config.model_type!r}"
-        )
     check_builds(new_config, attention_of(config))
     before, after = (rope_geometry(c).parameters.get("factor") for c in (source, new_config))
     if len(layer_kinds(new_config)) > 1:

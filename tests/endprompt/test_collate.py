@@ -197,6 +197,67 @@ def test_rows_are_those_of_the_trainer(tokenizer, scheme, prompt):
         np.testing.assert_array_equal(batch["loss_weights"][0], expected)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "prompt"), [("contiguous", None), ("endprompt", "EP_3"), ("endprompt-random", "recall"), ("pose", None)]
+)
+def test_packed_rows_and_their_loss_are_those_of_the_trainer(tokenizer, scheme, prompt):
+    """Samples packed as by `short_documents=apart`, said by seq_lengths or by positions: the same rows. A
+    prepared model's loss is transformers' own over each document's row by itself."""
+    draw = np.random.default_rng(0)
+    options = {"recall_span": 4, "recall_given": 1, "seed": 5}
+    config = ExtendConfig(
+        target=TARGET, scheme=scheme, prompt=prompt, row_tokens=120, short_documents="apart", **options
+    )
+    texts = [draw.integers(1, VOCABULARY, draw.integers(16, 34)) for _ in range(12)]
+    offsets = np.cumsum([0, *map(len, texts)])
+    marks = np.concatenate([np.arange(len(text)) < draw.integers(4, 16) for text in texts]).astype(np.uint8)
+    rows = Rows(Documents(np.concatenate(texts), offsets, offsets[1:], marks), row_spec(config, None, tokenizer))
+    weights = {"prompt_weight": rows.spec.prompt_weight, "weights": True}
+    make = collator(tokenizer, scheme=scheme, prompt=prompt, row_tokens=120, **options, **weights)
+    samples = []
+    for index in range(2):
+        pack = rows._packs[rows.unit(index)]
+        ids, own = (np.concatenate([whole[offsets[i] : offsets[i + 1]] for i in pack]) for whole in
+                    (rows.documents.tokens, marks))  # fmt: skip
+        lengths = [len(texts[i]) for i in pack]
+        said = {"seq_lengths": lengths} if index else {"position_ids": np.concatenate([np.arange(n) for n in lengths])}
+        samples.append({"input_ids": ids, "labels": np.where(own, ids, -100), "index": index, **said})
+    batch = make(samples)
+    for index in range(2):
+        length = int(batch["attention_mask"][index].sum())
+        for found, expected in zip((batch["input_ids"], batch["position_ids"], batch["loss_weights"]), rows.row(index)):
+            np.testing.assert_array_equal(found[index][:length], expected[:length])
+            assert not expected[length:].any() or found is batch["position_ids"]
+    model = prepare_model(model_of(tiny_config("Qwen3")), "linear", TARGET, packed=True)
+    stock = model_of(extended_config(tiny_config("Qwen3"), "linear", TARGET), attn_implementation="eager")
+    stock.load_state_dict(model.state_dict())
+    total = 0.0
+    with torch.no_grad():
+        for ids, positions, real, scored in zip(
+            *(batch[key] for key in ("input_ids", "position_ids", "attention_mask", "loss_weights"))
+        ):
+            ends = [*torch.nonzero(positions == 0)[:, 0].tolist(), int(real.sum())]
+            for part in (slice(a, b) for a, b in itertools.pairwise(ends)):
+                one = {"input_ids": ids[part][None], "position_ids": positions[part][None]}
+                logits = stock(**one, attention_mask=torch.ones_like(one["input_ids"])).logits[0, :-1]
+                losses = torch.nn.functional.cross_entropy(logits, ids[part][1:], reduction="none")
+                total += float((losses * scored[part][1:]).sum())
+        found = float(model(**batch).loss)
+    assert found == pytest.approx(total / float(batch["loss_weights"][:, 1:].sum()), abs=1e-5)
+
+
+def test_what_keeps_no_packed_documents_apart_is_refused():
+    for family, scaling, rule in (
+        ("Llama", "dynamic", "depend on a row's farthest position.*packed=True"),
+        ("Gemma3Text", "linear", "cannot mask.*model_type='gemma3_text'"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            prepare_model(model_of(tiny_config(family)), scaling, TARGET, packed=True)
+    model = prepare_model(model_of(tiny_config("Llama")), "linear", TARGET, packed=True)
+    with pytest.raises(ValueError, match=r"position_ids go back.*begins at position 0"):
+        model(input_ids=IDS, position_ids=torch.arange(1, 13).repeat(2, 2))
+
+
 def test_draws_follow_the_index_or_torchs_seed(tokenizer):
     make = collator(tokenizer, scheme="endprompt-random")
     sample = {"input_ids": list(range(1, 30))}
@@ -231,12 +292,20 @@ def test_a_long_document_gives_windows_and_what_is_scored_last_is_kept(tokenizer
         ({"spam": 1}, None, "no setting 'spam'"),
         ({"seed": -1}, None, "seed must be at least 0"),
         ({}, {"text": "a"}, "must have input_ids, it has text"),
-        ({}, {"input_ids": [1, 2, 3, 4], "seq_lengths": [2, 2]}, "'endprompt'.*one document.*seq_lengths"),
-        ({}, {"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 0, 1]}, "one document.*position_ids"),
+        ({}, {"input_ids": [1, 2, 3, 4], "seq_lengths": [2, 1]}, r"add up to the sample's 4.*seq_lengths=\[2, 1\]"),
+        ({}, {"input_ids": [1, 2, 3, 4], "seq_lengths": [4, 0]}, "must be above 0"),
+        ({}, {"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 5, 6]}, "'endprompt'.*brings none of its own"),
+        ({}, {"input_ids": [1, 2, 3, 4], "cu_seq_lens_q": [0, 2, 4]}, "by seq_lengths, not by cu_seq_lens_q"),
+        ({"row_tokens": 8}, {"input_ids": list(range(1, 9)), "seq_lengths": [4, 4]}, "end prompts take.*row_tokens=8"),
+        (
+            {"prompt": "recall", "recall_span": 8, "recall_given": 2},
+            {"input_ids": [1, 2, 3, 4] * 20, "seq_lengths": [78, 2], "index": 3},
+            "sample 3 of 80 tokens, 2 documents packed, makes no row of scheme 'endprompt'",
+        ),
         ({}, {"input_ids": [1, 2], "labels": [1, 3]}, "labels must be the sample's input_ids"),
         ({}, {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, "must not be padded.*has zeros"),
-        ({}, {"input_ids": [[1, 2]]}, r"one document: shape=\(1, 2\)"),
-        ({}, {"input_ids": [], "index": 7}, "sample 7 of 0 tokens makes no row"),
+        ({}, {"input_ids": [[1, 2]]}, r"a list of ids: shape=\(1, 2\)"),
+        ({}, {"input_ids": [], "index": 7}, "sample 7 of 0 tokens makes no row of scheme 'endprompt'"),
         ({}, {"input_ids": [1], "index": 7}, "sample 7 of 1 tokens makes no row.*does not fit"),
         ({"prompt": "recall", "recall_span": 20}, {"input_ids": [1] * 30}, "of 30 tokens makes no row.*at most half"),
         ({"scheme": "contiguous", "prompt": None}, {"input_ids": [1, 2], "labels": [-100, -100]}, "no token of this"),

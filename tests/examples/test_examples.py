@@ -1,6 +1,7 @@
 """The examples at tiny size: the losses of the first steps, and of what they save, are those of `endprompt extend`."""
 
 import importlib.util
+import itertools
 import json
 import random
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from endprompt import train
+from endprompt.collate import PositionalCollator
 from endprompt.config import ExtendConfig
 from endprompt.data import Rows, load_documents, row_spec
 from endprompt.model import load_config, load_model
@@ -89,6 +91,37 @@ def test_losses_and_weights_are_those_of_the_trainer(
     expected = weights_of(ours)
     for name, found in weights_of(theirs).items():
         assert float((found - expected[name]).abs().max()) < 2e-4, name
+
+
+@pytest.mark.slow
+def test_packed_rows_in_trl_have_the_loss_of_their_documents(checkpoints, texts, tokenizer, tmp_path):
+    """By stock eager attention over each document by itself, positions as PoSE's are drawn for a row of its length."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    lines = [json.loads(line)["text"][:60] for line in texts.read_text().splitlines()]
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    base, out = checkpoints("Qwen3"), tmp_path / "out"
+    options = {"model": base, "data": texts, "output": out, "target": TARGET, "row-tokens": 64, "scaling": "linear"}
+    options |= {"steps": 1, "lr": 1e-9, "rows": 2, "accumulate": 1}
+    (found,) = loaded("trl_sft").main(
+        ["--packed", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+    )
+    ids = [[*tokenizer(line, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for line in lines]
+    packed = trl.pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), 64)
+    collator = PositionalCollator(tokenizer, scheme="pose", target=TARGET, row_tokens=64)
+    batch = collator([packed[i] | {"index": i} for i in range(2)])
+    assert max(len(packed[i]["seq_lengths"]) for i in range(2)) > 1
+    model = load_model(out, attention="eager")
+    total = count = 0.0
+    for ids, positions, real in zip(batch["input_ids"], batch["position_ids"], batch["attention_mask"]):
+        ends = [*torch.nonzero(positions == 0)[:, 0].tolist(), int(real.sum())]
+        for first, end in itertools.pairwise(ends):
+            row, places = ids[None, first:end], positions[None, first:end]
+            with torch.no_grad():
+                logits = model(row, position_ids=places, attention_mask=torch.ones_like(row)).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
+            count += end - first - 1
+    assert found == pytest.approx(total / count, abs=2e-5)
 
 
 def test_conversations_are_made_of_two_sets(tmp_path):
