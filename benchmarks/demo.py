@@ -12,9 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,8 +44,7 @@ TASKS = (*RETRIEVAL, "niah_multikey_1", "vt")
 LENGTHS = (256, 1024, 2048)
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """One way to extend the base. why: what it is in the comparison."""
 
     name: str
@@ -139,28 +137,12 @@ def fast_bfloat16() -> bool:
 def arm_config(arm: Arm, output: Path, data: Path, config: DemoConfig) -> ExtendConfig:
     """The arm's training; it goes on where an interrupted one was, and a finished one is left as it is."""
     begun = output.exists() or aside(output).exists()
-    return ExtendConfig(
-        model=str(BASE),
-        data=[str(data)],
-        output=str(output),
-        target=TARGET,
-        scheme=arm.scheme,
-        scaling=arm.scaling,
-        prompt=arm.prompt,
-        rows=16,
-        steps=config.steps,
-        lr=1e-3,
-        warmup=20,
-        schedule="linear",
-        decay=0.3,
-        completion_weight=10.0,
-        seed=config.seed,
-        autocast=fast_bfloat16(),
-        save_every=50,
-        keep=1,
-        resume=begun and not config.overwrite,
-        overwrite=config.overwrite,
-    )
+    method: dict[str, Any] = {"target": TARGET, "scheme": arm.scheme, "scaling": arm.scaling, "prompt": arm.prompt}
+    method |= {"rows": 16, "steps": config.steps, "completion_weight": 10.0, "seed": config.seed}
+    method |= {"lr": 1e-3, "warmup": 20, "schedule": "linear", "decay": 0.3, "autocast": fast_bfloat16()}
+    again: dict[str, Any] = {"resume": begun and not config.overwrite, "overwrite": config.overwrite}
+    files: dict[str, Any] = {"model": str(BASE), "data": [str(data)], "output": str(output)}
+    return ExtendConfig(**files, **method, **again, save_every=50, keep=1)
 
 
 def verify_config(name: str, path: Path, run: Path, terminal: int) -> VerifyConfig:

@@ -153,16 +153,11 @@ def depth_table(scored: Sequence[Mapping[str, Any]], bins: int = 10) -> list[dic
         for depth, found in zip(sample["depth"], sample["found"]):
             place = min(bins - 1, int(depth * bins / 100))
             cells.setdefault((int(sample["length"]), place), []).append(100.0 * found)
-    return [
-        {
-            "length": length,
-            "depth_from": 100 * place / bins,
-            "depth_to": 100 * (place + 1) / bins,
-            "value": sum(values) / len(values),
-            "n": len(values),
-        }
-        for (length, place), values in sorted(cells.items())
-    ]
+    table = []
+    for (length, place), values in sorted(cells.items()):
+        where = {"length": length, "depth_from": 100 * place / bins, "depth_to": 100 * (place + 1) / bins}
+        table.append({**where, "value": sum(values) / len(values), "n": len(values)})
+    return table
 
 
 CELL = 18  # columns of a table's cell: `100.0 [99, 100]`

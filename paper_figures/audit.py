@@ -8,12 +8,12 @@ difference is one of rounding. Everything else does not follow. A finding says w
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from paper_figures.inputs import DATA
-from paper_figures.names import LONGBENCH, TASK_GROUPS
+from paper_figures.names import TASK_GROUPS
 
 AGREES, ROUNDING, DOES_NOT_FOLLOW = "agrees", "rounding", "does not follow"
 VERDICTS = (AGREES, ROUNDING, DOES_NOT_FOLLOW)
@@ -26,11 +26,19 @@ ONE_ANSWER = ("niah_s1", "niah_s2", "niah_s3", "niah_m1", "niah_m2", "niah_m3", 
 ANSWERS = {"niah_mv": 4, "niah_mq": 4, "vt": 5, "cwe": 10, "fwe": 3} | dict.fromkeys(ONE_ANSWER, 1)
 SAMPLES = 500
 LENGTH_TABLES = ("Table 6", "Table 7", "Table 8", "Table 9")
-#: Weightings of LongBench's six categories: the number of data sets in each.
-WEIGHTINGS = {
-    "mean over the 16 English sets (weights 3, 3, 3, 3, 2, 2)": (3, 3, 3, 3, 2, 2),
-    "mean of the six categories": (1, 1, 1, 1, 1, 1),
-    "mean over all 21 sets (weights 4, 4, 4, 4, 3, 2)": (4, 4, 4, 4, 3, 2),
+#: Suite, its main table, and its panel in Figures 2 and 3.
+SUITES = (("RULER", "Table 1", "ruler"), ("LongBench", "Table 2", "longbench"))
+#: Tables -> what their column avg may be: rule -> weights of the columns, None for equal ones. Those of LongBench's six
+#: categories are the numbers of data sets in each.
+AVERAGES: dict[tuple[str, ...], dict[str, Sequence[int] | None]] = {
+    ("Table 1", *LENGTH_TABLES): {"mean of the 13 tasks": None},
+    ("Table 3",): {"mean of the 13 tasks (weights 3, 3, 1, 1, 1, 1, 1, 2)": [*map(len, TASK_GROUPS.values())]},
+    ("Table 2", "Table 4"): {
+        "mean over the 16 English sets (weights 3, 3, 3, 3, 2, 2)": (3, 3, 3, 3, 2, 2),
+        "mean of the six categories": None,
+        "mean over all 21 sets (weights 4, 4, 4, 4, 3, 2)": (4, 4, 4, 4, 3, 2),
+    },
+    ("Table 5",): {"mean of the four tasks": None},
 }
 
 Finding = dict[str, Any]
@@ -44,41 +52,26 @@ def findings() -> list[Finding]:
     printed and recomputed are numbers, lists of numbers or short text; printed is None for what the paper leaves out.
     """
     tables = read_tables()
-    parts: Sequence[Callable[[dict[str, Rows]], Iterator[Finding]]] = (
-        ruler_averages,
-        ablation_averages,
-        longbench_averages,
-        short_text_averages,
-        repeated_numbers,
-        sample_grid,
-        longest_length,
-        constant_rows,
-        common_weighting,
-        claims,
-        growth_with_tokens,
-        highest_average,
-    )
-    return [finding for part in parts for finding in part(tables)]
+    checks = (averages, repeated_numbers, sample_grid, longest_length, constant_rows, common_weighting, claims)
+    return [finding for check in (*checks, growth_with_tokens, highest_average) for finding in check(tables)]
 
 
 def finding(
     table: str, row: str, rule: str, printed: Any, recomputed: Any, verdict: str | None = None, slack: Decimal = HALF
 ) -> Finding:
     """One finding; without a verdict, that of two numbers whose inputs are rounded by at most `slack` together."""
+    numbers = {"printed": plain(printed), "recomputed": plain(recomputed)}
     verdict = verdict or compare(printed, recomputed, slack)
-    return {
-        "table": table,
-        "row": row,
-        "rule": rule,
-        "printed": plain(printed),
-        "recomputed": plain(recomputed),
-        "verdict": verdict,
-    }
+    return {"table": table, "row": row, "rule": rule, **numbers, "verdict": verdict}
 
 
 def compare(printed: Decimal, recomputed: Decimal, slack: Decimal = HALF) -> str:
     difference = abs(printed - recomputed)
     return AGREES if difference <= HALF else ROUNDING if difference <= HALF + slack else DOES_NOT_FOLLOW
+
+
+def follows(holds: bool) -> str:
+    return AGREES if holds else DOES_NOT_FOLLOW
 
 
 def plain(value: Any) -> Any:
@@ -114,7 +107,8 @@ def read(name: str) -> list[dict[str, str]]:
 
 def bars(figure: str, panel: str) -> dict[str, Decimal]:
     """x -> number of one panel of Figure 2 or 3."""
-    return {line["x"]: Decimal(line["value"]) for line in read(figure) if line["panel"] == panel}
+    lines = read(figure.lower().replace(" ", "_"))
+    return {line["x"]: Decimal(line["value"]) for line in lines if line["panel"] == panel}
 
 
 def tasks_of(scores: Scores) -> list[str]:
@@ -124,57 +118,33 @@ def tasks_of(scores: Scores) -> list[str]:
 # --- averages -------------------------------------------------------------------------------------------------------
 
 
-def ruler_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
-    for table in ("Table 1", *LENGTH_TABLES):
-        for method, scores in tables[table].items():
-            recomputed = mean([scores[task] for task in tasks_of(scores)])
-            yield finding(table, method, "avg is the mean of the 13 tasks", scores["avg"], recomputed)
-
-
-def ablation_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
-    weights = [len(group) for group in TASK_GROUPS.values()]
-    for method, scores in tables["Table 3"].items():
-        recomputed = mean([scores[group] for group in TASK_GROUPS], weights)
-        rule = "avg is the mean of the 13 tasks (weights 3, 3, 1, 1, 1, 1, 1, 2)"
-        yield finding("Table 3", method, rule, scores["avg"], recomputed)
-
-
-def longbench_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
-    """The first weighting where it holds; every weighting where none does."""
-    for table in ("Table 2", "Table 4"):
-        for method, scores in tables[table].items():
-            values = [scores[category] for category in LONGBENCH]
+def averages(tables: dict[str, Rows]) -> Iterator[Finding]:
+    """Of each row the first rule where it holds; every rule where none does."""
+    for names, rules in AVERAGES.items():
+        for table, method, scores in ((name, *row) for name in names for row in tables[name].items()):
+            values = [scores[column] for column in tasks_of(scores)]
             tried = [
                 finding(table, method, f"avg is the {rule}", scores["avg"], mean(values, weights))
-                for rule, weights in WEIGHTINGS.items()
+                for rule, weights in rules.items()
             ]
-            follows = [f for f in tried if f["verdict"] != DOES_NOT_FOLLOW]
-            yield from follows[:1] or tried
-
-
-def short_text_averages(tables: dict[str, Rows]) -> Iterator[Finding]:
-    for method, scores in tables["Table 5"].items():
-        recomputed = mean([scores[task] for task in tasks_of(scores)])
-        yield finding("Table 5", method, "avg is the mean of the four tasks", scores["avg"], recomputed)
+            yield from [f for f in tried if f["verdict"] != DOES_NOT_FOLLOW][:1] or tried
 
 
 def repeated_numbers(tables: dict[str, Rows]) -> Iterator[Finding]:
     """Numbers that are printed in two places, and group means that follow from another table."""
-    main = tables["Table 1"]["EndPrompt"]
+    own, main = tables["Table 3"]["EndPrompt"], tables["Table 1"]["EndPrompt"]
     for group, tasks in TASK_GROUPS.items():
         rule = f"{group} is the mean of {', '.join(tasks)} in Table 1"
-        printed = tables["Table 3"]["EndPrompt"][group]
-        yield finding("Table 3", "EndPrompt", rule, printed, mean([main[task] for task in tasks]))
-    same = {
-        "Table 3": (tables["Table 3"]["EndPrompt"]["avg"], "Table 1", main["avg"]),
-        "Figure 2, EP_1, RULER": (bars("figure_2", "ruler")["EP_1"], "Table 1", main["avg"]),
-        "Figure 3, ET, RULER": (bars("figure_3", "ruler")["ET"], "Table 1", main["avg"]),
-    }
-    longbench = tables["Table 2"]["EndPrompt"]["avg"]
-    same["Figure 2, EP_1, LongBench"] = (bars("figure_2", "longbench")["EP_1"], "Table 2", longbench)
-    same["Figure 3, ET, LongBench"] = (bars("figure_3", "longbench")["ET"], "Table 2", longbench)
-    for place, (printed, source, other) in same.items():
-        yield finding(place, "EndPrompt", f"avg is that of {source}", printed, other, slack=Decimal(0))
+        yield finding("Table 3", "EndPrompt", rule, own[group], mean([main[task] for task in tasks]))
+    yield finding("Table 3", "EndPrompt", "avg is that of Table 1", own["avg"], main["avg"], slack=Decimal(0))
+    for suite, table, panel in SUITES:
+        for figure, bar in (("Figure 2", "EP_1"), ("Figure 3", "ET")):
+            place, printed, average = (
+                f"{figure}, {bar}, {suite}",
+                bars(figure, panel)[bar],
+                tables[table]["EndPrompt"]["avg"],
+            )
+            yield finding(place, "EndPrompt", f"avg is that of {table}", printed, average, slack=Decimal(0))
 
 
 # --- samples and the longest length ---------------------------------------------------------------------------------
@@ -219,14 +189,15 @@ def longest_length(tables: dict[str, Rows]) -> Iterator[Finding]:
     recovered = recovered_64k(tables)
     place = "Table 1, 64K (not printed)"
     for method, scores in recovered.items():
-        multiples = sum(scores[task] % Decimal("0.2") == 0 for task in ONE_ANSWER)
-        rule = "5 x Table 1 - Tables 6 to 9 is a multiple of 0.2 for each task with one answer (500 samples)"
-        verdict = AGREES if multiples == len(ONE_ANSWER) else DOES_NOT_FOLLOW
-        yield finding(place, method, rule, None, f"{multiples} of {len(ONE_ANSWER)} tasks", verdict)
-        inside = sum(0 <= scores[task] <= 100 for task in ANSWERS)
-        rule = "5 x Table 1 - Tables 6 to 9 lies in [0, 100] for each of the 13 tasks"
-        verdict = AGREES if inside == len(ANSWERS) else DOES_NOT_FOLLOW
-        yield finding(place, method, rule, None, f"{inside} of {len(ANSWERS)} tasks", verdict)
+        for rule, held in (
+            (
+                "is a multiple of 0.2 for each task with one answer (500 samples)",
+                [scores[task] % Decimal("0.2") == 0 for task in ONE_ANSWER],
+            ),
+            ("lies in [0, 100] for each of the 13 tasks", [0 <= scores[task] <= 100 for task in ANSWERS]),
+        ):
+            found = f"{sum(held)} of {len(held)} tasks"
+            yield finding(place, method, f"5 x Table 1 - Tables 6 to 9 {rule}", None, found, follows(all(held)))
     for method, scores in recovered.items():
         # Five rounded averages: 5 x 0.005 + 4 x 0.005 = 0.045 at most from the mean of the recovered tasks.
         rule = "avg at 64K: 5 x the avg of Table 1 - those of Tables 6 to 9; verdict against the mean of the 13 tasks"
@@ -234,13 +205,6 @@ def longest_length(tables: dict[str, Rows]) -> Iterator[Finding]:
         yield finding(place, method, rule, None, scores["avg"], verdict)
         rule = "avg at 64K: mean of the 13 tasks, each recovered as 5 x Table 1 - Tables 6 to 9"
         yield finding(place, method, rule, None, scores["mean"], verdict)
-
-
-def ranks(tables: dict[str, Rows], method: str) -> list[int]:
-    """Rank of a method's average at 4K, 8K, 16K, 32K and, recovered, 64K; 1 is the highest."""
-    columns = [{m: scores["avg"] for m, scores in tables[table].items()} for table in LENGTH_TABLES]
-    columns.append({m: scores["mean"] for m, scores in recovered_64k(tables).items()})
-    return [1 + sum(value > column[method] for value in column.values()) for column in columns]
 
 
 # --- rows that are another row plus a constant ----------------------------------------------------------------------
@@ -260,18 +224,12 @@ def constant_rows(tables: dict[str, Rows]) -> Iterator[Finding]:
             rule = "no row is another row plus a constant in every column"
             yield finding(" and ".join(group), "all", rule, f"{len(rows)} rows", "no such row", AGREES)
         for (first_table, first, base), (table, method, scores) in pairs:
-            constant = differences(base, scores).pop()
-            sign = "+" if constant > 0 else "-"
+            constant, columns = differences(base, scores).pop(), tasks_of(scores)
             origin = first if first_table == table else f"{first} of {first_table}"
-            columns = tasks_of(scores)
-            yield finding(
-                table,
-                method,
-                f"each of the {len(columns)} columns is that of {origin} {sign} {abs(constant)}",
-                [scores[column] for column in columns],
-                [base[column] + constant for column in columns],
-                AGREES,
-            )
+            moved = f"{'+' if constant > 0 else '-'} {abs(constant)}"
+            rule = f"each of the {len(columns)} columns is that of {origin} {moved}"
+            printed, recomputed = [scores[c] for c in columns], [base[c] + constant for c in columns]
+            yield finding(table, method, rule, printed, recomputed, AGREES)
 
 
 def differences(first: Scores, second: Scores) -> set[Decimal]:
@@ -333,26 +291,26 @@ def growth_with_tokens(tables: dict[str, Rows]) -> Iterator[Finding]:
     averages = [rows[method]["avg"] for method in ("ET-0.5B", "EndPrompt", "ET-2.0B")]
     line = next(line for line in read("claims") if line["subject"] == "ET-0.5B to ET-2.0B")
     printed = [Decimal(line["claim"].split()[-2]), Decimal(line["value"])]
-    same = printed == [averages[0], averages[2]] and averages[2] > averages[0]
+    ends = [averages[0], averages[2]]
+    rising, growing = printed == ends and ends[1] > ends[0], averages == sorted(averages)
     rule = "the RULER average rises from 0.5B to 2B tokens, as in Table 3"
-    verdict = AGREES if same else DOES_NOT_FOLLOW
-    yield finding(line["source"], line["subject"], rule, printed, [averages[0], averages[2]], verdict)
+    yield finding(line["source"], line["subject"], rule, printed, ends, follows(rising))
     rule = "the RULER average grows with every step of tokens: 0.5B, 1B (EndPrompt's main row), 2B"
-    verdict = AGREES if averages == sorted(averages) else DOES_NOT_FOLLOW
-    yield finding(line["source"], line["subject"], rule, printed, averages, verdict)
+    yield finding(line["source"], line["subject"], rule, printed, averages, follows(growing))
 
 
 def highest_average(tables: dict[str, Rows]) -> Iterator[Finding]:
-    for suite, table, panel in (("RULER", "Table 1", "ruler"), ("LongBench", "Table 2", "longbench")):
+    for suite, table, panel in SUITES:
         averages = {method: scores["avg"] for method, scores in tables[table].items()}
         yield highest(table, f"highest {suite} average of the methods in {table}", averages)
-        figure = bars("figure_3", panel)
-        averages |= {method: value for method, value in figure.items() if method != "ET"}
+        averages |= {method: value for method, value in bars("Figure 3", panel).items() if method != "ET"}
         yield highest(f"{table} and Figure 3", f"highest {suite} average, PoSE and ET(PoSE) included", averages)
-    place = ranks(tables, "EndPrompt")
+    columns = [{m: scores["avg"] for m, scores in tables[table].items()} for table in LENGTH_TABLES]
+    columns.append({m: scores["mean"] for m, scores in recovered_64k(tables).items()})
+    ranks = [1 + sum(value > column["EndPrompt"] for value in column.values()) for column in columns]
     rule = "highest RULER average at each length: rank among the four methods at 4K, 8K, 16K, 32K and, recovered, 64K"
-    verdict = AGREES if set(place) == {1} else DOES_NOT_FOLLOW
-    yield finding("Tables 6 to 9 and 64K", "EndPrompt", rule, "highest average over 4K to 64K", place, verdict)
+    said = "highest average over 4K to 64K"
+    yield finding("Tables 6 to 9 and 64K", "EndPrompt", rule, said, ranks, follows(set(ranks) == {1}))
 
 
 def highest(table: str, rule: str, averages: Mapping[str, Decimal]) -> Finding:
@@ -360,4 +318,4 @@ def highest(table: str, rule: str, averages: Mapping[str, Decimal]) -> Finding:
     own = averages["EndPrompt"]
     above = sorted((value, method) for method, value in averages.items() if value > own)[::-1]
     names = ", ".join(f"{method} {value:.2f}" for value, method in (above or [(own, "EndPrompt")]))
-    return finding(table, "EndPrompt", rule, own, names, DOES_NOT_FOLLOW if above else AGREES)
+    return finding(table, "EndPrompt", rule, own, names, follows(not above))

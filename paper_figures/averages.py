@@ -29,11 +29,12 @@ def average(rows: pd.DataFrame, by: Sequence[str], over: Sequence[str] = ("task"
     cells = list(dict.fromkeys([*by, *over, "seed"]))
     rows = rows.drop_duplicates(cells)[[*cells, "value", "lo", "hi", "origin"]]
     peers = [column for column in by if column != "method"]
-    complete = _number_of_cells(rows, peers, over)
+    place = rows.groupby(list(over), dropna=False).ngroup()
+    of_peers = place.groupby([rows[column] for column in peers], dropna=False).transform if peers else place.agg
+    rows = rows.assign(needed=of_peers("nunique"))
     out = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        key = key if isinstance(key, tuple) else (key,)
-        needed = complete[tuple(k for column, k in zip(by, key) if column != "method")]
+        key, needed = key if isinstance(key, tuple) else (key,), int(group["needed"].iloc[0])
         seeds = _by_seed(group, needed)
         if not seeds:
             continue
@@ -49,15 +50,6 @@ def _by_seed(group: pd.DataFrame, needed: int) -> list[tuple[np.ndarray, str]]:
     cells, origins = group[["value", "lo", "hi"]].to_numpy(float), group["origin"].to_numpy()
     places = [np.flatnonzero(numbers == number) for number in range(len(names))]
     return [(cells[place], origins[place[0]]) for place in places if len(place) == needed]
-
-
-def _number_of_cells(rows: pd.DataFrame, peers: list[str], over: Sequence[str]) -> dict[tuple, int]:
-    if not peers:
-        return {(): len(rows.drop_duplicates(list(over)))}
-    return {
-        key if isinstance(key, tuple) else (key,): len(group.drop_duplicates(list(over)))
-        for key, group in rows.groupby(peers, dropna=False)
-    }
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
@@ -79,9 +71,8 @@ def _over_seeds(seeds: list[np.ndarray]) -> tuple[float, float, float]:
 def interval_kind(averages: pd.DataFrame) -> str:
     """How the intervals of these averages were made, for a caption."""
     least, most = int(averages["seeds"].min()), int(averages["seeds"].max())
-    if most == 1:
-        return "95% intervals over samples, one seed"
-    return f"95% intervals over {most} seeds" if least == most else f"95% intervals over {least} to {most} seeds"
+    seeds = f"{most} seeds" if least == most else f"{least} to {most} seeds"
+    return f"95% intervals over {'samples, one seed' if most == 1 else seeds}"
 
 
 def scored(frames: Frames, suite: str) -> pd.DataFrame:

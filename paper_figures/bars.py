@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper_figures import style
-from paper_figures.averages import average, interval_kind, is_small_scale
+from paper_figures.averages import average, interval_kind, is_small_scale, scored
+from paper_figures.inputs import Frames
 from paper_figures.names import parse_method, short_length
 
 SUITES = {"longbench": "LongBench", "ruler": "RULER"}
@@ -24,10 +25,16 @@ class Bar(NamedTuple):
     color: str = "#0072B2"
 
 
-def suite_panels(published: pd.DataFrame, measured: dict[str, list[Bar]], notes: dict[str, str]) -> Figure:
-    """One panel for each suite of `published` (columns panel, x, value), then one for each of `measured`."""
+def suite_panels(frames: Frames, published: pd.DataFrame, choose: Callable[[list[str]], dict[str, str]]) -> Figure:
+    """One panel for each suite of `published` (columns panel, x, value), then one for each suite that was measured.
+
+    choose: of the methods measured those that have a bar -> the name under it.
+    """
+    rows = {suite: scored(frames, suite) for suite in SUITES}
+    chosen = {suite: choose(list(own["method"].unique())) for suite, own in rows.items()}
+    measured = {suite: measured_bars(rows[suite], chosen[suite]) for suite in SUITES}
     panels = [suite for suite in SUITES if suite in set(published["panel"])]
-    mine = [suite for suite in SUITES if measured.get(suite)]
+    mine = [suite for suite in SUITES if measured[suite]]
     beside = not any(len(measured[suite]) > 4 for suite in mine)  # many bars stand in a row of their own
     fig = style.figure(2.3 if beside else 2.0 + 2.3 * len(mine), 7.0 if mine else 4.6)
     if beside:
@@ -44,7 +51,7 @@ def suite_panels(published: pd.DataFrame, measured: dict[str, list[Bar]], notes:
     for ax, suite in zip(axes[len(panels) :], mine):
         draw_bars(ax, measured[suite], digits=1, hatch=True)
         ax.set_title(f"{SUITES[suite]}, measured here")
-        ax.set_xlabel(notes[suite], fontsize=6, color="#555555")
+        ax.set_xlabel(measured_note(rows[suite], chosen[suite]), fontsize=6, color="#555555")
     for ax in axes:
         style.percent_axis(ax, "average score, percent" if ax is axes[0] or not beside else None)
         ax.set_ylim(0, 112)  # room for the number above a bar of 100
@@ -53,13 +60,10 @@ def suite_panels(published: pd.DataFrame, measured: dict[str, list[Bar]], notes:
 
 def draw_bars(ax: Axes, bars: Sequence[Bar], digits: int, hatch: bool = False) -> None:
     """Bars with their value above (above the interval, where there is one)."""
+    look: dict[str, Any] = {"hatch": style.MEASURED_HATCH if hatch else None, "line": 0.9, "size": 6.5, "lift": 2}
     for i, bar in enumerate(bars):
-        ax.bar(i, bar.value, width=0.62, color=bar.color, hatch=style.MEASURED_HATCH if hatch else None, zorder=2)
-        top = bar.value
-        if bar.lo == bar.lo:
-            top = min(bar.hi, 100.0)  # few seeds can have an interval that leaves the scale
-            ax.vlines(i, max(bar.lo, 0.0), top, color="#222222", linewidth=0.9, zorder=3)
-        ax.annotate(f"{bar.value:.{digits}f}", (i, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
+        ends = style.on_scale(bar.lo, bar.hi)
+        style.bar(ax, i, bar.value, 0.62, ends, f"{bar.value:.{digits}f}", color=bar.color, **look)
     ax.set_xticks(range(len(bars)), [bar.name for bar in bars])
     ax.tick_params(axis="x", length=0)
     middle, half = (len(bars) - 1) / 2, max(len(bars), 3) / 2 + 0.1  # one bar must not fill the panel
@@ -84,8 +88,6 @@ def measured_bars(rows: pd.DataFrame, chosen: dict[str, str]) -> list[Bar]:
 def measured_note(rows: pd.DataFrame, chosen: dict[str, str]) -> str:
     """What the measured bars average over, for the axis below them."""
     rows = rows[rows["method"].isin(chosen)]
-    if rows.empty:
-        return ""
     lengths = rows["length"].dropna()
     span = f", {short_length(lengths.min())} to {short_length(lengths.max())}" if len(lengths) else ""
     kind = interval_kind(average(rows, ["method"]))

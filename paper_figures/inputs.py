@@ -140,17 +140,15 @@ def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
         path = source / "results.jsonl" if source.is_dir() else source
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a results directory must have results.jsonl")
-        rows.extend(_read_depths(path) if path.name.endswith(DEPTHS) else _read_rows(path))
-        if source.is_dir() and (source / "depth.jsonl").is_file():
-            rows.extend(_read_depths(source / "depth.jsonl"))
-        if source.is_dir() and (source / "questions.jsonl").is_file():
-            rows.extend(_read_rows(source / "questions.jsonl"))
+        beside = [source / name for name in (DEPTHS, "questions.jsonl")] if source.is_dir() else []
+        for file in (path, *filter(Path.is_file, beside)):
+            rows.extend(_read_depths(file) if file.name.endswith(DEPTHS) else _read_rows(file))
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*REQUIRED, "lo", "hi", "origin"])
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    revision = _revision(path.with_name("environment.json"))
+    revision = read_object(path.with_name("environment.json"), optional=True).get("revision")
     for origin, row in _numbered(path, REQUIRED):
         lo, hi = _interval(row["ci95"], origin)
         rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
@@ -172,20 +170,13 @@ def _is_number(value: Any) -> bool:
 def _read_depths(path: Path) -> list[dict[str, Any]]:
     """Scores by depth of the needle, as a scoring run writes them: rows of suite `ruler_depth` at the bins' middles."""
     columns = ("length", "depth_from", "depth_to", "value", "n", "method", "model", "seed")
-    blank = dict.fromkeys(REQUIRED) | {
-        "suite": "ruler_depth",
-        "task": "needles",
-        "metric": "share_found",
-        "n_truncated": 0,
-    }
-
-    def middle(row: dict[str, Any]) -> float:
-        return (row["depth_from"] + row["depth_to"]) / 2
-
-    return [
-        {**row, **blank, **{c: row[c] for c in columns}, "depth": middle(row), "origin": origin}
-        for origin, row in _numbered(path, columns)
-    ]
+    blank = dict.fromkeys(REQUIRED) | {"suite": "ruler_depth", "task": "needles", "metric": "share_found"}
+    blank |= {"n_truncated": 0}
+    rows = []
+    for origin, row in _numbered(path, columns):
+        middle = (row["depth_from"] + row["depth_to"]) / 2
+        rows.append({**row, **blank, **{c: row[c] for c in columns}, "depth": middle, "origin": origin})
+    return rows
 
 
 def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -197,15 +188,9 @@ def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[s
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(
-                f"{origin}: a row's text must be Unicode, this one holds half of a surrogate pair"
-            ) from None
+            half = "this one holds half of a surrogate pair"
+            raise ValueError(f"{origin}: a row's text must be Unicode, {half}") from None
         yield origin, row
-
-
-def _revision(path: Path) -> str | None:
-    """The revision of the code that made a run, from its environment.json; None where the run does not say."""
-    return read_object(path, optional=True).get("revision")
 
 
 def check_cells(rows: pd.DataFrame) -> None:
@@ -217,24 +202,23 @@ def check_cells(rows: pd.DataFrame) -> None:
     if rows.empty:
         return
     where = [column for column in ("suite", "task", "length", "seed", "base") if column in rows]
-    hashes = rows["samples_sha256"].fillna("none")
-    mixed = hashes.groupby([rows[column] for column in where], dropna=False).transform("nunique") > 1
-    if mixed.any():
-        first = rows[mixed].iloc[0]
-        same = (rows[where].fillna("none") == first[where].fillna("none")).all(axis=1)
-        other = rows[same & (hashes != hashes[mixed].iloc[0])].iloc[0]
+    for first, other in _apart(rows, rows["samples_sha256"].fillna("none"), where):
         raise ValueError(
             f"{other['origin']}: samples_sha256 must be the same for all methods at "
             f"{', '.join(f'{column}={first[column]}' for column in where)}, but {other['method']!r} differs from "
             f"{first['method']!r} ({first['origin']})"
         )
-    keys = [column for column in (*CELL, *CONDITIONS, "base") if column in rows]
-    differing = rows["value"].groupby([rows[column] for column in keys], dropna=False).transform("nunique") > 1
-    if differing.any():
-        first = rows[differing].iloc[0]
-        same = (rows[keys].fillna("none") == first[keys].fillna("none")).all(axis=1)
-        other = rows[same & (rows["value"] != first["value"])].iloc[0]
+    for first, other in _apart(rows, rows["value"], [c for c in (*CELL, *CONDITIONS, "base") if c in rows]):
         raise ValueError(
             f"{other['origin']}: value={other['value']} of {other['method']!r} differs from "
             f"{first['value']} for the same cell ({first['origin']})"
         )
+
+
+def _apart(rows: pd.DataFrame, values: pd.Series, by: list[str]) -> Iterator[tuple[pd.Series, pd.Series]]:
+    """The first row of a group with several values, and one of the group that has another; nothing where none has."""
+    mixed = values.groupby([rows[column] for column in by], dropna=False).transform("nunique") > 1
+    if mixed.any():
+        first = rows[mixed].iloc[0]
+        same = (rows[by].fillna("none") == first[by].fillna("none")).all(axis=1)
+        yield first, rows[same & (values != values[mixed].iloc[0])].iloc[0]

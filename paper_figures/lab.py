@@ -14,18 +14,8 @@ from paper_figures.names import SCALINGS, SCHEMES
 
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
-OPTIONAL = (
-    "prompt",
-    "prompt_weight",
-    "anchors",
-    "train_tokens",
-    "gpu_seconds",
-    "bernstein_constant",
-    "gap_rms",
-    "recall_span",
-    "pieces",
-    "seeds",
-)
+OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms",
+            "recall_span", "pieces", "seeds")  # fmt: skip
 CUE_WEIGHT = 0.1
 #: Tokens of a quotation and pieces of a context that a label does not tell, because most arms have them.
 SPAN, PIECES = 40, 3
@@ -54,10 +44,8 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     rows["usual"] = [most.get((base, fold)) == steps for base, fold, steps in keys]
     rows["usual"] |= rows["kind"].str.startswith(("full", "longlora"))
     rows["main"] = (rows["usual"] | (rows["kind"] == "base")) & ~wordings & _has_seeds(rows)
-    rows["label"] = [
-        " ".join(part for part in (_named(kind, arm), cue) if part)
-        for kind, arm, cue in zip(rows["kind"], rows["arm"], rows["cue"])
-    ]
+    shown = zip(rows["kind"], rows["arm"], rows["cue"])
+    rows["label"] = [" ".join(filter(None, (_named(kind, arm), cue))) for kind, arm, cue in shown]
     return rows
 
 

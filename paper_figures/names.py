@@ -13,6 +13,7 @@ NAMES = yaml.safe_load(Path(__file__).with_name("data").joinpath("names.yaml").r
 RULER, TASKS, SCALINGS, QUESTIONS = NAMES["ruler"], NAMES["tasks"], NAMES["scalings"], NAMES["questions"]
 LONGBENCH, LONGBENCH_ZH, CATEGORIES = NAMES["longbench"], NAMES["longbench_zh"], NAMES["categories"]
 TASK_GROUPS = NAMES["task_groups"]
+SAID_BY = {"paper": "the paper", "prototypes": "our prototypes", "theory": "the theory", "aim": "our aim"}
 SHORT = ("mmlu", "gsm8k", "hellaswag", "humaneval")
 #: The tasks of each suite that averages are taken over.
 SUITE_TASKS = {

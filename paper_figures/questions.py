@@ -11,26 +11,9 @@ from paper_figures.names import QUESTIONS, SCALINGS, short_length
 from paper_figures.table import Row, Section, Table, Value
 
 #: The columns of an estimate that the tables and the page read, beyond those of every row.
-COLUMNS = (
-    "question",
-    "family",
-    "labels",
-    "base",
-    "fold",
-    "scaling",
-    "scores",
-    "primary",
-    "p_holm",
-    "verdict",
-    "sentence",
-    "source",
-    "claim",
-    "agrees",
-    "pareto_share",
-    "train_tokens",
-    "gpu_seconds",
-    "against",
-)
+COLUMNS = ("question", "family", "labels", "base", "fold", "scaling", "scores", "primary", "p_holm", "verdict",
+           "sentence", "source", "claim", "agrees", "pareto_share", "train_tokens", "gpu_seconds",
+           "against")  # fmt: skip
 INPUTS = Inputs(rows={"lab-question": ("question", "family", "labels", "verdict", "sentence")}, needs_rows=True)
 RULE = (
     "A difference is taken seed by seed: arms of one training seed share documents, their order and samples; 95% "
@@ -42,15 +25,7 @@ COSTS = (
     "In the sections of the best, first is million training tokens, second GPU-seconds, estimate the score, and p the "
     "share of resamples of seeds in which the arm is in the Pareto set."
 )
-METRICS = {
-    "score_difference": "",
-    "interaction_fold": "how much larger than at",
-    "interaction_scaling": "how much larger than with",
-}
-
-
-def title(number: int) -> str:
-    return f"Question {number}: {QUESTIONS[number]}"
+INTERACTIONS = {"interaction_fold": "how much larger than at", "interaction_scaling": "how much larger than with"}
 
 
 @dataclass(frozen=True)
@@ -62,47 +37,43 @@ class Question:
 
     @property
     def TITLE(self) -> str:
-        return title(self.number)
+        return f"Question {self.number}: {QUESTIONS[self.number]}"
 
     def build(self, frames: Frames) -> Table:
-        return build(frames, self.number)
+        number = self.number
+        rows = estimates(frames, number)
+        costs = rows["metric"].str.startswith("score_by")
+        tasks = "four tasks at the target length"
+        if number == 7:
+            tasks = "four tasks, and loss, inside the window, after and before"
+        return Table(
+            name=f"question_{number}",
+            caption=f"{QUESTIONS[number]} Measured here, small scale: mean RULER scores over {tasks}.",
+            first="arm, or two arms compared" if number == 6 else "arms compared",
+            columns=["first", "second", "estimate", "low", "high", "p (Holm)", "seeds", "verdict"],
+            sections=[*(cost_sections(rows[costs]) if number == 6 else []), *compared(rows[~costs])],
+            note=" ".join([RULE, *[COSTS] * (number == 6), *claims(frames, number)["sentence"]]),
+            digits=1,
+        )
 
 
 TABLES = {f"question_{number}": Question(number) for number in QUESTIONS}
 
 
-def build(frames: Frames, number: int) -> Table:
-    rows = estimates(frames, number)
-    costs = rows["metric"].str.startswith("score_by")
-    sections = [*compared(rows[~costs])]
-    if number == 6:
-        sections = [*cost_sections(rows[costs]), *sections]
-    return Table(
-        name=f"question_{number}",
-        caption=f"{QUESTIONS[number]} Measured here, small scale: mean RULER scores over {TASKS_OF[number]}.",
-        first="arm, or two arms compared" if number == 6 else "arms compared",
-        columns=["first", "second", "estimate", "low", "high", "p (Holm)", "seeds", "verdict"],
-        sections=sections,
-        note=" ".join([RULE, *[COSTS] * (number == 6), *claims(frames, number)["sentence"]]),
-        digits=1,
-    )
-
-
-TASKS_OF = {number: "four tasks at the target length" for number in QUESTIONS} | {
-    7: "four tasks, and loss, inside the window, after and before"
-}
-
-
 def estimates(frames: Frames, number: int) -> pd.DataFrame:
     """The estimates of one question that tables show: at the target length (question 7: at the window)."""
-    rows = frames["lab-question"].reindex(columns=dict.fromkeys([*frames["lab-question"].columns, *COLUMNS]))
-    rows = rows[(rows["task"] == f"q{number}") & (rows["metric"] != "claim")]
-    return rows[rows["primary"].astype(bool)]
+    rows = of_question(frames, number)
+    return rows[(rows["metric"] != "claim") & rows["primary"].astype(bool)]
 
 
 def claims(frames: Frames, number: int) -> pd.DataFrame:
-    rows = frames["lab-question"].reindex(columns=dict.fromkeys([*frames["lab-question"].columns, *COLUMNS]))
-    return rows[(rows["task"] == f"q{number}") & (rows["metric"] == "claim")]
+    rows = of_question(frames, number)
+    return rows[rows["metric"] == "claim"]
+
+
+def of_question(frames: Frames, number: int) -> pd.DataFrame:
+    rows = frames["lab-question"]
+    return rows[rows["task"] == f"q{number}"].reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS]))
 
 
 def compared(rows: pd.DataFrame) -> list[Section]:
@@ -120,7 +91,11 @@ def line(row: dict) -> Row:
     ends: list[Value] = [f"{score:.{digits}f}" for score in (scores[0], scores[-1])] if scores else [None, None]
     values = [number(row[key], digits) for key in ("value", "lo", "hi")]
     p = None if pd.isna(row["p_holm"]) else f"{row['p_holm']:.4f}"
-    return Row(" against ".join(names(row)), [*ends, *values, p, f"{row['n']:.0f}", row["verdict"]], origin(row))
+    return Row(
+        " against ".join(names(row)),
+        [*ends, *values, p, f"{row['n']:.0f}", row["verdict"]],
+        f"measured: {row['origin']}",
+    )
 
 
 def cost_sections(rows: pd.DataFrame) -> list[Section]:
@@ -137,7 +112,9 @@ def cost_sections(rows: pd.DataFrame) -> list[Section]:
             share = f"{row['pareto_share']:.2f}"
             name = f"{row['labels'][0]}, {SCALINGS.get(row['scaling'], row['scaling'])}"
             if row["pareto_share"] >= PARETO_SHOWN:
-                lines.append(Row(name, [*cost, *values, share, f"{row['n']:.0f}", row["verdict"]], origin(row)))
+                lines.append(
+                    Row(name, [*cost, *values, share, f"{row['n']:.0f}", row["verdict"]], f"measured: {row['origin']}")
+                )
         by = metric.removeprefix("score_by_")
         heading = f"best by {'training tokens' if by == 'tokens' else 'GPU-seconds'}: base {base}, {fold:.0f}-fold"
         sections.append(Section(heading, lines, best=False))
@@ -161,48 +138,11 @@ def number(value: float | None, digits: int, sign: str = "+") -> str | None:
     return None if value is None or value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no -0.0
 
 
-def origin(row: dict) -> str:
-    return f"measured: {row['origin']}"
-
-
-def findings(frames: Frames, number: int) -> list[tuple[str, str, str, str]]:
-    """(said by, claim, what was found, whether it holds) of each claim; the second and third make its sentence."""
-    return [
-        (row["source"], row["claim"], row["sentence"].partition("; this ")[0], HOLDS[row["agrees"]])
-        for row in claims(frames, number).to_dict("records")
-    ]
-
-
-HOLDS = {"agrees": "holds", "does not agree": "does not hold", "not decided": "not decided"}
-
-
-def side_by_side(frames: Frames, number: int) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(heading, heads, lines) for each base and fold: a line for two arms that are compared, a column a scaling."""
-    rows = estimates(frames, number)
-    found = []
-    for (base, fold), group in rows.groupby(["base", "fold"], sort=False, dropna=False):
-        several = group["scaling"].nunique() > 1
-        scalings = list(dict.fromkeys(group["scaling"]))
-        lines: dict[tuple[str, str], dict[str, str]] = {}
-        for row in group[~group["metric"].str.startswith("score_by")].to_dict("records"):
-            key = (kind(row), " against ".join(names(row)))
-            lines.setdefault(key, {})[row["scaling"]] = cell(row)
-        heads = ["compared", "arms", *(SCALINGS.get(s, "all" if s == "all" else s) for s in scalings)]
-        body = [[*key, *(cells.get(s, "") for s in scalings)] for key, cells in lines.items()]
-        target = "" if base == "all" else f", {fold:.0f}-fold to {group['target'].iloc[0]:.0f}"
-        where = "All bases and folds" if base == "all" else f"Base {base}{target}"
-        seeds = sorted({f"{n:.0f}" for n in group["n"]}, key=int)
-        count = seeds[0] if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        if lines:
-            found.append((f"{where}, {count} seeds", heads if several else [*heads[:2], "estimate"], body))
-    return found
-
-
 def kind(row: dict) -> str:
     """What is compared: the family, and for an interaction what it is larger than."""
     if row["metric"] == "loss_difference":
         return "loss on held-out text, nats per token"
-    what = METRICS.get(row["metric"])
+    what = INTERACTIONS.get(row["metric"])
     return f"{row['family']}, {what} {row['against']}" if what else row["family"]
 
 
@@ -214,10 +154,3 @@ def names(row: dict) -> list[str]:
 
 def digits_of(row: dict) -> int:
     return 3 if row["metric"] == "loss_difference" else 2 if row["metric"] == "rank_correlation" else 1
-
-
-def cell(row: dict) -> str:
-    """`+6.0 [+4.0, +8.0] helps`"""
-    low, high = (number(row[key], digits_of(row)) for key in ("lo", "hi"))
-    span = f" [{low}, {high}]" if low else ""
-    return f"{number(row['value'], digits_of(row))}{span} {row['verdict']}"

@@ -36,9 +36,8 @@ def points(frames: Frames, columns: tuple[str, ...]) -> list[tuple[str, pd.DataF
         means = average(part, ["method"], ["task"]).set_index("method")
         first = part.drop_duplicates("method").set_index("method")
         means[["kind", "cue", "scaling", "main"]] = first[["kind", "cue", "scaling", "main"]]
-        means[list(columns)] = (
-            part.astype(dict.fromkeys(columns, float)).groupby("method")[list(columns)].median()  # over the seeds
-        )
+        numbers = part.astype(dict.fromkeys(columns, float)).groupby("method")[list(columns)]
+        means[list(columns)] = numbers.median()  # over the seeds
         found.append((heading, means))
     return found
 
@@ -78,11 +77,9 @@ def panels(
         axes[0].set_title(heading, fontsize=7)
         axes[0].set_ylabel("score, percent")
         groups.append(Group(heading, means, list(axes)))
+    marks["PI"] = {"marker": "o", "color": "#444444", "markerfacecolor": "white"}
+    marks |= {"all other arms": OTHER} if others else {}
     handles = lab.handles(shown) + lab.handles(marks, line=False)
-    faces = {"PI": {"marker": "o", "color": "#444444", "markerfacecolor": "white"}}
-    handles += lab.handles(faces, line=False)
-    if others:
-        handles += lab.handles({"all other arms": OTHER}, line=False)
     fig.legend(handles=handles, loc="outside lower center", ncols=5)
     return fig, groups
 

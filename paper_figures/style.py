@@ -13,6 +13,7 @@ import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from paper_figures.names import Method, parse_method
@@ -82,6 +83,37 @@ def percent_axis(ax: Axes, label: str | None = "score, percent") -> None:
         ax.set_ylabel(label)
 
 
+def note(fig: Figure, text: str) -> None:
+    """What is drawn, in small print above it."""
+    fig.suptitle(text, fontsize=6.5, color="#555555", x=0.01, ha="left")
+
+
+def bar(
+    ax: Axes,
+    x: float,
+    value: float,
+    width: float,
+    ends: tuple[float, float] | None,
+    text: str,
+    line: float = 0.8,
+    size: float = 6.0,
+    lift: float = 1.5,
+    **look: Any,
+) -> LineCollection | None:
+    """A bar with its interval, whose line is returned, and a text above both."""  # fmt: skip
+    ax.bar(x, value, width, zorder=2, **look)
+    drawn = ax.vlines(x, *ends, color="#222222", linewidth=line, zorder=3) if ends else None
+    if text:
+        top = (x, ends[1] if ends else value)
+        ax.annotate(text, top, (0, lift), textcoords="offset points", ha="center", fontsize=size)
+    return drawn
+
+
+def on_scale(lo: float, hi: float) -> tuple[float, float] | None:
+    """An interval cut at 0 and 100, since few seeds can have one that leaves the scale; None where there is none."""
+    return (max(lo, 0.0), min(hi, 100.0)) if lo == lo else None
+
+
 def log_axis(ax: Axes, values: Iterable[float], spell: Callable[[float], str]) -> None:
     """Logarithmic x axis around the values, with two to six ticks at 1, 2 and 5 (or at the values' own ends)."""
     low, high = min(values), max(values)
@@ -111,15 +143,11 @@ Methods = dict[str, Method]
 
 def ordered_methods(rows: pd.DataFrame) -> Methods:
     """Method column -> its parts, in the order in which arms and scalings are listed."""
-    arms, scalings = list(ARMS), list(LINES)
     parsed = {name: parse_method(name) for name in rows["method"].unique()}
 
     def place(name: str) -> tuple[int, int, str]:
-        arm, scaling = parsed[name].arm, parsed[name].scaling
-        return (
-            arms.index(arm) if arm in arms else len(arms),
-            scalings.index(scaling) if scaling in scalings else len(scalings),
-            name,
-        )
+        listed = ((parsed[name].arm, list(ARMS)), (parsed[name].scaling, list(LINES)))
+        arm, scaling = (order.index(own) if own in order else len(order) for own, order in listed)
+        return arm, scaling, name
 
     return {name: parsed[name] for name in sorted(parsed, key=place)}

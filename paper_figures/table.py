@@ -47,12 +47,10 @@ class Table:
 
 
 def write(table: Table, stem: Path) -> list[Path]:
-    paths = []
-    for ending, render in ((".tex", latex), (".md", markdown), (".csv", comma_separated)):
-        path = stem.with_suffix(ending)
-        path.write_text(render(table), encoding="utf-8", newline="\n")
-        paths.append(path)
-    return paths
+    made = {".tex": latex(table), ".md": markdown(table), ".csv": comma_separated(table)}
+    for ending, text in made.items():
+        stem.with_suffix(ending).write_text(text, encoding="utf-8", newline="\n")
+    return [stem.with_suffix(ending) for ending in made]
 
 
 #: A LaTeX table of more lines than this breaks over pages.
@@ -108,9 +106,8 @@ def comma_separated(table: Table) -> str:
 
 def _bold(section: Section) -> list[list[bool]]:
     """Per row and column: is it the highest number of its column (in a section of at least two lines)?"""
-    columns = list(zip(*(row.values for row in section.rows)))
     tops = []
-    for column in columns:
+    for column in zip(*(row.values for row in section.rows)):
         numbers = [value for value in column if isinstance(value, (int, float))]
         tops.append(max(numbers) if section.best and len(numbers) > 1 else None)
     return [[isinstance(v, (int, float)) and v == top for v, top in zip(row.values, tops)] for row in section.rows]
@@ -126,15 +123,13 @@ def _pipes(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+#: What LaTeX reads as more than itself.
+TEX = str.maketrans(
+    {c: "\\" + c for c in "&%$#_{}"}
+    | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "\\textbackslash{}"}
+    | {"±": "$\\pm$", "–": "--", "×": "$\\times$", "<": "$<$", ">": "$>$", "|": "$|$"}
+)
+
+
 def _escape(text: str) -> str:
-    special = {c: "\\" + c for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    special |= {
-        "\\": "\\textbackslash{}",
-        "±": "$\\pm$",
-        "–": "--",
-        "×": "$\\times$",
-        "<": "$<$",
-        ">": "$>$",
-        "|": "$|$",
-    }
-    return "".join(special.get(character, character) for character in text)
+    return text.translate(TEX)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+#: Base, fold and name of an arm.
+Key = tuple[str, int, str]
 
 SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", "llama3": "Llama 3"}
 
@@ -17,9 +19,6 @@ SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", 
 CUE_WEIGHT = 0.1
 #: Pieces of a context and tokens of a quotation that an arm's label does not tell, because most arms have them.
 PIECES, SPAN = 3, 40
-
-
-# --- the arms ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,53 +77,45 @@ class Arm:
         return float(np.mean(list(self.scores[length].values())))
 
 
-def arms_of(rows: Iterable[Row], samples: Iterable[Row] = ()) -> list[Arm]:
+def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
     """The arms of a lab's rows, in their order. Raises ValueError naming the first row that cannot be compared."""
     scores = [row for row in rows if row["suite"] == "ruler"]
-    losses = [row for row in rows if row["suite"] == "lab" and row["task"] == "loss"]
     for row in scores:
         for column in ("arm", "base", "window"):
             if row.get(column) is None:
                 raise ValueError(f"a lab's row must have the column {column!r}: {_name(row)}")
     check_samples(scores)
-    tasks = defaultdict(set)
+    members: dict[Key, list[Row]] = defaultdict(list)
+    tasks: dict[tuple[str, int], set[str]] = defaultdict(set)
     for row in scores:
+        members[_key(row)].append(row)
         tasks[str(row["base"]), row["length"]].add(row["task"])
-    first: dict[tuple[str, int, str], Row] = {}
-    cells: dict[tuple[str, int, str], dict[int, dict[int, dict[str, float]]]] = {}
-    for row in scores:
-        key = _key(row)
-        first.setdefault(key, row)
-        cells.setdefault(key, {}).setdefault(row["length"], {}).setdefault(row["seed"], {})[row["task"]] = row["value"]
-    rates = {_key(row): row["lr"] for row in scores if row.get("lr") is not None}  # older rows do not say it
-    found_losses: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}
-    seconds: dict[tuple[str, int, str], list[float]] = {}
-    for row in scores:
-        if row.get("gpu_seconds") is not None:
-            seconds.setdefault(_key(row), []).append(row["gpu_seconds"])
-    for row in losses:
-        found_losses.setdefault(_key(row), {}).setdefault(row["length"], {})[row["seed"]] = row["value"]
-    single: dict[tuple[str, int, str], dict[tuple[int, int], dict[str, np.ndarray]]] = {}
+    losses: dict[Key, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["suite"] == "lab" and row["task"] == "loss":
+            losses[_key(row)][row["length"]][row["seed"]] = row["value"]
+    single: dict[Key, dict[tuple[int, int], dict[str, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
     for row in samples:
-        place = single.setdefault(_key(row), {}).setdefault((row["length"], row["seed"]), {})
-        place[row["task"]] = np.asarray(row["scores"], dtype=np.float64)
-    usual = _usual_steps(first)
+        single[_key(row)][row["length"], row["seed"]][row["task"]] = np.asarray(row["scores"], dtype=np.float64)
+    usual = _usual_steps({key: own[0] for key, own in members.items()})
     arms = []
-    for key, row in first.items():
-        complete = {
-            length: {
-                seed: float(np.mean(list(values.values())))
-                for seed, values in sorted(by_seed.items())
-                if values.keys() == tasks[key[0], length]
-            }
-            for length, by_seed in sorted(cells[key].items())
-        }
-        complete = {length: by_seed for length, by_seed in complete.items() if by_seed}
-        # The seeds share one cost: the median, since the first cell of a worker may compile.
-        cost = float(np.median(seconds[key])) if key in seconds else None
-        arm = _arm(key, row, usual.get(key[:2]), cost) | {"rate": rates.get(key)}
-        arms.append(Arm(**arm, scores=complete, losses=found_losses.get(key, {}), samples=single.get(key, {})))
+    for key, own in members.items():
+        beside: dict[str, Any] = {"losses": losses.get(key, {}), "samples": single.get(key, {})}
+        arms.append(Arm(**_about(key, own, usual.get(key[:2])), scores=_complete(own, tasks), **beside))
     return arms
+
+
+def _complete(own: Sequence[Row], tasks: Mapping[tuple[str, int], set[str]]) -> dict[int, dict[int, float]]:
+    """Mean over tasks by length and seed, where all tasks were scored."""
+    cells: dict[int, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in own:
+        cells[row["length"]][row["seed"]][row["task"]] = row["value"]
+    found: dict[int, dict[int, float]] = {}
+    for length, by_seed in sorted(cells.items()):
+        wanted = tasks[str(own[0]["base"]), length]
+        whole = {seed: float(np.mean([*v.values()])) for seed, v in sorted(by_seed.items()) if v.keys() == wanted}
+        found |= {length: whole} if whole else {}
+    return found
 
 
 def check_samples(rows: Sequence[Row]) -> None:
@@ -143,12 +134,12 @@ def _name(row: Row) -> str:
     return ", ".join(f"{key}={row.get(key)!r}" for key in ("base", "arm", "method", "task", "length", "seed"))
 
 
-def _key(row: Row) -> tuple[str, int, str]:
+def _key(row: Row) -> Key:
     """(base, fold, arm); an untrained base is the same whatever it would have been extended to: fold 1."""
     return str(row["base"]), 1 if row.get("method") == "base" else int(row["fold"]), str(row["arm"])
 
 
-def _usual_steps(first: Mapping[tuple[str, int, str], Row]) -> dict[tuple[str, int], int]:
+def _usual_steps(first: Mapping[Key, Row]) -> dict[tuple[str, int], int]:
     """The number of steps that most arms of a base and fold are trained for."""
     counts: dict[tuple[str, int], Counter[int]] = {}
     for (base, fold, _), row in first.items():
@@ -157,8 +148,9 @@ def _usual_steps(first: Mapping[tuple[str, int, str], Row]) -> dict[tuple[str, i
     return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
 
 
-def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float | None) -> dict[str, Any]:
-    scheme, steps = row.get("scheme") or "base", int(row.get("steps") or 0)
+def _about(key: Key, own: Sequence[Row], usual: int | None) -> dict[str, Any]:
+    row = own[0]
+    steps, scheme = int(row.get("steps") or 0), row.get("scheme") or "base"
     prompt = row.get("prompt") or ""
     prompt = "" if prompt == "none" else "/".join(prompt) if isinstance(prompt, list) else str(prompt)
     target = int(row.get("target") or row["window"])
@@ -178,23 +170,18 @@ def _arm(key: tuple[str, int, str], row: Row, usual: int | None, seconds: float 
         weight = 1.0 if prompt == "recall" else CUE_WEIGHT
     if prompt in ("recall", "question") and row.get("recall_span") not in (None, SPAN):
         prompt += f"-{row['recall_span']}"
+    rates = [one["lr"] for one in own if one.get("lr") is not None]  # older rows do not say it
+    spent = [one["gpu_seconds"] for one in own if one.get("gpu_seconds") is not None]
     return {
-        "name": key[2],
-        "base": key[0],
-        "fold": key[1],
-        "window": int(row["window"]),
-        "target": target,
-        "kind": kind,
-        "scaling": row.get("scaling") or "none",
-        "prompt": prompt,
-        "weight": weight if prompt else None,
-        "steps": steps,
-        "tokens": row.get("train_tokens"),
-        "seconds": seconds,
+        **dict(zip(("base", "fold", "name"), key)),
+        **{"kind": kind, "scaling": row.get("scaling") or "none", "window": int(row["window"]), "target": target},
+        **{"prompt": prompt, "weight": weight if prompt else None, "steps": steps, "usual": steps == usual},
+        **{"tokens": row.get("train_tokens"), "rate": rates[-1] if rates else None},
+        # The seeds share one cost: the median, since the first cell of a worker may compile.
+        "seconds": float(np.median(spent)) if spent else None,
         "bernstein": row.get("bernstein_constant"),
         "gap_rms": row.get("gap_rms"),
         "whole": row.get("text_whole"),
-        "usual": steps == usual,
     }
 
 

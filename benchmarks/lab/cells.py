@@ -84,17 +84,16 @@ def run(cell: Cell, place: Workplace) -> Outcome:
     made = Outcome()
     checkpoint = place.output / "checkpoints" / cell.name
     about: dict[str, Any] = {}
-    how = (place.device, place.compile, str(place.deterministic))  # the cell's hash leaves out how it is computed
-    begun = Begun(place.output / "unfinished" / f"{cell.name}.jsonl", sha256_of(cell.sha256, *how))
+    computed = (place.device, place.compile, str(place.deterministic))  # the cell's hash leaves out how
+    begun = Begun(place.output / "unfinished" / f"{cell.name}.jsonl", sha256_of(cell.sha256, *computed))
     with made.phase("train"):
         if cell.trained and not (begun.trained and (checkpoint / results.RECORD).is_file()):
             begun.forget()
             shutil.rmtree(checkpoint, ignore_errors=True)
             shutil.rmtree(aside(checkpoint), ignore_errors=True)
             data = [str(part.path(place.cache)) for part in material.parts(cell)]
-            compiled = place.compile_of(cell)
-            config = cell.config(data, str(checkpoint), place.device, compiled, place.deterministic)
-            train.extend(config)
+            how = {"device": place.device, "compile": place.compile_of(cell), "deterministic": place.deterministic}
+            train.extend(cell.config(data, str(checkpoint), **how))
             begun.add({"trained": True})
         if cell.trained:
             about = json.loads((checkpoint / results.RECORD).read_text(encoding="utf-8"))
@@ -116,10 +115,8 @@ def run(cell: Cell, place: Workplace) -> Outcome:
         if (text := material.held_out(cell)) is not None:
             made.rows += held_out_rows(cell, columns, model, text.read(place.cache), place.batch_tokens)
         for length in sorted({cell.window, cell.target}) if text is None else ():
-            loss = predict.losses(
-                model, [held_out(cell.model)], length, rows=cell.scoring.loss_rows,
-                max_batch_tokens=place.batch_tokens,
-            )  # fmt: skip
+            limits = {"rows": cell.scoring.loss_rows, "max_batch_tokens": place.batch_tokens}
+            loss = predict.losses(model, [held_out(cell.model)], length, **limits)
             made.rows.append(row(cell, columns, suite="lab", task="loss", length=length, metric="loss", value=loss))
     del model
     if cell.verified and cell.trained:
@@ -207,39 +204,27 @@ def scored(
     place: Workplace,
     columns: Mapping[str, Any],
 ) -> None:
-    """The row of one task and length, and the scores of its samples."""
+    """The row of one task and length, and the scores of its samples."""  # fmt: skip
     samples, about = read_samples(item, place.cache)
     options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": False, "found": found}
     texts = predict.predict(model, tokenizer, samples, **options)
     percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
-    metric = "string_match_part" if ruler.SPECS[item.task].metric == "any" else "string_match_all"
-    made.rows.append(
-        row(
-            cell,
-            columns,
-            suite="ruler",
-            task=item.task,
-            length=item.length,
-            metric=metric,
-            value=sum(percent) / len(percent),
-            stderr=summary.standard_error(percent),
-            ci95=ci95,
-            n=len(percent),
-            samples_sha256=about["sha256"],
-            ci=kind,
-            haystack=about["haystack"],
-            haystack_sha256=about["haystack_sha256"],
-            fill=about["fill"],
-            edition=item.edition,
-            max_new_tokens=samples[0]["max_new_tokens"],
-            empty=100 * sum(not text.strip() for text in texts) / len(texts),
-        )
-    )
+    part = "part" if ruler.SPECS[item.task].metric == "any" else "all"
+    place_of: dict[str, Any] = {"task": item.task, "length": item.length}
+    score: dict[str, Any] = {
+        "value": sum(percent) / len(percent),
+        "stderr": summary.standard_error(percent),
+        "ci95": ci95,
+    }
+    score |= {"suite": "ruler", "metric": f"string_match_{part}", "n": len(percent), "samples_sha256": about["sha256"]}
+    more: dict[str, Any] = {"ci": kind} | {key: about[key] for key in ("haystack", "haystack_sha256", "fill")}
+    more |= {"edition": item.edition, "max_new_tokens": samples[0]["max_new_tokens"]}
+    empty = 100 * sum(not text.strip() for text in texts) / len(texts)
+    made.rows.append(row(cell, columns, **place_of, **score, **more, empty=empty))
     keys = {"cell": cell.sha256, "base": cell.base, "fold": cell.fold, "arm": cell.arm, "method": cell.method}
-    where = {"seed": cell.seed, "task": item.task, "length": item.length}
     depths = [one["depth"][0] if len(one["depth"]) == 1 else None for one in samples]
-    line = {**keys, **where, "scores": [round(value, 2) for value in percent]}
+    line = {**keys, "seed": cell.seed, **place_of, "scores": [round(value, 2) for value in percent]}
     made.scores.append(line | ({"depths": depths} if None not in depths else {}))
 
 
@@ -256,8 +241,7 @@ def held_out(model: str) -> list[int]:
 
 
 def row(cell: Cell, columns: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    model = f"base {cell.base}"
-    return result_row(model=model, method=cell.method, seed=cell.seed, **values, **columns)
+    return result_row(model=f"base {cell.base}", method=cell.method, seed=cell.seed, **values, **columns)
 
 
 def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -329,9 +313,9 @@ def predicted_gap_rms(cell: Cell, place: Workplace, spec: Any) -> float | None:
     the window to the target less the window.
     """
     omega, _ = frequencies(cell)
-    counts = pair_counts(cell, place, spec)
+    seen = observability.gram_weighted(omega, pair_counts(cell, place, spec))
     gap = observability.gram(omega, [(cell.window, cell.target - cell.window)])
-    return observability.posterior_gap_rms(observability.gram_weighted(omega, counts), cell.row_tokens, gap, NOISE)
+    return observability.posterior_gap_rms(seen, cell.row_tokens, gap, NOISE)
 
 
 def pair_counts(cell: Cell, place: Workplace, spec: Any) -> np.ndarray:
@@ -358,29 +342,15 @@ def verified(cell: Cell, checkpoint: Path, columns: Mapping[str, Any]) -> dict[s
     from analysis.scene import prepare, read_layers
 
     prompt = int(columns["prompt_tokens"])
-    scene = prepare(
-        VerifyConfig(
-            str(checkpoint),
-            against=cell.model,
-            scheme="endprompt" if prompt else "contiguous",
-            context=cell.window - prompt,
-            prompt=prompt,
-            pairs=VERIFIED_PAIRS,
-        )
-    )
+    scheme: dict[str, Any] = {
+        "scheme": "endprompt" if prompt else "contiguous",
+        "context": cell.window - prompt,
+        "prompt": prompt,
+    }
+    scene = prepare(VerifyConfig(str(checkpoint), against=cell.model, pairs=VERIFIED_PAIRS, **scheme))
     findings = Findings(scene)
     read_layers(str(checkpoint), scene, lambda layer: findings.add(layer, None))
     within = np.stack([np.stack(list(layer["within"].values())).all(axis=0) for layer in findings.layers])
     worst = max(max(layer["worst"].values()) for layer in findings.layers)
-    share = 100.0 * float(within.mean())
-    return row(
-        cell,
-        columns,
-        suite="lab",
-        task="verify",
-        length=cell.target,
-        metric="share_within_bounds",
-        value=share,
-        n=within.size,
-        largest_over_bound=worst,
-    )
+    found = {"value": 100.0 * float(within.mean()), "n": within.size, "largest_over_bound": worst}
+    return row(cell, columns, suite="lab", task="verify", length=cell.target, metric="share_within_bounds", **found)

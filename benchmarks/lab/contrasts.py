@@ -25,6 +25,11 @@ LONGLORA, SCALING = "against LongLoRA, equal tokens", "YaRN against PI"
 LONG = {"full": "full length", "longlora": "LongLoRA"}
 
 
+def less(first: Mapping[Any, float], second: Mapping[Any, float]) -> dict[Any, float]:
+    """First less second, for each seed that both have."""
+    return {seed: first[seed] - second[seed] for seed in first if seed in second}
+
+
 # --- who is compared with whom ----------------------------------------------------------------------------------------
 
 
@@ -116,8 +121,8 @@ class Contrast:
 
     def differences(self, length: int) -> dict[int, float]:
         """Score of the first less that of the second, for each seed that both have."""
-        a, b = self.first.scores.get(length, {}), self.second.scores.get(length, {})
-        return {seed: a[seed] - b[seed] for seed in a if seed in b and seed not in self.left_out}
+        every = less(self.first.scores.get(length, {}), self.second.scores.get(length, {}))
+        return {seed: value for seed, value in every.items() if seed not in self.left_out}
 
     def means(self, length: int) -> list[float]:
         """Mean score of each arm, over all of its seeds that count."""

@@ -14,23 +14,8 @@ from endprompt.files import read_json_lines
 from endprompt.results import read_rows, write_rows
 
 #: What a row of depth.jsonl takes over from the arm's rows of scores.
-KEPT = (
-    "model",
-    "method",
-    "base",
-    "window",
-    "target",
-    "fold",
-    "arm",
-    "scheme",
-    "scaling",
-    "prompt",
-    "prompt_weight",
-    "anchors",
-    "recall_span",
-    "pieces",
-    "steps",
-)
+KEPT = ("model", "method", "base", "window", "target", "fold", "arm", "scheme", "scaling", "prompt", "prompt_weight",
+        "anchors", "recall_span", "pieces", "steps")  # fmt: skip
 Key = tuple[str, int, str]
 
 

@@ -42,16 +42,16 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("an estimate needs at least one seed")
-    mean = float(array.mean())
     if array.size == 1:
-        return Estimate(mean, None, None, None, None, 1)
-    error = float(array.std(ddof=1) / math.sqrt(array.size))
-    half = float(special.stdtrit(array.size - 1, 0.975)) * error
+        return Estimate(float(array[0]), None, None, None, None, 1)
+    return _student(float(array.mean()), float(array.std(ddof=1) / math.sqrt(array.size)), array.size - 1, array.size)
+
+
+def _student(value: float, error: float, freedom: float, n: int) -> Estimate:
     if error == 0:  # every seed agrees to the digit (all samples right, or all wrong)
-        p = 1.0 if mean == 0 else 0.0
-    else:
-        p = float(2 * special.stdtr(array.size - 1, -abs(mean) / error))
-    return Estimate(mean, mean - half, mean + half, error, p, array.size)
+        return Estimate(value, value, value, 0.0, 1.0 if value == 0 else 0.0, n)
+    half = float(special.stdtrit(freedom, 0.975)) * error
+    return Estimate(value, value - half, value + half, error, float(2 * special.stdtr(freedom, -abs(value) / error)), n)
 
 
 def over_settings(parts: Sequence[Estimate]) -> Estimate:
@@ -60,16 +60,12 @@ def over_settings(parts: Sequence[Estimate]) -> Estimate:
     n: the fewest seeds of a part. Without an interval if a part has none.
     """
     value, n = float(np.mean([part.value for part in parts])), min(part.n for part in parts)
-    errors = [part.stderr for part in parts]
-    if None in errors:
+    if any(part.stderr is None for part in parts):
         return Estimate(value, None, None, None, None, n)
-    squares = np.array([(error or 0.0) ** 2 for error in errors])
-    error = float(math.sqrt(squares.sum()) / len(parts))
-    if error == 0:
-        return Estimate(value, value, value, 0.0, 1.0 if value == 0 else 0.0, n)
-    freedom = float(squares.sum() ** 2 / sum(s**2 / (part.n - 1) for s, part in zip(squares, parts)))
-    half = float(special.stdtrit(freedom, 0.975)) * error
-    return Estimate(value, value - half, value + half, error, float(2 * special.stdtr(freedom, -abs(value) / error)), n)
+    squares = np.array([(part.stderr or 0.0) ** 2 for part in parts])
+    below = sum(s**2 / (part.n - 1) for s, part in zip(squares, parts))
+    freedom = float(squares.sum() ** 2 / below) if below else 1.0
+    return _student(value, float(math.sqrt(squares.sum()) / len(parts)), freedom, n)
 
 
 def decide(estimate: Estimate, p: float | None, margin: float = MARGIN) -> str:

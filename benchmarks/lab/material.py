@@ -18,20 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
+from benchmarks.base import documents
 from benchmarks.lab.inputs import NOTHING, Inputs, piece, texts
 from benchmarks.lab.matrix import Cell
 from endprompt import origin
 from endprompt.files import sha256_of
 
 #: Half text, half questions in RULER's manner.
-MIXTURE: Mapping[str, float] = {
-    "text": 4.0,
-    "niah_single_1": 1.0,
-    "niah_single_2": 1.0,
-    "niah_multikey_1": 1.0,
-    "vt": 1.0,
-}
+MIXTURE: Mapping[str, float] = {"text": 4.0} | dict.fromkeys(documents.RETRIEVAL_KINDS, 1.0)
 #: Tokens of one file of documents: a few seconds' work.
 PART_TOKENS = 500_000
 #: Characters of given documents that make one file of tokens, about three million tokens of English.
@@ -43,10 +39,16 @@ SAMPLE_SEED = 1000
 
 
 class Material:
-    """One file of the cache."""
+    """One file of the cache, of what `model` reads."""
+
+    model: str
 
     def path(self, folder: Path) -> Path:
         raise NotImplementedError
+
+    def named(self, stem: str, *about: Any) -> str:
+        """The stem with a hash of the tokenizer and of all else that the file depends on."""
+        return f"{stem}-{sha256_of(json.dumps([tokenizer_sha256(self.model), *about]))[:12]}"
 
     def write(self, made: Path, given: Inputs) -> None:
         """Write the file. Raises ValueError if what it is made of is not on this machine."""
@@ -55,7 +57,8 @@ class Material:
     def make(self, folder: Path, given: Inputs = NOTHING) -> None:
         """The file, written aside and moved to its place; one process makes it, others wait."""
         path = self.path(folder)
-        with locked(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
             if path.exists():
                 return
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
@@ -89,19 +92,13 @@ class Part(Material):
         return {kind: share for kind, share in MIXTURE.items() if kind != "text" or not self.questions_only}
 
     def path(self, folder: Path) -> Path:
-        about = [tokenizer_sha256(self.model), self.count, self.tokens, self.longest, self.seed, self.number]
-        name = sha256_of(json.dumps([*about, self.mixture, "documents-1"]))[:12]
-        return folder / "documents" / f"{self.tokens}-seed{self.seed}-{self.number}-{name}"
+        about = (self.count, self.tokens, self.longest, self.seed, self.number, self.mixture, "documents-1")
+        return folder / "documents" / self.named(f"{self.tokens}-seed{self.seed}-{self.number}", *about)
 
     def write(self, made: Path, given: Inputs) -> None:
-        from benchmarks.base import documents
-
         text, tokenizer = made.with_name("documents.jsonl"), tokenizer_of(self.model)
-        seed = 1 + 1000 * self.seed + self.number
-        prose = training_prose(self.model)
-        documents.write_documents(
-            text, self.count, tokenizer, seed, self.tokens, self.mixture, prose=prose, longest=self.longest
-        )
+        about = (self.count, tokenizer, 1 + 1000 * self.seed + self.number, self.tokens, self.mixture)
+        documents.write_documents(text, *about, prose=training_prose(self.model), longest=self.longest)
         write_shard(made, text, self.model)
 
 
@@ -114,8 +111,8 @@ class Piece(Material):
     number: int
 
     def path(self, folder: Path) -> Path:
-        about = [tokenizer_sha256(self.model), self.sha256, self.number, PIECE_CHARACTERS, "piece-1"]
-        return folder / "documents" / f"given-{self.number}-{sha256_of(json.dumps(about))[:12]}"
+        about = (self.sha256, self.number, PIECE_CHARACTERS, "piece-1")
+        return folder / "documents" / self.named(f"given-{self.number}", *about)
 
     def write(self, made: Path, given: Inputs) -> None:
         source, text = needed_file(given, "documents", made), made.with_name("documents.jsonl")
@@ -134,8 +131,8 @@ class HeldOut(Material):
     rows: int
 
     def path(self, folder: Path) -> Path:
-        about = [tokenizer_sha256(self.model), self.sha256, self.tokens, self.rows, "held-out-1"]
-        return folder / "documents" / f"held-out-{self.tokens}-{sha256_of(json.dumps(about))[:12]}.npy"
+        name = self.named(f"held-out-{self.tokens}", self.sha256, self.tokens, self.rows, "held-out-1")
+        return folder / "documents" / f"{name}.npy"
 
     def write(self, made: Path, given: Inputs) -> None:
         """As an array (rows, tokens). Raises ValueError if there are too few, or no file."""
@@ -171,12 +168,9 @@ class Samples(Material):
     def path(self, folder: Path) -> Path:
         from benchmarks.ruler import tasks
 
-        about = [tokenizer_sha256(self.model), *vars(self).values(), tasks.GENERATOR, "samples-1"]
-        about.remove(self.model)
-        if not self.data:
-            about.remove(())
-        name = sha256_of(json.dumps(about))[:12]
-        return folder / "samples" / f"{self.task}-{self.length}-seed{self.seed}-{name}.npz"
+        about = [value for key, value in vars(self).items() if key != "model" and (key != "data" or value)]
+        name = self.named(f"{self.task}-{self.length}-seed{self.seed}", *about, tasks.GENERATOR, "samples-1")
+        return folder / "samples" / f"{name}.npz"
 
     def write(self, made: Path, given: Inputs) -> None:
         """The prompts' tokens, the answers, and the hash of the texts."""
@@ -185,8 +179,7 @@ class Samples(Material):
         from benchmarks.ruler.cell import samples_sha256
 
         tokenizer = tokenizer_of(self.model)
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "shots": self.shots, "hops": self.hops}
-        options["edition"] = self.edition
+        options: dict[str, Any] = {key: getattr(self, key) for key in ("max_new_tokens", "shots", "hops", "edition")}
         folder = given.data_dir if self.data else None
         if self.data and folder is None:
             raise ValueError(f"{made.name} is not in the cache, and to make it data_dir must be given")
@@ -194,18 +187,13 @@ class Samples(Material):
         ids = predict.prompt_ids(tokenizer, built)
         about = {
             "sha256": samples_sha256(built),
-            "haystack": built[0]["haystack"],
-            "haystack_sha256": built[0]["haystack_sha256"],
+            **{key: built[0][key] for key in ("haystack", "haystack_sha256")},
             "fill": round(sum(sample["fill"] for sample in built) / len(built), 5),
             "samples": [{key: sample[key] for key in ("outputs", "max_new_tokens", "depth")} for sample in built],
         }
         kind = np.uint16 if len(tokenizer) < 2**16 else np.int32
-        np.savez(
-            made,
-            ids=np.concatenate([np.asarray(one, dtype=kind) for one in ids]),
-            lengths=np.array([len(one) for one in ids]),
-            about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-        )
+        tokens, lengths = np.concatenate([np.asarray(one, dtype=kind) for one in ids]), np.array([*map(len, ids)])
+        np.savez(made, ids=tokens, lengths=lengths, about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8))
 
     def read(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """(samples with input_ids, outputs, max_new_tokens and depth; what they have in common)."""
@@ -214,40 +202,31 @@ class Samples(Material):
             with np.load(path) as file:
                 about = json.loads(file["about"].tobytes())
                 ids = np.split(file["ids"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
-            samples = [
-                {**sample, "task": self.task, "input_ids": one}
-                for sample, one in zip(about.pop("samples"), ids, strict=True)
-            ]
+            pairs = zip(about.pop("samples"), ids, strict=True)
+            return [{**sample, "task": self.task, "input_ids": one} for sample, one in pairs], about
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it") from error
-        return samples, about
 
 
 def parts(cell: Cell) -> list[Part | Piece]:
     """The files of documents that a cell trains on."""
     if not cell.trained:
         return []
-    if "documents" in cell.sources:
-        return given_parts(cell)
-    each = min(cell.documents, max(1, PART_TOKENS // cell.row_tokens))
-    numbers = range(-(-cell.documents // each))
-    return [Part(cell.model, each, cell.row_tokens, cell.longest, cell.seed, number) for number in numbers]
-
-
-def given_parts(cell: Cell) -> list[Part | Piece]:
-    """Of the given documents as many as the cell reads, and questions for its share of rows with one."""
+    if "documents" not in cell.sources:
+        return [*made_parts(cell, cell.documents)]
+    # Of the given documents as many as the cell reads, and questions for its share of rows with one.
     rows = cell.steps * cell.rows
     characters = int(cell.sources["documents_characters"])
     wanted = min(characters, round(rows * cell.row_tokens * TOKEN_CHARACTERS))
-    found: list[Part | Piece] = [
-        Piece(cell.model, cell.sources["documents"], number) for number in range(max(1, -(-wanted // PIECE_CHARACTERS)))
-    ]
-    if cell.retrieval:
-        count = max(1, round(cell.retrieval * rows))
-        each = min(count, max(1, PART_TOKENS // cell.row_tokens))
-        common = (cell.model, each, cell.row_tokens, cell.longest, cell.seed)
-        found += [Part(*common, number, questions_only=True) for number in range(-(-count // each))]
-    return found
+    pieces = range(max(1, -(-wanted // PIECE_CHARACTERS)))
+    asked = made_parts(cell, max(1, round(cell.retrieval * rows)), questions_only=True) if cell.retrieval else ()
+    return [*(Piece(cell.model, cell.sources["documents"], number) for number in pieces), *asked]
+
+
+def made_parts(cell: Cell, count: int, questions_only: bool = False) -> list[Part]:
+    each = min(count, max(1, PART_TOKENS // cell.row_tokens))
+    common = (cell.model, each, cell.row_tokens, cell.longest, cell.seed)
+    return [Part(*common, number, questions_only) for number in range(-(-count // each))]
 
 
 def held_out(cell: Cell) -> HeldOut | None:
@@ -273,10 +252,8 @@ def needed(cells: Sequence[Cell]) -> list[Material]:
     """All files of the cells, each once, in the order in which cells need them."""
     found: dict[Material, None] = {}
     for cell in cells:
-        found |= dict.fromkeys(parts(cell))
-        found |= dict.fromkeys(samples(cell))
-        if (text := held_out(cell)) is not None:
-            found[text] = None
+        text = held_out(cell)
+        found |= dict.fromkeys([*parts(cell), *samples(cell), *([text] if text else [])])
     return list(found)
 
 
@@ -287,8 +264,7 @@ def needed_file(given: Inputs, name: str, made: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kept by a process
+# --- kept by a process ------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -308,13 +284,4 @@ def tokenizer_sha256(model: str) -> str:
 @cache
 def training_prose(model: str) -> Any:
     """The sample text's first half, tokenised."""
-    from benchmarks.base import documents
-
     return documents.Prose.from_sentences(documents.sample_training_sentences(), tokenizer_of(model))
-
-
-def locked(path: Path) -> Any:
-    from filelock import FileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")

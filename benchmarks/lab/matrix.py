@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -166,36 +167,21 @@ class Cell:
         about |= {"model": base_sha256(self.model), "version": version}
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
-    def config(
-        self,
-        data: Sequence[str],
-        output: str,
-        device: str = "auto",
-        compile: str = "auto",
-        deterministic: bool = False,
-    ) -> ExtendConfig:
-        """The trainer's configuration; a scaling NAME@FACTOR as `analysis.spectra.with_factor` has it."""
-        scaling = self.settings.get("scaling", ExtendConfig.scaling)
-        shape = base_shape(self.model)
-        factor = self.settings.get("factor") or self.fold
-        name, options = with_factor(scaling, shape.theta, shape.head_dim, factor, self.window)
-        settings = {**self.settings, "scaling": name}
-        return ExtendConfig(
-            **settings | ({"rope_options": {**self.settings.get("rope_options", {}), **options}} if options else {}),
-            model=self.model,
-            data=list(data),
-            output=output,
-            target=self.target,
-            seed=self.seed,
-            device=device,
-            compile=compile,
-            deterministic=deterministic,
-            overwrite=True,
-        )
+    def config(self, data: Sequence[str], output: str, **how: Any) -> ExtendConfig:
+        """The trainer's configuration; a scaling NAME@FACTOR as `analysis.spectra.with_factor` has it.
+
+        how: device, compile and deterministic, where they are not the trainer's defaults.
+        """
+        shape, settings = base_shape(self.model), dict(self.settings)
+        scaling, factor = settings.get("scaling", ExtendConfig.scaling), settings.get("factor") or self.fold
+        settings["scaling"], options = with_factor(scaling, shape.theta, shape.head_dim, factor, self.window)
+        if options:
+            settings["rope_options"] = {**settings.get("rope_options", {}), **options}
+        own: dict[str, Any] = {"model": self.model, "data": list(data), "output": output, "overwrite": True}
+        return ExtendConfig(**settings, **own, **how, target=self.target, seed=self.seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def presets() -> dict[str, Path]:
@@ -267,8 +253,6 @@ def base_shape(model: str) -> Shape:
 
 def base_sha256(model: str) -> str:
     """Hash of a base's configuration and weights."""
-    import hashlib
-
     source = origin.about(model)
     if source.get("sha256") or source.get("revision"):  # whatever release of transformers has written the files
         return str(source.get("sha256") or sha256_of(source["hub"], source["revision"]))
@@ -279,8 +263,7 @@ def base_sha256(model: str) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells
+# --- cells ------------------------------------------------------------------------------------------------------------
 
 
 def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> list[Cell]:
@@ -297,14 +280,13 @@ def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> l
                 raise ValueError(
                     f"{source}: {cell.name} has other settings than in {', '.join(matrices)}: run it apart"
                 )
-            made[key] = dataclasses.replace(other, questions=tuple(sorted({*other.questions, *cell.questions})))
+            made[key] = dataclasses.replace(other, questions=both(other, cell))
     return list(made.values())
 
 
 def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Cell]:
     """All cells of a matrix, in its order. Raises ValueError naming file, key and rule."""
-    known = {"seeds", "train", "score", "arms", "blocks", "questions", "inputs", "retrieval"}
-    check_keys(content, known, source)
+    check_keys(content, {"seeds", "train", "score", "arms", "blocks", "questions", "inputs", "retrieval"}, source)
     for needed in ("arms", "blocks"):
         if not content.get(needed):
             raise ValueError(f"{source}: a matrix must have {needed}")
@@ -322,12 +304,11 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
                 same = dataclasses.replace(earlier, questions=cell.questions, documents=cell.documents, verified=False)
                 if same != dataclasses.replace(cell, verified=False):
                     raise ValueError(f"{where}: arm {cell.arm!r} has other settings than an earlier one of this name")
-                cell = dataclasses.replace(
-                    earlier,
-                    questions=tuple(sorted({*earlier.questions, *cell.questions})),
-                    documents=max(earlier.documents, cell.documents),
-                    verified=earlier.verified or cell.verified,
-                )
+                more: dict[str, Any] = {
+                    "documents": max(earlier.documents, cell.documents),
+                    "questions": both(earlier, cell),
+                }
+                cell = dataclasses.replace(earlier, verified=earlier.verified or cell.verified, **more)
             made[key] = cell
             shown = (cell.base, cell.target, cell.method, cell.steps, cell.settings.get("prompt_weight"), cell.seed)
             # A trial of a few steps may make arms alike that differ in their steps.
@@ -336,27 +317,28 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
                     f"{where}: arms {names[shown][0]!r} and {cell.arm!r} would have the same method in the rows, "
                     f"{cell.method!r}: give one of them a `method`"
                 )
-    return same_documents(list(made.values()))
-
-
-def same_documents(made: list[Cell]) -> list[Cell]:
-    """All arms of one base and row length draw from the same documents: as many as the longest of them needs."""
+    # All arms of one base and row length draw from the same documents: as many as the longest of them needs.
     most: dict[tuple[str, int], int] = {}
-    for cell in made:
-        key = (cell.base, cell.row_tokens)
-        most[key] = max(most.get(key, 0), cell.documents)
-    return [dataclasses.replace(cell, documents=most[cell.base, cell.row_tokens]) for cell in made]
+    for cell in made.values():
+        place = (cell.base, cell.row_tokens)
+        most[place] = max(most.get(place, 0), cell.documents)
+    return [dataclasses.replace(cell, documents=most[cell.base, cell.row_tokens]) for cell in made.values()]
+
+
+def both(one: Cell, other: Cell) -> tuple[int, ...]:
+    """The questions of two cells."""
+    return tuple(sorted({*one.questions, *other.questions}))
 
 
 def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scoring:
     check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    made = Scoring(**values)
     if config.samples:
-        made = dataclasses.replace(made, samples_at={})
+        values |= {"samples": config.samples, "samples_at": {}}
+    made = Scoring(**values)
     if made.edition not in EDITIONS:
         raise ValueError(f"{source}, score: edition must be one of {', '.join(EDITIONS)}: {made.edition!r}")
-    return dataclasses.replace(made, samples=config.samples) if config.samples else made
+    return made
 
 
 BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "documents", "seeds"}
@@ -406,34 +388,19 @@ def block_cells(
                 trained = bool(arm.get("train", True))
                 scaling = settings.get("scaling", ExtendConfig.scaling)
                 full_name = "".join([name, f"+{scaling}", *(f"@{k}={v}" for k, v in told.items())])
-                cell = Cell(
-                    base=base,
-                    model=model,
-                    window=window,
-                    target=target,
-                    lengths=lengths,
-                    arm=full_name,
-                    method="",
-                    seed=0,
-                    trained=trained,
-                    settings=settings,
-                    scoring=scoring,
-                    documents=0,
-                    longest=0,
-                    verified=bool(run.get("verify", False)),
-                    questions=tuple(sorted(run.get("questions", ()))),
-                )
-                check_cell(cell, f"{where}, arm {full_name}")
+                questions, verify = tuple(sorted(run.get("questions", ()))), bool(run.get("verify", False))
+                about = (base, model, window, target, lengths, full_name, "", 0, trained, settings, scoring)
+                cell = Cell(*about, documents=0, longest=0, questions=questions)
+                try:
+                    check_config(cell.config(["documents"], "output"))
+                except ValueError as error:
+                    raise ValueError(f"{where}, arm {full_name}: {error}") from None
                 limit = int(block.get("document_tokens", 5_000_000)) // cell.row_tokens
-                room = {window: int(block.get("longest", window - 56))}.get(cell.row_tokens, cell.row_tokens)
-                whole = dataclasses.replace(
-                    cell,
-                    method=method_of(cell, arm, told),
-                    documents=max(min(max(cell.steps * cell.rows, cell.rows), limit), fewest.get(cell.row_tokens, 0)),
-                    longest=room,
-                )
+                wanted = max(min(max(cell.steps * cell.rows, cell.rows), limit), fewest.get(cell.row_tokens, 0))
+                room = int(block.get("longest", window - 56)) if cell.row_tokens == window else cell.row_tokens
+                cell = dataclasses.replace(cell, method=method_of(cell, arm, told), documents=wanted, longest=room)
                 for seed in config.seeds or run.get("seeds") or block.get("seeds") or content.get("seeds", [0]):
-                    yield dataclasses.replace(whole, seed=int(seed), verified=whole.verified and int(seed) == 0)
+                    yield dataclasses.replace(cell, seed=int(seed), verified=verify and int(seed) == 0)
 
 
 def method_of(cell: Cell, arm: Mapping[str, Any], told: Mapping[str, Any]) -> str:
@@ -448,14 +415,6 @@ def method_of(cell: Cell, arm: Mapping[str, Any], told: Mapping[str, Any]) -> st
     stem = arm["method"] if "method" in arm else method_name(config).removesuffix(f"+{config.scaling}")
     known = {"steps", "prompt", "prompt_weight", "anchors", "scheme"}
     return "+".join([stem, *(f"{key}-{value}" for key, value in told.items() if key not in known), scaling])
-
-
-def check_cell(cell: Cell, where: str) -> None:
-    config = cell.config(["documents"], "output")
-    try:
-        check_config(config)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def check_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:

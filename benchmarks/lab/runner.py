@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 from benchmarks.lab import cost, material, matrix, rates
@@ -31,9 +31,6 @@ from benchmarks.lab.worker import Answer, settle, work
 from endprompt.files import drop_cut_line, read_json_lines, sole_use
 from endprompt.results import append_rows, read_rows, result_row, write_rows
 from endprompt.runs import RunDirectory
-
-if TYPE_CHECKING:
-    from benchmarks.lab.cells import Workplace
 
 #: Workers that share a GPU: one alone leaves it waiting for Python most of the time.
 GPU_JOBS = 8
@@ -57,15 +54,13 @@ def lab(config: LabConfig) -> int:
         return 0
     matrices = {str(path): matrix.read_matrix(path) for path in matrix.matrix_files(config)}
     cells = matrix.chosen(matrix.all_cells(matrices, config), config.only)
-    if config.dry_run and config.device != "cpu" and any(cost.fills_a_gpu(cell) for cell in cells):
-        device = "cuda"  # such a study is planned where it is not run
-    else:
-        device = device_of(config)
+    large = config.dry_run and config.device != "cpu" and any(map(cost.fills_a_gpu, cells))
+    device = "cuda" if large else device_of(config)  # a large study is planned where it is not run
     gpus = gpus_of(device)
     jobs = jobs_of(config, device, cells, len(gpus))
     if config.dry_run:
-        output = Path(config.output)
-        done = finished(output / "results.jsonl", cells) if (output / "results.jsonl").is_file() else set()
+        results = Path(config.output, "results.jsonl")
+        done = finished(results, cells) if results.is_file() else set()
         print(plan_text(cells, done, device, jobs, max(1, len(gpus))))
         return 0
     check_rows(cells, config.deterministic)
@@ -75,9 +70,7 @@ def lab(config: LabConfig) -> int:
             from benchmarks.lab import mps
 
             reason = stack.enter_context(mps.service())
-            say(
-                "workers share the GPU by MPS" if reason is None else f"workers take turns on the GPU, no MPS: {reason}"
-            )
+            say(f"workers take turns on the GPU, no MPS: {reason}" if reason else "workers share the GPU by MPS")
         return Runner(config, cells, device, jobs, gpus).run()
 
 
@@ -110,48 +103,37 @@ def gpus_of(device: str) -> list[str]:
 def jobs_of(config: LabConfig, device: str, cells: Sequence[Cell], gpus: int) -> int:
     """Workers: one a core, eight a GPU, which the small bases share, or one a GPU for a published base."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    alone = any(cost.fills_a_gpu(cell) for cell in cells)
-    usual = cores if device == "cpu" else gpus if alone else min(GPU_JOBS * gpus, cores)
+    on_gpus = gpus if any(map(cost.fills_a_gpu, cells)) else min(GPU_JOBS * gpus, cores)
+    usual = cores if device == "cpu" else on_gpus
     return min(config.jobs or usual, len(cells))
 
 
 def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
     """Raises ValueError for an arm whose settings, rows or scaling cannot be, before any is trained."""
+    from benchmarks.lab.cells import extended
     from endprompt.config import check_config
     from endprompt.data import row_spec
-    from endprompt.model import extended_config, load_config
 
-    seen = set()
-    for cell in cells:
-        key = (cell.base, cell.target, cell.arm)
-        if key in seen:
-            continue
-        seen.add(key)
+    for cell in {(cell.base, cell.target, cell.arm): cell for cell in cells}.values():
         config = cell.config(["documents"], "output", deterministic=deterministic)
         try:
             if cell.trained:
                 check_config(config)
-            source = load_config(cell.model)
-            extended_config(source, config.scaling, cell.target, config.factor, **(config.rope_options or {}))
+            extended(cell)
             if cell.trained:
                 row_spec(config, cell.window, material.tokenizer_of(cell.model))
         except ValueError as error:
             raise ValueError(f"arm {cell.arm!r} of base {cell.base}, target {cell.target}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is there already
+# --- what is there already --------------------------------------------------------------------------------------------
 
 
 def finished(results: Path, cells: Sequence[Cell]) -> set[str]:
     """Hashes of the cells whose rows are all there."""
     wanted = {cell.sha256 for cell in cells}
-    counts: Counter[str] = Counter()
-    whole: dict[str, int] = {}
-    for row in rows_of(results):
-        if row.get("cell") in wanted and row["metric"] != "failed":
-            counts[row["cell"]] += 1
-            whole[row["cell"]] = row.get("cell_rows", -1)
+    rows = [row for row in rows_of(results) if row.get("cell") in wanted and row["metric"] != "failed"]
+    counts, whole = Counter(row["cell"] for row in rows), {row["cell"]: row.get("cell_rows") for row in rows}
     return {key for key, count in counts.items() if count == whole[key]}
 
 
@@ -192,18 +174,15 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
                 f"{results}: has {row.get('arm')!r} of base {row.get('base')}, seed {row['seed']}, made with other "
                 "settings; choose another output, or set overwrite to do it again"
             )
-    alive = {row.get("cell") for row in kept}
-    whole = []
-    if scores.is_file():
-        drop_cut_line(scores)
-        whole = [line for _, line in read_json_lines(scores) if line.get("cell") in alive]
+    drop_cut_line(scores)
+    alive, lines = {row.get("cell") for row in kept}, read_json_lines(scores) if scores.is_file() else ()
+    whole = [line for _, line in lines if line.get("cell") in alive]
     write_rows(results, kept)
     write_rows(scores, whole)
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def abandon(pool: ProcessPoolExecutor) -> None:
@@ -255,11 +234,9 @@ class Runner:
         self.waiting = sorted(todo, key=lambda cell: -cost.seconds(cell, self.device))
         if self.known:
             say(f"{self.known} of {len(self.cells)} cells are done already")
-            if self.device == "cuda":  # on a CPU training repeats anyway
-                other = made_otherwise(self.directory.results, done, self.config.deterministic)
-                setting = f"deterministic={self.config.deterministic}"
-                if other:
-                    say(f"{other} of them were not trained with {setting}, as the others will be")
+            setting = self.config.deterministic  # on a CPU training repeats anyway
+            if self.device == "cuda" and (other := made_otherwise(self.directory.results, done, setting)):
+                say(f"{other} of them were not trained with deterministic={setting}, as the others will be")
         if self.config.prepare_only:
             self.prepare()
             return 0
@@ -273,36 +250,30 @@ class Runner:
         print(self.directory.results)
         return 1 if self.failed else 0
 
-    def aside(self) -> ProcessPoolExecutor:
-        """Processes that make documents and samples."""
-        return ProcessPoolExecutor(
-            max(1, min(os.cpu_count() or 1, 16)),
-            mp_context=self.context,
-            initializer=settle,
-            initargs=(self.output / "workers" / "material.log", 1),
-        )
+    def begin(self, stack: contextlib.ExitStack) -> None:
+        """Processes make the documents and samples that the waiting cells lack; they end with the stack."""
+        log = self.output / "workers" / "material.log"
+        how: dict[str, Any] = {"mp_context": self.context, "initializer": settle, "initargs": (log, 1)}
+        pool = ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, 16)), **how)
+        stack.callback(abandon, pool)
+        for item in material.needed(self.waiting):
+            if not item.path(self.cache).exists():
+                self.making[item] = pool.submit(item.make, self.cache, Inputs.of(self.config))
 
     def prepare(self) -> None:
         """Make all documents and samples of the cells that are to be done, and nothing else."""
-        missing = [item for item in material.needed(self.waiting) if not item.path(self.cache).exists()]
         with contextlib.ExitStack() as stack:
-            pool = self.aside()
-            stack.callback(abandon, pool)
-            made = [pool.submit(item.make, self.cache, Inputs.of(self.config)) for item in missing]
-            for number, future in enumerate(made, 1):
+            self.begin(stack)
+            for number, future in enumerate(self.making.values(), 1):
                 future.result()
-                say(f"{number} of {len(made)} files of documents and samples made")
+                say(f"{number} of {len(self.making)} files of documents and samples made")
         print(self.cache)
 
     def work_off(self) -> None:
         """Give out cells until none is left. On Ctrl-C the workers are stopped and what is done is kept."""
-        aside = self.aside()
         with contextlib.ExitStack() as stack:
-            stack.callback(abandon, aside)
+            self.begin(stack)
             stack.callback(self.stop)
-            for item in material.needed(self.waiting):
-                if not item.path(self.cache).exists():
-                    self.making[item] = aside.submit(item.make, self.cache, Inputs.of(self.config))
             self.workers = [self.start(number) for number in range(min(self.jobs, len(self.waiting)))]
             while self.waiting or any(worker.cell for worker in self.workers):
                 for worker in self.workers:
@@ -315,20 +286,17 @@ class Runner:
 
         from benchmarks.lab.cells import Workplace
 
+        config, cpu = self.config, self.device == "cpu"
         tokens = SHARED_BATCH_TOKENS if self.jobs > max(1, len(self.gpus)) else 2 * SHARED_BATCH_TOKENS
-        place: Workplace = Workplace(
-            output=self.output,
-            cache=self.cache,
-            device=self.device,
-            compile="none" if self.device == "cpu" and self.config.compile == "auto" else self.config.compile,
-            deterministic=self.config.deterministic,
-            jobs=self.jobs,
-            keep_checkpoints=self.config.keep_checkpoints,
-            batch_tokens=tokens if self.device == "cuda" else tokens // 8,
-        )
+        how = "none" if cpu and config.compile == "auto" else config.compile
+        kept: dict[str, Any] = {
+            "keep_checkpoints": config.keep_checkpoints,
+            "batch_tokens": tokens // 8 if cpu else tokens,
+        }
+        place = Workplace(self.output, self.cache, self.device, how, config.deterministic, self.jobs, **kept)
         here, there = self.context.Pipe()
         cores = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else os.cpu_count() or 1
-        threads = max(1, cores // self.jobs) if self.device == "cpu" else 1
+        threads = max(1, cores // self.jobs) if cpu else 1
         log = str(self.output / "workers" / f"worker-{number}.log")
         process = self.context.Process(target=work, args=(there, log, place, threads), name=f"lab-{number}")
         one = {"CUDA_VISIBLE_DEVICES": self.gpus[number % len(self.gpus)]} if len(self.gpus) > 1 else {}
@@ -450,44 +418,26 @@ class Runner:
 
     def fail(self, cell: Cell, error: str, trace: str | None, worker: int) -> None:
         self.failed += 1
-        columns: dict[str, Any] = {"base": cell.base, "window": cell.window, "target": cell.target}
-        columns |= {"fold": cell.fold, "arm": cell.arm}
-        row = result_row(
-            suite="lab",
-            task="cell",
-            metric="failed",
-            value=1.0,
-            model=f"base {cell.base}",
-            method=cell.method,
-            seed=cell.seed,
-            error=error,
-            cell=cell.sha256,
-            questions=list(cell.questions),
-            **columns,
-        )
-        self.directory.add([row])
+        about: dict[str, Any] = {"error": error, "cell": cell.sha256, "questions": list(cell.questions)}
+        about |= {key: getattr(cell, key) for key in ("base", "window", "target", "fold", "arm", "method", "seed")}
+        model = f"base {cell.base}"
+        self.directory.add([result_row(suite="lab", task="cell", metric="failed", value=1.0, model=model, **about)])
         self.directory.log(cell=cell.name, worker=worker, error=error, traceback=trace)
         say(f"FAILED {cell.name}: {error}")
 
     # -- telling
 
     def state(self) -> str:
+        """Cells that are over, and the time left, from what finished ones took beside what they were expected to."""
         from endprompt.train.progress import clock
 
-        over = self.known + self.done + self.failed
-        failed = f", {self.failed} failed" if self.failed else ""
-        left = self.seconds_left()
-        return f"{over}/{len(self.cells)} cells{failed}" + (f", {clock(left)} left" if left is not None else "")
-
-    def seconds_left(self) -> float | None:
-        """From what the finished cells took beside what they were expected to."""
+        said = f"{self.known + self.done + self.failed}/{len(self.cells)} cells"
+        said += f", {self.failed} failed" if self.failed else ""
         if not self.done:
-            return None
+            return said
         ahead = sum(cost.seconds(cell, self.device) for cell in self.waiting)
-        for worker in self.workers:
-            if worker.cell:
-                ahead += cost.seconds(worker.cell, self.device) / 2
-        return ahead * self.spent / self.expected / max(1, len(self.workers))
+        ahead += sum(cost.seconds(worker.cell, self.device) / 2 for worker in self.workers if worker.cell)
+        return f"{said}, {clock(ahead * self.spent / self.expected / max(1, len(self.workers)))} left"
 
     def line(self, cell: Cell, rows: Sequence[dict[str, Any]], seconds: float) -> None:
         means = []
@@ -513,8 +463,7 @@ class Runner:
             Console(force_terminal=False if os.environ.get("NO_COLOR") else None).print(verdicts.table(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before it
+# --- before it --------------------------------------------------------------------------------------------------------
 
 
 def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int, gpus: int = 1) -> str:
@@ -528,19 +477,17 @@ def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int, gpu
     heads = f"{'steps x rows x tokens':>21}  {'seeds':>5}  {'s each':>7}  questions"
     lines = [f"{'base':<8}{'fold':>5}  {'arm':<{width}}  {heads}"]
     for (base, fold, arm), members in arms.items():
-        first = members[0]
+        first, asked = members[0], ",".join(map(str, members[0].questions))
         size = f"{first.steps} x {first.rows} x {first.row_tokens}" if first.trained else "untrained"
         each = cost.seconds(first, device)
-        asked = ",".join(map(str, first.questions))
         lines.append(f"{base:<8}{fold:>5}  {arm:<{width}}  {size:>21}  {len(members):>5}  {each:>7.1f}  {asked}")
     left = [cell for cell in cells if cell.sha256 not in done]
-    total = sum(cost.seconds(cell, device) for cell in left)
-    longest = max((cost.seconds(cell, device) for cell in left), default=0.0)
-    expected = cost.RATES[device].start + max(total / jobs, longest) if left else 0.0
-    lines.append(
-        f"{len(cells)} cells, {len(cells) - len(left)} done; about {clock(expected)} with {jobs} workers on "
-        f"{'a GPU' if device == 'cuda' else 'the CPU'} (estimated)"
-    )
+    seconds = [cost.seconds(cell, device) for cell in left]
+    total = sum(seconds)
+    expected = cost.RATES[device].start + max(total / jobs, *seconds) if left else 0.0
+    where = "a GPU" if device == "cuda" else "the CPU"
+    counted = f"{len(cells)} cells, {len(cells) - len(left)} done"
+    lines.append(f"{counted}; about {clock(expected)} with {jobs} workers on {where} (estimated)")
     if any(cost.fills_a_gpu(cell) for cell in left):
         lines.append(f"{total / 3600:.1f} GPU-hours on H200, {expected / 3600:.1f} hours on {gpus} (estimated)")
     return "\n".join(lines)

@@ -31,7 +31,7 @@ from benchmarks.lab.contrasts import Contrast, contrasts_of
 from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate
 from endprompt.files import read_json_lines
 from endprompt.results import read_rows, result_row, write_rows
-from paper_figures.names import QUESTIONS
+from paper_figures.names import QUESTIONS, SAID_BY
 
 SUITE = "lab-question"
 
@@ -49,6 +49,13 @@ WORDS = {
     "loss": {HELPS: "lost", HURTS: "gains", SAME: "kept", OPEN: OPEN},
 }
 
+#: Unit, digits and sign of estimates that are not differences of scores.
+UNITS = {
+    "rank_correlation": ("rank correlation", 2, "+"),
+    "loss_difference": ("nats", 3, "+"),
+    "slope": ("points for ten times the steps", 1, "+"),
+} | dict.fromkeys(("score_by_tokens", "score_by_seconds"), ("percent", 1, ""))
+
 #: What a rank correlation says of its predictor, and an estimate of a claim.
 PREDICTS, CONTRADICTS, UNRELATED = "predicts", "contradicts", "no correlation"
 
@@ -56,9 +63,6 @@ AGREES, DISAGREES = "agrees", "does not agree"
 
 #: The place of an average over settings.
 ALL_SETTINGS = {"base": "all", "fold": None, "scaling": "all", "length": None, "window": None, "target": None}
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(arms: Sequence[Arm]) -> list[Row]:
@@ -81,29 +85,26 @@ def rows_of(arms: Sequence[Arm]) -> list[Row]:
 def estimate_row(contrast: Contrast, metric: str, length: int, per_seed: Mapping[int, float], **extra: Any) -> Row:
     """One estimate, not judged yet. per_seed: the values that it is the mean of, which the row carries with it."""
     first, second = contrast.first, contrast.second
+    method = first.name if first is second else f"{first.name} - {second.name}"
+    about: dict[str, Any] = {
+        "suite": SUITE,
+        "task": f"q{contrast.question}",
+        "model": f"base {first.base}",
+        "seed": None,
+    }
+    columns = {
+        "comparison": "name",
+        "labels": "label",
+        "kinds": "kind",
+        "prompts": "prompt",
+        "prompt_weights": "weight",
+    }
     return {
-        **result_row(
-            suite=SUITE,
-            task=f"q{contrast.question}",
-            length=length,
-            metric=metric,
-            model=f"base {first.base}",
-            method=first.name if first is second else f"{first.name} - {second.name}",
-            seed=None,
-            **_estimated(per_seed),
-        ),
+        **result_row(length=length, metric=metric, method=method, **about, **_estimated(per_seed)),
         "question": QUESTIONS[contrast.question],
         "family": contrast.family,
-        "comparison": [first.name, second.name],
-        "labels": [first.label, second.label],
-        "kinds": [first.kind, second.kind],
-        "prompts": [first.prompt, second.prompt],
-        "prompt_weights": [first.weight, second.weight],
-        "base": first.base,
-        "window": first.window,
-        "target": first.target,
-        "fold": first.fold,
-        "scaling": first.scaling,
+        **{column: [getattr(first, name), getattr(second, name)] for column, name in columns.items()},
+        **{key: getattr(first, key) for key in ("base", "window", "target", "fold", "scaling")},
         "interval": "t over seeds",
         "primary": length == first.target,
         "margin": estimates.MARGIN,
@@ -152,8 +153,7 @@ def interaction_rows(rows: Sequence[Row]) -> list[Row]:
             metric, against = "interaction_scaling", SCALINGS["linear"]
         else:
             continue
-        values = {seed: one["per_seed"][seed] - two["per_seed"][seed] for seed in _shared([one, two])}
-        if values:
+        if values := contrasts.less(one["per_seed"], two["per_seed"]):
             row = {**one, **_estimated(values), "metric": metric, "against": against, "per_seed": values}
             row |= {"p": estimates.over_seeds([*values.values()]).p, "both_fail": one["both_fail"] or two["both_fail"]}
             found.append({key: value for key, value in row.items() if key != "ci95_bootstrap"})
@@ -197,8 +197,7 @@ def slope_rows(arms: Sequence[Arm]) -> list[Row]:
             rows += score_rows(Contrast(2, "longest training against the usual", members[-1], usual))
     for ((setting, _, prompt, _), length), (arm, own) in lines_of.items():
         control, theirs = lines_of.get(((setting, "contiguous", "", None), length), (arm, {}))
-        values = {seed: own[seed] - theirs[seed] for seed in own if seed in theirs}
-        if prompt and values:
+        if prompt and (values := contrasts.less(own, theirs)):
             rows.append(estimate_row(Contrast(2, "slope less the control's", arm, control), "slope", length, values))
     return rows
 
@@ -217,11 +216,9 @@ def correlation_rows(arms: Sequence[Arm]) -> list[Row]:
             groups.setdefault((arm.base, arm.fold), []).append(arm)
     groups = {key: with_most_seeds(members) for key, members in groups.items()}
     groups = {key: members for key, members in groups.items() if len(members) >= 4}
+    together = [[*itertools.chain.from_iterable(groups.values())]] if len(groups) > 1 else []
     rows = []
-    for members in [
-        *groups.values(),
-        *([list(itertools.chain.from_iterable(groups.values()))] if len(groups) > 1 else []),
-    ]:
+    for members in [*groups.values(), *together]:
         alone = len({(arm.base, arm.fold) for arm in members}) == 1
         seeds = sorted(set.intersection(*(set(arm.scores[arm.target]) for arm in members)))
         if not seeds:
@@ -286,8 +283,7 @@ def window_rows(arms: Sequence[Arm]) -> list[Row]:
         contrast = Contrast(7, contrasts.KEPT, arm, before)
         rows += [row | {"primary": True} for row in score_rows(contrast) if row["length"] == arm.window]
         a, b = arm.losses.get(arm.window, {}), before.losses.get(arm.window, {})
-        values = {seed: a[seed] - b[seed] for seed in a if seed in b}
-        if values:
+        if values := contrasts.less(a, b):
             means = [float(np.mean([losses[seed] for seed in values])) for losses in (a, b)]
             extra = {"margin": LOSS_MARGIN, "primary": True, "scores": means}
             rows.append(estimate_row(contrast, "loss_difference", arm.window, values, **extra))
@@ -334,9 +330,8 @@ def outcome_of(row: Row) -> str:
         return "in the Pareto set" if row["pareto"] else "outdone"
     if row.get("both_fail"):
         return BOTH_FAIL
-    return estimates.decide(
-        Estimate(row["value"], lo, hi, row["stderr"], row["p"], row["n"]), row["p_holm"], row["margin"]
-    )
+    found = Estimate(row["value"], lo, hi, row["stderr"], row["p"], row["n"])
+    return estimates.decide(found, row["p_holm"], row["margin"])
 
 
 def metric_of(row: Row) -> str:
@@ -382,18 +377,9 @@ def setting_text(row: Row) -> str:
 
 def estimate_text(row: Row) -> str:
     """`+7.1 points [+2.0, +12.2]`"""
-    metric = metric_of(row)
-    unit, digits, sign = " points", 1, "+"
-    if metric == "rank_correlation":
-        unit, digits = " rank correlation", 2
-    elif metric == "loss_difference":
-        unit, digits = " nats", 3
-    elif metric.startswith("score_by"):
-        unit, sign = " percent", ""
-    elif metric == "slope":
-        unit = " points for ten times the steps"
+    unit, digits, sign = UNITS.get(metric_of(row), ("points", 1, "+"))
     value, *bounds = (f"{round(v, digits) + 0.0:{sign}.{digits}f}" for v in (row["value"], *(row["ci95"] or ())))
-    return f"{value}{unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
+    return f"{value} {unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -460,9 +446,6 @@ def claim_sentence(row: Row) -> str:
     counts = Counter(part["verdict"] for part in row["parts"])
     each = "; ".join(f"{verdict} in {count}" for verdict, count in counts.items())
     several = f" (setting by setting: {each})" if len(row["parts"]) > 1 else f" ({setting_text(row)})"
-    source = {"paper": "the paper", "prototypes": "our prototypes", "theory": "the theory", "aim": "our aim"}[
-        row["source"]
-    ]
     if row["outcome"] == BOTH_FAIL:
         found = "both arms fail in every setting"
     else:
@@ -472,7 +455,7 @@ def claim_sentence(row: Row) -> str:
     if row.get("chosen_on"):
         what += f" (chosen on {row['chosen_on']}, tested on others)"
     verdict = {AGREES: "agrees with", DISAGREES: "goes against", OPEN: "does not decide"}[row["agrees"]]
-    return f"{what}: {found}{several}; this {verdict} {source}: {row['claim']}."
+    return f"{what}: {found}{several}; this {verdict} {SAID_BY[row['source']]}: {row['claim']}."
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -510,10 +493,8 @@ def compare(first: str | Path, second: str | Path) -> list[Row]:
     sides = [{key(row): row for row in read_rows(Path(run) / "questions.jsonl")} for run in (first, second)]
     out = []
     for found in dict.fromkeys([*sides[0], *sides[1]]):
-        a, b = (
-            row and row["agrees" if row["metric"] == "claim" else "verdict"]
-            for row in (side.get(found) for side in sides)
-        )
+        both = (side.get(found) for side in sides)
+        a, b = (row and row["agrees" if row["metric"] == "claim" else "verdict"] for row in both)
         out.append({**dict(zip(keys, found)), "first": a, "second": b, "same": a == b})
     return out
 

@@ -86,8 +86,8 @@ class Chart:
         root = inline(self.figure, self.spoken)
         about = {"class": "chart", "role": "group", "aria-labelledby": f"{key}-t", "aria-describedby": f"{key}-d"}
         root.attrib.update(about)
-        for place, (tag, text, name) in enumerate((("title", title, "t"), ("desc", description, "d"))):
-            element = ElementTree.Element(tag, id=f"{key}-{name}")
+        for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+            element = ElementTree.Element(tag, id=f"{key}-{tag[0]}")
             element.text = text
             root.insert(place, element)
         return markup(root)
@@ -207,19 +207,18 @@ def scheme(
     draws: Sequence[Sequence[tuple[int, int, bool]]],
     target: int,
     window: int,
-    observed: Iterable[tuple[int, int]] | None,
+    observed: Iterable[tuple[int, int]],
     key: str,
 ) -> Markup:
     """Position ids of a row, and the relative distances that such rows show.
 
     draws: for each row drawn the runs of consecutive position ids, inclusive, and whether a run is the end prompt.
-    observed: intervals of distance, None if they are not known.
-    """
+    observed: intervals of distance.
+    """  # fmt: skip
     thick = 14 if len(draws) == 1 else 7
-    below = 0 if observed is None else 44
     bottom = 20 + (thick + 3) * len(draws)
     with rc_context(SETTINGS):
-        chart = Chart(bottom + 24 + below, left=12, top=0, bottom=24 + below)
+        chart = Chart(bottom + 68, left=12, top=0, bottom=68)
         axes = chart.axes
         axes.set(xlim=(0, target), ylim=(bottom, 0))
         axes.set_yticks([])
@@ -242,12 +241,11 @@ def scheme(
                 spoken = f"{'end prompt' if terminal else 'context'}: positions {lo:,} to {hi:,}"
                 bar(lo, hi, y, thick, int(terminal), spoken)
         chart.limit(window, 1 - 16 / bottom)
-        if observed is not None:
-            axes.text(0, bottom + 40, "distances that such rows show")
-            y = bottom + 48
-            axes.barh([y], [target], 14, align="edge", fill=False, edgecolor=COLOURS["line"], clip_on=False)
-            for lo, hi in observed:
-                bar(lo, hi, y, 14, 2, f"observed distances {lo:,} to {hi:,}")
-            axes.set(xlim=(0, target), ylim=(bottom, 0))
+        axes.text(0, bottom + 40, "distances that such rows show")
+        y = bottom + 48
+        axes.barh([y], [target], 14, align="edge", fill=False, edgecolor=COLOURS["line"], clip_on=False)
+        for lo, hi in observed:
+            bar(lo, hi, y, 14, 2, f"observed distances {lo:,} to {hi:,}")
+        axes.set(xlim=(0, target), ylim=(bottom, 0))
         said = "Where the tokens of a training row stand, and which distances between tokens that shows."
         return chart.svg(title, said + " The numbers are in the table below.", key)

@@ -75,33 +75,26 @@ def render(runs: Sequence[Run], reference: str | None = None) -> str:
         names = sorted({label for facet in facets for label in facet.methods})
         raise ValueError(f"reference must be a method of the runs: reference={reference!r}, they have {names}")
     parts = [(name_of(run, part), run, part) for run in runs for part in run.parts]
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            policy=policy(style, script),
-            style=Markup(style),
-            script=Markup(script),
-            glyphs=charts.GLYPHS,
-            runs=runs,
-            parts=parts,
-            about_run=about_run,
-            schemes=drawn_schemes(runs),
-            losses=loss_charts(parts),
-            facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
-            comparisons=[view for facet in facets if (view := comparison(facet, reference))],
-            heat_maps=[view for _, run, part in parts for view in heat_maps(run, part, len(runs) > 1)],
-            bounds=bounds(runs),
-            others=report_data.others(runs),
-            predictions=[wrong_predictions(name, part) for name, _, part in parts if last_predictions(part)],
-            environments=environments(parts),
-            configurations=[
-                (name, yaml.safe_dump(part.config, sort_keys=False, allow_unicode=True))
-                for name, _, part in parts
-                if part.config
-            ],
-            commands=[(run.name, commands(run)) for run in runs],
-        )
+    template = environment().get_template("report.html")
+    return template.render(
+        policy=policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        glyphs=charts.GLYPHS,
+        runs=runs,
+        parts=parts,
+        about_run=about_run,
+        schemes=drawn_schemes(runs),
+        losses=loss_charts(parts),
+        facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
+        comparisons=[view for facet in facets if (view := comparison(facet, reference))],
+        heat_maps=[view for _, run, part in parts for view in heat_maps(run, part, len(runs) > 1)],
+        bounds=bounds(runs),
+        others=report_data.others(runs),
+        predictions=[wrong_predictions(name, part) for name, _, part in parts if last_predictions(part)],
+        environments=environments(parts),
+        configurations=[(name, dumped(part.config)) for name, _, part in parts if part.config],
+        commands=[(run.name, commands(run)) for run in runs],
     )
 
 
@@ -124,6 +117,10 @@ def policy(style: str, script: str) -> str:
 
     own = f"style-src {source(style)}; script-src {source(script)}"
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
+
+
+def dumped(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def count(value: Any) -> str:
@@ -194,23 +191,21 @@ def drawn_scheme(key: tuple[Any, ...], name: str) -> dict[str, Any] | None:
     """Picture and numbers of one layout; None if its sizes fit no row of the scheme."""
     scheme, context, prompt, target, anchors = key
     options = {"count": anchors} if scheme == "anchors" else {}
+    drawn: list[list[tuple[int, int, bool]]] = []
     try:
-        rows = [
-            positions.position_ids(scheme, context, prompt, target, positions.sample_rng(0, index), **options)
-            for index in range(DRAWS)
-        ]
+        for index in range(DRAWS):
+            rng = positions.sample_rng(0, index)
+            ids = positions.position_ids(scheme, context, prompt, target, rng, **options)
+            parts = ((ids[:context], False), (ids[context:], True))
+            # stretches of consecutive position ids
+            drawn.append(
+                [(*run, last) for part, last in parts for run in stretches(np.bincount(part, minlength=target) > 0)]
+            )
         observed, gap = distance_segments(target, context, prompt, scheme, count=anchors)
     except ValueError:
         return None
-    fixed = all(np.array_equal(rows[0], row) for row in rows)
-    drawn = [
-        [
-            (lo, hi, place == 1)
-            for place, ids in enumerate((row[:context], row[context:]))
-            for lo, hi in ids_of(ids, target)
-        ]
-        for row in (rows[:1] if fixed else rows)
-    ]
+    fixed = all(runs == drawn[0] for runs in drawn)
+    drawn = drawn[:1] if fixed else drawn
     numbers = [("context", f"{context:,} tokens"), ("end prompt", f"{prompt:,} tokens" if prompt else "none")]
     for index, runs in enumerate(drawn):
         numbers.append(("positions" if fixed else f"positions, row {index}", spans([run[:2] for run in runs])))
@@ -218,11 +213,6 @@ def drawn_scheme(key: tuple[Any, ...], name: str) -> dict[str, Any] | None:
     title = f"{scheme}, {tokens(context + prompt)} to {tokens(target)}"
     return {"title": title, "svg": charts.scheme(title, drawn, target, context + prompt, observed, name),
             "numbers": numbers}  # fmt: skip
-
-
-def ids_of(ids: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Stretches of consecutive position ids."""
-    return stretches(np.bincount(ids, minlength=target) > 0)
 
 
 def spans(intervals: Sequence[tuple[int, int]], most: int = 8) -> str:
@@ -240,18 +230,13 @@ def loss_charts(parts: Sequence[tuple[str, Run, Part]]) -> list[tuple[list[str],
         lines = part.losses()
         if len(lines) > 1:
             name += f": {part.about['method']}" if part.about.get("method") else ""
-            points = [
-                Point(line["step"], line["loss"], spoken=f"{name}, step {line['step']:,}: loss {line['loss']:.4f}")
-                for line in charts.thinned(lines, CURVE)
-            ]
-            series.append((name, points))
+            curve = [(line["step"], line["loss"]) for line in charts.thinned(lines, CURVE)]
+            series.append((name, [Point(*p, spoken=f"{name}, step {p[0]:,}: loss {p[1]:.4f}") for p in curve]))
     views = []
     for index, group in enumerate(chunks(series)):
         svg = charts.lines("Training loss", group, ("step", "loss (nats a token)"), f"l{index}")
-        tables = [
-            (name, [(f"{p.x:,.0f}", f"{p.y:.4f}") for p in charts.thinned(points, charts.STOPS)])
-            for name, points in group
-        ]
+        shown = [(name, charts.thinned(points, charts.STOPS)) for name, points in group]
+        tables = [(name, [(f"{p.x:,.0f}", f"{p.y:.4f}") for p in points]) for name, points in shown]
         views.append(([name for name, _ in group], svg, tables))
     return views
 
@@ -284,9 +269,7 @@ def facet_view(facet: Facet, key: str) -> dict[str, Any]:
         "facet": facet,
         "groups": views,
         "columns": [*facet.tasks, *mean],
-        "places": sorted(
-            {(place[0], place[2]) for place in facet.rows}, key=lambda p: ([*facet.methods].index(p[0]), p)
-        ),
+        "places": [(m, length) for m in facet.methods for length in sorted({p[2] for p in facet.rows if p[0] == m})],
         "samples": " to ".join(f"{size:,.0f}" for size in dict.fromkeys([sizes[0], sizes[-1]])) if sizes else "",
         "averages": report_data.averages(facet),
     }

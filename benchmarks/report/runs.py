@@ -7,6 +7,7 @@ verifications, four scorings), or a file of rows alone. Nothing here draws.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -106,10 +107,8 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         parts = [read_part(place) for place in ([path] if path.is_file() else folders(path))]
         parts = [part for part in parts if part.rows or part.losses() or part.about]
         if not parts:
-            raise ValueError(
-                f"a run is a directory that endprompt wrote, or a file of rows: {given} has no results.jsonl, "
-                "log.jsonl or endprompt.json"
-            )
+            lacks = f"{given} has no results.jsonl, log.jsonl or endprompt.json"
+            raise ValueError(f"a run is a directory that endprompt wrote, or a file of rows: {lacks}")
         name = path.resolve().name.removesuffix(".jsonl")
         taken = {run.name for run in runs}
         others = (f"{name} ({what})" for what in (parts[0].kind, *range(2, len(paths) + 2)) if what)
@@ -233,16 +232,13 @@ class Facet:
 def facets(runs: Sequence[Run]) -> list[Facet]:
     """RULER's rows by base and fold, and in each by method; methods of one name are told apart by what differs."""
     columns = ["base", "fold", "model", "method", *APART, "run_sha256", "window", "task", "length", "seed", "value"]
-    every = pd.DataFrame(
-        [
-            row | {"run": run.name, "parts": run.parts, "origin": run.name, "lo": ends[0], "hi": ends[1]}
-            for run in runs
-            for row in run.rows
-            if row["suite"] == "ruler" and row["length"] and (ends := row["ci95"] or (math.nan, math.nan))
-        ],
-        columns=[*columns, "n", "samples_sha256", "run", "parts", "origin", "lo", "hi"],
-        dtype=object,
-    )
+    columns += ["n", "samples_sha256", "run", "parts", "origin", "lo", "hi"]
+    found = []
+    for run in runs:
+        about = {"run": run.name, "parts": run.parts, "origin": run.name}
+        for row in (row for row in run.rows if row["suite"] == "ruler" and row["length"]):
+            found.append(row | about | dict(zip(("lo", "hi"), row["ci95"] or (math.nan, math.nan))))
+    every = pd.DataFrame(found, columns=columns, dtype=object)
     every = every.where(every.notna(), None).astype({"length": int, "value": float, "lo": float, "hi": float})
     return [facet_of(rows) for _, rows in every.groupby(["base", "fold"], sort=False, dropna=False)]
 
@@ -317,8 +313,7 @@ def averages(facet: Facet) -> list[tuple[str, dict[str, float]]]:
 # --------------------------------------------------------------------------------------------------------- comparisons
 
 
-@dataclass
-class Difference:
+class Difference(typing.NamedTuple):
     """other - reference in points of percent; how: what the interval rests on."""
 
     reference: str
@@ -338,11 +333,10 @@ def differences(facet: Facet, reference: str | None) -> list[Difference]:
     or more share their samples; else from the two intervals (Newcombe's hybrid), which knows no pairs.
     """
     chosen = choose_reference(facet, reference)
+    places = itertools.product(facet.methods, facet.lengths, facet.tasks)
     return [
         difference(facet, chosen, label, task, length)
-        for label in facet.methods
-        for length in facet.lengths
-        for task in facet.tasks
+        for label, length, task in places
         if chosen not in (None, label) and {(chosen, task, length), (label, task, length)} <= facet.rows.keys()
     ]
 
@@ -382,13 +376,10 @@ def difference(facet: Facet, first: str, second: str, task: str, length: int) ->
 def scores(row: Row) -> dict[tuple[int, str], float]:
     """{(index, prompt's sha256): score} of a row, from the predictions that its run kept; empty if it kept none."""
     for part in row["parts"]:
-        own = {
-            (entry["index"], entry["prompt_sha256"]): float(entry["score"])
-            for entry in part.predictions
-            if entry["task"] == f"{row['task']}@{row['length']}" and entry.get("run") == row["run_sha256"]
-        }
+        place = f"{row['task']}@{row['length']}", row["run_sha256"]
+        own = [entry for entry in part.predictions if (entry["task"], entry.get("run")) == place]
         if own:
-            return own
+            return {(entry["index"], entry["prompt_sha256"]): float(entry["score"]) for entry in own}
     return {}
 
 
@@ -397,9 +388,7 @@ def others(runs: Iterable[Run]) -> list[Row]:
     columns = (*REQUIRED[:4], "model", "method", "seed", "base", "fold", "comparison", *APART)
     latest: dict[str, Row] = {}
     for run in runs:
-        for row in run.rows:
-            if row["suite"] in ("ruler", "analysis"):
-                continue
+        for row in (row for row in run.rows if row["suite"] not in ("ruler", "analysis")):
             key = json.dumps([run.name] + [row.get(k) for k in columns])
             if key not in latest or (row.get("step") or 0) >= (latest[key].get("step") or 0):
                 latest[key] = row

@@ -44,32 +44,22 @@ def draw(frames: Frames) -> Figure:
     for ax, (_, _, _, part) in zip(axes, chosen):
         means = average(part, ["method"], ["task"]).set_index("method")
         shown.append(means)
-        arms = part.drop_duplicates("method").set_index("method")
-        for name in means.index:
-            arm = arms.loc[name]
-            marker, face, _ = MARKS.get(arm["cue"], ("v", "#444444", ""))
-            color = colors[arm["scaling"]]
-            shift = 0.13 if arm["scaling"] == "yarn" else -0.13
-            y = places.index(lab.arm_of(arm["kind"])) - shift + (0.06 if arm["cue"] == "EP_1" else -0.06)
-            face = face if face == "white" else color
-            ax.hlines(y, means.loc[name, "lo"], means.loc[name, "hi"], color=color, linewidth=0.8)
-            ax.plot(
-                means.loc[name, "value"],
-                y,
-                marker=marker,
-                color=color,
-                markerfacecolor=face,
-                markersize=3.8,
-                linestyle="none",
-                clip_on=False,
-                zorder=3,
-            )
+        columns = ["kind", "cue", "scaling", "window", "fold", "target"]
+        for arm in means.join(part.drop_duplicates("method").set_index("method")[columns]).itertuples():
+            marker, face, _ = MARKS.get(arm.cue, ("v", "#444444", ""))
+            color = colors[arm.scaling]
+            shift = 0.13 if arm.scaling == "yarn" else -0.13
+            y = places.index(lab.arm_of(arm.kind)) - shift + (0.06 if arm.cue == "EP_1" else -0.06)
+            look = {"marker": marker, "color": color, "markerfacecolor": face if face == "white" else color}
+            ax.hlines(y, arm.lo, arm.hi, color=color, linewidth=0.8)
+            ax.plot(arm.value, y, markersize=3.8, linestyle="none", clip_on=False, zorder=3, **look)
         ax.set_xlim(0, 100)
         ax.set_xticks(range(0, 101, 25))
         ax.grid(axis="x")
-        ax.set_title(f"window {arm['window']:.0f}, {arm['fold']:.0f}-fold", fontsize=7)
-        ax.set_xlabel(f"score at {short_length(arm['target'])}, percent")
-    names = [PLACES.get(kind, kind).format(_anchors(rows)) for kind in places]
+        ax.set_title(f"window {arm.window:.0f}, {arm.fold:.0f}-fold", fontsize=7)
+        ax.set_xlabel(f"score at {short_length(arm.target)}, percent")
+    anchors = "/".join(sorted({f"{n:.0f}" for n in rows["anchors"].dropna()})) or "several"
+    names = [PLACES.get(kind, kind).format(anchors) for kind in places]
     axes[0].set_yticks(range(len(places)), names)
     axes[0].set_ylim(len(places) - 0.5, -0.5)
     dots = {
@@ -77,19 +67,11 @@ def draw(frames: Frames) -> Figure:
         for cue, (marker, face, label) in MARKS.items()
         if cue in set(rows["cue"])
     }
-    lines = {
-        lab.scaling_name(scaling): {"color": color, "linewidth": 2.5}
-        for scaling, color in colors.items()
-        if scaling in set(rows["scaling"])
-    }
+    drawn = {scaling: color for scaling, color in colors.items() if scaling in set(rows["scaling"])}
+    lines = {lab.scaling_name(scaling): {"color": color, "linewidth": 2.5} for scaling, color in drawn.items()}
     if not set(rows["cue"]) <= set(MARKS):
         dots["another prompt"] = {"marker": "v", "color": "#444444", "linestyle": "none"}
     fig.legend(handles=lab.handles(dots | lines), loc="outside lower center", ncols=6)
     note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(shown))}"
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, note)
     return fig
-
-
-def _anchors(rows: pd.DataFrame) -> str:
-    numbers = sorted({f"{n:.0f}" for n in rows["anchors"].dropna()})
-    return "/".join(numbers) or "several"

@@ -47,9 +47,8 @@ def draw(frames: Frames) -> Figure:
             ax.plot([low, high], [y + shift] * 2, color=look["color"], linewidth=3, alpha=0.45, solid_capstyle="butt")
             ax.plot(middle, y + shift, markersize=4.5, linestyle="none", **look)
         shares = " / ".join(f"{100 * values.loc[name, within]:.4g}%" for within, _ in BOUNDS.values())
-        ax.annotate(
-            shares, (1, y), (6, 0), textcoords="offset points", va="center", fontsize=6.5, annotation_clip=False
-        )
+        look = {"va": "center", "fontsize": 6.5, "annotation_clip": False}
+        ax.annotate(shares, (1, y), (6, 0), textcoords="offset points", **look)
     ax.axvline(1, color="#222222", linewidth=1)
     ax.set_xscale("log")
     ax.set_xlim(right=1)

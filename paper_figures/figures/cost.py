@@ -22,7 +22,7 @@ def draw(frames: Frames) -> Figure:
             front = pareto(group.means[column], group.means["value"])
             ax.step(front.index, front.to_numpy(), where="post", color="#AAAAAA", linewidth=1, zorder=1)
             style.log_axis(ax, group.means[column], plain)
-    fig.suptitle(scatter.note(frames, points), fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, scatter.note(frames, points))
     return fig
 
 

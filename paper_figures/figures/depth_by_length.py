@@ -24,9 +24,11 @@ SCALINGS = ("linear", "yarn")
 
 
 def draw(frames: Frames) -> Figure:
-    if is_lab(frames["ruler_depth"]):
-        return lab_maps(frames)
-    rows = frames["ruler_depth"].astype({"value": float, "depth": float, "lo": float, "hi": float})
+    rows = frames["ruler_depth"].astype(dict.fromkeys(("value", "depth", "lo", "hi"), float))
+    return lab_maps(lab.tidy(rows)) if is_lab(rows) else maps(rows)
+
+
+def maps(rows: pd.DataFrame) -> Figure:
     methods = ordered_methods(rows)
     means = average(rows, ["method", "length", "depth"], ["task"])
     lengths, depths = sorted(means["length"].unique()), sorted(means["depth"].unique())
@@ -48,10 +50,8 @@ def draw(frames: Frames) -> Figure:
     return fig
 
 
-def lab_maps(frames: Frames) -> Figure:
+def lab_maps(rows: pd.DataFrame) -> Figure:
     """A line of maps for each base, fold and scaling of a lab: the arms that all of its bases and folds have."""
-    rows = frames["ruler_depth"].astype({"value": float, "depth": float, "lo": float, "hi": float})
-    rows = lab.tidy(rows)
     rows = rows[rows["main"] & rows["scaling"].isin(SCALINGS)]
     labels = list(lab.looks(rows))
     groups = [
@@ -84,7 +84,7 @@ def lab_maps(frames: Frames) -> Figure:
     fig.colorbar(image, ax=fig.axes, label="needles found, percent", aspect=30, shrink=0.6).outline.set_visible(False)
     seeds = sorted({f"{seeds:.0f}" for seeds in rows["seeds"]}, key=int)
     note = f"measured here, small scale; needles of three tasks, {' or '.join(seeds)} seeds together"
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, note)
     return fig
 
 
@@ -95,9 +95,8 @@ def heat(ax: Axes, part: pd.DataFrame, lengths: list, depths: list, numbers: boo
     image = ax.imshow(values, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
         if numbers and value == value:
-            ax.text(
-                j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white" if value < 55 else "black"
-            )
+            color = "white" if value < 55 else "black"
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, color=color)
     return image
 
 

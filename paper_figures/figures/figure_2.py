@@ -5,7 +5,6 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from paper_figures import bars
-from paper_figures.averages import scored
 from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import SCALINGS, parse_method
 
@@ -19,13 +18,7 @@ INPUTS = Inputs(
 
 def draw(frames: Frames) -> Figure:
     published = frames["published/figure_2"]
-    measured, notes = {}, {}
-    for suite in bars.SUITES:
-        rows = scored(frames, suite)
-        chosen = wordings(rows["method"].unique(), set(published["x"]))
-        measured[suite] = bars.measured_bars(rows, chosen)
-        notes[suite] = bars.measured_note(rows, chosen)
-    return bars.suite_panels(published, measured, notes)
+    return bars.suite_panels(frames, published, lambda methods: wordings(methods, set(published["x"])))
 
 
 def wordings(methods: list[str], prompts: set[str]) -> dict[str, str]:
@@ -33,9 +26,8 @@ def wordings(methods: list[str], prompts: set[str]) -> dict[str, str]:
 
     Beside the published wordings: no end prompt (`contiguous`, the control) and `recall`, copied from the context.
     """
-    names = (
-        {"contiguous": "none"} | {f"endprompt {prompt}": prompt for prompt in sorted(prompts)} | {"recall": "recall"}
-    )
+    published = {f"endprompt {prompt}": prompt for prompt in sorted(prompts)}
+    names = {"contiguous": "none", **published, "recall": "recall"}
     parsed = {method: parse_method(method) for method in sorted(methods)}
     return {
         name: f"{names[key]}\n{SCALINGS.get(m.scaling, m.scaling)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from paper_figures import bars
-from paper_figures.averages import scored
 from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import SCALINGS, parse_method
 
@@ -27,13 +26,7 @@ ARMS = {
 
 
 def draw(frames: Frames) -> Figure:
-    measured, notes = {}, {}
-    for suite in bars.SUITES:
-        rows = scored(frames, suite)
-        chosen = arms(rows["method"].unique())
-        measured[suite] = bars.measured_bars(rows, chosen)
-        notes[suite] = bars.measured_note(rows, chosen)
-    return bars.suite_panels(frames["published/figure_3"], measured, notes)
+    return bars.suite_panels(frames, frames["published/figure_3"], arms)
 
 
 def arms(methods: list[str]) -> dict[str, str]:

@@ -45,9 +45,8 @@ def draw(frames: Frames) -> Figure:
             least = rows[rows["least"]] if metric == "peak_gib" else rows.iloc[:0]
             grouped_bars(axes[1, column], means, colors, None, set(zip(least["method"], least["length"])))
             if len(least):
-                axes[1, column].set_xlabel(
-                    "≥: taken before AdamW's moments stood beside activations", fontsize=6, color="#555555"
-                )
+                why = "≥: taken before AdamW's moments stood beside activations"
+                axes[1, column].set_xlabel(why, fontsize=6, color="#555555")
             axes[1, column].set_title(f"measured here, {', '.join(rows['device'].unique())}")
             axes[1, column].set_ylabel(measured_label)
     for line in axes:
@@ -68,15 +67,12 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
     metrics = [metric for *_, metric in PANELS.values()]
     if not set(metrics) <= set(rows["metric"]):
         return rows.iloc[:0]
-    rows = rows.assign(
-        device=rows["environment"].map(device_name),
-        time=rows["environment"].map(lambda environment: environment.get("time", "")),  # a task may be run again
-    )
+    times = rows["environment"].map(lambda environment: environment.get("time", ""))  # a task may be run again
+    rows = rows.assign(device=rows["environment"].map(device_name), time=times)
     rows["least"] = peak_is_a_bound(rows)
     keys = ["method", "length", "device", "task", "time", "least"]
-    wide = (
-        rows.pivot_table(index=keys, columns="metric", values="value", aggfunc="last")[metrics].dropna().reset_index()
-    )
+    wide = rows.pivot_table(index=keys, columns="metric", values="value", aggfunc="last")
+    wide = wide[metrics].dropna().reset_index()
     return wide.sort_values("hours_per_1b_tokens").drop_duplicates(["method", "length"])
 
 
@@ -118,7 +114,7 @@ def grouped_bars(
     """Groups by length, one bar a method; published bars that were read off the chart carry the error of reading.
 
     `least`: (method, length) of the bars that are lower bounds.
-    """
+    """  # fmt: skip
     width = 0.8 / len(values)
     for i, name in enumerate(values.index):
         for group, length in enumerate(values.columns):
@@ -126,14 +122,11 @@ def grouped_bars(
             if value != value:
                 continue
             x = group + (i - (len(values) - 1) / 2) * width
-            hatch = style.MEASURED_HATCH if errors is None else None
-            label = name if group == 0 else None
-            ax.bar(x, value, width * 0.92, color=colors[name], hatch=hatch, label=label, zorder=2)
             error = 0.0 if errors is None else errors.loc[name, length]
-            if error:
-                ax.vlines(x, value - error, value + error, color="#222222", linewidth=0.8, zorder=3)
+            look: dict[str, Any] = {"color": colors[name], "hatch": style.MEASURED_HATCH if errors is None else None}
             text = f"≥{value:.1f}" if (name, length) in least else f"{value:.1f}"
-            ax.annotate(text, (x, value + error), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+            ends = (value - error, value + error) if error else None
+            style.bar(ax, x, value, width * 0.92, ends, text, label=name if group == 0 else None, **look)
     ax.set_xticks(range(len(values.columns)), [short_length(length) for length in values.columns])
     ax.tick_params(axis="x", length=0)
     ax.set_ylim(0, float(values.max().max()) * 1.15)

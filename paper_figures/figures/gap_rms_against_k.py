@@ -8,11 +8,8 @@ from paper_figures import style
 from paper_figures.inputs import Frames, Inputs
 
 TITLE = "Predicted RMS error in the gap against the number K of anchors"
-INPUTS = Inputs(
-    files={
-        "computed/gap_rms_against_k": ("base", "anchors", "gap_rms", "target", "context", "prompt", "factor", "sigma")
-    }
-)
+COLUMNS = ("base", "anchors", "gap_rms", "target", "context", "prompt", "factor", "sigma")
+INPUTS = Inputs(files={"computed/gap_rms_against_k": COLUMNS})
 MARKERS = ("o", "s", "^", "D")
 
 
@@ -35,11 +32,8 @@ def draw(frames: Frames) -> Figure:
     highest = table[table["anchors"] == "all"]["gap_rms"].max()
     ax.annotate("every distance observed", (0, highest), (0, 3), textcoords="offset points", fontsize=6.5)
     first = table.iloc[0]
-    ax.set_title(
-        f"{first['context']} + {first['prompt']} tokens in {first['target']}, PI by {first['factor']}, "
-        f"noise {first['sigma']:g}",
-        fontweight="normal",
-        fontsize=6.5,
-    )
+    row = f"{first['context']} + {first['prompt']} tokens in {first['target']}"
+    title = f"{row}, PI by {first['factor']}, noise {first['sigma']:g}"
+    ax.set_title(title, fontweight="normal", fontsize=6.5)
     ax.legend(loc="upper right")
     return fig

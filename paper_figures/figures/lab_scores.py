@@ -42,7 +42,7 @@ def draw(frames: Frames) -> Figure:
             shown.append(means)
     note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(shown))}; "
     note += "hollow, dashed: an end prompt of fixed words"
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, note)
     return fig
 
 

@@ -45,20 +45,16 @@ def draw(frames: Frames) -> Figure:
     fig.legend(handles=keys, loc="outside upper center", ncols=min(4, len(keys)))
     n = sorted({int(v) for v in rows["n"].dropna()})
     samples = f"{n[0]} documents a set; " if len(n) == 1 else f"{n[0]} to {n[-1]} documents a set; " if n else ""
-    fig.supxlabel(
-        f"measured here; {samples}{interval_kind(next(iter(by_set.values())))}", fontsize=6.5, color="#555555"
-    )
+    note = f"measured here; {samples}{interval_kind(next(iter(by_set.values())))}"
+    fig.supxlabel(note, fontsize=6.5, color="#555555")
     return fig
 
 
 def categories(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Averages by method of each category all of whose English sets were run, then the two published averages."""
     run = set(rows["task"])
-    members = {
-        CATEGORIES[category]: rows[rows["task"].isin(names)]
-        for category, names in LONGBENCH.items()
-        if set(names) <= run
-    }
+    whole = {CATEGORIES[category]: names for category, names in LONGBENCH.items() if set(names) <= run}
+    members = {label: rows[rows["task"].isin(names)] for label, names in whole.items()}
     found = {label: average(part, ["method"]) for label, part in members.items()}
     if len(found) == len(LONGBENCH):
         means = [average(part, ["method", "seed"]).assign(task=label) for label, part in members.items()]
@@ -74,16 +70,9 @@ def grouped_bars(ax: Axes, groups: Mapping[str, pd.DataFrame], looks: Mapping[st
         for x, means in enumerate(groups.values()):
             place = x + width * (i - (len(looks) - 1) / 2)
             for value, lo, hi in means.loc[means["method"] == name, ["value", "lo", "hi"]].to_numpy(float):
-                ax.bar(place, value, width=0.92 * width, zorder=2, **look)
-                top = value
-                if lo == lo:
-                    top = min(hi, 100.0)
-                    line = ax.vlines(place, max(lo, 0.0), top, color="#222222", linewidth=0.7, zorder=3)
+                text = f"{value:.0f}" if len(groups) * len(looks) <= NUMBERED else ""
+                if line := style.bar(ax, place, value, 0.92 * width, style.on_scale(lo, hi), text, line=0.7, **look):
                     line.set_path_effects([withStroke(linewidth=1.3, foreground="white")])  # seen on a dark bar too
-                if len(groups) * len(looks) <= NUMBERED:
-                    ax.annotate(
-                        f"{value:.0f}", (place, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6
-                    )
     ax.set_xticks(range(len(groups)), list(groups))
     ax.set_xlim(-0.5, len(groups) - 0.5)
     ax.tick_params(axis="x", length=0)

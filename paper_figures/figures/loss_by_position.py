@@ -37,9 +37,8 @@ def draw(frames: Frames) -> Figure:
         ax.set_xlabel("position, tokens")
     fig.axes[0].set_ylabel("loss, nats a token")
     seeds, texts = rows["seed"].nunique(), int(rows["n"].iloc[0])
-    note = (
-        f"{texts} held-out texts, {seeds} seed{'s' * (seeds > 1)}; shaded: the base's window; higher losses are cut off"
-    )
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    note = f"{texts} held-out texts, {seeds} seed{'s' * (seeds > 1)}; shaded: the base's window; "
+    note += "higher losses are cut off"
+    style.note(fig, note)
     fig.legend(handles=lab.handles(used), loc="outside lower center", ncols=min(5, len(used)))
     return fig

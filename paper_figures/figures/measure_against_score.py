@@ -12,9 +12,8 @@ from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import SCALINGS
 
 TITLE = "Measures of a scaling and a scheme before training against the score, each arm of the lab and of a study"
-INPUTS = Inputs(
-    rows={"analysis": ("metric", "arm", "scaling", "score", "base", "target", "half")}, needs_rows=True, lab="only"
-)
+COLUMNS = ("metric", "arm", "scaling", "score", "base", "target", "half")
+INPUTS = Inputs(rows={"analysis": COLUMNS}, needs_rows=True, lab="only")
 #: Metric -> name of its axis.
 SHOWN = {
     "smoothness": "smoothness constant",
@@ -50,13 +49,12 @@ def draw(frames: Frames) -> Figure:
         axes[0].set_title(f"{short(setting.base)}, to {int(setting.target)}", loc="left", fontsize=7)
     for ax, metric in zip(grid[-1], shown):
         ax.set_xlabel(SHOWN[metric])
-    marks = {
-        SCALINGS.get(s, s): {"marker": m, "color": "#444444"} for s, m in MARKERS.items() if s in set(rows["scaling"])
-    }
+    drawn = [scaling for scaling in MARKERS if scaling in set(rows["scaling"])]
+    marks = {SCALINGS.get(s, s): {"marker": MARKERS[s], "color": "#444444"} for s in drawn}
     handles = [Line2D([], [], color=c, linewidth=2.5, label=lab.place_name(s)) for s, c in colors.items()]
     fig.legend(handles=handles + lab.handles(marks, line=False), loc="outside lower center", ncols=6)
     note = "one point an arm, mean over seeds and tasks; ρ: rank correlation with the score among the arms of a panel"
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, note)
     return fig
 
 

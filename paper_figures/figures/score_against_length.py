@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,7 @@ def draw(frames: Frames) -> Figure:
         fig = by_scaling(rows, means, methods, title)
     else:
         fig = by_task(rows, means, methods, tasks, title)
-    fig.suptitle(caption(rows, means), fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, caption(rows, means))
     return fig
 
 
@@ -130,17 +131,15 @@ def end_labels(ax: Axes, last: list[End], gap: float = 7.0) -> None:
     places = spread([entry[3] for entry in last], gap, 0, 100)
     for (label, color, x, value), place in zip(last, places):
         tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        ax.annotate(
-            f"{label}  {value:.0f}",
-            xy=(x, value),
-            xytext=(1.04, place),
-            textcoords=ax.get_yaxis_transform(),  # beside the axes, at the height of the data
-            va="center",
-            fontsize=6.5,
-            color="#222222",
-            annotation_clip=False,
-            arrowprops=tie,
-        )
+        look: dict[str, Any] = {
+            "va": "center",
+            "fontsize": 6.5,
+            "color": "#222222",
+            "annotation_clip": False,
+            "arrowprops": tie,
+        }
+        beside = ax.get_yaxis_transform()  # beside the axes, at the height of the data
+        ax.annotate(f"{label}  {value:.0f}", (x, value), (1.04, place), textcoords=beside, **look)
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:

@@ -53,6 +53,6 @@ def draw(frames: Frames) -> Figure:
             ax.set_title(f"{heading}; {at}" if ax is axes[0] else at, fontsize=7)
     note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(drawn))}; "
     note += "hollow, dashed: PI"
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, note)
     fig.legend(handles=lab.handles(used), loc="outside lower center", ncols=min(4, len(used)))
     return fig

@@ -36,5 +36,5 @@ def draw(frames: Frames) -> Figure:
         names = ["\n".join([f"{c:.3g}", *(SCALINGS.get(s, s) for s in scalings)]) for c, scalings in constants.items()]
         group.axes[0].set_xticks(constants.index, names)
     note = f"{scatter.note(frames, points)}; ρ: rank correlation"
-    fig.suptitle(note, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    style.note(fig, note)
     return fig

@@ -29,51 +29,38 @@ def published_groups(frame: pd.DataFrame, column: str) -> list[Section]:
     ]
 
 
-def measured_section(rows: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> list[Section]:
+def measured(rows: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> tuple[list[Section], str]:
     """One row a method: for each column the mean of its tasks over all measured lengths, then the average of all tasks.
 
-    A column of which not all tasks were measured stays empty. No section without rows.
+    A column of which not all tasks were measured stays empty. Beside it a note: what the averages cover and their 95%
+    intervals. Without rows of a whole column neither.
     """
-    wanted = {task for tasks in columns.values() for task in tasks}
-    rows = rows[rows["task"].isin(wanted)]
-    measured = set(rows["task"])
+    rows = rows[rows["task"].isin({task for tasks in columns.values() for task in tasks})]
+    whole = {name: tasks for name, tasks in columns.items() if set(tasks) <= set(rows["task"])}
+    if not whole:
+        return [], ""
     by_column = {
         name: average(rows[rows["task"].isin(tasks)], ["method"]).set_index("method")["value"]
-        for name, tasks in columns.items()
-        if set(tasks) <= measured
+        for name, tasks in whole.items()
     }
-    if not by_column:
-        return []
-    whole = average(rows, ["method"]).set_index("method")["value"]
+    means = average(rows, ["method"]).set_index("method")
     lines = []
     for name, method in ordered_methods(rows).items():
         values = [by_column[column].get(name) if column in by_column else None for column in columns]
         origin = "measured: " + "; ".join(dict.fromkeys(rows[rows["method"] == name]["origin"].iloc[[0, -1]]))
-        lines.append(Row(method.label, [*values, whole.get(name)], origin))
-    return [Section(scale_mark(rows) + lengths_of(rows), lines)]
+        lines.append(Row(method.label, [*values, means["value"].get(name)], origin))
+    parts = [
+        f"{one.Index} {one.value:.1f}" + (f" [{one.lo:.1f}, {one.hi:.1f}]" if one.lo == one.lo else "")
+        for one in means.itertuples()
+    ]
+    lengths = ", ".join(map(short_length, sorted(rows["length"].dropna().unique())))
+    note = (
+        f"Measured rows: avg is over the {rows['task'].nunique()} tasks and the lengths measured, not over the "
+        f"published ones. Averages with {interval_kind(means)}: {'; '.join(parts)}."
+    )
+    return [Section(scale_mark(rows) + (f": lengths {lengths}" if lengths else ""), lines)], note
 
 
 def at_length(rows: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """The measured rows at the length of a published table."""
     return rows[rows["length"].isin(published["length"])]
-
-
-def lengths_of(rows: pd.DataFrame) -> str:
-    lengths = sorted(rows["length"].dropna().unique())
-    return ": lengths " + ", ".join(map(short_length, lengths)) if lengths else ""
-
-
-def measured_note(rows: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> str:
-    """What the measured averages cover and their 95% intervals; empty without a measured section."""
-    if not measured_section(rows, columns):
-        return ""
-    rows = rows[rows["task"].isin({task for tasks in columns.values() for task in tasks})]
-    means = average(rows, ["method"])
-    parts = [
-        f"{method} {value:.1f}" + (f" [{lo:.1f}, {hi:.1f}]" if lo == lo else "")
-        for method, value, lo, hi in zip(means["method"], means["value"], means["lo"], means["hi"])
-    ]
-    return (
-        f"Measured rows: avg is over the {rows['task'].nunique()} tasks and the lengths measured, not over the "
-        f"published ones. Averages with {interval_kind(means)}: {'; '.join(parts)}."
-    )

@@ -12,13 +12,7 @@ from paper_figures.averages import scored
 from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import LONGBENCH, RULER, SHORT, TASK_GROUPS
 from paper_figures.table import Table
-from paper_figures.tables.measured import (
-    at_length,
-    measured_note,
-    measured_section,
-    published_groups,
-    published_section,
-)
+from paper_figures.tables.measured import at_length, measured, published_groups, published_section
 
 TASKS = {column: (task,) for column, task in RULER.items()}
 ABLATIONS = "for other base models, extension lengths and numbers of training tokens."
@@ -56,18 +50,11 @@ class Published:
         published, rows = frames[f"published/{self.name}"], scored(frames, self.suite)
         if "length" in self.reads:
             rows = at_length(rows, published)
-        if "group" in self.reads:
-            sections = published_groups(published, self.by)
-        else:
-            sections = [published_section(published, self.by)]
-        return Table(
-            name=self.name,
-            caption=self.caption,
-            first="method",
-            columns=list(published[self.by].unique()),
-            sections=[*sections, *measured_section(rows, self.columns)],
-            note=measured_note(rows, self.columns),
-        )
+        grouped = "group" in self.reads
+        sections = published_groups(published, self.by) if grouped else [published_section(published, self.by)]
+        own, note = measured(rows, self.columns)
+        columns = list(published[self.by].unique())
+        return Table(self.name, self.caption, "method", columns, [*sections, *own], note)
 
 
 def at(number: int, length: str) -> Published:

@@ -17,19 +17,12 @@ def played(monkeypatch, tmp_path):
     notes = {"extend": [], "verify": [], "score": [], "opened": [], "drawn": []}
 
     def row(suite, task, metric, value, config, length, **more):
-        model = config.name if suite == "ruler" else config.checkpoint
-        return results.result_row(
-            suite=suite,
-            task=task,
-            metric=metric,
-            value=value,
-            model=model,
-            seed=0,
-            length=length,
-            method=config.method or config.name,
-            n=2,
-            **more,
-        )
+        about = {
+            "model": config.name if suite == "ruler" else config.checkpoint,
+            "method": config.method or config.name,
+        }
+        about |= {"seed": 0, "n": 2, "length": length, "value": value}
+        return results.result_row(suite=suite, task=task, metric=metric, **about, **more)
 
     def extend(config):
         notes["extend"].append(config)
@@ -44,7 +37,7 @@ def played(monkeypatch, tmp_path):
             for length in config.length_list for k, task in enumerate(config.task_names)
         ]  # fmt: skip
 
-    def play(violated=None, drawn=0, **settings):
+    def play(violated=None, drawn=0, page=False, **settings):
         def draw(command, **_):
             notes["drawn"].append(command)
             return types.SimpleNamespace(returncode=drawn, stderr="endprompt: no font\n")
@@ -65,13 +58,15 @@ def played(monkeypatch, tmp_path):
             (run / "verify" / name).mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(demo, "DOCUMENTS", 4)
         monkeypatch.setattr(demo.report, "show", notes["opened"].append)
+        if not page:
+            monkeypatch.setattr(demo.report, "report", lambda config: demo.Path(config.runs[0], "report.html"))
         return demo.demo(DemoConfig(output=str(run), **settings)), notes, run
 
     return play
 
 
 def test_every_part_gets_the_settings_of_its_arm_and_the_table_shows_the_rows(played, capsys):
-    code, notes, run = played(open=True)
+    code, notes, run = played(open=True, page=True)
     said = capsys.readouterr()
     assert code == 0
     assert [config.output for config in notes["extend"]] == [str(run / name) for name in ("control", "paper", "recall")]
@@ -97,20 +92,20 @@ def test_every_part_gets_the_settings_of_its_arm_and_the_table_shows_the_rows(pl
     assert json.loads((run / "documents.json").read_text()) == {"seed": 0, "documents": 4, "longest": demo.LONGEST}
 
 
-def test_a_violated_bound_is_said_and_is_the_exit_code(played, capsys):
-    code, _, run = played("paper")
+@pytest.mark.parametrize("native", [True, False])
+def test_a_violated_bound_is_the_exit_code_and_bfloat16_is_where_the_processor_has_it(
+    played, monkeypatch, capsys, native
+):
+    """The page is named as a terminal opens it."""
+    monkeypatch.setattr(demo, "bfloat16_matmuls", lambda: native)
+    code, notes, run = played("paper")
     said = capsys.readouterr().err
     assert code == 1 and f"a certified bound is violated: see the rows in {run / 'verify'}" in said
     lines = [line for line in said.splitlines() if "share of pairs" in line]
-    assert [("VIOLATED" in line, "paper" in line) for line in lines] == [(False, False)] * 2 + [(True, True)] + [
-        (False, False)
-    ]
-
-
-def test_the_page_is_named_as_a_terminal_opens_it(played, capsys):
-    _, notes, run = played()
-    assert f"open in a browser: {(run / 'report.html').resolve().as_uri()}\n" in capsys.readouterr().err
-    assert notes["opened"] == []
+    assert ["VIOLATED" in line for line in lines] == ["paper" in line for line in lines] == [False, False, True, False]
+    assert f"open in a browser: {(run / 'report.html').resolve().as_uri()}\n" in said and notes["opened"] == []
+    assert {config.autocast for config in notes["extend"]} == {native}
+    assert ("trained in float32" in said) is not native
 
 
 def test_figures_that_cannot_be_drawn_are_an_error(played):
@@ -126,11 +121,3 @@ def test_arms_differ_only_in_what_they_compare(tmp_path):
         assert {k for k, v in vars(other).items() if v != vars(control)[k]} <= free
     assert (control.scheme, paper.scheme, paper.prompt) == ("contiguous", "endprompt", "EP_1")
     assert control.scaling == paper.scaling == "linear"
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_products_are_in_bfloat16_where_the_processor_has_instructions_for_them(played, monkeypatch, capsys, native):
-    monkeypatch.setattr(demo, "bfloat16_matmuls", lambda: native)
-    _, notes, _ = played()
-    assert {config.autocast for config in notes["extend"]} == {native}
-    assert ("trained in float32" in capsys.readouterr().err) is not native

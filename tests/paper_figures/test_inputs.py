@@ -13,10 +13,12 @@ import pytest
 
 from endprompt import results
 from endprompt.cli import main
-from paper_figures import averages, catalog, inputs, names, pages, questions, style
+from paper_figures import averages, catalog, inputs, names, questions, style
 from paper_figures.figures import bound_against_measured, figure_4
 from paper_figures.figures.score_against_length import spread
+from tests.support import figure_pages as pages
 from tests.support.figures_rows import demo_rows, lab_rows, longbench_rows, row, write_run
+from tests.support.lab_rows import lab_run
 
 PUBLISHED = inputs.DATA / "published"
 
@@ -29,18 +31,8 @@ def figures(*arguments):
 
 
 def test_rows_that_a_run_writes_can_be_read(tmp_path):
-    made = results.result_row(
-        suite="ruler",
-        task="vt",
-        length=512,
-        metric="m",
-        value=40.0,
-        ci95=[30, 51],
-        n=50,
-        model="m",
-        method="base",
-        seed=3,
-    )
+    about = {"suite": "ruler", "task": "vt", "metric": "m", "model": "m", "method": "base", "seed": 3, "length": 512}
+    made = results.result_row(value=40.0, ci95=[30, 51], n=50, **about)
     results.append_rows(tmp_path / "results.jsonl", [made])
     frame = inputs.read_results([tmp_path])
     assert frame.loc[0, ["value", "lo", "hi", "seed"]].tolist() == [40.0, 30.0, 51.0, 3]
@@ -118,9 +110,7 @@ def test_without_only_what_has_no_data_is_listed(tmp_path, capsys, monkeypatch):
 
 
 def test_a_figure_whose_rows_lack_a_column_names_it(tmp_path, capsys):
-    from tests.support.lab_rows import lab_run
-
-    path = lab_run(tmp_path) / "results.jsonl"
+    path = lab_run(tmp_path, bases=((256, 8),), seeds=(0,)) / "results.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "train_tokens": None}) + "\n" for row in rows))
     message = refused(capsys, "--only", "cost", "--results", path.parent, "--output", tmp_path / "out")
@@ -150,21 +140,20 @@ def test_rows_of_one_method_under_two_conditions_are_told_apart():
 
 
 def test_readme_is_current():
-    assert (pages.HERE / "README.md").read_text() == pages.readme(), "run python -m paper_figures.pages"
+    assert (pages.HERE / "README.md").read_text() == pages.readme(), "run python -m tests.support.figure_pages"
 
 
 def test_the_lab_page_is_current():
     """Written from the committed verdicts, and not there without them."""
     frames, page = pages.lab_frames(), pages.HERE / "LAB.md"
     assert page.is_file() == (frames is not None)
-    assert frames is None or page.read_text() == pages.lab_page(frames), "run python -m paper_figures.pages"
+    assert frames is None or page.read_text() == pages.lab_page(frames), "run python -m tests.support.figure_pages"
 
 
 def test_the_lab_page_says_what_the_verdicts_say(tmp_path):
     from benchmarks.lab import verdicts
-    from tests.support.lab_rows import lab_run
 
-    rows = verdicts.write(lab_run(tmp_path, bases=((256, 8), (256, 32))))
+    rows = verdicts.write(lab_run(tmp_path, bases=((256, 8), (256, 32)), seeds=(0, 1)))
     frames = inputs.load(questions.INPUTS, inputs.read_results([tmp_path]))
     text = pages.lab_page(frames)
     for said in rows:
@@ -183,10 +172,8 @@ def test_the_lab_page_says_what_the_verdicts_say(tmp_path):
 
 
 def test_a_lab_beside_other_rows_goes_to_its_own_figures(tmp_path):
-    from tests.support.lab_rows import lab_run
-
     write_run(tmp_path / "demo", demo_rows(window=256))
-    lab_run(tmp_path / "lab", bases=((256, 8), (256, 32)))
+    lab_run(tmp_path / "lab", bases=((256, 8), (256, 32)), seeds=(0,))
     rows = inputs.read_results([tmp_path / "demo", tmp_path / "lab"])
 
     def arms(name):
@@ -232,16 +219,19 @@ def test_an_interval_at_the_border_stays_one_sided():
     assert (mean["lo"], mean["hi"]) == pytest.approx((95, 100))
 
 
-@pytest.mark.parametrize(
-    ("name", "fewer"),
-    [("anchor_place", 8), ("cost", 32), ("lab_scores", 8), ("score_against_steps", 32),
-     ("smoothness_against_score", 32)],
-)  # fmt: skip
-def test_captions_of_the_lab_tell_the_least_and_the_most_seeds(name, fewer, tmp_path):
-    """Whichever base and fold is drawn last, or, where one alone has several lengths of training, which scaling."""
-    from tests.support.lab_rows import lab_run
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Rows of a lab, made once."""
+    folder = tmp_path_factory.mktemp("lab")
+    return inputs.read_results([lab_run(folder, bases=((256, 8), (256, 32)), seeds=(0, 1, 2))])
 
-    rows = inputs.read_results([lab_run(tmp_path, bases=((256, 8), (256, 32)), seeds=(0, 1, 2))])
+
+@pytest.mark.parametrize(
+    ("name", "fewer"), [("anchor_place", 8), ("lab_scores", 8), ("score_against_steps", 32), ("cost", 32)]
+)
+def test_captions_of_the_lab_tell_the_least_and_the_most_seeds(name, fewer, lab):
+    """Whichever base and fold is drawn last, or, where one alone has several lengths of training, which scaling."""
+    rows = lab
     scaling = {8: "linear", 32: "yarn"}[fewer]
     chosen = rows["scaling"] == scaling if name == "score_against_steps" else rows["fold"] == fewer
     rows = rows[~chosen | (rows["seed"] != 2)]
@@ -314,15 +304,16 @@ def test_method_names(method, arm, label):
     assert (parsed.arm, parsed.label) == (arm, label)
 
 
-def test_figures_keep_the_rows_that_they_read(tmp_path):
+def test_figures_keep_the_rows_that_they_read(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", demo_rows())
     (run / "environment.json").write_text('{"revision": "abc-dirty"}')
-    paths = catalog.make("figure_3", inputs.read_results([run]), tmp_path / "out")
-    kept = pd.read_csv(paths[-1])
-    assert [path.name for path in paths] == ["figure_3.pdf", "figure_3.png", "figure_3.rows.csv"]
+    monkeypatch.setattr(style, "save", lambda fig, stem: [stem.with_suffix(".pdf")])
+    pdf, rows = catalog.make("figure_3", inputs.read_results([run]), tmp_path / "out")
+    kept = pd.read_csv(rows)
+    assert (pdf.name, rows.name) == ("figure_3.pdf", "figure_3.rows.csv")
     assert len(kept) == 64 and set(kept["revision"]) == {"abc-dirty"}
     assert kept["origin"].iloc[-1].endswith("results.jsonl, line 64")
-    assert len(catalog.make("figure_3", inputs.read_results([]), tmp_path / "published")) == 2
+    assert len(catalog.make("figure_3", inputs.read_results([]), tmp_path / "published")) == 1
 
 
 def test_depths_of_a_scoring_run_are_read(tmp_path):
@@ -457,6 +448,6 @@ def test_figures_work_as_files_alone(tmp_path):
     run = write_run(tmp_path / "my run", demo_rows(haystack="noise"))
     with open(run / "results.jsonl", "a") as file:
         file.write("\n" + json.dumps({**row("base", "mmlu", None, 30.0, suite="short"), "extra": [1, 2]}) + "\n")
-    chosen = ("--only", "score_against_length", "table_5")
-    assert figures("--results", run, "--output", tmp_path / "my figures", *chosen) == 0
-    assert (tmp_path / "my figures" / "score_against_length.pdf").stat().st_size > 10_000
+    assert figures("--results", run, "--output", tmp_path / "my figures", "--only", "figure_3", "table_5") == 0
+    assert (tmp_path / "my figures" / "figure_3.pdf").stat().st_size > 10_000
+    assert "30.00" in (tmp_path / "my figures" / "table_5.csv").read_text()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from analysis.predict import MEASURES
 from benchmarks.lab.theory import LATER, SETS
-from paper_figures import catalog, pages
+from paper_figures import catalog
 from paper_figures.inputs import read_results
+from tests.support import figure_pages as pages
 from tests.support.lab_rows import packed_rows
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.lab import estimates, verdicts
 from benchmarks.lab.arms import Arm, arms_of
-from paper_figures import pages
+from tests.support import figure_pages as pages
 
 FIGURES = Path(__file__).resolve().parents[2] / "paper_figures"
 ROWS = FIGURES / "data" / "measured" / "pages"

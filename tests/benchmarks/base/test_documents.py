@@ -86,7 +86,7 @@ def test_tokenizer_spells_digits_singly_and_adds_nothing(trained):
 @pytest.mark.parametrize("tokens", [160, 256, 700])
 def test_length_is_exact_and_tokens_concatenate(kind, tokens, trained, sample_prose):
     rng = np.random.default_rng(tokens)
-    for _ in range(12):
+    for _ in range(6):
         made = document(kind, tokens, trained, rng, prose=sample_prose, words=WORDS)
         text, completion = trained(made["text"]).input_ids, trained(made["completion"]).input_ids
         assert text + completion == trained(made["text"] + made["completion"]).input_ids
@@ -121,7 +121,7 @@ def test_answer_follows_from_the_text(kind, trained, sample_prose):
 def test_needle_depth_and_prompt_length_cover_their_ranges(trained, sample_prose):
     rng = np.random.default_rng(5)
     depths, lengths = [], []
-    for _ in range(300):
+    for _ in range(100):
         text = document("niah_single_1", 512, trained, rng, prose=sample_prose, words=WORDS)["text"]
         prompt = text[text.index("A special magic number") :]
         lengths.append(len(trained(prompt).input_ids))
@@ -129,7 +129,7 @@ def test_needle_depth_and_prompt_length_cover_their_ranges(trained, sample_prose
         depths.append([line == NOISE for line in context].index(False) / (len(context) - 1))
     assert min(lengths) < 180 and max(lengths) > 470
     quarters = np.histogram(lengths, bins=4, range=(128, 512))[0]
-    assert quarters.min() > 40  # 75 expected, standard deviation 7.5
+    assert quarters.min() > 10  # 25 expected, standard deviation 4.3
     assert 0.3 < np.mean(depths) < 0.55 and min(depths) == 0  # a needle never follows the last noise line
 
 
@@ -150,9 +150,10 @@ def test_halves_of_the_sample_share_no_sentence():
     assert min(sum(map(len, training)), sum(map(len, haystack))) > 200_000
 
 
-def test_written_documents_repeat_with_the_seed(trained, tmp_path):
+def test_written_documents_repeat_with_the_seed(trained, sample_prose, tmp_path):
     first, again, other = (
-        write_documents(tmp_path / name, 30, trained, seed, 256, words=WORDS) for name, seed in zip("abc", (1, 1, 2))
+        write_documents(tmp_path / name, 20, trained, seed, 256, words=WORDS, prose=sample_prose)
+        for name, seed in zip("abc", (1, 1, 2))
     )
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
     for line in first.read_text(encoding="utf-8").splitlines():

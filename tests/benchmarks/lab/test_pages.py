@@ -158,6 +158,7 @@ def runs(rows, again, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "column", "section", "end"),
     [("10-19", 1, "### Other seeds", "## LongLoRA"), ("again", 0, "### The same seeds", "### Other seeds")],
@@ -240,6 +241,7 @@ def test_what_determinism_costs_is_that_of_the_rows(rows, again):
     assert f"{spent[0] / spent[1]:.2f} times as long" in text and f"{spent[0]:,.0f} against {spent[1]:,.0f}" in text
 
 
+@pytest.mark.slow
 def test_the_whole_preset_was_run_twice_with_the_same_rows_and_verdicts(again, runs, tmp_path):
     """Every column of every row, but how long it took; the estimates that differ are those of seconds."""
     more = packed_rows(ROOT / "paper_figures" / "data" / "measured" / "pages" / "lab_once_more.jsonl.gz")

@@ -9,8 +9,8 @@ import pytest
 from analysis import predict
 from benchmarks.lab import theory
 from benchmarks.lab.arms import Arm
-from paper_figures import pages
 from tests.benchmarks.lab.test_pages import MEASURED, packed_rows
+from tests.support import figure_pages as pages
 from tests.support import measures_page
 
 #: (base, window, fold) of the lab's four settings and of the study.

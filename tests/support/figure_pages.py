@@ -1,4 +1,4 @@
-"""What the package's pages take from what it draws and finds: `python -m paper_figures.pages` writes it into them.
+"""What the pages of paper_figures take from its figures and findings: `python -m tests.support.figure_pages` writes it.
 
 Such a part stands between two marks, `<!-- NAME -->` and `<!-- end of NAME -->`; all other text is the page's own.
 """
@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import paper_figures
 from paper_figures import audit, catalog, questions
 from paper_figures.inputs import DATA, SHOWN, Frames, load, read_results
+from paper_figures.names import SAID_BY, SCALINGS
 
-HERE = Path(__file__).resolve().parent
-SAID_BY = {"paper": "the paper", "prototypes": "our prototypes", "theory": "the theory", "aim": "our aim"}
+HERE = Path(paper_figures.__file__).resolve().parent
 
 
 def renewed(name: str, parts: Mapping[str, Sequence[str]]) -> str:
@@ -44,11 +45,7 @@ def _listing() -> Iterable[Sequence[str]]:
             first = ("", "")
         for suite, extras in module.INPUTS.rows.items():
             need = "rows" if module.INPUTS.needs_rows else "if any, rows"
-            yield (
-                *first,
-                f"{need} of suite `{suite}`",
-                ", ".join((*SHOWN, *extras)),
-            )
+            yield *first, f"{need} of suite `{suite}`", ", ".join((*SHOWN, *extras))
             first = ("", "")
 
 
@@ -76,10 +73,10 @@ def audit_page() -> str:
 
 def lab_page(frames: Frames) -> str:
     """LAB.md: what the lab's rows say to each question, against the paper and against our own prototypes."""
-    said = {number: questions.findings(frames, number) for number in questions.QUESTIONS}
+    said = {number: findings(frames, number) for number in questions.QUESTIONS}
     every = [finding for found in said.values() for finding in found]
     counted = (
-        (SAID_BY[who], *(str(sum(f[0] == who and f[3] == word for f in every)) for word in questions.HOLDS.values()))
+        (SAID_BY[who], *(str(sum(f[0] == who and f[3] == word for f in every)) for word in HOLDS.values()))
         for who in dict.fromkeys(f[0] for f in every)
     )
     parts = {"claims": table(("claims of", "hold", "do not hold", "not decided"), counted)}
@@ -87,13 +84,51 @@ def lab_page(frames: Frames) -> str:
         parts[f"claims of question {number}"] = [
             f"- {shown}; the claim of {SAID_BY[who]}, that {claim}: **{holds}**." for who, claim, shown, holds in found
         ]
-        lines = [
-            line
-            for heading, heads, body in questions.side_by_side(frames, number)
-            for line in ("", f"{heading}:", "", *table(heads, body))
-        ]
+        lines: list[str] = []
+        for heading, heads, body in side_by_side(frames, number):
+            lines += ["", f"{heading}:", "", *table(heads, body)]
         parts[f"estimates of question {number}"] = lines[1:]
     return renewed("LAB.md", parts)
+
+
+def findings(frames: Frames, number: int) -> list[tuple[str, str, str, str]]:
+    """(said by, claim, what was found, whether it holds) of each claim; the second and third make its sentence."""
+    return [
+        (row["source"], row["claim"], row["sentence"].partition("; this ")[0], HOLDS[row["agrees"]])
+        for row in questions.claims(frames, number).to_dict("records")
+    ]
+
+
+HOLDS = {"agrees": "holds", "does not agree": "does not hold", "not decided": "not decided"}
+
+
+def side_by_side(frames: Frames, number: int) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(heading, heads, lines) for each base and fold: a line for two arms that are compared, a column a scaling."""
+    rows = questions.estimates(frames, number)
+    found = []
+    for (base, fold), group in rows.groupby(["base", "fold"], sort=False, dropna=False):
+        several = group["scaling"].nunique() > 1
+        scalings = list(dict.fromkeys(group["scaling"]))
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for row in group[~group["metric"].str.startswith("score_by")].to_dict("records"):
+            key = (questions.kind(row), " against ".join(questions.names(row)))
+            lines.setdefault(key, {})[row["scaling"]] = cell(row)
+        heads = ["compared", "arms", *(SCALINGS.get(s, "all" if s == "all" else s) for s in scalings)]
+        body = [[*key, *(cells.get(s, "") for s in scalings)] for key, cells in lines.items()]
+        target = "" if base == "all" else f", {fold:.0f}-fold to {group['target'].iloc[0]:.0f}"
+        where = "All bases and folds" if base == "all" else f"Base {base}{target}"
+        seeds = sorted({f"{n:.0f}" for n in group["n"]}, key=int)
+        count = seeds[0] if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        if lines:
+            found.append((f"{where}, {count} seeds", heads if several else [*heads[:2], "estimate"], body))
+    return found
+
+
+def cell(row: dict) -> str:
+    """`+6.0 [+4.0, +8.0] helps`"""
+    low, high = (questions.number(row[key], questions.digits_of(row)) for key in ("lo", "hi"))
+    span = f" [{low}, {high}]" if low else ""
+    return f"{questions.number(row['value'], questions.digits_of(row))}{span} {row['verdict']}"
 
 
 def lab_frames() -> Frames | None:
