@@ -1,4 +1,4 @@
-"""The audit against other routes: numbers worked out by hand, float arithmetic in pandas, linear programming, and
+"""The audit against other routes: numbers worked out by hand, float arithmetic in pandas, and
 altered tables. A finding must be there where it is due, and nowhere else."""
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.optimize import linprog
 
 from endprompt.cli import main
 from paper_figures import audit, inputs
@@ -120,26 +119,11 @@ def test_which_averages_do_not_follow(found):
 
 
 def test_no_common_weighting_gives_the_averages_of_table_2(found):
-    """Linear programme: weights >= 0 that sum to one and give all averages within rounding do not exist."""
+    """Rows that differ by a constant would have averages that differ by it, whatever the weights."""
     frame = table(2).pivot(index="method", columns="category", values="score")
-    averages = frame.pop("avg")
-
-    def feasible(methods):
-        rows = frame.loc[methods].to_numpy()
-        bounds = averages[methods].to_numpy()
-        slack = 0.01  # 0.005 of the average, 0.005 of the columns
-        result = linprog(
-            np.zeros(rows.shape[1]),
-            A_ub=np.vstack([rows, -rows]),
-            b_ub=np.concatenate([bounds + slack, -bounds + slack]),
-            A_eq=np.ones((1, rows.shape[1])),
-            b_eq=[1],
-        )
-        return result.status == 0
-
-    assert feasible(["EndPrompt"]) and feasible(["LCEG"])  # one row alone always has some weighting
-    assert not feasible(["LCEG", "LongLoRA"]) and not feasible(["LCEG", "Full FT"])
-    for method, printed, constant in (("LongLoRA", 0.23, -1.0), ("Full FT", -0.98, 1.0)):
+    for method, constant, printed in (("LongLoRA", -1.0, 0.23), ("Full FT", 1.0, -0.98)):
+        apart = frame.loc[method] - frame.loc["LCEG"]
+        assert apart.drop("avg").to_numpy() == pytest.approx(constant) and apart["avg"] == pytest.approx(printed)
         f = only(found, table="Table 2", row=method, rule="avg - avg of LCEG")
         assert (f["printed"], f["recomputed"], f["verdict"]) == (printed, constant, "does not follow")
 

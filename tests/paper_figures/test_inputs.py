@@ -76,11 +76,6 @@ def test_every_figure_has_a_file_and_its_data():
     assert {path.stem for path in (pages.HERE / "figures").glob("*.py")} - {"__init__"} == set(catalog.FIGURES)
 
 
-def test_samples_of_another_seed_or_task_may_differ(tmp_path):
-    run = write_run(tmp_path / "run", demo_rows(seeds=(0, 1)))
-    assert figures("--results", run, "--output", tmp_path / "out", "--only", "table_1") == 0
-
-
 def test_a_directory_without_results_is_named(tmp_path, capsys):
     assert f"{tmp_path / 'results.jsonl'}: no such file" in refused(capsys, "--results", tmp_path)
     assert "no such file" in refused(capsys, "--results", tmp_path / "absent")
@@ -323,9 +318,7 @@ def test_depths_of_a_scoring_run_are_read(tmp_path):
     frames = inputs.load(catalog.module("depth_by_length").INPUTS, inputs.read_results([run]))
     assert frames["ruler_depth"][["length", "depth", "value"]].to_numpy().tolist() == [[512, 15, 40]]
     (run / "depth.jsonl").write_text(json.dumps(cell) + "\n")
-    with pytest.raises(
-        ValueError, match=r"depth.jsonl, line 1: a row of results must have the columns \['depth_from', 'depth_to'\]"
-    ):
+    with pytest.raises(ValueError, match=r"depth.jsonl, line 1: .* must have the columns \['depth_from', 'depth_to'\]"):
         inputs.read_results([run])
 
 
@@ -381,9 +374,8 @@ def test_longbench_bars_show_the_averages_of_the_scoring_run(tmp_path):
     # half-widths of 5 a set: a category of k sets has 5 / sqrt(k), their mean the root of the squares' sum over 6
     assert half == pytest.approx((4 * 25 / 3 + 2 * 25 / 2) ** 0.5 / 6)
     fewer = [row for row in rows if row["task"] != "lcc"]
-    shown = module.categories(
-        inputs.load(module.INPUTS, inputs.read_results([write_run(tmp_path / "fewer", fewer)]))["longbench"]
-    )
+    frames = inputs.load(module.INPUTS, inputs.read_results([write_run(tmp_path / "fewer", fewer)]))
+    shown = module.categories(frames["longbench"])
     assert list(shown) == [label for category, label in module.CATEGORIES.items() if category != "code"]
 
 

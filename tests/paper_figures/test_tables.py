@@ -52,7 +52,7 @@ def scored(folder, suite, task, length, value, seed=0):
     results.append_rows(folder / "results.jsonl", [row])
 
 
-@pytest.mark.parametrize(("number", "length"), [(6, 4096), (7, 8192), (8, 16384), (9, 32768)])
+@pytest.mark.parametrize(("number", "length"), [(6, 4096), (9, 32768)])
 def test_a_table_of_one_length_takes_our_rows_of_that_length_alone(number, length, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -89,7 +89,5 @@ def test_groups_and_short_tasks_have_the_columns_of_their_tables(tmp_path):
     for place, task in enumerate(SHORT):
         scored(run, "short", task, None, 10.0 * place)
     third, fifth = written(3, tmp_path, [run]).iloc[-1], written(5, tmp_path, [run]).iloc[-1]
-    assert {name: float(third[name]) for name in TASK_GROUPS} == {
-        name: 60.0 if name == "niah_single" else 90.0 for name in TASK_GROUPS
-    }
+    assert [float(third[name]) for name in TASK_GROUPS] == [60.0 if n == "niah_single" else 90.0 for n in TASK_GROUPS]
     assert [float(fifth[task]) for task in SHORT] == [0, 10, 20, 30]

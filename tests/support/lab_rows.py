@@ -55,17 +55,8 @@ class Made:
     def method(self) -> str:
         if self.scheme == "base":
             return "base" if self.scaling == "none" else f"untrained+{self.scaling}"
-        first = (
-            "longlora"
-            if self.longlora
-            else (
-                f"full{self.tag}"
-                if self.full
-                else f"anchors{self.anchors}"
-                if self.scheme == "anchors"
-                else self.scheme
-            )
-        )
+        first = f"anchors{self.anchors}" if self.scheme == "anchors" else self.scheme
+        first = "longlora" if self.longlora else f"full{self.tag}" if self.full else first
         return "+".join(part for part in (first, "" if self.prompt == "none" else self.prompt, self.scaling) if part)
 
 

@@ -23,14 +23,8 @@ LENGTHS, TASKS = (256, 2048), ("niah_single_1", "vt")
 
 
 def ruler_row(task, length, value, method, **extra):
-    values = {
-        "model": method,
-        "seed": 0,
-        "n": 4,
-        "samples_sha256": f"{task}{length}",
-        "run_sha256": method,
-        "ci": "wilson",
-    }
+    values = {"model": method, "seed": 0, "n": 4, "run_sha256": method, "ci": "wilson"}
+    values |= {"samples_sha256": f"{task}{length}"}
     interval = (max(0.0, value - 20), min(100.0, value + 15))
     return result_row(
         suite="ruler", task=task, metric="string_match_all", value=value, ci95=interval, length=length, method=method,
@@ -49,14 +43,8 @@ def write_scoring(directory: Path, method: str, hits: dict[tuple[str, int], list
     ]  # fmt: skip
     append_rows(directory / "predictions.jsonl", entries)
     depth = [
-        {
-            "method": method,
-            "length": length,
-            "depth_from": 10.0 * k,
-            "depth_to": 10.0 * k + 10,
-            "value": 10.0 * k,
-            "n": 3,
-        }
+        {"method": method, "length": length, "n": 3}
+        | {"depth_from": 10.0 * k, "depth_to": 10.0 * k + 10, "value": 10.0 * k}
         for length in LENGTHS
         for k in range(0, 10, 2 if length == 256 else 1)
     ]

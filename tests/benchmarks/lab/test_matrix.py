@@ -140,12 +140,7 @@ def test_damaged_samples_of_the_cache_are_named(tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("only", "count"),
-    [
-        (["arm=cue*"], 6),
-        (["arm=cue*", "seed=1"], 3),
-        (["question=6,7"], 6),
-        (["base=256", "fold=8"], 16),
-    ],
+    [(["arm=cue*"], 6), (["arm=cue*", "seed=1"], 3), (["question=6,7"], 6), (["base=256", "fold=8"], 16)],
 )
 def test_only_takes_the_cells_that_hold_all_conditions(only, count):
     assert len(matrix.chosen(made(), only)) == count

@@ -29,6 +29,7 @@ from endprompt.model import load_tokenizer
 from endprompt.results import read_rows
 from endprompt.runs import RunDirectory
 from tests.support.processes import Forked, forked_workers
+from tests.support.runs import lines_of
 
 MATRIX = {
     "seeds": [0, 1],
@@ -142,12 +143,8 @@ def test_rows_carry_what_the_answers_need(run):
     rows = [row for row in read_rows(folder / "run" / "results.jsonl") if row["arm"] == "recall+yarn"]
     one = next(row for row in rows if row["suite"] == "ruler" and row["length"] == 512)
     assert (one["base"], one["window"], one["target"], one["fold"]) == (str(folder / "base"), 256, 512, 2)
-    assert (one["method"], one["scheme"], one["prompt"], one["prompt_weight"]) == (
-        "endprompt+recall+yarn",
-        "endprompt",
-        "recall",
-        1.0,
-    )
+    method = (one["method"], one["scheme"], one["prompt"], one["prompt_weight"])
+    assert method == ("endprompt+recall+yarn", "endprompt", "recall", 1.0)
     assert one["train_tokens"] == 2 * 2 * 256 and one["gpu_seconds"] > 0 and one["text_whole"] is True
     # YaRN keeps the highest frequency, 1 radian a token, and scales queries and keys by 0.1 ln 2 + 1
     assert one["bernstein_constant"] == pytest.approx((0.1 * np.log(2) + 1) ** 2)
@@ -156,10 +153,7 @@ def test_rows_carry_what_the_answers_need(run):
     assert share["metric"] == "share_within_bounds" and share["value"] == 100.0 and share["seed"] == 0
     losses = {row["length"]: row["value"] for row in rows if row["task"] == "loss" and row["seed"] == 0}
     assert losses.keys() == {256, 512} and all(abs(value - np.log(4096)) < 0.5 for value in losses.values())
-    arms = arms_of(
-        read_rows(folder / "run" / "results.jsonl"),
-        [json.loads(line) for line in (folder / "run" / "scores.jsonl").read_text().splitlines()],
-    )
+    arms = arms_of(read_rows(folder / "run" / "results.jsonl"), lines_of(folder / "run" / "scores.jsonl"))
     recall = next(arm for arm in arms if arm.name == "recall+yarn")
     assert set(recall.scores) == {256, 512} and set(recall.samples) == {(n, s) for n in (256, 512) for s in (0, 1)}
 
@@ -167,7 +161,7 @@ def test_rows_carry_what_the_answers_need(run):
 def test_scores_by_depth_are_those_of_the_samples_at_that_depth(run):
     """Each needle of the samples, made anew, counted by hand into the tenth of the context where it stands."""
     folder = run[0]
-    rows = [json.loads(line) for line in (folder / "run" / "depth.jsonl").read_text().splitlines()]
+    rows = lines_of(folder / "run" / "depth.jsonl")
     mine = [row for row in rows if row["arm"] == "recall+yarn" and row["length"] == 512]
     tokenizer = load_tokenizer(folder / "base")
     options = {"max_new_tokens": 30, "shots": 0, "hops": 3, "edition": "lab-2026"}
@@ -176,10 +170,9 @@ def test_scores_by_depth_are_those_of_the_samples_at_that_depth(run):
         for seed in (1000, 1001)
         for sample in ruler.build_samples("niah_single_1", 512, tokenizer, 2, seed, **options)
     ]
-    assert {(row["depth_from"], row["n"]) for row in mine} == set(
-        collections.Counter(float(depth // 10 * 10) for depth in depths).items()
-    )
-    lines = [json.loads(line) for line in (folder / "run" / "scores.jsonl").read_text().splitlines()]
+    tenths = collections.Counter(float(depth // 10 * 10) for depth in depths)
+    assert {(row["depth_from"], row["n"]) for row in mine} == set(tenths.items())
+    lines = lines_of(folder / "run" / "scores.jsonl")
     scores = [line["scores"] for line in lines if (line["task"], line["length"]) == ("niah_single_1", 512)]
     assert len(scores) == 4 and all(row["seeds"] == 2 and row["seed"] is None for row in mine)
     found = sum(row["value"] * row["n"] for row in rows if row["length"] == 512)
@@ -192,9 +185,8 @@ def test_samples_are_ruler_s_own_and_the_same_for_all_arms(run):
     hashes = {(row["task"], row["length"], row["seed"], row["samples_sha256"]) for row in rows}
     assert len(hashes) == 2 * 2 * 2
     tokenizer = load_tokenizer(folder / "base")
-    expected = ruler.build_samples(
-        "vt", 512, tokenizer, 2, 1001, max_new_tokens=30, shots=0, hops=3, edition="lab-2026"
-    )
+    options = {"max_new_tokens": 30, "shots": 0, "hops": 3, "edition": "lab-2026"}
+    expected = ruler.build_samples("vt", 512, tokenizer, 2, 1001, **options)
     assert ("vt", 512, 1, samples_sha256(expected)) in hashes
 
 
@@ -204,10 +196,8 @@ def test_documents_are_of_one_row_each(run):
     shard = read_shard(part.path(lab_config(run).cache_directory))
     assert set(shard.lengths) == {256} and len(shard) == cell.documents == 6
     tokenizer = load_tokenizer(run[0] / "base")
-    again = documents.write_documents(
-        run[0] / "again.jsonl", 6, tokenizer, 1001, 256, material.MIXTURE, longest=cell.longest
-    )
-    first = json.loads(again.read_text().splitlines()[0])
+    about = (6, tokenizer, 1001, 256, material.MIXTURE)
+    first = lines_of(documents.write_documents(run[0] / "again.jsonl", *about, longest=cell.longest))[0]
     ids = tokenizer(first["text"] + first["completion"], add_special_tokens=False)["input_ids"]
     assert shard.tokens[:256].tolist() == ids
 
@@ -245,7 +235,7 @@ def test_what_is_finished_is_not_done_again(run, capsys):
 def test_cells_of_another_determinism_are_counted(run, tmp_path):
     cells = cells_of(lab_config(run))
     path = tmp_path / "results.jsonl"
-    rows = [json.loads(line) for line in (run[0] / "run" / "results.jsonl").read_text().splitlines()]
+    rows = lines_of(run[0] / "run" / "results.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = runner.finished(path, cells)
     trained = {row["cell"] for row in rows if row.get("train_tokens")}
@@ -284,7 +274,7 @@ def test_overwrite_drops_the_rows_of_the_chosen_cells_only(run, tmp_path):
     assert runner.tidy(tmp_path, chosen, overwrite=True) == set()
     left = {(row["arm"], row["seed"]) for row in read_rows(tmp_path / "results.jsonl")}
     assert left == {("base+none", 0), ("base+none", 1), ("recall+yarn", 1), ("broken+linear", 0)}
-    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path / "scores.jsonl")
     assert {(line["arm"], line["seed"]) for line in lines} == left - {("broken+linear", 0)}
 
 
