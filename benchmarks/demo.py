@@ -147,18 +147,10 @@ def arm_config(arm: Arm, output: Path, data: Path, config: DemoConfig) -> Extend
 
 def verify_config(name: str, path: Path, run: Path, terminal: int) -> VerifyConfig:
     """terminal: tokens of the end prompt that the arm was trained with, 0 for the control."""
-    return VerifyConfig(
-        checkpoint=str(path),
-        against=None if name == "base" else str(BASE),
-        target=TARGET,
-        scheme="endprompt" if terminal else "contiguous",
-        context=WINDOW - terminal,
-        prompt=terminal,
-        pairs=64,
-        output=str(run / "verify" / name),
-        method=checkpoint.method_of(score_config(name, path, run, LENGTHS, DemoConfig())),
-        formats=("png",),
-    )
+    method = checkpoint.method_of(score_config(name, path, run, LENGTHS, DemoConfig()))
+    row: dict[str, Any] = {"scheme": "endprompt" if terminal else "contiguous", "prompt": terminal}
+    row |= {"context": WINDOW - terminal, "target": TARGET, "against": None if name == "base" else str(BASE)}
+    return VerifyConfig(str(path), **row, pairs=64, output=str(run / "verify" / name), method=method, formats=("png",))
 
 
 def score_config(name: str, path: Path, run: Path, lengths: Sequence[int], config: DemoConfig) -> scoring.ScoreConfig:

@@ -138,11 +138,6 @@ def arm_of(kind: str) -> str:
     return "anchors" if re.fullmatch(r"anchors\d*", kind) else kind
 
 
-def place_name(arm: str) -> str:
-    """Of an arm (arm_of), as a legend tells it."""
-    return SCHEMES.get(arm, arm)
-
-
 def _place(label: str) -> tuple[int, str]:
     order = ("base", "untrained", "contiguous", "endprompt", "endprompt-random", "anchors", "endprompt-pose", "pose")
     first = re.sub(r"^anchors\d+", "anchors", label.split(" ")[0])

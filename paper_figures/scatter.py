@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from paper_figures import lab, style
 from paper_figures.averages import average, interval_kind, scale_mark, scored
 from paper_figures.inputs import Frames
+from paper_figures.names import SCHEMES
 
 #: What the end prompt is -> marker and name; of a lab's arms the colour tells the place, the face the scaling.
 MARKERS = {"": ("s", "no end prompt"), "EP_1": ("o", "end prompt EP_1"), "recall": ("D", "end prompt recall")}
@@ -66,7 +67,7 @@ def panels(
                 unknown = [a for a in arms if a not in style.ARMS]
                 name = lab.arm_of(arm.kind)
                 color, _ = style.ARMS.get(name) or style.OTHERS[unknown.index(name) % len(style.OTHERS)]
-                shown[lab.place_name(name)] = {"color": color, "linewidth": 2.5}
+                shown[SCHEMES.get(name, name)] = {"color": color, "linewidth": 2.5}
                 ax.vlines(x, arm.lo, arm.hi, color=color, linewidth=0.8, alpha=0.7)
                 face = "white" if arm.scaling == "linear" else color
                 marker = MARKERS.get(arm.cue, ("v", ""))[0]

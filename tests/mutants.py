@@ -271,7 +271,7 @@ MUTANTS = [
     (SUMMARY, "first : first + fitting]", "first : first + fitting - 1]", "benchmarks/summary"),
     ("benchmarks/scoring/lm_eval_results.py", "own[f\"{metric},{kind}\"] = row[\"value\"] / 100", "own[f\"{metric},{kind}\"] = row[\"value\"]", "benchmarks/scoring/lm_eval_results"),
     # measurements and tables
-    ("paper_figures/tables/measured.py", "rows[rows[\"length\"].isin(published[\"length\"])]", "rows", "paper_figures/tables"),
+    ("paper_figures/tables/published.py", "rows[rows[\"length\"].isin(published[\"length\"])]", "rows", "paper_figures/tables"),
     ("paper_figures/table.py", "max(numbers) if section.best", "min(numbers) if section.best", "paper_figures/tables"),
     # where text becomes ids
     (TEXT, "self.lead(ids) + ids for", "self.begin + ids for", "endprompt/text"),

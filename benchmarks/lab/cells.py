@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
 from benchmarks.lab.matrix import Cell
+from benchmarks.lab.worker import Outcome
 from benchmarks.scoring import generate
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
@@ -62,21 +61,6 @@ class Workplace:
         plain = not cell.settings.get("lora_rank") and cell.settings.get("attention", "sdpa") == "sdpa"
         plain = plain and cell.config([], "").scaling not in ("dynamic", "longrope")
         return "graph+layers" if self.device == "cuda" and plain else "none"
-
-
-@dataclass
-class Outcome:
-    """rows: for results.jsonl. scores: of the single samples, for scores.jsonl. seconds: of each phase."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    scores: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def run(cell: Cell, place: Workplace) -> Outcome:
@@ -248,11 +232,7 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
     """What every row of a cell carries beside its value."""
     settings = cell.settings
     columns: dict[str, Any] = {
-        "base": cell.base,
-        "window": cell.window,
-        "target": cell.target,
-        "fold": cell.fold,
-        "arm": cell.arm,
+        **{key: getattr(cell, key) for key in ("base", "window", "target", "fold", "arm")},
         "scaling": settings.get("scaling", "linear"),
         "steps": cell.steps,
         "questions": list(cell.questions),
@@ -280,9 +260,7 @@ def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: st
         "anchors": config.anchors if config.scheme == "anchors" else None,
         "recall_span": config.recall_span if set(prompt_names(config)) & {"recall", "recall-2", "question"} else None,
         "pieces": PIECES if "sentences" in config.scheme else None,
-        "lr": config.lr,
-        "attention": config.attention,
-        "lora_rank": config.lora_rank,
+        **{key: getattr(config, key) for key in ("lr", "attention", "lora_rank")},
         "lora_alpha": config.lora_alpha if config.lora_rank else None,
         "row_tokens": cell.row_tokens,
         "rows": cell.rows,

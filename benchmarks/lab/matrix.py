@@ -36,8 +36,7 @@ from typing import Any
 
 from analysis.spectra import with_factor
 from benchmarks.lab.config import LabConfig
-from benchmarks.lab.inputs import sources
-from benchmarks.lab.rates import rate_key, read_rates
+from benchmarks.lab.inputs import rate_key, read_rates, sources
 from benchmarks.ruler.texts import EDITIONS
 from endprompt import origin
 from endprompt.config import ExtendConfig, check_config, method_name

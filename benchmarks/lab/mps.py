@@ -1,9 +1,7 @@
 """Several processes on one GPU at the same time, by NVIDIA's Multi-Process Service, where it can be had.
 
-Without it the kernels of different processes take turns. The service's control daemon needs no change of the GPU's
-settings (its compute mode stays as it is) and no root if all clients are of one user; in a container it needs the
-driver's `nvidia-cuda-mps-control` and `nvidia-cuda-mps-server`, and a sandbox may refuse it. So it is tried, with a
-client that does a sum on the GPU, and work goes on without it if that fails.
+Without it the kernels of different processes take turns. Its control daemon needs neither root nor other settings of
+the GPU, but a sandbox may refuse it: it is tried with a client that does a sum, and work goes on without it if not.
 """
 
 from __future__ import annotations

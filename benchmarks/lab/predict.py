@@ -1,10 +1,8 @@
 """Scores of a model in memory, without lm-eval: RULER's samples, and the loss on held-out text.
 
-For many small models on one GPU. The predictions are those of `endprompt score` with the same weights: the same
-tokens go in, the generation is the same (`benchmarks.scoring.generate`), and the text ends at the same places.
-The model computes in the dtype that it was loaded in, as with `endprompt score --dtype`. Of those batches and kernels
-the last digits of the logits depend: with float32 weights predictions differ only where two tokens tie, with bfloat16
-weights now and then, as they do between two batch sizes of lm-eval.
+For many small models on one GPU. The predictions are those of `endprompt score` with the same weights and dtype: the
+same tokens go in, the generation is the same (`benchmarks.scoring.generate`), and the text ends at the same places.
+With float32 weights they differ only where two tokens tie, with bfloat16 now and then, as between two batch sizes.
 
 Legend: B rows, T tokens, N = B (T - 1), D width, V vocabulary
 """
@@ -12,6 +10,7 @@ Legend: B rows, T tokens, N = B (T - 1), D width, V vocabulary
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +51,10 @@ def predict(
     """
     check_precision(model)
     stops = generate.stop_tokens(model, tokenizer)
-    jobs = [
-        generate.Job(
-            ids,
-            int(sample["max_new_tokens"]),
-            generate.never if whole else end_of(tokenizer, sample, sample.get("input", "")),
-        )
-        for sample, ids in zip(samples, prompt_ids(tokenizer, samples))
-    ]
+    jobs = []
+    for sample, ids in zip(samples, prompt_ids(tokenizer, samples)):
+        end = generate.never if whole else end_of(tokenizer, sample, sample.get("input", ""))
+        jobs.append(generate.Job(ids, int(sample["max_new_tokens"]), end))
     texts = [""] * len(jobs)
     with scoring(model):
         for batch in generate.run(model, jobs, stops=stops, places=max_batch_tokens, found=found):
@@ -85,13 +80,8 @@ def losses(
     rows: windows at most, taken from the front. Raises ValueError if no text is long enough.
     """
     check_precision(model)
-    windows: list[np.ndarray] = []
-    for text in texts:
-        if rows is not None and len(windows) >= rows:
-            break
-        ids = np.asarray(text)
-        windows += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    windows = windows[:rows]
+    every = (text[start : start + length] for text in texts for start in range(0, len(text) - length + 1, length))
+    windows = list(itertools.islice(every, rows))
     if not windows:
         raise ValueError(f"no held-out text has {length} tokens: {length=}, {len(texts)} texts")
     count = max(1, max_batch_tokens // length)
@@ -140,9 +130,6 @@ def loss_sum(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
     for hidden, labels in zip(hidden_ND.split(chunk), labels_N.split(chunk)):
         total += F.cross_entropy(head(hidden).float(), labels, reduction="sum")
     return total
-
-
-# -------------------------------------------------------------------------------------------------------------- tokens
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Sequence[int]]:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.lab import cost, material, matrix, rates
+from benchmarks.lab import cost, material, matrix
 from benchmarks.lab.config import LabConfig
-from benchmarks.lab.inputs import Inputs
+from benchmarks.lab.inputs import Inputs, write_rates
 from benchmarks.lab.matrix import Cell
 from benchmarks.lab.worker import Answer, settle, work
 from endprompt.files import drop_cut_line, read_json_lines, sole_use
@@ -452,7 +452,7 @@ class Runner:
         from benchmarks.lab import depth, verdicts
 
         depth.write(self.output)
-        for arm, rate in rates.write_rates(self.output / "rates.json", read_rows(self.directory.results)).items():
+        for arm, rate in write_rates(self.output / "rates.json", read_rows(self.directory.results)).items():
             say(f"lowest held-out loss of {arm}: lr {rate:g}")
         if not any(cell.questions for cell in self.cells):
             return

@@ -11,8 +11,7 @@ CHOSEN alone; the lab's other settings and the study's arms are what it is teste
 - p: permutation test, one-sided in the direction of the chosen half, the larger of two: arms change places inside a
   setting; whole scalings do, an arm taking the measure of the same scheme under the other scaling if there is one. Arms
   of one scaling are much alike, so few exchanges are left: 36 on the other half, 24 on the study.
-- error: mean distance in points of the score from its prediction, isotonic in one measure, a straight line in two,
-  beside that of the chosen half's mean.
+- error: mean distance in points of the score from its prediction, isotonic in one measure, a straight line in two.
 - ceiling: what a measure of the scaling alone could reach, the mean score of each scaling's own arms.
 - Two candidates go to the test: the best single measure and the best pair of the chosen half. One holds if its
   correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. All other
@@ -150,10 +149,8 @@ def p_value(x: np.ndarray, cases: Sequence[Case], sign: float, seed: int = 0) ->
         own, y = x[members], scores[members]
         if len(members) < 3 or np.ptp(own) == 0 or np.ptp(y) == 0:
             continue
-        drawn = (
-            rng.permuted(np.tile(own, (PERMUTATIONS, 1)), axis=1),
-            exchanged(own, [cases[i] for i in members], rng),
-        )
+        arms = rng.permuted(np.tile(own, (PERMUTATIONS, 1)), axis=1)
+        drawn = (arms, exchanged(own, [cases[i] for i in members], rng))
         for place, values in enumerate(drawn):
             total[place] += len(members) * np.nan_to_num(estimates.spearman(values, np.tile(y, (PERMUTATIONS, 1))))
         value += len(members) * float(estimates.spearman(own[None], y[None])[0])
@@ -235,17 +232,11 @@ def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
             x = line.ranking(members)
             found, scheme = correlation(x, members), correlation(x, members, inside_scaling=True)
             scores = np.array([case.score for case in members])
-            about: dict[str, Any] = {
-                "half": name,
-                "kendall": kendall(x, members),
-                "p": p_value(x, members, line.sign),
-                "candidate": line in candidates,
-                "error": float(np.abs(line(members) - scores).mean()),
-                "error_of_mean": float(np.abs(line.mean - scores).mean()),
-                "inside_scaling": None if scheme is None else list(scheme),
-                "trained": part(x, members),
-                "points": line.points if len(line.names) == 2 else None,
-            }
+            about: dict[str, Any] = {"half": name, "kendall": kendall(x, members), "p": p_value(x, members, line.sign)}
+            about |= {"candidate": line in candidates, "error": float(np.abs(line(members) - scores).mean())}
+            about |= {"error_of_mean": float(np.abs(line.mean - scores).mean())}
+            about |= {"inside_scaling": None if scheme is None else list(scheme), "trained": part(x, members)}
+            about |= {"points": line.points if len(line.names) == 2 else None}
             value, ci95 = (0.0, None) if found is None else (found.value, (found.lo, found.hi))
             method = " + ".join(line.names)
             mine.append(row("predict-test", "rank_correlation", value, method, ci95=ci95, n=len(members), **about))
@@ -264,9 +255,8 @@ def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
 
 
 def row(task: str, metric: str, value: float, method: str, model: str = "lab", **extra: Any) -> dict[str, Any]:
-    return result_row(
-        suite="analysis", task=task, metric=metric, value=value, model=model, method=method, seed=None, **extra
-    )
+    about: dict[str, Any] = {"task": task, "metric": metric, "model": model, "method": method}
+    return result_row(suite="analysis", value=value, seed=None, **about, **extra)
 
 
 def rows_of(cases: Sequence[Case], pair: Line) -> list[dict[str, Any]]:
@@ -274,29 +264,17 @@ def rows_of(cases: Sequence[Case], pair: Line) -> list[dict[str, Any]]:
     found = []
     for case, order in zip(cases, pair.ranking(cases)):
         arm, values = case.arm, case.values | {"best_pair": float(order)}
-        about = {
-            "length": case.target,
-            "base": arm.base,
-            "window": arm.window,
-            "target": case.target,
-            "arm": arm.name,
-            "label": arm.label,
-            "scaling": arm.scaling,
-            "scheme": case.scheme,
-            "score": case.score,
-            "seeds": len(arm.scores[case.target]),
-            "half": case.half,
-        }
+        about: dict[str, Any] = {"length": case.target, "base": arm.base, "window": arm.window, "target": case.target}
+        about |= {"arm": arm.name, "label": arm.label, "scaling": arm.scaling, "scheme": case.scheme}
+        about |= {"score": case.score, "seeds": len(arm.scores[case.target]), "half": case.half}
         found += [row("predict", key, value, arm.name, f"base {arm.base}", **about) for key, value in values.items()]
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lab", required=True)
-    parser.add_argument("--study", required=True)
-    parser.add_argument("--later", required=True)
-    parser.add_argument("--study-model", required=True)
+    for flag in ("--lab", "--study", "--later", "--study-model"):
+        parser.add_argument(flag, required=True)
     parser.add_argument("--output", required=True, type=Path)
     given = parser.parse_args(argv)
     bases = {base: str(BASES / base) for base in ("256", "512")}

@@ -3,15 +3,12 @@
 A run directory must hold `results.jsonl` with the lab's rows (`columns` below); `scores.jsonl`, the score of every
 sample, adds a second interval. `write` puts the estimates into `questions.jsonl` beside them.
 
-How numbers become words (also printed with every table):
-- The unit is the training seed. A score is the mean over the tasks at one length; a difference of two arms is taken
-  seed by seed, since arms of one seed share documents, their order, and samples. Intervals are 95%, Student's t over
-  the seeds' differences. They speak of training anew from the same base, not of another base.
-- Where the samples' scores exist, a bootstrap that draws seeds and samples stands beside it (`ci95_bootstrap`).
-- helps / hurts: interval free of 0, mean difference of at least 5 points, and p < 0.05 after Holm's correction over
-  the question's comparisons of one kind (`family`) at the target length, or at the other lengths.
-- no difference: the whole interval lies within 5 points of 0. not decided: anything else.
-- both fail: both arms score under 5 percent; such a setting is left out of averages over settings.
+The unit is the training seed: a score is the mean over the tasks at one length, a difference is taken seed by seed,
+since arms of one seed share documents, their order and samples. Intervals are 95%, Student's t over the seeds; beside
+them a bootstrap over seeds and samples where the samples' scores exist. They speak of training anew from the same base,
+not of another base. `estimates.decide` turns them into words; p is corrected by Holm over a question's comparisons of
+one kind (`family`) at the target length, or at the other lengths. Settings in which both arms score under 5 percent
+(`both fail`) are left out of averages over settings.
 """
 
 from __future__ import annotations

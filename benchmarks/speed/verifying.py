@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from analysis import predict
 from analysis.config import PredictConfig, VerifyConfig
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         for run in range(args.runs):
             output = str(Path(folder) / f"verify-{run}")
             common = {"target": args.target, "dtype": "bfloat16", "device": args.device}
-            works = {
+            works: dict[str, partial[Any]] = {
                 "verify": partial(verify, VerifyConfig(folder, **common, output=output)),
                 "predict": partial(predict.report, PredictConfig(folder, **common)),
             }

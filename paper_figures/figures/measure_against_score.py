@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from paper_figures import lab, style
 from paper_figures.inputs import Frames, Inputs
-from paper_figures.names import SCALINGS
+from paper_figures.names import SCALINGS, SCHEMES
 
 TITLE = "Measures of a scaling and a scheme before training against the score, each arm of the lab and of a study"
 COLUMNS = ("metric", "arm", "scaling", "score", "base", "target", "half")
@@ -51,7 +51,7 @@ def draw(frames: Frames) -> Figure:
         ax.set_xlabel(SHOWN[metric])
     drawn = [scaling for scaling in MARKERS if scaling in set(rows["scaling"])]
     marks = {SCALINGS.get(s, s): {"marker": MARKERS[s], "color": "#444444"} for s in drawn}
-    handles = [Line2D([], [], color=c, linewidth=2.5, label=lab.place_name(s)) for s, c in colors.items()]
+    handles = [Line2D([], [], color=c, linewidth=2.5, label=SCHEMES.get(s, s)) for s, c in colors.items()]
     fig.legend(handles=handles + lab.handles(marks, line=False), loc="outside lower center", ncols=6)
     note = "one point an arm, mean over seeds and tasks; ρ: rank correlation with the score among the arms of a panel"
     style.note(fig, note)
