@@ -40,7 +40,7 @@ COLLATE = "endprompt/collate.py"
 #: (file, text, what it becomes, tests: folder/name below tests/, without test_)
 MUTANTS = [
     # filters
-    ("endprompt/data/duplicates.py", "self._exact.add(digest)", "pass", "endprompt/data/shards"),
+    ("endprompt/data/duplicates.py", "self._exact[digest] = source", "pass", "endprompt/data/shards"),
     ("endprompt/data/duplicates.py", ">= self.threshold", "> 2", "endprompt/data/shards"),
     # documents apart in a row
     ("endprompt/model/packed.py", "return (positions_BT == 0).cumsum(-1) - 1", "return positions_BT * 0", "endprompt/model/packed"),

@@ -13,7 +13,7 @@ PERMUTATIONS = 128
 
 
 class Duplicates:
-    """Remembers documents by their tokens.
+    """Remembers documents of one or several sources by their tokens.
 
     kind: `exact` for the same tokens; `near` for those that share so many of their runs of 5 tokens that the Jaccard
     index of the two sets, estimated by MinHash (datasketch), is at least `threshold`; `keep` remembers nothing.
@@ -22,9 +22,9 @@ class Duplicates:
 
     def __init__(self, kind: str, threshold: float):
         self.kind, self.threshold = kind, threshold
-        self._exact: set[bytes] = set()
+        self._exact: dict[bytes, int] = {}  # the source of each
         self._near: Any = None
-        self._hashes: list[Any] = []
+        self._hashes: list[tuple[Any, int]] = []
         if kind == "near":
             try:
                 from datasketch import MinHashLSH
@@ -34,22 +34,24 @@ class Duplicates:
                 ) from None
             self._near = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
 
-    def seen(self, ids: Sequence[int]) -> bool:
-        """Whether one like it was there before; if not, it is remembered."""
+    def seen(self, ids: Sequence[int], source: int = 0) -> int | None:
+        """Of which source one like it was there before; if of none, it is remembered."""
         if self.kind == "keep":
-            return False
+            return None
         tokens = np.asarray(ids, dtype=np.uint64)
         digest = hashlib.sha256(tokens.tobytes()).digest()[:16]
         if digest in self._exact:
-            return True
+            return self._exact[digest]
         if self.kind == "near":
             own = _minhash(tokens)
-            if any(self._hashes[key].jaccard(own) >= self.threshold for key in self._near.query(own)):
-                return True
+            for key in sorted(self._near.query(own)):
+                other, of = self._hashes[key]
+                if other.jaccard(own) >= self.threshold:
+                    return of
             self._near.insert(len(self._hashes), own)
-            self._hashes.append(own)
-        self._exact.add(digest)
-        return False
+            self._hashes.append((own, source))
+        self._exact[digest] = source
+        return None
 
 
 def _minhash(tokens: np.ndarray) -> Any:

@@ -182,21 +182,22 @@ def replacing(output: Path) -> Iterator[Path]:
 
 def write_mixture(config: PrepareConfig) -> Path:
     """A shard for each source, and a manifest that holds their weights."""
-    output, made = Path(config.output), []
+    output, made, before = Path(config.output), [], Duplicates(config.duplicates, config.near_threshold)
     with replacing(output) as work:
         for place, source in enumerate(mixture(config.data)):
             shard = f"{place:02d}"
-            write(dataclasses.replace(config, data=[source.path], output=str(work / shard)))
+            write(dataclasses.replace(config, data=[source.path], output=str(work / shard)), before, place)
             made.append({"shard": shard, "source": source.path, "weight": source.weight})
         write_text(work / "manifest.json", json.dumps({"mixture": made}, indent=2) + "\n")
     return output
 
 
 #: What becomes of documents that are not kept as they are, as the manifest counts them and their tokens.
-FATES = ("dropped", "longer", "duplicate", "cut")
+FATES = ("dropped", "longer", "duplicate", "duplicate_elsewhere", "cut")
 
 
-def write(config: PrepareConfig) -> Path:
+def write(config: PrepareConfig, before: Duplicates | None = None, source: int = 0) -> Path:
+    """One shard. before: the documents of a mixture's earlier sources; source: the number of this one."""
     output = Path(config.output)
     tokenizer = load_tokenizer(config.tokenizer)
     for note in Reader(tokenizer).notes(config.append_eos):
@@ -206,7 +207,7 @@ def write(config: PrepareConfig) -> Path:
     completions: list[int] = []
     marks: list[tuple[int, np.ndarray]] = []
     counts = {f"{what}_{fate}": 0 for fate in FATES for what in ("documents", "tokens")}
-    before = Duplicates(config.duplicates, config.near_threshold)
+    before = before or Duplicates(config.duplicates, config.near_threshold)
     shown = time.monotonic()
 
     def count(fate: str, tokens: int) -> None:
@@ -222,8 +223,8 @@ def write(config: PrepareConfig) -> Path:
                     count("dropped", len(ids))
                 elif over > 0 and config.longer == "drop":
                     count("longer", len(ids))
-                elif before.seen(ids):
-                    count("duplicate", len(ids))
+                elif (of := before.seen(ids, source)) is not None:
+                    count("duplicate" if of == source else "duplicate_elsewhere", len(ids))
                 else:
                     if over > 0:
                         count("cut", over)
@@ -238,9 +239,14 @@ def write(config: PrepareConfig) -> Path:
                         say(f"{len(lengths):,} documents, {sum(lengths):,} tokens")
         if not lengths:
             raise ValueError(
-                f"no document is left of {counts['documents_dropped'] + counts['documents_longer']} "
+                f"no document is left of {sum(counts[f'documents_{fate}'] for fate in FATES[:-1])} "
                 f"(min_tokens={config.min_tokens}"
                 + (f" max_tokens={config.max_tokens}" if counts["documents_longer"] else "")
+                + (
+                    f" duplicates={config.duplicates} in other sources"
+                    if counts["documents_duplicate_elsewhere"]
+                    else ""
+                )
                 + f"): data={config.data}"
             )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -259,7 +265,8 @@ def write(config: PrepareConfig) -> Path:
         f"dropped {n['documents_dropped']:,} documents below {config.min_tokens} tokens "
         f"({n['tokens_dropped']:,} tokens), "
         f"{n['documents_longer']:,} above max_tokens ({n['tokens_longer']:,} tokens), "
-        f"{n['documents_duplicate']:,} duplicates ({n['tokens_duplicate']:,} tokens); "
+        f"{n['documents_duplicate']:,} duplicates ({n['tokens_duplicate']:,} tokens), "
+        f"{n['documents_duplicate_elsewhere']:,} of other sources ({n['tokens_duplicate_elsewhere']:,} tokens); "
         f"cut {n['documents_cut']:,} documents ({n['tokens_cut']:,} tokens)"
     )
     return output

@@ -38,6 +38,24 @@ def test_shares_of_a_million_tokens_are_the_weights():
         assert record["share"] == pytest.approx(share) and record["epochs"] == pytest.approx(share * 31250 / 40)
 
 
+@pytest.mark.parametrize(("kind", "across"), [("exact", 1), ("near", 2)])
+def test_duplicates_across_sources_stay_where_they_are_first_and_are_counted(llama, tmp_path, capsys, kind, across):
+    if kind == "near":
+        pytest.importorskip("datasketch")
+    one, two, three = np.random.default_rng(0).integers(1, 300, (3, 200)).tolist()
+    held = {"a": [one, two], "b": [one, three, [*two[:-1], 301], three], "c": [two, one]}
+    for name, documents in held.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
+    a, b, c = (f"{tmp_path / name}.jsonl:1" for name in held)
+    mix = prepare(PrepareConfig([a, b], str(tmp_path / "mix"), str(llama), duplicates=kind))
+    counts = [json.loads((mix / shard / "manifest.json").read_text()) for shard in ("00", "01")]
+    found = [(n["documents"], n["documents_duplicate"], n["documents_duplicate_elsewhere"]) for n in counts]
+    assert found == [(2, 0, 0), (3 - across, 1, across)]
+    assert "1 duplicates (" in (said := capsys.readouterr().err) and f", {across} of other sources (" in said
+    with pytest.raises(ValueError, match=r"no document is left of 2 \(.*duplicates=.* in other sources.*c\.jsonl"):
+        prepare(PrepareConfig([a, c], str(tmp_path / "none"), str(llama), duplicates=kind))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_beginning_has_its_shares_and_each_source_its_rows_in_order(seed):
     rows = made(seed)
