@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
 from benchmarks.lab.matrix import Cell
-from benchmarks.lab.worker import Outcome
 from benchmarks.scoring import generate
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
@@ -61,6 +62,21 @@ class Workplace:
         plain = not cell.settings.get("lora_rank") and cell.settings.get("attention", "sdpa") == "sdpa"
         plain = plain and cell.config([], "").scaling not in ("dynamic", "longrope")
         return "graph+layers" if self.device == "cuda" and plain else "none"
+
+
+@dataclass
+class Outcome:
+    """rows: for results.jsonl. scores: of the single samples, for scores.jsonl. seconds: of each phase."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def run(cell: Cell, place: Workplace) -> Outcome:

@@ -7,10 +7,7 @@ import dataclasses
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,27 +18,15 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass
-class Outcome:
-    """rows: for results.jsonl. scores: of the single samples, for scores.jsonl. seconds: of each phase."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    scores: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-
-
-@dataclass
-class Answer(Outcome):
-    """What a worker says of a cell: its outcome, or the error with its traceback.
+class Answer:
+    """What a worker says of a cell: rows and scores, or the error with its traceback.
 
     ready: said once, before the first cell. last: the worker ends after this one.
     """
 
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     trace: str | None = None
     ready: bool = False
