@@ -263,6 +263,9 @@ def test_citation_file_is_in_the_format():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (cff["version"], cff["license"]) == (project["version"], project["license"])
+    wheels = re.findall(r"endprompt_lab-([\d.]+)-py3", (ROOT / "docs" / "install.md").read_text(encoding="utf-8"))
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {*wheels, newest[1]} == {project["version"]}
 
 
 @pytest.mark.slow  # GitHub's workflow builds the site, too
