@@ -106,6 +106,11 @@ class ExtendConfig:
         deterministic: repeat bit for bit on a GPU too, where the same device, versions and settings are given; some
             percent slower. On a CPU runs repeat anyway
 
+    Several GPUs:
+        reduce_dtype: in which gradients are summed over the processes: float32, or bfloat16 at half the traffic
+        keep_gathered: so many last layers stay whole from their forward to their backward pass, instead of being
+            gathered twice; costs their weights in memory
+
     Evaluation:
         eval_data: held-out documents, as data
         eval_every: steps between evaluations; 0 for only at the end
@@ -182,6 +187,9 @@ class ExtendConfig:
     device: str = "auto"
     deterministic: bool = False
 
+    reduce_dtype: str = "float32"
+    keep_gathered: int = 1
+
     eval_data: list[str] = dataclasses.field(default_factory=list)
     eval_every: int = 0
     eval_lengths: list[int] | None = None
@@ -205,6 +213,7 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("auto", "adamw", "masters", "lean"),
     "float8": FLOAT8,
     "dtype": ("float32", "bfloat16"),
+    "reduce_dtype": ("float32", "bfloat16"),
     "export_dtype": (None, *EXPORT_DTYPES),
     "compile": ("auto", "layers", "none", "graph", "graph+layers"),
     "device": ("auto", "cpu", "cuda"),
@@ -214,7 +223,7 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
 }
 AT_LEAST = {
     **dict.fromkeys(("prompt_weight", "completion_weight", "warmup", "weight_decay", "clip", "seed", "save_every"), 0),
-    **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles", "router_loss"), 0),
+    **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles", "router_loss", "keep_gathered"), 0),
     **dict.fromkeys(("factor", "rows", "micro_rows", "steps", "tokens"), 1),
     **dict.fromkeys(("keep", "log_every", "lora_alpha", "eval_rows"), 1),
     **dict.fromkeys(("max_epochs", "text_weight"), 0),
@@ -346,11 +355,6 @@ def check_processes(config: ExtendConfig, processes: int) -> None:
     """Raises ValueError if so many processes cannot share the run."""
     if config.rows % processes:
         raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {processes}")
-    if processes > 1 and config.optimizer == "lean":
-        raise ValueError(
-            f"the lean optimizer, and float8 with it, needs a single process; several take adamw or masters: "
-            f"optimizer='lean' float8={config.float8!r}, {processes} processes"
-        )
     if processes > 1 and config.compile.startswith("graph"):
         raise ValueError(
             f"a recorded step needs a single process; several take compile=layers: compile={config.compile!r}, "

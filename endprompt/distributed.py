@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -115,21 +116,60 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def shard(root: torch.nn.Module, layers: Iterable[torch.nn.Module], here: World, bfloat16: bool) -> None:
-    """FSDP2: each layer a unit of its own, the rest with the root.
+def shard(
+    root: torch.nn.Module,
+    layers: Iterable[torch.nn.Module],
+    here: World,
+    bfloat16: bool,
+    reduce_dtype: torch.dtype = torch.float32,
+    keep_gathered: int = 1,
+) -> None:
+    """FSDP2: each layer a unit of its own, the rest with the root; the next unit is gathered while one computes.
 
-    Gradients are reduced in float32. bfloat16: float32 weights are gathered and multiplied in bfloat16, so that the
-    shares are masters.
+    bfloat16: float32 weights are gathered and multiplied in bfloat16, so that the shards are masters. reduce_dtype: of
+    the gradients' sums over the processes. keep_gathered: so many last layers stay whole from their forward to their
+    backward pass; the last one would be gathered again at once.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(here.device.partition(":")[0], (here.size,))
     # inputs stay as they are: loss weights must not be rounded
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, reduce_dtype, cast_forward_inputs=False)
+    units: list[Any] = list(layers)
+    for number, layer in enumerate(units):
+        kept = number >= len(units) - keep_gathered
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
     fully_shard(root, mesh=mesh, mp_policy=policy)
+    for this, following in itertools.pairwise(units):
+        this.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([this])
+
+
+def reshard(root: torch.nn.Module) -> None:
+    """Let go of what a forward pass without a backward one has left whole."""
+    for module in root.modules():
+        release = getattr(module, "reshard", None)  # FSDP2's
+        if release is not None:
+            release()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a sharded tensor, sharing its memory; any other tensor as it is."""
+    held = getattr(tensor, "to_local", None)
+    return tensor if held is None else held()
+
+
+def shard_starts(tensor: torch.Tensor) -> list[int] | None:
+    """The first element of each process's shard of a tensor, flattened, and the end of the last; None if it is whole.
+
+    The first dimension is cut as torch.chunk cuts: all shards are equal, the last ones may be less or nothing.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return None
+    rows = tensor.shape[0]
+    return [min(rank * -(-rows // mesh.size()), rows) * (tensor.numel() // rows) for rank in range(mesh.size() + 1)]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,9 @@ MUTANTS = [
     # filters
     ("endprompt/data/duplicates.py", "self._exact[digest] = source", "pass", "endprompt/data/shards"),
     ("endprompt/data/duplicates.py", ">= self.threshold", "> 2", "endprompt/data/shards"),
+    # the lean optimizer on shards
+    ("endprompt/fast/lean.py", "first = shard.first * BLOCK", "first = 0", "endprompt/fast/lean"),
+    ("endprompt/fast/lean.py", "norm = distributed.total(norm.square()).sqrt()", "pass", "endprompt/distributed"),
     # documents apart in a row
     ("endprompt/model/packed.py", "return (positions_BT == 0).cumsum(-1) - 1", "return positions_BT * 0", "endprompt/model/packed"),
     # conversations and mixtures

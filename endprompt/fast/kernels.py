@@ -218,17 +218,18 @@ def lean_update(
     seed: torch.Tensor,
     levels: tuple[int, int],
     octaves: tuple[float, float],
+    first: int = 0,
     launch: Launch = LEAN_UPDATE,
 ) -> None:
-    """One step of the lean optimizer on a whole parameter of S entries, in place.
+    """One step of the lean optimizer on S entries of a parameter, in place.
 
     moments: codes of the first one and their scales, codes of the root of the second and theirs, in blocks; the last
-    block may be longer than the parameter. levels, octaves: of the two codes.
+    block may be longer than the parameter. levels, octaves: of the two codes. first: index of the first entry.
     """
     size, block = weight_S.numel(), moments[0].shape[1]
     with _on(weight_S):
         _lean_update[(triton.cdiv(triton.cdiv(size, block), launch.block),)](
-            *(weight_S, grad_S, *moments, number, scale, seed, size),
+            *(weight_S, grad_S, *moments, number, scale, seed, size, first),
             STOCHASTIC=weight_S.dtype == torch.bfloat16,
             LEVELS_FIRST=levels[0],
             LEVELS_ROOT=levels[1],
@@ -481,6 +482,7 @@ def _lean_update(
     scale,
     seed,
     size,
+    first_index,
     STOCHASTIC: tl.constexpr,
     LEVELS_FIRST: tl.constexpr,
     LEVELS_ROOT: tl.constexpr,
@@ -503,8 +505,9 @@ def _lean_update(
     inside = at_NB < size
     there = block_N < (size + BLOCK - 1) // BLOCK
     there_NB = there[:, None] & (tl.arange(0, BLOCK)[None, :] >= 0)
-    bits = _random_bits(at_NB.to(tl.int32), chance)
-    more = _random_bits(at_NB.to(tl.int32), chance ^ 0x5BD1E995)
+    index_NB = (at_NB + first_index).to(tl.int32)
+    bits = _random_bits(index_NB, chance)
+    more = _random_bits(index_NB, chance ^ 0x5BD1E995)
 
     grad = tl.load(grad_S + at_NB, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
     code = tl.load(first_NB + at_NB, mask=there_NB, other=0).to(tl.int32)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from endprompt import distributed
+from endprompt.distributed import local, shard_starts
 from endprompt.fast.available import triton_kernels
 
 BLOCK = 256
@@ -20,11 +22,49 @@ OCTAVES_ROOT, LEVELS_ROOT = 16.0, 255  # 4.5% from code to code
 MOMENTS = ("first", "first_scale", "root", "root_scale")
 
 
+class Shard(NamedTuple):
+    """What this process holds of a flattened parameter of `whole` elements: those from `start` to before `end`.
+
+    It updates the blocks that begin there, `first` to before `last`. cut: blocks of which others hold a part.
+    """
+
+    start: int
+    end: int
+    whole: int
+    cut: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> Shard:
+        starts = shard_starts(parameter)
+        if starts is None:
+            return cls(0, parameter.numel(), parameter.numel(), ())
+        rank, whole = parameter.device_mesh.get_local_rank(), parameter.numel()  # type: ignore[attr-defined]
+        cut = {start // BLOCK for start in starts if start % BLOCK and start < whole}
+        return cls(starts[rank], starts[rank + 1], whole, tuple(sorted(cut)))
+
+    @property
+    def first(self) -> int:
+        return -(-self.start // BLOCK)
+
+    @property
+    def last(self) -> int:
+        return -(-self.end // BLOCK)
+
+    def held(self, block: int) -> tuple[slice, slice]:
+        """Where the elements of a block that are held here lie in the shard, and in the block."""
+        low, high = max(self.start, block * BLOCK), min(self.end, (block + 1) * BLOCK)
+        here, there = (slice(low - base, max(low, high) - base) for base in (self.start, block * BLOCK))
+        return here, there
+
+
 class LeanAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) with one-byte moments, stochastic rounding and gradient sums of its own.
 
     Backward passes add to `parameter.main_grad` and leave `parameter.grad` empty, so `step` sees the sum over all
     micro-batches since `zero_grad`. sums: dtype of those sums, float32 unless memory forbids.
+    Of sharded parameters (DTensor) each process updates what it holds, block by block of the whole parameter and with
+    the random bits of the whole one's elements, so that the number of processes changes no weight; a block that the
+    shards cut is put together for the process that has its first element.
     Raises ValueError for beta2 > 0.99: the moments' rounding noise is sigma / sqrt(1 - beta2^2) with sigma = 1.8%, 6%
     at 0.95 and 13% at 0.99, and at 0.999 it would be 40%.
     """
@@ -45,8 +85,10 @@ class LeanAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self.clipped: torch.Tensor | None = None
+        self.shards = {parameter: Shard.of(parameter) for parameter in self.parameters()}
+        self.sharded = any(shard_starts(parameter) is not None for parameter in self.shards)
         for parameter in self.parameters():
-            parameter.main_grad = torch.zeros_like(parameter, dtype=sums)  # type: ignore[attr-defined]
+            parameter.main_grad = torch.zeros_like(local(parameter.detach()), dtype=sums)  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_add_to_sum)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -63,12 +105,15 @@ class LeanAdamW(torch.optim.Optimizer):
         """Norm of the gradient sums; `step` will scale them by min(1, limit / norm)."""
         norms = torch._foreach_norm([p.main_grad for p in self.parameters()])  # type: ignore[attr-defined]
         norm = torch.stack([n.float() for n in norms]).norm()
+        if self.sharded:
+            norm = distributed.total(norm.square()).sqrt()
         self.clipped = (limit / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         work, numbers = [], []
+        cut = self._cut_blocks()
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.moments(parameter)
@@ -82,8 +127,31 @@ class LeanAdamW(torch.optim.Optimizer):
             number = torch.tensor([numbers[i] for i in ours], dtype=torch.float32).to(device, non_blocking=True)
             seed = torch.tensor([seeds[i] for i in ours], dtype=torch.int32).to(device, non_blocking=True)
             for place, index in enumerate(ours):
-                self._step(*work[index], number[place], seed[place])
+                self._step(*work[index], number[place], seed[place], cut)
+        if cut:
+            self._give_back(cut)
         self.clipped = None
+
+    def _cut_blocks(self) -> dict[tuple[torch.nn.Parameter, int], torch.Tensor]:
+        """Of each block that the shards cut its [gradients, weights], whole, on every process; empty without any."""
+        keys = [(parameter, block) for parameter, shard in self.shards.items() for block in shard.cut]
+        if not keys:
+            return {}
+        made = torch.zeros(len(keys), 2, BLOCK, device=keys[0][0].device)
+        for (parameter, block), both in zip(keys, made):
+            here, there = self.shards[parameter].held(block)
+            both[0, there] = parameter.main_grad.view(-1)[here].float()  # type: ignore[attr-defined]
+            both[1, there] = local(parameter).view(-1)[here].float()
+        return dict(zip(keys, distributed.total(made)))
+
+    def _give_back(self, cut: dict[tuple[torch.nn.Parameter, int], torch.Tensor]) -> None:
+        """Take the new weights of cut blocks from the processes that have made them, in float32."""
+        made = torch.stack([both[1] for both in cut.values()])
+        mine = [self.shards[parameter].first <= block < self.shards[parameter].last for parameter, block in cut]
+        made[~torch.tensor(mine, device=made.device)] = 0
+        for (parameter, block), weights in zip(cut, distributed.total(made)):
+            here, there = self.shards[parameter].held(block)
+            local(parameter).view(-1)[here] = weights[there].to(parameter.dtype)
 
     @staticmethod
     def _numbers(group: dict[str, Any], step: int) -> list[float]:
@@ -95,7 +163,7 @@ class LeanAdamW(torch.optim.Optimizer):
         """The state of one parameter, zeros before its first step."""
         state = self.state[parameter]
         if not state:
-            blocks, device = -(-parameter.numel() // BLOCK), parameter.device
+            blocks, device = self.shards[parameter].last - self.shards[parameter].first, parameter.device
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["first"] = torch.zeros(blocks, BLOCK, dtype=torch.int8, device=device)
             state["root"] = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=device)
@@ -104,22 +172,60 @@ class LeanAdamW(torch.optim.Optimizer):
         return state
 
     def _step(
-        self, parameter: torch.nn.Parameter, state: dict[str, Any], number: torch.Tensor, seed: torch.Tensor
+        self,
+        parameter: torch.nn.Parameter,
+        state: dict[str, Any],
+        number: torch.Tensor,
+        seed: torch.Tensor,
+        cut: dict[tuple[torch.nn.Parameter, int], torch.Tensor],
     ) -> None:
-        scale = self.clipped if self.clipped is not None else torch.ones((), device=parameter.device)
+        shard = self.shards[parameter]
+        weights, sums = local(parameter).view(-1), parameter.main_grad.view(-1)  # type: ignore[attr-defined]
+        first = shard.first * BLOCK
+        if not shard.cut:
+            self._update_blocks(weights, sums, state, number, seed, first)
+            return
+        if shard.first == shard.last:
+            return
+        # copies from the first block that begins here to the end of the last one, which others may hold
+        sizes = min(shard.last * BLOCK, shard.whole) - first, shard.end - first
+        both = cut.get((parameter, shard.last - 1))
+        parts = [torch.empty(sizes[0], dtype=x.dtype, device=x.device) for x in (sums, weights)]
+        for row, (part, x) in enumerate(zip(parts, (sums, weights))):
+            part[: sizes[1]] = x[first - shard.start :]
+            if both is not None:
+                begins = (shard.last - 1) * BLOCK
+                part[begins - first :] = both[row, : sizes[0] + first - begins].to(x.dtype)
+        self._update_blocks(parts[1], parts[0], state, number, seed, first)
+        weights[first - shard.start :] = parts[1][: sizes[1]]
+        for block in shard.cut:
+            if shard.first <= block < shard.last:
+                new = parts[1][block * BLOCK - first : (block + 1) * BLOCK - first]
+                cut[parameter, block][1, : len(new)] = new.float()
+
+    def _update_blocks(
+        self,
+        weights: torch.Tensor,
+        sums: torch.Tensor,
+        state: dict[str, Any],
+        number: torch.Tensor,
+        seed: torch.Tensor,
+        first: int,
+    ) -> None:
+        """The update of blocks that follow each other, in place; first: of their elements in the whole parameter."""
+        scale = self.clipped if self.clipped is not None else torch.ones((), device=weights.device)
         moments = tuple(state[key] for key in MOMENTS)
-        weights, sums = parameter.view(-1), parameter.main_grad.view(-1)  # type: ignore[attr-defined]
-        kernels = triton_kernels(parameter)
+        kernels = triton_kernels(weights)
         if kernels:
             levels, octaves = (LEVELS_FIRST, LEVELS_ROOT), (OCTAVES_FIRST, OCTAVES_ROOT)
-            kernels.lean_update(weights, sums, moments, number, scale, seed, levels, octaves)
+            kernels.lean_update(weights, sums, moments, number, scale, seed, levels, octaves, first)
             return
-        for start in range(0, parameter.numel(), CHUNK):
-            end = min(start + CHUNK, parameter.numel())
+        for start in range(0, weights.numel(), CHUNK):
+            end = min(start + CHUNK, weights.numel())
             blocks = slice(start // BLOCK, -(-end // BLOCK))
             parts = [moment[blocks] for moment in moments]
             # the first index in wrapping int32: chunks of any size draw the same bits
-            rest: Any = {"number": number, "scale": scale, "seed": seed, "first_index": (start + 2**31) % 2**32 - 2**31}
+            rest: Any = {"number": number, "scale": scale, "seed": seed, "first_index": wrapped(first + start)}
             weight, total = weights[start:end], sums[start:end]
             if (end - start) % BLOCK:
                 # the last block is padded on copies; its padding has no gradient and stays 0
@@ -134,8 +240,13 @@ class LeanAdamW(torch.optim.Optimizer):
 
 def _add_to_sum(parameter: torch.Tensor) -> None:
     if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.main_grad.add_(local(parameter.grad))  # type: ignore[attr-defined]
         parameter.grad = None
+
+
+def wrapped(index: int) -> int:
+    """An index as a signed number of 32 bits, as hashed for the random bits."""
+    return (index + 2**31) % 2**32 - 2**31
 
 
 def _update(

@@ -28,10 +28,12 @@ from torch import nn
 from endprompt.fast.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fused, scaled_product, to_float8
 
 
-def convert(model: nn.Module, float8: str = "none") -> int:
+def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
     """Change every bias-free nn.Linear in the decoder layers that the lean optimizer trains; how many were changed.
 
-    Call it after the optimizer is made (it makes the sums). Raises ValueError for an unknown float8 or none to change.
+    Call it after the optimizer is made (it makes the sums). sums: False for a model that is about to be sharded, whose
+    gradients are passed back to be summed over the processes; its layers in float8 convert the weight as it is gathered
+    for each pass. Raises ValueError for an unknown float8 or none to change.
     """
     if float8 not in FLOAT8:
         raise ValueError(f"float8 must be one of {', '.join(FLOAT8)}: float8={float8!r}")
@@ -45,9 +47,10 @@ def convert(model: nn.Module, float8: str = "none") -> int:
     for name, module in model.named_modules():
         if ".layers." not in f".{name}." or type(module) is not nn.Linear or module.bias is not None:
             continue
-        if getattr(module.weight, "main_grad", None) is None or name in replaced:
+        if name in replaced or (getattr(module.weight, "main_grad", None) is None) == sums:
             continue
-        module.register_buffer("weight_sum", module.weight.main_grad, persistent=False)
+        if sums:
+            module.register_buffer("weight_sum", module.weight.main_grad, persistent=False)
         if float8 == "none":
             module.__class__ = SummingLinear
         else:
@@ -55,7 +58,8 @@ def convert(model: nn.Module, float8: str = "none") -> int:
                 raise ValueError(f"float8 needs sizes that are multiples of 16: {name} is {tuple(module.weight.shape)}")
             module.__class__ = Float8Linear
             module.fast_backward = float8 == "fast"
-            module.convert_weight()
+            if sums:
+                module.convert_weight()
         changed += 1
     for module in model.modules():
         # a subclass may scale what it gives, and the options count or thin out gradients: those stay as they are
@@ -150,7 +154,7 @@ def _joint_attention(
 def after_step(model: nn.Module) -> None:
     """Convert the new weights to float8; for models without float8 layers there is nothing to do."""
     for module in model.modules():
-        if isinstance(module, Float8Linear):
+        if isinstance(module, Float8Linear) and "weight_sum" in module._buffers:
             module.convert_weight()
 
 
@@ -164,15 +168,18 @@ class SummingLinear(nn.Linear):
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer in float8; weight8_NK and its transpose are copies, made anew after each optimizer step."""
+    """A linear layer in float8; weight8_NK and its transpose are copies, made anew after each optimizer step.
 
-    weight_sum: torch.Tensor
+    Without a sum (sharded) there are no copies: each pass converts the weight that is whole for it.
+    """
+
+    COPIES = ("weight8_NK", "weight8_KN", "weight_scale")
     fast_backward: bool
 
     @torch.no_grad()
     def convert_weight(self) -> None:
         converted = fused(both_layouts, self.weight.device)(self.weight)
-        for name, value in zip(("weight8_NK", "weight8_KN", "weight_scale"), converted):
+        for name, value in zip(self.COPIES, converted):
             if name in self._buffers:
                 getattr(self, name).copy_(value)
             else:
@@ -182,10 +189,7 @@ class Float8Linear(nn.Linear):
         return _Float8.apply(
             x,
             self.weight,
-            self.weight_sum,
-            self.weight8_NK,
-            self.weight8_KN,
-            self.weight_scale,
+            *(self._buffers.get(name) for name in ("weight_sum", *self.COPIES)),
             self.fast_backward,
         )
 
@@ -242,26 +246,33 @@ class _Float8(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         weight_NK: torch.Tensor,
-        total_NK: torch.Tensor,
-        weight8_NK: torch.Tensor,
-        weight8_KN: torch.Tensor,
-        weight_scale: torch.Tensor,
+        total_NK: torch.Tensor | None,
+        weight8_NK: torch.Tensor | None,
+        weight8_KN: torch.Tensor | None,
+        weight_scale: torch.Tensor | None,
         fast: bool,
     ) -> torch.Tensor:
         x8_MK, x_scale = to_float8(x.reshape(-1, x.shape[-1]), ACTIVATION)
-        ctx.save_for_backward(x8_MK, x_scale, weight8_KN, weight_scale, total_NK)
+        if weight8_NK is None or weight_scale is None:
+            weight8_NK, weight_scale = to_float8(weight_NK, ACTIVATION)
+        kept = weight_NK if weight8_KN is None else weight8_KN
+        ctx.save_for_backward(x8_MK, x_scale, kept, weight_scale, total_NK)
         ctx.fast, ctx.shape = fast, x.shape
         out = scaled_product(x8_MK, weight8_NK.t(), x_scale, weight_scale, x.dtype, True)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x8_MK, x_scale, weight8_KN, weight_scale, total_NK = ctx.saved_tensors
+        if total_NK is None:
+            weight8_KN = to_float8(weight8_KN, ACTIVATION)[0].t().contiguous()
         grad8_MN, grad_scale = to_float8(grad.reshape(-1, grad.shape[-1]), GRADIENT)
         grad_x = scaled_product(grad8_MN, weight8_KN.t(), grad_scale, weight_scale, grad.dtype, ctx.fast)
         grad8_NM, x8_KM = grad8_MN.t().contiguous(), x8_MK.t().contiguous()
-        total_NK.add_(scaled_product(grad8_NM, x8_KM.t(), grad_scale, x_scale, grad.dtype, ctx.fast))
-        return grad_x.reshape(ctx.shape), None, None, None, None, None, None
+        product = scaled_product(grad8_NM, x8_KM.t(), grad_scale, x_scale, grad.dtype, ctx.fast)
+        if total_NK is not None:
+            total_NK.add_(product)
+        return grad_x.reshape(ctx.shape), product if total_NK is None else None, *(None,) * 5
 
 
 def add_product(total_NK: torch.Tensor, a_MN: torch.Tensor, b_MK: torch.Tensor) -> None:

@@ -139,8 +139,7 @@ def read_shares(model: torch.nn.Module, device: str) -> None:
                 opened[path] = stack.enter_context(open_tensors(path))
             local = parameter.to_local()
             mesh = parameter.device_mesh
-            # the first dimension is cut as torch.chunk cuts: all shares are equal, the last ones may be less or nothing
-            start = mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size())
+            start = mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size())  # as `shard_starts` counts
             if local.numel():
                 share = opened[path].get_slice(stored)[start : start + local.shape[0]]
             else:

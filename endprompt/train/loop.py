@@ -30,14 +30,14 @@ from endprompt.fast import linears
 from endprompt.files import sound_lines
 from endprompt.model import lora, shares, training_attention
 from endprompt.model.attention import attention_backends
-from endprompt.model.load import decoder_layers
+from endprompt.model.load import decoder_layers, torch_dtype
 from endprompt.model.parity import check_forward
 from endprompt.results import result_row
 from endprompt.runs import RunDirectory, plain
 from endprompt.train import experts
 from endprompt.train import states as checkpoint
 from endprompt.train.evaluate import Evaluation
-from endprompt.train.faster import make_fast
+from endprompt.train.faster import convert, make_fast
 from endprompt.train.graph import StepGraph, check_device, recorded_values, shared_graph
 from endprompt.train.objective import Objective, optimizer_of, optimizer_step
 from endprompt.train.output import identity
@@ -104,11 +104,13 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     if here.size == 1:
         check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
         return loss
-    distributed.shard(loss, decoder_layers(model), here, bfloat16=config.autocast)
+    if config.optimizer == "lean":
+        convert(model, config, torch.device(here.device), sums=False)
+    reduce_dtype = torch_dtype(config.reduce_dtype)
+    distributed.shard(loss, decoder_layers(model), here, config.autocast, reduce_dtype, config.keep_gathered)
     shares.read_shares(model, here.device)
     check_forward(loss, bfloat16=config.autocast)
-    sharded: Any = loss  # what is gathered for a forward pass stays so until the backward pass
-    sharded.reshard()
+    distributed.reshard(loss)
     return loss
 
 
@@ -312,6 +314,7 @@ class Trainer:
             found = list(self.evaluation.measure(self.loss, self.here))
         self.model.set_attn_implementation(attention)
         self.model.train()
+        distributed.reshard(self.loss)
         if not self.log:
             return
         name = origin.name_of(self.config.model)

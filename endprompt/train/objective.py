@@ -9,7 +9,7 @@ import torch
 
 from endprompt import distributed
 from endprompt.config import ExtendConfig
-from endprompt.distributed import say
+from endprompt.distributed import say, shard_starts
 from endprompt.fast.float8 import Float8Matrix
 from endprompt.model.attention import attention_backends
 from endprompt.model.parity import plain_head
@@ -108,6 +108,8 @@ class Objective(torch.nn.Module):
         if not (self.model.training and torch.is_grad_enabled() and self.plain):
             return None
         head = self.model.get_output_embeddings().weight
+        if shard_starts(head) is not None:  # whole for the forward pass it has no sum
+            return None
         return getattr(head, "main_grad", None) if head.requires_grad else None
 
     def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from endprompt import files
 from endprompt.distributed import World, barrier, from_main, gathered
+from endprompt.fast.lean import BLOCK
 from endprompt.files import file_sha256, parse_object, write_text
 
 STATE = "state.json"
@@ -48,9 +51,44 @@ def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     for name, parameter in model.named_parameters():
         if parameter in masters:
             tensors[f"optimizer.{name}.master"] = masters[parameter].detach()
+        shard = getattr(optimizer, "shards", {}).get(parameter)
         for key, value in optimizer.state.get(masters.get(parameter, parameter), {}).items():
+            if shard is not None and shard.whole > shard.end - shard.start and value.ndim == 2:
+                # moments in blocks, of which a process has those that begin in its shard
+                value = Part.of(value, shard.first, -(-shard.whole // BLOCK))
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+class Part(torch.Tensor):
+    """Some of a tensor's first dimension, from `start`, the rest of which other processes hold; as DCP asks for it."""
+
+    start: int
+    rows: int
+
+    @classmethod
+    def of(cls, held: torch.Tensor, start: int, rows: int) -> Part:
+        """rows: of the whole. The memory is `held`'s."""
+        part = held.as_subclass(cls)
+        part.start, part.rows = start, rows
+        return part
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the whole."""
+        whole = torch.Size((self.rows, *self.shape[1:]))
+        return whole if dim is None else whole[dim]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size((self.start, *(0,) * (self.ndim - 1))), self.shape)] * bool(len(self))
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.as_subclass(torch.Tensor))
+        made = [(chunk, TensorWriteData(chunk, properties, self.size())) for chunk in self.__create_chunk_list__()]
+        kind = WriteItemType.SHARD
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), kind, tensor_data=data) for chunk, data in made]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import types
@@ -44,6 +45,16 @@ class Forked:
         self.process.kill()
         self.process.join()
         return self.process.exitcode, *(path.read_text() for path in self.printed)
+
+
+def several(count: int, function: Callable, *arguments, seconds: float = 250) -> tuple[list[int], str]:
+    """So many processes as torchrun starts them, each of which runs `function(*arguments)`: (exit codes, all print)."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": str(count)}
+    ranks = [Forked(function, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **meeting) for rank in range(count)]
+    codes, *printed = zip(*[rank.ended(seconds) for rank in ranks])
+    return list(codes), "\n".join(text for stream in printed for text in stream)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from endprompt import distributed
 from endprompt.fast import LeanAdamW, linears
 from endprompt.fast import lean as optim
 from endprompt.fast.lean import decode, encode, random_bits, round_to_bfloat16
@@ -13,6 +14,7 @@ from endprompt.model import new_model, training_attention
 from endprompt.shapes import model_config
 from endprompt.train.loss import linear_cross_entropy
 from endprompt.train.optimizers import clip_gradients, make_optimizer
+from tests.support.processes import several
 
 
 def learning_rows(rows, tokens, vocabulary, seed):
@@ -175,6 +177,44 @@ def test_a_copied_state_goes_on_bit_by_bit():
     other.state[resumed] = copy.deepcopy(dict(optimizer.state[whole]))
     run(whole, optimizer, 4), run(resumed, other, 4)
     assert torch.equal(whole, resumed)
+
+
+def sharded_steps(output):
+    """Steps of the lean optimizer on parameters that all processes share; the whole weights go to a file."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    here = distributed.world("cpu")
+    mesh = init_device_mesh("cpu", (here.size,))
+    take_steps(output if here.main else None, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+
+
+def take_steps(output, share=lambda x: x):
+    torch.manual_seed(0)
+    # rows of whole blocks, of parts of one, fewer rows than processes, a block that several processes hold
+    shapes = [(8, 256), (7, 96), (3,), (512,), (5, 512), (1000,), (3, 300), (700,)]
+    starts = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, [torch.bfloat16, torch.float32] * 4)]
+    weights = [torch.nn.Parameter(share(start)) for start in starts]
+    optimizer = LeanAdamW(weights, lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for weight in weights:
+            weight.main_grad.copy_(distributed.local(share(torch.randn(weight.shape))))
+        optimizer.step()
+    whole = [distributed.whole(weight.detach()) for weight in weights]
+    if output:
+        torch.save(whole, output)
+
+
+def test_the_number_of_processes_changes_no_bit_of_a_step(tmp_path):
+    """Blocks, their scales and random bits are those of the whole parameter, wherever the shards cut it."""
+    take_steps(tmp_path / "1")
+    alone = torch.load(tmp_path / "1")
+    for count in (2, 3, 4):
+        codes, said = several(count, sharded_steps, tmp_path / str(count))
+        assert codes == [0] * count, said[-2000:]
+        for ours, theirs in zip(torch.load(tmp_path / str(count)), alone, strict=True):
+            assert torch.equal(ours, theirs), (count, tuple(ours.shape))
 
 
 def test_what_it_refuses():
