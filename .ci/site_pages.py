@@ -36,6 +36,7 @@ NAV = {
     "index.md": "EndPrompt Lab",
     "install.md": "Installing",
     "training.md": "Training",
+    "nodes.md": "Several GPUs and nodes",
     "library.md": "As a library",
     "talk.md": "Trying a checkpoint",
     "scoring.md": "Scoring",

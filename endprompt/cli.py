@@ -104,7 +104,19 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        return fail(told(error, run_log(config, began)), 1)
+        said = told(error, run_log(config, began))
+        return fail(said, 1) if speaks() else 1
+
+
+def speaks() -> bool:
+    """Whether this process says its error: of torchrun's the first that fails, and before they meet the main one."""
+    dist, distributed = sys.modules.get("torch.distributed"), sys.modules.get("endprompt.distributed")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist is None or distributed is None:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return bool(distributed.first_to_fail() if dist.is_initialized() else os.environ["RANK"] == "0")
+    except (RuntimeError, ValueError):  # the main process has gone, and the store with it
+        return True
 
 
 def told(error: Exception, log: Path | None) -> str:

@@ -22,9 +22,11 @@ class ExtendConfig:
         model: checkpoint to start from: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file
         output: directory of the extended checkpoint; it appears when the run is finished
         save_every: steps between training states; 0 for none
+        async_save: write training states while the next steps run, from a copy in the host's memory
         keep: how many training states are kept
         export_dtype: of the exported weights; default the checkpoint's own
         resume: go on from the newest training state of this output
+        resume_or_start: resume if this output is unfinished or whole, else start; for what starts a run again by itself
         overwrite: replace a finished output
 
     Data:
@@ -107,6 +109,8 @@ class ExtendConfig:
             percent slower. On a CPU runs repeat anyway
 
     Several GPUs:
+        context_parallel: processes that share the tokens of each row, for long rows of scheme contiguous; they exchange
+            heads for tokens around attention, so they must divide the heads and the row
         reduce_dtype: in which gradients are summed over the processes: float32, or bfloat16 at half the traffic
         keep_gathered: so many last layers stay whole from their forward to their backward pass, instead of being
             gathered twice; costs their weights in memory
@@ -126,9 +130,11 @@ class ExtendConfig:
     model: str = ""
     output: str = ""
     save_every: int = 0
+    async_save: bool = True
     keep: int = 2
     export_dtype: str | None = None
     resume: bool = False
+    resume_or_start: bool = False
     overwrite: bool = False
 
     data: list[str] = dataclasses.field(default_factory=list)
@@ -187,6 +193,7 @@ class ExtendConfig:
     device: str = "auto"
     deterministic: bool = False
 
+    context_parallel: int = 1
     reduce_dtype: str = "float32"
     keep_gathered: int = 1
 
@@ -224,7 +231,7 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
 AT_LEAST = {
     **dict.fromkeys(("prompt_weight", "completion_weight", "warmup", "weight_decay", "clip", "seed", "save_every"), 0),
     **dict.fromkeys(("lora_rank", "divergence", "eval_every", "eval_needles", "router_loss", "keep_gathered"), 0),
-    **dict.fromkeys(("factor", "rows", "micro_rows", "steps", "tokens"), 1),
+    **dict.fromkeys(("context_parallel", "factor", "rows", "micro_rows", "steps", "tokens"), 1),
     **dict.fromkeys(("keep", "log_every", "lora_alpha", "eval_rows"), 1),
     **dict.fromkeys(("max_epochs", "text_weight"), 0),
     "row_tokens": 2,
@@ -351,10 +358,29 @@ def check_apart_scaling(scaling: str, asked: str) -> None:
         )
 
 
-def check_processes(config: ExtendConfig, processes: int) -> None:
+def check_processes(config: ExtendConfig, processes: int, row_tokens: int) -> None:
     """Raises ValueError if so many processes cannot share the run."""
-    if config.rows % processes:
-        raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {processes}")
+    context = config.context_parallel
+    if context > 1:
+        needless = {"scheme": config.scheme != "contiguous", "attention": config.attention == "shifted"}
+        for key, short in needless.items():
+            if short:
+                raise ValueError(
+                    "context parallelism is for long rows under full attention, and this run needs none: "
+                    f"{key}={getattr(config, key)!r} context_parallel={context}"
+                )
+        if config.short_documents == "apart":
+            raise ValueError(
+                f"the documents of a row are kept apart by the whole row: short_documents='apart' {context=}"
+            )
+        if processes % context:
+            raise ValueError(f"context_parallel must divide the number of processes: {context}, {processes}")
+        lengths = [row_tokens, *((config.eval_lengths or [config.target]) if config.eval_data else [])]
+        if uneven := [length for length in lengths if length % context]:
+            raise ValueError(f"context_parallel must divide the tokens of every row: {context}, {uneven[0]} tokens")
+    if config.rows % (processes // context):
+        shared = f", {context} of which share a row" if context > 1 else ""
+        raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {processes}{shared}")
     if processes > 1 and config.compile.startswith("graph"):
         raise ValueError(
             f"a recorded step needs a single process; several take compile=layers: compile={config.compile!r}, "

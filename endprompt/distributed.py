@@ -11,26 +11,97 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
+import json
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store as _default_store
+from torch.distributed.rendezvous import rendezvous
 
 from endprompt.files import sole_use
 
 
+class Context:
+    """The processes that share each row's tokens: `rank` of `size` holds the tokens of its part, in their order.
+
+    Attention sees the whole row for a part of the heads (Jacobs et al. 2023, arXiv:2309.14509): before it each process
+    sends the heads of the others away and gets their tokens of its own, and the way back afterwards. So any attention
+    kernel serves, and each process does the same work whatever the mask.
+    Legend: B rows, H heads, T tokens of the row, t = T / size tokens of a part, D head dim.
+    """
+
+    def __init__(self, group: Any):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def part(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """This process's tokens of something whole [B, T, ...]."""
+        return x_BT.tensor_split(self.size, dim=1)[self.rank].contiguous()
+
+    def whole(self, x_Bt: torch.Tensor) -> torch.Tensor:
+        """All tokens [B, T, ...] of what each process has a part of; without gradients."""
+        parts = [torch.empty_like(x_Bt) for _ in range(self.size)]
+        dist.all_gather(parts, x_Bt.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over these processes, in place."""
+        dist.all_reduce(value, group=self.group)
+        return value
+
+    def to_heads(self, x_BHtD: torch.Tensor) -> torch.Tensor:
+        """[B, H, t, D], all heads of a part, to [B, H / size, T, D], some heads of the whole row."""
+        parts = x_BHtD.unflatten(1, (self.size, -1)).movedim(1, 0)
+        return self._exchanged(parts).movedim(0, 2).flatten(2, 3)
+
+    def to_tokens(self, x_BThD: torch.Tensor) -> torch.Tensor:
+        """[B, T, H / size, D] to [B, t, H, D], the way back."""
+        parts = x_BThD.unflatten(1, (self.size, -1)).movedim(1, 0)
+        return self._exchanged(parts).movedim(0, 2).flatten(2, 3)
+
+    def _exchanged(self, parts: torch.Tensor) -> torch.Tensor:
+        """The n-th of `parts` goes to the n-th process; what comes from each, in their order."""
+        from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+        return all_to_all_single_autograd(parts.contiguous(), None, None, self.group)
+
+
+@functools.cache
+def _contexts(size: int) -> Context:
+    """This process's group of so many neighbours; every process must call it, once."""
+    ranks = range(dist.get_world_size())
+    groups = [dist.new_group(ranks[start : start + size]) for start in ranks[::size]]
+    return Context(groups[dist.get_rank() // size])
+
+
 @dataclass(frozen=True)
 class World:
-    """This process (rank) among all (size), and the device it computes on."""
+    """This process (rank) among all (size), and the device it computes on.
+
+    context: the processes that share its rows, if several do; `share` of `shares` is its share of a step's rows.
+    """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    context: Context | None = None
+
+    @property
+    def shares(self) -> int:
+        return self.size // (self.context.size if self.context else 1)
+
+    @property
+    def share(self) -> int:
+        return self.rank // (self.context.size if self.context else 1)
 
     @property
     def main(self) -> bool:
@@ -38,11 +109,17 @@ class World:
         return self.rank == 0
 
 
-def world(device: str) -> World:
+#: How long processes wait for each other at the start, and in any collective later: one may write a whole checkpoint
+#: meanwhile. torchrun ends all of them sooner when one has ended.
+START, LONGEST = timedelta(seconds=60), timedelta(minutes=30)
+
+
+def world(device: str, context: int = 1, alike: Mapping[str, Any] | None = None) -> World:
     """The processes that torchrun started, or this one alone. device: cpu, cuda or auto.
 
-    The process group stays for the runs that follow, to the end of the process. Raises ValueError if the device is not
-    there.
+    context: processes that share a row, a divisor of their number. alike: what must be the same on all of them, such as
+    versions. The process group stays for the runs that follow, to the end of the process. Raises ValueError if the
+    device is not there, and on every process if they do not meet, differ, or cannot talk to each other.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device")
@@ -50,13 +127,67 @@ def world(device: str) -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World(device=device)
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    about: dict[str, Any] = {"host": socket.gethostname(), **(alike or {}), "torch": torch.__version__, "kind": device}
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
+        device = f"cuda:{place}"
+        if place < torch.cuda.device_count():
+            torch.cuda.set_device(device)
+            about["gpu_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30)
+        else:
+            about["fault"] = f"each process needs a GPU of its own: process {place}, {torch.cuda.device_count()} GPUs"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        _meet(about)
         atexit.register(_leave)  # not sooner: a later run of these processes would wait for a second group for ever
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(dist.get_rank(), dist.get_world_size(), device, _contexts(context) if context > 1 else None)
+
+
+def _meet(about: dict[str, Any]) -> None:
+    """Start the process group, once all processes are there and alike; each of them sees what all say of themselves."""
+    here = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=START))
+        store.set(f"about/{rank}", json.dumps(about))
+        store.wait([f"about/{other}" for other in range(size)], START)
+        abouts = [json.loads(store.get(f"about/{other}")) for other in range(size)]
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the processes have not met at {here} within {START.seconds} s: {reason}") from error
+    if faults := [f"{one['fault']} ({one['host']})" for one in abouts if "fault" in one]:
+        raise ValueError(faults[0])
+    for other, one in enumerate(abouts):
+        for key in sorted(one.keys() - {"host"}):
+            if one[key] != abouts[0].get(key):
+                first = abouts[0]
+                raise ValueError(
+                    f"all processes must have the same {key}: {first.get(key)!r} on {first['host']} (process 0), "
+                    f"{one[key]!r} on {one['host']} (process {other})"
+                )
+    cuda = about["kind"] == "cuda"
+    late = threading.Timer(START.seconds, _give_up, [f"NCCL has not started within {START.seconds} s: NCCL_DEBUG=WARN"])
+    try:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST)
+        if cuda:
+            late.start()
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise ValueError(f"the processes cannot talk to each other: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        late.cancel()
+
+
+def _give_up(message: str) -> None:
+    """End a process that waits for what does not come, in one line of all of them."""
+    if first_to_fail():
+        print(f"endprompt: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of all that asks: it says the error, which others may have met as well."""
+    return _default_store().add("failed", 1) == 1
 
 
 def _leave() -> None:
@@ -77,12 +208,18 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def from_main(value: Any) -> Any:
+@functools.cache
+def apart() -> Any:
+    """A group of all processes for work of the host beside the steps; every process must call it. None if alone."""
+    return dist.new_group(backend="gloo", timeout=LONGEST) if dist.is_initialized() else None
+
+
+def from_main(value: Any, group: Any = None) -> Any:
     """The main process's value, on every process."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -91,28 +228,31 @@ def only_run(output: str | os.PathLike[str], here: World) -> Iterator[None]:
     """Hold an output for this run, by its main process. Raises ValueError on every process if another run holds it."""
     with contextlib.ExitStack() as held:
         by_main(here, lambda: held.enter_context(sole_use(output)))
+        lock = f"{os.path.realpath(output)}.lock"
+        if blind := [host for host, sees in gathered((socket.gethostname(), os.path.exists(lock))) if not sees]:
+            raise ValueError(f"the output must be in a folder that every node sees: {blind[0]}: output={str(output)!r}")
         yield
 
 
-def by_main(here: World, work: Callable[[], object]) -> None:
+def by_main(here: World, work: Callable[[], object], group: Any = None) -> None:
     """Let the main process do something while all wait; what it raises is raised on every process."""
     try:
         if here.main:
             work()
     except Exception as error:
-        from_main(str(error) or type(error).__name__)
+        from_main(str(error) or type(error).__name__, group)
         raise
-    said = from_main(None)
+    said = from_main(None, group)
     if said is not None:
         raise ValueError(said)
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: Any, group: Any = None) -> list[Any]:
     """Every process's value, in the order of their ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -15,7 +15,10 @@ and rows of T tokens:
                       itself: 3 h + i of one byte (what the products read) and h + 2 k + 2 i of two
 
 Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its rows and the layers that are gathered at
-once, and 7% are taken off for what communication does not hide (assumptions until they are measured).
+once. Every micro-batch gathers the weights twice and reduces the gradients once, of which a GPU receives (n - 1) / n;
+the step waits for what is not hidden behind computation, and for the copies in and out of the collectives' buffers.
+GPUs that share a row (context parallelism) send queries, keys, values and outputs through all-to-all in each layer,
+which nothing hides. Within a host of 8 the links are NVLink's; `LINKS` and `HIDDEN` are assumptions until measured.
 """
 
 from __future__ import annotations
@@ -75,6 +78,12 @@ ATTENTIONS = {
 NARROW_HEADS = (0.79, 0.9)
 
 
+#: Bytes/s that a GPU receives in a collective: within a host of 8 by NVLink (without its multicast), beyond over 400
+#: Gbit/s a GPU. HIDDEN: the share of gathering and reducing that computation covers.
+LINKS = {"host": 240e9, "beyond": 40e9}
+HOST, HIDDEN = 8, 0.3
+
+
 @dataclass
 class PlanConfig:
     """The run to plan.
@@ -85,7 +94,9 @@ class PlanConfig:
         target: the extended window
         row_tokens: physical tokens of a row; default the model's window for endprompt, else the target
         window: of the checkpoint, where its config leaves open whether it is stated before or after scaling
-        gpus: how many, of one kind
+        gpus: how many, of one kind; 8 of them in a host
+        context_parallel: GPUs that share each row, for method full
+        reduce_dtype: in which gradients are summed over the GPUs: float32 or bfloat16
         device: H200, H100 or A100
         tokens: training tokens of the run
         rows: rows of one step
@@ -103,6 +114,8 @@ class PlanConfig:
     row_tokens: int | None = None
     window: int | None = None
     gpus: int = 1
+    context_parallel: int = 1
+    reduce_dtype: str = "float32"
     device: str = "H200"
     tokens: int = 1_000_000_000
     rows: int = 64
@@ -240,6 +253,21 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic
 
 
+def communication_seconds(shape: Shape, config: PlanConfig, tokens: float, recompute: str) -> float:
+    """Seconds by which one GPU's micro-batch of so many of its tokens is longer for its exchange with the others."""
+    gpus, context = config.gpus, config.context_parallel
+    if gpus == 1:
+        return 0.0
+    link, traffic = LINKS["host" if gpus <= HOST else "beyond"], DEVICES[config.device].traffic
+    reduced = {"float32": 4.0, "bfloat16": 2.0}[config.reduce_dtype]
+    received = (2 * 2.0 + reduced) * shape.parameters * (gpus - 1) / gpus
+    # gathered weights are read and written once more, gradients read and written in the dtype that they are reduced in
+    copies = (2 * 2 * 2.0 + 2.0 + reduced) * shape.parameters / traffic
+    passes = 3 if recompute == "full" else 2  # queries, keys, values, outputs, and the gradients of all four
+    heads = passes * 2.0 * (2 * shape.query + 2 * shape.kv) * shape.layers * tokens * (context - 1) / context
+    return (1 - HIDDEN) * received / link + copies + heads / LINKS["host" if context <= HOST else "beyond"]
+
+
 def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, recompute: str) -> dict[str, float]:
     """Bytes on one GPU, by part."""
     count = shape.parameters
@@ -256,13 +284,15 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
         "moments": bytes_of[2] * trained / config.gpus,
     }
     if config.float8 != "none":
-        parts["float8 weights"] = 2.0 * shape.stored / config.gpus
+        # sharded layers convert what they gather
+        parts["float8 weights"] = 2.0 * shape.stored / (1 if config.gpus == 1 else shape.layers)
     if config.gpus > 1:
+        reduced = {"float32": 4.0, "bfloat16": 2.0}[config.reduce_dtype]
         # two layers' weights and one's gradients in bfloat16, and those in float32 while they are summed over the GPUs
-        parts["gathered layers"] = (2 * 2.0 + 2.0 + 4.0) * shape.stored / shape.layers
+        parts["gathered layers"] = (2 * 2.0 + 2.0 + reduced) * shape.stored / shape.layers
         # embeddings and head belong to the root, which stays gathered
-        parts["gathered embeddings"] = (2.0 + 2.0 + 4.0) * shape.embeddings
-    tokens = micro_rows * row_tokens
+        parts["gathered embeddings"] = (2.0 + 2.0 + reduced) * shape.embeddings
+    tokens = micro_rows * row_tokens // config.context_parallel
     selective = 2.0 * (2 * shape.hidden + 2 * shape.query + 2 * shape.kv + 2 * shape.intermediate)
     fused = config.fused and config.optimizer == "lean"  # norms are made again in any case
     whole = selective + 2.0 * ((0 if fused else 2 * shape.hidden) + shape.intermediate)
@@ -281,14 +311,21 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
 def plans(config: PlanConfig) -> list[Plan]:
     """The settings of a run, fastest first among those that fit. Raises ValueError naming key, value and rule."""
     choices = {"method": METHODS, "device": tuple(DEVICES), "attention": tuple(ATTENTIONS)}
-    choices |= {"optimizer": ("lean", "adamw"), "float8": ("none", "fast")}
-    check_fields(config, choices, dict.fromkeys(("target", "gpus", "tokens", "rows"), 1))
-    if config.rows % config.gpus:
-        raise ValueError(f"the number of GPUs must divide the rows of a step: gpus={config.gpus} rows={config.rows}")
+    choices |= {"optimizer": ("lean", "adamw"), "float8": ("none", "fast"), "reduce_dtype": ("float32", "bfloat16")}
+    check_fields(config, choices, dict.fromkeys(("target", "gpus", "tokens", "rows", "context_parallel"), 1))
+    context = config.context_parallel
+    if context > 1 and (config.gpus % context or config.method != "full"):
+        raise ValueError(
+            f"GPUs that share a row are for method=full, and divide the others: context_parallel={context} "
+            f"gpus={config.gpus} method={config.method!r}"
+        )
+    if config.rows % (config.gpus // context):
+        raise ValueError(
+            f"the number of GPUs must divide the rows of a step: gpus={config.gpus} rows={config.rows}"
+            + (f" context_parallel={context}" if context > 1 else "")
+        )
     if config.method == "longlora" and config.attention != "sdpa":
         raise ValueError(f"longlora has its own attention, on sdpa: attention={config.attention!r}")
-    if config.gpus > 1 and config.optimizer == "lean":
-        raise ValueError(f"the lean optimizer is for one GPU; take optimizer=adamw: gpus={config.gpus}")
     if config.model not in SHAPES and not config.model.strip():
         raise ValueError(f"model must be a checkpoint directory or one of {', '.join(SHAPES)}: model={config.model!r}")
     shape = shape_of(config.model, config.window)
@@ -298,14 +335,16 @@ def plans(config: PlanConfig) -> list[Plan]:
     made = []
     for recompute in ("none", "selective", "full"):
         for micro_rows in (1, 2, 4, 8):
-            if config.rows % (micro_rows * config.gpus):
+            if config.rows % (micro_rows * config.gpus // context) or micro_rows * row_tokens % context:
                 continue
             parts = memory(shape, config, row_tokens, micro_rows, recompute)
             fits = sum(parts.values()) / GIB <= DEVICES[config.device].memory
             each = seconds_per_token(shape, config, row_tokens, recompute)
             # the gradient sums are read and written once a micro-batch
-            each += 8.0 * shape.parameters / DEVICES[config.device].traffic / (micro_rows * row_tokens)
-            speed = config.gpus / each * (0.93 if config.gpus > 1 else 1.0)
+            held = micro_rows * row_tokens / context  # tokens of a GPU's micro-batch
+            each += 8.0 * shape.parameters / config.gpus / DEVICES[config.device].traffic / held
+            each += communication_seconds(shape, config, held, recompute) / held
+            speed = config.gpus / each
             hours = config.tokens / speed / 3600
             made.append(Plan(micro_rows, recompute, parts, fits, speed, hours, hours * config.gpus))
     return sorted(made, key=lambda plan: (not plan.fits, -plan.tokens_per_s, plan.total_gib))
@@ -317,7 +356,11 @@ def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
     row_tokens = config.row_tokens or shape.window
     smallest = 0.0
     for recompute in ("none", "selective", "full"):
-        for micro in (m for m in (8, 4, 2, 1) if m <= micro_rows and config.rows % (m * config.gpus) == 0):
+        for micro in (
+            m
+            for m in (8, 4, 2, 1)
+            if m <= micro_rows and config.rows % (m * config.gpus // config.context_parallel) == 0
+        ):
             smallest = sum(memory(shape, config, row_tokens, micro, recompute).values()) / GIB
             if smallest <= 0.9 * usable_gib:
                 return f"micro_rows={micro} checkpointing={recompute} fits ({smallest:.1f} of {usable_gib:.1f} GiB)"

@@ -3,6 +3,11 @@
     python -m benchmarks.speed.extend '{"shape": "llama3-8b", "processes": 2, "work": "/scratch"}'
     python -m benchmarks.speed.extend '{"processes": 1, "dtype": "bfloat16", "optimizer": "lean", "micro_rows": 2,
                                      "checkpointing": "none", "work": "/scratch"}'
+    python -m benchmarks.speed.extend scaling '{"processes": 2, "work": "/scratch"}'
+    python -m benchmarks.speed.extend planned '{"processes": 8}'
+
+`scaling` measures the settings of `SCALING` one after the other, those whose names are given behind, or all; `planned`
+writes what `endprompt plan` says of the same settings, before they are run.
 
 The whole way is run: each process reads its share of the checkpoint, some steps are made, the extended model is
 exported. The first step, which compiles, is left out of the speed. The work folder needs room for two copies of the
@@ -12,6 +17,7 @@ model in bfloat16, and may be used again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -20,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +42,8 @@ class ManyConfig:
     """What is measured: a shape's name as in bench, processes of a GPU each, and settings as of extend.
 
     work: folder for the checkpoint, the data and the run. output: of results.jsonl. timeout: of the run, seconds.
-    dtype: float32 is multiplied in bfloat16 (the shares are masters), bfloat16 has masters beside. optimizer: lean is
-    for one process.
+    dtype: float32 is multiplied in bfloat16 (the shards are masters), bfloat16 has masters beside, or is lean. method:
+    full has contiguous rows that all processes share. save_every: what a save costs the steps becomes a row.
     """
 
     output: str = "bench"
@@ -54,14 +61,54 @@ class ManyConfig:
     compile: str = "layers"
     optimizer: str = "auto"
     attention: str = "sdpa"
+    float8: str = "none"
+    method: str = "endprompt"
+    reduce_dtype: str = "float32"
+    save_every: int = 0
     timeout: float = 540.0
 
 
 #: Settings that the run takes as they are.
 OF_EXTEND = (
     *("target", "row_tokens", "rows", "micro_rows", "steps", "dtype", "checkpointing", "compile", "device"),
-    *("optimizer", "attention"),
+    *("optimizer", "attention", "float8", "reduce_dtype", "save_every"),
 )
+
+LEAN = {"dtype": "bfloat16", "optimizer": "lean", "checkpointing": "selective", "steps": 4}
+#: The settings that several GPUs are measured in, by the number of processes.
+SCALING: dict[str, Callable[[int], dict[str, Any]]] = {
+    "bf16": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n},
+    "float8": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n, "float8": "fast", "checkpointing": "none"},
+    "full": lambda n: (
+        LEAN | {"method": "full", "row_tokens": 65536 * n, "target": 65536 * n, "rows": 2, "checkpointing": "full"}
+    ),
+    "save": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n, "save_every": 2, "steps": 5},
+}
+
+
+def planned(config: ManyConfig) -> list[dict[str, Any]]:
+    """Result rows of what `endprompt plan` says of the settings of `SCALING`."""
+    from endprompt.plan import PlanConfig, plans
+
+    rows = []
+    for name, setting in SCALING.items():
+        one = dataclasses.replace(config, **setting(config.processes))
+        full = one.method == "full"
+        wanted = PlanConfig(
+            model=one.shape, method=one.method, target=one.target, row_tokens=one.row_tokens, gpus=one.processes,
+            context_parallel=one.processes if full else 1, rows=one.rows, attention=one.attention,
+            optimizer=one.optimizer, float8=one.float8, reduce_dtype=one.reduce_dtype,
+        )  # fmt: skip
+        same = (one.micro_rows, one.checkpointing)
+        found = next(plan for plan in plans(wanted) if (plan.micro_rows, plan.recompute) == same)
+        values = {
+            "tokens_per_s": found.tokens_per_s,
+            "tokens_per_s_a_process": found.tokens_per_s / one.processes,
+            "peak_gib": found.total_gib,
+        }
+        if name != "save":
+            rows += rows_with(one, values, f"planned {name}, {one.processes} processes", "endprompt plan, not measured")
+    return rows
 
 
 def measure(config: ManyConfig) -> list[dict[str, Any]]:
@@ -80,9 +127,12 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
     make_shard(config, checkpoint, shard)
     shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(aside(run), ignore_errors=True)
+    full = config.method == "full"
+    prompt = "text:" + " ".join(["end"] * min(20, config.row_tokens // 2))
     job = {key: getattr(config, key) for key in OF_EXTEND} | {
         "model": str(checkpoint), "data": [str(shard)], "output": str(run), "log_every": 1,
-        "prompt": "text:" + " ".join(["end"] * min(20, config.row_tokens // 2)), "autocast": config.dtype == "float32",
+        "prompt": None if full else prompt, "scheme": "contiguous" if full else "endprompt",
+        "context_parallel": config.processes if full else 1, "autocast": config.dtype == "float32",
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     worker = ["-m", "benchmarks.speed.extend", "--worker", json.dumps({"job": job, "work": str(work)})]
@@ -111,15 +161,19 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
     }
     if "mfu" in log[-1]:
         values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
-    setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "work", "timeout")}
+    if saves := [entry["save_seconds"] for entry in log if "save_seconds" in entry]:
+        values["save_seconds"] = saves[-1]  # the first one has the host's memory to make
     task, sharded = "extend, one process", ""
     if config.processes > 1:
         task, sharded = f"extend, {config.processes} processes", ", sharded by FSDP2"
     what = f"extend from a checkpoint of random weights to its export{sharded}; the median of its steps but the first"
-    return speed_rows(
-        values, task=task, length=config.target, model=config.shape, method="endprompt", what=what, setting=setting,
-        loss=log[-1]["loss"],
-    )  # fmt: skip
+    return rows_with(config, values, task, what, loss=log[-1]["loss"])
+
+
+def rows_with(config: ManyConfig, values: dict[str, float], task: str, what: str, **more: Any) -> list[dict[str, Any]]:
+    setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "work", "timeout")}
+    about = {"length": config.target, "model": config.shape, "method": config.method, "setting": setting}
+    return speed_rows(values, task=task, what=what, **about, **more)
 
 
 def make_checkpoint(config: ManyConfig, directory: Path) -> None:
@@ -174,11 +228,19 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--worker"]:
         work_of(json.loads(argv[1]))
         return 0
+    kind = argv.pop(0) if argv[0] in ("scaling", "planned") else ""
     config = ManyConfig(**json.loads(argv[0]))
-    rows = measure(config)
+    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {"": lambda: measure(config)}
+    if kind == "planned":
+        makers = {kind: lambda: planned(config)}
+    elif kind:
+        settings = {name: SCALING[name](config.processes) for name in argv[1:] or SCALING}
+        makers = {n: functools.partial(measure, dataclasses.replace(config, **s)) for n, s in settings.items()}
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    append_rows(Path(config.output) / "results.jsonl", rows)
-    print(table(rows))
+    for make in makers.values():  # each is kept before the next is made
+        rows = make()
+        append_rows(Path(config.output) / "results.jsonl", rows)
+        print(table(rows), flush=True)
     return 0
 
 

@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from endprompt.distributed import Context
 from endprompt.fast import flash4
 from endprompt.model.geometry import window_of
 from endprompt.model.kinds import LayerKind, layer_kinds
+from endprompt.model.length_rope import length_kinds
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 PREFIX = "causal_only_"
 
@@ -58,6 +60,9 @@ def _causal_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
         _refuse(query_BHTD, key_BGTD, None if masked else attention_mask, others, mask is not None)
         given = {key: item for key, item in kwargs.items() if key in own and item is not None}
         query_BHTD = _tempered(module, query_BHTD)
+        if (context := getattr(module, "context", None)) is not None:
+            heads = [context.to_heads(x) for x in (query_BHTD, *_dealt(query_BHTD, key_BGTD, value_BGTD, context.size))]
+            return context.to_tokens(kernel(*heads, scaling, dropout, **given)[0]), None
         if mask is None:
             made: tuple[torch.Tensor, torch.Tensor | None] = kernel(
                 query_BHTD, key_BGTD, value_BGTD, scaling, dropout, **given
@@ -73,6 +78,38 @@ def _causal_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
     attention = functools.wraps(kernel)(functools.partial(attend, False))
     attention.by_position = functools.partial(attend, True)  # type: ignore[attr-defined]
     return attention
+
+
+def _dealt(
+    query_BHTD: torch.Tensor, key_BGTD: torch.Tensor, value_BGTD: torch.Tensor, processes: int
+) -> tuple[torch.Tensor, ...]:
+    """Keys and values with each head so often that every process gets as many, for the queries that read them."""
+    groups = key_BGTD.shape[1]
+    again = processes // math.gcd(groups, processes)
+    if query_BHTD.shape[1] % (groups * again):
+        again = query_BHTD.shape[1] // groups
+    return tuple(x.repeat_interleave(again, dim=1) if again > 1 else x for x in (key_BGTD, value_BGTD))
+
+
+def share_rows(model: PreTrainedModel, context: Context) -> None:
+    """Let the model's causal-only attentions exchange heads for tokens: each process gives it a part of each row.
+
+    Raises ValueError for a model or an attention for which places in the row matter, and for heads that the processes
+    do not divide.
+    """
+    settings, attention = model.config.get_text_config(), model.config._attn_implementation
+    rule, processes = f"context_parallel={context.size}", context.size
+    if attention.endswith(BY_POSITION) or plain_name(attention) not in ATTENTIONS:
+        raise ValueError(f"{settings.model_type} has layers that see a window alone, whose mask needs the row: {rule}")
+    if any(length_kinds(module) or getattr(module, "attn_temperature_tuning", False) for module in model.modules()):
+        raise ValueError(f"{settings.model_type}: rotations or queries that depend on the row's length need it: {rule}")
+    if settings.num_attention_heads % processes:
+        raise ValueError(
+            f"the attention heads must be a multiple of the processes that share a row: {rule} "
+            f"num_attention_heads={settings.num_attention_heads}"
+        )
+    for module in model.modules():
+        module.context = context  # type: ignore[assignment]
 
 
 def _tempered(module: Any, query_BHTD: torch.Tensor) -> torch.Tensor:

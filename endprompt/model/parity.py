@@ -155,8 +155,9 @@ def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     attention = model.config._attn_implementation
     if not attention.startswith(PREFIX):
         return
-    row, other = _rows(model).split(1)
-    tokens = row.shape[1]
+    rows, context = _rows(model), objective.context
+    tokens = rows.shape[1] - rows.shape[1] % (context.size if context else 1)
+    row, other = rows[:, :tokens].split(1)
     contiguous = torch.arange(tokens, device=row.device)[None]
     jump = max([tokens // 4, *(kind.reach or 0 for kind in narrow_layers(model.config))])
     if getattr(model.config, "attn_temperature_tuning", False):  # Llama 4's own goes by place: up to here that is equal
@@ -285,14 +286,16 @@ def _numbers(logits_1TV: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor)
 
 def _ours(objective: Objective, ids: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor) -> Numbers:
     """As training makes them."""
-    model = objective.model
+    model, context = objective.model, objective.context
     loss = objective(ids, positions, weights)
+    if context:
+        loss = context.total(loss)
 
     def last() -> torch.Tensor:
-        if not plain_head(model):
-            return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, -LAST:]
-        hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
-        return F.linear(hidden[0, -LAST:], model.get_output_embeddings().weight)
+        plain, given = plain_head(model), objective.given(ids, positions)
+        made = model.base_model(**given)[0] if plain else model(**given).logits
+        made = (context.whole(made) if context else made)[0, -LAST:]
+        return F.linear(made, model.get_output_embeddings().weight) if plain else made
 
     return objective(ids, positions, weights, instead=last).double(), float(loss) / float(weights.sum())
 

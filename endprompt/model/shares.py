@@ -8,16 +8,19 @@ Host memory of a process is model / processes.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from endprompt.distributed import say
+from endprompt.distributed import World, by_main, say, whole
+from endprompt.files import write_text
 from endprompt.model.geometry import check_frequencies
 from endprompt.model.length_rope import rows_alone
 from endprompt.model.load import checkpoint_path, load_model, load_report, torch_dtype
-from endprompt.model.weights import Stored, open_tensors, same_values, settle, stored_tensors
+from endprompt.model.weights import INDEX, WHOLE, Stored, open_tensors, same_values, settle, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,11 +48,11 @@ def model_to_fill(path: str | Path, *, dtype: str, attention: str, config: Pretr
     stored = stored_tensors(directory)
     model, _, sources = _stand_in(directory, stored, dtype, attention, config)
     if sources is None:
-        whole = load_model(directory, dtype=dtype, attention=attention, config=config)
+        loaded = load_model(directory, dtype=dtype, attention=attention, config=config)
         say(
             f"{directory}: its files hold the weights in other parts than the model: every process has read all of them"
         )
-        return whole
+        return loaded
     for name, buffer in model.named_buffers():
         if name in sources:
             with open_tensors(stored[sources[name]].path) as file:
@@ -163,3 +166,72 @@ def names_of_weights(model: torch.nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
+
+
+#: Bytes of a file of weights, as transformers cuts them.
+LARGEST = 50 * 10**9
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def as_they_are(model: Any) -> bool:
+    """Whether a checkpoint holds the model's weights by their own names, so that it can be written one by one."""
+    return not (getattr(model, "_weight_conversions", None) or model._keys_to_ignore_on_save)
+
+
+def stream_weights(model: torch.nn.Module, dtype: str, directory: Path, here: World) -> None:
+    """Write a sharded model's weights into safetensors files (and their index), each gathered when it is written.
+
+    So no process ever holds more than one of them. Every process must call it. Raises ValueError on every process if
+    the main one cannot write.
+    """
+    wanted = torch_dtype(dtype)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {name: tensor for name, tensor in sorted(model.state_dict().items()) if name in own}
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.numel() * wanted.itemsize > LARGEST and parts[-1]:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += tensor.numel() * wanted.itemsize
+    names = [f"model-{n + 1:05}-of-{len(parts):05}.safetensors" for n in range(len(parts))] if parts[1:] else [WHOLE]
+    by_main(here, lambda: directory.mkdir(parents=True, exist_ok=True))
+    for file_name, part in zip(names, parts):
+        head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in part:
+            start, end = end, end + tensors[name].numel() * wanted.itemsize
+            head[name] = {"dtype": DTYPES[dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        text = json.dumps(head, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        opened: list[Any] = []
+        failed: Exception | None = None
+        with contextlib.ExitStack() as stack:
+            by_main(here, functools.partial(_open, directory / file_name, stack, opened))
+            pieces: list[str | None] = [None, *part]
+            for piece in pieces:
+                gathered = None if piece is None else whole(tensors[piece].detach())
+                try:
+                    for file in opened if not failed else ():
+                        if gathered is None:
+                            file.write(len(text).to_bytes(8, "little") + text)
+                        else:
+                            file.write(gathered.to("cpu", wanted).contiguous().reshape(-1).view(torch.uint8).numpy())
+                except (OSError, RuntimeError, MemoryError) as error:  # the others gather on, and so must this one
+                    failed = error
+        by_main(here, functools.partial(_raise, failed))
+    if parts[1:]:
+        places = {name: file_name for file_name, part in zip(names, parts) for name in part}
+        total = sum(tensor.numel() for tensor in tensors.values()) * wanted.itemsize
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+        by_main(here, lambda: write_text(directory / INDEX, index + "\n"))
+
+
+def _open(path: Path, stack: contextlib.ExitStack, into: list[Any]) -> None:
+    into.append(stack.enter_context(path.open("wb")))
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

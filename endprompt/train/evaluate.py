@@ -148,8 +148,8 @@ def _sum(objective: Objective, rows: list[Row], here: World, **what: Any) -> lis
     """Sums over the rows: of losses, by `parts` of the positions, or of `hits`."""
     device, hits = torch.device(here.device), "hits" in what
     total = torch.zeros(what.get("parts", 1), device=device)
-    for first in range(0, len(rows), here.size):
-        place = first + here.rank
+    for first in range(0, len(rows), here.shares):
+        place = first + here.share
         ids, weights = rows[min(place, len(rows) - 1)]
         positions = torch.arange(len(ids), device=device)[None]
         row = torch.from_numpy(ids).to(device)[None], positions, torch.from_numpy(weights).to(device)[None]

@@ -89,7 +89,7 @@ def tokens_an_expert(objective: Objective, ids_BT: torch.Tensor, positions_BT: t
             layer._compiled_call_impl = None
         hooks = [experts.register_forward_pre_hook(count) for experts, _ in layers_of_experts(model)]
         if hooks:
-            given = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+            given = objective.given(ids_BT, positions_BT)
             objective(ids_BT, positions_BT, ids_BT, instead=lambda: model.base_model(**given)[0])
     finally:
         for hook in hooks:

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from endprompt.distributed import World, say
 from endprompt.fast import linears
 from endprompt.files import sound_lines
 from endprompt.model import lora, shares, training_attention
-from endprompt.model.attention import attention_backends
+from endprompt.model.attention import attention_backends, share_rows
 from endprompt.model.load import decoder_layers, torch_dtype
 from endprompt.model.parity import check_forward
 from endprompt.results import result_row
@@ -101,6 +102,13 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     loss.balance = experts.balance_weight(config, model)
     if loss.balance and config.compile not in ("auto", "none"):
         raise ValueError(f"the experts' loss is not compiled: router_loss={loss.balance:g} compile={config.compile!r}")
+    if here.context:
+        loss.context = here.context
+        share_rows(model, here.context)
+        if loss.balance:
+            raise ValueError(
+                f"the experts' loss is of whole rows: router_loss={loss.balance:g} context_parallel={here.context.size}"
+            )
     if here.size == 1:
         check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
         return loss
@@ -114,6 +122,8 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     return loss
 
 
+#: Writes states beside the steps, one at a time.
+SAVER = ThreadPoolExecutor(1)
 #: Share of a batch's tokens with a weight above which the loss of all is taken.
 DENSE = 0.97
 
@@ -140,6 +150,9 @@ class Trainer:
         self.last_loss: float | None = None
         self.stopped = False
         self.saved: int | None = None  # the step of the newest state
+        self.saving: Future[Path] | None = None  # what is written of it beside the steps
+        self.save_seconds: float | None = None  # that the last save held the steps up, until the log has it
+        self.copies: dict[str, torch.Tensor] = {}
         self.guard = Guard(config.divergence)
         self.evaluation: Evaluation | None = None
         self.notes: list[str] = []  # on the checkpoint's weights
@@ -165,18 +178,42 @@ class Trainer:
         self.last_loss = state.about.get("loss")
         say(f"resumed from step {self.step} of {self.steps}", self.here)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, beside: bool = False) -> None:
+        """Write a state of this step. beside: the next steps run meanwhile, on copies of its tensors."""
+        began = time.perf_counter()
+        self.settle()
         about = {
             "config": identity(self.config),
             "checkpoint": self.source,
             "documents": self.rows.sha256,
             "seconds": self.seconds,
-            "guard": vars(self.guard),
+            "guard": dict(vars(self.guard)),
             "loss": self.last_loss,
         }
         tensors = checkpoint.collect(self.model, self.optimizer)
-        checkpoint.save_state(directory, self.step, tensors, about, self.config.keep, self.here)
+        keep, here = self.config.keep, self.here
+        if beside:
+            staged = checkpoint.staged(tensors, self.copies)
+            work = functools.partial(checkpoint.save_state, group=distributed.apart())
+            self.saving = SAVER.submit(work, directory, self.step, staged, about, keep, here)
+        else:
+            checkpoint.save_state(directory, self.step, tensors, about, keep, here)
         self.saved = self.step
+        self.save_seconds = time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Wait for a state that is being written; raises what its writing has raised."""
+        if (saving := self.saving) is not None:
+            self.saving = None
+            saving.result()
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Whatever ends what is done within, a state that was begun is whole afterwards."""
+        try:
+            yield
+        finally:
+            self.settle()
 
     @contextlib.contextmanager
     def kept(self, states: Path) -> Iterator[None]:
@@ -187,15 +224,17 @@ class Trainer:
             self.keep(states)
             raise
 
-    def keep(self, states: Path) -> None:
+    def keep(self, states: Path, beside: bool = False) -> None:
         """Leave a state of this step, if there is none and the output is not whole. Every process must call it."""
         if self.saved != self.step and distributed.from_main(states.parent.exists()):
-            self.save(states)
+            self.save(states, beside)
+        if not beside:
+            self.settle()
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step's rows: all processes together have rows step * rows + 0, 1, 2 ..."""
-        share = self.config.rows // self.here.size
-        return self.rows.batch(step * self.config.rows + self.here.rank * share, share)
+        share = self.config.rows // self.here.shares
+        return self.rows.batch(step * self.config.rows + self.here.share * share, share)
 
     def fit(self, states: Path) -> None:
         config = self.config
@@ -207,6 +246,7 @@ class Trainer:
             progress(self.step, self.steps, self.here) as advance,
             stop_asked(self.here) as stop,
             self.reports() as reports,
+            self.settled(),
         ):
             if self.evaluation and self.evaluates() and not self.evaluated():  # it had failed
                 self.evaluate_kept(reports, states)
@@ -223,6 +263,7 @@ class Trainer:
                     self.last_loss = float(loss)
                     wrong = self.guard.check(self.last_loss, float(norm), smooth=log)
                     if wrong:
+                        self.settle()
                         raise ValueError(
                             f"training diverged at step {self.step}: {wrong}; {checkpoint.last_good(states)}"
                         )
@@ -239,7 +280,7 @@ class Trainer:
                 if self.evaluation and self.evaluates():
                     self.evaluate_kept(reports, states)
                 if save:
-                    self.keep(states)
+                    self.keep(states, beside=config.async_save and not stopped)
                 if stopped:
                     raise KeyboardInterrupt
                 last += time.perf_counter() - paused  # tokens/s are those of the steps
@@ -264,6 +305,8 @@ class Trainer:
             "grad_norm": round(norm, 5),
             "tokens_per_s": round(speed, 1),
         }
+        if self.save_seconds is not None:
+            values["save_seconds"], self.save_seconds = round(self.save_seconds, 3), None
         if self.peak:
             values["mfu"] = round(speed * self.token_flops / (self.peak * self.here.size), 4)
             values["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)

@@ -9,7 +9,7 @@ import torch
 
 from endprompt import distributed
 from endprompt.config import ExtendConfig
-from endprompt.distributed import say, shard_starts
+from endprompt.distributed import Context, say, shard_starts
 from endprompt.fast.float8 import Float8Matrix
 from endprompt.model.attention import attention_backends
 from endprompt.model.parity import plain_head
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def in_parts(total: Callable[..., torch.Tensor], parts: int, *tensors: torch.Tensor) -> torch.Tensor:
-    """`total` of the tensors, or [parts] of their parts along the first dimension."""
+def in_parts(total: Callable[..., torch.Tensor], parts: int | list[int], *tensors: torch.Tensor) -> torch.Tensor:
+    """`total` of the tensors, or [parts] of their parts along the first dimension, which are equal or cut as listed."""
     if parts == 1:
         return total(*tensors)
     return torch.stack([total(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in tensors))])
@@ -48,6 +48,7 @@ class Objective(torch.nn.Module):
         # what a row counts in the sum: the weight of a step's tokens over its rows
         self.row_weight: float | torch.Tensor = 1.0
         self.dense = False  # nearly all tokens count: those that do not are not worth looking for
+        self.context: Context | None = None  # the processes that share a row; each computes the loss of its tokens
 
     def forward(
         self,
@@ -69,15 +70,21 @@ class Objective(torch.nn.Module):
             if instead is not None:
                 return instead()
             if hits:
-                return self.hits(ids_BT, positions_BT, weights_BT[:, 1:] > 0)
+                return self.hits(ids_BT, positions_BT, weights_BT)
             plain, options = self.plain, self.options
             dense = self.dense and plain and self.model.training
-            if dense:
-                labels, weights = next_tokens(ids_BT, weights_BT)
-                options = options | {"every_token": True}
+            every = dense or self.context is not None
+            cut: int | list[int] = parts
+            if every:
+                labels, weights = self.next_tokens(ids_BT, weights_BT)
+                options = options | {"every_token": dense or options["every_token"]}
+                if self.context and parts > 1:  # of one row
+                    sizes = torch.arange(ids_BT.shape[1] - 1).tensor_split(parts)
+                    held, start = len(labels), len(labels) * self.context.rank
+                    cut = [min(max(int(part[0]) - start, 0), held) for part in sizes[1:]]
             else:
                 labels, weights = ids_BT[:, 1:].reshape(-1), weights_BT[:, 1:].reshape(-1)
-            given: dict[str, Any] = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+            given = self.given(ids_BT, positions_BT)
             balance = bool(self.balance) and self.model.training
             if balance or getattr(self.model.config, "output_router_logits", False):
                 given["output_router_logits"] = balance
@@ -86,17 +93,17 @@ class Objective(torch.nn.Module):
             if balance:
                 even = balance_loss(self.model, out.router_logits, len(ids_BT)) * self.balance * self.row_weight
             if not plain:
-                logits_NV = out.logits[:, :-1].flatten(0, 1)
-                return in_parts(logits_cross_entropy, parts, logits_NV, labels, weights) + even
+                logits_NV = (out.logits if every else out.logits[:, :-1]).flatten(0, 1)
+                return in_parts(logits_cross_entropy, cut, logits_NV, labels, weights) + even
             hidden = out[0]
             head = self.model.get_output_embeddings().weight
-            hidden_ND = (hidden if dense else hidden[:, :-1]).flatten(0, 1)
+            hidden_ND = (hidden if every else hidden[:, :-1]).flatten(0, 1)
             head8 = None
             if self.float8 != "none" and self.model.training:
                 head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
             options = options | {"head_sum_VD": self.head_sum(), "head8": head8}
             losses = in_parts(
-                lambda h, l, w: linear_cross_entropy(h, head, l, w, **options), parts, hidden_ND, labels, weights
+                lambda h, l, w: linear_cross_entropy(h, head, l, w, **options), cut, hidden_ND, labels, weights
             )
             return losses + even if balance else losses
 
@@ -112,16 +119,31 @@ class Objective(torch.nn.Module):
             return None
         return getattr(head, "main_grad", None) if head.requires_grad else None
 
-    def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
-        given = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+    def given(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> dict[str, Any]:
+        """What the model is given of whole rows: this process's tokens."""
+        mine = self.context.part if self.context else (lambda x: x)
+        return {"input_ids": mine(ids_BT), "position_ids": mine(positions_BT.expand_as(ids_BT)), "use_cache": False}
+
+    def next_tokens(self, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`next_tokens` of this process's tokens of whole rows."""
+        made = next_tokens(ids_BT, weights_BT)
+        if self.context is None:
+            return made
+        labels, weights = (self.context.part(one.view_as(ids_BT)).flatten() for one in made)
+        return labels, weights
+
+    def hits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+        labels_Bt, weights_Bt = (one.view(len(ids_BT), -1) for one in self.next_tokens(ids_BT, weights_BT))
+        given, scored_Bt = self.given(ids_BT, positions_BT), weights_Bt > 0
         if self.plain:
-            hidden = self.model.base_model(**given)[0]
-            best = self.model.get_output_embeddings()(hidden[:, :-1][scored_BT]).argmax(-1)
+            best = self.model.get_output_embeddings()(self.model.base_model(**given)[0][scored_Bt]).argmax(-1)
         else:
-            best = self.model(**given).logits[:, :-1][scored_BT].argmax(-1)
+            best = self.model(**given).logits[scored_Bt].argmax(-1)
         wrong = torch.zeros(len(ids_BT), device=ids_BT.device)
-        wrong.index_add_(0, scored_BT.nonzero()[:, 0], (best != ids_BT[:, 1:][scored_BT]).float())
-        return (wrong == 0).float().sum()
+        wrong.index_add_(0, scored_Bt.nonzero()[:, 0], (best != labels_Bt[scored_Bt]).float())
+        if self.context is None:
+            return (wrong == 0).float().sum()
+        return (self.context.total(wrong) == 0).float().sum() / self.context.size  # each of them says it
 
 
 def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -156,7 +178,7 @@ def optimizer_step(
 
     micro: rows that go through the model at once.
     """
-    total = distributed.total(weights_BT.sum())
+    total = distributed.total(weights_BT.sum()) / (objective.context.size if objective.context else 1)
     loss = torch.zeros((), device=ids_BT.device)
     share = 1.0 / (len(ids_BT) * processes)
     objective.row_weight = share if objective.head_sum() is not None else total * share

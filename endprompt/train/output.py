@@ -29,6 +29,13 @@ class Interrupted(KeyboardInterrupt):
         self.flags = flags
 
 
+def resumed_if_begun(config: ExtendConfig, here: World) -> ExtendConfig:
+    """With `resume_or_start` the configuration that resumes where there is something of this output."""
+    path = Path(config.output)
+    begun = config.resume_or_start and ((path / RECORD).is_file() or files.aside(path).exists())
+    return dataclasses.replace(config, resume=config.resume or bool(distributed.from_main(begun)))
+
+
 class Output:
     """A run's paths, which it claims, resumes or starts, and commits.
 
@@ -144,6 +151,7 @@ def check_identity(config: ExtendConfig, rows: Rows | Mixture, source: dict[str,
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {"report", "max_epochs", "divergence", "checkpointing", "fused"}
+    free |= {"report", "max_epochs", "divergence", "checkpointing", "fused", "context_parallel", "keep_gathered"}
+    free |= {"async_save", "resume_or_start"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from endprompt.data.documents import data_file
 from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
+from endprompt.files import sha256_of
 from endprompt.model import lora, rope_geometry, wrapper
 from endprompt.model.load import check_tokens, identity, whole_weights
+from endprompt.model.shares import as_they_are, stream_weights
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
 from endprompt.train import determinism, outcome
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.loop import Trainer, objective_of
-from endprompt.train.output import Output
+from endprompt.train.output import Output, resumed_if_begun
 from endprompt.train.progress import check_reports, device_memory
 from endprompt.train.start import Checkpoint, to_extend
 
@@ -37,8 +40,13 @@ def extend(config: ExtendConfig) -> Path:
 def run(start: Checkpoint) -> Path:
     """Claim the output, read the material, make the trainer, fit, finish."""
     config, tokenizer, spec = start.config, start.tokenizer, start.spec
-    here = distributed.world(config.device)
-    check_processes(config, here.size)
+    check_processes(config, int(os.environ.get("WORLD_SIZE", "1")), spec.row_tokens)
+    made_in = environment()
+    alike = {key: made_in["packages"].get(key) for key in ("transformers", "tokenizers", "triton")}
+    alike |= {"revision": made_in["revision"], "settings": sha256_of(repr(config))[:16]}
+    here = distributed.world(config.device, config.context_parallel, alike)
+    config = resumed_if_begun(config, here)
+    start = dataclasses.replace(start, config=config)
     dtype = outcome.export_dtype(config, start.source_dtype)
     output = Output(config, here)
     with output.claim() as finished:
@@ -125,7 +133,7 @@ def check_end(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -
 
 def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str) -> str:
     """What to change, with the settings that fit by the estimate of `endprompt plan` where it knows the device."""
-    micro = config.micro_rows or config.rows // here.size
+    micro = config.micro_rows or config.rows // here.shares
     message = (
         f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing={config.checkpointing} "
         "(none, selective, full)"
@@ -139,6 +147,7 @@ def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str)
             row_tokens=spec.row_tokens,
             window=config.window,
             gpus=here.size,
+            context_parallel=config.context_parallel,
             rows=config.rows,
             optimizer="lean" if config.optimizer == "lean" else "adamw",
             float8="none" if config.float8 == "none" else "fast",
@@ -188,15 +197,23 @@ def finish(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> N
     """Write the checkpoint and commit the output. If that fails, a state of the last step is left."""
     config = trainer.config
     with trainer.kept(output.states):
-        weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
+        streamed = output.work / "weights"
+        weights: dict[str, Any] = {}
+        if trainer.here.size > 1 and as_they_are(trainer.model) and not config.lora_rank:
+            stream_weights(trainer.model, dtype, streamed, trainer.here)
+        else:
+            weights = whole_weights(trainer.model, dtype, keep=trainer.here.main)
 
         def write() -> None:
             alone = config.adapter == "only"
             merged = lora.merge(weights, config.lora_alpha / config.lora_rank) if config.lora_rank else weights
             record = record_of(trainer, start.window)
             outcome.write(output.work, trainer.model, start.tokenizer, dtype, {} if alone else merged, record)
-            for path in output.work.glob("model*.safetensors*") if alone else ():
+            for path in output.work.glob("model*.safetensors*") if alone or not weights else ():
                 path.unlink()
+            for path in streamed.iterdir() if streamed.is_dir() else ():
+                os.replace(path, output.work / path.name)
+            shutil.rmtree(streamed, ignore_errors=True)
             if config.adapter != "merged":
                 base = origin.hub_of(config.model).get("hub") or config.model
                 folder = output.work if alone else output.work / "adapter"

@@ -23,12 +23,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from endprompt import files
-from endprompt.distributed import World, barrier, from_main, gathered
+from endprompt.distributed import World, by_main, from_main, gathered, local, shard_starts
 from endprompt.fast.lean import BLOCK
 from endprompt.files import file_sha256, parse_object, write_text
 
@@ -147,6 +148,27 @@ def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
+def staged(tensors: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the host, which can be saved while steps change the tensors.
+
+    kept: the copies of the save before, whose memory is used again; pinned, so that a GPU writes them at full speed.
+    """
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        held = tensor.as_subclass(torch.Tensor) if isinstance(tensor, Part) else local(tensor)
+        if name not in kept:
+            kept[name] = torch.empty_like(held, device="cpu", pin_memory=held.is_cuda)
+        made[name] = kept[name].copy_(held, non_blocking=True)
+        if isinstance(tensor, Part):
+            made[name] = Part.of(made[name], tensor.start, tensor.rows)
+        elif (starts := shard_starts(tensor)) is not None:
+            row = starts[dist.get_rank()] // max(1, tensor[:1].numel())
+            made[name] = Part.of(made[name], row, len(tensor))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return made
+
+
 def save_state(
     directory: Path,
     step: int,
@@ -154,38 +176,43 @@ def save_state(
     about: dict[str, Any],
     keep: int,
     here: World | None = None,
+    group: Any = None,
 ) -> Path:
-    """Write the state of `step`, keep the last `keep`. Raises OSError (a full disk) with the earlier ones intact."""
+    """Write the state of `step`, keep the last `keep`. Raises OSError (a full disk) with the earlier ones intact.
+
+    group: `distributed.apart`, in a thread beside the steps.
+    """
     here = here or World()
     final, aside = directory / name_of(step), directory / f"{name_of(step)}.partial"
-    if here.main:
+
+    def begin() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    barrier()
+
+    def end() -> None:
+        record = {"step": step, "sha256": hashes | _hashes([aside / ".metadata"]), **about}
+        (aside / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        files._sync(aside / STATE)
+        files._sync(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        files._sync(directory)
+        for old in states(directory)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    hashes: dict[str, str] = {}
     try:
+        by_main(here, begin, group)
         writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
         with _one_process_is_meant():
-            dcp.save(tensors, storage_writer=writer)
-        hashes: dict[str, str] = {}
-        for part in gathered(_hashes(sorted(aside.glob(f"__{here.rank}_*")))):
+            dcp.save(tensors, storage_writer=writer, process_group=group)
+        for part in gathered(_hashes(sorted(aside.glob(f"__{here.rank}_*"))), group):
             hashes |= part
-        if here.main:
-            hashes |= _hashes([aside / ".metadata"])
-            record = {"step": step, "sha256": hashes, **about}
-            (aside / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-            files._sync(aside / STATE)
-            files._sync(aside)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(aside, final)
-            files._sync(directory)
+        by_main(here, end, group)
     except (Exception, dcp.api.CheckpointException) as error:
         if here.main:
             shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{final}: the state could not be written, earlier ones are intact: {_root(error)}") from error
-    if here.main:
-        for old in states(directory)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    barrier()
     return final
 
 

@@ -74,6 +74,7 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         "kinds": {"model": str(checkpoint_of_kinds(tmp / "kinds-model")), "checkpointing": "full", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
         "compiled": unmeasured | {"compile": "layers"},
+        "context": long | {"context_parallel": 2, "checkpointing": "full", "keep_gathered": 0},
         "begun": {"save_every": 2},
         "broken": {"save_every": 2},
         "again": {"save_every": 2},
@@ -81,6 +82,11 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         "lean": in_bfloat16 | {"optimizer": "lean"},
         "float8": in_bfloat16
         | {"optimizer": "lean", "float8": "fast", "reduce_dtype": "bfloat16", "keep_gathered": 2, "row_tokens": 32},
+        "short": {"context_parallel": 2},
+        "thirds": long | {"context_parallel": 3},
+        "cut": long | {"context_parallel": 2, "eval_lengths": [96, 95]},
+        "lengths": long | {"context_parallel": 2, "scaling": "dynamic"},
+        "windows": long | {"context_parallel": 2, "model": str(tmp / "kinds-model"), "scaling": "yarn"},
         "graph": {"compile": "graph", "device": "auto"},
         "damaged": {"model": str(damaged_checkpoint(tmp / "damaged-model"))},
         "shapes": {"model": str(checkpoint_of_other_shapes(tmp / "shapes-model"))},
@@ -92,7 +98,7 @@ def by_two(llama, checkpoints, documents, tmp, slow):
     if "begun" in jobs:
         cut_off(jobs["begun"], step=3)  # a run of one process that leaves its state of step 2
     made = {name: dataclasses.asdict(job) for name, job in jobs.items()}
-    codes, said = several(2, two_processes.main, made)
+    codes, said = several(2, two_processes.main, made, seconds=500)
     assert codes == [0, 0], said[-3000:]
     return tmp, jobs, said
 
@@ -125,6 +131,11 @@ def assert_equal_runs(left: Path, right: Path) -> None:
 
 def test_two_processes_give_the_losses_and_weights_of_one(trained, one_process):
     assert_equal_runs(trained[0] / "whole", one_process("whole"))
+
+
+def test_processes_that_share_rows_give_the_losses_and_weights_of_one(trained, one_process):
+    """Attention by heads, loss by tokens; rows of evaluation and needles are shared, too."""
+    assert_equal_runs(trained[0] / "context", one_process("context", context_parallel=1))
 
 
 def assert_equal_outputs(directory: Path, one: Path) -> None:
@@ -188,7 +199,7 @@ def test_bfloat16_weights_train_sharded_as_in_one_process(trained, one_process, 
     start = load_file(Path(trained[1][name].model) / "model.safetensors")
     moved = sum((right[name] - start[name].bfloat16().float()).square().sum() for name in right) ** 0.5
     apart = sum((left[name] - right[name]).square().sum() for name in right) ** 0.5
-    assert left.keys() == right.keys() and float(apart) < {"masters": 0.1}.get(name, 0.5) * float(moved)
+    assert left.keys() == right.keys() and float(apart) < 0.1 * float(moved)
 
 
 def test_state_of_two_processes_is_resumed_by_one(trained, one_process):
@@ -234,10 +245,43 @@ def row_share(rows, config, here, step):
     return torch.from_numpy(trainer.batch(step).input_ids)
 
 
+@pytest.mark.slow
+def test_one_two_and_four_processes_train_alike(extend_config, tmp_path):
+    """float32 for 50 steps; rows shared by four for two key heads; a lean state of two goes on with two, one, four."""
+    lean = {"optimizer": "lean", "dtype": "bfloat16", "export_dtype": "float32", "save_every": 2, "row_tokens": 32}
+    long = {"scheme": "contiguous", "prompt": None, "row_tokens": 128, "steps": 3}
+
+    def configs(count):
+        yield extend_config(output=str(tmp_path / f"plain-{count}"), steps=50, row_tokens=32)
+        yield extend_config(output=str(tmp_path / f"context-{count}"), context_parallel=count, **long)
+
+    for count in (1, 2, 4):
+        codes, said = several(count, two_processes.runs, list(configs(count)))
+        assert codes == [0] * count, said[-2000:]
+    for name in ("plain", "context"):
+        for count in (2, 4):
+            assert_equal_runs(tmp_path / f"{name}-{count}", tmp_path / f"{name}-1")
+    begun = {count: extend_config(output=str(tmp_path / f"lean-{count}"), **lean) for count in (2, 1, 4)}
+    whole = extend_config(output=str(tmp_path / "whole"), **lean)
+    codes, said = several(2, two_processes.runs, [whole], list(begun.values()))
+    assert codes == [0, 0], said[-2000:]
+    for count, config in begun.items():
+        codes, said = several(count, two_processes.runs, [dataclasses.replace(config, resume=True)])
+        assert codes == [0] * count and "resumed from step 2 of 4" in said, said[-2000:]
+        ours, theirs = (load_file(Path(one.output) / "model.safetensors") for one in (config, whole))
+        apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+        assert apart == 0 if count == 2 else apart < 2e-3
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
         ("uneven", "rows must be a multiple of the number of processes: rows=3, 2"),
+        ("short", "is for long rows under full attention, and this run needs none: scheme='endprompt'"),
+        ("thirds", "context_parallel must divide the number of processes: 3, 2"),
+        ("cut", "context_parallel must divide the tokens of every row: 2, 95 tokens"),
+        ("lengths", "rotations or queries that depend on the row's length need it: context_parallel=2"),
+        ("windows", "has layers that see a window alone, whose mask needs the row: context_parallel=2"),
         ("graph", "take compile=layers: compile='graph', 2 processes"),
         ("damaged", "damaged-model: the checkpoint does not load: model.safetensors: "),
         ("shapes", "does not load: model.norm.weight is (31,), the model's is (32,)"),

@@ -211,6 +211,7 @@ def test_impossible_measurements_name_key_and_value(changes, rule, tmp_path):
     [
         (2, {}, "extend, 2 processes"),
         (1, {"dtype": "bfloat16", "optimizer": "lean", "attention": "eager"}, "extend, one process"),
+        (2, {"dtype": "bfloat16", "optimizer": "lean", "float8": "fast", "save_every": 1}, "extend, 2 processes"),
     ],
 )
 def test_measurement_is_a_real_run(processes, changes, task, tmp_path):

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 import paper_figures
-from endprompt.plan import PlanConfig, attention_seconds, counted, memory, plan, plans, seconds_per_token, shape_of
+from endprompt.plan import (
+    HIDDEN,
+    LINKS,
+    PlanConfig,
+    attention_seconds,
+    communication_seconds,
+    counted,
+    memory,
+    plan,
+    plans,
+    seconds_per_token,
+    shape_of,
+)
 from endprompt.shapes import GIB
 
 DATA = Path(paper_figures.__file__).parent / "data"
@@ -221,6 +233,21 @@ def test_the_bytes_of_several_gpus_by_hand():
     assert parts["gathered embeddings"] == (2 + 2 + 4) * 2 * 128256 * 4096
 
 
+def test_the_exchange_of_two_gpus_by_hand():
+    """Half of all weights twice and half of the gradients, a part of it hidden; a shared row's heads in each layer."""
+    shape, count = shape_of("llama3-8b"), 8030261248
+    plain = communication_seconds(shape, PlanConfig(gpus=2), 16384, "none")
+    received, copied = (2 + 2 + 4) * count / 2, (4 + 4 + 2 + 4) * count
+    assert plain == pytest.approx((1 - HIDDEN) * received / LINKS["host"] + copied / 4.3e12)
+    shared = PlanConfig(gpus=2, context_parallel=2, method="full", target=131072)
+    heads = 2 * 2 * (4096 + 1024 + 1024 + 4096) * 32 * 65536 / 2  # forward and back, two bytes, half of them sent
+    longer = communication_seconds(shape, shared, 65536, "selective") - plain
+    assert longer == pytest.approx(heads / LINKS["host"])
+    half, whole = (memory(shape, one, 131072, 1, "full") for one in (shared, PlanConfig(gpus=2, method="full")))
+    assert half["activations"] == whole["activations"] / 2
+    assert communication_seconds(shape, PlanConfig(), 16384, "none") == 0
+
+
 def test_the_best_setting_comes_first_and_short_rows_beat_full_length():
     short, full = plans(PlanConfig()), plans(PlanConfig(method="full"))
     fitting = [one for one in short if one.fits]
@@ -244,7 +271,8 @@ def test_what_does_not_fit_says_so(capsys):
         ({"attention": "flex"}, "attention must be one of sdpa, flash_attention_4: attention='flex'"),
         ({"method": "longlora", "attention": "flash_attention_4"}, "longlora .* attention='flash_attention_4'"),
         ({"gpus": 3, "optimizer": "adamw"}, "gpus=3 rows=64"),
-        ({"gpus": 2}, "optimizer=adamw"),
+        ({"gpus": 4, "context_parallel": 3, "method": "full"}, "context_parallel=3 gpus=4"),
+        ({"gpus": 2, "context_parallel": 2}, "method='endprompt'"),
         ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
         ({"tokens": 0}, "tokens=0"),
         ({"model": "nowhere"}, "nowhere"),

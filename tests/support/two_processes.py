@@ -14,8 +14,21 @@ import torch.distributed as dist
 from endprompt import config, model, train
 from tests.support.runs import cut_off
 
-WHOLE = ("rounded", "masters", "lean", "float8", "odd", "phi", "renamed", "apart", "experts", "kinds", "longlora")
-REFUSED = ("uneven", "graph", "damaged", "shapes", "other")
+WHOLE = (
+    "rounded",
+    "masters",
+    "lean",
+    "float8",
+    "odd",
+    "phi",
+    "renamed",
+    "apart",
+    "experts",
+    "kinds",
+    "longlora",
+    "context",
+)
+REFUSED = ("uneven", "short", "thirds", "cut", "lengths", "windows", "graph", "damaged", "shapes", "other")
 read: list[int] = []
 
 
@@ -53,6 +66,14 @@ class CountedSlice:
         part = self.stored[place]
         read.append(part.nbytes)
         return part
+
+
+def runs(configs: list[config.ExtendConfig], begun: list[config.ExtendConfig] = ()) -> None:
+    """Whole runs, and some that are cut off before their last step."""
+    for one in configs:
+        train.extend(one)
+    for one in begun:
+        cut_off(one, step=one.steps - 1)
 
 
 def main(jobs: dict[str, dict]) -> None:

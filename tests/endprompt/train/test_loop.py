@@ -195,7 +195,19 @@ def test_resume_with_another_configuration_is_refused(extend_config, documents, 
 #: Settings with which a run may go on that was started with others: none changes what is trained but by rounding.
 MAY_CHANGE = {
     *("output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile", "report"),
-    *("divergence", "checkpointing", "fused", "eval_data", "eval_every", "eval_lengths", "eval_rows"),
+    *(
+        "divergence",
+        "checkpointing",
+        "fused",
+        "async_save",
+        "resume_or_start",
+        "context_parallel",
+        "keep_gathered",
+        "eval_data",
+        "eval_every",
+        "eval_lengths",
+        "eval_rows",
+    ),
     "eval_needles",
     "max_epochs",  # a limit that is only checked
 }
