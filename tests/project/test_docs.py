@@ -179,15 +179,26 @@ SHORT_WALK = tuple(start for start in WALK if not start.startswith(("plan", "gen
 
 @pytest.mark.parametrize("walk", [SHORT_WALK, pytest.param(WALK, marks=pytest.mark.slow)], ids=["short", "whole"])
 def test_the_readme_from_extend_to_figures(walk, tmp_path, monkeypatch, capsys):
-    """The README's own lines, one after the other, with a tiny checkpoint and fewer of everything."""
+    """The README's own lines, one after the other, with a tiny checkpoint and fewer of everything: from a mixture of
+    books, code and conversations to a report, without a question."""
     ruler_helpers.checkpoint(tmp_path / "CHECKPOINT")
-    text = [{"text": ruler_helpers.STORY * 12} for _ in range(30)]
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    (tmp_path / "CHECKPOINT" / "chat_template.jinja").write_text(
+        "{% for turn in messages %}{% if turn.role == 'assistant' %}A: {% generation %}{{ turn.content }}"
+        "{% endgeneration %}{% else %}Q: {{ turn.content }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A: {% endif %}"
+    )
+    turns = [{"role": "user", "content": "Who lives here?"}, {"role": "assistant", "content": ruler_helpers.STORY}]
+    code = Path(ruler_helpers.__file__).read_text(encoding="utf-8")
+    made = {"books": {"text": ruler_helpers.STORY * 12}, "code": {"text": code}, "chat": {"messages": turns}}
+    for name, record in made.items():
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(record) + "\n") * 10)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # whoever asked would read the end of the input
     (tmp_path / "book.txt").write_text(ruler_helpers.STORY * 5)
     monkeypatch.chdir(tmp_path)
     small = {
-        "prepare": ["--data", "documents.jsonl"],
-        "extend": ["--target", "4096", "--steps", "2", "--rows", "2", "--device", "cpu", "--overwrite"],
+        "prepare": ["--data", "books.jsonl:0.6", "code.jsonl:0.3", "chat.jsonl:0.1"],
+        "extend": ["--short-documents", "apart", "--target", "4096", "--steps", "2", "--rows", "2", "--device", "cpu",
+                   "--overwrite"],
         "generate": ["--max-new-tokens", "8"],
         "verify": ["--pairs", "8", "--tokens", "64", "--target", "4096", "--formats", "png"],
         "score": ["--lengths", "1024", "--samples", "2", "--dtype", "float32", "--device", "cpu", "--quiet",
@@ -213,6 +224,12 @@ def test_the_readme_from_extend_to_figures(walk, tmp_path, monkeypatch, capsys):
     assert {result["dataset"]["name"] for result in model["results"]} and len(model["results"]) == 2
     assert (tmp_path / "extended/loss.png").is_file()
     assert (tmp_path / "figures" / "score_against_length.png").is_file() == (walk == WALK)
+    mixed = json.loads((tmp_path / "extended" / "endprompt.json").read_text(encoding="utf-8"))["mixture"]
+    assert [one["source"] for one in mixed] == ["books.jsonl", "code.jsonl", "chat.jsonl"]
+    runs = ["extended", *(["runs/score/extended", "runs/verify"] if walk == WALK else [])]
+    assert cli.main(["report", *runs, "--output", "report.html"]) == 0
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "endprompt+recall+yarn" in html and ("niah_single_2" in html) == (walk == WALK)
 
 
 @pytest.mark.parametrize("name", NAMES)
