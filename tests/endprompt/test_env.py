@@ -48,13 +48,10 @@ def test_no_secret_and_no_home_is_shown(printed, as_json, monkeypatch):
     assert str(root.parent) + "/" not in shown and f"~/{root.name}" in shown
 
 
+@pytest.mark.slow  # a new Python imports torch
 @pytest.mark.parametrize(
     ("package", "given", "spins"),
-    [
-        ("endprompt", {}, "0"),
-        pytest.param("benchmarks", {}, "0", marks=pytest.mark.slow),
-        pytest.param("endprompt", {"GOMP_SPINCOUNT": "7"}, "7", marks=pytest.mark.slow),
-    ],
+    [("endprompt", {}, "0"), ("benchmarks", {}, "0"), ("endprompt", {"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_threads_of_torch_wait_asleep_unless_the_user_says_otherwise(package, given, spins):
     """By what torch's own OpenMP prints of itself when it is loaded."""

@@ -101,66 +101,12 @@ WALK = (
     "figures --results runs/score",
     "card extended",
 )
-#: Commands that are not run as they stand, why, and the tests that run what they are made of.
-ELSEWHERE = {
-    "prepare --data crawl": ("needs the reader's own data", "endprompt/data/test_shards.py"),
-    "prepare --data books.jsonl:": ("needs the reader's own data", "endprompt/data/test_mixture.py"),
-    "extend --data mix": ("needs the reader's own data", "endprompt/data/test_mixture.py"),
-    "extend --recipe": ("needs a checkpoint of 8B", "endprompt/test_recipes.py", "endprompt/train/test_loop.py"),
-    "fetch": ("needs the network", "benchmarks/test_originals.py"),
-    "chat extended": ("asks at the terminal", "benchmarks/test_talk.py"),
-    "generate extended --file report": ("another line's with other files", "benchmarks/test_talk.py"),
-    "prepare --data hub:": ("needs the network", "endprompt/data/test_shards.py"),
-    "score extended --suite short": ("needs the network", "benchmarks/scoring/test_short.py"),
-    "score extended --chat": ("needs a chat template", "benchmarks/scoring/test_runs.py"),
-    "score extended --backend vllm": (
-        "needs vLLM",
-        "benchmarks/scoring/test_vllm.py",
-        "benchmarks/scoring/test_vllm_engine.py",
-    ),
-    "score extended --suite longbench-v2": ("needs LongBench v2's own data", "benchmarks/longbench/test_v2.py"),
-    "score extended --suite lm-eval": ("needs the network", "benchmarks/scoring/test_lm_eval_groups.py"),
-    "score extended --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
-    "score NAME --backend server": ("needs a server", "benchmarks/scoring/test_server.py"),
-    "score extended --tasks all": (
-        "needs RULER's own data",
-        "benchmarks/scoring/test_run.py",
-        "benchmarks/ruler/test_upstream.py",
-    ),
-    "score extended --suite longbench --tasks e": (
-        "needs LongBench's own data",
-        "benchmarks/tasks/test_longbench_task.py",
-    ),
-    "score CHECKPOINT --suite longbench": ("needs LongBench's own data", "benchmarks/tasks/test_longbench_task.py"),
-    "score benchmarks/base/512": ("takes minutes", "benchmarks/scoring/test_run.py"),
-    "demo": ("takes minutes", "benchmarks/test_demo.py", "project/test_packaging.py"),
-    "lab --": ("takes minutes or a GPU", "benchmarks/lab/test_runner.py", "benchmarks/lab/test_matrix.py"),
-    "report runs/": ("needs finished runs", "benchmarks/report/test_page.py"),
-    "compare runs/": ("needs finished runs", "benchmarks/report/test_board.py"),
-    "positions --scheme all --target": ("another line's with other numbers", "analysis/test_verify.py"),
-    "predict CHECKPOINT": ("takes a minute on a checkpoint of its own", "analysis/test_measures.py"),
-    "verify CHECKPOINT --against BASE": ("the README's in other words", "analysis/test_verify.py"),
-    "figures --results runs/demo": ("needs finished runs", "paper_figures/test_layout.py"),
-}
 
 
 def runs_as_it_stands(arguments: tuple[str, ...]) -> bool:
     line = " ".join(arguments)
     elsewhere = "runs" in line or "CHECKPOINT" in line or line.startswith("positions --scheme all --target")
     return (arguments[0] in CHEAP and not elsewhere) or "--list-recipes" in line
-
-
-def test_every_command_on_a_page_is_run_by_a_test_or_named_with_its_reason():
-    used = set()
-    for arguments, page in ALL.items():
-        line = " ".join(arguments)
-        if len(arguments) == 1 or runs_as_it_stands(arguments) or line.startswith(WALK):
-            continue  # a name alone is no command that a reader would copy
-        keys = [key for key in ELSEWHERE if line.startswith(key)]
-        assert keys, f"{page}: {line}"
-        used |= set(keys)
-    assert used == set(ELSEWHERE)
-    assert all((ROOT / "tests" / name).is_file() for _, *names in ELSEWHERE.values() for name in names)
 
 
 @pytest.mark.parametrize("arguments", filter(runs_as_it_stands, ALL), ids=" ".join)

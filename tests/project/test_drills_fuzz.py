@@ -31,7 +31,7 @@ from paper_figures.inputs import read_results
 from tests.support import longbench_fixtures, ruler_helpers
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
 
-ROUNDS = int(os.environ.get("ENDPROMPT_FUZZ_ROUNDS", "75"))  # damaged copies of each kind of file
+ROUNDS = int(os.environ.get("ENDPROMPT_FUZZ_ROUNDS", "45"))  # damaged copies of each kind of file
 NASTY = (
     b"", b"\x00", b"\xff\xfe", b"\n", b"\r", b"\xe2\x80\xa8", b"{}", b"[]", b"null", b"NaN", b"1e999", b"-1",
     b'"\\ud800"', b"[" * 3000, b"9" * 5000, b'"', b"\\", b"!!python/object/apply:os.system [exit]", b"&a [*a]",

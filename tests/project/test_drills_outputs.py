@@ -168,11 +168,11 @@ def read_only(tmp_path):
         yield folder
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "verify", "lab")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "verify", "figures", "lab")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.access("/sys/fs", os.W_OK), reason="root that may not mount")
-@pytest.mark.parametrize("name", ["extend", "score", "prepare", "figures", *SLOW])
+@pytest.mark.parametrize("name", ["extend", "score", "prepare", *SLOW])
 def test_read_only_output_is_named(name, extend_config, place, read_only, capsys):
     message = failed(commands_on(read_only / "out", place, extend_config)[name], capsys)
     assert str(read_only) in message and ("Read-only" in message or "denied" in message), message

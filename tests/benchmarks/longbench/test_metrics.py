@@ -223,6 +223,7 @@ def test_score_names_what_is_wrong():
         longbench.score("qasper", "x", [])
 
 
+@pytest.mark.slow
 def test_only_chinese_needs_jieba():
     import subprocess
 
