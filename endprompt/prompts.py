@@ -107,8 +107,6 @@ READ = {"recall": Recall, "question": Question}
 def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, recall_given: int = 12) -> PromptKind:
     """The end prompt by name: `recall`, `question`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...`.
 
-    text: the user's own words.
-
     encode: text to token ids as it stands after other text, without special tokens added. Raises ValueError for an
     unknown name, an empty prompt, or an EP_2 that the tokenizer has no single token for.
     """

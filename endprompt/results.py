@@ -1,8 +1,6 @@
-"""Result rows and run directories: the one definition of what a number carries with it.
+"""Result rows: the one definition of what a number carries with it.
 
-A run directory holds `config.yaml` (resolved), `environment.json` (git revision, versions, device), `results.jsonl`
-(one row a line), `log.jsonl`, and what the run made. A missing value is an absent row, never -1 and never 0.
-This module imports nothing of the project and no torch.
+A missing value is an absent row, never -1 and never 0. This module imports no torch.
 """
 
 from __future__ import annotations

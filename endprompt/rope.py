@@ -2,7 +2,7 @@
 
 Every formula is stated for head_dim D (the rotated part of it), n = D/2 frequencies theta_j = base^(-2j/D) in
 radians per token, factor s, and the window before scaling. What a model computes with is transformers' own float32
-buffer; model.py asserts after loading that it equals these.
+buffer, which is held against these when a model is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a run leaves about itself: configuration, environment, revision, results."""
+"""What a run leaves about itself.
+
+A run directory holds `config.yaml` (resolved), `environment.json` (git revision, versions, device), `results.jsonl`
+(one row a line), `log.jsonl`, and what the run made.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,7 @@
-"""LongBench: 21 sets and LongBench-E, from documents to prompts that fit the model, and from predictions to scores.
+"""LongBench's samples: documents to prompts that fit the model's window, and predictions to percent.
 
 Bai et al. 2023, arXiv:2308.14508; rules, prompts and metrics as in the benchmark's own repository (THUDM/LongBench).
-Its texts are not shipped: prompts are read from the installed lm-eval package's task files and corrected where those
-differ, documents come from the user's folder (`sets.py`).
-
-    build_samples    documents → prompts that fit the model's window
-    score            one prediction → percent
-
-Averages and rows are made in `averages.py`, the lm-eval task is in `benchmarks.tasks.longbench_task`. This module needs
-no lm-eval until prompts are read, no jieba until Chinese is scored, and no torch.
+Needs no lm-eval until prompts are read, no jieba until Chinese is scored, and no torch.
 """
 
 from __future__ import annotations

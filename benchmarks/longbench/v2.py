@@ -1,8 +1,7 @@
 """LongBench v2: 503 questions with four choices each, from documents to prompts, and from answers to scores.
 
 Bai et al. 2024, arXiv:2412.15204; prompt, cut and reading of answers as in the benchmark's own repository
-(THUDM/LongBench, `pred.py` of 2e00731). As with the first edition the prompt is read from the installed lm-eval
-package's task file, whose end is another, and is known by its hash; documents come from the user's folder.
+(THUDM/LongBench, `pred.py` of 2e00731). lm-eval's task file has the prompt with another end; it is known by its hash.
 """
 
 from __future__ import annotations

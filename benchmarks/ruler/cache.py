@@ -55,8 +55,7 @@ def cells(
     options: tasks.Options = tasks.DEFAULTS,
     directory: str | Path | None = None,
 ) -> list[Cell]:
-    """The cells of (task, length) pairs, in order, from the cache if they are there, else built and kept, by several
-    processes where it pays.
+    """The cells of (task, length) pairs, in order; what the cache lacks is built, by several processes where it pays.
 
     Raises ValueError if a file in the cache was changed, and as `ruler.build_samples`.
     """

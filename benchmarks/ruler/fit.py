@@ -104,8 +104,7 @@ def foretold(
     """What `search` finds, and by how much the sums are below the truth there.
 
     The search goes by sums, and only its results are tokenized. If all sums were off by the same number, it is repeated
-    with that added; else with the tokenizer at every step. `smallest` are the tokens of the smallest prompts, `bare`
-    their sums.
+    with that added; else with the tokenizer at every step. smallest: tokens of the smallest prompts; bare: their sums.
     """
     bare_of, shift = {id(draft): tokens for draft, tokens in zip(drafts, bare)}, 0
 
