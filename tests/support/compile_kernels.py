@@ -44,7 +44,7 @@ def main() -> None:
             {"V": 128256, "BLOCK": loss.block, "SIDE_BY_SIDE": 8},
         ),
         (
-            *(kernels._lean_update, [BF16, F32, "*i8", F32, "*u8", F32, F32, F32, "*i32", I32], update),
+            *(kernels._lean_update, [BF16, F32, "*i8", F32, "*u8", F32, F32, F32, "*i32", I32, I32], update),
             codes | {"BLOCKS": update.block},
         ),
     ):
