@@ -105,7 +105,7 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if debug:
             raise
         said = told(error, run_log(config, began))
-        return fail(said, 1) if speaks() else 1
+        return fail(said, 1) if speaks() or "alone" in getattr(error, "__notes__", ()) else 1
 
 
 def speaks() -> bool:

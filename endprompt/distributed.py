@@ -152,7 +152,9 @@ def _meet(about: dict[str, Any]) -> None:
         abouts = [json.loads(store.get(f"about/{other}")) for other in range(size)]
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the processes have not met at {here} within {START.seconds} s: {reason}") from error
+        alone = ValueError(f"the processes have not met at {here} within {START.seconds} s: {reason}")
+        alone.add_note("alone")  # nobody else may be there to say it
+        raise alone from error
     if faults := [f"{one['fault']} ({one['host']})" for one in abouts if "fault" in one]:
         raise ValueError(faults[0])
     for other, one in enumerate(abouts):

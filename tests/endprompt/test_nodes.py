@@ -55,7 +55,7 @@ def node(number, config: Path, said: Path, restarts=5):
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"{ADDRESSES[0]}:29511"]
     torchrun += [
         "--rdzv-conf",
-        f"is_host={int(number == 0)}",
+        f"is_host={int(number == 0)},read_timeout=300",
         "--local-addr",
         ADDRESSES[number],
         "--max-restarts",
