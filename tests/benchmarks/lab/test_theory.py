@@ -18,6 +18,11 @@ SETTINGS = [("256", 256, 8), ("512", 512, 32), ("256", 256, 32), ("512", 512, 8)
 SCALES = {"linear": 10.0, "ntk": 30.0, "yarn": 70.0}
 
 
+@pytest.fixture(autouse=True)
+def fewer_permutations(monkeypatch):
+    monkeypatch.setattr(theory, "PERMUTATIONS", 1500)
+
+
 def case(base="256", window=256, fold=8, scaling="linear", scheme="pose", score=50.0, **values):
     arm = Arm(f"{scheme}+{scaling}", base, fold, window, window * fold, scheme or "base", scaling, "", None, 300, None,
               None, None, None, True)  # fmt: skip
