@@ -128,7 +128,7 @@ class FetchConfig:
 
     Args:
         suites: ruler (essays, SQuAD, HotpotQA, word list; 60 MB), longbench (its 21 sets and LongBench-E; 114 MB),
-            longbench-v2 (465 MB).
+            longbench-v2 (465 MB), ruler-v2 (MMLU, HotpotQA), mrcr.
         data_dir: folder that they come into, for the data_dir of `endprompt score`.
     """
 

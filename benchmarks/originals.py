@@ -61,13 +61,41 @@ class Original:
 def originals(suite: str) -> dict[str, Original]:
     """The files of a suite by their kind. Raises ValueError with the nearest names if there is no such suite."""
     tables = sorted(Path(__file__).parent.glob("*/sources*.yaml"))  # sources-v2.yaml in longbench: of longbench-v2
-    known = {path.parent.name + path.stem.removeprefix("sources"): path for path in tables}
+    ends = {path: path.stem.removeprefix("sources") for path in tables}  # sources_mrcr.yaml: of mrcr
+    known = {end[1:] if end.startswith("_") else path.parent.name + end: path for path, end in ends.items()}
     if suite not in known:
         near = difflib.get_close_matches(suite, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"no originals of {suite!r} are known; {hint}")
     table = yaml.safe_load(known[suite].read_text(encoding="utf-8"))
     return {kind: Original(**about) for kind, about in table.items()}
+
+
+def data_file(suite: str, kind: str, data_dir: str | Path | None) -> Path:
+    """A suite's file in the user's folder. Raises ValueError that says what is missing and which command brings it,
+    and for a file that is not the one that was fetched, or whose known sha256 is another.
+    """
+    source = originals(suite)[kind]
+    paths = [Path(data_dir) / name for name in source.names] if data_dir is not None else []
+    if (path := next(filter(Path.is_file, paths), None)) is None:
+        where = "--data-dir is not set" if data_dir is None else f"it is not in --data-dir {data_dir}"
+        raise ValueError(
+            f"{suite} needs {source.names[0]} ({source.what}) and {where}: {command(suite, data_dir)} brings it"
+        )
+    files.check_fetched(path)
+    check_version(path, source)
+    return path
+
+
+def check_version(path: Path, source: Original) -> None:
+    """Raises ValueError for a fetched name whose bytes are of another version than its known or noted sha256."""
+    wanted = {noted(path.parent).get(path.name)} - {None} or (source.whole if path.name == source.names[0] else set())
+    if wanted and (found := files.remembered_sha256(path)) not in wanted:
+        known, names = " or ".join(sorted(map(str, wanted))), ", ".join(source.names[1:])
+        raise ValueError(
+            f"{path}: of another version: its sha256 is {found}, that of {source.what} is {known}; data of your own "
+            f"need another name ({names})"
+        )
 
 
 def command(suite: str, data_dir: str | Path | None) -> str:

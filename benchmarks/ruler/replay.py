@@ -71,7 +71,7 @@ def grown(
     return size
 
 
-def searched(make: Callable[[int], Made], measure: Callable[[Made], int], length: int, low: int, high: int) -> int:
+def searched(make: Callable[[int], Any], measure: Callable[[Any], int], length: int, low: int, high: int) -> int:
     """Size of the haystack that the binary search of the later edition comes to."""
     best = low
     while low <= high:

@@ -13,17 +13,19 @@ from benchmarks import chat, ruler
 from benchmarks.ruler.tasks import VT_HOPS
 from endprompt import origin
 
-SUITES = ("ruler", "longbench", "longbench-v2", "short")
+SUITES = ("ruler", "ruler-v2", "longbench", "longbench-v2", "mrcr", "nolima", "babilong", "infinitebench", "short")
 SAMPLES = 500  # RULER's own number
 THINKING = re.compile(r"off|cut|budget \d+")
 
 #: Settings that not every suite reads, by those that do.
 READ_BY = {
-    "ruler or lm-eval": "lengths",
+    "ruler or ruler-v2 or nolima or babilong or lm-eval": "lengths",
     "ruler": "haystack_text shots hops edition chat_layout beyond_window whole_answers",
     "longbench or longbench-v2": "prompt_length",
     "ruler or longbench or longbench-v2": "cache_dir prepare_only",
-    "ruler or longbench or longbench-v2 or lm-eval": "data_dir max_new_tokens thinking system",
+    "ruler or ruler-v2 or longbench or longbench-v2 or mrcr or nolima or babilong or infinitebench or lm-eval": (
+        "data_dir max_new_tokens thinking system"
+    ),
 }
 #: The same of backends.
 READ_BY_BACKEND = {
@@ -45,13 +47,16 @@ class ScoreConfig:
         trust_remote_code: let a checkpoint bring its own code.
 
     Tasks:
-        suite: ruler, longbench, longbench-v2, short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval), or lm-eval:GROUP
-            (any group or task of lm-eval that generates, such as lm-eval:babilong_longctx, lm-eval:infinitebench).
+        suite: ruler, ruler-v2, longbench, longbench-v2, mrcr, nolima (needle sets of your own in its layout), babilong,
+            infinitebench, short (lm-eval's own mmlu, gsm8k, hellaswag, humaneval), or lm-eval:GROUP (any group or task
+            of lm-eval that generates).
         tasks: names separated by commas, or all.
-        lengths: token budgets separated by commas, prompt and generation together (RULER); sizes of BABILong.
+        lengths: token budgets separated by commas, prompt and generation together (RULER), the prompt (ruler-v2), the
+            haystack (nolima); sizes of BABILong.
         samples: samples a task and length (short: all documents unless a number is set).
         seed: of RULER's samples and of intervals; short: of the examples in front. LongBench's samples have none.
-        data_dir: folder with RULER's essays, SQuAD, HotpotQA, the LongBench sets, or further task files for lm-eval.
+        data_dir: folder with a suite's data, as `endprompt fetch` brings them; with copies of the hub's data sets
+            (babilong, infinitebench); with further task files (lm-eval:GROUP).
         haystack_text: text file for the essay haystack, instead of RULER's essays.
         max_new_tokens: tokens kept for generation, instead of RULER's number (for very small windows).
         shots: worked examples in front of vt and cwe, 0 or 1; RULER has 1.

@@ -10,7 +10,8 @@ from benchmarks.scoring import vllm
 from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.config import ScoreConfig
 from benchmarks.scoring.suite import Rows, Suite
-from benchmarks.scoring.units import Unit, needed, predicted, row
+from benchmarks.scoring.units import Unit, mean_rows, needed, predicted, row
+from endprompt.results import write_rows
 
 if TYPE_CHECKING:
     from benchmarks.scoring.recording import Progress
@@ -32,6 +33,13 @@ class SampleSuite(Suite):
         for group in groups(units):
             made |= evaluate(self.config, group, lm, settings, progress, begin())
         return made
+
+
+class MeanSuite(SampleSuite):
+    """A suite whose summary is the mean over its tasks at each length."""
+
+    def summarise(self, out: RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str) -> None:
+        write_rows(out.path / "summary.jsonl", mean_rows(self.config, made, settings))
 
 
 def groups(units: Sequence[Unit]) -> list[list[Unit]]:

@@ -48,9 +48,13 @@ class Suite:
         return "\n".join(f"{row['task']:<12} {row['value']:6.2f}" for row in made)
 
 
+#: Groups of lm-eval that are suites by a name of their own.
+GROUPS = {"babilong": "babilong_longctx", "infinitebench": "infinitebench"}
+
+
 def module_of(suite: str) -> str:
     """Name of the module that has a suite."""
-    return suite.partition(":")[0].replace("-", "_")
+    return "lm_eval" if suite in GROUPS else suite.partition(":")[0].replace("-", "_")
 
 
 def suite_of(config: ScoreConfig) -> Suite:

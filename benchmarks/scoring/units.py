@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import ruler, summary
-from benchmarks.scoring.checkpoint import method_of
+from benchmarks import chat, ruler, summary
+from benchmarks.ruler.cell import samples_sha256, text_sha256
+from benchmarks.scoring.checkpoint import method_of, window_of
 from benchmarks.scoring.compare import Entries
 from benchmarks.scoring.config import ScoreConfig
 from endprompt.results import result_row
+from endprompt.text import Reader
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Score = Callable[[dict[str, Any], str], float]  # sample, prediction → in [0, 1]
 
 
 @dataclass
@@ -27,13 +34,13 @@ class Unit:
     suite: str
     metric: str
     samples: Sequence[dict[str, Any]] = ()
-    score: Callable[[dict[str, Any], str], float] = lambda sample, prediction: 0.0  # in [0, 1]
+    score: Score = lambda sample, prediction: 0.0
     columns: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     characters: int = 0
     prompts: Sequence[str] = ()
     n_truncated: int = 0
-    readings: dict[str, Callable[[dict[str, Any], str], float]] = field(default_factory=dict)
+    readings: dict[str, Score] = field(default_factory=dict)
 
     def known_by(self, config: ScoreConfig) -> dict[str, Any]:
         """The columns by which a row of this very unit is known."""
@@ -42,6 +49,62 @@ class Unit:
         of_samples = {"samples_sha256": self.sha256, "n": len(self.samples), "seed": config.seed}
         limit = {"max_new_tokens": self.columns["max_new_tokens"]}
         return {"suite": self.suite, "task": self.task, "length": self.length, **of_samples, **limit}
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    """A text as the one turn of a user's."""
+    return [{"role": "user", "content": text}]
+
+
+class Asker:
+    """Samples and units of a suite whose prompts are whole texts or conversations."""
+
+    def __init__(self, config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase):
+        self.config, self.reader = config, Reader(tokenizer)
+        self.window = window_of(config, model_config)
+        self.template = chat.renderer(tokenizer, *config.templated) if config.chat else None
+
+    def check_room(self, length: int, new_tokens: int) -> None:
+        """Raises ValueError if a prompt of `length` leaves no room for its answer."""
+        if length + new_tokens > self.window:
+            raise ValueError(
+                f"prompt and answer must be at most the window {self.window}: {length} + {new_tokens} tokens "
+                "(max_new_tokens sets the answer's)"
+            )
+
+    def sample(
+        self, messages: Sequence[Mapping[str, str]], outputs: Sequence[str], new_tokens: int, **more: Any
+    ) -> dict[str, Any]:
+        """A sample as lm-eval's model is asked; `length` counts BOS and template, too."""
+        text = self.template(messages, add_generation_prompt=True) if self.template else messages[-1]["content"]
+        length = len(self.reader.prompts([text])[0])
+        return {"input": text, "outputs": list(outputs), "length": length, "max_new_tokens": new_tokens, **more}
+
+    def unit(
+        self, task: str, length: int | None, metric: str, samples: list[dict[str, Any]], score: Score, generator: str,
+        **columns: Any,
+    ) -> Unit:  # fmt: skip
+        """The cell of a task. Raises ValueError for a prompt that is over the window with its answer."""
+        config, new_tokens = self.config, samples[0]["max_new_tokens"]
+        self.check_room(max(sample["length"] for sample in samples), new_tokens)
+        about = {"window": self.window, "max_new_tokens": new_tokens, "chat": config.chat, "date": config.date}
+        columns = {**about, **config.asked_in_chat, "generator": generator, **columns}
+        samples = [{"index": index, **sample} for index, sample in enumerate(samples)]
+        unit = Unit(f"{task}@{length}" if length else task, task, length, config.suite, metric, samples, score, columns)
+        unit.prompts = [text_sha256(sample["input"]) for sample in samples]
+        unit.sha256 = samples_sha256(samples)
+        unit.characters = sum(len(sample["input"]) for sample in samples)
+        return unit
+
+
+def mean_rows(config: ScoreConfig, made: Sequence[Mapping[str, Any]], settings: str) -> list[dict[str, Any]]:
+    """Of each length the mean over its tasks."""
+    common: dict[str, Any] = {"suite": config.suite, "metric": "mean_over_tasks", "model": config.model_name}
+    common |= {"seed": config.seed, "method": method_of(config), "run_sha256": settings}
+    cells: dict[int | None, list[float]] = {}
+    for row in made:
+        cells.setdefault(row["length"], []).append(row["value"])
+    return [result_row(task="average", length=n, value=sum(own) / len(own), **common) for n, own in cells.items()]
 
 
 def needed(unit: Unit) -> int:

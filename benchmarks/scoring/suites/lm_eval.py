@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import statistics
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +18,16 @@ from benchmarks import chat
 from benchmarks.ruler.cell import samples_sha256, text_sha256
 from benchmarks.scoring.checkpoint import window_of
 from benchmarks.scoring.config import SAMPLES, ScoreConfig
-from benchmarks.scoring.evaluate import SampleSuite
-from benchmarks.scoring.summaries import about
+from benchmarks.scoring.evaluate import MeanSuite
+from benchmarks.scoring.suite import GROUPS
 from benchmarks.scoring.units import Unit
 from endprompt.files import sha256_of
-from endprompt.results import result_row, write_rows
 from endprompt.text import Reader
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from endprompt.runs import RunDirectory
 
 #: Groups whose tasks exist at several lengths: how lm-eval's metadata name one.
 LENGTHS: dict[str, Callable[[int], str]] = {"babilong": lambda length: f"{length // 1024}k"}
@@ -45,14 +42,16 @@ def manager(folder: str | None) -> TaskManager:
     return TaskManager(include_path=folder)
 
 
-class LmEval(SampleSuite):
+class LmEval(MeanSuite):
     generator = f"lm-eval {version('lm_eval')}"
 
     def __init__(self, config: ScoreConfig):
         super().__init__(config)
-        self.group = config.suite.partition(":")[2]
+        self.group = GROUPS.get(config.suite) or config.suite.partition(":")[2]
+        self.data = config.data_dir if config.suite in GROUPS else None  # copies of the hub's data, no task files
+        self.tasks = None if self.data else config.data_dir
         self.named = next((name for start, name in LENGTHS.items() if self.group.startswith(start)), None)
-        known = manager(config.data_dir).task_index
+        known = manager(self.tasks).task_index
         if self.group not in known:
             near = difflib.get_close_matches(self.group, known, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -64,7 +63,7 @@ class LmEval(SampleSuite):
     @property
     def asked(self) -> str:
         """Task files of the user's own, which say where answers end."""
-        paths = sorted(Path(self.config.data_dir).rglob("*.yaml")) if self.config.data_dir else []
+        paths = sorted(Path(self.tasks).rglob("*.yaml")) if self.tasks else []
         return sha256_of(*(path.read_bytes() for path in paths)) if paths else ""
 
     def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
@@ -73,7 +72,7 @@ class LmEval(SampleSuite):
         lengths: list[int | None] = [*config.length_list] if self.named else [None]
         made = []
         for length in lengths:
-            for name, task in load(self.group, config.data_dir, self.metadata(length, tokenizer)).items():
+            for name, task in load(self.group, self.tasks, self.metadata(length, tokenizer), self.data).items():
                 made.append(self.unit(name, task, length, window, tokenizer))
         return made
 
@@ -132,22 +131,17 @@ class LmEval(SampleSuite):
         unit.n_truncated = sum(sample["truncated"] for sample in samples)
         return unit
 
-    def summarise(self, out: RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str) -> None:
-        """The mean over the group's tasks, of each length."""
-        common = {"suite": self.config.suite, "metric": "mean_over_tasks", **about(self.config, settings)}
-        means = {
-            length: statistics.fmean(row["value"] for row in made if row["length"] == length)
-            for length in dict.fromkeys(row["length"] for row in made)
-        }
-        rows = [result_row(task="average", length=length, value=value, **common) for length, value in means.items()]
-        write_rows(out.path / "summary.jsonl", rows)
 
+def load(group: str, folder: str | None, metadata: Mapping[str, Any], data: str | None = None) -> dict[str, Any]:
+    """The group's tasks by name, with their data: the hub's, or its copy in the folder `data`."""
+    import datasets
 
-def load(group: str, folder: str | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The group's tasks by name, with their data."""
-    tasks = manager(folder)
+    tasks, read = manager(folder), functools.partial(load_local, data) if data else datasets.load_dataset
     try:
-        with mock.patch.object(tasks._factory, "_meta", dict(metadata)):
+        with (
+            mock.patch.object(tasks._factory, "_meta", dict(metadata)),
+            mock.patch.object(datasets, "load_dataset", read),
+        ):
             found = tasks.load(group)["tasks"]
     except Exception as error:  # the hub's and the datasets package's are of many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -158,6 +152,25 @@ def load(group: str, folder: str | None, metadata: Mapping[str, Any]) -> dict[st
             f"{', '.join(others[:5])}"
         )
     return found
+
+
+def load_local(data: str, path: str, name: str | None = None, split: str | None = None, **options: Any) -> Any:
+    """A hub's data set from `data`/its name, a copy of its repository, or files SPLIT.jsonl (.json, .parquet), in a
+    folder of the configuration's name if there are several."""
+    import datasets
+
+    folder = Path(data) / path.rpartition("/")[2]
+    if not folder.is_dir():
+        raise ValueError(f"--data-dir {data} must hold the folder {folder.name}, a copy of the hub's data set {path}")
+    if (folder / "README.md").is_file():
+        return datasets.load_dataset(str(folder), name, split=split, **options)
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    files = {one.stem: one for one in sorted((folder / (name or "")).glob("*")) if one.suffix in kinds}
+    if not files or (split and split not in files):
+        raise ValueError(f"{folder / (name or '')}: must hold {split or 'SPLIT'}.jsonl, .json or .parquet")
+    files = {split: files[split]} if split else files
+    kind, chosen = kinds[next(iter(files.values())).suffix], {key: str(value) for key, value in files.items()}
+    return datasets.load_dataset(kind, data_files=chosen, split=split, **options)
 
 
 def score_of(task: Any, metric: str, sample: Mapping[str, Any], answer: str) -> float:
