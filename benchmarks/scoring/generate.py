@@ -382,6 +382,8 @@ class Batch:
                 self._extend(index, new)
             if index in self.over:
                 over.append(place)
+        if over:
+            self.scene.live_B[over] = 0
         return over
 
     def _extend(self, index: int, new: list[int]) -> None:
@@ -401,6 +403,8 @@ class Batch:
 
     def _leave(self, over: list[int], left: int) -> bool:
         """Whether the rows that are over left the batch: only where their reads would take longer than the move."""
+        if self.scene.skips:
+            return False
         stay = [place for place in range(len(self.live)) if place not in set(over)]
         if len(over) * left <= 4 * len(stay) or (self.device.type == "cuda" and left < RECORD):
             return False

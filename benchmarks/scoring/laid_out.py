@@ -8,6 +8,10 @@ tensors of the same shapes, so it can be recorded.
 A row's tokens lie in its first places, one after the other. A sliding layer keeps of the prompt what its window can
 still reach, at the end of its first `window` - 1 places, and the answer after them.
 
+On CUDA kernels of our own (`endprompt.fast`) do what a step is full of and memory's speed does not explain: norms, RoPE
+and SwiGLU of the families that they know, and attention over those places alone that a row has. A row that is over
+costs no reads there.
+
 Legend: B rows, b those of one forward pass, T tokens of the pass, S places, H heads, G key/value heads, D head dim
 """
 
@@ -16,9 +20,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +32,12 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from endprompt.fast.available import triton_kernels
+from endprompt.fast.layers import FAMILIES, rms_norm, swiglu
 from endprompt.model.attention import HARMLESS, HARMLESS_VALUES, kernels_first
 
 NAME = "endprompt_laid_out"
-FLASH4_WIDTHS = (64, 128)
+FLASH4_WIDTHS = STEP_WIDTHS = (64, 128)
 STEP_KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 # Elements of a mask that a part of a prompt is attended under at once.
 MASK_ELEMENTS = 2**28
@@ -53,16 +61,19 @@ class Scene:
         # a window that no row outgrows is none
         self.windows = [w if w is not None and w < places else None for w in windows]
         self.step_1 = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.skips = False  # whether the last attention read nothing for rows that are over
         self._lay_out()
 
     def _lay_out(self) -> None:
         rows = len(self.lengths_B)
         self.rows_B = torch.arange(rows, device=self.device)
         self.positions_B = self.lengths_B + self.step_1
-        self.slots, self.masks, self._arange = {}, {}, {}
+        self.live_B = torch.ones(rows, dtype=torch.long, device=self.device)
+        self.slots, self.spans, self.masks, self._arange = {}, {}, {}, {}
         for window in dict.fromkeys(self.windows):
             places = self.width(window)
             self.slots[window] = torch.zeros(rows, dtype=torch.long, device=self.device)
+            self.spans[window] = torch.zeros(2, rows, dtype=torch.long, device=self.device)
             self.masks[window] = torch.zeros(rows, 1, 1, places, dtype=torch.bool, device=self.device)
             self._arange[window] = torch.arange(places, device=self.device)
         self._aim()
@@ -75,12 +86,15 @@ class Scene:
         """Where the step's tokens are written and what they see. In place: a recording holds these tensors."""
         torch.add(self.lengths_B, self.step_1, out=self.positions_B)
         for window, mask_B11S in self.masks.items():
-            place_S = self._arange[window]
+            place_S, (begin_B, end_B) = self._arange[window], self.spans[window]
             if window is None:
+                torch.mul(self.positions_B + 1, self.live_B, out=end_B)
                 self.slots[None].copy_(self.positions_B)
                 mask_B11S.copy_((place_S <= self.positions_B[:, None])[:, None, None])
                 continue
             self.slots[window].copy_((self.step_1 + (window - 1)).expand_as(self.slots[window]))
+            torch.maximum(self.step_1, (window - 1) - self.lengths_B, out=begin_B)
+            torch.mul(self.step_1 + window, self.live_B, out=end_B)
             inside_S = (place_S >= self.step_1) & (place_S <= self.step_1 + (window - 1))
             real_BS = place_S >= (window - 1) - self.lengths_B[:, None]
             mask_B11S.copy_((inside_S & real_BS)[:, None, None])
@@ -120,6 +134,11 @@ class Layer(CacheLayerMixin):
         if self.scene.prompt:
             return self._fill(self.keys, key_states), self._fill(self.values, value_states)
         rows_B, slot_B = (x.to(self.keys.device) for x in (self.scene.rows_B, self.scene.slots[self.window]))
+        if self.keys.shape == self.values.shape and triton_kernels(self.keys):
+            from endprompt.fast import decode
+
+            decode.keep(key_states.contiguous(), value_states.contiguous(), self.keys, self.values, slot_B)
+            return self.keys, self.values
         self.keys[rows_B, :, slot_B] = key_states[:, :, 0]
         self.values[rows_B, :, slot_B] = value_states[:, :, 0]
         return self.keys, self.values
@@ -211,7 +230,14 @@ def attention(
     if scene.prompt:
         out_BHTD = of_prompt(query_BHTD, key_BGSD, value_BGSD, scaling, window)
     else:
-        mask_B11S = scene.masks[window].to(query_BHTD.device)
+        mask_B11S, span_2B = (kept[window].to(query_BHTD.device) for kept in (scene.masks, scene.spans))
+        scene.skips = takes_step(query_BHTD, key_BGSD, value_BGSD)
+        if scene.skips:
+            from endprompt.fast import decode
+
+            scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+            out = decode.attend(query_BHTD[:, :, 0].contiguous(), key_BGSD, value_BGSD, *span_2B, scale)
+            return out[:, None], None
         out_BHTD = of_step(query_BHTD, key_BGSD, value_BGSD, scaling, mask_B11S)
     return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -238,6 +264,13 @@ def of_step(
     folded = query_BH1D.reshape(batch, groups, heads // groups, width)
     out = F.scaled_dot_product_attention(folded, key_BGSD, value_BGSD, attn_mask=mask_B11S, scale=scaling)
     return out.reshape(batch, heads, 1, -1)
+
+
+def takes_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether our own kernel attends to a cache."""
+    heads = query.shape[1] // key.shape[1]
+    wide = query.shape[-1] in STEP_WIDTHS and key.shape == value.shape and key.dtype == query.dtype
+    return wide and heads <= 16 and triton_kernels(query) is not None
 
 
 def takes_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> bool:
@@ -299,17 +332,65 @@ def flash4_installed() -> bool:
 
 @contextlib.contextmanager
 def attending(model: Any, scene: Scene) -> Iterator[None]:
-    """Within it the model's attention is ours, about this scene."""
+    """Within it the model's attention is ours, about this scene, and so are norms, RoPE and SwiGLU that we have."""
     found = model.config._attn_implementation
     token = _scene.set(scene)
     model.set_attn_implementation(NAME)
     try:
         if model.config._attn_implementation != NAME:
             raise Unfit("its attention cannot be set")
-        yield
+        with contextlib.ExitStack() as stack:
+            for owner, name, ours in fused(model):
+                stack.enter_context(mock.patch.object(owner, name, ours))
+            yield
     finally:
         model.set_attn_implementation(found)
         _scene.reset(token)
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+def fused(model: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """(owner, name, function with a kernel) of what the families' layers call by name; each has the plain way in it."""
+    if triton_kernels(next(model.parameters())) is None:
+        return
+    kinds = {type(module) for module in model.modules()}
+    for kind in kinds:
+        family = next((name for name in FAMILIES if kind.__name__ == f"{name}RMSNorm"), None)
+        if family is not None:
+            source = sys.modules[kind.__module__]
+            yield kind, "forward", functools.partialmethod(_norm, plain=kind.forward)
+            yield source, "apply_rotary_pos_emb", functools.partial(_rotate, source.apply_rotary_pos_emb)
+            mlp = getattr(source, f"{family}MLP")
+            if mlp in kinds and model.config.get_text_config().hidden_act == "silu":
+                yield mlp, "forward", functools.partialmethod(_mlp, plain=mlp.forward)
+
+
+def _cast(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) or torch.is_grad_enabled()
+
+
+def _norm(module: Any, x: torch.Tensor, plain: Callable[..., torch.Tensor]) -> torch.Tensor:
+    if _cast(x) or x.dtype != module.weight.dtype:
+        return plain(module, x)
+    return rms_norm(x.reshape(-1, x.shape[-1]), module.weight, module.variance_epsilon)[0].view(x.shape)
+
+
+def _mlp(module: Any, x: torch.Tensor, plain: Callable[..., torch.Tensor]) -> Any:
+    if _cast(x):
+        return plain(module, x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
+
+
+def _rotate(plain: Callable[..., Any], query: Any, key: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+    """Of [B, heads, T, D], in memory [B, T, heads, D], as layers make and return it."""
+    kernels, width = triton_kernels(query), query.shape[-1]
+    if _cast(query) or unsqueeze_dim != 1 or cos.shape[-1] != width or cos.dtype != query.dtype:
+        return plain(query, key, cos, sin, unsqueeze_dim)
+    heads = (x.transpose(1, 2).contiguous() for x in (query, key))
+    return tuple(x.transpose(1, 2) for x in kernels.rotate(*heads, cos.contiguous(), sin.contiguous()))
 
 
 AttentionInterface.register(NAME, attention)  # without a mask function on purpose: no mask is made

@@ -191,6 +191,26 @@ def rotate_backward(
     return out_BTW
 
 
+def rotate(
+    query_BTHD: torch.Tensor, key_BTGD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys after RoPE. cos, sin: B may be 1. All contiguous."""
+    (batch, tokens, heads, width), groups = query_BTHD.shape, key_BTGD.shape[2]
+    outs = torch.empty_like(query_BTHD), torch.empty_like(key_BTGD)
+    with _on(query_BTHD):
+        _rotate[(batch * tokens,)](
+            *(query_BTHD, key_BTGD, cos_BTD, sin_BTD, *outs, tokens, 0 if cos_BTD.shape[0] == 1 else tokens * width),
+            H=heads,
+            G=groups,
+            HALF=width // 2,
+            HEADS=triton.next_power_of_2(heads),
+            GROUPS=triton.next_power_of_2(groups),
+            LANES=triton.next_power_of_2(width // 2),
+            num_warps=ROTATE_BACKWARD.warps,
+        )
+    return outs
+
+
 def cross_entropy(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor, launch: Launch = CROSS_ENTROPY
 ) -> torch.Tensor:
@@ -405,6 +425,37 @@ def _rotate_backward(
     at = tl.arange(0, GROUPS)[:, None] * (2 * HALF) + tl.arange(0, 2 * LANES)[None, :]
     inside = (tl.arange(0, GROUPS) < G)[:, None] & (tl.arange(0, 2 * LANES) < 2 * HALF)[None, :]
     tl.store(row + at, tl.load(value + token * (G * 2 * HALF) + at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    query,
+    key,
+    cos,
+    sin,
+    out_query,
+    out_key,
+    tokens,
+    batch_row,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    turn = token // tokens * batch_row + token % tokens * (2 * HALF)
+    inside = lane < HALF
+    cos1 = tl.load(cos + turn + lane, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    sin1 = -tl.load(sin + turn + lane, mask=inside, other=0.0).to(tl.float32)  # turned back by the negative angle
+    sin2 = -tl.load(sin + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    at = token * (H * 2 * HALF)
+    _turn_back(query + at, out_query + at, cos1, cos2, sin2, sin1, lane, H, HALF, HEADS)
+    at = token * (G * 2 * HALF)
+    _turn_back(key + at, out_key + at, cos1, cos2, sin2, sin1, lane, G, HALF, GROUPS)
 
 
 @triton.jit
