@@ -236,7 +236,7 @@ def attention(
             from endprompt.fast import decode
 
             scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-            out = decode.attend(query_BHTD[:, :, 0].contiguous(), key_BGSD, value_BGSD, *span_2B, scale)
+            out = decode.attend(query_BHTD[:, :, 0].contiguous(), key_BGSD, value_BGSD, span_2B[0], span_2B[1], scale)
             return out[:, None], None
         out_BHTD = of_step(query_BHTD, key_BGSD, value_BGSD, scaling, mask_B11S)
     return out_BHTD.transpose(1, 2).contiguous(), None
@@ -351,7 +351,7 @@ def attending(model: Any, scene: Scene) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def fused(model: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+def fused(model: Any) -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, function with a kernel) of what the families' layers call by name; each has the plain way in it."""
     if triton_kernels(next(model.parameters())) is None:
         return
