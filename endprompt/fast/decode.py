@@ -15,7 +15,7 @@ import triton.language as tl
 from endprompt.fast.kernels import Launch, _multiprocessors, _on
 
 #: By a head's size. block: here places of the cache.
-ATTEND = {64: Launch(block=128, warps=4, programs=4, stages=3), 128: Launch(block=64, warps=4, programs=4, stages=3)}
+ATTEND = {64: Launch(block=64, warps=2, programs=8, stages=3), 128: Launch(block=32, warps=4, programs=8, stages=4)}
 
 
 def keep(

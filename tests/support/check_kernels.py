@@ -5,9 +5,10 @@ TRITON_INTERPRET=1, or `cuda`.
 import sys
 
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from endprompt import fast
-from endprompt.fast import available, kernels, layers, lean
+from endprompt.fast import available, decode, kernels, layers, lean
 from endprompt.train import optimizers
 from endprompt.train.loss import _chunk, _chunk_eager
 
@@ -60,6 +61,39 @@ def main(device: str) -> None:
             got = kernels.rotate_backward(grads, cos, sin)
             same([got], [layers.torch_rotate_backward(grads, cos, sin)], dtype, "rotate backward")
             assert torch.equal(got[..., (heads + groups) * width :], grads[2].flatten(2))
+
+    # triton's interpreter multiplies no matrices of bfloat16
+    for dtype in (torch.float32, torch.float16 if device == "cpu" else torch.bfloat16):
+        for rows, heads, groups, width, places, several in ((3, 4, 2, 16, 333, 1), (2, 9, 3, 64, 200, 2)):
+            query, key = (torch.randn(rows, 2, n, width, device=device).to(dtype) for n in (heads, groups))
+            cos, sin = (torch.randn(several if rows == several else 1, 2, width, device=device).to(dtype) for _ in "cs")
+            want = apply_rotary_pos_emb(query.double(), key.double(), cos.double(), sin.double(), unsqueeze_dim=2)
+            same(kernels.rotate(query, key, cos, sin), want, dtype, "rotate")
+            keys, values = (torch.randn(rows, groups, places, width, device=device).to(dtype) for _ in "kv")
+            slot = torch.tensor([places - 4, 0, 5], device=device)[:rows]
+            wanted = keys.clone(), values.clone()
+            for kept, token in zip(wanted, (0, 1)):
+                kept[torch.arange(rows), :, slot] = key[:, token]
+            decode.keep(key[:, 0].contiguous(), key[:, 1].contiguous(), keys, values, slot)
+            assert torch.equal(keys, wanted[0]) and torch.equal(values, wanted[1])
+            keys[:, :, places - 3 :], values[:, :, places - 3 :] = (
+                torch.nan,
+                torch.nan,
+            )  # no place but a row's own counts
+            begin, end = (
+                torch.tensor([0, 5, 7], device=device)[:rows],
+                torch.tensor([places - 3, 70, 0], device=device)[:rows],
+            )
+            place = torch.arange(places, device=device)
+            seen = (place >= begin[:, None]) & (place < end[:, None])
+            wide, wide_values = (x.double().nan_to_num().repeat_interleave(heads // groups, 1) for x in (keys, values))
+            logits = torch.einsum("bhd,bhsd->bhs", query[:, 0].double(), wide) * 0.3
+            shares = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num()
+            for programs in (1, 40):
+                launch = kernels.Launch(block=16, warps=4, programs=programs, stages=3)
+                got = decode.attend(query[:, 0].contiguous(), keys, values, begin, end, 0.3, launch)
+                same([got[:2]], [torch.einsum("bhs,bhsd->bhd", shares, wide_values)[:2]], dtype, "attend")
+                assert not got[2:].any()  # a row without places
 
     for dtype in (torch.float32, torch.bfloat16):
         for count, vocabulary, block in ((3, 40, 64), (5, 700, 256), (2, 512, 128), (2, 3000, 0), (2, 700, 0)):

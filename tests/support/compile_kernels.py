@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from endprompt.fast import kernels, lean
+from endprompt.fast import decode, kernels, lean
 
 
 def main() -> None:
@@ -39,6 +39,14 @@ def main() -> None:
             norm | {"GRADS": 3, "STAGES": three.stages},
         ),
         (kernels._rotate_backward, [BF16] * 6 + [I32] * 2, kernels.ROTATE_BACKWARD, heads),
+        (kernels._rotate, [BF16] * 6 + [I32] * 2, kernels.ROTATE_BACKWARD, heads),
+        *(
+            (
+                *(decode._attend, [BF16] * 3 + ["*i64"] * 2 + [F32] * 3 + ["fp32", I32], launch),
+                {"G": 8, "R": 4, "D": width, "BLOCK": launch.block, "STAGES": launch.stages},
+            )
+            for width, launch in decode.ATTEND.items()
+        ),
         (
             *(kernels._cross_entropy, [BF16, "*i64", F32, F32], loss),
             {"V": 128256, "BLOCK": loss.block, "SIDE_BY_SIDE": 8},
@@ -50,7 +58,7 @@ def main() -> None:
     ):
         made = compiled(kernel, kinds, launch, **constants)
         assert made["cubin"] and ".f64" not in made["ptx"], kernel
-        assert "ld.global.v4" in made["ptx"] or ".v4.b32" in made["ptx"], kernel
+        assert any(wide in made["ptx"] for wide in ("ld.global.v4", ".v4.b32", "cp.async.cg")), kernel
     for width in (4096, 8192, 16384):  # the launches that a width takes
         for kind, size in ((BF16, 2), (F32, 4)):
             for grads in (1, 2):

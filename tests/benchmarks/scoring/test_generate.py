@@ -358,6 +358,20 @@ def test_of_prompt_sees_what_a_window_reaches():
         laid_out.BLOCK = kept
 
 
+def test_places_that_a_kernel_reads_are_those_of_the_mask():
+    """Of rows shorter and longer than a window, as steps go on; a row that is over has none."""
+    scene = laid_out.Scene(torch.tensor([40, 5, 17]), 128, 30, [None, 16])
+    for step in range(30):
+        for window, mask_B11S in scene.masks.items():
+            place, (begin, end) = torch.arange(mask_B11S.shape[-1]), scene.spans[window]
+            seen = (place >= begin[:, None]) & (place < end[:, None])
+            assert torch.equal(seen[: 2 if step > 9 else 3], mask_B11S[: 2 if step > 9 else 3, 0, 0])
+            assert step <= 9 or end[2] == 0
+        if step == 9:
+            scene.live_B[[2]] = 0
+        scene.advance()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_on_a_gpu_steps_are_recorded_and_give_the_tokens_of_a_cpu(width):
@@ -370,7 +384,7 @@ def test_on_a_gpu_steps_are_recorded_and_give_the_tokens_of_a_cpu(width):
     with torch.inference_mode():
         batch = generate.Batch(model, [jobs[i] for i in order], found)
         made = batch.answers()
-    assert not generate._unrecorded
+    assert not generate._unrecorded and batch.scene.skips == (width in laid_out.STEP_WIDTHS)
     model = model.cpu()
     wanted = [by_transformers(model, [prompts[i]], max_new_tokens=40, eos_token_id=None)[0] for i in order]
     assert made == wanted
