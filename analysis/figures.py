@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -14,7 +16,24 @@ SHEET = "analysis.mplstyle"
 OBSERVED, BOUND, BERNSTEIN, SCORE, NULL = "#d9e8d3", "#b2182b", "#ef8a62", "#2166ac", "0.55"
 
 
-def draw(source: str | Path, directory: str | Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+NAMES = ("score", "verify")
+
+
+def draw_at_once(source: str | Path, directory: str | Path, formats: Sequence[str] = ("png", "pdf")) -> None:
+    """`draw`, with the first picture in a process of its own; here, if that cannot be."""
+    if not formats:
+        return
+    program = "import sys; from analysis.figures import draw; draw(*sys.argv[1:3], sys.argv[4:], sys.argv[3:4])"
+    given = [sys.executable, "-c", program, str(source), str(directory), NAMES[0], *formats]
+    with subprocess.Popen(given, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+        draw(source, directory, formats, NAMES[1:])
+    if other.returncode:
+        draw(source, directory, formats, NAMES[:1])
+
+
+def draw(
+    source: str | Path, directory: str | Path, formats: Sequence[str] = ("png", "pdf"), names: Sequence[str] = NAMES
+) -> list[Path]:
     """Draw score.* (scores against distance) and verify.* (the whole page) from curves.json; returns the files."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -22,9 +41,12 @@ def draw(source: str | Path, directory: str | Path, formats: Sequence[str] = ("p
     curves = json.loads(Path(source).read_text(encoding="utf-8"))
     written = []
     with as_file(files("analysis") / SHEET) as sheet, style.context(str(sheet)):
-        figure = Figure(figsize=(10, 5.6), layout="constrained")
-        score_panels(figure, curves)
-        written += [save(figure, Path(directory) / f"score.{kind}") for kind in formats]
+        if "score" in names:
+            figure = Figure(figsize=(10, 5.6), layout="constrained")
+            score_panels(figure, curves)
+            written += [save(figure, Path(directory) / f"score.{kind}") for kind in formats]
+        if "verify" not in names:
+            return written
         figure = Figure(figsize=(11, 14.5), layout="constrained")
         thirds: Any = figure.subfigures(3, 1, height_ratios=[6.4, 3.2, 4.4], hspace=0.03)
         top, middle, bottom = thirds

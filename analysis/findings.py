@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis import observability, outlook
+from analysis import observability
 from analysis.bounds import bernstein_bound, coef_bound, nonvacuous_radius, softmax_change
 from analysis.capture import STRATA
 from analysis.certificates import certified_max
@@ -101,10 +102,11 @@ class VerifyReport:
 
 
 class Findings:
-    """Collects layer by layer what the report needs; never a layer's q or k."""
+    """Collects layer by layer what the report needs; never a layer's q or k. With a pool, layers are examined there."""
 
-    def __init__(self, scene: Scene):
-        self.scene = scene
+    def __init__(self, scene: Scene, pool: ThreadPoolExecutor | None = None):
+        self.scene, self.pool = scene, pool
+        self.waiting: list[Future[None]] = []
         # the part of a head that RoPE leaves alone is a frequency of 0
         self.omega = np.append(scene.omega, 0.0)
         self.sweep = Sweep(self.omega, scene.length, device=scene.config.device)
@@ -118,6 +120,15 @@ class Findings:
 
     def add(self, layer: Any, before: Any | None) -> None:
         """One layer's spectra, and the same layer's before extension."""
+        heads, pairs, number = layer.z.shape
+        # drawn here, so that they are a layer's own in whatever order the pool is done
+        turns = self.rng.random((heads * pairs, number + 1)) if self.scene.gap else None
+        if self.pool is None:
+            self._examine(layer, before, turns)
+        else:
+            self.waiting.append(self.pool.submit(self._examine, layer, before, turns))
+
+    def _examine(self, layer: Any, before: Any | None, random_turns: np.ndarray | None) -> None:
         scene, omega = self.scene, self.omega
         unit = layer.scaling * scene.attention_factor**2
         z = unit * np.concatenate([layer.z, layer.constant[..., None]], axis=-1)
@@ -140,9 +151,9 @@ class Findings:
             "B1": float(coef_bound(flat, omega, 1).max()),
             "curves": self.steepest(layer.layer, z),
         }
-        if scene.gap:
+        if random_turns is not None:
             record["roughness"] = self.roughness(flat).reshape(heads, pairs)
-            record["null"] = self.roughness(np.abs(flat) * np.exp(2j * np.pi * self.rng.random(flat.shape)))
+            record["null"] = self.roughness(np.abs(flat) * np.exp(2j * np.pi * random_turns))
         subject = flat
         if before is not None:
             old = unit * np.concatenate([before.z, before.constant[..., None]], axis=-1)
@@ -198,8 +209,11 @@ class Findings:
         sum_a = orders[0]["coefficient"]
         return curve | {"distance": rounded(centre), "supremum": list(supremum), "sum_a": sum_a, "orders": orders}
 
-    def report(self, directory: Path) -> VerifyReport:
+    def report(self, directory: Path, ahead: dict[str, Any]) -> VerifyReport:
+        """ahead: of `outlook`."""
         scene = self.scene
+        for layer in self.waiting:
+            layer.result()
         layers = sorted(self.layers, key=lambda record: record["layer"])
         shares = {name: float(np.mean([r["within"][name] for r in layers])) for name in CHECKS}
         worst = {name: max(r["worst"][name] for r in layers) for name in CHECKS}
@@ -208,7 +222,9 @@ class Findings:
             to_draw = [
                 to_draw[place] for place in np.unique(np.linspace(0, len(to_draw) - 1, DRAWN).round().astype(int))
             ]
-        prediction = self.predict(layers)
+        with ThreadPoolExecutor() as pool:
+            drawn = pool.map(self.drawn, to_draw)
+            prediction = self.predict(layers)
         heads, pairs = layers[0]["tightness"].shape
         rough = {key: [r[key] for r in layers if key in r] for key in ("roughness", "null")}
         curves: dict[str, Any] = {
@@ -232,13 +248,13 @@ class Findings:
             "kinds": scene.kinds,
             "heads": int(heads),
             "pairs": int(pairs),
-            "curves": [self.drawn(curve) for curve in to_draw],
+            "curves": list(drawn),
             "tightness": [rounded(np.median(r["tightness"], axis=1)) for r in layers],
             "roughness": [rounded(np.median(values, axis=1)) for values in rough["roughness"]],
             "roughness_pairs": rounded(thinned(np.ravel(rough["roughness"]))),
             "roughness_null": rounded(thinned(np.ravel(rough["null"]))),
             "prediction": prediction,
-            "outlook": outlook.outlook(scene.geometry, scene.window, scene.length, scene.context, scene.config),
+            "outlook": ahead,
         }
         rows = self.rows(layers, shares, worst, curves)
         return VerifyReport(curves["checkpoint"], shares, worst, rows, curves, directory)

@@ -9,9 +9,11 @@ Values are in units of the logit (attention factor squared and 1/sqrt(D) include
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from analysis import outlook
 from analysis.config import VerifyConfig
 from analysis.findings import Findings, VerifyReport
 from analysis.scene import prepare, read_layers
@@ -20,6 +22,8 @@ from endprompt.results import read_rows, write_rows
 from endprompt.runs import RunDirectory
 
 CURVES = "curves.json"
+#: Layers that are examined at a time while a GPU reads on; on a CPU the sweep itself takes all cores.
+LAYERS = 4
 
 
 def verify(config: VerifyConfig) -> VerifyReport:
@@ -34,14 +38,16 @@ def verify(config: VerifyConfig) -> VerifyReport:
     before: dict[int, Any] = {}
     if config.against:  # this model is let go before the other is loaded
         read_layers(config.against, scene, lambda layer: before.__setitem__(layer.layer, layer))
-    findings = Findings(scene)
-    read_layers(config.checkpoint, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
-    report = findings.report(Path(config.output))
+    with ThreadPoolExecutor(LAYERS) as pool:  # what asks for no weights goes first
+        ahead = pool.submit(outlook.outlook, scene.geometry, scene.window, scene.length, scene.context, config)
+        findings = Findings(scene, pool if config.device.startswith("cuda") else None)
+        read_layers(config.checkpoint, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
+    report = findings.report(Path(config.output), ahead.result())
     with sole_use(config.output):
         run = RunDirectory(config.output, config)
         replace_rows(run, report.rows)
         write_text(run.path / CURVES, json.dumps(report.curves, allow_nan=False) + "\n")
-        figures.draw(run.path / CURVES, run.path, config.formats)
+        figures.draw_at_once(run.path / CURVES, run.path, config.formats)
     return report
 
 
