@@ -126,6 +126,7 @@ MUTANTS = [
     ("benchmarks/scoring/generate.py", "lengths_b[:, None] - 1)", "lengths_b[:, None] + 1)", "benchmarks/scoring/generate"),
     ("benchmarks/scoring/laid_out.py", "place_S > place_T[:, None] - window", "place_S >= place_T[:, None] - window", "benchmarks/scoring/generate"),
     ("benchmarks/scoring/laid_out.py", "place_S >= self.step_1)", "place_S >= 0)", "benchmarks/scoring/generate"),
+    ("benchmarks/scoring/laid_out.py", "torch.maximum(self.step_1, (window - 1)", "torch.maximum(self.step_1, (window + 0)", "benchmarks/scoring/generate"),
     ("benchmarks/scoring/settled.py", "if prompt.startswith(text):", "if False:", "benchmarks/scoring/settled"),
     ("benchmarks/scoring/settled.py", '.rstrip("\\ufffd")', "", "benchmarks/scoring/settled"),
     # runs that repeat

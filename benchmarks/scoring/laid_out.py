@@ -38,6 +38,7 @@ from endprompt.model.attention import HARMLESS, HARMLESS_VALUES, kernels_first
 
 NAME = "endprompt_laid_out"
 FLASH4_WIDTHS = STEP_WIDTHS = (64, 128)
+STEP_HEADS = 96  # rows times key heads: with more cuDNN's kernel is the faster one (docs/speed.md)
 STEP_KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 # Elements of a mask that a part of a prompt is attended under at once.
 MASK_ELEMENTS = 2**28
@@ -268,9 +269,9 @@ def of_step(
 
 def takes_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether our own kernel attends to a cache."""
-    heads = query.shape[1] // key.shape[1]
+    few = key.shape[0] * key.shape[1] <= STEP_HEADS and query.shape[1] <= 16 * key.shape[1]
     wide = query.shape[-1] in STEP_WIDTHS and key.shape == value.shape and key.dtype == query.dtype
-    return wide and heads <= 16 and triton_kernels(query) is not None
+    return wide and few and triton_kernels(query) is not None
 
 
 def takes_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> bool:

@@ -14,8 +14,9 @@ import triton.language as tl
 
 from endprompt.fast.kernels import Launch, _multiprocessors, _on
 
-#: By a head's size. block: here places of the cache.
-ATTEND = {64: Launch(block=64, warps=2, programs=8, stages=3), 128: Launch(block=32, warps=4, programs=8, stages=4)}
+#: By a head's size. block: here places of the cache. Measured on an H200, `pages/h200_recorded_steps.txt`.
+ATTEND = {64: Launch(block=64, warps=2, programs=4, stages=3), 128: Launch(block=64, warps=4, programs=4, stages=4)}
+ROOM = 160 * 1024  # bytes of shared memory that these loads ahead take; GPUs with less load 1 block ahead
 
 
 def keep(
@@ -65,13 +66,19 @@ def attend(
             R=heads // groups,
             D=width,
             BLOCK=launch.block,
-            STAGES=launch.stages if keys_BGSD.element_size() == 2 else 1,
+            STAGES=1 if keys_BGSD.element_size() > 2 else launch.stages if _shared(query_BHD) >= ROOM else 2,
             num_warps=launch.warps,
         )
         _together[(batch * heads,)](
             *(parts, tops, sums, out_BHD, splits), D=width, SPLITS=triton.next_power_of_2(splits), num_warps=4
         )
     return out_BHD
+
+
+def _shared(x: torch.Tensor) -> int:
+    """Bytes of shared memory that a program may have."""
+    cuda = x.device.type == "cuda"
+    return int(torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin) if cuda else ROOM
 
 
 @triton.jit

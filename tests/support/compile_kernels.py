@@ -43,7 +43,7 @@ def main() -> None:
         *(
             (
                 *(decode._attend, [BF16] * 3 + ["*i64"] * 2 + [F32] * 3 + ["fp32", I32], launch),
-                {"G": 8, "R": 4, "D": width, "BLOCK": launch.block, "STAGES": launch.stages},
+                {"G": 8, "R": 4, "D": width, "BLOCK": launch.block, "STAGES": 2},
             )
             for width, launch in decode.ATTEND.items()
         ),
