@@ -77,8 +77,9 @@ def attend(
 
 def _shared(x: torch.Tensor) -> int:
     """Bytes of shared memory that a program may have."""
-    cuda = x.device.type == "cuda"
-    return int(torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin) if cuda else ROOM
+    if x.device.type != "cuda":
+        return ROOM
+    return int(getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0))
 
 
 @triton.jit
