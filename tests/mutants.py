@@ -106,6 +106,7 @@ MUTANTS = [
     (TEXT, "(bos in reader.lead(ids) and bos in ids)", "(bos in ids)", "benchmarks/chat_checks"),
     # what a prediction depends on
     ("benchmarks/scoring/compare.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
+    ("benchmarks/report/board.py", "summary.RESAMPLES, seed) for seed, side", "summary.RESAMPLES) for seed, side", "benchmarks/report/board"),
     (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),
     (FINGERPRINT, 'else device_of(config.device).partition(":")[0]', 'else ""', "benchmarks/scoring/runs"),
     ("benchmarks/scoring/hf.py", "1 if alone else self.batch_size_per_gpu", "self.batch_size_per_gpu", "benchmarks/scoring/short"),
