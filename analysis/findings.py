@@ -73,20 +73,16 @@ class VerifyReport:
 
     def table(self) -> str:
         c = self.curves
-        lines = [
-            f"{self.checkpoint}: {c['layers']} layers x {c['heads']} heads x {c['pairs']} pairs, "
-            f"distances 0..{c['length'] - 1}",
-            *(
-                [f"layers without RoPE, left out: {', '.join(map(str, c['without_rope']))}"]
-                if c["without_rope"]
-                else []
-            ),
-            *([f"layers that slide below the target, left out: {spelled(c['sliding'])}"] if c["sliding"] else []),
+        size = f"{c['layers']} layers x {c['heads']} heads x {c['pairs']} pairs, distances 0..{c['length'] - 1}"
+        none = f"no gap: {c['scheme']} shows every distance below the target"
+        lines = [f"{self.checkpoint}: {size}"]
+        if c["without_rope"]:
+            lines.append(f"layers without RoPE, left out: {', '.join(map(str, c['without_rope']))}")
+        if c["sliding"]:
+            lines.append(f"layers that slide below the target, left out: {spelled(c['sliding'])}")
+        lines += [
             *c["kinds"],
-            f"observed {spell(c['observed'])}; "
-            + (
-                f"gap {spell(c['gap'])}" if c["gap"] else f"no gap: {c['scheme']} shows every distance below the target"
-            ),
+            f"observed {spell(c['observed'])}; " + (f"gap {spell(c['gap'])}" if c["gap"] else none),
             f"{'bound (over the whole line)':<46}{'share within':>13}{'largest/bound':>15}",
         ]
         for name, label in CHECKS.items():
@@ -197,15 +193,12 @@ class Findings:
         for order in ORDERS:
             low, high, centre = envelope(eval_score(z, self.omega, d, order), d)
             enclosures = [certified_max(z, self.omega, lo, hi, order, 1e-3)[:2] for lo, hi in scene.gap]
-            orders.append(
-                {
-                    "low": rounded(low),
-                    "high": rounded(high),
-                    "coefficient": float(coef_bound(z, self.omega, order)),
-                    "bernstein": float(bernstein_bound(z, self.omega, order, supremum[1])),
-                    "gap_maximum": [max(ends) for ends in zip(*enclosures)],  # from below and above; none without one
-                }
-            )
+            bounds = {
+                "coefficient": float(coef_bound(z, self.omega, order)),
+                "bernstein": float(bernstein_bound(z, self.omega, order, supremum[1])),
+                "gap_maximum": [max(ends) for ends in zip(*enclosures)],  # from below and above; none without one
+            }
+            orders.append({"low": rounded(low), "high": rounded(high)} | bounds)
         sum_a = orders[0]["coefficient"]
         return curve | {"distance": rounded(centre), "supremum": list(supremum), "sum_a": sum_a, "orders": orders}
 
@@ -287,13 +280,10 @@ class Findings:
             result["worst"]["value"].append(float(f"{value:.6g}"))
         result["extremal"] = self.extremal()
         power = sum(r.get("change_power", r["power"]) for r in layers) / norm.size
-        result["average"] = observability.posterior_gap_rms(
-            observability.gram(scene.omega, scene.observed),
-            observability.size(scene.observed),
-            observability.gram(scene.omega, scene.gap),
-            scene.config.noise * max(float(np.sqrt(power.sum() / 2)), TINY),
-            prior=power,
-        )
+        seen = observability.gram(scene.omega, scene.observed), observability.size(scene.observed)
+        noise = scene.config.noise * max(float(np.sqrt(power.sum() / 2)), TINY)
+        unseen = observability.gram(scene.omega, scene.gap)
+        result["average"] = observability.posterior_gap_rms(*seen, unseen, noise, prior=power)
         return result
 
     def extremal(self) -> dict[str, Any]:
@@ -302,13 +292,8 @@ class Findings:
         n = c.size // 2
         d = np.arange(self.scene.length)
         low, high, centre = envelope(eval_score(c[:n] - 1j * c[n:], self.omega, d), d)
-        return {
-            "eps": EXTREMAL_EPS,
-            "value": value,
-            "distance": rounded(centre),
-            "low": rounded(low),
-            "high": rounded(high),
-        }
+        drawn = {"distance": rounded(centre), "low": rounded(low), "high": rounded(high)}
+        return {"eps": EXTREMAL_EPS, "value": value} | drawn
 
     def method(self) -> str:
         scaling = self.scene.geometry.parameters.get("rope_type", "default")
@@ -324,24 +309,16 @@ class Findings:
     ) -> list[dict[str, Any]]:
         scene = self.scene
         number = sum(r["tightness"].size for r in layers)
+        common: dict[str, Any] = {
+            "model": origin.name_of(scene.config.checkpoint),
+            "method": self.method(),
+            "seed": scene.config.seed,
+        }
+        common |= {"length": scene.length, "samples_sha256": scene.samples, "scheme": scene.config.scheme}
+        common |= {"context": scene.context, "prompt": scene.config.prompt}
 
         def row(task: str, metric: str, value: float, n: int | None = number, **extra: Any) -> dict[str, Any]:
-            return result_row(
-                suite="analysis",
-                task=task,
-                metric=metric,
-                value=value,
-                model=origin.name_of(scene.config.checkpoint),
-                method=self.method(),
-                seed=scene.config.seed,
-                length=scene.length,
-                n=n,
-                samples_sha256=scene.samples,
-                scheme=scene.config.scheme,
-                context=scene.context,
-                prompt=scene.config.prompt,
-                **extra,
-            )
+            return result_row(suite="analysis", task=task, metric=metric, value=value, n=n, **common, **extra)
 
         def quantiles(task: str, name: str, values: np.ndarray) -> list[dict[str, Any]]:
             return [row(task, f"{name}_q{q:02d}", float(np.quantile(values, q / 100))) for q in (1, 50, 99)]
@@ -379,21 +356,11 @@ class Findings:
             rows.append(row(prediction["subject"], f"rms_{name}", value, against=curves["against"]))
         if "average" in prediction:
             rows.append(row(prediction["subject"], "rms_gap_undetermined", prediction["average"]))
-        for entry in curves["outlook"]["schemes"]:
-            for kind in ("once", "by_pairs"):
-                metric = f"gap_rms_{kind}_{entry['scheme']}"
-                rows.append(row("observability", metric, entry[kind], n=None, noise=scene.config.noise))
-        for entry in curves["outlook"]["pretraining"]:
-            rows.append(
-                row(
-                    "observability",
-                    f"gap_rms_pretraining_{entry['scaling']}",
-                    entry["value"],
-                    n=None,
-                    noise=scene.config.noise,
-                )
-            )
-        return rows
+        ahead = curves["outlook"]
+        told = {f"{kind}_{e['scheme']}": e[kind] for e in ahead["schemes"] for kind in ("once", "by_pairs")}
+        told |= {f"pretraining_{entry['scaling']}": entry["value"] for entry in ahead["pretraining"]}
+        about = {"n": None, "noise": scene.config.noise}
+        return rows + [row("observability", f"gap_rms_{name}", value, **about) for name, value in told.items()]
 
 
 def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: Maxima) -> dict[str, np.ndarray]:

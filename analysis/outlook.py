@@ -10,35 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from analysis import observability
+from analysis import measures, observability
 from analysis.spectra import rope_freqs
-from endprompt.positions import Intervals
 
 FACTORS = (2, 4, 8, 16, 32)
 ANCHORS = (1, 2, 3, 4, 5, 6, 8)
 SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
-
-
-def gap_rms(
-    omega: np.ndarray,
-    observed: Intervals,
-    gap: Intervals,
-    noise: float,
-    pretraining: tuple[np.ndarray, int] | None = None,
-) -> float:
-    """Predicted root mean square error in the gap, each observed distance seen once.
-
-    pretraining: (frequencies before scaling, window): the distances 0..window-1 count as observed too, at those
-    frequencies, with the same coefficients.
-    """
-    number = observability.size(observed)
-    G_obs = observability.gram(omega, observed) if number else np.zeros((2 * omega.size,) * 2)
-    if pretraining is not None:
-        theta, window = pretraining
-        G_obs = number * G_obs + window * observability.gram(theta, [(0, window - 1)])
-        number += window
-        G_obs /= number
-    return observability.posterior_gap_rms(G_obs, number, observability.gram(omega, gap), noise)
 
 
 def outlook(geometry: Any, window: int, target: int, context: int, config: Any) -> dict[str, Any]:
@@ -63,7 +40,9 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
             observed, _ = observability.distance_segments(length, tokens, prompt, scheme, count=count)
         except ValueError:  # sizes that do not fit together: no point on the curve
             return None
-        return gap_rms(frequencies(length), observed, reference, noise) if reference else None
+        omega, number = frequencies(length), observability.size(observed)
+        seen = (observability.gram(omega, observed), number) if number else None
+        return measures.gap_error(omega, seen, reference, noise) if reference else None
 
     def line(scheme: str, places: list[int], at: Any) -> dict[str, Any]:
         found = [(place, at(scheme, place)) for place in places]
@@ -79,15 +58,14 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
         if once is None:
             continue
         counts = observability.pair_counts(scheme, context, prompt, target, count=config.count)
-        weighted = observability.posterior_gap_rms(
-            observability.gram_weighted(own, counts), context + prompt, observability.gram(own, reference), noise
-        )
+        pairs = observability.gram_weighted(own, counts), context + prompt
+        weighted = measures.gap_error(own, pairs, reference, noise)
         schemes.append({"scheme": scheme, "once": once, "by_pairs": weighted})
     theta, _ = rope_freqs(base, rotary)
     pretraining = []
     for scaling in SCALINGS if reference else ():
         omega, _ = rope_freqs(base, rotary, scaling, max(target / window, 1.0), window)
-        value = gap_rms(omega, [], reference, noise, (theta, window))
+        value = measures.gap_error(omega, None, reference, noise, (theta, window))
         pretraining.append({"scaling": scaling, "value": value})
     return {
         "target": [line(s, targets, lambda s, length: predicted(s, length, context)) for s in fixed],

@@ -20,7 +20,7 @@ from analysis import attention, measures, observability
 from analysis.capture import LayerSpectra, capture_tokens
 from analysis.config import PredictConfig, VerifyConfig
 from analysis.outlook import SCALINGS
-from analysis.scene import load
+from analysis.scene import check_means, load
 from analysis.spectra import with_factor
 from endprompt.positions import WITH_PROMPT
 from endprompt.rope import Frequencies
@@ -114,6 +114,7 @@ class Reading:
             raise ValueError(f"the text must have at least {min(FEWEST, window)} tokens: tokens={tokens}")
         self.theta, self.scalings, self.window, self.target = theta, dict(scalings), window, target
         self.energy, self.heads = np.zeros(theta.size), 0
+        self.kinds: list[str] = []  # a line each, where layers are of more than one
 
         def frame(omega: np.ndarray, length: int) -> attention.Frame:
             return attention.Frame(omega, tokens, length, device, seed)
@@ -196,13 +197,14 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     from endprompt import model as models
     from endprompt.files import read_text
     from endprompt.model.geometry import extended_config, window_of
-    from endprompt.model.kinds import layer_kinds, scaled_kind
+    from endprompt.model.kinds import described, layer_kinds, scaled_kind
     from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
     from endprompt.results import recorded
     from endprompt.text import Reader
 
     if config.target < 1:
         raise ValueError(f"predict must know the window to extend to, in tokens: target={config.target}")
+    check_means(config)
     path = str(checkpoint_path(config.checkpoint))
     settings = models.load_config(path)
     geometry = models.rope_geometry(settings)
@@ -234,6 +236,8 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
     reading = Reading(theta, scaled, window, config.target, ids.size, config.device, config.seed)
     kind = scaled_kind(layer_kinds(settings))
+    lines = described(settings, config.target)
+    reading.kinds = lines if len(lines) > 1 else []
 
     def layers(model: Any, consume: Callable[[LayerSpectra], None]) -> None:
         if any(name.endswith("sinks") for name, _ in model.named_parameters()):
@@ -283,7 +287,8 @@ def table(config: PredictConfig, reading: Reading) -> list[dict[str, Any]]:
 
 def report(config: PredictConfig) -> str:
     """The table, the best scaling first, and what it is worth; or every measure as lines of JSON."""
-    lines = sorted(table(config, read(config)), key=lambda line: -line["order"])
+    reading = read(config)
+    lines = sorted(table(config, reading), key=lambda line: -line["order"])
     if config.json:
         return "\n".join(json.dumps(line) for line in lines)
     wide = {key: max(len(key), 7) + 2 for key in ("order", *SHOWN)}
@@ -291,4 +296,4 @@ def report(config: PredictConfig) -> str:
     for line in lines:
         numbers = "".join(f"{line[key]:>{width}.3f}" for key, width in wide.items())
         text.append(f"{line['scaling']:<9}{line['scheme']:<18}{numbers}")
-    return "\n".join([*text, "", *(f"{key}: {MEASURES[key]}" for key in SHOWN), WORTH])
+    return "\n".join([*text, *reading.kinds, "", *(f"{key}: {MEASURES[key]}" for key in SHOWN), WORTH])

@@ -49,16 +49,11 @@ class Scene:
 
 def prepare(config: VerifyConfig) -> Scene:
     """Everything but the weights. Raises ValueError for sizes that cannot be, before anything is loaded."""
-    import torch
-
     from endprompt import model as models
     from endprompt.model.kinds import described
     from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
 
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that this machine has: device={config.device!r}, torch finds no CUDA")
-    if not config.noise > 0:
-        raise ValueError(f"the noise of an observed score must be positive: noise={config.noise}")
+    check_means(config)
     config = dataclasses.replace(
         config,
         checkpoint=str(checkpoint_path(config.checkpoint)),
@@ -104,6 +99,16 @@ def prepare(config: VerifyConfig) -> Scene:
         sliding=narrower(settings, length),
         kinds=lines if len(lines := described(settings, length)) > 1 else [],
     )
+
+
+def check_means(config: Any) -> None:
+    """Raises ValueError for a device that is not there or a noise that cannot be."""
+    import torch
+
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this machine has: device={config.device!r}, torch finds no CUDA")
+    if not config.noise > 0:
+        raise ValueError(f"the noise of an observed score must be positive: noise={config.noise}")
 
 
 def narrower(settings: Any, length: int) -> dict[int, int]:

@@ -1,6 +1,7 @@
 """The theory held to the scores: do measures of a scaling and a scheme, taken before training, say which arm works?
 
-    python -m benchmarks.lab.theory --lab ROWS --study ROWS --later ROWS --study-model CHECKPOINT --output FILE
+    python -m benchmarks.lab.theory --lab ROWS --study ROWS --later ROWS --study-model CHECKPOINT --controls ROWS ... \
+        --output FILE
 
 Each arm of a lab's rows has the measures of `analysis.predict` on its base, and its score: the mean over tasks and
 training seeds at the target. What is chosen (a measure's sign, the best pair, a calibration) is chosen on the settings
@@ -16,7 +17,8 @@ CHOSEN alone; the lab's other settings and the study's arms are what it is teste
 - Two candidates go to the test: the best single measure and the best pair of the chosen half. One holds if its
   correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. All other
   measures are reported beside them, without a claim. `later`: the study's arms trained five times as long, whose rows
-  came when everything here was settled; they decide nothing.
+  came when everything here was settled; they decide nothing. `controls`: arms of preset `controls`, frequencies of one
+  scaling with the attention factor of another, beside the lab's own of the same schemes, settings and seeds; likewise.
 
 Left out: arms whose pairs `pair_counts` does not know (schemes that are no longer there, other numbers of pieces), and
 shifted sparse attention, which no measure is about.
@@ -50,7 +52,7 @@ PERMUTATIONS = 4000
 TOKENS = 1024
 #: What decides; then what only stands beside it.
 SETS = ("chosen", "other", "study")
-LATER = "later"
+LATER, CONTROLS = "later", "controls"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def half_of(arm: Arm, target: int) -> str:
 
 
 @functools.cache
-def reading_of(checkpoint: str, target: int) -> predict.Reading:
-    return predict.read(PredictConfig(checkpoint, target, tokens=TOKENS))
+def reading_of(checkpoint: str, target: int, scalings: tuple[str, ...]) -> predict.Reading:
+    return predict.read(PredictConfig(checkpoint, target, tokens=TOKENS), scalings)
 
 
 def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str], half: str | None = None) -> list[Case]:
@@ -87,7 +89,7 @@ def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str], half: 
     for base, target in targets:
         mine = [arm for arm in arms if arm.base == base and target in arm.scores and known(arm)]
         mine = [arm for arm in mine if arm.target == target or (arm.kind, arm.scaling) == ("base", "none")]
-        reading = reading_of(checkpoints[base], target)
+        reading = reading_of(checkpoints[base], target, tuple(sorted({arm.scaling for arm in mine})))
         fixed = {name: reading.of_scaling(name) for name in {arm.scaling for arm in mine}}
         by_layout: dict[Any, dict[str, float]] = {}
         for arm in mine:
@@ -215,7 +217,7 @@ class Line:
 
 def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
     """(rows of the test: every measure, and the pair that is best on the chosen half, on each of SETS; that pair)."""
-    sets = {name: [case for case in cases if case.half == name] for name in (*SETS, LATER)}
+    sets = {name: [case for case in cases if case.half == name] for name in (*SETS, LATER, CONTROLS)}
     sets = {name: members for name, members in sets.items() if members}
     singles = [Line([name], sets["chosen"]) for name in predict.MEASURES]
     pairs = [Line(names, sets["chosen"]) for names in itertools.combinations(predict.MEASURES, 2)]
@@ -271,16 +273,29 @@ def rows_of(cases: Sequence[Case], pair: Line) -> list[dict[str, Any]]:
     return found
 
 
+def beside(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lab's rows of the control arms' schemes, settings and seeds."""
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        return str(r["base"]), r["target"], r["seed"], r["arm"].partition("+")[0]
+
+    wanted = {place(r) for r in controls}
+    return [r for r in rows if "@" not in r["arm"] and place(r) in wanted]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--lab", "--study", "--later", "--study-model"):
         parser.add_argument(flag, required=True)
+    parser.add_argument("--controls", nargs="*", default=[])
     parser.add_argument("--output", required=True, type=Path)
     given = parser.parse_args(argv)
     bases = {base: str(BASES / base) for base in ("256", "512")}
     cases = cases_of(read_rows(given.lab), bases)
     for half, rows in (("study", read_rows(given.study)), (LATER, read_rows(given.later))):
         cases += cases_of(rows, {str(r["base"]): given.study_model for r in rows}, half)
+    if controls := [r for path in given.controls for r in read_rows(path)]:
+        cases += cases_of([*beside(read_rows(given.lab), controls), *controls], bases, CONTROLS)
     tests, pair = tested(cases)
     about = {"text": "analysis/sample.txt", "tokens": TOKENS, "device": "cpu", "revision": git_revision()}
     write_rows(given.output, [one | about for one in (*rows_of(cases, pair), *tests)])

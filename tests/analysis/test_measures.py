@@ -234,6 +234,7 @@ def test_the_rows_of_a_scheme_can_only_add(reading):
     [
         ({"target": 256}, "the target must be above the checkpoint's window: target=256 window=256"),
         ({"tokens": 100}, "the text must have at least 256 tokens: tokens=100"),
+        ({"noise": 0.0}, "must be positive: noise=0.0"),
     ],
 )
 def test_sizes_that_cannot_be_are_named(changes, words):

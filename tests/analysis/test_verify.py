@@ -546,5 +546,7 @@ def test_predict_reads_the_layers_that_an_extension_scales(checkpoint):
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "head_dim": 16}
     kinds |= {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
     reading = predict.read(PredictConfig(str(checkpoint("Gemma3Text", max_position_embeddings=256, **kinds)), 2048))
-    assert reading.heads == 4
+    assert reading.heads == 4 and [line.partition(";")[2] for line in reading.kinds] == [
+        " an extension leaves their frequencies", " an extension scales their frequencies"
+    ]  # fmt: skip
     np.testing.assert_allclose(reading.theta, 1e6 ** -(np.arange(8) / 8))

@@ -121,7 +121,7 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
             return {"gap_rows": 1.0}
 
     read = []
-    monkeypatch.setattr(predict, "read", lambda config: read.append(config.target) or Reading())
+    monkeypatch.setattr(predict, "read", lambda config, scalings: read.append((config.target, *scalings)) or Reading())
 
     def row(arm, scaling, method, target=2048, **more):
         about = {"suite": "ruler", "task": "vt", "length": target, "value": 30.0, "seed": 0, "samples_sha256": "x"}
@@ -145,8 +145,11 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
         row("relay+yarn", "yarn", "relay+yarn", **(trained | {"scheme": "relay"})),
     ]
     cases = theory.cases_of(rows, {"256": "somewhere"})
-    assert read == [2048, 8192] and theory.cases_of(rows, {"256": "somewhere"}, "study")[0].half == "study"
-    assert read == [2048, 8192], "a base is read once a target"
+    assert (
+        read == [(2048, "none", "yarn"), (8192, "none", "yarn")]
+        and theory.cases_of(rows, {"256": "somewhere"}, "study")[0].half == "study"
+    )
+    assert len(read) == 2, "a base is read once a target"
     assert [(c.target, c.arm.name, c.scheme) for c in cases] == [
         (2048, "untrained+none", None),
         (2048, "untrained+yarn", None),
@@ -154,6 +157,8 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
         (8192, "untrained+none", None),
         (8192, "endprompt+yarn", "endprompt"),
     ]
+    controls = [row("endprompt+yarn@1", "yarn@1", "endprompt+yarn@1", **trained)]
+    assert theory.beside(rows, controls) == [rows[3]]
     pairs = 256 * 257 / 2  # of a row, a token with itself included
     assert asked[:3] == [("none", None, 0), ("yarn", None, 0), ("yarn", pairs, 256)]
     assert [c.half for c in cases] == ["chosen"] * 3 + ["other"] * 2
