@@ -61,8 +61,8 @@ The order is the best pair of measures on half of the lab's settings. Its rank c
 the other half (47 arms, 95% interval 0.62 to 0.90) and +0.95 on SmolLM2 from 8K to 64K (12 arms, 0.74 to 1.00). That
 is less than it seems: three or four scalings were compared, and by exchanging them as much comes by chance once in 36
 and twice in 24 times. YaRN is the only one with an attention factor, which is what a large smoothness constant marks
-here, against the account that a small one helps. It orders what could be trained; it predicts no score, and replaces
-no training."""
+here; but its frequencies find needles without the factor, and PI's none with it (base 256, untrained). So the order is
+that of scalings known to work, and no reason why. It predicts no score, and replaces no training."""
 
 
 @dataclass(frozen=True)
