@@ -108,8 +108,6 @@ class Reading:
         device: str = "cpu",
         seed: int = 0,
     ):
-        if target <= window:
-            raise ValueError(f"the target must be above the checkpoint's window: {target=} {window=}")
         if tokens < min(FEWEST, window):
             raise ValueError(f"the text must have at least {min(FEWEST, window)} tokens: tokens={tokens}")
         self.theta, self.scalings, self.window, self.target = theta, dict(scalings), window, target
@@ -218,10 +216,12 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     if cap := getattr(settings, "attn_logit_softcapping", None):
         raise ValueError(f"predict knows attention by a plain softmax: attn_logit_softcapping={cap}")
     window = window_of(settings, config.window).window
+    if config.target <= window:
+        raise ValueError(f"the target must be above the checkpoint's window: target={config.target} {window=}")
     theta, _ = geometry.frequencies()
     scaled = {}
     if trained is None:
-        shape = (geometry.parameters["rope_theta"], geometry.rotary_dim, max(config.target / window, 1.0), window)
+        shape = (geometry.parameters["rope_theta"], geometry.rotary_dim, config.target / window, window)
         for name in scalings:
             scaling, options = with_factor(name, *shape)
             extended = extended_config(settings, scaling, config.target, window=config.window, **options)
