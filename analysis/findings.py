@@ -359,8 +359,8 @@ class Findings:
         ahead = curves["outlook"]
         told = {f"{kind}_{e['scheme']}": e[kind] for e in ahead["schemes"] for kind in ("once", "by_pairs")}
         told |= {f"pretraining_{entry['scaling']}": entry["value"] for entry in ahead["pretraining"]}
-        about = {"n": None, "noise": scene.config.noise}
-        return rows + [row("observability", f"gap_rms_{name}", value, **about) for name, value in told.items()]
+        noise = scene.config.noise
+        return rows + [row("observability", f"gap_rms_{name}", v, n=None, noise=noise) for name, v in told.items()]
 
 
 def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: Maxima) -> dict[str, np.ndarray]:
