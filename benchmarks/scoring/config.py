@@ -240,6 +240,10 @@ class ScoreConfig:
                 raise ValueError(f"{key} must be at least {least}: {getattr(self, key)}")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be over 0 seconds: {self.timeout}")
+        if adapters := {"peft", "lora_local_path"} & {
+            part.partition("=")[0].strip() for part in self.backend_args.split(",")
+        }:
+            raise ValueError(f"an adapter is the server's to load, and its name there is the model: {sorted(adapters)}")
         if self.suite == "short":
             raise ValueError("suite short asks for log-likelihoods, and a server gives texts alone: backend='server'")
         if self.api == "chat" and not self.chat:

@@ -254,6 +254,7 @@ SETTINGS = {
     ),
     "a dtype": ({"dtype": "float32"}, "dtype is for backend hf or vllm, not server"),
     "a chat address without chat": ({"api": "chat"}, "api=chat .* needs chat"),
+    "an adapter": ({"backend_args": "peft=folder"}, r"an adapter is the server's to load, .*: \['peft'\]"),
     "no requests": ({"concurrency": 0}, "concurrency must be at least 1: 0"),
     "no time": ({"timeout": 0}, "timeout must be over 0"),
     "log-likelihoods": ({"suite": "short", "tasks": "mmlu"}, "suite short asks for log-likelihoods"),
