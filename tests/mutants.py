@@ -166,7 +166,7 @@ MUTANTS = [
     (PLAN, " * reach / (reach + rates.diagonal)", "", "endprompt/plan"),
     (PLAN, "Attention(682e12, 587e12, 1400)", "Attention(587e12, 500e12, 1400)", "endprompt/plan"),
     # the lean optimizer and its sums
-    ("endprompt/fast/lean.py", "(start + 2**31) % 2**32 - 2**31", "0", "endprompt/fast/lean"),
+    ("endprompt/fast/lean.py", '"first_index": wrapped(first + start)', '"first_index": 0', "endprompt/fast/lean"),
     ("endprompt/fast/lean.py", "_mix(self.seed, int(state[\"step\"]), index)", "_mix(self.seed, int(state[\"step\"]))", "endprompt/fast/lean"),
     ("endprompt/fast/linears.py", "grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)", "pass", "endprompt/fast/lean"),
     ("endprompt/fast/linears.py", "if any(part.bias is not None for part in parts):", "if False:", "endprompt/fast/layers"),
