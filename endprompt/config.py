@@ -72,6 +72,7 @@ class ExtendConfig:
         lora_alpha: their scale is lora_alpha / lora_rank
         lora_also: with LoRA, parameters whose name holds one of these train whole
         lora_targets: matrices that get updates: attention, mlp or all (linear ones of the layers)
+        quantize: none, or 4bit: with LoRA, the matrices of the layers in NF4 (QLoRA), by bitsandbytes
         adapter: of LoRA: `merged` into the model, `beside` it too (adapter/), or the adapter `only`
         router_loss: weight of the loss that keeps the load of experts even; default as the model's config says
         freeze_router: train nothing of what chooses experts
@@ -167,6 +168,7 @@ class ExtendConfig:
     lora_alpha: int = 16
     lora_also: list[str] = dataclasses.field(default_factory=lambda: ["embed", "norm"])
     lora_targets: str = "attention"
+    quantize: str = "none"
     adapter: str = "merged"
     router_loss: float | None = None
     freeze_router: bool = False
@@ -227,6 +229,7 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
     "checkpointing": ("none", "selective", "full"),
     "lora_targets": ("attention", "mlp", "all"),
     "adapter": ("merged", "beside", "only"),
+    "quantize": ("none", "4bit"),
 }
 AT_LEAST = {
     **dict.fromkeys(("prompt_weight", "completion_weight", "warmup", "weight_decay", "clip", "seed", "save_every"), 0),
@@ -333,7 +336,7 @@ def check_config(config: ExtendConfig) -> None:
             f"float8 is for matrices that train, and LoRA freezes them: float8={config.float8!r} "
             f"lora_rank={config.lora_rank}"
         )
-    for key, usual in (("lora_targets", "attention"), ("adapter", "merged")):
+    for key, usual in (("lora_targets", "attention"), ("adapter", "merged"), ("quantize", "none")):
         if getattr(config, key) != usual and not config.lora_rank:
             raise ValueError(f"{key} needs LoRA: {key}={getattr(config, key)!r} lora_rank=0")
     if config.deterministic and config.attention not in REPEATABLE:
@@ -381,6 +384,10 @@ def check_processes(config: ExtendConfig, processes: int, row_tokens: int) -> No
     if config.rows % (processes // context):
         shared = f", {context} of which share a row" if context > 1 else ""
         raise ValueError(f"rows must be a multiple of the number of processes: rows={config.rows}, {processes}{shared}")
+    if processes > 1 and config.quantize != "none":
+        raise ValueError(
+            f"matrices in 4 bits need a single process: quantize={config.quantize!r}, {processes} processes"
+        )
     if processes > 1 and config.compile.startswith("graph"):
         raise ValueError(
             f"a recorded step needs a single process; several take compile=layers: compile={config.compile!r}, "
@@ -396,6 +403,7 @@ def check_recordable(config: ExtendConfig) -> None:
         "checkpointing": (config.checkpointing == "none", "none"),
         "attention": (config.attention != "flex", "one that needs no block mask"),
         "short_documents": (config.short_documents != "apart", "drop or pack"),
+        "quantize": (config.quantize == "none", "none"),
         "scaling": (config.scaling not in ("dynamic", "longrope"), "one whose frequencies do not depend on positions"),
     }
     for key, (holds, rule) in rules.items():

@@ -146,6 +146,8 @@ MUTANTS = [
     ("benchmarks/scoring/hf.py", "parity.check_loaded(model.eval())", "model.eval()", "endprompt/model/parity"),
     (LOAD, "if set(beyond) - set(added):", "if False:", "endprompt/text"),
     (LOAD, "check_files(directory, TOKENIZER)", "pass", "endprompt/model/config_errors"),
+    ("endprompt/train/evaluate.py", "[*lead, *documents", "[*documents", "endprompt/train/evaluate"),
+    ("endprompt/model/load.py", "quantized.unpacked(own[name])", "own[name]", "endprompt/model/lora"),
     ("endprompt/train/evaluate.py", "reading(int(weights.argmax()))", "reading(len(ids))", "endprompt/model/length_rope"),
     (GEOMETRY, "times = now.factor * target / now.window", "pass", "endprompt/model/geometry"),
     ("endprompt/model/parity.py", "if not (apart <= allowed and", "if False and not (apart <= allowed and", "endprompt/model/parity"),

@@ -9,6 +9,8 @@ METHODS = {
     "full": "rows of the whole target window, linear scaling, activation checkpointing, this trainer's kernels",
     "longlora": "rows of the whole target window, shifted sparse attention, LoRA r 8 on q, k, v, o with trained "
     "embeddings and norms, activation checkpointing, this trainer's kernels",
+    "lora": "rows as of endprompt, LoRA r 8 on q, k, v, o with trained embeddings and norms",
+    "qlora": "as lora, the other matrices of the layers in 4 bits (NF4)",
     "reference": "rows of the whole target window through transformers as it is: stock SDPA, activation checkpointing, "
     "its own loss over all logits (at 65,536 tokens they do not fit: with whole_logits=false this trainer's loss), no "
     "compilation; at the target window this is LCEG's protocol",
@@ -22,7 +24,7 @@ class BenchConfig:
     Args:
         output: directory that gets results.jsonl
         shape: llama3-8b, llama2-7b, mistral-7b, llama3-1b, small or tiny
-        method: endprompt, full, longlora or reference
+        method: endprompt, full, longlora, lora, qlora or reference
         row_tokens: physical tokens of a row
         target: the extended window
         micro_rows: rows that go through the model at once

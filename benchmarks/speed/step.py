@@ -79,7 +79,7 @@ class Run:
         import torch
 
         from endprompt.fast import LeanAdamW, fuse, linears
-        from endprompt.model import extended_config, new_model, training_attention
+        from endprompt.model import extended_config, new_model, quantized, training_attention
         from endprompt.model.lora import add_lora
         from endprompt.train.progress import flops_per_token
         from endprompt.train.recompute import memory_budget
@@ -100,7 +100,9 @@ class Run:
             device=str(device),
         )
         self.model.train()
-        if config.method == "longlora":
+        if config.method == "qlora":
+            quantized.quantize(self.model, self.model.model.layers, str(device))
+        if lora := config.method in ("longlora", "lora", "qlora"):
             add_lora(self.model, 8, 16, ["embed", "norm"], seed=0)
         self.flops = flops_per_token(self.model, config.row_tokens)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -117,13 +119,9 @@ class Run:
         fused = 0
         if config.method == "reference" or config.recompute == "full":
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if config.method == "longlora":
+            if lora:
                 self.model.enable_input_require_grads()
-        if (
-            config.optimizer == "lean"
-            and config.method != "longlora"
-            and (config.fused_sums or config.float8 != "none")
-        ):
+        if config.optimizer == "lean" and not lora and (config.fused_sums or config.float8 != "none"):
             if config.joint:
                 linears.join(self.model)
             linears.convert(self.model, config.float8)
@@ -131,7 +129,7 @@ class Run:
                 fused = fuse(self.model, keep=config.recompute == "none")
                 if not fused:
                     say("fused: no layer can be, they stay as they are")
-        if config.compile and config.method != "reference":
+        if config.compile and config.method not in ("reference", "qlora"):
             import torch._dynamo
             import torch._functorch.config
 
@@ -161,7 +159,7 @@ class Run:
         from endprompt.positions import position_ids
 
         config = self.config
-        if config.method != "endprompt":
+        if config.method not in ("endprompt", "lora", "qlora"):
             return position_ids("contiguous", config.row_tokens, 0, config.target)
         prompt = min(20, config.row_tokens // 2)
         return position_ids("endprompt", config.row_tokens - prompt, prompt, config.target)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from endprompt import distributed, files, origin
-from endprompt.model import length_rope
+from endprompt.model import length_rope, quantized
 from endprompt.model.attention import (
     PREFIX,
     NotAttended,
@@ -282,11 +282,11 @@ def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict
     Raises ValueError on every process if the main one has no room for them.
     """
     wanted = torch_dtype(dtype)
-    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    own = dict((*model.named_parameters(), *model.named_buffers()))
     weights, failed = {}, ""
-    for name, tensor in model.state_dict().items():
+    for name in model.state_dict():
         if name in own:
-            gathered = distributed.whole(tensor.detach())
+            gathered = distributed.whole(quantized.unpacked(own[name]).detach())
             try:
                 if keep and not failed:
                     weights[name] = gathered.to("cpu", wanted)

@@ -53,6 +53,8 @@ def add_lora(
     with _real([module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]):
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
     for name, parameter in model.named_parameters():
+        if "lora_" in name:  # beside a matrix in 4 bits peft leaves them in float32
+            parameter.data = parameter.data.to(model.dtype)
         parameter.requires_grad_("lora_" in name or any(word in name for word in also))
 
 

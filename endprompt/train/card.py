@@ -174,7 +174,8 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
 
 def kept_as(config: Mapping[str, Any]) -> str:
     told = {"beside": "merged, and as an adapter in adapter/", "only": "as an adapter"}
-    return told.get(config.get("adapter", ""), "merged")
+    base = "the base in 4 bits, " if config.get("quantize") == "4bit" else ""
+    return base + told.get(config.get("adapter", ""), "merged")
 
 
 def file_name(source: str) -> str:

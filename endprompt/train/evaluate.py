@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,35 +44,41 @@ class Measured:
     samples_sha256: str
 
 
-def held_out_rows(documents: Documents, length: int, count: int) -> list[Row]:
-    """Up to `count` windows of `length` tokens, evenly spaced over the held-out text without overlap.
+def held_out_rows(documents: Documents, length: int, count: int, lead: Sequence[int] = ()) -> list[Row]:
+    """Up to `count` rows of `length` tokens: windows evenly spaced over the held-out text without overlap.
 
+    lead: ids in front of each, as in a row of training (BOS): without them some models read text far worse.
     Of conversations what the assistant wrote counts, as in training. Raises ValueError if the text is shorter than one
     window, or nothing of it counts.
     """
-    total = len(documents.tokens)
-    if total < length:
+    total, taken = len(documents.tokens), length - len(lead)
+    if total < taken:
         raise ValueError(f"the held-out text must be as long as an evaluation length: eval_lengths={length}, {total=}")
-    count = min(count, total // length)
-    starts = np.linspace(0, total - length, count).astype(np.int64)
+    count = min(count, total // taken)
+    starts = np.linspace(0, total - taken, count).astype(np.int64)
     rows = []
     for start in starts:
-        window = slice(start, start + length)
-        weights = np.ones(length) if documents.weights is None else documents.weights[window]
-        weights = weights.astype(np.float32)
+        window = slice(start, start + taken)
+        counted = np.ones(taken) if documents.weights is None else documents.weights[window]
+        weights = np.concatenate([np.zeros(len(lead)), counted]).astype(np.float32)
         weights[0] = 0.0
-        rows.append((np.asarray(documents.tokens[window], dtype=np.int64), weights))
+        rows.append((np.asarray([*lead, *documents.tokens[window]], dtype=np.int64), weights))
     if not any(weights.any() for _, weights in rows):
         raise ValueError(f"no token of the held-out rows is the assistant's: eval_lengths={length} eval_rows={count}")
     return rows
 
 
 def needle_rows(
-    documents: Documents, length: int, count: int, encode: Callable[[str], list[int]], seed: int
+    documents: Documents,
+    length: int,
+    count: int,
+    encode: Callable[[str], list[int]],
+    seed: int,
+    lead: Sequence[int] = (),
 ) -> list[Row]:
     """`count` windows with a number hidden at evenly spread depths and asked for at the end; weight on the number.
 
-    encode: text to token ids as it stands after other text (`data.encoder`).
+    encode: text to token ids as it stands after other text (`data.encoder`). lead: as of `held_out_rows`.
     Raises ValueError if needle and question do not fit into the length.
     """
     rows = []
@@ -81,7 +87,7 @@ def needle_rows(
         needle, question, asked = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f"{QUESTION} {key}")
         shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(question, asked)))
         question, answer = asked[:shared], asked[shared:]  # the answer as it stands in the text
-        room = length - len(needle) - len(question) - len(answer)
+        room = length - len(lead) - len(needle) - len(question) - len(answer)
         if room < 1:
             raise ValueError(
                 f"needle and question take {length - room} tokens, a row must be longer: eval_lengths={length}"
@@ -94,7 +100,7 @@ def needle_rows(
         start = int(sample_rng(seed + 1, index).integers(len(documents.tokens) - room, endpoint=True))
         text = np.asarray(documents.tokens[start : start + room], dtype=np.int64)
         depth = round(room * (index + 0.5) / count)
-        ids = np.concatenate([text[:depth], needle, text[depth:], question, answer]).astype(np.int64)
+        ids = np.concatenate([lead, text[:depth], needle, text[depth:], question, answer]).astype(np.int64)
         weights = np.zeros(length, dtype=np.float32)
         weights[-len(answer) :] = 1.0
         rows.append((ids, weights))
@@ -112,11 +118,13 @@ class Evaluation:
         needles: int,
         encode: Callable[[str], list[int]],
         seed: int,
+        lead: Sequence[int] = (),
     ):
-        self.rows = {length: held_out_rows(documents, length, rows) for length in lengths}
+        self.rows = {length: held_out_rows(documents, length, rows, lead) for length in lengths}
         #: of each length, as last measured: by equal parts of the row, where each has tokens that count
         self.by_position: dict[int, list[float]] = {}
-        self.needles = {length: needle_rows(documents, length, needles, encode, seed) for length in lengths if needles}
+        asked = lengths if needles else []
+        self.needles = {length: needle_rows(documents, length, needles, encode, seed, lead) for length in asked}
 
     @property
     def asked(self) -> set[tuple[str, int, str]]:

@@ -29,7 +29,9 @@ def make_fast(
     if config.optimizer == "lean" and not sharded:
         convert(model, config, device)
     fused = any(hasattr(layer, "keep_swiglu") for layer in decoder_layers(model))
-    compiled = config.compile == "layers" or (config.compile == "auto" and device.type == "cuda" and not balanced)
+    compiled = config.compile == "layers" or (
+        config.compile == "auto" and device.type == "cuda" and not balanced and config.quantize == "none"
+    )
     budget: dict[str, float] = {}
     if compiled and config.checkpointing == "selective":
         budget = {"activation_memory_budget": memory_budget(config.float8, fused)}

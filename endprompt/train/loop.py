@@ -29,7 +29,7 @@ from endprompt.data.rows import prefetch
 from endprompt.distributed import World, say
 from endprompt.fast import linears
 from endprompt.files import sound_lines
-from endprompt.model import lora, shares, training_attention
+from endprompt.model import lora, quantized, shares, training_attention
 from endprompt.model.attention import attention_backends, share_rows
 from endprompt.model.load import decoder_layers, torch_dtype
 from endprompt.model.parity import check_forward
@@ -92,6 +92,12 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     """
     model.train()
     model.config.use_cache = False
+    if config.quantize != "none":
+        if experts.layers_of_experts(model):
+            raise ValueError(
+                f"quantize='4bit' knows linear matrices, and experts of {model.config.model_type} are none"
+            )
+        quantized.quantize(model, decoder_layers(model), here.device)
     if config.lora_rank:
         about = (config.lora_rank, config.lora_alpha, config.lora_also, config.seed, config.lora_targets)
         lora.add_lora(model, *about)

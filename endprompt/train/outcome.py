@@ -19,6 +19,7 @@ from endprompt.config import EXPORT_DTYPES, ExtendConfig
 from endprompt.files import write_text
 from endprompt.model import export
 from endprompt.model.load import torch_dtype
+from endprompt.model.quantized import numel
 from endprompt.results import RECORD
 from endprompt.shapes import GIB
 from endprompt.train.card import write_card
@@ -88,7 +89,7 @@ def check_room(
     processes: int = 1,
 ) -> None:
     """Raises ValueError if the disk has too little room for the export and the training states at their most."""
-    result = sum(parameter.numel() for parameter in model.parameters()) * torch_dtype(dtype).itemsize
+    result = sum(map(numel, model.parameters())) * torch_dtype(dtype).itemsize
     state = sum(parameter.nbytes for parameter in model.parameters()) + state_bytes(optimizer)
     last = processes > 1 and bool(config.eval_data)  # several processes save before each evaluation
     every = [config.save_every, config.eval_every if last else 0]

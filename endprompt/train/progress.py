@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from endprompt.distributed import World, say
+from endprompt.model.quantized import numel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def flops_per_token(model: PreTrainedModel, tokens: int) -> float:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     matrices = [p for p in model.parameters() if p.dim() > 1 and (p is head or p is not embedding)]
     every, trained = (
-        sum(p.numel() for p in matrices if kind(p)) for kind in (lambda p: True, lambda p: p.requires_grad)
+        sum(numel(p) for p in matrices if kind(p)) for kind in (lambda p: True, lambda p: p.requires_grad)
     )
     seen = 15 / 64 if str(getattr(config, "_attn_implementation", "")).endswith("shifted") else 1
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * tokens * seen

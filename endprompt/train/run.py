@@ -18,7 +18,7 @@ from endprompt.data.rows import total_steps
 from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
 from endprompt.files import sha256_of
-from endprompt.model import lora, rope_geometry, wrapper
+from endprompt.model import lora, quantized, rope_geometry, wrapper
 from endprompt.model.load import check_tokens, identity, whole_weights
 from endprompt.model.shares import as_they_are, stream_weights
 from endprompt.plan import PlanConfig, fitting
@@ -47,6 +47,8 @@ def run(start: Checkpoint) -> Path:
     here = distributed.world(config.device, config.context_parallel, alike)
     config = resumed_if_begun(config, here)
     start = dataclasses.replace(start, config=config)
+    if config.quantize != "none":
+        quantized.check_machine(here.device)
     dtype = outcome.export_dtype(config, start.source_dtype)
     output = Output(config, here)
     with output.claim() as finished:
@@ -64,7 +66,9 @@ def run(start: Checkpoint) -> Path:
             if not Path(path).is_dir():
                 data_file(path)
         with determinism.repeatable(config.deterministic):
-            model = start.to_fill() if here.size > 1 else start.load(here.device)
+            model = (
+                start.to_fill() if here.size > 1 else start.load("cpu" if config.quantize != "none" else here.device)
+            )
             loss = objective_of(config, model, here)
             rows, steps = start.rows(), total_steps(config, spec.row_tokens)
             if len(rows) < config.rows:
@@ -163,7 +167,8 @@ def held_out(start: Checkpoint) -> Evaluation | None:
         return None
     lengths = config.eval_lengths or sorted({start.spec.row_tokens, config.target})
     documents = start.documents(config.eval_data)
-    return Evaluation(documents, lengths, config.eval_rows, config.eval_needles, encode, config.seed)
+    lead = start.spec.lead
+    return Evaluation(documents, lengths, config.eval_rows, config.eval_needles, encode, config.seed, lead)
 
 
 def record_of(trainer: Trainer, window: int) -> dict[str, Any]:

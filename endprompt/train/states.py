@@ -46,8 +46,12 @@ class TrainingState:
 
 
 def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The live tensors that the next step depends on, by name; tied weights appear once."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    """The live tensors that the next step depends on, by name; tied weights appear once.
+
+    Matrices in 4 bits are left out: they are made of the checkpoint again.
+    """
+    frozen = {name for name, parameter in model.named_parameters() if hasattr(parameter, "quant_state")}
+    tensors = {f"model.{name}": x.detach() for name, x in model.named_parameters() if name not in frozen}
     masters = getattr(optimizer, "masters", {})
     for name, parameter in model.named_parameters():
         if parameter in masters:

@@ -1,6 +1,7 @@
 """LoRA with trained embeddings and norms: what trains, and that the export has it merged."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from endprompt import model as models
 from endprompt import train
-from endprompt.model import load, lora
+from endprompt.config import check_processes
+from endprompt.model import load, lora, quantized
 from endprompt.train import run as training
 from tests.support.checkpoints import make_checkpoint
-from tests.support.runs import lines_of, log_of, losses_of, weights_of
+from tests.support.runs import lines_of, log_of, losses_of, resumed, same_weights, weights_of
 
 
 def test_only_updates_embeddings_and_norms_train(llama):
@@ -153,3 +155,82 @@ def test_shifted_attention_trains_and_whole_attention_evaluates(extend_config, d
     values = [[row["value"] for row in lines_of(run / "results.jsonl")] for run in runs]
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert json.loads((runs[0] / "config.json").read_text()).get("_attn_implementation") in (None, "sdpa")
+
+
+def four_bit(llama, dtype="float32"):
+    """(model in 4 bits, the same model of what its matrices stand for)."""
+    attention = models.training_attention("sdpa")
+    packed, whole = (models.load_model(llama, dtype=dtype, attention=attention) for _ in range(2))
+    quantized.quantize(packed, load.decoder_layers(packed), "cpu")
+    whole.load_state_dict({name: quantized.unpacked(p).detach() for name, p in packed.named_parameters()}, strict=False)
+    return packed, whole
+
+
+def test_a_base_in_4_bits_is_the_model_that_its_matrices_stand_for(llama):
+    """Logits and gradients of the updates, with the code book of the paper's NF4 typed here."""
+    pytest.importorskip("bitsandbytes")
+    packed, whole = four_bit(llama)
+    original = weights_of(llama)
+    levels = torch.tensor([-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0])
+    levels = torch.cat([levels, torch.tensor([0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617])])
+    levels = torch.cat([levels, torch.tensor([0.72295684, 1.0])])
+    changed = {
+        name for name, x in whole.state_dict().items() if name in original and not torch.equal(x, original[name])
+    }
+    assert changed == {name for name in original if "_proj" in name}
+    for name in changed:
+        blocks, found = (x.reshape(-1, 64) for x in (original[name], whole.state_dict()[name]))
+        largest = blocks.abs().amax(1, keepdim=True)
+        wanted = levels[((blocks / largest)[..., None] - levels).abs().argmin(-1)] * largest
+        torch.testing.assert_close(found, wanted, rtol=0.1, atol=float(largest.max()) / 50)  # scales have 8 bits
+    ids = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(2))
+    made = []
+    for model in (packed, whole):
+        lora.add_lora(model, 4, 16, ["embed", "norm"], seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(generator=generator)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        made.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (expected, others) = made
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == others.keys() and all(map(lambda n: "lora" in n or "embed" in n or "norm" in n, others))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["masters", pytest.param("lean", marks=pytest.mark.slow)])
+def test_a_run_in_4_bits_resumes_and_its_export_is_what_was_trained(llama, extend_config, tmp_path, optimizer):
+    """The merged export and the adapter on the base in 4 bits have the logits of the model at its last step."""
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    options = {"quantize": "4bit", "lora_rank": 4, "dtype": "bfloat16", "optimizer": optimizer, "lr": 1e-2}
+    options |= {"export_dtype": "float32", "adapter": "beside", "save_every": 1, "lora_targets": "all"}
+    runs = [extend_config(output=str(tmp_path / name), **options) for name in ("whole", "cut")]
+    out, other = train.extend(runs[0]), resumed(runs[1], step=2)
+    assert same_weights(out, other)
+    assert losses_of(out)[-1] < losses_of(out)[0]
+    ids = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(2))
+    base = AutoModelForCausalLM.from_pretrained(llama, config=AutoConfig.from_pretrained(out / "adapter"))
+    base.load_state_dict(four_bit(llama, "bfloat16")[1].state_dict())
+    tuned = PeftModel.from_pretrained(base, out / "adapter").eval()
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=ids).logits
+        torch.testing.assert_close(tuned(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_4_bits_are_refused_where_they_cannot_be(checkpoints, extend_config, monkeypatch):
+    with pytest.raises(ValueError, match="quantize needs LoRA: quantize='4bit' lora_rank=0"):
+        train.extend(extend_config(quantize="4bit"))
+    with pytest.raises(ValueError, match="matrices in 4 bits need a single process: quantize='4bit', 2 processes"):
+        check_processes(extend_config(quantize="4bit", lora_rank=4), 2)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(
+        ValueError, match=r"needs the package bitsandbytes .* with kernels for this device: device='cpu'"
+    ):
+        train.extend(extend_config(quantize="4bit", lora_rank=4))

@@ -24,6 +24,8 @@ def test_held_out_rows_are_spread_and_do_not_overlap():
     assert [int(ids[0]) for ids, _ in rows] == [0, 40, 80]
     assert all(weights.tolist() == [0.0] + [1.0] * 19 for _, weights in rows)
     assert len(evaluate.held_out_rows(text(100), 30, 8)) == 3
+    for ids, weights in evaluate.held_out_rows(text(100), 22, 3, (7, 8)):  # the same text with BOS in front
+        assert ids[:2].tolist() == [7, 8] and ids[2] in (0, 40, 80) and weights.tolist() == [0.0] * 2 + [1.0] * 20
     with pytest.raises(ValueError, match="must be as long as"):
         evaluate.held_out_rows(text(10), 20, 1)
 
@@ -32,6 +34,8 @@ def test_needle_rows_hide_a_number_and_ask_for_it(tokenizer):
     encode = lambda words: tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
     rows = evaluate.needle_rows(text(400), 200, 4, encode, seed=3)
     depths = []
+    led = evaluate.needle_rows(text(400), 200, 4, encode, seed=3, lead=(1,))
+    assert all(len(ids) == 200 and ids[0] == 1 for ids, _ in led)
     for ids, weights in rows:
         assert len(ids) == 200
         words = tokenizer.decode(ids)
