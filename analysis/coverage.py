@@ -74,8 +74,9 @@ def report(config: PositionsConfig) -> str:
     if config.model:
         from endprompt.model import load_config, rope_geometry
         from endprompt.model.kinds import described
+        from endprompt.model.wrapper import text_config
 
-        settings = load_config(config.model)
+        settings = text_config(load_config(config.model))
         rope_geometry(settings)
         kinds = described(settings, config.target)
     if config.json:

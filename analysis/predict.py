@@ -196,14 +196,15 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     from endprompt.files import read_text
     from endprompt.model.geometry import extended_config, window_of
     from endprompt.model.kinds import described, layer_kinds, scaled_kind
-    from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
+    from endprompt.model.load import check_tokens, check_vocabulary
+    from endprompt.model.wrapper import text_checkpoint
     from endprompt.results import recorded
     from endprompt.text import Reader
 
     if config.target < 1:
         raise ValueError(f"predict must know the window to extend to, in tokens: target={config.target}")
     check_means(config)
-    path = str(checkpoint_path(config.checkpoint))
+    path = str(text_checkpoint(config.checkpoint))
     settings = models.load_config(path)
     geometry = models.rope_geometry(settings)
     scaling = geometry.parameters.get("rope_type", "default")

@@ -51,13 +51,14 @@ def prepare(config: VerifyConfig) -> Scene:
     """Everything but the weights. Raises ValueError for sizes that cannot be, before anything is loaded."""
     from endprompt import model as models
     from endprompt.model.kinds import described
-    from endprompt.model.load import check_tokens, check_vocabulary, checkpoint_path
+    from endprompt.model.load import check_tokens, check_vocabulary
+    from endprompt.model.wrapper import text_checkpoint
 
     check_means(config)
     config = dataclasses.replace(
         config,
-        checkpoint=str(checkpoint_path(config.checkpoint)),
-        against=str(checkpoint_path(config.against)) if config.against else None,
+        checkpoint=str(text_checkpoint(config.checkpoint)),
+        against=str(text_checkpoint(config.against)) if config.against else None,
     )
     settings = models.load_config(config.checkpoint)
     geometry = models.rope_geometry(settings)

@@ -157,8 +157,9 @@ def shape_of(model: str, window: int | None = None) -> Shape:
         return Shape(*sizes, base=1 / float(base_frequencies(theta, head_dim)[-1]))
     from endprompt.model import load_config
     from endprompt.model.kinds import check_layers
+    from endprompt.model.wrapper import text_config
 
-    config = load_config(model)
+    config = text_config(load_config(model))
     shape = counted(config, window)
     check_layers(config, shape.window)
     return shape

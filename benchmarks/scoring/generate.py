@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.scoring.laid_out import LaidOut, Scene, Unfit, attending
 from endprompt.model.attention import kernels_first
+from endprompt.model.kinds import layer_kinds
 from endprompt.model.length_rope import length_kinds, rows_alone
 from endprompt.model.parity import transformers_own
 from endprompt.train.graph import Replayed
@@ -115,17 +116,17 @@ def way(model: Any, tokenizer: Any = None) -> Way:
 def windows(config: PretrainedConfig) -> list[int | None]:
     """Each layer's sliding window, None where it attends to everything. Raises Unfit for other kinds of layers."""
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    if getattr(config, "attention_chunk_size", None) and "chunked_attention" in kinds:
-        raise Unfit("it attends in chunks")
-    if other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise Unfit(f"it has layers of {', '.join(other)}")
-    if len(kinds) != config.num_hidden_layers or getattr(config, "num_kv_shared_layers", 0):
+    try:
+        kinds = layer_kinds(config)
+    except (ValueError, AttributeError, TypeError) as error:  # of a family whose config has other keys
+        raise Unfit(f"its config does not say what its layers see: {error}") from error
+    other = sorted({kind.name for kind in kinds} - {"full_attention", "sliding_attention"})
+    if other:
+        raise Unfit("it attends in chunks" if "chunked_attention" in other else f"it has layers of {', '.join(other)}")
+    reach = {layer: kind.reach for kind in kinds for layer in kind.layers}
+    if len(reach) != config.num_hidden_layers or getattr(config, "num_kv_shared_layers", 0):
         raise Unfit("its layers share keys and values")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [reach[layer] for layer in range(len(reach))]
 
 
 def crossings(model: Any, kinds: set[str]) -> tuple[int, ...]:

@@ -49,6 +49,10 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     directory = origin.directory_of(typed, weights=not (config.prepare_only or served), code=config.trust_remote_code)
     if served:
         config = dataclasses.replace(config, name=config.model_name, method=method)
+    if not (served or config.prepare_only or config.trust_remote_code):
+        from endprompt.model.wrapper import text_checkpoint
+
+        directory = text_checkpoint(directory)
     config = dataclasses.replace(config, checkpoint=str(directory))
     model_config, tokenizer = read_checkpoint(config)
     from endprompt.distributed import say

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from endprompt import origin
 from endprompt.files import read_object, sha256_of, write_text
 from endprompt.model.geometry import named
+from endprompt.model.load import checkpoint_path, load_config
 from endprompt.model.weights import INDEX, Stored, open_tensors, sampled_sha256, stored_tensors
 
 if TYPE_CHECKING:
@@ -33,12 +34,47 @@ CHANGED = ("rope_parameters", "max_position_embeddings", "original_max_position_
 #: Files beside the weights: configs, tokenizers, templates.
 BESIDE = (".json", ".jinja", ".model", ".txt")
 OLDER = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+#: Text models that transformers has inside wrappers alone, and the family of the same weights whose RoPE theirs is on
+#: text, where a token's places in time, height and width are one.
+STAND_INS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+PLACES = ("mrope_section", "mrope_interleaved", "type")
 
 
 def is_wrapper(config: PretrainedConfig) -> bool:
     """Whether the config is of a model around a text model with RoPE."""
     text = config.get_text_config()
     return text is not config and bool(getattr(text, "rope_parameters", None))
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a wrapper's text model by itself, of a family that has a causal model; others as they are."""
+    if not is_wrapper(config):
+        return config
+    from transformers import CONFIG_MAPPING
+
+    text = copy.deepcopy(config.get_text_config())
+    text.name_or_path = config.name_or_path
+    if (family := STAND_INS.get(text.model_type)) is None:
+        return text
+    keys = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+    parameters = {key: value for key, value in keys["rope_parameters"].items() if key not in PLACES}
+    kind = parameters["rope_type"]
+    keys["rope_parameters"] = parameters | {"rope_type": "default" if kind == "mrope" else kind}
+    made = CONFIG_MAPPING[family].from_dict(keys)
+    made.name_or_path = config.name_or_path
+    return made
+
+
+def text_checkpoint(path: str | Path) -> Path:
+    """The directory of what was typed, of a wrapper its text model's. Raises ValueError as `checkpoint_path`."""
+    directory = checkpoint_path(path)
+    config = load_config(directory)
+    return text_of(directory, config) if is_wrapper(config) else directory
 
 
 def text_of(directory: Path, config: PretrainedConfig) -> Path:
@@ -92,8 +128,7 @@ def _by_file(renamed: Mapping[str, str], stored: Mapping[str, Stored]) -> dict[P
 
 
 def _text_config(config: PretrainedConfig, renamed: Mapping[str, str]) -> PretrainedConfig:
-    text = copy.deepcopy(config.get_text_config())
-    text.name_or_path = config.name_or_path
+    text = text_config(config)
     text.architectures = None
     text.dtype = config.dtype or text.dtype
     if "lm_head.weight" not in renamed.values():
@@ -108,7 +143,7 @@ def text_names(config: PretrainedConfig, stored: Mapping[str, Stored]) -> dict[s
     import torch
     from transformers import AutoModelForCausalLM
 
-    text = config.get_text_config()
+    text = text_config(config)
     if type(text) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"transformers has no causal model of this checkpoint's text model alone: {text.model_type}")
     with torch.device("meta"):
@@ -161,8 +196,12 @@ def put_back(work: Path, wrapper: Path, config: PretrainedConfig) -> None:
         write_text(work / INDEX, json.dumps(index, indent=2) + "\n")
     whole, text = read_object(wrapper / "config.json"), read_object(work / "config.json")
     key = next(name for name, value in vars(config).items() if value is config.get_text_config())
-    kept = {name: value for name, value in whole[key].items() if name not in OLDER}
-    whole[key] = kept | {name: text[name] for name in CHANGED if name in text}
+    place = whole.get(key, whole)  # Qwen2-VL's has the text model's keys beside the others
+    for name in OLDER:
+        place.pop(name, None)
+    own = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    text["rope_parameters"] |= {name: own[name] for name in PLACES[:2] if name in own}
+    place.update({name: text[name] for name in CHANGED if name in text})
     write_text(work / "config.json", json.dumps(whole, indent=2) + "\n")
     for path in wrapper.iterdir():  # what processors of images read, and the wrapper's own generation config
         there = (work / path.name).exists() and path.name != "generation_config.json"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from endprompt import train
 from endprompt.model import wrapper
 from endprompt.model.load import load_config
 from tests.support.checkpoints import make_tokenizer
+from tests.support.runs import lines_of
 
 TEXT = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -39,6 +41,23 @@ def mistral(directory):
     return made(directory, config)
 
 
+def qwen(directory):
+    """Text keys beside the others and names without the wrapper's, as the published Qwen2.5-VL has them."""
+    from transformers import Qwen2_5_VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+              "fullatt_block_indexes": [0]}  # fmt: skip
+    text = TEXT | {"sliding_window": None, "head_dim": None, "rope_parameters": rope, "tie_word_embeddings": False}
+    made(directory, Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=319, video_token_id=318))
+    about = json.loads((directory / "config.json").read_text())
+    text = about.pop("text_config")
+    about |= {key: value for key, value in text.items() if key not in ("model_type", "rope_parameters")}
+    about |= {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    (directory / "config.json").write_text(json.dumps(about))
+    return directory
+
+
 def made(directory, config):
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(directory, max_shard_size="30KB")
@@ -51,7 +70,7 @@ def tensors_of(directory):
     return {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
-@pytest.mark.parametrize("make", [gemma, pytest.param(mistral, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [gemma, *(pytest.param(make, marks=pytest.mark.slow) for make in (mistral, qwen))])
 def test_the_text_model_is_extended_and_the_rest_stays(make, tmp_path, extend_config, monkeypatch, capsys):
     monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
     source = make(tmp_path / "whole")
@@ -68,13 +87,15 @@ def test_the_text_model_is_extended_and_the_rest_stays(make, tmp_path, extend_co
         assert torch.equal(tensor, after[name]) is (name not in own), name
     assert {path.name for path in source.glob("*.safetensors*")} == {path.name for path in out.glob("*.safetensors*")}
     config, old = (json.loads((one / "config.json").read_text()) for one in (out, source))
-    assert config["text_config"]["max_position_embeddings"] == 128
-    full = config["text_config"]["rope_parameters"]
+    text, old_text = (one.get("text_config", one) for one in (config, old))
+    assert text["max_position_embeddings"] == 128
+    full = text["rope_parameters"]
     full = full.get("full_attention", full)
     assert (full["rope_type"], full["factor"]) == ("yarn", 4.0)
-    for one in (config, old):
-        for key in ("max_position_embeddings", "rope_parameters"):
-            del one["text_config"][key]
+    assert full.get("mrope_section") == ([2, 1, 1] if make is qwen else None)
+    for one in (text, old_text):
+        for key in ("max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"):
+            one.pop(key, None)
     assert config == old
     assert (out / "preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
     ids = torch.randint(1, 318, (1, 40), generator=torch.Generator().manual_seed(3))
@@ -83,6 +104,41 @@ def test_the_text_model_is_extended_and_the_rest_stays(make, tmp_path, extend_co
         found = AutoModelForImageTextToText.from_pretrained(out)(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert json.loads((out / "endprompt.json").read_text())["model"] == "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gemma, mistral, qwen])
+def test_other_commands_read_the_text_model(make, tmp_path, monkeypatch):
+    """Verify, positions, plan and score say of the whole what they say of its text model alone."""
+    import endprompt
+    from analysis import config as settings
+    from analysis import coverage
+    from endprompt import plan
+
+    monkeypatch.setenv("ENDPROMPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    whole = make(tmp_path / "whole")
+    both = [whole, shutil.copytree(wrapper.text_checkpoint(whole), tmp_path / "text")]
+    assert load_config(both[1]).get_text_config() is not load_config(whole).get_text_config()
+    assert plan.shape_of(str(whole)) == plan.shape_of(str(both[1]))
+    said = [coverage.report(settings.PositionsConfig(target=128, context=24, prompt=8, model=str(one))) for one in both]
+    assert said[0] == said[1] and ("scales their frequencies" in said[0])
+    asked = {"pairs": 4, "tokens": 32}
+    tables = [endprompt.verify(one, output=str(tmp_path / f"verify-{one.name}"), **asked).rows for one in both]
+    assert [row["value"] for row in tables[0]] == [row["value"] for row in tables[1]]
+    asked = {"tasks": "niah_single_1", "lengths": "256", "samples": 3, "max_new_tokens": 8, "beyond_window": True}
+    asked |= {"device": "cpu", "whole_answers": True, "cache_dir": str(tmp_path / "samples")}
+    for one in both:
+        endprompt.score(one, output=str(tmp_path / f"score-{one.name}"), name="model", **asked)
+    answers = [
+        [
+            line["prediction"]
+            for path in sorted((tmp_path / f"score-{one.name}").glob("predictions*.jsonl"))
+            for line in lines_of(path)
+        ]
+        for one in both
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 3
 
 
 def test_another_config_of_the_same_weights_is_another_text_model(tmp_path, monkeypatch):
