@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from endprompt.model.load import decoder_layers
+from endprompt.model.weights import open_tensors, sampled_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +60,18 @@ def add_lora(
 
 
 def write_adapter(
-    directory: Path, model: PreTrainedModel, weights: Mapping[str, torch.Tensor], base: str, rank: int, alpha: int
+    directory: Path,
+    model: PreTrainedModel,
+    weights: Mapping[str, torch.Tensor],
+    base: str,
+    rank: int,
+    alpha: int,
+    base_sha256: str,
 ) -> None:
     """The updates, and what trained whole beside them, as peft reads them; with the config that has the new window.
 
-    weights: of the model with its updates, not merged. base: what the adapter is for. Load the base with the config of
-    this folder: peft alone would give it the old frequencies.
+    weights: of the model with its updates, not merged. base: what the adapter is for, base_sha256 its
+    `sampled_sha256`. Load the base with the config of this folder: peft alone would give it the old frequencies.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -83,7 +90,19 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     about.save_pretrained(str(directory))
     made = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(made, directory / "adapter_model.safetensors", {"format": "pt"})
+    save_file(made, directory / "adapter_model.safetensors", {"format": "pt", "base_sha256": base_sha256})
+
+
+def check_base(adapter: Path, checkpoint: Path) -> None:
+    """Raises ValueError if an adapter of ours was trained on other weights than a checkpoint's; others do not say."""
+    path = adapter / "adapter_model.safetensors"
+    if path.is_file():
+        with open_tensors(path) as file:
+            base = (file.metadata() or {}).get("base_sha256")
+        if base not in (None, sampled_sha256(checkpoint)):
+            raise ValueError(
+                f"{adapter}: the adapter was trained on another base, whose weights are not {checkpoint}'s"
+            )
 
 
 @contextlib.contextmanager

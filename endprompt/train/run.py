@@ -19,8 +19,9 @@ from endprompt.distributed import World, say
 from endprompt.fast.available import bfloat16_matmuls
 from endprompt.files import sha256_of
 from endprompt.model import lora, quantized, rope_geometry, wrapper
-from endprompt.model.load import check_tokens, identity, whole_weights
+from endprompt.model.load import check_tokens, checkpoint_path, identity, whole_weights
 from endprompt.model.shares import as_they_are, stream_weights
+from endprompt.model.weights import sampled_sha256
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
@@ -222,7 +223,8 @@ def finish(trainer: Trainer, start: Checkpoint, output: Output, dtype: str) -> N
             if config.adapter != "merged":
                 base = origin.hub_of(config.model).get("hub") or config.model
                 folder = output.work if alone else output.work / "adapter"
-                lora.write_adapter(folder, trainer.model, weights, base, config.lora_rank, config.lora_alpha)
+                about = config.lora_rank, config.lora_alpha, sampled_sha256(checkpoint_path(config.model))
+                lora.write_adapter(folder, trainer.model, weights, base, *about)
             if config.adapter == "beside":
                 shutil.copy(output.work / "config.json", folder)
             if start.wrapper:

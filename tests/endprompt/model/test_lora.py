@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.scoring import ScoreConfig
+from benchmarks.scoring import run as scoring
 from endprompt import model as models
 from endprompt import train
 from endprompt.config import check_processes
@@ -100,6 +102,12 @@ def test_the_adapter_is_what_peft_loads(llama, extend_config, tmp_path, group, a
         expected = AutoModelForCausalLM.from_pretrained(merged).eval()(input_ids=ids).logits
         torch.testing.assert_close(tuned(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert ("PeftModel" in (out / "README.md").read_text()) is (adapter == "only")
+    lora.check_base(folder, llama)
+    other = make_checkpoint(tmp_path / "other", seed=7)
+    with pytest.raises(ValueError, match=r"the adapter was trained on another base, whose weights are not .*other's"):
+        lora.check_base(folder, other)
+    with pytest.raises(ValueError, match="the adapter was trained on another base"):
+        scoring.load(ScoreConfig(str(other), backend_args=f"peft={folder}"), 1, 1, None, None)
 
 
 def test_settings_of_lora_without_it_are_refused(extend_config):
@@ -227,7 +235,7 @@ def test_4_bits_are_refused_where_they_cannot_be(checkpoints, extend_config, mon
     with pytest.raises(ValueError, match="quantize needs LoRA: quantize='4bit' lora_rank=0"):
         train.extend(extend_config(quantize="4bit"))
     with pytest.raises(ValueError, match="matrices in 4 bits need a single process: quantize='4bit', 2 processes"):
-        check_processes(extend_config(quantize="4bit", lora_rank=4), 2)
+        check_processes(extend_config(quantize="4bit", lora_rank=4), 2, 32)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(
