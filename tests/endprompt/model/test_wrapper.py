@@ -13,7 +13,6 @@ from endprompt import train
 from endprompt.model import wrapper
 from endprompt.model.load import load_config
 from tests.support.checkpoints import make_tokenizer
-from tests.support.runs import lines_of
 
 TEXT = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -109,8 +108,7 @@ def test_the_text_model_is_extended_and_the_rest_stays(make, tmp_path, extend_co
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gemma, mistral, qwen])
 def test_other_commands_read_the_text_model(make, tmp_path, monkeypatch):
-    """Verify, positions, plan and score say of the whole what they say of its text model alone."""
-    import endprompt
+    """Positions and plan say of the whole what they say of its text model alone."""
     from analysis import config as settings
     from analysis import coverage
     from endprompt import plan
@@ -123,22 +121,6 @@ def test_other_commands_read_the_text_model(make, tmp_path, monkeypatch):
     assert plan.shape_of(str(whole)) == plan.shape_of(str(both[1]))
     said = [coverage.report(settings.PositionsConfig(target=128, context=24, prompt=8, model=str(one))) for one in both]
     assert said[0] == said[1] and ("scales their frequencies" in said[0])
-    asked = {"pairs": 4, "tokens": 32, "target": 128}
-    tables = [endprompt.verify(one, output=str(tmp_path / f"verify-{one.name}"), **asked).rows for one in both]
-    assert [row["value"] for row in tables[0]] == [row["value"] for row in tables[1]]
-    asked = {"tasks": "niah_single_1", "lengths": "256", "samples": 3, "max_new_tokens": 8, "beyond_window": True}
-    asked |= {"device": "cpu", "whole_answers": True, "cache_dir": str(tmp_path / "samples")}
-    for one in both:
-        endprompt.score(one, output=str(tmp_path / f"score-{one.name}"), name="model", **asked)
-    answers = [
-        [
-            line["prediction"]
-            for path in sorted((tmp_path / f"score-{one.name}").glob("predictions*.jsonl"))
-            for line in lines_of(path)
-        ]
-        for one in both
-    ]
-    assert answers[0] == answers[1] and len(answers[0]) == 3
 
 
 def test_another_config_of_the_same_weights_is_another_text_model(tmp_path, monkeypatch):
