@@ -157,20 +157,21 @@ def load(group: str, folder: str | None, metadata: Mapping[str, Any], data: str 
 def load_local(data: str, path: str, name: str | None = None, split: str | None = None, **options: Any) -> Any:
     """A hub's data set from `data`/its name, a copy of its repository, or files SPLIT.jsonl (.json, .parquet), in a
     folder of the configuration's name if there are several."""
-    import datasets
+    from datasets.load import load_dataset  # the package's own name is replaced meanwhile
 
+    options.pop("features", None)  # lm-eval's own are a mapping that the package does not take; the files have theirs
     folder = Path(data) / path.rpartition("/")[2]
     if not folder.is_dir():
         raise ValueError(f"--data-dir {data} must hold the folder {folder.name}, a copy of the hub's data set {path}")
     if (folder / "README.md").is_file():
-        return datasets.load_dataset(str(folder), name, split=split, **options)
+        return load_dataset(str(folder), name, split=split, **options)
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     files = {one.stem: one for one in sorted((folder / (name or "")).glob("*")) if one.suffix in kinds}
     if not files or (split and split not in files):
         raise ValueError(f"{folder / (name or '')}: must hold {split or 'SPLIT'}.jsonl, .json or .parquet")
     files = {split: files[split]} if split else files
     kind, chosen = kinds[next(iter(files.values())).suffix], {key: str(value) for key, value in files.items()}
-    return datasets.load_dataset(kind, data_files=chosen, split=split, **options)
+    return load_dataset(kind, data_files=chosen, split=split, **options)
 
 
 def score_of(task: Any, metric: str, sample: Mapping[str, Any], answer: str) -> float:
