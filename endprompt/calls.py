@@ -57,11 +57,11 @@ def verify(checkpoint: str | Path, **settings: Any) -> Any:
     return call("verify", checkpoint=checkpoint, **settings)
 
 
-def call(name: str, **settings: Any) -> Any:
+def call(command: str, /, **settings: Any) -> Any:
     """What a command's work returns for these settings, which are checked as the command checks its flags."""
-    module, _, function = WORK[name].partition(":")
+    module, _, function = WORK[command].partition(":")
     work = getattr(importlib.import_module(module), function)
-    return work(configured(name, typing.get_type_hints(work)["config"], settings))
+    return work(configured(command, typing.get_type_hints(work)["config"], settings))
 
 
 def configured(name: str, kind: type, settings: dict[str, Any]) -> Any:

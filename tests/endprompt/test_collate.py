@@ -334,9 +334,9 @@ def test_score_and_verify_are_calls(llama, tmp_path):
     )
     assert report.holds and report.rows
     settings = {"tasks": "niah_single_1", "lengths": 400, "samples": 2, "max_new_tokens": 4, "beyond_window": True}
-    settings |= {"shots": 0, "quiet": True}
+    settings |= {"shots": 0, "quiet": True, "name": "mine"}
     (row,) = endprompt.score(llama, **settings, device="cpu", output=tmp_path / "score", cache_dir=tmp_path / "cache")
-    assert row["task"] == "niah_single_1" and row["length"] == 400 and row["n"] == 2
+    assert (row["model"], row["task"], row["length"], row["n"]) == ("mine", "niah_single_1", 400, 2)
 
 
 @pytest.mark.parametrize(
