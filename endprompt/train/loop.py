@@ -128,8 +128,6 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     return loss
 
 
-#: Writes states beside the steps, one at a time.
-SAVER = ThreadPoolExecutor(1)
 #: Share of a batch's tokens with a weight above which the loss of all is taken.
 DENSE = 0.97
 
@@ -156,6 +154,8 @@ class Trainer:
         self.last_loss: float | None = None
         self.stopped = False
         self.saved: int | None = None  # the step of the newest state
+        # Writes states beside the steps, one at a time. A trainer's own, since a fork of this process lacks its thread
+        self.saver = ThreadPoolExecutor(1)
         self.saving: Future[Path] | None = None  # what is written of it beside the steps
         self.save_seconds: float | None = None  # that the last save held the steps up, until the log has it
         self.copies: dict[str, torch.Tensor] = {}
@@ -201,7 +201,7 @@ class Trainer:
         if beside:
             staged = checkpoint.staged(tensors, self.copies)
             work = functools.partial(checkpoint.save_state, group=distributed.apart())
-            self.saving = SAVER.submit(work, directory, self.step, staged, about, keep, here)
+            self.saving = self.saver.submit(work, directory, self.step, staged, about, keep, here)
         else:
             checkpoint.save_state(directory, self.step, tensors, about, keep, here)
         self.saved = self.step

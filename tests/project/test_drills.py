@@ -67,11 +67,11 @@ def test_full_disk_stops_the_run_with_the_earlier_state_intact(extend_config, tm
     config = extend_config(steps=6, save_every=2)
     save, saves = train.Trainer.save, []
 
-    def fills_up(self, states):
+    def fills_up(self, states, beside):
         saves.append(self.step)
         if len(saves) == 2:
             full_disk(50_000)
-        save(self, states)
+        save(self, states, beside)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "save", fills_up)

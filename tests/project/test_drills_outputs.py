@@ -324,7 +324,7 @@ def test_clock_that_goes_back_changes_nothing(extend_config, place, tmp_path, mo
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         real = train.Trainer.save
 
-        def save(self, states):
+        def save(self, states, beside):
             real(self, states)
             for number, state in enumerate(sorted(states.iterdir())):
                 os.utime(state, (1e9 - number, 1e9 - number))  # the later state looks older

@@ -133,7 +133,7 @@ def test_training_state_that_would_run_code_is_refused(extend_config, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         real = train.Trainer.save
 
-        def save(self, states):
+        def save(self, states, beside):
             real(self, states)
             raise KeyboardInterrupt
 

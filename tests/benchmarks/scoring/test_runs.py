@@ -455,13 +455,17 @@ def test_a_day_from_the_command_line(place, tmp_path, asked, capsys):
 @pytest.mark.parametrize(
     ("suite", "unread", "reader"),
     [
-        ("longbench", {"lengths": "8192"}, "ruler or lm-eval"),
+        ("longbench", {"lengths": "8192"}, "ruler or ruler-v2 or nolima or babilong or lm-eval"),
         ("longbench", {"edition": "2024"}, "ruler"),
         ("longbench", {"chat": True, "chat_layout": "ruler"}, "ruler"),
         ("short", {"whole_answers": True}, "ruler"),
         ("short", {"prompt_length": 3500}, "longbench or longbench-v2"),
         ("ruler", {"prompt_length": 3500}, "longbench or longbench-v2"),
-        ("short", {"max_new_tokens": 8}, "ruler or longbench or longbench-v2 or lm-eval"),
+        (
+            "short",
+            {"max_new_tokens": 8},
+            "ruler or ruler-v2 or longbench or longbench-v2 or mrcr or nolima or babilong or infinitebench or lm-eval",
+        ),
     ],
 )
 def test_a_setting_that_the_suite_does_not_read_is_refused(suite, unread, reader):

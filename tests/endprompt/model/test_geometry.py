@@ -75,7 +75,7 @@ def test_scaled_checkpoint_is_extended_from_what_it_reads(scaling, stated):
     assert parameters == YARN | {"rope_type": scaling, "factor": 8.0}
     assert extended_rope_parameters(config, scaling, 2048, factor=3.0)["factor"] == 12.0
     for inside in (512, 1024):
-        with pytest.raises(ValueError, match=f"above the checkpoint's window: target={inside} window=1024"):
+        with pytest.raises(ValueError, match=f"above the checkpoint's window.*: target={inside} window=1024"):
             extended_rope_parameters(config, scaling, inside)
 
 

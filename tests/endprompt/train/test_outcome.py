@@ -271,7 +271,7 @@ def test_what_fails_after_a_step_loses_nothing(what, extend_config, documents, t
 def test_several_processes_save_before_an_evaluation_and_the_step_once(step, tmp_path, monkeypatch):
     """In which one of them may fail alone: then no state can be made any more."""
     trainer = train.Trainer.__new__(train.Trainer)
-    trainer.step, trainer.steps, trainer.saved, trainer.here = step, 4, None, World(size=2)
+    trainer.step, trainer.steps, trainer.saved, trainer.saving, trainer.here = step, 4, None, None, World(size=2)
     done = []
     monkeypatch.setattr(checkpoint, "save_state", lambda *given: done.append("saved"))
     monkeypatch.setattr(checkpoint, "collect", lambda *given: {})
@@ -289,7 +289,7 @@ def test_a_refusal_of_the_main_process_is_said_by_all(monkeypatch):
     from endprompt import distributed
 
     sent = []
-    monkeypatch.setattr(distributed, "from_main", lambda value: sent.append(value) or "no room")
+    monkeypatch.setattr(distributed, "from_main", lambda value, *group: sent.append(value) or "no room")
     with pytest.raises(ValueError, match="no room"):
         distributed.by_main(distributed.World(rank=1, size=2), interrupted)  # does not do the work itself
 

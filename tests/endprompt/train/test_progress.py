@@ -15,7 +15,7 @@ def test_tensorboard_reads_each_step_of_a_resumed_run_once(extend_config, docume
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
     log = {row["step"]: row for row in log_of(output)}
-    assert set(events.Tags()["scalars"]) == {"loss", "lr", "grad_norm", "tokens_per_s", "held_out/96"}
+    assert set(events.Tags()["scalars"]) == {"loss", "lr", "grad_norm", "tokens_per_s", "save_seconds", "held_out/96"}
     for key in ("loss", "lr", "grad_norm"):
         found = {event.step: event.value for event in events.Scalars(key)}
         assert len(events.Scalars(key)) == len(found) == 5
