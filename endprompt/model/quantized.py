@@ -40,7 +40,8 @@ def four_bit(linear: torch.nn.Linear, device: str) -> Any:
             compute_dtype=linear.weight.dtype,
             quant_type="nf4",
         )
-    made.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4").to(device)
+    matrix: Any = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+    made.weight = matrix.to(device)
     if linear.bias is not None:
         made.bias = torch.nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
     return made
