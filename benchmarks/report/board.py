@@ -203,9 +203,9 @@ def difference(parts: Sequence[Pair]) -> dict[str, Any]:
 
 
 def combined(cells: Sequence[tuple[float, Sequence[float] | None]]) -> tuple[float, float]:
-    """Interval of the mean of cells from each one's (value, interval); nan if one has none."""
+    """Interval of the mean of cells from each one's (value, interval); nan if one has none, or there is no cell."""
     ends = [(value - ci[0], ci[1] - value) for value, ci in cells if ci]
-    if len(ends) < len(cells):
+    if not cells or len(ends) < len(cells):
         return NONE, NONE
     value = sum(value for value, _ in cells) / len(cells)
     below, above = (math.hypot(*side) / len(cells) for side in zip(*ends))

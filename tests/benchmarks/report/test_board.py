@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import statistics
 from importlib.resources import files
 
@@ -244,3 +245,8 @@ def test_the_page_sorts_loads_nothing_and_fits(tmp_path, width):
         filled = [float(value) for value in values if value]
         assert filled == sorted(filled, reverse=True) and values[len(filled) :] == [""] * (len(values) - len(filled))
         page.screenshot(tmp_path / f"board-{width}.png")
+
+
+def test_no_cell_has_no_interval():
+    """A run that was not scored at a length of another's."""
+    assert all(map(math.isnan, board.combined([])))
