@@ -91,13 +91,29 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     means = resampled_means(differences, np.random.default_rng([seed, len(differences)]))
     low, high = np.percentile(means, [2.5, 97.5])
-    tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     return {
         "value": float(differences.mean()),
         "ci95": [float(low), float(high)],
-        "p": min(1.0, max(2 * tail, 1 / RESAMPLES)),
+        "p": two_sided(means),
         "n": len(differences),
     }
+
+
+def two_sided(means: np.ndarray) -> float:
+    """p of a mean other than 0 from resampled ones: twice the share on the other side, at least 1 / RESAMPLES."""
+    tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
+    return min(1.0, max(2 * tail, 1 / RESAMPLES))
+
+
+def newcombe(
+    first: float, first_ci: tuple[float, float], second: float, second_ci: tuple[float, float]
+) -> tuple[float, float]:
+    """Interval of second - first from each one's own, which knows no pairs (Newcombe's hybrid, 1998)."""
+    difference = second - first
+    return (
+        difference - math.hypot(second - second_ci[0], first_ci[1] - first),
+        difference + math.hypot(second_ci[1] - second, first - first_ci[0]),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

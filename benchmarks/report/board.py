@@ -190,14 +190,11 @@ def difference(parts: Sequence[Pair]) -> dict[str, Any]:
     else:
         drawn = [resampled(side, summary.RESAMPLES, seed) for seed, side in enumerate(sides)]
         gaps = drawn[1] - drawn[0]
-    p = 2 * min(float((gaps <= 0).mean()), float((gaps >= 0).mean()))
-    low, high = interval(gaps)
+    p, (low, high) = summary.two_sided(gaps), interval(gaps)
     if low == high:
-        p = 2.0 ** (1 - n) if first != second else 1.0
+        p = min(1.0, max(2.0 ** (1 - n), 1 / summary.RESAMPLES)) if first != second else 1.0
         a, b = (combined([(float(own.mean()), summary.interval(own.tolist())[0]) for own in side]) for side in sides)
-        low = second - first - math.hypot(second - b[0], a[1] - first)
-        high = second - first + math.hypot(b[1] - second, first - a[0])
-    p = min(1.0, max(p, 1 / summary.RESAMPLES))
+        low, high = summary.newcombe(first, a, second, b)
     return {"first": first, "second": second, "difference": second - first, "ci95": [low, high], "p": p,
             "paired": paired, "n": n}  # fmt: skip
 

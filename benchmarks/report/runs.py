@@ -367,10 +367,8 @@ def difference(facet: Facet, first: str, second: str, task: str, length: int) ->
             if low < high:  # alike differences give a bootstrap nothing to draw from
                 return Difference(*about, paired["value"], low, high, f"paired by sample, {paired['n']} samples")
     a, b = facet.cells[first, task, length], facet.cells[second, task, length]
-    value = b.value - a.value
-    low = value - math.hypot(b.value - b.low, a.high - a.value)
-    high = value + math.hypot(b.high - b.value, a.value - a.low)
-    return Difference(*about, value, low, high, "not paired" if low == low else "no interval")
+    low, high = summary.newcombe(a.value, (a.low, a.high), b.value, (b.low, b.high))
+    return Difference(*about, b.value - a.value, low, high, "not paired" if low == low else "no interval")
 
 
 def scores(row: Row) -> dict[tuple[int, str], float]:

@@ -379,6 +379,14 @@ def _rms_norm_backward(
 
 
 @triton.jit
+def _halves(row, lane, HALF: tl.constexpr):
+    """A head's values in float32, its first half and its second."""
+    inside = lane < HALF
+    first = tl.load(row + lane, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(row + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _turn_back(
     grad, out, cos1, cos2, sin1, sin2, lane, N: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
@@ -412,11 +420,8 @@ def _rotate_backward(
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     turn = token // tokens * batch_row + token % tokens * (2 * HALF)
-    inside = lane < HALF
-    cos1 = tl.load(cos + turn + lane, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin + turn + lane, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    cos1, cos2 = _halves(cos + turn, lane, HALF)
+    sin1, sin2 = _halves(sin + turn, lane, HALF)
     row = out + token * ((H + 2 * G) * 2 * HALF)
     _turn_back(query + token * (H * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, H, HALF, HEADS)
     row += H * 2 * HALF
@@ -447,15 +452,13 @@ def _rotate(
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     turn = token // tokens * batch_row + token % tokens * (2 * HALF)
-    inside = lane < HALF
-    cos1 = tl.load(cos + turn + lane, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
-    sin1 = -tl.load(sin + turn + lane, mask=inside, other=0.0).to(tl.float32)  # turned back by the negative angle
-    sin2 = -tl.load(sin + turn + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    cos1, cos2 = _halves(cos + turn, lane, HALF)
+    sin1, sin2 = _halves(sin + turn, lane, HALF)
+    # turned back by the negative angle
     at = token * (H * 2 * HALF)
-    _turn_back(query + at, out_query + at, cos1, cos2, sin2, sin1, lane, H, HALF, HEADS)
+    _turn_back(query + at, out_query + at, cos1, cos2, -sin2, -sin1, lane, H, HALF, HEADS)
     at = token * (G * 2 * HALF)
-    _turn_back(key + at, out_key + at, cos1, cos2, sin2, sin1, lane, G, HALF, GROUPS)
+    _turn_back(key + at, out_key + at, cos1, cos2, -sin2, -sin1, lane, G, HALF, GROUPS)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from benchmarks.longbench import v2
 from benchmarks.scoring import ScoreConfig, run, score
 from endprompt.results import read_rows
 from tests.support import ruler_helpers as helpers
+from tests.support.answering import answering
 
 
 def question(i: int, **changes) -> dict:
@@ -42,16 +43,8 @@ def config(place, output, **changes):
 
 @pytest.fixture
 def fake(monkeypatch):
-    from lm_eval.api.model import LM
-
     def install(answer):
-        class Fake(LM):
-            def generate_until(self, requests):
-                return [answer(request) for request in requests]
-
-            loglikelihood = loglikelihood_rolling = generate_until
-
-        monkeypatch.setattr(run, "load", lambda *args, **kwargs: Fake())
+        monkeypatch.setattr(run, "load", lambda *args, **kwargs: answering(answer))
 
     return install
 

@@ -11,6 +11,7 @@ from benchmarks.scoring.suites import lm_eval
 from endprompt.results import read_rows
 from endprompt.text import Reader
 from tests.support import ruler_helpers as helpers
+from tests.support.answering import answering
 
 TASK = """
 task: tower_{name}
@@ -51,19 +52,9 @@ def place(tmp_path_factory):
 @pytest.fixture
 def asked(monkeypatch, tmp_path_factory):
     """Only our own task files are read; the model answers by `asked.answer`, and `asked.requests` has what it saw."""
-    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    class Fake(LM):
-        requests, answer = [], staticmethod(lambda request: request.doc["outputs"][0])
-
-        def generate_until(self, requests):
-            self.requests += requests
-            return [self.answer(request) for request in requests]
-
-        loglikelihood = loglikelihood_rolling = generate_until
-
-    made = Fake()
+    made = answering(lambda request: request.doc["outputs"][0])
     monkeypatch.setattr(run, "load", lambda *args, **kwargs: made)
     monkeypatch.setattr(lm_eval, "manager", lambda folder: TaskManager(include_path=folder, include_defaults=False))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))

@@ -12,6 +12,7 @@ from endprompt.results import read_rows
 from endprompt.text import Reader
 from tests.benchmarks.ruler.test_v2 import write_data
 from tests.support import ruler_helpers as helpers
+from tests.support.answering import answering
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 NEEDLES = [
@@ -68,18 +69,7 @@ def conversation(needles, size):
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path_factory):
-    from lm_eval.api.model import LM
-
-    class Fake(LM):
-        requests, answer = [], staticmethod(lambda request: " and ".join(request.doc["outputs"]))
-
-        def generate_until(self, requests):
-            self.requests += requests
-            return [self.answer(request) for request in requests]
-
-        loglikelihood = loglikelihood_rolling = generate_until
-
-    made = Fake()
+    made = answering(lambda request: " and ".join(request.doc["outputs"]))
     monkeypatch.setattr(run, "load", lambda *args, **kwargs: made)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
     return made
