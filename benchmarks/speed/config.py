@@ -31,23 +31,16 @@ class BenchConfig:
         rows: rows of an optimizer step
         attention: as in extend
         optimizer: lean, adamw or none (forward and backward alone)
-        sums: dtype of the lean optimizer's gradient sums, float32 or bfloat16
-        fused_sums: add weight gradients to the sums inside the matrix products
-        joint: one product for q, k and v, and one for gate and up
-        fused: with the lean optimizer's converted layers, norms, SwiGLU and rotations in kernels of their own with the
-            products around them (see endprompt/fast/layers.py); float8 layers have none
+        fused: as in extend
         float8: none, exact or fast (accumulation of the backward products)
         float8_head: with float8, also the logits and the gradient that goes down from them
-        recompute: activation checkpointing: none, full, or selective (by memory_budget)
-        memory_budget: with selective, the share of the activations that a compiled layer may keep; 0 for what extend
-            takes
+        recompute: activation checkpointing: none, full or selective
         whole_logits: the reference's own loss, over all logits at once; if not, this trainer's
         compile: torch.compile each decoder layer
         timed: micro-batches that are timed, after two that are not (one, if only one is timed)
         warm_layers: the micro-batches that are not timed run only so many layers, and memory is mapped at once: long
             rows start sooner; 0 for all layers
         whole_step: time one whole optimizer step instead
-        profile: also say where the time of a micro-batch goes, by kind of kernel
         name: the task of the rows
     """
 
@@ -60,18 +53,13 @@ class BenchConfig:
     rows: int = 64
     attention: str = "sdpa"
     optimizer: str = "lean"
-    sums: str = "float32"
-    fused_sums: bool = True
-    joint: bool = True
     fused: bool = True
     float8: str = "none"
     float8_head: bool = False
     recompute: str = "selective"
-    memory_budget: float = 0.0
     whole_logits: bool = True
     compile: bool = True
     timed: int = 3
     warm_layers: int = 0
     whole_step: bool = False
-    profile: bool = False
     name: str = ""

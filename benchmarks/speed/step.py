@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed.config import METHODS, BenchConfig
-from benchmarks.speed.measure import say, speed_rows, timed
+from benchmarks.speed.measure import speed_rows, timed
 from endprompt.shapes import SHAPES, model_config
 
 GIB = 2**30
@@ -56,93 +55,70 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
             values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         if (peak := device_peak(device)) is not None:
             values["mfu_percent"] = 100 * speed * run.flops / peak
-    if config.profile:
-        values |= run.profile()
-    setting = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_A_SETTING}
+    setting = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("output", "name")}
     return speed_rows(
         values, task=config.name or config.method, length=config.target, model=config.shape, method=config.method,
         what=METHODS[config.method], setting=setting, loss=run.last_loss,
     )  # fmt: skip
 
 
-#: Micro-batches that a profile looks at.
-PROFILED = 2
-
-
-NOT_A_SETTING = frozenset({"output", "name"})
-
-
 class Run:
-    """Model, optimizer and rows of one measurement."""
+    """Model, optimizer and rows of one measurement: those of the trainer, or for `reference` transformers as it is."""
 
     def __init__(self, config: BenchConfig, device: Any):
         import torch
 
-        from endprompt.fast import LeanAdamW, fuse, linears
+        from endprompt.config import ExtendConfig
+        from endprompt.fast import LeanAdamW
         from endprompt.model import extended_config, new_model, quantized, training_attention
         from endprompt.model.lora import add_lora
+        from endprompt.train.faster import make_fast
+        from endprompt.train.objective import Objective, optimizer_of
         from endprompt.train.progress import flops_per_token
-        from endprompt.train.recompute import memory_budget
 
         self.config, self.device = config, device
-        self.optimizer: Any = None
         self.last_loss: float | None = None
+        self.reference, lora = config.method == "reference", config.method in ("longlora", "lora", "qlora")
         base = model_config(config.shape)
         base.use_cache = False
         if config.target > base.max_position_embeddings:
             base = extended_config(base, "linear", config.target)
-        attention = {"reference": "sdpa", "longlora": training_attention("shifted")}.get(config.method)
-        self.model: Any = new_model(
-            base,
-            seed=0,
-            dtype="bfloat16",
-            attention=attention or training_attention(config.attention),
-            device=str(device),
-        )
+        attention = training_attention("shifted" if config.method == "longlora" else config.attention)
+        attention = "sdpa" if self.reference else attention
+        self.model: Any = new_model(base, seed=0, dtype="bfloat16", attention=attention, device=str(device))
         self.model.train()
         if config.method == "qlora":
             quantized.quantize(self.model, self.model.model.layers, str(device))
-        if lora := config.method in ("longlora", "lora", "qlora"):
+        if lora:
             add_lora(self.model, 8, 16, ["embed", "norm"], seed=0)
         self.flops = flops_per_token(self.model, config.row_tokens)
+        settings = ExtendConfig(
+            optimizer="adamw" if config.optimizer == "none" else config.optimizer, lora_rank=8 if lora else 0,
+            fused=config.fused, float8=config.float8, checkpointing=config.recompute,
+            compile="layers" if config.compile and config.method != "qlora" else "none",
+        )  # fmt: skip
+        self.optimizer: Any = None if config.optimizer == "none" else optimizer_of(settings, self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if config.optimizer == "lean":
-            self.optimizer = LeanAdamW(trained, lr=2e-5, sums=getattr(torch, config.sums))
+        if isinstance(self.optimizer, LeanAdamW):
             for parameter in trained:  # so that the peak counts them from the start
                 self.optimizer.moments(parameter)
-        elif config.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(trained, lr=2e-5, fused=device.type == "cuda")
+        elif self.optimizer is not None:
             for parameter in trained:  # so that gradients and moments are there from the start, as after any step
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
         self.decoder: Any = self.model.model
-        fused = 0
-        if config.method == "reference" or config.recompute == "full":
+        self.budget: dict[str, float] = {}
+        if self.reference:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if lora:
-                self.model.enable_input_require_grads()
-        if config.optimizer == "lean" and not lora and (config.fused_sums or config.float8 != "none"):
-            if config.joint:
-                linears.join(self.model)
-            linears.convert(self.model, config.float8)
-            if config.fused and config.float8 == "none":
-                fused = fuse(self.model, keep=config.recompute == "none")
-                if not fused:
-                    say("fused: no layer can be, they stay as they are")
-        if config.compile and config.method not in ("reference", "qlora"):
-            import torch._dynamo
-            import torch._functorch.config
-
-            if config.recompute == "selective":
-                budget = config.memory_budget or memory_budget(config.float8, bool(fused))
-                torch._functorch.config.activation_memory_budget = budget
-            for layer in self.decoder.layers:
-                layer.compile(dynamic=False)
+        else:
+            self.budget = make_fast(self.model, settings, device)
+        self.objective = Objective(self.model, False, float8=config.float8 if config.float8_head else "none")
+        self.objective.dense = True
         generator = torch.Generator(device).manual_seed(0)
         shape = (config.micro_rows, config.row_tokens)
         self.ids_BT = torch.randint(SHAPES[config.shape][0], shape, device=device, generator=generator)
         self.positions_BT = torch.from_numpy(self.positions()).to(device).expand(shape).contiguous()
-        self.weight = 1.0 / (config.rows * (config.row_tokens - 1))
+        self.weights_BT = torch.full(shape, 1.0 / (config.rows * (config.row_tokens - 1)), device=device)
 
     @contextlib.contextmanager
     def few_layers(self) -> Iterator[None]:
@@ -166,30 +142,20 @@ class Run:
 
     def micro_batch(self) -> None:
         """Forward and backward of `micro_rows` rows."""
-        import torch
+        import torch._functorch.config
 
-        from endprompt.fast.float8 import Float8Matrix
         from endprompt.model.attention import attention_backends
-        from endprompt.train.loss import linear_cross_entropy, next_tokens
 
-        if self.config.method == "reference" and self.config.whole_logits:
-            loss = self.model(input_ids=self.ids_BT, labels=self.ids_BT, use_cache=False).loss
-            (loss * (self.config.micro_rows / self.config.rows)).backward()
-            self.loss = loss.detach()
-            return
-        stock = self.config.method == "reference"
-        with contextlib.nullcontext() if stock else attention_backends(self.device):
-            hidden = self.decoder(input_ids=self.ids_BT, position_ids=self.positions_BT, use_cache=False)[0]
-            labels, weights = next_tokens(
-                self.ids_BT, hidden.new_full(self.ids_BT.shape, self.weight, dtype=torch.float32)
-            )
-            head = self.model.get_output_embeddings().weight
-            total = getattr(head, "main_grad", None) if self.config.fused_sums and head.requires_grad else None
-            rows = hidden.flatten(0, 1)
-            head8 = Float8Matrix(head.detach(), self.config.float8 == "fast") if self.config.float8_head else None
-            loss = linear_cross_entropy(rows, head, labels, weights, head_sum_VD=total, head8=head8, every_token=True)
+        share = self.config.micro_rows / self.config.rows
+        if self.reference and self.config.whole_logits:
+            loss = share * self.model(input_ids=self.ids_BT, labels=self.ids_BT, use_cache=False).loss
             loss.backward()
-        self.loss = loss.detach() * (self.config.rows / self.config.micro_rows)
+        else:
+            kernels = contextlib.nullcontext() if self.reference else attention_backends(self.device)
+            with kernels, torch._functorch.config.patch(self.budget):
+                loss = self.objective(self.ids_BT, self.positions_BT, self.weights_BT)
+                loss.backward()
+        self.loss = loss.detach() / share
 
     def optimizer_step(self) -> None:
         from endprompt.fast.linears import after_step
@@ -210,68 +176,3 @@ class Run:
         seconds, _ = timed(self.device.type, work)
         self.last_loss = float(self.loss)
         return seconds
-
-    def profile(self) -> dict[str, float]:
-        """Milliseconds of a micro-batch by kind of kernel and without any, and of an update; the longest on stderr.
-
-        Two micro-batches in a row are looked at, so that what lies between them counts.
-        """
-        if self.device.type != "cuda":
-            return {}
-        kernels, gaps = self.time_line(self.micro_batch, PROFILED)
-        times = {"matmul_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0, "idle_ms": gaps}
-        for name, milliseconds in kernels.items():
-            times[f"{kind_of_kernel(name)}_ms"] += milliseconds
-        if self.optimizer is not None:
-            kernels, gaps = self.time_line(self.optimizer_step, 1)
-            times |= {"update_ms": sum(kernels.values()), "update_idle_ms": gaps}
-        return times
-
-    def time_line(self, work: Callable[[], None], times: int) -> tuple[dict[str, float], float]:
-        """(milliseconds by kernel, milliseconds between kernels) of one time in so many; both told on stderr."""
-        import torch
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity
-
-        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(times):
-                work()
-            torch.cuda.synchronize()
-        found = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-        found.sort(key=lambda event: -event.self_device_time_total)
-        kernels = {event.key: event.self_device_time_total / times / 1000 for event in found}
-        for event in found[:24]:
-            print(f"  {kernels[event.key]:9.2f} ms {event.count // times:5d} x {event.key[:110]}", file=sys.stderr)
-        gaps = gaps_between(
-            [
-                (event.time_range.start / 1000, event.time_range.end / 1000, event.name)
-                for event in profiler.events()
-                if event.device_type == DeviceType.CUDA
-            ]
-        )
-        for length, before, after in gaps[:8]:
-            print(f"  {length:9.3f} ms without a kernel, {before[:50]} | {after[:50]}", file=sys.stderr)
-        return kernels, sum(length for length, *_ in gaps) / times
-
-
-def gaps_between(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
-    """The gaps of a device's time line, longest first: (length, what ended before it, what began after it).
-
-    spans: (start, end, name) of what ran, in any order, overlapping or not.
-    """
-    gaps, end, last = [], None, ""
-    for start, stop, name in sorted(spans):
-        if end is not None and start > end:
-            gaps.append((start - end, last, name))
-        if end is None or stop > end:
-            end, last = stop, name
-    return sorted(gaps, reverse=True)
-
-
-def kind_of_kernel(name: str) -> str:
-    name = name.lower()
-    if any(part in name for part in ("sdpa", "fmha", "flash", "attention")):
-        return "attention"
-    if any(part in name for part in ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm")):
-        return "matmul"
-    return "other"

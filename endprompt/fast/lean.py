@@ -61,7 +61,7 @@ class LeanAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) with one-byte moments, stochastic rounding and gradient sums of its own.
 
     Backward passes add to `parameter.main_grad` and leave `parameter.grad` empty, so `step` sees the sum over all
-    micro-batches since `zero_grad`. sums: dtype of those sums, float32 unless memory forbids.
+    micro-batches since `zero_grad`.
     Of sharded parameters (DTensor) each process updates what it holds, block by block of the whole parameter and with
     the random bits of the whole one's elements, so that the number of processes changes no weight; a block that the
     shards cut is put together for the process that has its first element.
@@ -78,7 +78,6 @@ class LeanAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
-        sums: torch.dtype = torch.float32,
     ):
         if not 0 <= betas[1] <= 0.99:
             raise ValueError(f"the lean optimizer needs beta2 in [0, 0.99], its one-byte moments do: beta2={betas[1]}")
@@ -88,7 +87,7 @@ class LeanAdamW(torch.optim.Optimizer):
         self.shards = {parameter: Shard.of(parameter) for parameter in self.parameters()}
         self.sharded = any(shard_starts(parameter) is not None for parameter in self.shards)
         for parameter in self.parameters():
-            parameter.main_grad = torch.zeros_like(local(parameter.detach()), dtype=sums)  # type: ignore[attr-defined]
+            parameter.main_grad = torch.zeros_like(local(parameter.detach()), dtype=torch.float32)  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_add_to_sum)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
