@@ -29,10 +29,12 @@ def flash4(
     return out.contiguous(), lse.contiguous()
 
 
-@flash4.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
+flash4.register_fake(
+    lambda query, *_: (
+        query.new_empty(query.shape),
+        query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=torch.float32),
+    )
+)
 
 
 @torch.library.custom_op("endprompt::flash4_backward", mutates_args=())
@@ -51,17 +53,13 @@ def flash4_backward(
     return query, key, value
 
 
-@flash4_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+flash4_backward.register_fake(
+    lambda grad, query, key, value, *_: (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+    )
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

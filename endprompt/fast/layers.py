@@ -22,6 +22,7 @@ Legend: B batch, T tokens, D hidden size, F intermediate size, M = B T, N output
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,9 +109,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return kernels.swiglu(gate, up) if kernels else torch_swiglu(gate, up).contiguous()
 
 
-@swiglu.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
+swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
 
 
 def _rows(x_MF: torch.Tensor) -> torch.Tensor:
@@ -143,16 +142,15 @@ def joined_swiglu_backward(
     return grad_both, out
 
 
-@joined_swiglu_backward.register_fake
-def _(grad: torch.Tensor, both: torch.Tensor, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return both.new_empty(both.shape), grad.new_empty(grad.shape if again else 0)
-
-
-@swiglu_backward.register_fake
-def _(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape), gate.new_empty(gate.shape if again else 0)
+swiglu_backward.register_fake(
+    lambda grad, gate, up, again: (
+        *(x.new_empty(x.shape) for x in (gate, up)),
+        gate.new_empty(gate.shape if again else 0),
+    )
+)
+joined_swiglu_backward.register_fake(
+    lambda grad, both, again: (both.new_empty(both.shape), grad.new_empty(grad.shape if again else 0))
+)
 
 
 @torch.library.custom_op("endprompt::rms_norm", mutates_args=())
@@ -161,9 +159,7 @@ def rms_norm(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[to
     return _norm(x_MD.contiguous(), None, weight_D, eps)[1:]
 
 
-@rms_norm.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+rms_norm.register_fake(lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)))
 
 
 @torch.library.custom_op("endprompt::add_rms_norm", mutates_args=())
@@ -174,11 +170,9 @@ def add_rms_norm(
     return _norm(x_MD.contiguous(), added_MD.contiguous(), weight_D, eps)
 
 
-@add_rms_norm.register_fake
-def _(
-    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+add_rms_norm.register_fake(
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32))
+)
 
 
 def _norm(
@@ -207,11 +201,12 @@ def rms_norm_backward(
     return work(x_MD, scale_M, weight_D, grad_sum_MD, grads_MD)
 
 
-@rms_norm_backward.register_fake
-def _(
-    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, grad_sum: torch.Tensor, grads: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
+rms_norm_backward.register_fake(
+    lambda x, scale, weight, *_: (
+        *(x.new_empty(x.shape) for _ in range(2)),
+        weight.new_empty(weight.shape, dtype=torch.float32),
+    )
+)
 
 
 @torch.library.custom_op("endprompt::rotate_backward", mutates_args=())
@@ -231,12 +226,9 @@ def rotate_backward(
     return (kernels.rotate_backward if kernels else torch_rotate_backward)((query, key, value), cos, sin)
 
 
-@rotate_backward.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    batch, tokens, heads, width = query.shape
-    return query.new_empty(batch, tokens, (heads + 2 * key.shape[2]) * width)
+rotate_backward.register_fake(
+    lambda query, key, *_: query.new_empty(*query.shape[:2], (query.shape[2] + 2 * key.shape[2]) * query.shape[3])
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,15 +440,10 @@ def _plain(linear: Any) -> bool:
     return type(linear) in (nn.Linear, SummingLinear) and linear.bias is None
 
 
-_fused_classes: dict[type, type] = {}
-
-
+@functools.cache
 def _fused_class(base: Any) -> type:
     """A subclass with the fused forward, one for all layers: a forward bound to each would be compiled for each."""
-    if base not in _fused_classes:
-        parts = {"forward": _layer, "plain_forward": base.forward}
-        _fused_classes[base] = type(f"Fused{base.__name__}", (base,), parts)
-    return _fused_classes[base]
+    return type(f"Fused{base.__name__}", (base,), {"forward": _layer, "plain_forward": base.forward})
 
 
 def _layer(

@@ -98,15 +98,10 @@ def join(model: nn.Module) -> int:
     return joined
 
 
-_joint_classes: dict[Any, type] = {}
-
-
+@functools.cache
 def _with_forward(base: Any, forward: Any) -> type:
     """A subclass with another forward, one for all layers: a forward bound to each would be compiled for each."""
-    key = base, forward
-    if key not in _joint_classes:
-        _joint_classes[key] = type(f"Joint{base.__name__}", (base,), {"forward": forward})
-    return _joint_classes[key]
+    return type(f"Joint{base.__name__}", (base,), {"forward": forward})
 
 
 def _joint(parts: list[nn.Linear]) -> nn.Linear:
