@@ -23,7 +23,8 @@ QUERIES = 8
 @dataclass(frozen=True)
 class Rows:
     """Q rows of each head: p [H, Q, N] probabilities (0 behind the query), entropy [H] in nats and sink [H], the share
-    of the first token, both means over the rows."""
+    of the first token, both means over the rows.
+    """
 
     p: torch.Tensor
     entropy: np.ndarray

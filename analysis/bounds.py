@@ -16,19 +16,17 @@ from analysis.spectra import check_order, check_spectrum, eval_score
 
 
 def coef_bound(z: Any, omega: Any, order: int = 0) -> np.ndarray:
-    """B_r = sum_j a_j |omega_j|^r >= sup_R |S^(r)|, float64 [...], for spectra z [..., n].
-
-    Equality if the frequencies are linearly independent over the rationals (Kronecker).
+    """B_r = sum_j a_j |omega_j|^r >= sup_R |S^(r)|, float64 [...], for spectra z [..., n]. Equality if the frequencies
+    are linearly independent over the rationals (Kronecker).
     """
     z, omega = check_spectrum(z, omega)
     return np.abs(z) @ np.abs(omega) ** check_order(order)
 
 
 def bernstein_bound(z: Any, omega: Any, order: int = 1, supremum: Any = None) -> np.ndarray:
-    """sigma^r sup_R |S| >= sup_R |S^(r)|. Bernstein 1923; equality for a single frequency.
-
-    supremum: of |S| over the whole line or anything above it, [...]; default sum_j a_j. The maximum over a window is
-    not that, and gives a wrong bound. sigma is the largest frequency, whether its amplitude is zero or not.
+    """sigma^r sup_R |S| >= sup_R |S^(r)|. Bernstein 1923; equality for a single frequency. supremum: of |S| over the
+    whole line or anything above it, [...]; default sum_j a_j. The maximum over a window is not that, and gives a wrong
+    bound. sigma is the largest frequency, whether its amplitude is zero or not.
     """
     z, omega = check_spectrum(z, omega)
     supremum = coef_bound(z, omega) if supremum is None else np.asarray(supremum, dtype=np.float64)
@@ -36,9 +34,8 @@ def bernstein_bound(z: Any, omega: Any, order: int = 1, supremum: Any = None) ->
 
 
 def coef_bounds(z: Any, omega: Any, attention_factor: float = 1.0) -> dict[str, np.ndarray]:
-    """All bounds of spectra z [..., n], each float64 [...], times the attention factor squared.
-
-    sum_a >= |S|, B1 and bernstein1 >= |S'|, B2 and bernstein2 >= |S''|.
+    """All bounds of spectra z [..., n], each float64 [...], times the attention factor squared: sum_a >= |S|, B1 and
+    bernstein1 >= |S'|, B2 and bernstein2 >= |S''|.
     """
     scale = attention_factor**2
     return {
@@ -51,10 +48,9 @@ def coef_bounds(z: Any, omega: Any, attention_factor: float = 1.0) -> dict[str, 
 
 
 def duffin_schaeffer_excess(z: Any, omega: Any, d: Any, supremum: Any = None) -> np.ndarray:
-    """(S'(d)^2 + sigma^2 S(d)^2) / (sigma^2 sup_R |S|^2), float64 [..., N]: at most 1 at every real distance.
-
-    Duffin and Schaeffer 1937: sharper than Bernstein pointwise, equality everywhere for a single frequency.
-    supremum as in `bernstein_bound`. A spectrum of zeros gives 0.
+    """(S'(d)^2 + sigma^2 S(d)^2) / (sigma^2 sup_R |S|^2), float64 [..., N]: at most 1 at every real distance, 0 for a
+    spectrum of zeros. Duffin and Schaeffer 1937: sharper than Bernstein pointwise, equality everywhere for a single
+    frequency. supremum as in `bernstein_bound`.
     """
     z, omega = check_spectrum(z, omega)
     supremum = coef_bound(z, omega) if supremum is None else np.asarray(supremum, dtype=np.float64)
@@ -73,11 +69,9 @@ def nonvacuous_radius(omega: Any) -> float:
 def softmax_shift_bound(
     B1_max: float, delta: float, head_dim: int, attention_factor: float = 1.0
 ) -> tuple[float, float]:
-    """What a shift of all distances by delta tokens does to a softmax row, content and set of keys fixed.
-
-    eta = |delta| max_k B1_k attention_factor^2 / sqrt(D) bounds each logit's change. Then |change of log p_i| <= 2 eta
-    and the total variation is at most tanh(eta / 2). Keys added or removed are not covered.
-    Returns (bound on the change of log p_i, bound on the total variation).
+    """(bound on the change of log p_i, bound on the total variation) of a softmax row by a shift of all distances by
+    delta tokens, content and set of keys fixed: 2 eta and tanh(eta / 2), where eta = |delta| max_k B1_k
+    attention_factor^2 / sqrt(D) bounds each logit's change.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"RoPE rotates pairs, so head_dim must be even and at least 2: {head_dim=}")
@@ -92,9 +86,7 @@ def softmax_change(eta: float) -> tuple[float, float]:
 
 
 def windowed_counterexample() -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """(z, omega, window) of S(d) = sin(d/8) on [0, 4].
-
-    There max|S'| / (sigma max|S|) = 1 / sin(1/2) = 2.0858: a checker that takes the supremum over the window reports
-    a broken theorem. Random spectra do not show it.
+    """(z, omega, window) of S(d) = sin(d/8) on [0, 4], where max|S'| / (sigma max|S|) = 1 / sin(1/2) = 2.0858: a
+    checker that takes the supremum over the window reports a broken theorem. Random spectra do not show it.
     """
     return np.array([-1j]), np.array([1 / 8]), (0.0, 4.0)

@@ -65,9 +65,8 @@ class LayerSpectra:
 
 
 def choose_pairs(tokens: int, number: int, seed: int) -> Pairs:
-    """Stratified pairs: near (distance below T/8), far (at least T/2), and any query with the first token.
-
-    A pure function of its arguments, the same for all layers and heads. Raises ValueError if there are too few tokens.
+    """Stratified pairs: near (distance below T/8), far (at least T/2), and any query with the first token; a pure
+    function of its arguments, the same for all layers and heads. Raises ValueError if there are too few tokens.
     """
     if tokens < 16:
         raise ValueError(f"the text must have at least 16 tokens to choose near, far and first pairs: {tokens=}")
@@ -93,13 +92,12 @@ def capture(
     without_rope: list[int] | None = None,
 ) -> RopeGeometry:
     """Run the model over a text [T] and hand each layer's spectra to `consume`, which should not keep all of them.
+    Returns the geometry of the layers that an extension scales.
 
     Each layer is held against its own set of frequencies. length: tokens that the model believes to read, where its
-    scaling depends on it (default T). without_rope: gets the layers that turn nothing, which are left out. Returns the
-    geometry of the layers that an extension scales.
-    Raises ValueError if a weight gives a value that is not finite, if the model's source has not the two functions, if
-    the model's score is no function of the distance, or if S differs from the model's own logit by more than its dtype
-    explains.
+    scaling depends on it (default T). without_rope: gets the layers that turn nothing, which are left out. Raises
+    ValueError if a value is not finite, if the model's source has not the two functions, if its score is no function of
+    the distance, or if S differs from the model's own logit by more than its dtype explains.
     """
     geometry = rope_geometry(model.config)
     sets = frequencies_by_layer(model.config, length or len(input_ids))
@@ -159,9 +157,8 @@ def capture(
 
 
 def capture_tokens(model: PreTrainedModel, input_ids: Any, consume: Callable[[LayerSpectra], None]) -> RopeGeometry:
-    """`capture` with every token once as a query and once as a key; q and k are in the order of the text.
-
-    The pairs join the first token with the last, so that the model's own logits are checked at distances of all sizes.
+    """`capture` with every token once as a query and once as a key; q and k are in the order of the text. The pairs
+    join the first token with the last, so that the model's own logits are checked at distances of all sizes.
     """
     places = np.arange(len(input_ids))
 
@@ -173,10 +170,8 @@ def capture_tokens(model: PreTrainedModel, input_ids: Any, consume: Callable[[La
 
 @dataclass(frozen=True)
 class _Turn:
-    """One application of the model's rotation.
-
-    q, k: (before, after) it, [H, T, R]. first, second: components of each pair, int [n]; the first turns towards the
-    second. place: where the rotation puts each component, int [R].
+    """One application of the model's rotation. q, k: (before, after) it, [H, T, R]. first, second: components of each
+    pair, int [n]; the first turns towards the second. place: where the rotation puts each component, int [R].
     """
 
     q: tuple[torch.Tensor, torch.Tensor]
@@ -188,7 +183,6 @@ class _Turn:
 
 def measured_pairs(rotate: Callable[[torch.Tensor], torch.Tensor], q_BHTR: torch.Tensor) -> tuple[np.ndarray, ...]:
     """(first, second, place) of a rotation as in `_Turn`, from what it makes of unit vectors at positions 0 and 1.
-
     Raises ValueError if what it does is not to turn pairs.
     """
     tokens, rotary = q_BHTR.shape[-2:]
@@ -216,11 +210,10 @@ def _complex(
     dtype: torch.dtype,
     layer: int,
 ) -> tuple[np.ndarray, int]:
-    """(pairs of q or k as complex numbers [H, P, n]; where their part of the head begins in what attention is given).
-
-    used: what attention is given, [H, P, D]. A factor for each head and token between rotation and attention (a norm
-    without weights, a temperature that grows with the position) is taken along, and so are heads that were repeated.
-    Raises ValueError for anything else in between.
+    """(pairs of q or k as complex numbers [H, P, n]; where their part of the head begins in `used` [H, P, D], what
+    attention is given). A factor for each head and token between rotation and attention (a norm without weights, a
+    temperature that grows with the position) is taken along, and so are heads that were repeated. Raises ValueError for
+    anything else.
     """
     before, after = (_pick(x, places) for x in turned)
     if not np.isfinite(used).all():

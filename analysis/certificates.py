@@ -23,9 +23,8 @@ BLOCK = 1 << 21  # complex numbers held at a time
 
 
 def roundoff(z: Any, omega: Any, reach: float, order: int = 0, unit: float = UNIT_ROUNDOFF) -> np.ndarray:
-    """Bound on the error of a computed S^(order)(d), |d| <= reach, float64 [...]: the frequencies are taken as exact.
-
-    u sum_j a_j |omega_j|^r (2n + c + |omega_j| reach): 2n for a sum of 2n products in any order (Higham, Accuracy and
+    """Bound on the error of a computed S^(order)(d), |d| <= reach, float64 [...]: the frequencies are taken as exact. u
+    sum_j a_j |omega_j|^r (2n + c + |omega_j| reach): 2n for a sum of 2n products in any order (Higham, Accuracy and
     Stability, 3.1), |omega_j| reach for the rounded angle, c for the sines, the power and the amplitude.
     """
     z, omega = check_spectrum(z, omega)
@@ -36,12 +35,10 @@ def roundoff(z: Any, omega: Any, reach: float, order: int = 0, unit: float = UNI
 
 
 def certified_max(z: Any, omega: Any, lo: float, hi: float, order: int = 0, rtol: float = 1e-3) -> tuple[Any, Any, int]:
-    """Rigorous enclosure of max |S^(order)| over the real interval [lo, hi].
-
-    z: complex [n], or [P, n] for P spectra at once. Returns (lower, upper, evaluations); floats for one spectrum, else
-    float64 [P]. upper <= lower (1 + rtol) up to rounding. Where the maximum itself is at the level of rounding, so that
-    no relative accuracy can be had in float64, the enclosure is as narrow as rounding allows.
-    Raises ValueError if the interval is empty or not finite, or rtol is not in (0, 1).
+    """(lower, upper, evaluations): rigorous enclosure of max |S^(order)| over the real interval [lo, hi]. z: complex
+    [n] gives floats, [P, n] float64 [P]. upper <= lower (1 + rtol) up to rounding; where the maximum itself is at the
+    level of rounding, the enclosure is as narrow as rounding allows. Raises ValueError if the interval is empty or not
+    finite, or rtol is not in (0, 1).
     """
     z, omega = check_spectrum(z, omega)
     order = check_order(order)
@@ -61,9 +58,8 @@ def certified_max(z: Any, omega: Any, lo: float, hi: float, order: int = 0, rtol
 def enclose_max(
     z: np.ndarray, omega: np.ndarray, lo: float, hi: float, rtol: float, *, absolute: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Enclosure of max |S| (absolute) or max S over [lo, hi] for spectra z [P, n].
-
-    The width is rtol of the maximum, or rtol of sum a if the maximum of S alone is not positive.
+    """Enclosure of max |S| (absolute) or max S over [lo, hi] for spectra z [P, n]. The width is rtol of the maximum, or
+    rtol of sum a if the maximum of S alone is not positive.
     """
     reach = max(abs(lo), abs(hi))
     if np.abs(omega).max() * reach > 2**40:

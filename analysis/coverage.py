@@ -18,11 +18,10 @@ from endprompt.positions import Intervals
 
 @dataclass(frozen=True)
 class Coverage:
-    """One scheme's view of the distances 0..target-1.
-
-    counts: expected pairs a row at each distance, float64 [target]. gap_rms: predicted error of the score on the
-    reference gap, if every observed distance is seen once. gap_rms_by_pairs: the same number of observations as the row
-    has tokens, spread as its pairs are. Both in units of the score's own root mean square.
+    """One scheme's view of the distances 0..target-1. counts: expected pairs a row at each distance, float64 [target].
+    gap_rms: predicted error of the score on the reference gap, if every observed distance is seen once;
+    gap_rms_by_pairs: with as many observations as the row has tokens, spread as its pairs are. Both in units of the
+    score's own root mean square.
     """
 
     scheme: str

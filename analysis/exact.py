@@ -21,8 +21,8 @@ def amplification_log10(
 ) -> float:
     """log10 of the largest ratio of a score's root mean square on the gap to that on the observed distances.
 
-    Frequencies base^(-2j/D) / factor, computed with that many bits. The largest eigenvalue of G_obs^-1 G_gap by power
-    iteration, twice: with four fifths of the bits the answer must be the same, else a plausible wrong number could go
+    The largest eigenvalue of G_obs^-1 G_gap by power iteration, at frequencies base^(-2j/D) / factor with that many
+    bits, and again with four fifths of them: the answer must be the same, else a plausible wrong number could go
     unnoticed. Raises ImportError without python-flint, ValueError if the two differ.
     """
     flint = _flint()

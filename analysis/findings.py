@@ -53,11 +53,9 @@ CHECKS = {
 
 @dataclass
 class VerifyReport:
-    """What `verify` found.
-
-    shares: bound -> share of pairs within it over all layers and heads (1.0 unless something is wrong).
-    worst: bound -> largest value over bound. rows: the rows written. curves: the content of curves.json, from which the
-    figures are drawn. directory: of the run.
+    """What `verify` found. shares: bound -> share of pairs within it over all layers and heads (1.0 unless something is
+    wrong). worst: bound -> largest value over bound. rows: the rows written. curves: the content of curves.json, from
+    which the figures are drawn. directory: of the run.
     """
 
     checkpoint: str
@@ -253,9 +251,8 @@ class Findings:
         return VerifyReport(curves["checkpoint"], shares, worst, rows, curves, directory)
 
     def predict(self, layers: list[dict[str, Any]]) -> dict[str, Any]:
-        """Observed against gap, for what training changed (or for S itself), beside the worst and the average case.
-
-        All are for coefficients of norm 1. A pair above the worst case would break a theorem.
+        """Observed against gap, for what training changed (or for S itself), beside the worst and the average case, for
+        coefficients of norm 1. A pair above the worst case would break a theorem.
         """
         scene = self.scene
         norm = np.concatenate([r["norm"] for r in layers])
@@ -364,9 +361,8 @@ class Findings:
 
 
 def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: Maxima) -> dict[str, np.ndarray]:
-    """Value over bound, [P] for each of CHECKS: what is certainly reached over what the theorem allows anywhere.
-
-    The rounding of the value is taken off, so a ratio above 1 is a violation and not noise.
+    """Value over bound, [P] for each of CHECKS: what is certainly reached (its rounding is taken off, so a ratio above
+    1 is a violation and not noise) over what the theorem allows anywhere.
     """
     sigma = np.abs(omega).max()
     sum_a = coef_bound(z, omega)

@@ -44,7 +44,6 @@ def gap_error(
     prior: np.ndarray | None = None,
 ) -> float:
     """Predicted error of the score in the gap, in units of its own root mean square; the average case of README.md.
-
     rows: (Gram matrix of a row's pairs, number of observations), None for no training. pretraining: (theta, L0), the
     distances 0..L0-1 as observations at those frequencies, with the same coefficients. prior: energies [n], scaled to a
     score of mean square 1; None for the same energy at each frequency.
@@ -65,10 +64,9 @@ def gap_error(
 
 
 def left_range(energy: np.ndarray, theta: np.ndarray, omega: np.ndarray, window: int, target: int) -> np.ndarray:
-    """Share of the energy at frequencies whose angles leave the trained range: the usual account of PI, NTK and YaRN.
-
-    Frequency j does if it made no whole turn in pretraining, theta_j L0 < 2 pi, and turns further over the target,
-    omega_j L > theta_j L0.
+    """Share of the energy at frequencies whose angles leave the trained range, the usual account of PI, NTK and YaRN:
+    those that made no whole turn in pretraining, theta_j L0 < 2 pi, and turn further over the target, omega_j L >
+    theta_j L0.
     """
     trained = theta * window
     leaves = (trained < 2 * math.pi) & (omega * target > trained * (1 + 1e-9))
@@ -83,10 +81,9 @@ def unseen_angles(
     target: int,
     observed: Sequence[tuple[int, int]] = (),
 ) -> np.ndarray:
-    """Share of the target's distances, weighted by energy, at angles seen neither in pretraining nor in the rows.
-
-    A frequency has seen the arc from 0 to theta_j L0, and for each interval of distances that rows show the arc
-    from omega_j lo to omega_j hi; distances are 0..L-1. Ours: `left_range` by degrees, and with what rows add.
+    """Share of the target's distances 0..L-1, weighted by energy, at angles seen neither in pretraining (the arc from 0
+    to theta_j L0) nor in the rows (for each interval of distances the arc from omega_j lo to omega_j hi). Ours:
+    `left_range` by degrees, and with what rows add.
     """
     angle = np.multiply.outer(np.arange(target), omega)
     seen = np.mod(angle, 2 * math.pi) <= theta * window
@@ -96,18 +93,16 @@ def unseen_angles(
 
 
 def local_change(energy: np.ndarray, theta: np.ndarray, omega: np.ndarray, distances: int) -> np.ndarray:
-    """Root mean square change of the score by scaling over the distances 1..m, in units of the score's own.
-
-    [2 sum e_j mean(1 - cos((omega_j - theta_j) d)) / sum e_j]^(1/2), random phases: 0 for none, 2^(1/2) for a score
-    that has nothing to do with the one before.
+    """Root mean square change of the score by scaling over the distances 1..m, in units of the score's own: [2 sum e_j
+    mean(1 - cos((omega_j - theta_j) d)) / sum e_j]^(1/2), random phases: 0 for none, 2^(1/2) for a score that has
+    nothing to do with the one before.
     """
     return np.sqrt(2 * share(energy, _turned(theta - omega, distances)))
 
 
 def resolution_lost(energy: np.ndarray, theta: np.ndarray, omega: np.ndarray, distances: int) -> np.ndarray:
-    """What interpolation costs near by: 1 - V(omega) / V(theta), V = sum e_j mean(1 - cos(omega_j d)) over d = 1..m.
-
-    V is half the mean square of S(d) - S(0) with random phases: how far neighbours are told apart. Ours.
+    """What interpolation costs near by: 1 - V(omega) / V(theta), V = sum e_j mean(1 - cos(omega_j d)) over d = 1..m,
+    half the mean square of S(d) - S(0) with random phases: how far neighbours are told apart. Ours.
     """
     before, after = share(energy, _turned(theta, distances)), share(energy, _turned(omega, distances))
     return np.where(before > 0, 1 - after / np.maximum(before, TINY), 0.0)
@@ -118,9 +113,8 @@ def _turned(omega: np.ndarray, distances: int) -> np.ndarray:
 
 
 def distance_share(energy: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """How much of a head's score is carried by distance alone: sum |m_j|^2 / sum e_j, from 0 to 1.
-
-    Ours, after the positional heads of arXiv 2410.08703, which correlates dimensions with distances.
+    """How much of a head's score is carried by distance alone: sum |m_j|^2 / sum e_j, from 0 to 1. Ours, after the
+    positional heads of arXiv 2410.08703, which correlates dimensions with distances.
     """
     return np.sum(np.abs(mean) ** 2, axis=-1) / np.maximum(np.sum(energy, axis=-1), TINY)
 
@@ -128,9 +122,8 @@ def distance_share(energy: np.ndarray, mean: np.ndarray) -> np.ndarray:
 def distance_change(
     before: np.ndarray, after: np.ndarray, theta: np.ndarray, omega: np.ndarray, distances: int
 ) -> np.ndarray:
-    """Root mean square change of the mean score over the distances 0..m-1, over that of the mean score before.
-
-    before, after: mean spectra at theta and at omega; the same, where nothing was trained.
+    """Root mean square change of the mean score over the distances 0..m-1, over that of the mean score before. before,
+    after: mean spectra at theta and at omega; the same, where nothing was trained.
     """
     d = np.arange(distances)
     curves = [
@@ -144,11 +137,10 @@ def distance_change(
 def separation(
     q: np.ndarray, k: np.ndarray, power_q: np.ndarray, power_k: np.ndarray, omega: np.ndarray, length: int
 ) -> np.ndarray:
-    """Distance between the means of rotated queries and keys over the root of their variances' sum, no unit.
-
-    q, k: means E[q_j], E[k_j] before RoPE; power: E|q_j|^2, E|k_j|^2; positions uniform on 0..length-1. RoPE shrinks
-    the mean of component j by |sum_p exp(i omega_j p)| / length and leaves the power as it is. Ours, after arXiv
-    2603.18017, which finds that long inputs pull the two clusters into each other and that sinks fail with them.
+    """Distance between the means of rotated queries and keys over the root of their variances' sum, no unit. q, k:
+    means E[q_j], E[k_j] before RoPE; power: E|q_j|^2, E|k_j|^2; positions uniform on 0..length-1. RoPE shrinks the mean
+    of component j by |sum_p exp(i omega_j p)| / length and leaves the power as it is. Ours, after arXiv 2603.18017:
+    long inputs pull the two clusters into each other, and sinks fail with them.
     """
     half = omega / 2
     kernel = np.divide(np.sin(half * length), length * np.sin(half), out=np.ones_like(omega), where=np.sin(half) != 0)

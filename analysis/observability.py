@@ -29,7 +29,6 @@ def distance_segments(
     target: int, context: int, prompt: int, scheme: str = "endprompt", *, count: int = 4
 ) -> tuple[Intervals, Intervals]:
     """(observed, gap): inclusive intervals of relative distances 0..target-1, over all rows that a scheme can draw.
-
     count: number of anchors (scheme `anchors`). The gap may be empty. Raises ValueError if the sizes do not fit
     together, or the end prompt is longer than the context.
     """
@@ -48,11 +47,10 @@ def size(segments: Intervals) -> int:
 
 
 class _Counter:
-    """Pairs at each distance, summed over outcomes, exact in int64.
-
-    The pairs between a run of p tokens and a run of q tokens form a trapezoid over the distance: the second integral
-    of four impulses. Moved by every shift of a range it is the third integral of eight; if both runs are moved, the
-    fourth of sixteen. So a whole scheme costs a few impulses an outcome and four running sums.
+    """Pairs at each distance, summed over outcomes, exact in int64. The pairs between a run of p tokens and a run of q
+    tokens form a trapezoid over the distance: the second integral of four impulses. Moved by every shift of a range it
+    is the third integral of eight; if both runs are moved, the fourth of sixteen. So a whole scheme costs a few
+    impulses an outcome and four running sums.
     """
 
     def __init__(self, target: int):
@@ -62,7 +60,6 @@ class _Counter:
 
     def add(self, first: Any, second: Any, start: Any, shifts: Any = 1, weight: int = 1, *, backward: Any = 1) -> None:
         """Pairs of a run of `first` tokens with a later run of `second`, starts `start` apart, over `shifts` shifts.
-
         backward: shifts of the first run, which bring the two together. Arrays stand for that many outcomes.
         """
         first, second, start, shifts, backward = np.broadcast_arrays(first, second, start, shifts, backward)
@@ -81,10 +78,9 @@ class _Counter:
 
 
 def pair_counts(scheme: str, context: int, prompt: int, target: int, *, count: int = 4) -> np.ndarray:
-    """Expected number of (query, key) pairs of a row at each relative distance 0..target-1, float64 [target].
-
-    Exact: the sum over all outcomes of the scheme's draws, divided by their number. A token with itself counts (d = 0).
-    count: number of anchors (scheme `anchors`). Sentences are taken to be of equal length.
+    """Expected number of (query, key) pairs of a row at each relative distance 0..target-1, float64 [target]. Exact:
+    the sum over all outcomes of the scheme's draws, divided by their number. A token with itself counts (d = 0). count:
+    number of anchors (scheme `anchors`). Sentences are taken to be of equal length.
     """
     positions.check_sizes(context, prompt, target, scheme)
     if prompt > context:
@@ -171,9 +167,8 @@ def _add_spread(counter: _Counter, starts: list[int], n: int, room: int, scheme:
 
 def gram(omega: Any, segments: Intervals) -> np.ndarray:
     """Gram matrix of cos(omega_j d), sin(omega_j d) over integer intervals, float64 [2n, 2n]: the mean over distances.
-
-    Closed form: the sums of cos(alpha d) and sin(alpha d) over an interval are Dirichlet kernels at omega_i +- omega_j.
-    Raises ValueError if there is no distance.
+    Closed form: the sums of cos(alpha d) and sin(alpha d) are Dirichlet kernels at omega_i +- omega_j. Raises
+    ValueError if there is no distance.
     """
     omega = np.asarray(omega, dtype=np.float64)
     distances = size(segments)
@@ -219,12 +214,12 @@ def gram_weighted(omega: Any, weights: Any, block: int = 8192) -> np.ndarray:
 def posterior_gap_rms(G_obs: Any, n_obs: float, G_gap: Any, sigma: float, prior: Any = None) -> float:
     """Root mean square error of the score in the gap that is left after n_obs noisy observations: the average case.
 
-    Coefficients c ~ N(0, prior), one observation with noise sigma for each of n_obs distances:
-    r^2 = tr(G_gap (prior^-1 + n_obs G_obs / sigma^2)^-1).
-    prior: None for I/n (white, a score of mean square 1), an array [n] of mean-square amplitudes a_j^2 (half of it to
-    the cosine, half to the sine; their sum is twice the score's mean square), or a covariance [2n, 2n].
-    G_gap may be taken at other frequencies than G_obs (interpolation after pretraining). Raises ValueError if sigma or
-    n_obs is not positive, the matrices do not fit, or rounding would be mistaken for information.
+    Coefficients c ~ N(0, prior), one observation with noise sigma for each of n_obs distances: r^2 = tr(G_gap (prior^-1
+    + n_obs G_obs / sigma^2)^-1). prior: None for I/n (white, a score of mean square 1), an array [n] of mean-square
+    amplitudes a_j^2 (half of it to the cosine, half to the sine; their sum is twice the score's mean square), or a
+    covariance [2n, 2n]. G_gap may be taken at other frequencies than G_obs (interpolation after pretraining). Raises
+    ValueError if sigma or n_obs is not positive, the matrices do not fit, or rounding would be mistaken for
+    information.
     """
     G_obs, G_gap = _check_grams(G_obs, G_gap)
     if not (sigma > 0 and math.isfinite(sigma) and n_obs > 0 and math.isfinite(n_obs)):
@@ -265,13 +260,14 @@ def _check_grams(G_obs: Any, G_gap: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def worst_gap(G_obs: Any, G_gap: Any, eps: float, rtol: float = 1e-6) -> tuple[float, np.ndarray]:
-    """Largest root mean square in the gap of a score with ‖c‖ <= 1 and at most eps on the observed distances.
+    """(value, coefficients of an extremal score [2n]): largest root mean square in the gap of a score with ‖c‖ <= 1 and
+    at most eps on the observed distances.
 
-    By duality [min_{t >= 0} max(lambda_max(G_gap - t G_obs), 0) + t eps^2]^(1/2), the S-lemma. It is exact: a
-    semidefinite program with two constraints has a solution of rank one (Pataki 1998). The positive part matters where
-    eps alone holds the coefficients below norm 1. Returns (value, coefficients of an extremal score [2n]).
-    Raises ValueError if eps is not positive, or so small that float64 cannot carry the answer: the primal value of the
-    returned coefficients and the dual value, a lower and an upper bound, must agree to rtol.
+    By duality [min_{t >= 0} max(lambda_max(G_gap - t G_obs), 0) + t eps^2]^(1/2), the S-lemma, exact: a semidefinite
+    program with two constraints has a solution of rank one (Pataki 1998). The positive part matters where eps alone
+    holds the coefficients below norm 1. Raises ValueError if eps is not positive, or so small that float64 cannot carry
+    the answer: the primal value of the returned coefficients and the dual value, a lower and an upper bound, must agree
+    to rtol.
     """
     A, B = _check_grams(G_gap, G_obs)
     if not (eps > 0 and math.isfinite(eps)):
@@ -342,9 +338,8 @@ def _inside_the_ball(A: np.ndarray, B: np.ndarray, eps: float) -> tuple[float, n
 
 
 def _blend(u: np.ndarray, v: np.ndarray, B: np.ndarray, budget: float) -> np.ndarray:
-    """The unit vector in the plane of u and v, between them, whose observed mean square is the budget.
-
-    Where two eigenvalues of the dual cross, the extremal score is a mixture of the two eigenvectors.
+    """The unit vector in the plane of u and v, between them, whose observed mean square is the budget: where two
+    eigenvalues of the dual cross, the extremal score is a mixture of the two eigenvectors.
     """
     if u @ v < 0:
         v = -v

@@ -19,9 +19,8 @@ SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 
 
 def outlook(geometry: Any, window: int, target: int, context: int, config: Any) -> dict[str, Any]:
-    """What a checkpoint's RoPE lets the schemes determine, around the target and context at hand; plain lists.
-
-    The gap is that of a fixed end prompt, or of none; `schemes` and `pretraining` are empty where rows leave none.
+    """What a checkpoint's RoPE lets the schemes determine, around the target and context at hand; plain lists. The gap
+    is that of a fixed end prompt, or of none; `schemes` and `pretraining` are empty where rows leave none.
     """
     base, rotary = geometry.parameters["rope_theta"], geometry.rotary_dim
     kind = geometry.parameters.get("rope_type", "default")

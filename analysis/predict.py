@@ -93,9 +93,8 @@ class Moments:
 
 
 class Reading:
-    """What layers of one kind give, each head with the same weight; a layer's queries and keys are let go.
-
-    theta: frequencies of pretraining [n]. scalings: name -> (frequencies at the target [n], attention factor).
+    """What layers of one kind give, each head with the same weight; a layer's queries and keys are let go. theta:
+    frequencies of pretraining [n]. scalings: name -> (frequencies at the target [n], attention factor).
     """
 
     def __init__(
@@ -188,10 +187,10 @@ class Reading:
 
 def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any = None) -> Reading:
     """One text through the layers of a checkpoint that an extension scales, as `endprompt.model.kinds` has it.
-
     scalings: by the names of `analysis.spectra.with_factor`. trained: the checkpoint once extended to the target, whose
     own layers and frequencies are measured in their place, under the name `trained`: a directory, or (directory,
-    config) of weights that are to be read under another config. Raises ValueError for what cannot be predicted."""
+    config) of weights that are to be read under another config. Raises ValueError for what cannot be predicted.
+    """
     from endprompt import model as models
     from endprompt.files import read_text
     from endprompt.model.geometry import extended_config, window_of
@@ -258,7 +257,8 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
 
 def even_factor(config: PredictConfig, scaling: str) -> float:
     """The attention factor, 1 to 2, at which a scaling's frequencies keep the entropy at the target that the base has
-    in its window, before any training; the nearer end where none does."""
+    in its window, before any training; the nearer end where none does.
+    """
     names = {f"{scaling}@{factor}": factor for factor in np.linspace(1, 2, 11)}
     reading = read(config, names)
     entropy = np.array([reading.of_scaling(name)["entropy"] for name in names])

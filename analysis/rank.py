@@ -28,8 +28,7 @@ MAX_DENOMINATOR = 10_000
 
 
 def freq_rank(base: float, head_dim: int) -> int:
-    """Dimension over the rationals of the span of theta_0..theta_{n-1}: n / gcd(g, n). Scaling by s does not change it.
-
+    """Dimension over the rationals of the span of theta_0..theta_{n-1}: n / gcd(g, n); scaling by s does not change it.
     base: any rational above 1 (a float is taken exactly). Raises ValueError for an odd head_dim.
     """
     return len(frequency_classes(base, head_dim))
@@ -63,11 +62,11 @@ def integer_root(x: int, g: int) -> int | None:
 def true_sup(z: Any, omega: Any, base: float, head_dim: int, order: int = 0, rtol: float = 1e-6) -> tuple[float, float]:
     """Enclosure (lo, hi) of sup |S^(order)| over the whole real line, for one spectrum z [n].
 
-    omega: the frequencies after scaling, each taken as a rational multiple of base^(-2j/D). Uniform scalings (none,
-    linear, and ntk and dynamic with their changed base) keep a class's frequencies in small whole proportions: then
-    hi <= lo (1 + rtol) up to rounding. Where the proportions are too large to be one periodic problem (the ramps of
-    yarn and llama3, longrope), hi takes the class's periodic parts as independent and lo is a value that the class
-    reaches: the enclosure stays valid and becomes wider. A frequency of 0 is a constant.
+    omega: the frequencies after scaling, each taken as a rational multiple of base^(-2j/D); one of 0 is a constant.
+    Uniform scalings (none, linear, and ntk and dynamic with their changed base) keep a class's frequencies in small
+    whole proportions: then hi <= lo (1 + rtol) up to rounding. Where the proportions are too large to be one periodic
+    problem (the ramps of yarn and llama3, longrope), hi takes the class's periodic parts as independent and lo is a
+    value that the class reaches: the enclosure stays valid and becomes wider.
     """
     z, omega = check_spectrum(z, omega)
     if z.ndim != 1:

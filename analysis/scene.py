@@ -135,7 +135,6 @@ def parse_heads(names: str, layers: int, heads: int) -> list[tuple[int, int]]:
 
 def resolved(config: VerifyConfig, settings: Any, base: Any | None) -> tuple[VerifyConfig, int, int]:
     """(the configuration with target, scheme, context, prompt and count; window before extension; window after it).
-
     Flags go before the checkpoint's own record, and that before what its config says. Raises ValueError where nothing
     says what the window was.
     """

@@ -22,18 +22,16 @@ LAYOUTS = ("half", "interleaved")
 def rope_freqs(
     base: float, head_dim: int, scheme: str = "none", factor: float = 1.0, original_length: int = 8192, **options: Any
 ) -> tuple[np.ndarray, float]:
-    """(frequencies in radians per token, float64 (D/2,); attention factor) of a RoPE scaling by its name.
-
-    Raises ValueError as endprompt.rope.inverse_frequencies does.
+    """(frequencies in radians per token, float64 (D/2,); attention factor) of a RoPE scaling by its name. Raises
+    ValueError as endprompt.rope.inverse_frequencies does.
     """
     return inverse_frequencies(scheme, base, head_dim, factor, original_length, **options)
 
 
 def with_factor(name: str, base: float, head_dim: int, factor: float, window: int) -> tuple[str, dict[str, Any]]:
-    """(scaling, options) of a name: a scaling, or NAME@FACTOR, its frequencies with that attention factor on q and k.
-
-    FACTOR is a number, or `yarn` for YaRN's own, 0.1 ln s + 1. Frequencies of scalings that know no such factor go as
-    the divisors of longrope, for every length. Raises ValueError for a factor that is not positive.
+    """(scaling, options) of a name: a scaling, or NAME@FACTOR, its frequencies with that attention factor on q and k: a
+    number, or `yarn` for YaRN's own, 0.1 ln s + 1. Frequencies of scalings that know no such factor go as the divisors
+    of longrope, for every length. Raises ValueError for a factor that is not positive.
     """
     name, at, stated = name.partition("@")
     if not at:
@@ -53,10 +51,9 @@ def with_factor(name: str, base: float, head_dim: int, factor: float, window: in
 
 
 def spectrum_from_qk(q: Any, k: Any, layout: str = "half") -> np.ndarray:
-    """z = q conj(k) as complex numbers, complex128 [..., n], from q and k [..., D] before RoPE.
-
-    layout: `half` pairs component j with j + n (Llama), `interleaved` pairs 2j with 2j + 1 (GPT-J, Cohere).
-    Raises ValueError if D is odd, the shapes differ, or a value is not finite.
+    """z = q conj(k) as complex numbers, complex128 [..., n], from q and k [..., D] before RoPE. layout: `half` pairs
+    component j with j + n (Llama), `interleaved` pairs 2j with 2j + 1 (GPT-J, Cohere). Raises ValueError if D is odd,
+    the shapes differ, or a value is not finite.
     """
     q, k = as_float64(q), as_float64(k)
     if q.shape[-1] != k.shape[-1]:

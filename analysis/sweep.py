@@ -39,11 +39,10 @@ DUFFIN_SCHAEFFER = 3
 
 @dataclass(frozen=True)
 class Maxima:
-    """Largest values of P spectra over the grid 0, h, 2h, ..., at most `last`; float64 [P] each.
-
-    size: order -> max |S^(order)| as computed. error: order -> bound on what rounding changed.
-    between: order -> what |S^(order)| may rise by between grid points, h^2 B_{order+2} / 8; so the maximum over real
-    distances lies in [size - error, size + error + between]. duffin_schaeffer: max of (S'^2 + sigma^2 S^2)^(1/2).
+    """Largest values of P spectra over the grid 0, h, 2h, ..., at most `last`; float64 [P] each. size: order -> max
+    |S^(order)| as computed. error: order -> bound on what rounding changed. between: order -> what |S^(order)| may rise
+    by between grid points, h^2 B_{order+2} / 8; so the maximum over real distances lies in [size - error, size + error
+    + between]. duffin_schaeffer: max of (S'^2 + sigma^2 S^2)^(1/2).
     """
 
     size: dict[int, np.ndarray]
@@ -57,9 +56,8 @@ class Sweep:
     """Everything that depends on the frequencies and the grid, and not on the spectra: use it for many of them."""
 
     def __init__(self, omega: Any, length: int, *, spacing: float = 1.0, device: str = "cpu"):
-        """Grid 0, spacing, ..., the last point the first one at or above length - 1.
-
-        Raises ValueError if length or spacing is not positive.
+        """Grid 0, spacing, ..., the last point the first one at or above length - 1. Raises ValueError if length or
+        spacing is not positive.
         """
         _, omega = check_spectrum(np.zeros(np.size(omega)), omega)
         self.fastest_first = np.argsort(-np.abs(omega), kind="stable")
@@ -91,9 +89,8 @@ class Sweep:
         }
 
     def error_per_amplitude(self, order: int, dtype: torch.dtype) -> np.ndarray:
-        """Bound on the rounding of S^(order) computed in dtype, for each unit of amplitude of each frequency [n].
-
-        Of a sum of n products twice, of the factors, and of the angles in float64; whole for what float32 leaves out.
+        """Bound on the rounding of S^(order) computed in dtype, for each unit of amplitude of each frequency [n]: of a
+        sum of n products twice, of the factors, and of the angles in float64; whole for what float32 leaves out.
         """
         size = np.abs(self.omega)
         share = UNITS[dtype] * (size.size + 16) + 2 * UNIT_ROUNDOFF * size * self.last

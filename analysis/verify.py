@@ -27,9 +27,8 @@ LAYERS = 4
 
 
 def verify(config: VerifyConfig) -> VerifyReport:
-    """Examine a checkpoint; writes rows, curves and figures into config.output and returns them.
-
-    Raises ValueError for impossible sizes and what the model loader refuses.
+    """Examine a checkpoint; writes rows, curves and figures into config.output and returns them. Raises ValueError for
+    impossible sizes and what the model loader refuses.
     """
     from analysis import figures
 

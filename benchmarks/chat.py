@@ -57,10 +57,9 @@ def number_of(text: str) -> int | float | str:
 
 
 def renderer(tokenizer: Any, date: str | None = None, arguments: str = "", system: str | None = None) -> Render:
-    """Messages to text by the tokenizer's chat template, as on the day `date`, with further arguments of the template.
-
-    Without a day the template reads the clock itself. system: a message in front. Raises ValueError if the tokenizer
-    has no template.
+    """Messages to text by the tokenizer's chat template, as on the day `date` (None: the template reads the clock
+    itself), with further arguments of the template. system: a message in front. Raises ValueError if the tokenizer has
+    no template.
     """
     given, day = settled(tokenizer, date, arguments)
 
@@ -80,10 +79,9 @@ SWITCHES = ("enable_thinking", "thinking")
 
 
 def with_thinking(tokenizer: Any, arguments: str, thinks: bool) -> str:
-    """The template's arguments with thinking turned on or off; found by rendering it both ways.
-
-    Raises ValueError for a template that cannot be told not to think, or never thinks, and for a tokenizer by which the
-    end of a thought cannot be seen.
+    """The template's arguments with thinking turned on or off; found by rendering it both ways. Raises ValueError for a
+    template that cannot be told not to think, or never thinks, and for a tokenizer by which the end of a thought cannot
+    be seen.
     """
     given = arguments_of(tokenizer, arguments)
 
@@ -140,9 +138,8 @@ def check_template(tokenizer: Any) -> None:
 
 
 def day_read(tokenizer: Any, date: str | None, arguments: str, otherwise: Callable[[], str]) -> str | None:
-    """The day that prompts are made for: `date`, else `otherwise()`; None where the template reads none.
-
-    A template with a day of its own, which `date_string` replaces (Llama 3.1's), keeps it unless `date` is given.
+    """The day that prompts are made for: `date`, else `otherwise()`; None where the template reads none. A template
+    with a day of its own, which `date_string` replaces (Llama 3.1's), keeps it unless `date` is given.
     """
     source = date_source(tokenizer, arguments)
     if source is None or (source == "own" and date is None):
@@ -151,9 +148,8 @@ def day_read(tokenizer: Any, date: str | None, arguments: str, otherwise: Callab
 
 
 def date_source(tokenizer: Any, arguments: str = "") -> Literal["clock", "date_string", "own"] | None:
-    """Where the template takes a day from: found by rendering it on different days.
-
-    "date_string": there is none if it is not given. "own": the template then writes one of its own.
+    """Where the template takes a day from: found by rendering it on different days. "date_string": there is none if it
+    is not given. "own": the template then writes one of its own.
     """
     given = arguments_of(tokenizer, arguments)
 

@@ -72,8 +72,8 @@ def originals(suite: str) -> dict[str, Original]:
 
 
 def data_file(suite: str, kind: str, data_dir: str | Path | None) -> Path:
-    """A suite's file in the user's folder. Raises ValueError that says what is missing and which command brings it,
-    and for a file that is not the one that was fetched, or whose known sha256 is another.
+    """A suite's file in the user's folder. Raises ValueError that says what is missing and which command brings it, and
+    for a file that is not the one that was fetched, or whose known sha256 is another.
     """
     source = originals(suite)[kind]
     paths = [Path(data_dir) / name for name in source.names] if data_dir is not None else []
@@ -104,9 +104,8 @@ def command(suite: str, data_dir: str | Path | None) -> str:
 
 
 def fetch(suites: Sequence[str], data_dir: str | Path) -> bool:
-    """Bring the files of the suites that are not in the folder yet; returns whether all are there.
-
-    Says each file's licence before it is fetched, and in a line each what could not be had.
+    """Bring the files of the suites that are not in the folder yet; returns whether all are there. Says each file's
+    licence before it is fetched, and in a line each what could not be had.
     """
     import requests
 
@@ -185,9 +184,8 @@ def source_note(path: Path) -> Path:
 
 
 def download(url: str, path: Path, sha256: str | None, session: requests.Session) -> str:
-    """Bring all that an address sends beside `path`, beginning where an earlier attempt broke off; its sha256.
-
-    Raises Refused for an address that gives no data, or breaks off again and again without bringing more.
+    """Bring all that an address sends beside `path`, beginning where an earlier attempt broke off; its sha256. Raises
+    Refused for an address that gives no data, or breaks off again and again without bringing more.
     """
     from requests import exceptions
     from urllib3.exceptions import HTTPError

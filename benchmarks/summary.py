@@ -46,10 +46,8 @@ def standard_error(scores: Sequence[float]) -> float | None:
 
 
 def interval(scores: Sequence[float], seed: int = 0) -> tuple[tuple[float, float], str]:
-    """(95% interval of the mean, its name) of scores in [0, 100].
-
-    Wilson's interval where every score is 0 or 100, or where all are the same (a bootstrap would have no width there);
-    else the percentile bootstrap.
+    """(95% interval of the mean, its name) of scores in [0, 100]: Wilson's where every score is 0 or 100, or where all
+    are the same (a bootstrap would have no width there); else the percentile bootstrap.
     """
     values = np.asarray(scores, dtype=np.float64)
     mean = float(values.mean())
@@ -81,10 +79,9 @@ def resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Difference second - first of scores on the same samples, with a paired bootstrap.
-
-    Keys: `value`, `ci95`, `p` (two-sided: share of resampled differences on the other side of 0, doubled), `n`.
-    Raises ValueError if the numbers of samples differ.
+    """Difference second - first of scores on the same samples, with a paired bootstrap: `value`, `ci95`, `p`
+    (two-sided: share of resampled differences on the other side of 0, doubled), `n`. Raises ValueError if the numbers
+    of samples differ.
     """
     if len(first) != len(second) or len(first) == 0:
         raise ValueError(f"a paired comparison needs the same samples: {len(first)} and {len(second)}")
@@ -160,9 +157,8 @@ def ruler_summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def depth_table(scored: Sequence[Mapping[str, Any]], bins: int = 10) -> list[dict[str, Any]]:
-    """Depth x length heat map: mean score of single answers by depth of their needle.
-
-    `scored`: per sample `length`, `depth` (percent, one per answer) and `found` (one per answer).
+    """Depth x length heat map: mean score of single answers by depth of their needle. `scored`: per sample `length`,
+    `depth` (percent, one per answer) and `found` (one per answer).
     """
     cells: dict[tuple[int, int], list[float]] = {}
     for sample in scored:
@@ -180,9 +176,8 @@ CELL = 18  # columns of a table's cell: `100.0 [99, 100]`
 
 
 def table(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
-    """Tasks by lengths, percent [95% interval], as text no wider than `width`: lengths that do not fit stand below.
-
-    The last line of a block has the averages, where more than one task was run.
+    """Tasks by lengths, percent [95% interval], as text no wider than `width`: lengths that do not fit stand below. The
+    last line of a block has the averages, where more than one task was run.
     """
     cells = {(row["task"], row["length"]): row for row in rows if row["suite"] == "ruler" and row["length"] is not None}
     averages = length_averages(rows)

@@ -238,10 +238,9 @@ def read_texts(names: Sequence[str]) -> Texts:
 def fit(
     checkpoint: Checkpoint, texts: Texts, prompt_of: Callable[[str], str], part: str | None, spare: int = 0
 ) -> list[int]:
-    """Ids of the prompt of the texts, which lose some of their start, middle or end where it is too long.
-
-    Says where they lie. spare: tokens that stay free beside the answer's. Raises ValueError if the prompt is too long
-    and no part is named, or if nothing of the texts would be left.
+    """Ids of the prompt of the texts, which lose some of their start, middle or end where it is too long; says where
+    they lie. spare: tokens that stay free beside the answer's. Raises ValueError if the prompt is too long and no part
+    is named, or if nothing of the texts would be left.
     """
     window, room = checkpoint.window, checkpoint.room - spare
 

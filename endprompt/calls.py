@@ -21,12 +21,10 @@ def extend(
     """Extend a checkpoint's window to `target` tokens; returns the finished checkpoint's directory.
 
     model: a directory, a hub's ORG/NAME (@REVISION), or a GGUF file. data: files, token shards, or a mixture
-    (`FILE:WEIGHT`). output: appears when the run is finished. settings: any other field of
-    `endprompt.config.ExtendConfig`, which are the flags of `endprompt extend` (steps or tokens must be among them):
+    (`FILE:WEIGHT`). output: appears when the run is finished. settings: the other flags of `endprompt extend`, fields
+    of `endprompt.config.ExtendConfig` (steps or tokens among them). Raises ValueError naming key, value and rule.
 
         endprompt.extend("base", "books.jsonl", "extended", 65536, scheme="pose", scaling="yarn", steps=1000)
-
-    Raises ValueError naming key, value and rule, before any weight is read where that is possible.
     """
     return call("extend", model=model, data=data, output=output, target=target, **settings)
 
@@ -34,25 +32,22 @@ def extend(
 def score(checkpoint: str | Path, **settings: Any) -> list[dict[str, Any]]:
     """Score a checkpoint on RULER, LongBench or short-text tasks; returns the rows of results, scores in percent.
 
-    settings: any other field of `benchmarks.scoring.ScoreConfig`, which are the flags of `endprompt score`:
+    settings: the other flags of `endprompt score`, fields of `benchmarks.scoring.ScoreConfig`. The rows are also in the
+    run's directory (`output`), from which the same call goes on. Raises ValueError naming key, value and rule.
 
-        endprompt.score("extended", tasks="niah_single_2,vt", lengths="4096,65536", samples=100)
-
-    The rows are also in the run's directory (`output`), from which the same call goes on if it was interrupted.
-    Raises ValueError naming key, value and rule.
+        endprompt.score("extended", tasks="niah_single_1,vt", lengths="4096,65536", samples=100)
     """
     return call("score", checkpoint=checkpoint, **settings)
 
 
 def verify(checkpoint: str | Path, **settings: Any) -> Any:
-    """Check the certified bounds on a checkpoint's own weights; returns an `analysis.findings.VerifyReport`.
+    """Check the certified bounds on a checkpoint's own weights; returns an `analysis.findings.VerifyReport`: `.holds`,
+    `.rows` of results, and `.table()`, what the command prints.
 
-    `.holds` says whether every bound holds, `.rows` are the rows of results, `.table()` is what the command prints.
-    settings: any other field of `analysis.config.VerifyConfig`, which are the flags of `endprompt verify`:
+    settings: the other flags of `endprompt verify`, fields of `analysis.config.VerifyConfig`. Raises ValueError naming
+    key, value and rule.
 
         assert endprompt.verify("extended", against="base", output="runs/verify").holds
-
-    Raises ValueError naming key, value and rule.
     """
     return call("verify", checkpoint=checkpoint, **settings)
 

@@ -120,10 +120,8 @@ def speaks() -> bool:
 
 
 def told(error: Exception, log: Path | None) -> str:
-    """An error in one line. The project's own are ValueError, OSError and ImportError, with a message for the user.
-
-    Anything else came from a package that we call, or is a fault of ours: the line names its type and the run's log, to
-    which the traceback is added.
+    """An error in one line. The project's own are ValueError, OSError and ImportError, with a message for the user; of
+    any other the line names its type and the run's log, to which the traceback is added.
     """
     if isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError):
         return one_line(error)
@@ -209,9 +207,8 @@ def sections(config_type: type) -> dict[str, tuple[str, str]]:
 
 
 def ungrouped(value: Any, config_type: type) -> Any:
-    """The configuration of a YAML file with the fields of its groups beside the others.
-
-    A field that is no more (`GONE`, with the value that it always has now) may still be given with that value.
+    """The configuration of a YAML file, the fields of its groups beside the others; a field that is no more (`GONE`)
+    may still be given with the value that it always has now.
     """
     if not isinstance(value, dict):
         return value
@@ -227,11 +224,9 @@ def ungrouped(value: Any, config_type: type) -> Any:
 
 
 def as_parsed(argv: list[str], config_type: type, recipes: dict[str, Path]) -> list[str]:
-    """The arguments as jsonargparse reads them.
-
-    `--save_every 5` and `--checkpoints.save_every 5` are `--save-every 5`, `--recipe NAME` is `--config FILE`. A bare
-    switch is true. The words of a list become one, `["a","b"]`; before the command's positional arguments a list takes
-    one word only and does not swallow them.
+    """The arguments as jsonargparse reads them: `--checkpoints.save_every 5` is `--save-every 5`, `--recipe NAME` is
+    `--config FILE`, a bare switch is true, the words of a list become one, `["a","b"]`. Before the command's positional
+    arguments a list takes one word only and does not swallow them.
     """
     hints = typing.get_type_hints(config_type)
     places = [field.name for field in dataclasses.fields(config_type) if is_positional(field)]
@@ -330,9 +325,8 @@ def launcher() -> list[str]:
 
 
 def foreign_package() -> str | None:
-    """What is wrong if one of our packages would be imported from elsewhere than beside this one, else None.
-
-    Two of their names are common ones. A folder of that name in front of ours on the path would be imported instead.
+    """What is wrong if one of our packages, two of which have common names, would be imported from a folder in front of
+    ours on the path; else None.
     """
     here = Path(__file__).resolve().parent.parent
     for name in PACKAGES:

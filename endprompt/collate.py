@@ -43,23 +43,19 @@ class PositionalCollator:
     """Samples to a batch whose rows have a scheme's positions and its end prompt.
 
     A sample is a mapping with `input_ids`, and may have `labels` (-100 for what carries no loss, else the ids) and
-    `index`. Its row is what `endprompt extend` makes of the document with the same seed and row index: the context, cut
-    to a window of it if the document is longer than a row, and the end prompt. Shorter documents stay whole, and rows
-    are padded on the right to the longest of the batch. What is drawn for a sample is a pure function of (seed, index).
-    Without an `index` the number is drawn from torch's own generator, as a Trainer's shuffling is.
+    `index`. Its row is what `endprompt extend` makes of the document with the same seed and row index, a pure function
+    of the two: the context, cut to a window of it if the document is longer than a row, and the end prompt. Shorter
+    documents stay whole; rows are padded on the right to the longest of the batch. Without an `index` it is drawn from
+    torch's own generator, as a Trainer's shuffling is. A sample may be several documents, as its `seq_lengths` (TRL's
+    `pack_dataset`) or `position_ids` that begin anew at 0 say: each is laid out by itself with an end prompt of its
+    own, as by `short_documents=apart`, for a model of prepare_model(packed=True).
 
-    A sample may be several documents, as its `seq_lengths` (TRL's `pack_dataset`) or `position_ids` that begin anew at
-    0 say. Each is then laid out by itself with an end prompt of its own, as by `short_documents=apart`; the model must
-    be one of prepare_model(packed=True).
-
-    tokenizer: its ids, its BOS in front of a row, and what pads (its own pad token, else EOS).
-    scheme: of endprompt.positions. target: the window to reach, in tokens. prompt: as of `endprompt extend`
-    (EP_1, "text:...", recall ..., or a list); default EP_1 where the scheme needs one.
-    row_tokens: most tokens of a row, the end prompt included; default the length of each document with its prompt.
-    prompt_weight: loss weight of the end prompt's scored tokens. weights: give `loss_weights`, float32 (B, T); without
-    them only the weights 0 and 1 can be had, as labels. A transformers Trainer takes them with `WeightedSteps`; TRL's
-    SFTTrainer has a loss of its own and does not.
-    options: anchors, recall_span, recall_given, seed, as of `endprompt extend`.
+    tokenizer: its ids, its BOS in front of a row, and what pads (its own pad token, else EOS). scheme, target (tokens),
+    prompt, and options (anchors, recall_span, recall_given, seed): as of `endprompt extend`. row_tokens: most tokens of
+    a row, the end prompt included; default the length of each document with its prompt. prompt_weight: loss weight of
+    the end prompt's scored tokens. weights: give `loss_weights`, float32 (B, T), for which a transformers Trainer needs
+    `WeightedSteps` and which TRL's SFTTrainer, with a loss of its own, does not take; without them labels say the
+    weights 0 and 1 alone.
     """
 
     def __init__(
@@ -93,9 +89,8 @@ class PositionalCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """input_ids, position_ids, labels, attention_mask: int64 (B, T); with `weights` also loss_weights: float32.
-
-        labels are not shifted, and loss_weights[b, t] is the weight of predicting token t, as labels[b, t] is. Raises
-        ValueError for a sample that is no single document, or makes no row.
+        labels are not shifted; loss_weights[b, t] is the weight of predicting token t, as labels[b, t] is. Raises
+        ValueError for a sample that makes no row.
         """
         rows = [self.row(sample) for sample in samples]
         longest = max(len(ids) for ids, _, _ in rows)
@@ -197,8 +192,8 @@ def _borders(sample: Mapping[str, Any], length: int, scheme: str) -> np.ndarray:
 class WeightedSteps:
     """Put before a transformers Trainer, which then takes `loss_weights`: class MyTrainer(WeightedSteps, Trainer).
 
-    A step's loss is then the sum of weighted losses by the total weight of the whole step, over its micro-batches and
-    all processes, as it is in `endprompt extend`. The Trainer alone would divide by the number of labels.
+    A step's loss is then the sum of weighted losses by the total weight of the whole step, over micro-batches and
+    processes, as in `endprompt extend`; the Trainer alone would divide by the number of labels.
     """
 
     def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -223,18 +218,17 @@ def prepare_model(
     rope_options: Mapping[str, Any] | None = None,
     packed: bool = False,
 ) -> PreTrainedModel:
-    """Set a loaded model, in place, to train at positions up to `target`; returns it.
+    """Set a loaded model, in place, to train at positions up to `target`; returns it. Call it before the Trainer, or
+    PEFT, wraps the model.
 
     Its config gets the new window and the whole `rope_parameters`, its RoPE modules the frequencies, its attention is
-    causal by the order of the row whatever the positions are, and its loss takes `loss_weights`. Call it before the
-    Trainer, or PEFT, wraps the model. `save_pretrained` then writes a standard checkpoint with stock attention, which
-    `endprompt score` and `verify` take.
+    causal by the order of the row whatever the positions are, and its loss takes `loss_weights`. `save_pretrained` then
+    writes a standard checkpoint with stock attention, which `endprompt score` and `verify` take.
 
     scaling, target, factor, window, attention, rope_options: as of `endprompt extend`. packed: a row may be of several
-    documents, which begin where positions do and attend within themselves; `attention` and `scaling` must be such as
-    `short_documents=apart` takes. Raises ValueError for what
-    `endprompt extend` refuses, among it a model whose loss or logits would not be those of transformers. A batch that
-    the attention would get wrong (padding on the left, packed rows, weights that no loss reads) is refused as it comes.
+    documents, which begin at position 0 and attend within themselves, by attentions and scalings that
+    `short_documents=apart` takes. Raises ValueError for what `endprompt extend` refuses; a batch that the attention
+    would get wrong (padding on the left, packed rows, weights that no loss reads) is refused as it comes.
     """
     if getattr(model, "peft_config", None):
         raise ValueError("prepare_model takes the plain model: call it before get_peft_model")
@@ -259,8 +253,8 @@ def prepare_model(
 
 
 def _rebuild(model: PreTrainedModel, config: Any) -> None:
-    """Make the model, in place, what transformers builds of `config`: its RoPE modules, and every number and name that
-    a module took from its config. The weights stay.
+    """Give the model, in place, the RoPE modules that transformers builds of `config` and every number and name that a
+    module took from its config. The weights stay.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -291,9 +285,8 @@ def weighted_loss(
     weight_total: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' next-token loss, with a weight for each label if there are `loss_weights` (B, T).
-
-    Divided by weight_total, the weight of a whole step; without one by that of this batch.
+    """transformers' next-token loss, with a weight for each label if there are `loss_weights` (B, T); divided by
+    weight_total, the weight of a whole step, else by that of this batch.
     """
     from transformers.loss.loss_utils import ForCausalLMLoss
 

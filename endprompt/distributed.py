@@ -34,10 +34,10 @@ from endprompt.files import sole_use
 class Context:
     """The processes that share each row's tokens: `rank` of `size` holds the tokens of its part, in their order.
 
-    Attention sees the whole row for a part of the heads (Jacobs et al. 2023, arXiv:2309.14509): before it each process
-    sends the heads of the others away and gets their tokens of its own, and the way back afterwards. So any attention
-    kernel serves, and each process does the same work whatever the mask.
-    Legend: B rows, H heads, T tokens of the row, t = T / size tokens of a part, D head dim.
+    Attention sees the whole row for a part of the heads (Jacobs et al. 2023, arXiv:2309.14509): each process sends the
+    heads of the others away and gets their tokens of its own, and back afterwards. So any kernel serves, and each
+    process does the same work whatever the mask. Legend: B rows, H heads, T tokens of the row, t = T / size tokens of a
+    part, D head dim.
     """
 
     def __init__(self, group: Any):

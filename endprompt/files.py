@@ -162,9 +162,8 @@ def check_fetched(path: str | os.PathLike[str]) -> None:
 
 
 def read_object(path: str | os.PathLike[str], *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object of a file that came from outside; {} if it is optional and nothing has its name.
-
-    Raises ValueError naming the file, as `read_whole` and `parse_object`.
+    """The JSON object of a file that came from outside; {} if it is optional and nothing has its name. Raises
+    ValueError naming the file.
     """
     if optional and not os.path.lexists(path):
         return {}
@@ -172,9 +171,8 @@ def read_object(path: str | os.PathLike[str], *, optional: bool = False) -> dict
 
 
 def kept(directory: str | os.PathLike[str], name: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-    """The JSON value of a cache that was made from `key`, which holds everything that it depends on.
-
-    One process makes it under a lock, the others wait. Raises ValueError if the file is not what was written.
+    """The JSON value of a cache that was made from `key`, which holds everything that it depends on; one process makes
+    it under a lock, the others wait. Raises ValueError if the file is not what was written.
     """
     from filelock import FileLock
 
@@ -226,10 +224,9 @@ def sha256_of(*parts: str | bytes) -> str:
 
 @contextlib.contextmanager
 def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold an output for this run alone, by a lock on `OUTPUT.lock`, which is gone afterwards.
-
-    The lock is the kernel's: a process that is killed lets go of it, and the file that it leaves behind hinders nobody.
-    Where the file system knows no locks nothing is held. Raises ValueError at once if another run holds the output.
+    """Hold an output for this run alone, by a kernel's lock on `OUTPUT.lock`, which is gone afterwards: a killed
+    process lets go of it. Where the file system knows no locks nothing is held. Raises ValueError at once if another
+    run holds it.
     """
     import fcntl
 

@@ -37,10 +37,9 @@ COARSE = ("Q2", "IQ2", "IQ1", "TQ1", "TQ2")
 
 
 def directory_of(typed: str | Path, *, weights: bool = True, code: bool = False) -> Path:
-    """The directory that holds what was typed; downloads or dequantises where that is needed.
-
-    weights: also the weights, not only configuration and tokenizer. code: also Python files of a hub's repository.
-    Raises ValueError in one line for what is none of the three, or cannot be had whole.
+    """The directory that holds what was typed; downloads or dequantises where that is needed. weights: also the
+    weights; code: also Python files of a hub's repository. Raises ValueError for what is none of the three, or cannot
+    be had whole.
     """
     path = Path(typed)
     if path.is_dir():
@@ -153,10 +152,8 @@ def cache_folder() -> Path:
 
 
 def from_gguf(path: Path) -> Path:
-    """The directory of a GGUF file's weights in bfloat16, made once a file.
-
-    Raises ValueError if it is no GGUF file, or of an architecture that transformers does not read, and without the
-    package `gguf`.
+    """The directory of a GGUF file's weights in bfloat16, made once a file. Raises ValueError if it is no GGUF file, or
+    of an architecture that transformers does not read, and without the package `gguf`.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":

@@ -36,10 +36,9 @@ from endprompt.shapes import GIB, SHAPES, Shape, tokens_at_a_time
 
 @dataclass(frozen=True)
 class Device:
-    """bfloat16 matrix rate in FLOP/s as sustained in training, memory traffic in bytes/s, usable memory in GiB.
-
-    The float8 rate has in it the conversions to float8. Only the H200's rates are measured (docs/speed.md); the float8
-    rate of an H100 is scaled from it.
+    """bfloat16 and float8 matrix rates in FLOP/s as sustained in training (conversions to float8 included), memory
+    traffic in bytes/s, usable memory in GiB. Only the H200's are measured (docs/speed.md); the H100's float8 rate is
+    scaled from it.
     """
 
     matmul: float
@@ -59,9 +58,8 @@ METHODS = ("endprompt", "full", "longlora")
 
 @dataclass(frozen=True)
 class Attention:
-    """An H200's rates in FLOP/s at endless rows, forward and backward, and the tokens that the diagonal costs.
-
-    Measured in training steps of 8,192 and 65,536 tokens a row (docs/speed.md); elsewhere they go with the products'.
+    """An H200's rates in FLOP/s at endless rows, forward and backward, and the tokens that the diagonal costs; measured
+    in steps of 8,192 and 65,536 tokens a row (docs/speed.md), on other devices in proportion to the products'.
     """
 
     forward: float
@@ -166,10 +164,9 @@ def shape_of(model: str, window: int | None = None) -> Shape:
 
 
 def counted(config: Any, window: int | None = None) -> Shape:
-    """The shape of transformers' own model of this config, made without weights (a second for any size).
-
-    Raises ValueError where the formulas of this module do not hold: a layer whose attention is not that of query, key,
-    value and output matrices of the config's heads, or experts of which the config does not say how many a token takes.
+    """The shape of transformers' own model of this config, made without weights (a second for any size). Raises
+    ValueError where the formulas of this module do not hold: attention by other than query, key, value and output
+    matrices of the config's heads, or experts of which the config does not say how many a token takes.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -393,9 +390,8 @@ def report(config: PlanConfig, made: list[Plan]) -> str:
 
 
 def advised(config: PlanConfig, shape: Shape) -> list[str]:
-    """What is said of the target beside the settings: the bounds on the RoPE base, and what `predict` put first.
-
-    Raises ValueError if the file of advice is of another target or holds no line of `predict`.
+    """What is said of the target beside the settings: the bounds on the RoPE base, and what `predict` put first. Raises
+    ValueError if the file of advice is of another target or holds no line of `predict`.
     """
     said = []
     if shape.base is not None and config.target > shape.window:

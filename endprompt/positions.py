@@ -18,10 +18,8 @@ Intervals = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of one row.
-
-    position_ids: int64 (context + prompt,), strictly increasing, all below the target.
-    split: index of the first token of the second chunk in the context (PoSE), or None if the context is one piece.
+    """position_ids: int64 (context + prompt,), strictly increasing, all below the target. split: index of the first
+    token of the second chunk in the context (PoSE), or None if the context is one piece.
     """
 
     position_ids: np.ndarray
@@ -74,9 +72,8 @@ def anchor_ends(context: int, prompt: int, target: int, count: int) -> list[int]
 
 
 def pose(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
-    """PoSE (Zhu et al. 2023, arXiv:2309.10400): two chunks, the second moved forward by u ~ U{0..L-n}.
-
-    The first chunk has r ~ U{1..(n+1)//2} tokens; n counts the context and the prompt, which has no place of its own.
+    """PoSE (Zhu et al. 2023, arXiv:2309.10400): two chunks, the first of r ~ U{1..(n+1)//2} tokens, the second moved
+    forward by u ~ U{0..L-n}; n counts the context and the prompt, which has no place of its own.
     """
     n = context + prompt
     positions, split = _two_chunks(n, target - n, _need(rng, "pose"))
@@ -90,11 +87,11 @@ def endprompt_pose(context: int, prompt: int, target: int, rng: np.random.Genera
 
 
 def sliding(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
-    """The first token at 0, the end prompt at L-b..L-1, the rest of the text in one piece anywhere between them (ours).
+    """The first token at 0, the end prompt at L-b..L-1, the rest of the text in one piece from 1 + u, u ~ U{0..L-n}
+    (ours).
 
-    The text starts at 1 + u, u ~ U{0..L-n}. What this imitates is a window of a long document: attention falls on the
-    first token wherever the query is (Xiao et al. 2023, arXiv:2309.17453), the question stands at the end, and what it
-    asks for lies at a uniform depth.
+    This imitates a window of a long document: attention falls on the first token wherever the query is (Xiao et al.
+    2023, arXiv:2309.17453), the question stands at the end, and what it asks for lies at a uniform depth.
     """
     shift = int(_need(rng, "sliding").integers(0, target - prompt - context, endpoint=True))
     positions = np.arange(context, dtype=np.int64)
@@ -111,10 +108,8 @@ Starts = Sequence[int] | None
 def sentences(
     context: int, prompt: int, target: int, rng: np.random.Generator | None = None, *, starts: Starts = None
 ) -> Layout:
-    """The row as what is left of a long document of which only some sentences were kept, each at its place (ours).
-
-    Pieces begin at `starts` (rising, the first is 0; default three equal pieces). PoSE with stratified
-    places and no torn sentence: the trainer cuts at random ends of sentences and lines.
+    """What is left of a long document of which only some sentences were kept, each at its place (ours). Pieces begin at
+    `starts` (rising from 0; default three equal ones): PoSE with stratified places and no torn sentence.
     """
     n = context + prompt
     return _spread(sentence_starts(n) if starts is None else starts, n, target, _need(rng, "sentences"), "sentences")
@@ -183,9 +178,8 @@ def check_sizes(context: int, prompt: int, target: int, scheme: str | None = Non
 
 
 def observed_distances(context: int, prompt: int, target: int) -> Intervals:
-    """Relative distances that one fixed end prompt shows, as disjoint inclusive intervals in rising order.
-
-    [0, a-1] and [0, b-1] inside the two parts, [L-a-b+1, L-1] between them; merged where they touch.
+    """Relative distances that one fixed end prompt shows, as disjoint inclusive intervals in rising order: [0, a-1] and
+    [0, b-1] inside the two parts, [L-a-b+1, L-1] between them; merged where they touch.
     """
     check_sizes(context, prompt, target)
     intervals = [(0, max(context, prompt) - 1)]
@@ -195,9 +189,8 @@ def observed_distances(context: int, prompt: int, target: int) -> Intervals:
 
 
 def gap(context: int, prompt: int, target: int) -> tuple[int, int] | None:
-    """The inclusive interval of distances below `target` never observed with a fixed end prompt, or None if none is.
-
-    Without an end prompt (prompt = 0) everything from `context` up to L-1 is unobserved.
+    """The inclusive interval of distances below `target` never observed with a fixed end prompt, or None; without one
+    (prompt = 0) everything from `context` up to L-1.
     """
     check_sizes(context, prompt, target)
     lo = max(context, prompt)

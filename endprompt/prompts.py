@@ -93,9 +93,8 @@ class Recall:
 
 
 class Question(Recall):
-    """The last line of a document with a completion, and the completion; documents without one are quoted from.
-
-    The line is part of the document and weighs as there: only the quotation is built here.
+    """The last line of a document with a completion, and the completion: part of the document, weighing as there.
+    Documents without one are quoted from, and only the quotation is built here.
     """
 
 
@@ -105,10 +104,9 @@ READ = {"recall": Recall, "question": Question}
 
 
 def prompt_kind(names: Sequence[str], encode: Encode, *, recall_span: int = 40, recall_given: int = 12) -> PromptKind:
-    """The end prompt by name: `recall`, `question`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...`.
-
-    encode: text to token ids as it stands after other text, without special tokens added. Raises ValueError for an
-    unknown name, an empty prompt, or an EP_2 that the tokenizer has no single token for.
+    """The end prompt by name: `recall`, `question`, or a set of `EP_1`, `EP_2`, `EP_3` and `text:...`. encode: text to
+    token ids as it stands after other text. Raises ValueError for an unknown name, an empty prompt, or an EP_2 that is
+    no single token.
     """
     check_names(names)
     if names[0] in READ:

@@ -46,10 +46,9 @@ def result_row(
     samples_sha256: str | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """One row of results. Scores are percent; `method` is `base` for an unextended model.
-
-    `seed` is None for an estimate over several seeds. `extra` adds columns (haystack, scheme, device ...). Raises
-    ValueError if the value is not finite or lies outside its own interval.
+    """One row of results. Scores are percent; `method` is `base` for an unextended model; `seed` None for an estimate
+    over several seeds; `extra` adds columns. Raises ValueError if the value is not finite or lies outside its own
+    interval.
     """
     if not math.isfinite(value):
         raise ValueError(f"a result must be finite (leave the row out instead): {suite=} {task=} {metric=} {value=}")

@@ -18,9 +18,8 @@ Frequencies = tuple[np.ndarray, float]
 
 
 def base_frequencies(base: float, head_dim: int) -> np.ndarray:
-    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864.
-
-    Raises ValueError if head_dim is odd or below 2, or base is not above 1.
+    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864. Raises ValueError if head_dim is odd or
+    below 2, or base is not above 1.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"RoPE rotates pairs, so head_dim must be even and at least 2: {head_dim=}")
@@ -53,9 +52,8 @@ def ntk_base(base: float, head_dim: int, factor: float) -> float:
 def dynamic(
     base: float, head_dim: int, factor: float, original_length: int, *, length: int | None = None
 ) -> Frequencies:
-    """Dynamic NTK at a sequence length (default: the extended window s * L0), as transformers computes it.
-
-    base * (s * length / L0 - (s - 1))^(D/(D-2)); at lengths up to L0 nothing is scaled.
+    """Dynamic NTK at a sequence length (default: the extended window s * L0), as transformers computes it: base * (s *
+    length / L0 - (s - 1))^(D/(D-2)); at lengths up to L0 nothing is scaled.
     """
     length = max(original_length, int(factor * original_length) if length is None else length)
     grown = factor * length / original_length - (factor - 1)
@@ -126,10 +124,8 @@ def longrope(
     attention_factor: float | None = None,
     length: int | None = None,
 ) -> Frequencies:
-    """LongRoPE: theta_j / lambda_j, with one list of divisors up to the original window and one beyond.
-
-    Ding et al. 2024, arXiv:2402.13753. `length` selects the list (default: beyond). The attention scale is
-    sqrt(1 + ln s / ln L0).
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): theta_j / lambda_j, with one list of divisors up to the original
+    window and one beyond, chosen by `length` (default: beyond). The attention scale is sqrt(1 + ln s / ln L0).
     """
     divisors = long_factor if length is None or length > original_length else short_factor
     if divisors is None:
@@ -142,9 +138,8 @@ def longrope(
 
 
 def longrope_start(head_dim: int, factor: float) -> dict[str, list[float]]:
-    """Divisors for a user without searched ones: 1 up to the original window, beyond it ntk's, a start of the search.
-
-    lambda_j = s^(2j/(D-2)): the fastest frequency stays, the slowest is divided by s.
+    """Divisors for a user without searched ones: 1 up to the original window, beyond it ntk's, lambda_j = s^(2j/(D-2)):
+    the fastest frequency stays, the slowest is divided by s.
     """
     exponents = np.arange(head_dim // 2) * 2.0 / (head_dim - 2)
     return {"short_factor": [1.0] * (head_dim // 2), "long_factor": (factor**exponents).tolist()}
@@ -188,9 +183,8 @@ CARRIED = ("partial_rotary_factor", "llama_4_scaling_beta", "finetuned", "max_po
 
 
 def unknown_keys(parameters: Mapping[str, Any]) -> list[str]:
-    """Keys of a config's rope_parameters that have a value and are neither read by its scaling nor known to be carried.
-
-    What would change nothing (a factor of 1) is none of them.
+    """Keys of a config's rope_parameters that have a value that changes something and are neither read by its scaling
+    nor known to be carried.
     """
     known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *CARRIED}
     known |= set(READ.get(parameters.get("rope_type", "default"), ()))
@@ -202,10 +196,9 @@ def unknown_keys(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def kept_options(parameters: Mapping[str, Any], factor: float, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A scaling's own options of a checkpoint that go on when it is extended again to `factor`.
-
-    A stated attention scale of 1 (none) goes on too. Raises ValueError for another one, which was made for the factor
-    before, unless the user's options state it anew.
+    """A scaling's own options of a checkpoint that go on when it is extended again to `factor`, a stated attention
+    scale of 1 too. Raises ValueError for another one, made for the factor before, unless the user's options state it
+    anew.
     """
     kind = parameters["rope_type"]
     kept = {key: parameters[key] for key in READ[kind] if key != "factor" and parameters.get(key) is not None}
@@ -222,9 +215,8 @@ def kept_options(parameters: Mapping[str, Any], factor: float, options: Mapping[
 def inverse_frequencies(
     scheme: str, base: float, head_dim: int, factor: float, original_length: int, **options: Any
 ) -> Frequencies:
-    """(frequencies in radians per token, float64 (head_dim/2,); attention factor on q and on k) of a scaling.
-
-    Raises ValueError if the scheme is unknown, factor < 1, original_length < 1, or head_dim is odd.
+    """(frequencies in radians per token, float64 (head_dim/2,); attention factor on q and on k) of a scaling. Raises
+    ValueError if the scheme or an option is unknown, factor < 1, original_length < 1, or head_dim is odd.
     """
     if scheme not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}: {scheme=}")
@@ -241,9 +233,8 @@ def inverse_frequencies(
 def rope_parameters(
     scheme: str, base: float, head_dim: int, factor: float, original_length: int, **options: Any
 ) -> dict[str, Any]:
-    """The whole `rope_parameters` of a transformers config that gives these frequencies.
-
-    `ntk` is exported as a changed rope_theta, so any reader of the config has it.
+    """The whole `rope_parameters` of a transformers config that gives these frequencies; `ntk` is exported as a changed
+    rope_theta, so any reader of the config has it.
     """
     inverse_frequencies(scheme, base, head_dim, factor, original_length, **options)  # refuses what is out of range
     if scheme == "none":
@@ -259,12 +250,10 @@ def rope_parameters(
 
 
 def frequencies_of(parameters: Mapping[str, Any], head_dim: int, window: int, length: int | None = None) -> Frequencies:
-    """Frequencies that a config's `rope_parameters` mean, by the same formulas.
-
-    head_dim: the whole head; partial rotary (`partial_rotary_factor`) rotates the first part of it only.
-    window: the config's max_position_embeddings. length: sequence length, where the scaling depends on it (dynamic and
-    longrope); default is the original window, the state of a model just loaded.
-    Raises ValueError for a rope_type this project does not know.
+    """Frequencies that a config's `rope_parameters` mean, by the same formulas. head_dim: the whole head, of which
+    partial rotary (`partial_rotary_factor`) rotates the first part. window: the config's max_position_embeddings.
+    length: of the sequence, where the scaling depends on it (dynamic and longrope); default the original window, the
+    state of a model just loaded. Raises ValueError for a rope_type that is not known.
     """
     parameters = dict(parameters)
     kind = parameters.get("rope_type", "default")

@@ -1,7 +1,5 @@
-"""What a run leaves about itself.
-
-A run directory holds `config.yaml` (resolved), `environment.json` (git revision, versions, device), `results.jsonl`
-(one row a line), `log.jsonl`, and what the run made.
+"""What a run leaves about itself: `config.yaml` (resolved), `environment.json` (git revision, versions, device),
+`results.jsonl` (one row a line), `log.jsonl`, and what the run made.
 """
 
 from __future__ import annotations

@@ -42,11 +42,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder. query: width of all query heads, default `hidden`.
-
-    stored: parameters of all decoder layers together; active: those in matrices that a token is multiplied with, fewer
-    where it is sent to some of the experts. Both default to those of Llama's layers. other: parameters that are neither
-    in a decoder layer nor in embeddings and head. base: of RoPE, 1 / its slowest frequency.
+    """Sizes of a decoder. query: width of all query heads, default `hidden`. stored: parameters of all decoder layers
+    together; active: those in matrices that a token is multiplied with, fewer where it is sent to some of the experts;
+    both default to those of Llama's layers. other: parameters neither in a layer nor in embeddings and head. base: of
+    RoPE, 1 / its slowest frequency.
     """
 
     vocabulary: int
@@ -87,9 +86,8 @@ class Shape:
 
 
 def tokens_at_a_time(vocabulary: int, device: str = "cuda") -> int:
-    """Tokens whose logits are there at once: at most 2**30 logits on a GPU, 2**23 on a CPU.
-
-    On a GPU a multiple of 256: cuBLAS makes products in tiles of so many rows, and what a last tile lacks is lost.
+    """Tokens whose logits are there at once: at most 2**30 logits on a GPU, in a multiple of 256 (cuBLAS makes products
+    in tiles of so many rows, and what a last tile lacks is lost), 2**23 on a CPU.
     """
     if device != "cuda":
         return max(1, 2**23 // vocabulary)

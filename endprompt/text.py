@@ -88,10 +88,8 @@ class Reader:
         raise ValueError(f"{self.name}: the tokenizer joins this text to whatever stands before it: {text!r}")
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
-        """(ids, how many of them are the completion's) of each (text, completion).
-
-        A token that holds the end of the text and the start of the completion is the completion's: all of the
-        completion is then weighted as such, and never cut.
+        """(ids, how many of them are the completion's) of each (text, completion). A token that holds the end of the
+        text and the start of the completion is the completion's, so that all of it is weighted as such, and never cut.
         """
         if self.joins:
             read = self.ids([part for pair in zip(*texts) for part in pair]) if texts else []
@@ -193,10 +191,9 @@ QUESTION = 'What does "<b>" mean & why?\nSay [1] or {2}.'
 
 
 def checked(template: Template, reader: Reader) -> Template:
-    """The template with its prompts checked; tried once on a question.
-
-    Raises ValueError, now or for a prompt, in one line: if it fails (with its own words), if it leaves the user's text
-    out, changes or repeats it, if BOS would stand in front twice, or EOS behind the prompt.
+    """The template with its prompts checked; tried once on a question. Raises ValueError, now or for a prompt, if it
+    fails (with its own words), leaves the user's text out, changes or repeats it, or if BOS would stand in front twice
+    or EOS behind.
     """
     checks = functools.partial(render, template, reader.name)
     text, tokenizer = checks([{"role": "user", "content": QUESTION}], add_generation_prompt=True), reader.tokenizer

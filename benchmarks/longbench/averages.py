@@ -32,11 +32,9 @@ def categories(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def average_weights() -> dict[str, dict[str, float]]:
-    """name of an average → set → weight, for the 21 sets.
-
-    english_category_mean (the repository's README), english_16_mean (papers), all_21_mean, chinese_category_mean (the
-    README's Chinese table, whose code column is the English one's), and english:CATEGORY, chinese:CATEGORY,
-    all:CATEGORY.
+    """name of an average → set → weight, for the 21 sets: english_category_mean (the repository's README),
+    english_16_mean (papers), all_21_mean, chinese_category_mean (the README's Chinese table, whose code column is the
+    English one's), and english:CATEGORY, chinese:CATEGORY, all:CATEGORY.
     """
     code = categories(DATASETS)["code"]
     groups = {"english": categories(ENGLISH), "chinese": categories((*CHINESE, *code)), "all": categories(DATASETS)}
@@ -90,15 +88,12 @@ def result_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a run: each task, LongBench-E's buckets, categories and averages; what was not run is absent.
 
-    Args:
-        samples: task → samples as `build_samples` made them, each with its `score` (percent) added.
-        seed: of the bootstrap; each task has a generator of its own, so rows do not depend on what else was run.
-        data_sha256: task → file → sha256, as `load_documents` found it.
-        extra: columns for every row.
-
-    Columns besides the usual: `bucket` (LongBench-E; absent over all lengths), `category`, `group` of a category's
-    mean (english, chinese, all), `prompt_tokens` (mean of a task), `data_sha256`. An average's n counts documents; its
-    standard error and interval come from its sets, which are resampled independently of each other.
+    samples: task → samples as `build_samples` made them, each with its `score` (percent) added. seed: of the bootstrap;
+    each task has a generator of its own, so rows do not depend on what else was run. data_sha256: task → file → sha256,
+    as `load_documents` found it. extra: columns for every row. Columns besides the usual: `bucket` (LongBench-E; absent
+    over all lengths), `category`, `group` of a category's mean (english, chinese, all), `prompt_tokens` (mean of a
+    task), `data_sha256`. An average's n counts documents; its standard error and interval come from its sets, which are
+    resampled independently of each other.
     """
     common = {"model": model, "method": method, "seed": seed, **extra}
     rows = []

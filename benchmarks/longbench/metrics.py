@@ -51,12 +51,10 @@ def bag_f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """Summary-level ROUGE-L F1 with the conventions of the `rouge` package (1.0.1).
-
-    Sentences end at full stops; an answer's sentences are matched to all of the prediction's, and the union of the
-    matched words is counted, each distinct word once. `rouge` recurses once a word, so that two texts of about a
-    thousand words without a full stop exhaust Python's stack and score 0, how long depending on the caller's depth;
-    here they get the value that the definition gives.
+    """Summary-level ROUGE-L F1 with the conventions of the `rouge` package (1.0.1): sentences end at full stops; an
+    answer's are matched to all of the prediction's, and the union of the matched words is counted, each distinct word
+    once. `rouge` recurses once a word, so that two texts of about a thousand words without a full stop exhaust Python's
+    stack and score 0, how long depending on the caller's depth; here they get the value that the definition gives.
     """
     predicted, expected = sentences(prediction), sentences(answer)
     if not predicted or not expected:
@@ -78,10 +76,9 @@ def sentences(text: str) -> list[list[str]]:
 
 
 def common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """Words of the longest common subsequence, last first, that `rouge`'s backtracking picks among equals.
-
-    The table of lengths is held as one integer a row: bit j of rows[i] is 0 where length[i, j+1] = length[i, j] + 1
-    (Crochemore et al. 2001), so a row costs one addition.
+    """Words of the longest common subsequence, last first, that `rouge`'s backtracking picks among equals. The table of
+    lengths is held as one integer a row: bit j of rows[i] is 0 where length[i, j+1] = length[i, j] + 1 (Crochemore et
+    al. 2001), so a row costs one addition.
     """
     places: dict[str, int] = {}
     for j, word in enumerate(y):
@@ -110,10 +107,9 @@ def common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """1 / number of classes named in the prediction if the right one is among them, else 0.
-
-    A class that is a part of the right one ("Other" in "Other entity") does not count against it. As published, the
-    list shrinks while it is walked through, so the class after a dropped one is not looked at.
+    """1 / number of classes named in the prediction if the right one is among them, else 0. A class that is a part of
+    the right one ("Other" in "Other entity") does not count against it. As published, the list shrinks while it is
+    walked through, so the class after a dropped one is not looked at.
     """
     named = [name for name in classes if name in prediction]
     position = 0
@@ -144,9 +140,8 @@ def retrieval_zh(prediction: str, answer: str) -> float:
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """Edit similarity of the answer to the first line of the prediction that holds no comment and no code fence.
-
-    Only newlines at the start are passed over: a line of white space is a prediction.
+    """Edit similarity of the answer to the first line of the prediction that holds no comment and no code fence. Only
+    newlines at the start are passed over: a line of white space is a prediction.
     """
     return edit_ratio(code_line(prediction), answer) / 100
 
@@ -157,10 +152,9 @@ def code_line(prediction: str) -> str:
 
 
 def edit_ratio(a: str, b: str) -> int:
-    """fuzzywuzzy's `ratio` as LongBench's requirements install it, percent.
-
-    Without python-Levenshtein, which they do not name, fuzzywuzzy takes difflib's matching blocks. The indel ratio
-    that python-Levenshtein and rapidfuzz compute is another number: "ababab" and "aaaaab" have 33 here and 67 there.
+    """fuzzywuzzy's `ratio` as LongBench's requirements install it, percent: without python-Levenshtein, which they do
+    not name, it takes difflib's matching blocks. The indel ratio that python-Levenshtein and rapidfuzz compute is
+    another number: "ababab" and "aaaaab" have 33 here and 67 there.
     """
     if a == b:
         return 100
@@ -176,9 +170,8 @@ def code_similarity_levenshtein(prediction: str, answer: str) -> float:
 
 
 def indel_ratio(a: str, b: str) -> int:
-    """Percent: 2 x longest common subsequence / characters of both, in the order of python-Levenshtein's `ratio`.
-
-    The order tells where a half is rounded: 2 x 1 of 80 characters are 2.5, and 3 there.
+    """Percent: 2 x longest common subsequence / characters of both, in the order of python-Levenshtein's `ratio`, which
+    tells where a half is rounded: 2 x 1 of 80 characters are 2.5, and 3 there.
     """
     if a == b:
         return 100
@@ -192,10 +185,8 @@ def segment(text: str) -> list[str]:
 
 @functools.cache
 def jieba_cut() -> Callable[[str], list[str]]:
-    """jieba's segmentation with the dictionary of its package (about a second, once a process).
-
-    jieba itself keeps a copy of the dictionary in the temporary folder and trusts whatever it finds there, and prints
-    while it loads.
+    """jieba's segmentation with the dictionary of its package (about a second, once a process). jieba itself prints
+    while it loads, and trusts whatever copy of the dictionary it finds in the temporary folder.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -34,10 +34,9 @@ CORRECTIONS: dict[str, Callable[[str], str]] = {
 
 @cache
 def prompt_template(dataset: str) -> str:
-    """The set's published prompt with {context} and {input} as places, for `str.format`.
-
-    Read from the installed lm-eval package's task file and corrected; "asconcisely" in NarrativeQA's is as published.
-    Raises ImportError or OSError if the package or the file is missing, ValueError if the text is another one.
+    """The set's published prompt with {context} and {input} as places, for `str.format`. Read from the installed
+    lm-eval package's task file and corrected; "asconcisely" in NarrativeQA's is as published. Raises ImportError or
+    OSError if the package or the file is missing, ValueError if the text is another one.
     """
     import yaml
 
@@ -88,15 +87,12 @@ class Fit:
 class Prompter:
     """Makes one task's prompts for one model.
 
-    Args:
-        window: the model's, tokens: no input is longer than `window` less the tokens to generate.
-        prompt_length: cut prompts above this many tokens, before chat wrapping, as published tables do (3500 for a
-            window of 4k, 31500 for 32k). By default what the window leaves.
-        chat_template: messages → text, called with add_generation_prompt=True; wraps the sets that are asked as
-            questions and leaves alone the six that are texts to be continued.
-        system: a system message for the chat template.
-        add_special_tokens: passed to the tokenizer; None for its own default.
-        max_new_tokens: instead of the set's own.
+    window: the model's, tokens: no input is longer than `window` less the tokens to generate. prompt_length: cut
+    prompts above this many tokens, before chat wrapping, as published tables do (3500 for a window of 4k, 31500 for
+    32k); by default what the window leaves. chat_template: messages → text, called with add_generation_prompt=True;
+    wraps the sets that are asked as questions and leaves alone the six that are texts to be continued. system: a system
+    message for it. add_special_tokens: passed to the tokenizer; None for its own default. max_new_tokens: instead of
+    the set's own.
     """
 
     task: str
@@ -138,8 +134,7 @@ class Prompter:
 
     def wrap(self, prompt: str) -> str:
         """The prompt in the chat template, if its set is wrapped, without the BOS that the tokenizer will add.
-
-        Templates write BOS themselves. lm-eval's backend looks for it at the start of a batch's first text only, and
+        Templates write BOS themselves; lm-eval's backend looks for it at the start of a batch's first text only, and
         wrapped and unwrapped prompts share batches, so that some of them would get two or none.
         """
         if self.chat_template is None or not self.chats:

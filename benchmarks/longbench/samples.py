@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 def score(dataset: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None) -> float:
-    """Percent that one prediction earns: the best over all answers, after the set's own post-processing.
-
-    `all_classes` are the labels of a classification set (trec, lsht). Raises ValueError if they are missing, if there
-    is no answer, or if the set is unknown.
+    """Percent that one prediction earns: the best over all answers, after the set's own post-processing. `all_classes`
+    are the labels of a classification set (trec, lsht). Raises ValueError if they are missing, if there is no answer,
+    or if the set is unknown.
     """
     rules = dataset_of(dataset)
     answers = [answers] if isinstance(answers, str) else list(answers)
@@ -50,12 +49,11 @@ def build_samples(
 ) -> list[dict[str, Any]]:
     """What the model is given for the first `n` documents of a task (all by default), in the documents' order.
 
-    Each sample has `input` (the text for the tokenizer, which adds BOS itself if it does so by default), `outputs`
-    (the answers), `all_classes`, `length` (tokens of the input, special ones included), `max_new_tokens`, `truncated`
-    (whether the middle was cut out), `words` (the document's own length), `index` and `id`.
-
-    Documents are read from `data_dir` unless they are given; `options` are those of `Prompter`. Raises what
-    `load_documents` does, and ValueError if the window leaves no room for the prompt.
+    Each sample has `input` (the text for the tokenizer, which adds BOS itself if it does so by default), `outputs` (the
+    answers), `all_classes`, `length` (tokens of the input, special ones included), `max_new_tokens`, `truncated`
+    (whether the middle was cut out), `words` (the document's own length), `index` and `id`. Documents are read from
+    `data_dir` unless they are given; `options` are those of `Prompter`. Raises what `load_documents` does, and
+    ValueError if the window leaves no room for the prompt.
     """
     prompter = Prompter(task, tokenizer, window, **options)
     items = (documents or load_documents(task, data_dir)).items[:n]
@@ -63,9 +61,8 @@ def build_samples(
 
 
 def select(names: Sequence[str]) -> list[str]:
-    """Tasks by name; `all` are the 21 sets, `english` the 16 that papers average, `extended` LongBench-E.
-
-    Raises ValueError with the nearest names for an unknown one, and if none is named.
+    """Tasks by name; `all` are the 21 sets, `english` the 16 that papers average, `extended` LongBench-E. Raises
+    ValueError with the nearest names for an unknown one, and if none is named.
     """
     groups = {
         "all": list(TASKS),

@@ -56,7 +56,6 @@ def cells(
     directory: str | Path | None = None,
 ) -> list[Cell]:
     """The cells of (task, length) pairs, in order; what the cache lacks is built, by several processes where it pays.
-
     Raises ValueError if a file in the cache was changed, and as `ruler.build_samples`.
     """
     directory, options = Path(directory or default_directory()), options.dated(tokenizer)

@@ -44,9 +44,8 @@ def build_samples(
     Keys of a sample: `input` (all that the model is given, the answer prefix included), `outputs`, `length` (tokens of
     the input as the model receives it, BOS included), `max_new_tokens`, `budget` (the length asked for), `fill` (share
     of the budget used), `depth` (percent of the context in front of each answer's needle; empty where there is no
-    needle), `haystack`, `haystack_sha256`, `task`, `index`, `seed`. `options` are those of `Options`.
-
-    Raises ValueError for an unknown task, a length too short for it (naming the shortest), missing data.
+    needle), `haystack`, `haystack_sha256`, `task`, `index`, `seed`. `options` are those of `Options`. Raises ValueError
+    for an unknown task, a length too short for it (naming the shortest), missing data.
     """
     return list(Cell.build(task, length, tokenizer, n, seed, data_dir, Options(**options)))
 

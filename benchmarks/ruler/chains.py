@@ -73,9 +73,8 @@ class ChainSource(NoiseSource):
 
     @functools.cached_property
     def example_lines(self) -> int:
-        """Noise lines of the worked example: RULER's 500 tokens, in windows under 1,024 at most a quarter of them.
-
-        The edition of the lab counts without the answer prefix and takes a quarter of any window.
+        """Noise lines of the worked example: RULER's 500 tokens, in windows under 1,024 at most a quarter of them. The
+        edition of the lab counts without the answer prefix and takes a quarter of any window.
         """
         lab = self.options.rules.bare_end
         limit = min(VT_EXAMPLE_TOKENS, self.length // 4) if lab or self.length < 1024 else VT_EXAMPLE_TOKENS

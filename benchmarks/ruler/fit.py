@@ -24,9 +24,8 @@ SEARCH_STEPS = 20
 def fit(
     length: int, made: Source, drafts: Sequence[Draft], kept: int, count: Count, assemble: Assemble
 ) -> list[tuple[Any, int]]:
-    """(state, prompt tokens) of the fullest haystack of each sample within length - kept tokens.
-
-    Raises ValueError naming the shortest possible length if the smallest haystack does not fit.
+    """(state, prompt tokens) of the fullest haystack of each sample within length - kept tokens. Raises ValueError
+    naming the shortest possible length if the smallest haystack does not fit.
     """
 
     def measure(drafts: Sequence[Draft], states: Sequence[Any]) -> list[int]:
@@ -84,9 +83,8 @@ Sums = Callable[[Sequence["Draft"], Sequence[int], Sequence[Any]], list[int]]
 def summed(
     drafts: Sequence[Draft], bare: Sequence[int], states: Sequence[Any], count: Count, assemble: Assemble
 ) -> list[int]:
-    """Prompt tokens by arithmetic: of the prompt with the inner parts of its haystack cut out, plus theirs.
-
-    `bare` are the tokens of each draft's smallest prompt.
+    """Prompt tokens by arithmetic: of the prompt with the inner parts of its haystack cut out, plus theirs. `bare` are
+    the tokens of each draft's smallest prompt.
     """
     cut = [draft.cut(state) for draft, state in zip(drafts, states)]
     measured = iter(count([assemble(*prompt) for prompt, _ in cut if prompt is not None]))
@@ -101,10 +99,9 @@ def foretold(
     measure: Callable[..., list[int]],
     sums: Sums,
 ) -> tuple[list[tuple[Any, int]], set[int]]:
-    """What `search` finds, and by how much the sums are below the truth there.
-
-    The search goes by sums, and only its results are tokenized. If all sums were off by the same number, it is repeated
-    with that added; else with the tokenizer at every step. smallest: tokens of the smallest prompts; bare: their sums.
+    """What `search` finds, and by how much the sums are below the truth there. The search goes by sums, and only its
+    results are tokenized. If all sums were off by the same number, it is repeated with that added; else with the
+    tokenizer at every step. smallest: tokens of the smallest prompts; bare: their sums.
     """
     bare_of, shift = {id(draft): tokens for draft, tokens in zip(drafts, bare)}, 0
 
@@ -149,10 +146,9 @@ def arithmetic(
 def search(
     drafts: Sequence[Draft], bare: Sequence[int], room: int, measure: Callable[..., list[int]]
 ) -> list[tuple[Any, int]]:
-    """(state, tokens) of the fullest prompts, found by tokenizing whole prompts.
-
-    The target given to the arithmetic is moved between the largest that fits and the smallest that does not, by
-    interpolation, so even sums that are far off lead to a full prompt.
+    """(state, tokens) of the fullest prompts, found by tokenizing whole prompts. The target given to the arithmetic is
+    moved between the largest that fits and the smallest that does not, by interpolation, so even sums that are far off
+    lead to a full prompt.
     """
     best: list[tuple[Any, int]] = [(draft.empty, tokens) for draft, tokens in zip(drafts, bare)]
     targets = [room - tokens for tokens in bare[: len(drafts)]]

@@ -230,9 +230,8 @@ class NeedleDraft(LineDraft):
         return frozen(random.Random(self._key)).permutation(len(self.made.pool))
 
     def fill(self, room: int) -> tuple[list[int], int]:
-        """State: number of distractors, then pairs (place in the order taken out, place put in).
-
-        Once no further one fits, short ones are exchanged for longer ones while that fills the budget better.
+        """State: number of distractors, then pairs (place in the order taken out, place put in): once no further one
+        fits, short ones are exchanged for longer ones while that fills the budget better.
         """
         costs = self.made.pool_costs[self.order]
         sums = np.cumsum(costs)

@@ -43,9 +43,8 @@ def document_block(number: int, document: str) -> str:
 
 
 class DocumentCosts:
-    """Tokens of a library's documents as "Document 1", measured when first asked for, the same at every length.
-
-    A document costs as much as its words, if that is so for all of CHECKED_DOCUMENTS; one with other white space than
+    """Tokens of a library's documents as "Document 1", measured when first asked for, the same at every length. A
+    document costs as much as its words, if that is so for all of CHECKED_DOCUMENTS; one with other white space than
     single spaces is tokenized whole.
     """
 

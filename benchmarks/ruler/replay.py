@@ -54,9 +54,8 @@ def grown(
     most: int | None = None,
     looks_first: bool = False,
 ) -> int:
-    """Size of the haystack that edition 2024 comes to, `most` at most.
-
-    looks_first: the size is held against `most` before the next step and not after it.
+    """Size of the haystack that edition 2024 comes to, `most` at most. looks_first: the size is held against `most`
+    before the next step and not after it.
     """
     size, total = step, 0
     while total < length:

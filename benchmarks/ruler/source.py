@@ -38,9 +38,8 @@ class Draft:
         return []
 
     def cut(self, state: Any) -> tuple[tuple[str, ...] | None, int]:
-        """(the rendered prompt less the inner parts of the haystack, their tokens).
-
-        None for the prompt: the smallest haystack's, to which the tokens that `fill` gave are added.
+        """(the rendered prompt less the inner parts of the haystack, their tokens); None for the prompt: the smallest
+        haystack's, to which the tokens that `fill` gave are added.
         """
         raise NotImplementedError
 
@@ -58,9 +57,8 @@ FROZEN = np.random.RandomState(0)
 
 
 def frozen(rng: random.Random) -> np.random.RandomState:
-    """NumPy's legacy generator, whose streams are the same in every version: for large permutations.
-
-    There is one, seeded anew by every call (to make one takes ten times as long): draw from it before the next call.
+    """NumPy's legacy generator, whose streams are the same in every version: for large permutations. There is one,
+    seeded anew by every call (to make one takes ten times as long): draw from it before the next call.
     """
     FROZEN.seed([rng.getrandbits(32) for _ in range(4)])
     return FROZEN

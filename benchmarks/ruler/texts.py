@@ -57,9 +57,8 @@ def found_file(kind: str, data_dir: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Edition:
-    """One state of RULER's tasks. `replayed`: samples are drawn and sized as by RULER's own generator, to the byte.
-
-    The others draw each sample by itself and fill its window.
+    """One state of RULER's tasks. `replayed`: samples are drawn and sized as by RULER's own generator, to the byte; the
+    others draw each sample by itself and fill its window.
     """
 
     name: str
@@ -196,9 +195,8 @@ def key_words() -> int:
 
 @functools.cache
 def _word_blocks() -> tuple[tuple[str | tuple[str, ...], ...], tuple[int, ...]]:
-    """All adjective-noun pairs in alphabetical order as blocks, and the number of pairs up to the end of each.
-
-    A block is an adjective, whose pairs stand together, or the pairs themselves where those of several adjectives mix
+    """All adjective-noun pairs in alphabetical order as blocks, and the number of pairs up to the end of each. A block
+    is an adjective, whose pairs stand together, or the pairs themselves where those of several adjectives mix
     ("able-zoo" stands after "able-bodied-ant").
     """
     nouns = word_list("noun")
@@ -252,10 +250,9 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
 
 @dataclass
 class Essay:
-    """A haystack of running text, repeated without end.
-
-    `words` are split at white space. Sentence ends are found by punctuation, so samples do not depend on downloaded
-    models. Positions are counted in words from the start of the first copy.
+    """A haystack of running text, repeated without end. `words` are split at white space; positions are counted in
+    words from the start of the first copy. Sentence ends are found by punctuation, so samples do not depend on
+    downloaded models.
     """
 
     name: str

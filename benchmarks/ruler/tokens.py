@@ -44,9 +44,8 @@ def counter(tokenizer: Any) -> Count:
 
 
 def assembler(tokenizer: Any, options: Options = DEFAULTS) -> Assemble:
-    """Joins what a draft renders: questions and the text behind each, of which the last is the answer prefix.
-
-    Chat layout "one-turn" puts all but the prefix into one turn of the user's, and the prefix starts the assistant's;
+    """Joins what a draft renders: questions and the text behind each, of which the last is the answer prefix. Chat
+    layout "one-turn" puts all but the prefix into one turn of the user's, and the prefix starts the assistant's;
     "ruler" makes a turn of each question and keeps the prefix's leading space, "no-prefix" leaves the prefix out.
     """
     if not options.chat:

@@ -176,9 +176,8 @@ class Maker:
 def samples(
     task: str, count: Callable[[str], int], length: int, n: int, seed: int = 0, data_dir: str | None = None
 ) -> list[tuple[str, list[str]]]:
-    """(prompt, answers) of n samples, each of `length` tokens at most as `count` counts a text's.
-
-    Raises ValueError for a length that not even the smallest haystack fits, and what `library` raises.
+    """(prompt, answers) of n samples, each of `length` tokens at most as `count` counts a text's. Raises ValueError for
+    a length that not even the smallest haystack fits, and what `library` raises.
     """
     maker = Maker(task, seed, data_dir)
 

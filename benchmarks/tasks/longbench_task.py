@@ -34,9 +34,8 @@ PREFIX = "endprompt_longbench_"
 
 class LongBenchTask(SampleTask):
     """One set. Metrics a document: `score` in percent, and `truncated`, of which the sum counts the cut prompts.
-
-    LongBench-E's tasks have `0-4k`, `4-8k` and `8k+` beside `score`: the mean over the documents of that length, nan
-    if there is none. lm-eval's own request cache is not used: its key knows neither the window nor the tokenizer.
+    LongBench-E's tasks have `0-4k`, `4-8k` and `8k+` beside `score`: the mean over the documents of that length, nan if
+    there is none. lm-eval's own request cache is not used: its key knows neither the window nor the tokenizer.
     """
 
     def __init__(self, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> None:

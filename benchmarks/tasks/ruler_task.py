@@ -16,12 +16,11 @@ from endprompt.text import Reader
 
 
 class RulerTask(SampleTask):
-    """A RULER task for plain lm-eval, with the samples and scores of `endprompt score`.
-
-    `config` is the YAML file's, whose task is named `endprompt_<task>`; its metadata (lm-eval's --metadata and model
-    arguments) give `max_seq_lengths` (4096), `samples` (500), `seed` (0), `data_dir`, `cache_dir`, the options of
-    `ruler.Options`, and the tokenizer as `tokenizer`, `pretrained` or `model`. There is one metric a length that is
-    run, named by it. With --apply_chat_template the template's tokens are part of the budget.
+    """A RULER task for plain lm-eval, with the samples and scores of `endprompt score`. `config` is the YAML file's,
+    whose task is named `endprompt_<task>`; its metadata (lm-eval's --metadata and model arguments) give
+    `max_seq_lengths` (4096), `samples` (500), `seed` (0), `data_dir`, `cache_dir`, the options of `ruler.Options`, and
+    the tokenizer as `tokenizer`, `pretrained` or `model`. There is one metric a length that is run, named by it. With
+    --apply_chat_template the template's tokens are part of the budget.
     """
 
     def __init__(self, config: dict[str, Any]):

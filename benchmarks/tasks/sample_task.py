@@ -18,10 +18,9 @@ def without_echo(prediction: str, prompt: str) -> str:
 
 
 class SampleTask(Task):
-    """An lm-eval task over ready samples (dicts with input, outputs, max_new_tokens), read one by one.
-
-    The prompt is the sample's `input` as it stands. Scores of single samples are kept, in their order, in `scores`.
-    prompts: the hash of each sample's prompt. Asking for requests raises ValueError for a prompt that is another.
+    """An lm-eval task over ready samples (dicts with input, outputs, max_new_tokens), read one by one. The prompt is
+    the sample's `input` as it stands. Scores of single samples are kept, in their order, in `scores`. prompts: the hash
+    of each sample's prompt; asking for requests raises ValueError for a prompt that is another.
     """
 
     VERSION = 1
@@ -34,7 +33,6 @@ class SampleTask(Task):
 
     def configure(self, name: str, metadata: Mapping[str, Any] | None = None, **generation: Any) -> None:
         """As lm-eval's own configurable task, without the base class's __init__, which would make a config of its own.
-
         Everything is generated: a stop at the first newline would leave nothing of an answer that starts with one.
         """
         self._config = TaskConfig(

@@ -33,11 +33,10 @@ def check_messages(messages: Any, where: str) -> None:
 def conversation(
     messages: Sequence[Mapping[str, Any]], reader: Reader, loss: str, where: str, tools: Any = None
 ) -> tuple[list[int], int, np.ndarray]:
-    """(token ids, how many of them are the completion, uint8 which of them the assistant wrote) of a conversation.
-
-    As the tokenizer's chat template writes it. loss: `assistant` scores all of the assistant's turns, by the template's
-    own {% generation %} marks; `completion` the last turn alone, which is a completion. Raises ValueError naming the
-    record for a template that fails or has no marks, and a last turn that is not the assistant's.
+    """(token ids, how many of them are the completion, uint8 which of them the assistant wrote) of a conversation, by
+    the tokenizer's chat template. loss: `assistant` scores all of the assistant's turns, by the template's own {%
+    generation %} marks; `completion` the last turn alone. Raises ValueError naming the record for a template that fails
+    or has no marks, and a last turn that is not the assistant's.
     """
     tokenizer = reader.tokenizer
     template = _template(tokenizer, where)

@@ -38,10 +38,9 @@ class Document:
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:
-    """Documents of a JSONL, JSONL.gz, Parquet or plain-text file; a record has text (and completion), messages or ids.
-
-    A plain-text file is one document. Raises ValueError naming file and line if a record is broken, the file if there
-    is none.
+    """Documents of a JSONL (.gz, .zst), Parquet or plain-text file; a record has text (and completion), messages or
+    ids, a plain-text file is one document. Raises ValueError naming file and line if a record is broken, the file if
+    there is none.
     """
     path, number = data_file(path), 0
     if path.endswith(".txt"):
@@ -107,11 +106,10 @@ def document_of(record: Any, where: str) -> Document:
 class Documents:
     """Tokenised documents.
 
-    tokens: integer (total,), all documents one after the other; may be memory-mapped, several of them joined.
-    offsets: int64 (documents + 1,), where each one starts.
-    completions: int64 (documents,), where its completion starts (its end if it has none).
-    weights: uint8 (total,), a loss weight for each token as a target, 0 for the text of a conversation that the
-    assistant did not write; or None where all are alike.
+    tokens: integer (total,), all documents one after the other; may be memory-mapped, several of them joined. offsets:
+    int64 (documents + 1,), where each one starts. completions: int64 (documents,), where its completion starts (its end
+    if it has none). weights: uint8 (total,), a loss weight for each token as a target, 0 for the text of a conversation
+    that the assistant did not write; or None where all are alike.
     """
 
     tokens: np.ndarray | Joined
@@ -122,9 +120,8 @@ class Documents:
     def target_weights(
         self, places: np.ndarray, document: int | np.ndarray, completion_weight: float, text_weight: float | None = None
     ) -> np.ndarray:
-        """float32 loss weights of the tokens at `places` of a document (or one a row, which broadcasts).
-
-        text_weight: of what stands in front of a completion, default 1, and of what has weight 0, default 0.
+        """float32 loss weights of the tokens at `places` of a document (or one a row, which broadcasts). text_weight:
+        of what stands in front of a completion, default 1, and of what has weight 0, default 0.
         """
         start, end = self.completions[document], self.offsets[np.add(document, 1)]
         text = np.where(start < end, 1.0 if text_weight is None else text_weight, 1.0)
@@ -180,11 +177,9 @@ def tokenized(
     chat_loss: str = "assistant",
     batch: int = 512,
 ) -> Iterator[tuple[list[int], int, np.ndarray | None]]:
-    """(token ids, how many of them are the completion, weights or None) of each document, in order.
-
-    Text and completion as `Reader.pairs` reads them, messages as `conversation` does with chat_loss. append_eos: end
-    each document with the tokenizer's EOS token, if it has one and the document lacks it; not a conversation, whose end
-    its template writes. Raises ValueError for ids beyond the vocabulary, and as `conversation`.
+    """(token ids, how many of them are the completion, weights or None) of each document, in order. append_eos: end
+    each with the tokenizer's EOS, if it has one and the document lacks it; not a conversation, whose end its template
+    writes. Raises ValueError for ids beyond the vocabulary, and as `conversation`.
     """
     eos = tokenizer.eos_token_id if append_eos else None
     reader = Reader(tokenizer)

@@ -13,11 +13,9 @@ PERMUTATIONS = 128
 
 
 class Duplicates:
-    """Remembers documents of one or several sources by their tokens.
-
-    kind: `exact` for the same tokens; `near` for those that share so many of their runs of 5 tokens that the Jaccard
-    index of the two sets, estimated by MinHash (datasketch), is at least `threshold`; `keep` remembers nothing.
-    Raises ValueError if `near` lacks its package.
+    """Remembers documents of one or several sources by their tokens. kind: `exact` for the same tokens; `near` for
+    those whose sets of runs of 5 tokens have a Jaccard index, estimated by MinHash (datasketch), of at least
+    `threshold`; `keep` remembers nothing. Raises ValueError if `near` lacks its package.
     """
 
     def __init__(self, kind: str, threshold: float):

@@ -40,17 +40,15 @@ if TYPE_CHECKING:
 class RowSpec:
     """How documents become rows.
 
-    row_tokens: physical tokens n of a row, context and end prompt together. target: the window L.
-    scheme: of endprompt.positions. prompt: the end prompt, needed by the schemes that place one.
-    weights: of context tokens 1, of a completion's, of the end prompt's scored tokens; text_weight as of
-    `Documents.target_weights`.
-    bos: id or ids put in front of every context, None for none; a context that has them already gets no others.
-    short: what happens to documents shorter than a context: `drop` (counted); `pack`, one after the other as one text;
-    or `apart`, several in a row, each a row of its own length with positions from 0 and an end prompt of its own.
-    long: what happens to longer ones: `split` into as many rows as have room, or `truncate` to the first row (counted).
-    order: of the units in a pass: `shuffled`, or `long-first`, those of the longest documents first.
-    line_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE).
-    sentence_ends: ids of those that end a sentence (schemes BY_SENTENCE).
+    row_tokens: physical tokens n of a row, context and end prompt together. target: the window L. scheme: of
+    endprompt.positions. prompt: the end prompt, needed by the schemes that place one. completion_weight, prompt_weight
+    (of scored tokens), text_weight: as of `Documents.target_weights`; other context tokens weigh 1. bos: id or ids put
+    in front of every context, None for none; a context that has them already gets no others. short: documents shorter
+    than a context are dropped (`drop`, counted), joined one after the other as one text (`pack`), or several in a row,
+    each with positions from 0 and an end prompt of its own (`apart`). long: longer ones become as many rows as have
+    room (`split`), or their first (`truncate`, counted). order: of the units in a pass: `shuffled`, or `long-first`.
+    line_ends, sentence_ends: ids of the tokens that end a line (prompt `question`, schemes BY_SENTENCE) or a sentence
+    (BY_SENTENCE).
     """
 
     row_tokens: int
@@ -143,9 +141,9 @@ class Rows:
     """Row `index` of a run, for any index >= 0; each pass over the units is a new permutation of them.
 
     A unit is a stretch of a document with room for one row: a long document has several, one with a completion has one,
-    which is cut at its front if need be. Of `apart` a unit may also be several short documents.
-    dropped: documents too short to make a row, and their tokens. truncated: tokens of other documents that no row can
-    hold. padding: tokens of a pass that hold nothing (apart).
+    cut at its front if need be; of `apart` it may also be several short documents. dropped: documents too short to make
+    a row, and their tokens. truncated: tokens of other documents that no row can hold. padding: tokens of a pass that
+    hold nothing (apart).
     """
 
     documents: Documents
@@ -258,9 +256,8 @@ class Rows:
         return np.pad(ids, (0, rest)), np.concatenate([positions, np.arange(rest)]), np.pad(weights, (0, rest))
 
     def _question(self, unit: int) -> int:
-        """Tokens of the document's last line before its completion, and of the completion; 0 without a completion.
-
-        At most half a row: a longer line is cut at its front.
+        """Tokens of the document's last line before its completion, and of the completion, cut at its front to half a
+        row at most; 0 without a completion.
         """
         _, hi = self._span(unit)
         completion = int(self.documents.completions[self._document[unit]])

@@ -20,9 +20,8 @@ def kernels_module() -> Any:
 
 
 def triton_kernels(x: torch.Tensor) -> Any:
-    """`endprompt.fast.kernels` if its kernels can work on this tensor, else None.
-
-    TRITON_INTERPRET=1 runs them on a CPU, for tests.
+    """`endprompt.fast.kernels` if its kernels can work on this tensor (on a CPU with TRITON_INTERPRET=1, for tests),
+    else None.
     """
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None

@@ -47,10 +47,9 @@ def attend(
     scale: float,
     launch: Launch | None = None,
 ) -> torch.Tensor:
-    """Attention [B, H, D] of one query for each head over places begin..end - 1 of each row; zeros where there is none.
-
-    No other place is read. D: a power of two, 16 or more; at most 16 heads to a key head. Each row's places are shared
-    out among programs (flash-decoding), so that few rows keep the device busy; the parts come together in fixed order.
+    """Attention [B, H, D] of one query for each head over places begin..end - 1 of each row and no other; zeros where
+    there is none. D: a power of two, 16 or more; at most 16 heads to a key head. Each row's places are shared out among
+    programs (flash-decoding), so that few rows keep the device busy; the parts come together in fixed order.
     """
     (batch, heads, width), (_, groups, places, _) = query_BHD.shape, keys_BGSD.shape
     launch = launch or ATTEND[width]

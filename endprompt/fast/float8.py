@@ -38,10 +38,8 @@ def scaled_product(
 
 
 class Float8Matrix:
-    """x @ w.T and g @ w of one weight in float8, for products outside of the decoder layers.
-
-    fast: leave partial sums of g @ w in the tensor cores' short accumulators. Raises ValueError for sizes that are not
-    multiples of 16.
+    """x @ w.T and g @ w of one weight in float8, for products outside of the decoder layers. fast: leave partial sums
+    of g @ w in the tensor cores' short accumulators. Raises ValueError for sizes that are not multiples of 16.
     """
 
     def __init__(self, weight_NK: torch.Tensor, fast: bool):

@@ -38,10 +38,9 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched.
-
-    block: entries a program works on (element-wise kernels); warps: of a program. programs: of the norm's backward
-    kernel, on each multiprocessor at once; stages: of its loop over tokens, more than 1 to load tokens ahead.
+    """How a kernel is launched. block: entries a program works on (element-wise kernels); warps: of a program;
+    programs: of the norm's backward kernel, on each multiprocessor at once; stages: of its loop over tokens, more than
+    1 to load tokens ahead.
     """
 
     block: int = 0
@@ -95,9 +94,8 @@ def swiglu_backward(
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: Launch = SWIGLU_BACKWARD,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor).
-
-    gate and up may be parts of wider rows of one width, and so may `into`, which the gradients are written to.
+    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor). gate and up may be parts
+    of wider rows of one width, and so may `into`, which the gradients are written to.
     """
     rows, size = gate_MF.shape
     grad_gate_MF, grad_up_MF = into or (torch.empty_like(grad_MF), torch.empty_like(grad_MF))
@@ -140,9 +138,8 @@ def rms_norm_backward(
     grads_MD: list[torch.Tensor],
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradient of x, the norm made again, float32 (D,): gradient of the weight).
-
-    grads_MD: 1 to 3 gradients of the norm, which are added; grad_sum_MD: the gradient of x by another way, added too.
+    """(gradient of x, the norm made again, float32 (D,): gradient of the weight). grads_MD: 1 to 3 gradients of the
+    norm, which are added; grad_sum_MD: the gradient of x by another way, added too.
     """
     rows, size = x_MD.shape
     width = triton.next_power_of_2(size)
@@ -170,9 +167,8 @@ def rotate_backward(
     sin_BTD: torch.Tensor,
     launch: Launch = ROTATE_BACKWARD,
 ) -> torch.Tensor:
-    """[B, T, W]: gradient of queries, keys and values side by side, of those after rotation.
-
-    grads: of queries [B, T, H, D], keys and values [B, T, G, D]. cos, sin: B may be 1.
+    """[B, T, W]: gradient of queries, keys and values side by side, of those after rotation. grads: of queries [B, T,
+    H, D], keys and values [B, T, G, D]. cos, sin: B may be 1.
     """
     query, key, value = grads
     (batch, tokens, heads, width), groups = query.shape, key.shape[2]
@@ -241,10 +237,9 @@ def lean_update(
     first: int = 0,
     launch: Launch = LEAN_UPDATE,
 ) -> None:
-    """One step of the lean optimizer on S entries of a parameter, in place.
-
-    moments: codes of the first one and their scales, codes of the root of the second and theirs, in blocks; the last
-    block may be longer than the parameter. levels, octaves: of the two codes. first: index of the first entry.
+    """One step of the lean optimizer on S entries of a parameter, in place. moments: codes of the first one and their
+    scales, codes of the root of the second and theirs, in blocks; the last may be longer than the parameter. levels,
+    octaves: of the two codes. first: index of the first entry.
     """
     size, block = weight_S.numel(), moments[0].shape[1]
     with _on(weight_S):

@@ -190,10 +190,8 @@ def rms_norm_backward(
     grad_sum_MD: torch.Tensor,
     grads_MD: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradient of x, the norm of x again, float32 gradient of the weight).
-
-    grads_MD: 1 to 3 gradients of the norm, which count together; grad_sum_MD: what else comes down to x, added to its
-    gradient. scale_M: what the forward pass gave.
+    """(gradient of x, the norm of x again, float32 gradient of the weight). grads_MD: 1 to 3 gradients of the norm,
+    which count together; grad_sum_MD: what else comes down to x, added to its gradient.
     """
     x_MD, grad_sum_MD, grads_MD = x_MD.contiguous(), grad_sum_MD.contiguous(), [one.contiguous() for one in grads_MD]
     kernels = triton_kernels(x_MD) if x_MD.shape[1] <= WIDEST else None
@@ -217,9 +215,8 @@ def rotate_backward(
     cos_BTD: torch.Tensor,
     sin_BTD: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient [B, T, (H + 2 G) D] of queries, keys and values side by side, from theirs after RoPE.
-
-    Those of the values pass. cos, sin: as RoPE's forward pass takes them; B may be 1.
+    """Gradient [B, T, (H + 2 G) D] of queries, keys and values side by side, from theirs after RoPE; those of the
+    values pass. cos, sin: as RoPE's forward pass takes them; B may be 1.
     """
     query, key, value, cos, sin = (x.contiguous() for x in (query_BTHD, key_BTGD, value_BTGD, cos_BTD, sin_BTD))
     kernels = triton_kernels(query)
@@ -236,11 +233,10 @@ rotate_backward.register_fake(
 
 
 class _NormLinears(torch.autograd.Function):
-    """(x + added, and for each weight its product with the norm of that sum); `added` may be None.
-
-    The sum is an output so that its other gradient comes back here, where the kernel adds it. `weights_and_sums`: first
-    the weights [N, K], then as many float32 sums or None: a weight with a sum has its gradient added there, another one
-    that trains has it passed back.
+    """(x + added, and for each weight its product with the norm of that sum); `added` may be None. The sum is an output
+    so that its other gradient comes back here, where the kernel adds it. `weights_and_sums`: first the weights [N, K],
+    then as many float32 sums or None: a weight with a sum has its gradient added there, another one that trains has it
+    passed back.
     """
 
     @staticmethod
@@ -279,9 +275,8 @@ class _NormLinears(torch.autograd.Function):
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """residual + (silu(gate) * up) @ weight.T; expanded: gate and up [M, F], or both side by side [M, 2 F].
-
-    keep: SwiGLU is kept for the backward pass, where it would be made again.
+    """residual + (silu(gate) * up) @ weight.T; expanded: gate and up [M, F], or both side by side [M, 2 F]. keep:
+    SwiGLU is kept for the backward pass, where it would be made again.
     """
 
     @staticmethod
@@ -343,9 +338,8 @@ def _weight_gradient(
 def norm_linears(
     x_BTD: torch.Tensor, added_BTD: torch.Tensor | None, norm: Any, linears: Sequence[nn.Linear]
 ) -> tuple[torch.Tensor, ...]:
-    """(x + added [B, T, D], then for each linear layer its output [B, T, N] for the RMSNorm of that sum).
-
-    norm: a module with `weight` and `variance_epsilon`. Raises ValueError for more than 3 linear layers.
+    """(x + added [B, T, D], then for each linear layer its output [B, T, N] for the RMSNorm of that sum). norm: a
+    module with `weight` and `variance_epsilon`. Raises ValueError for more than 3 linear layers.
     """
     if len(linears) > 3:
         raise ValueError(f"a norm is fused with 3 linear layers at most: {len(linears)}")
@@ -360,9 +354,8 @@ def norm_linears(
 def swiglu_linear(
     residual_BTN: torch.Tensor, expanded: Sequence[torch.Tensor], linear: nn.Linear, keep: bool = False
 ) -> torch.Tensor:
-    """residual [B, T, N] + output of a linear layer for silu(gate) * up.
-
-    expanded: gate and up [B, T, F], or one tensor [B, T, 2 F] with both side by side. keep: see `fuse`.
+    """residual [B, T, N] + output of a linear layer for silu(gate) * up; expanded: gate and up [B, T, F], or one tensor
+    [B, T, 2 F] with both side by side. keep: see `fuse`.
     """
     residual_MN, *parts = (part.reshape(-1, part.shape[-1]) for part in (residual_BTN, *expanded))
     out_MN = _SwigluLinear.apply(residual_MN, linear.weight, _sum_of(linear), keep, *parts)
@@ -381,11 +374,10 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
     """Give the decoder layers that can have it the fused forward pass in training; how many were changed.
 
     A layer of FAMILIES can if its MLP is SwiGLU of plain linear layers without biases, converted by `linears.convert`
-    or not. Its first half, up to attention, is fused if q, k and v are plain and without biases, too, else it stays as
-    it is. Other layers, and those in float8, are left alone, and so is a GPU without triton. Call it after
-    `convert`, and after `linears.join` if it is called at all: joined layers are fused as such.
-    keep: keep SwiGLU's output for the backward pass instead of making it again there: 2 bytes a token and intermediate
-    feature in each layer, and one tensor less that the backward kernel writes.
+    or not; its first half, up to attention, is fused if q, k and v are such layers too. Others, those in float8, and a
+    GPU without triton stay. Call it after `convert`, and after `linears.join`, whose layers are fused as such. keep:
+    keep SwiGLU's output for the backward pass instead of making it again there: 2 bytes a token and intermediate
+    feature in each layer.
     """
     changed = 0
     layers: list[Any] = list(model.modules())

@@ -23,9 +23,8 @@ MOMENTS = ("first", "first_scale", "root", "root_scale")
 
 
 class Shard(NamedTuple):
-    """What this process holds of a flattened parameter of `whole` elements: those from `start` to before `end`.
-
-    It updates the blocks that begin there, `first` to before `last`. cut: blocks of which others hold a part.
+    """What this process holds of a flattened parameter of `whole` elements: those from `start` to before `end`. It
+    updates the blocks that begin there, `first` to before `last`. cut: blocks of which others hold a part.
     """
 
     start: int
@@ -58,15 +57,14 @@ class Shard(NamedTuple):
 
 
 class LeanAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with one-byte moments, stochastic rounding and gradient sums of its own.
+    """AdamW (Loshchilov & Hutter 2019) with one-byte moments, stochastic rounding and gradient sums of its own:
+    backward passes add to `parameter.main_grad` and leave `parameter.grad` empty, so `step` sees the sum since
+    `zero_grad`.
 
-    Backward passes add to `parameter.main_grad` and leave `parameter.grad` empty, so `step` sees the sum over all
-    micro-batches since `zero_grad`.
-    Of sharded parameters (DTensor) each process updates what it holds, block by block of the whole parameter and with
-    the random bits of the whole one's elements, so that the number of processes changes no weight; a block that the
-    shards cut is put together for the process that has its first element.
-    Raises ValueError for beta2 > 0.99: the moments' rounding noise is sigma / sqrt(1 - beta2^2) with sigma = 1.8%, 6%
-    at 0.95 and 13% at 0.99, and at 0.999 it would be 40%.
+    Of sharded parameters (DTensor) each process updates what it holds, block by block and with the random bits of the
+    whole one's elements, so that the number of processes changes no weight; a block that the shards cut is put together
+    for the process that has its first element. Raises ValueError for beta2 > 0.99: the moments' rounding noise is sigma
+    / sqrt(1 - beta2^2) with sigma = 1.8%, 6% at 0.95 and 13% at 0.99, and at 0.999 it would be 40%.
     """
 
     def __init__(
@@ -260,9 +258,8 @@ def _update(
     seed: torch.Tensor,
     first_index: int,
 ) -> None:
-    """One AdamW step of N blocks, in place; number holds lr, weight decay, betas, eps, bias corrections.
-
-    seed, first_index: of the random bits, the index that of the first element.
+    """One AdamW step of N blocks, in place; number holds lr, weight decay, betas, eps, bias corrections. seed,
+    first_index: of the random bits, the index that of the first element.
     """
     lr, decay, beta1, beta2, eps, correction1, correction2 = number.unbind()
     index_NB = torch.arange(weight_NB.numel(), dtype=torch.int32, device=weight_NB.device).view(weight_NB.shape)
@@ -291,9 +288,8 @@ def _update(
 
 
 def encode(value: torch.Tensor, levels: int, octaves: float, uniform: torch.Tensor) -> torch.Tensor:
-    """Codes 0..levels (int32) of values in [0, 1], stochastic: the expectation of `decode` is the value.
-
-    Code 0 is 0; codes 1..levels are evenly spaced in the logarithm, from 2^-octaves to 1. uniform: in [0, 1).
+    """Codes 0..levels (int32) of values in [0, 1], stochastic: the expectation of `decode` is the value. Code 0 is 0;
+    codes 1..levels are evenly spaced in the logarithm, from 2^-octaves to 1. uniform: in [0, 1).
     """
     place = 1 + (value.clamp(min=1e-30).log2() + octaves) * ((levels - 1) / octaves)
     below = place.floor().clamp(0, levels - 1).to(torch.int32)

@@ -31,7 +31,7 @@ from endprompt.fast.float8 import ACTIVATION, FLOAT8, GRADIENT, both_layouts, fu
 def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
     """Change every bias-free nn.Linear in the decoder layers that the lean optimizer trains; how many were changed.
 
-    Call it after the optimizer is made (it makes the sums). sums: False for a model that is about to be sharded, whose
+    Call it after the optimizer, which makes the sums. sums: False for a model that is about to be sharded, whose
     gradients are passed back to be summed over the processes; its layers in float8 convert the weight as it is gathered
     for each pass. Raises ValueError for an unknown float8 or none to change.
     """
@@ -75,9 +75,8 @@ def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
 
 
 def join(model: nn.Module) -> int:
-    """Join q, k, v and gate, up of every Llama or Mistral layer; how many matrices came out. Call it before `convert`.
-
-    Layers of other families, and those with biases, are left as they are.
+    """Join q, k, v and gate, up of every Llama or Mistral layer without biases; how many matrices came out. Call it
+    before `convert`.
     """
     joined = 0
     modules: list[Any] = list(model.modules())
@@ -163,9 +162,8 @@ class SummingLinear(nn.Linear):
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer in float8; weight8_NK and its transpose are copies, made anew after each optimizer step.
-
-    Without a sum (sharded) there are no copies: each pass converts the weight that is whole for it.
+    """A linear layer in float8; weight8_NK and its transpose are copies, made anew after each optimizer step. Without a
+    sum (sharded) there are no copies: each pass converts the weight that is whole for it.
     """
 
     COPIES = ("weight8_NK", "weight8_KN", "weight_scale")

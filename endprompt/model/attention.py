@@ -36,9 +36,8 @@ PREFIX = "causal_only_"
 
 
 def _causal_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention of transformers' signature from a kernel of (query BHTD, key BGTD, value BGTD, scaling, dropout).
-
-    What else the kernel takes comes by name; anything more is refused. Output [B, T, H, D], and the weights or None.
+    """An attention of transformers' signature, [B, T, H, D] and the weights or None, from a kernel of (query BHTD, key
+    BGTD, value BGTD, scaling, dropout). What else the kernel takes comes by name; anything more is refused.
     `by_position` is the same with the masks that `position_mask` makes.
     """
     own = frozenset(inspect.signature(kernel).parameters) - {"mask"}
@@ -93,9 +92,7 @@ def _dealt(
 
 def share_rows(model: PreTrainedModel, context: Context) -> None:
     """Let the model's causal-only attentions exchange heads for tokens: each process gives it a part of each row.
-
-    Raises ValueError for a model or an attention for which places in the row matter, and for heads that the processes
-    do not divide.
+    Raises ValueError where places in the row matter, and for heads that the processes do not divide.
     """
     settings, attention = model.config.get_text_config(), model.config._attn_implementation
     rule, processes = f"context_parallel={context.size}", context.size
@@ -114,7 +111,8 @@ def share_rows(model: PreTrainedModel, context: Context) -> None:
 
 def _tempered(module: Any, query_BHTD: torch.Tensor) -> torch.Tensor:
     """Queries that grow with the position: Llama 4 lets those of its layers without RoPE grow with the place in the
-    row, which is another number where positions jump."""
+    row, which is another number where positions jump.
+    """
     positions_BT = getattr(module, "row_positions", None)
     if positions_BT is None:
         return query_BHTD
@@ -136,9 +134,8 @@ def _in_blocks(
     mask: torch.Tensor,
     **given: Any,
 ) -> torch.Tensor:
-    """The same with a mask [B, n, w, 2w] for n blocks of w queries, each over the keys of its block and the one before.
-
-    Work and memory grow with T w and not with T squared.
+    """The same with a mask [B, n, w, 2w] for n blocks of w queries, each over the keys of its block and the one before:
+    work and memory grow with T w and not with T squared.
     """
     rows, tokens = query_BHTD.shape[0], query_BHTD.shape[2]
     blocks, width = mask.shape[1:3]
@@ -163,10 +160,9 @@ def causal_only_sdpa(
     mask: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """torch's scaled_dot_product_attention, causal; on CUDA the backend is chosen by `training_attention`.
-
-    mask: bool, true where a query sees a key. s_aux: as of eager. A sink is one more key in front, with a part of its
-    own that no other has: the query's part beside it is 1, so its score is what it shall be, and its value is 0.
+    """torch's scaled_dot_product_attention, causal; on CUDA the backend is chosen by `training_attention`. mask: bool,
+    true where a query sees a key. s_aux: as of eager. A sink is one more key in front, with a part of its own that no
+    other has: the query's part beside it is 1, so its score is what it shall be, and its value is 0.
     """
     width = query.shape[-1]
     if s_aux is not None:
@@ -203,10 +199,9 @@ def causal_only_eager(
     s_aux: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain matrix products with a triangular mask and a float32 softmax: the reference for the others.
-
-    softcap: scores are softcap * tanh(score / softcap), as in Gemma 2. s_aux: float [H], one more score of each head
-    that is no token's and takes its share of the weights, the sink of GPT-OSS. mask: as of sdpa.
+    """Plain matrix products with a triangular mask and a float32 softmax: the reference for the others. softcap: scores
+    are softcap * tanh(score / softcap), as in Gemma 2. s_aux: float [H], one more score of each head that is no token's
+    and takes its share of the weights, the sink of GPT-OSS. mask: as of sdpa.
     """
     key_BHTD, value_BHTD = (_repeated(x, query_BHTD) for x in (key_BGTD, value_BGTD))
     tokens, keys = query_BHTD.shape[2], key_BHTD.shape[2]
@@ -320,10 +315,9 @@ def causal_only_shifted(
 ) -> tuple[torch.Tensor, None]:
     """Shifted sparse attention of LongLoRA (Chen et al. 2023, arXiv:2309.12307), for training only.
 
-    The row is cut into 4 groups and tokens attend within theirs; for the second half of the heads the borders are moved
-    by half a group, and nothing wraps around: the halves at both ends are groups of their own. Of an odd number of
-    heads the first half is the smaller one, as in the authors' code.
-    Raises ValueError if the row has no 8 equal parts or there is one head alone.
+    The row is cut into 4 groups and tokens attend within theirs; for the second half of the heads (the larger one of an
+    odd number, as in the authors' code) the borders are moved by half a group, and nothing wraps around: the halves at
+    both ends are groups of their own. Raises ValueError if the row has no 8 equal parts or there is one head alone.
     """
     heads, groups, tokens = query_BHTD.shape[1], key_BGTD.shape[1], query_BHTD.shape[2]
     if kwargs.get("s_aux") is not None:
@@ -402,11 +396,9 @@ class NotAttended(ValueError):
 def _refuse(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: Mapping[str, Any], masked: bool = False
 ) -> None:
-    """What a causal-only attention cannot express is an error, not a different model.
-
-    Raises NotAttended for a cache, a mask of the model's own, and every keyword argument that is not known to be
-    harmless: families hand over what their attention has beside the plain one by such arguments. masked: a mask of ours
-    says which tokens of a window are seen.
+    """What a causal-only attention cannot express is an error, not a different model: raises NotAttended for a cache, a
+    mask of the model's own, and every keyword argument that is not known to be harmless, by which families hand over
+    what their attention has beside the plain one. masked: a mask of ours says which tokens of a window are seen.
     """
     if query.shape[2] != key.shape[2]:
         raise NotAttended("causal-only attention is for training rows without a cache; generate with a stock backend")
@@ -470,9 +462,8 @@ def plain_name(registered: str) -> str:
 
 
 def training_attention(name: str) -> str:
-    """transformers' name of a causal-only attention; registers it.
-
-    Raises ValueError for an unknown name or a missing package.
+    """transformers' name of a causal-only attention; registers it. Raises ValueError for an unknown name or a missing
+    package.
     """
     if name not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}: attention={name!r}")
@@ -490,7 +481,6 @@ def narrow_layers(config: PretrainedConfig) -> list[LayerKind]:
 
 def attention_for(config: PretrainedConfig, registered: str) -> str:
     """The attention by position in place of a causal-only one, if layers of the model see a window or chunks alone.
-
     Raises ValueError if there is none of that name.
     """
     if not registered.startswith(PREFIX) or registered.endswith(BY_POSITION):
@@ -533,9 +523,8 @@ def eager_by_position() -> Iterator[None]:
 
 
 def _by_position(mask_function: Callable[..., Any], later: bool = False) -> Callable[..., Any]:
-    """A mask function of places in the row from one of positions.
-
-    later: later places are what the family's function says; else none is seen, such as padding that repeats a position.
+    """A mask function of places in the row from one of positions. later: later places are what the family's function
+    says; else none is seen, such as padding that repeats a position.
     """
     positions_BT = _positions.get()
     if positions_BT is None:
@@ -588,11 +577,10 @@ def position_mask(
     local_size: int | None = None,
     **_: Any,
 ) -> Any:
-    """transformers' mask interface: None for a plain causal row, else which keys a query sees, by positions.
-
-    mask_function: the family's, of (row, head, query, key), which is asked about positions; whatever it says, no later
-    place is seen. Positions must rise along the row, so a key within `local_size` positions is within as many places.
-    Returns bool [B, 1, T, T], or [B, n, w, 2w] of `_in_blocks` where the window is short, or flex's block mask.
+    """transformers' mask interface: None for a plain causal row, else which keys a query sees, by positions: bool [B,
+    1, T, T], [B, n, w, 2w] of `_in_blocks` where the window is short, or flex's block mask. mask_function: the
+    family's, of (row, head, query, key), which is asked about positions; whatever it says, no later place is seen.
+    Positions must rise along the row, so a key within `local_size` positions is within as many places.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -619,9 +607,8 @@ def position_mask(
 
 
 def attention_backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """torch's kernels on CUDA in the order that training wants them.
-
-    cuDNN's gradients are summed in no fixed order, so where runs must repeat torch's own flash kernel comes first.
+    """torch's kernels on CUDA in the order that training wants them: cuDNN's gradients are summed in no fixed order, so
+    where runs must repeat torch's own flash kernel comes first.
     """
     if torch.are_deterministic_algorithms_enabled():
         return kernels_first(device, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))

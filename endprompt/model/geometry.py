@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RopeGeometry:
-    """What RoPE does in a checkpoint.
-
-    head_dim: of q and k; rotary_dim: its rotated part (smaller with partial rotary).
-    stated: max_position_embeddings, in tokens; what the checkpoint can read is `window_of`'s.
-    parameters: `rope_parameters` without what is null.
+    """What RoPE does in a checkpoint. head_dim: of q and k; rotary_dim: its rotated part (smaller with partial rotary).
+    stated: max_position_embeddings, in tokens; what the checkpoint can read is `window_of`'s. parameters:
+    `rope_parameters` without what is null.
     """
 
     head_dim: int
@@ -42,7 +40,6 @@ class RopeGeometry:
 @dataclass(frozen=True)
 class Window:
     """How far a checkpoint reads, in tokens: window = original times the factor of its scaling, or what is stated.
-
     original: the window before scaling; factor: 1.0 where nothing is scaled.
     """
 
@@ -52,15 +49,15 @@ class Window:
 
 
 def window_of(config: PretrainedConfig, window: int | None = None, needed: int | None = None) -> Window:
-    """The window of a config, of the text model in a multimodal one.
+    """The window of a config, of the text model in a multimodal one: the larger of max_position_embeddings and original
+    x factor.
 
-    The larger of max_position_embeddings and original x factor. The original window is what the scaling states; else
-    max_position_embeddings, from which transformers reckons dynamic, yarn, llama3 and longrope. Linear scaling has one
-    formula for either reading of max_position_embeddings (Vicuna 16k states the window before it, others the one after
-    it): there the checkpoint's own record decides, or `window`, which the user states. Where a scaling's factor is in
-    `rope_theta` (ntk), the window is what is stated.
-    needed: tokens asked for; what both readings allow is not asked about.
-    Raises ValueError if the config has no window, or leaves it open.
+    The original window is what the scaling states; else max_position_embeddings, from which transformers reckons
+    dynamic, yarn, llama3 and longrope. Linear scaling has one formula for either reading of max_position_embeddings
+    (Vicuna 16k states the window before it, others the one after it): there the checkpoint's own record decides, or
+    `window`, which the user states. Where a scaling's factor is in `rope_theta` (ntk), the window is what is stated.
+    needed: tokens asked for; what both readings allow is not asked about. Raises ValueError if the config has no
+    window, or leaves it open.
     """
     with named(config):
         return _window_of(config.get_text_config(), window, needed)
@@ -130,9 +127,8 @@ def _number(value: Any, key: str) -> float | None:
 
 
 def rope_geometry(config: PretrainedConfig, kind: LayerKind | None = None) -> RopeGeometry:
-    """What the config says of a kind of layers; default those that an extension scales.
-
-    Raises ValueError for no RoPE, ALiBi, multimodal models, and kinds of layers that are not known.
+    """What the config says of a kind of layers; default those that an extension scales. Raises ValueError for no RoPE,
+    ALiBi, multimodal models, and kinds of layers that are not known.
     """
     with named(config):
         return _rope_geometry(config, kind)
@@ -228,15 +224,14 @@ def extended_rope_parameters(
     window: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The whole `rope_parameters` for a window of `target`.
+    """The whole `rope_parameters` for a window of `target`; keys that no scaling sets are carried over (rope.CARRIED),
+    a scaling's own only where the same one goes on.
 
-    Keys that no scaling sets are carried over (rope.CARRIED), a scaling's own only where the same one goes on.
     factor: default target / window before any scaling. window: the checkpoint's, where its config leaves it open.
     options: the scaling's own (beta_fast of yarn, low_freq_factor of llama3, short_factor and long_factor of longrope,
-    which default to `rope.longrope_start`).
-    A checkpoint that is scaled already is extended again only by its own scaling, where the factors multiply; by
-    longrope with divisors of the user's, if its own were searched for. Raises ValueError if the target is not above the
-    window, or for a key that could not be right any more.
+    which default to `rope.longrope_start`). A checkpoint that is scaled already is extended again only by its own
+    scaling, where the factors multiply; by longrope with divisors of the user's, if its own were searched for. Raises
+    ValueError if the target is not above the window, or for a key that could not be right any more.
     """
     geometry = rope_geometry(config)
     with named(config):
@@ -297,11 +292,10 @@ def extended_config(
     window: int | None = None,
     **options: Any,
 ) -> PretrainedConfig:
-    """A copy of the config with the new window and the whole `rope_parameters`; arguments as above.
-
-    With `dynamic` the stated window stays: transformers scales beyond max_position_embeddings and not before.
-    With `none` and the window itself as the target nothing of RoPE changes, whatever scaling the checkpoint has.
-    A head_dim that is null is stated, because some of transformers' scalings read it.
+    """A copy of the config with the new window and the whole `rope_parameters`; arguments as above. With `dynamic` the
+    stated window stays: transformers scales beyond max_position_embeddings and not before. With `none` and the window
+    itself as the target nothing of RoPE changes. A head_dim that is null is stated, because some of transformers'
+    scalings read it.
     """
     with named(config):
         check_layers(config, target, scaling)
@@ -331,7 +325,6 @@ def extended_config(
 
 def check_frequencies(model: PreTrainedModel) -> None:
     """The model's own float32 inverse frequencies and attention factor must equal ours, computed from its config.
-
     Raises ValueError with the largest relative difference if they do not.
     """
     config = model.config

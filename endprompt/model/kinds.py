@@ -28,11 +28,9 @@ UNTURNED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint",
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers that see equally far and turn by the same frequencies.
-
-    name: of the kind in layer_types; layers: their numbers; reach: tokens that a query sees, its own included and by
-    position, None for all before it (in chunks: those of its chunk). parameters: their own of `rope_parameters`, None
-    without RoPE. head_dim: of q and k.
+    """Layers that see equally far and turn by the same frequencies. name: of the kind in layer_types; layers: their
+    numbers; reach: tokens that a query sees, its own included and by position, None for all before it (in chunks: those
+    of its chunk). parameters: their own of `rope_parameters`, None without RoPE. head_dim: of q and k.
     """
 
     name: str
@@ -62,9 +60,8 @@ def by_kind(parameters: Mapping[str, Any] | None) -> bool:
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[LayerKind, ...]:
-    """The kinds of a text model's layers, in the order in which they first come.
-
-    Raises ValueError for layers that slide over a window that the config does not state.
+    """The kinds of a text model's layers, in the order in which they first come. Raises ValueError for layers that
+    slide over a window that the config does not state.
     """
     given: Any = getattr(config, "rope_parameters", None)
     stated = getattr(config, "layer_types", None)
@@ -113,9 +110,8 @@ def scaled_kind(kinds: Iterable[LayerKind]) -> LayerKind | None:
 
 
 def check_layers(config: PretrainedConfig, target: int, scaling: str | None = None) -> None:
-    """Raises ValueError if no layer would see a target, or for layers of which it is not known what they see.
-
-    scaling: refused where it would change none but layers that slide.
+    """Raises ValueError if no layer would see a target, for layers of which it is not known what they see, and for a
+    scaling that would change none but layers that slide.
     """
     kinds = layer_kinds(config)
     if unknown := [kind for kind in kinds if kind.name not in (*REACH, *STILL)]:

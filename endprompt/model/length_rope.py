@@ -31,9 +31,8 @@ KINDS = ("dynamic", "longrope")
 
 
 def rows_alone(model: torch.nn.Module) -> int:
-    """Let every RoPE module of the model whose frequencies depend on the length treat each row alone, from now on.
-
-    Returns how many modules do; it is no matter how often this is called. Modules of other scalings stay as they are.
+    """Let every RoPE module of the model whose frequencies depend on the length treat each row alone, from now on,
+    however often this is called; returns how many do.
     """
     found = [module for module in model.modules() if length_kinds(module)]
     for module in found:
@@ -56,7 +55,6 @@ class RowsAlone(torch.nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         """The class's own result, a tensor or a tuple of them, for x's device and dtype and position_ids_BT.
-
         layer_type: in models that have frequencies by the kind of layer. Raises ValueError for positions of another
         shape, such as those of images.
         """

@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
 
 def checkpoint_path(path: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a checkpoint, which may be given as `endprompt.origin` has it.
-
-    weights: those of a hub's model are wanted too. Raises ValueError if it is missing, unfinished, or not a checkpoint.
+    """The directory of a checkpoint, which may be given as `endprompt.origin` has it. weights: those of a hub's model
+    are wanted too. Raises ValueError if it is missing, unfinished, or not a checkpoint.
     """
     directory = origin.directory_of(path, weights=weights)
     if directory.name.endswith(".partial"):
@@ -135,10 +134,9 @@ def load_model(
     loss: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, its RoPE checked against our own frequencies, and without memory.
-
-    attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training).
-    config: one changed by the caller, such as a scaled one. loss: as of `check_loaded`. Raises ValueError as
-    `checkpoint_path`, `rope_geometry` and `check_loaded`.
+    attention: any name that transformers knows (stock ones for generation, `causal_only_*` for training). config: one
+    changed by the caller, such as a scaled one. loss: as of `check_loaded`. Raises ValueError as `checkpoint_path`,
+    `rope_geometry` and `check_loaded`.
     """
     directory = checkpoint_path(path)
     config = load_config(directory, trust_remote_code=trust_remote_code) if config is None else config
@@ -160,9 +158,8 @@ def load_model(
 def load_report(
     source: Path | None, directory: Path, *, config: PretrainedConfig, dtype: str, attention: str, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """(the model as transformers loads it, its report of the weights); nothing of either is checked yet.
-
-    source: the checkpoint, None for a `state_dict` among the options. Raises ValueError in one line, with the folder.
+    """(the model as transformers loads it, its report of the weights); nothing of either is checked yet. source: the
+    checkpoint, None for a `state_dict` among the options. Raises ValueError with the folder.
     """
     from transformers import AutoModelForCausalLM
 
@@ -238,11 +235,9 @@ def new_model(config: PretrainedConfig, *, seed: int, dtype: str, attention: str
 
 
 def check_builds(config: PretrainedConfig, attention: str = "") -> None:
-    """Make the model of a config without its weights, which takes a second at most for any size.
-
-    attention: a causal-only one, which is given what the model gives it, without numbers. Raises ValueError if
-    transformers makes no model of it, one whose RoPE is not what the config says, or one that asks for what this
-    attention has not.
+    """Make the model of a config without its weights, which takes a second at most for any size. attention: a
+    causal-only one, which is given what the model gives it, without numbers. Raises ValueError if transformers makes no
+    model of it, one whose RoPE is not what the config says, or one that asks for what this attention has not.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -276,10 +271,8 @@ def check_builds(config: PretrainedConfig, attention: str = "") -> None:
 
 
 def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict[str, torch.Tensor]:
-    """All weights on the CPU in `dtype`, tied ones once.
-
-    Sharded ones are gathered, so every process must call it; those that need no result say keep=False.
-    Raises ValueError on every process if the main one has no room for them.
+    """All weights on the CPU in `dtype`, tied ones once. Sharded ones are gathered, so every process must call it;
+    those that need no result say keep=False. Raises ValueError on every process if the main one has no room for them.
     """
     wanted = torch_dtype(dtype)
     own = dict((*model.named_parameters(), *model.named_buffers()))
@@ -304,9 +297,8 @@ def export(
     dtype: str,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer.
-
-    weights: default those of the model, in `dtype`. The live model and its config stay as they are.
+    """Write a standard checkpoint: safetensors, config with the new window and stock attention, tokenizer. weights:
+    default those of the model, in `dtype`. The live model and its config stay as they are.
     """
     live = model.config
     model.config = config = copy.deepcopy(live)
@@ -329,9 +321,8 @@ CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
 def forget_the_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take out of both configs what points at Python files of the source, where transformers' own classes are used.
-
-    Layers that predict further tokens are counted as 0 where the model that was trained has none of them.
+    """Take out of both configs what points at Python files of the source, where transformers' own classes are used;
+    layers that predict further tokens count as 0 where the model that was trained has none of them.
     """
     if type(model).__module__.startswith("transformers."):
         for key in CODE_KEYS:
@@ -350,9 +341,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A line on tokens that the model has no embedding for, if there are such.
-
-    They may be added ones, which `check_tokens` looks for in the texts. Raises ValueError if they are others.
+    """A line on tokens that the model has no embedding for, if there are such: added ones, which `check_tokens` looks
+    for in the texts. Raises ValueError if they are others.
     """
     size, added = model_config.get_text_config().vocab_size, tokenizer.get_added_vocab()
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}

@@ -41,7 +41,6 @@ def add_lora(
     model: PreTrainedModel, rank: int, alpha: int, also: Sequence[str], seed: int, group: str = "attention"
 ) -> None:
     """Freeze the model but for LoRA updates of a group of matrices and parameters whose name holds one of `also`.
-
     Raises ValueError if the model has no such matrices.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -69,9 +68,8 @@ def write_adapter(
     base_sha256: str,
 ) -> None:
     """The updates, and what trained whole beside them, as peft reads them; with the config that has the new window.
-
-    weights: of the model with its updates, not merged. base: what the adapter is for, base_sha256 its
-    `sampled_sha256`. Load the base with the config of this folder: peft alone would give it the old frequencies.
+    weights: of the model with its updates, not merged. base: what the adapter is for, base_sha256 its `sampled_sha256`.
+    Load the base with the config of this folder: peft alone would give it the old frequencies.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -107,9 +105,8 @@ def check_base(adapter: Path, checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def _real(layers: Sequence[Any]) -> Iterator[None]:
-    """Weights on meta are one repeated number on the CPU meanwhile: peft makes its own where those of the layer are.
-
-    On meta the first values of the updates would be lost, and no checkpoint has them.
+    """Weights on meta are one repeated number on the CPU meanwhile: peft makes its own where those of the layer are,
+    and on meta the first values of the updates, which no checkpoint has, would be lost.
     """
     unread = {layer: layer.weight for layer in layers if layer.weight.is_meta}
     for layer, weight in unread.items():
@@ -120,9 +117,8 @@ def _real(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def merge(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """The weights with W + scale * B A in the place of each W that has an update; scale is alpha / rank.
-
-    The sum is made in float32 and rounded once, to the dtype of W.
+    """The weights with W + scale * B A in the place of each W that has an update, made in float32 and rounded once, to
+    the dtype of W; scale is alpha / rank.
     """
     merged = {}
     for name, weight in weights.items():

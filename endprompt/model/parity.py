@@ -50,10 +50,9 @@ _plain: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictio
 
 
 def plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are just `hidden @ head.T`: no bias, no cap, no scale, nothing cut off. Tried once a model.
-
-    The model's own forward is run with a decoder and a head that hand out known numbers of all sizes up to 1000, so
-    neither the weights nor where they are matter. A head that cannot be tried so counts as not plain.
+    """Whether logits are just `hidden @ head.T`: no bias, no cap, no scale, nothing cut off. Tried once a model: its
+    own forward is run with a decoder and a head that hand out known numbers of all sizes up to 1000, so neither the
+    weights nor where they are matter. A head that cannot be tried so counts as not plain.
     """
     if model not in _plain:
         _plain[model] = _logits_are_products(model)
@@ -120,9 +119,8 @@ def check_loaded(
     model: PreTrainedModel, loss: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
 ) -> None:
     """Raises ValueError if loss or last logits of a model as it is loaded are not those of transformers' own forward.
-
-    loss: of model and ids [1, T], the sum over the tokens, where it is made otherwise than from the model's logits.
-    A checkpoint's own code has nothing to be compared with.
+    loss: of model and ids [1, T], the sum over the tokens, where it is made otherwise than from the model's logits. A
+    checkpoint's own code has nothing to be compared with.
     """
     if not type(model).__module__.startswith("transformers."):
         return
@@ -147,7 +145,6 @@ def check_loaded(
 @torch.no_grad()
 def check_forward(objective: Objective, *, bfloat16: bool = False) -> None:
     """Raises ValueError if training's loss or last logits of a short row are not those of transformers' own forward.
-
     bfloat16: whether products are made in it. The attention `shifted` is another one on purpose, `sdpa` stands for it;
     a model with a stock attention is left as it is. Every process of a sharded model must call this.
     """
@@ -226,9 +223,8 @@ def _rows(model: PreTrainedModel) -> torch.Tensor:
 
 @contextlib.contextmanager
 def transformers_own(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model is transformers' own: RoPE modules of its classes, eager attention if it can be chosen.
-
-    Where the model's attention masks by position, so does eager.
+    """Within it the model is transformers' own: RoPE modules of its classes, eager attention if it can be chosen,
+    masked by position where the model's is.
     """
     attention = model.config._attn_implementation
     masks = eager_by_position() if attention.endswith(BY_POSITION) else contextlib.nullcontext()
@@ -248,10 +244,9 @@ def transformers_own(model: PreTrainedModel) -> Iterator[None]:
 
 
 def tolerance(expected: torch.Tensor, nudged: torch.Tensor, layers: int, dtype: torch.dtype) -> float:
-    """What rounding can do to logits and loss: largest difference of one logit.
-
-    nudged: the logits with each number of the embeddings moved by one unit in the last place. Two ways to compute the
-    same differ by about that much in each layer, independently, and once more in the head.
+    """What rounding can do to logits and loss: largest difference of one logit. nudged: the logits with each number of
+    the embeddings moved by one unit in the last place. Two ways to compute the same differ by about that much in each
+    layer, independently, and once more in the head.
     """
     unit = torch.finfo(dtype).eps * float(expected.abs().max())
     return 2 * layers**0.5 * float((nudged - expected).abs().max()) + 8 * unit
@@ -308,10 +303,9 @@ def _theirs(
     nudge: float = 0.0,
     within: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda work: work(),
 ) -> Numbers:
-    """By the model's own logits.
-
-    positions: None for those that the model takes by itself. With others a mask of ones says that the row is one
-    document. nudge: relative, up and down by turns, of the embeddings. within: where the weights are whole.
+    """By the model's own logits. positions: None for those that the model takes by itself; with others a mask of ones
+    says that the row is one document. nudge: relative, up and down by turns, of the embeddings. within: where the
+    weights are whole.
     """
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if positions is not None:

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 
 def check_weights(path: str | Path, *, dtype: str, attention: str, config: PretrainedConfig) -> list[str]:
-    """What `load_model` would say and refuse, by the heads of the files: before any work, in a moment.
-
-    Returns a line of each thing that the user should know.
+    """What `load_model` would say (returned, a line each) and refuse, by the heads of the files: before any work, in a
+    moment.
     """
     directory = checkpoint_path(path)
     _, notes, _ = _stand_in(directory, stored_tensors(directory), dtype, attention, config)
@@ -37,10 +36,9 @@ def check_weights(path: str | Path, *, dtype: str, attention: str, config: Pretr
 
 
 def model_to_fill(path: str | Path, *, dtype: str, attention: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The checkpoint's model with its weights still on meta, its RoPE checked; arguments as of `load_model`.
-
+    """The checkpoint's model with its weights still on meta, its RoPE checked; arguments and errors as of `load_model`.
     A checkpoint whose tensors are put together or taken apart to make the model's (experts in files of their own) is
-    loaded whole by transformers, which knows how, and a line says so. Raises ValueError as `load_model` does.
+    loaded whole by transformers, which knows how, and a line says so.
     """
     from transformers import GenerationConfig
 
@@ -78,9 +76,8 @@ def model_to_fill(path: str | Path, *, dtype: str, attention: str, config: Pretr
 def _stand_in(
     directory: Path, stored: dict[str, Stored], dtype: str, attention: str, config: PretrainedConfig
 ) -> tuple[Any, list[str], dict[str, str] | None]:
-    """(the model as transformers loads it from one number a tensor, what to say, the tensor of each of its weights).
-
-    The tensors are None where not each weight is one tensor as it is stored.
+    """(the model as transformers loads it from one number a tensor, what to say, the tensor of each of its weights:
+    None where not each weight is one tensor as it is stored).
     """
     from transformers.core_model_loading import WeightConverter
 
@@ -120,7 +117,6 @@ def _stand_in(
 
 def read_shares(model: torch.nn.Module, device: str) -> None:
     """Give a sharded model's weights that are on meta their values: this process's rows, read from the checkpoint.
-
     Weights that are real (those of LoRA) stay. Tied weights stay tied.
     """
     from torch.distributed.tensor import DTensor
@@ -179,10 +175,9 @@ def as_they_are(model: Any) -> bool:
 
 
 def stream_weights(model: torch.nn.Module, dtype: str, directory: Path, here: World) -> None:
-    """Write a sharded model's weights into safetensors files (and their index), each gathered when it is written.
-
-    So no process ever holds more than one of them. Every process must call it. Raises ValueError on every process if
-    the main one cannot write.
+    """Write a sharded model's weights into safetensors files (and their index), each gathered when it is written, so
+    that no process ever holds more than one. Every process must call it. Raises ValueError on every process if the main
+    one cannot write.
     """
     wanted = torch_dtype(dtype)
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

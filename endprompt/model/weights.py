@@ -43,10 +43,9 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors checkpoint, of one file or several with an index, by the files' heads.
-
-    Raises ValueError where there is none, one is missing or is no tensor file, or the index names none, or one of
-    another folder.
+    """The tensors of a safetensors checkpoint, of one file or several with an index, by the files' heads. Raises
+    ValueError where there is none, one is missing or is no tensor file, or the index names none, or one of another
+    folder.
     """
     index = directory / INDEX
     if not any(os.path.lexists(directory / name) for name in (WHOLE, INDEX)):
@@ -103,11 +102,10 @@ def sampled_sha256(directory: Path, taken: int = 4096) -> str:
 
 
 def settle(model: PreTrainedModel, report: Mapping[str, Any], directory: Path | None = None) -> list[str]:
-    """What transformers' loading report and the loaded model say; a line each of what the user should know.
-
-    A head that stands beside the embeddings is not called tied in the model's config any more. Raises ValueError for
-    weights that are missing, that the model does not have, or of other shapes. directory: of a local checkpoint, for
-    names that transformers leaves out unreported.
+    """What transformers' loading report and the loaded model say; a line each of what the user should know. A head that
+    stands beside the embeddings is not called tied in the model's config any more. directory: of a local checkpoint,
+    for names that transformers leaves out unreported. Raises ValueError for weights that are missing, that the model
+    does not have, or of other shapes.
     """
     where = "" if directory is None else f"{directory}: "
     for name, stored, expected in sorted(report["mismatched_keys"]):

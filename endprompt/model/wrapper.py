@@ -78,9 +78,8 @@ def text_checkpoint(path: str | Path) -> Path:
 
 
 def text_of(directory: Path, config: PretrainedConfig) -> Path:
-    """The directory of the text model alone, made once a checkpoint in the cache.
-
-    Raises ValueError if transformers has no causal model of it, or the files name its weights in no known way.
+    """The directory of the text model alone, made once a checkpoint in the cache. Raises ValueError if transformers has
+    no causal model of it, or the files name its weights in no known way.
     """
     from filelock import FileLock
 
@@ -159,10 +158,9 @@ def text_names(config: PretrainedConfig, stored: Mapping[str, Stored]) -> dict[s
 
 
 def put_back(work: Path, wrapper: Path, config: PretrainedConfig) -> None:
-    """Make of an extended text model in `work` the whole checkpoint: its weights in the place of the wrapper's.
-
-    config: the wrapper's. The config of the whole says the text model's new window and frequencies; every tensor that
-    is not the text model's has the bytes that it had.
+    """Make of an extended text model in `work` the whole checkpoint: its weights in the place of the wrapper's
+    (config), whose config says the new window and frequencies; every tensor that is not the text model's has the bytes
+    that it had.
     """
     import safetensors
     from safetensors.torch import save_file

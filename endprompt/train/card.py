@@ -30,9 +30,8 @@ SUITES = {"ruler": "RULER", "longbench": "LongBench", "short": "short-text tasks
 
 
 def write_card(directory: str | Path, results: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write README.md into a checkpoint of `extend`; returns its path.
-
-    results: rows of its scores. Raises ValueError if the directory is not one that `extend` wrote.
+    """Write README.md into a checkpoint of `extend`; returns its path. results: rows of its scores. Raises ValueError
+    if the directory is not one that `extend` wrote.
     """
     directory = Path(directory)
     path = directory / CARD
@@ -192,10 +191,8 @@ def score_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def push(directory: str | Path, repository: str) -> str:
-    """Upload a checkpoint to the hub after the user has typed the repository's name; returns its address.
-
-    A repository that does not exist is made as a private one. Raises ValueError if the name is not typed, or if the
-    hub refuses.
+    """Upload a checkpoint to the hub (a new repository is a private one) after the user has typed the repository's
+    name; returns its address. Raises ValueError if the name is not typed, or if the hub refuses.
     """
     from huggingface_hub import HfApi
 

@@ -79,10 +79,9 @@ def show(run: Path) -> None:
 
 
 def chart(xs: Sequence[float], ys: Sequence[float], width: int = 60, height: int = LINES) -> list[str]:
-    """A line through the points in braille, `height` lines of `width` characters, and the ends of both axes.
-
-    xs rise. A dot is half a character wide; where several points share its column, all between their lowest and their
-    highest is set, so that no peak is lost.
+    """A line through the points (xs rise) in braille, `height` lines of `width` characters, and the ends of both axes.
+    A dot is half a character wide; where several points share its column, all between their lowest and their highest is
+    set, so that no peak is lost.
     """
     low, high, columns, rows = min(ys), max(ys), 2 * width, 4 * height
     x = np.union1d(xs, np.linspace(xs[0], xs[-1], columns))

@@ -20,9 +20,8 @@ WORKSPACES = (":4096:8", ":16:8")
 
 
 def prepare() -> None:
-    """Set what cuBLAS reads once, when a process first multiplies on a GPU.
-
-    Raises ValueError if the variable is set to something with which it does not repeat.
+    """Set what cuBLAS reads once, when a process first multiplies on a GPU. Raises ValueError if it is set to something
+    with which it does not repeat.
     """
     given = os.environ.setdefault(WORKSPACE, WORKSPACES[0])
     if given not in WORKSPACES:
@@ -31,10 +30,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def repeatable(wanted: bool = True) -> Iterator[None]:
-    """Within it torch takes deterministic algorithms, or raises RuntimeError where an operation has none.
-
-    As it was afterwards.
-    """
+    """Within it torch takes deterministic algorithms, or raises RuntimeError where an operation has none."""
     if not wanted:
         yield
         return

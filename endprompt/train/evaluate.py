@@ -45,11 +45,10 @@ class Measured:
 
 
 def held_out_rows(documents: Documents, length: int, count: int, lead: Sequence[int] = ()) -> list[Row]:
-    """Up to `count` rows of `length` tokens: windows evenly spaced over the held-out text without overlap.
-
-    lead: ids in front of each, as in a row of training (BOS): without them some models read text far worse.
-    Of conversations what the assistant wrote counts, as in training. Raises ValueError if the text is shorter than one
-    window, or nothing of it counts.
+    """Up to `count` rows of `length` tokens: windows evenly spaced over the held-out text without overlap. lead: ids in
+    front of each, as in a row of training (BOS): without them some models read text far worse. Of conversations what
+    the assistant wrote counts, as in training. Raises ValueError if the text is shorter than one window, or nothing of
+    it counts.
     """
     total, taken = len(documents.tokens), length - len(lead)
     if total < taken:
@@ -77,9 +76,8 @@ def needle_rows(
     lead: Sequence[int] = (),
 ) -> list[Row]:
     """`count` windows with a number hidden at evenly spread depths and asked for at the end; weight on the number.
-
-    encode: text to token ids as it stands after other text (`data.encoder`). lead: as of `held_out_rows`.
-    Raises ValueError if needle and question do not fit into the length.
+    encode: text to token ids as it stands after other text (`data.encoder`). Raises ValueError if needle and question
+    do not fit into the length.
     """
     rows = []
     for index in range(count):

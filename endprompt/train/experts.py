@@ -42,7 +42,6 @@ def freeze_routers(model: torch.nn.Module) -> None:
 
 def balance_weight(config: ExtendConfig, model: PreTrainedModel) -> float:
     """The weight of the loss: as set, else as the model's config says, which is 0 unless it asks for router logits.
-
     Raises ValueError if there is one, and the family's code has no such loss.
     """
     settings = model.config.get_text_config()
@@ -71,7 +70,6 @@ def balance_loss(model: Any, logits_of_layers: tuple[torch.Tensor, ...], rows: i
 @torch.no_grad()
 def tokens_an_expert(objective: Objective, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> list[int]:
     """Tokens that each expert is sent, over the layers of a forward pass; empty for models whose experts take all.
-
     Compiled layers run as they are written meanwhile. Every process of a sharded model must call this.
     """
     model, counted = objective.model, {}

@@ -21,9 +21,9 @@ def make_fast(
 ) -> dict[str, float]:
     """Change the model's layers in place as the configuration asks; settings of torch's compiler while a step runs.
 
-    Call it when the optimizer is made: the lean one has the sums that converted layers add to. A sharded model's are
-    converted before it is sharded (`convert`). Fused layers come before recomputation, which wraps the forward pass
-    that they have by then. balanced: the logits of routers are read, which compiled layers do not give.
+    Call it when the optimizer is made: the lean one has the sums that converted layers add to; a sharded model's are
+    converted before (`convert`). Fused layers come before recomputation, which wraps the forward pass that they have by
+    then. balanced: the logits of routers are read, which compiled layers do not give.
     """
     sharded = any(shard_starts(parameter) is not None for parameter in model.parameters())
     if config.optimizer == "lean" and not sharded:
@@ -44,10 +44,9 @@ def make_fast(
 
 
 def convert(model: PreTrainedModel, config: ExtendConfig, device: torch.device, sums: bool = True) -> None:
-    """Change the layers for the lean optimizer, and fuse those that can be if that is asked for.
-
-    sums: False for a model that is about to be sharded: its gradients are not summed where they are made, and its
-    matrices stay apart, since each is cut by its own rows.
+    """Change the layers for the lean optimizer, and fuse those that can be if that is asked for. sums: False for a
+    model that is about to be sharded: its gradients are not summed where they are made, and its matrices, each cut by
+    its own rows, stay apart.
     """
     # LoRA's frozen matrices have no sums, and its layers do more than a product
     wanted = config.fused and config.float8 == "none" and not config.lora_rank and can_fuse(device)

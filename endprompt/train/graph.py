@@ -22,9 +22,9 @@ class Replayed:
     """A function without arguments or result that works on tensors in place; on CUDA its later calls are replays.
 
     Its first two calls run as written, on a stream of their own (libraries and torch.compile set themselves up there),
-    the third records the work and replays it, as all later ones do. On a CPU every call runs as written.
-    A recording holds what it was made with: addresses and shapes of tensors, and the values of Python numbers.
-    Raises ValueError if the work cannot be recorded: it waits for the device, or its shapes depend on data.
+    the third records the work and replays it, as all later ones do; on a CPU every call runs as written. A recording
+    holds addresses and shapes of tensors, and the values of Python numbers. Raises ValueError if the work cannot be
+    recorded: it waits for the device, or its shapes depend on data.
     """
 
     WARM = 2
@@ -72,10 +72,9 @@ _kept: dict[Hashable, StepGraph] = {}
 
 
 class StepGraph:
-    """One whole training step: forward, backward, clipping and update, on buffers that each batch is copied into.
-
-    work: (ids, positions, weights) -> (loss, norm), which also updates the model's parameters by the optimizer, whose
-    rate is a tensor. Its first steps are real ones, made as written, so recording changes no weight.
+    """One whole training step: forward, backward, clipping and update, on buffers that each batch is copied into. work:
+    (ids, positions, weights) -> (loss, norm), which also updates the parameters by the optimizer, whose rate is a
+    tensor. Its first steps are real ones, made as written, so recording changes no weight.
     """
 
     def __init__(
@@ -120,9 +119,8 @@ class StepGraph:
 
     @torch.no_grad()
     def take(self, model: torch.nn.Module) -> None:
-        """Start again from another model's weights: they and its buffers move into this graph's memory.
-
-        Afterwards the model's parameters and buffers are the recorded ones, and the optimizer has forgotten.
+        """Start again from another model's weights: they and its buffers move into this graph's memory, and are the
+        recorded ones afterwards; the optimizer has forgotten.
         """
         theirs = {name: tensor for name, tensor in named_tensors(model)}
         ours = dict(named_tensors(self.model))
@@ -146,7 +144,6 @@ def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def shared_graph(key: Hashable, model: torch.nn.Module, make: Callable[[], StepGraph]) -> StepGraph:
     """The graph that an earlier run of this process recorded under the key, with the model's weights; else a new one.
-
     The earlier run's model holds the same memory, so it must not be used any more.
     """
     found = _kept.pop(key, None)
@@ -161,9 +158,8 @@ def shared_graph(key: Hashable, model: torch.nn.Module, make: Callable[[], StepG
 
 
 def recorded_values(config: ExtendConfig, model: PreTrainedModel, shape: tuple[int, int]) -> Hashable:
-    """Everything that is fixed by a recording of a training step; weights, frequencies, rate and batch are not.
-
-    The frequencies are a buffer, but YaRN's factor on cos and sin is a Python number.
+    """Everything that is fixed by a recording of a training step; weights, frequencies, rate and batch are not. The
+    frequencies are a buffer, but YaRN's factor on cos and sin is a Python number.
     """
     architecture: dict[str, Any] = model.config.to_dict()
     for free in ("rope_parameters", "max_position_embeddings", "_name_or_path", "transformers_version", "use_cache"):

@@ -82,10 +82,8 @@ def _chunk_eager(
 
 
 def _chunk(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by one kernel, if it can run, which overwrites the logits by their gradient.
-
-    Where runs must repeat it is made as written, as it was when there was no kernel: what was trained so before is
-    trained so again.
+    """The same by one kernel, if it can run, which overwrites the logits by their gradient; as written where runs must
+    repeat, so that what was trained before there was a kernel is trained so again.
     """
     kernels = None if torch.are_deterministic_algorithms_enabled() else triton_kernels(logits)
     if kernels is None:
@@ -108,12 +106,11 @@ def linear_cross_entropy(
     """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
 
     hidden_ND: float; head_VD: float; labels_N: int64 in [0, V); weights_N: float32, >= 0. Tokens of weight 0 are left
-    out before any work is done. The extra memory is one chunk of logits and the gradient of the head in float32.
-    chunk: tokens at a time; default `plan.tokens_at_a_time`.
+    out before any work is done; every_token: they are not, so that no shape depends on the weights. The extra memory is
+    one chunk (tokens at a time, default `shapes.tokens_at_a_time`) of logits and the gradient of the head in float32.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
-    every_token: do the work for tokens of weight 0 too, so that no shape depends on the weights. fuse: make the
-    losses and their gradient in one kernel on CUDA, where triton is there.
-    head8: a `float8.Float8Matrix` of the head, which gives the logits and the gradient of `hidden` instead of the head.
+    fuse: losses and their gradient in one kernel on CUDA, where triton is there. head8: a `float8.Float8Matrix` of the
+    head, which gives the logits and the gradient of `hidden` instead.
     """
     if chunk is None:
         chunk = tokens_at_a_time(head_VD.shape[0], hidden_ND.device.type)
@@ -127,10 +124,9 @@ def linear_cross_entropy(
 
 
 def next_tokens(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels, weights), int64 and float32 [B T]: each token's next one; a row's last token has weight 0.
-
-    For `every_token`: B T tokens are whole tiles of a matrix product where B (T - 1) are not. weights_BT[:, t] is the
-    weight of predicting token t.
+    """(labels, weights), int64 and float32 [B T]: each token's next one; a row's last token has weight 0. weights_BT[:,
+    t] is the weight of predicting token t. For `every_token`: B T tokens are whole tiles of a matrix product where B (T
+    - 1) are not.
     """
     last = torch.zeros_like(weights_BT[:, :1])
     return ids_BT.roll(-1, dims=1).flatten(), torch.cat([weights_BT[:, 1:], last], dim=1).flatten()

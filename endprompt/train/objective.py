@@ -60,11 +60,9 @@ class Objective(torch.nn.Module):
         parts: int = 1,
     ) -> torch.Tensor:
         """Weighted sum of next-token losses; weights_BT[:, t] is the weight of predicting token t, 0 for the first.
-
-        parts: a sum for each of so many equal parts of the tokens, in their order.
-
-        hits: instead the number of rows in which each token with a weight is the most likely one. instead: some other
-        work with the model, whose weights are whole in here and nowhere else.
+        parts: a sum for each of so many equal parts of the tokens, in their order. hits: instead the number of rows in
+        which each token with a weight is the most likely one. instead: some other work with the model, whose weights
+        are whole in here and nowhere else.
         """
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.autocast):
             if instead is not None:
@@ -108,9 +106,8 @@ class Objective(torch.nn.Module):
             return losses + even if balance else losses
 
     def head_sum(self) -> torch.Tensor | None:
-        """The lean optimizer's sum, to which the head's gradient is added at once; None where it is passed back.
-
-        Added at once it is that of the loss as it is given: nothing may scale the loss afterwards.
+        """The lean optimizer's sum, to which the head's gradient is added at once; None where it is passed back. It is
+        that of the loss as it is given: nothing may scale the loss afterwards.
         """
         if not (self.model.training and torch.is_grad_enabled() and self.plain):
             return None
@@ -174,9 +171,8 @@ def optimizer_step(
     positions_BT: torch.Tensor,
     weights_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss, gradient and update from one process's rows; returns (its share of the loss, norm before clipping).
-
-    micro: rows that go through the model at once.
+    """Loss, gradient and update from one process's rows, `micro` at once; (its share of the loss, norm before
+    clipping).
     """
     total = distributed.total(weights_BT.sum()) / (objective.context.size if objective.context else 1)
     loss = torch.zeros((), device=ids_BT.device)

@@ -38,9 +38,8 @@ def make_optimizer(
     seed: int = 0,
     recorded: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer by name over the parameters that require a gradient. Raises ValueError for an unknown name.
-
-    recorded: adamw whose steps a CUDA graph can hold: its rate is a tensor on the parameters' device.
+    """The optimizer by name over the parameters that require a gradient. recorded: adamw whose steps a CUDA graph can
+    hold: its rate is a tensor on the parameters' device. Raises ValueError for an unknown name.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "lean":
@@ -77,9 +76,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> torch.Tens
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """torch's AdamW over float32 copies of the parameters; gradients and weights pass between the two.
-
-    masters: of each parameter, its copy. The optimizer's own parameters, and their gradients, are the copies.
+    """torch's AdamW over float32 copies of the parameters (masters: of each its copy), which are the optimizer's own;
+    gradients and weights pass between the two.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], **options: Any):

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
 
 def export_dtype(config: ExtendConfig, source_dtype: Any) -> str:
-    """The dtype that the finished checkpoint is written in: as set, else the source's, else the training's.
-
-    Raises ValueError for one that no export has.
+    """The dtype that the finished checkpoint is written in: as set, else the source's, else the training's. Raises
+    ValueError for one that no export has.
     """
     name = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
     if name not in (*EXPORT_DTYPES, "float64"):
@@ -64,9 +63,8 @@ def rehearse(
     dtype: str,
     about: Mapping[str, Any],
 ) -> None:
-    """`write` without weights into a folder that is gone afterwards.
-
-    Raises ValueError naming the model and what could not be written.
+    """`write` without weights into a folder that is gone afterwards. Raises ValueError naming the model and what could
+    not be written.
     """
     limit = tokenizer.model_max_length
     try:

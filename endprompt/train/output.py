@@ -37,10 +37,8 @@ def resumed_if_begun(config: ExtendConfig, here: World) -> ExtendConfig:
 
 
 class Output:
-    """A run's paths, which it claims, resumes or starts, and commits.
-
-    path: OUTPUT, a finished checkpoint. work: OUTPUT.partial, which everything is written to. states: the training
-    states in it.
+    """A run's paths, which it claims, resumes or starts, and commits. path: OUTPUT, a finished checkpoint. work:
+    OUTPUT.partial, which everything is written to. states: the training states in it.
     """
 
     def __init__(self, config: ExtendConfig, here: World):
@@ -59,9 +57,8 @@ class Output:
             yield finished
 
     def finished(self) -> bool:
-        """Whether a resumed run ended after all: its output is whole and of the same configuration.
-
-        With `overwrite` an output beside an unfinished run is the one that this run is to replace.
+        """Whether a resumed run ended after all: its output is whole and of the same configuration. With `overwrite` an
+        output beside an unfinished run is the one that this run is to replace.
         """
         config, record = self.config, self.path / RECORD
         if not (config.resume and record.is_file()) or (config.overwrite and self.work.exists()):
@@ -84,7 +81,6 @@ class Output:
 
     def resume(self, rows: Rows | Mixture, source: dict[str, Any]) -> TrainingState | None:
         """The state to go on from; without one nothing is left of an earlier run. The last check of all processes.
-
         source: `endprompt.model.load.identity` of the checkpoint that is extended.
         """
         config = self.config

@@ -125,7 +125,6 @@ def reporters(
     names: Sequence[str], directory: Path, config: dict[str, Any], step: int = 0
 ) -> Iterator[list[Callable[[int, dict], None]]]:
     """`report(step, values)` of each tracker, in a folder of its own below the directory; they are closed at the end.
-
     step: where a resumed run goes on, whatever it had reported beyond that.
     """
     makers = {"tensorboard": _tensorboard, "wandb": _wandb}
