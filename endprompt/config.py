@@ -276,10 +276,9 @@ class Source:
 
 
 def mixture(data: list[str]) -> list[Source]:
-    """The sources of a mixture, FILE:WEIGHT each, or the one that `prepare` made; empty if none has a weight.
-
-    What has such a name is a file. Raises ValueError for a weight that is not a finite number above 0, or if only some
-    sources have one.
+    """The sources of a mixture, FILE:WEIGHT each, or the one that `prepare` made; empty if none has a weight. What has
+    such a name is a file. Raises ValueError for a weight that is not a finite number above 0, or if only some sources
+    have one.
     """
     if len(data) == 1 and (manifest := Path(data[0], "manifest.json")).is_file():
         made = read_object(manifest).get("mixture", [])

@@ -88,10 +88,8 @@ def endprompt_pose(context: int, prompt: int, target: int, rng: np.random.Genera
 
 def sliding(context: int, prompt: int, target: int, rng: np.random.Generator | None = None) -> Layout:
     """The first token at 0, the end prompt at L-b..L-1, the rest of the text in one piece from 1 + u, u ~ U{0..L-n}
-    (ours).
-
-    This imitates a window of a long document: attention falls on the first token wherever the query is (Xiao et al.
-    2023, arXiv:2309.17453), the question stands at the end, and what it asks for lies at a uniform depth.
+    (ours). This imitates a window of a long document: attention falls on the first token wherever the query is (Xiao et
+    al. 2023, arXiv:2309.17453), the question stands at the end, and what it asks for lies at a uniform depth.
     """
     shift = int(_need(rng, "sliding").integers(0, target - prompt - context, endpoint=True))
     positions = np.arange(context, dtype=np.int64)

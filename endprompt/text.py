@@ -34,9 +34,8 @@ UNUSUAL = "Ab  c\n\td ﬁ ½ e\u0301 é , don 't .\n"
 
 
 class Reader:
-    """How a tokenizer reads text. begin, end: ids that it puts around a text by default.
-
-    Raises ValueError if it does anything else to a text than to put ids around it, or puts BOS in front twice.
+    """How a tokenizer reads text. begin, end: ids that it puts around a text by default. Raises ValueError if it does
+    anything else to a text than to put ids around it, or puts BOS in front twice.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

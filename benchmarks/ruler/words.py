@@ -79,7 +79,6 @@ class CommonWordDraft(Draft):
 
     def fullest(self, room: int, costs: np.ndarray) -> tuple[int, int, int]:
         """(words besides the common ones of at most `room` tokens, their tokens, what is left at least for one more).
-
         costs: of the words in their order, the common ones left out.
         """
         made, (common, other) = self.made, self.made.repeats
