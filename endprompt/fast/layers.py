@@ -393,7 +393,7 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
             and type(layer.input_layernorm).__name__ == f"{family}RMSNorm"
         )
         layer.keep_swiglu = keep
-        layer.__class__ = _fused_class(type(layer))
+        layer.__class__ = _fused_class(type(layer))  # type: ignore[arg-type]
         changed += 1
     return changed
 

@@ -92,7 +92,7 @@ def join(model: nn.Module) -> int:
         if any(part.bias is not None for part in parts):
             continue
         module.joint = _joint(parts)
-        module.__class__ = _with_forward(type(module), forward)
+        module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]
         joined += 1
     return joined
 
