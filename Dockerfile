@@ -12,7 +12,7 @@ RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 FROM ${BASE} AS common
 ARG REVISION=""
 ENV ENDPROMPT_REVISION=${REVISION} HF_HOME=/cache/huggingface ENDPROMPT_CACHE=/cache/endprompt PYTHONUNBUFFERED=1
-RUN useradd --create-home user && mkdir -p /work /cache && chown user /work /cache
+RUN useradd --create-home --uid 1000 user && mkdir -p /work /cache && chown user /work /cache
 WORKDIR /work
 ENTRYPOINT ["endprompt"]
 CMD ["--help"]
@@ -23,14 +23,15 @@ COPY constraints.txt /tmp/
 COPY --from=wheel /dist /tmp/dist
 RUN python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --index-url ${TORCH_INDEX} torch \
  && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt /tmp/dist/*.whl && rm -r /tmp/dist
-USER user
+USER 1000
 
 # torch's own wheels bring CUDA; the host brings the driver. Triton compiles a stub, for which it takes gcc.
 FROM common AS cuda
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /tmp/
 COPY --from=wheel /dist /tmp/dist
 RUN python -m pip install --no-cache-dir --constraint /tmp/constraints.txt torch \
  && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /tmp/dist/*.whl)[cuda]" \
  && rm -r /tmp/dist
-USER user
+USER 1000
