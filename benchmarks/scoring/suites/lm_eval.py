@@ -136,11 +136,11 @@ def load(group: str, folder: str | None, metadata: Mapping[str, Any], data: str 
     """The group's tasks by name, with their data: the hub's, or its copy in the folder `data`."""
     import datasets
 
-    tasks, read = manager(folder), functools.partial(load_local, data) if data else datasets.load_dataset
+    tasks = manager(folder)
     try:
         with (
             mock.patch.object(tasks._factory, "_meta", dict(metadata)),
-            mock.patch.object(datasets, "load_dataset", read),
+            mock.patch.object(datasets, "load_dataset", functools.partial(read_data, data)),
         ):
             found = tasks.load(group)["tasks"]
     except Exception as error:  # the hub's and the datasets package's are of many kinds
@@ -154,24 +154,40 @@ def load(group: str, folder: str | None, metadata: Mapping[str, Any], data: str 
     return found
 
 
-def load_local(data: str, path: str, name: str | None = None, split: str | None = None, **options: Any) -> Any:
-    """A hub's data set from `data`/its name, a copy of its repository, or files SPLIT.jsonl (.json, .parquet), in a
-    folder of the configuration's name if there are several."""
+def read_data(data: str | None, path: str, name: str | None = None, features: Any = None, **options: Any) -> Any:
+    """A hub's data set, or its copy in the folder `data`.
+
+    lm-eval's InfiniteBench states its columns by a mapping that the package does not take, and calls splits _en that
+    the data call _eng.
+    """
+    from datasets import Features, List, Value
     from datasets.load import load_dataset  # the package's own name is replaced meanwhile
 
-    options.pop("features", None)  # lm-eval's own are a mapping that the package does not take; the files have theirs
-    folder = Path(data) / path.rpartition("/")[2]
+    if features and not isinstance(features, Features):
+        kinds = {column: Value(about["dtype"]) for column, about in features.items()}
+        features = Features({c: List(kind) if features[c].get("sequence") else kind for c, kind in kinds.items()})
+    where = (path, name) if data is None else local_copy(Path(data), path, name, options)
+    found = load_dataset(*where, features=features, **options)
+    if isinstance(found, dict):
+        found.update({split[:-1]: rows for split, rows in found.items() if split.endswith("_eng")})
+    return found
+
+
+def local_copy(data: Path, path: str, name: str | None, options: dict[str, Any]) -> tuple[str, str | None]:
+    """What `load_dataset` is asked for: `data`/the set's name, a copy of its repository, or files SPLIT.jsonl (.json,
+    .parquet), which `options` then names, in a folder of the configuration's name if there are several."""
+    folder, split = data / path.rpartition("/")[2], options.get("split")
     if not folder.is_dir():
         raise ValueError(f"--data-dir {data} must hold the folder {folder.name}, a copy of the hub's data set {path}")
     if (folder / "README.md").is_file():
-        return load_dataset(str(folder), name, split=split, **options)
+        return str(folder), name
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     files = {one.stem: one for one in sorted((folder / (name or "")).glob("*")) if one.suffix in kinds}
     if not files or (split and split not in files):
         raise ValueError(f"{folder / (name or '')}: must hold {split or 'SPLIT'}.jsonl, .json or .parquet")
     files = {split: files[split]} if split else files
-    kind, chosen = kinds[next(iter(files.values())).suffix], {key: str(value) for key, value in files.items()}
-    return load_dataset(kind, data_files=chosen, split=split, **options)
+    options["data_files"] = {key: str(value) for key, value in files.items()}
+    return kinds[next(iter(files.values())).suffix], None
 
 
 def score_of(task: Any, metric: str, sample: Mapping[str, Any], answer: str) -> float:
