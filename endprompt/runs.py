@@ -26,8 +26,12 @@ PACKAGES = (
 )
 
 
+@functools.cache  # the code that runs is that of the start, whatever the checkout becomes
 def git_revision() -> str | None:
-    """Revision of the checkout this code runs from, with `-dirty` if tracked files differ; None outside a checkout."""
+    """Revision of the checkout this code runs from, with `-dirty` if tracked files differ; None outside a checkout.
+
+    Asked once a process.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # installed, perhaps inside a repository that is not ours
         return os.environ.get("ENDPROMPT_REVISION")

@@ -20,6 +20,7 @@ from endprompt.results import REQUIRED, SCHEMA, numbered_rows
 from paper_figures import lab
 
 DATA = Path(__file__).resolve().parent / "data"
+TEXT = json.JSONEncoder(ensure_ascii=False).encode
 #: How the name of a file of scores by depth ends; it is the name in a run directory.
 DEPTHS = "depth.jsonl"
 #: A cell that is scored once: two rows that agree in these must agree in their value.
@@ -186,7 +187,7 @@ def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[s
         if row.get("schema", SCHEMA) != SCHEMA:
             raise ValueError(f"{origin}: rows of schema {row['schema']!r} cannot be read; schema must be {SCHEMA}")
         try:
-            json.dumps(row, ensure_ascii=False).encode()
+            TEXT(row).encode()
         except UnicodeEncodeError:
             half = "this one holds half of a surrogate pair"
             raise ValueError(f"{origin}: a row's text must be Unicode, {half}") from None

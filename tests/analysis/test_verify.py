@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import analysis
-from analysis import attention, capture, findings, predict, scene, verify
+from analysis import attention, capture, figures, findings, predict, scene, verify
 from analysis.commands import positions as positions_command
 from analysis.commands import verify as verify_command
 from analysis.config import PositionsConfig, PredictConfig, VerifyConfig
@@ -453,13 +453,14 @@ def test_verify_reads_the_rows_from_the_record(checkpoint, record, flags, observ
 
 
 @pytest.mark.parametrize("scheme", [*positions.SCHEMES, "full-length"])
-def test_verify_of_every_scheme(checkpoint, tmp_path, scheme):
+def test_verify_of_every_scheme(checkpoint, tmp_path, scheme, monkeypatch):
     """The distances against those of drawn rows; without a gap the bounds are checked, and nothing is said of one."""
     prompt, row_tokens = (8 if scheme in positions.WITH_PROMPT else 0), TARGET if scheme == "full-length" else 200
     kind = "contiguous" if scheme == "full-length" else scheme
     record = {"config": {"scheme": kind, "anchors": 4}, "prompt_tokens": prompt, "row_tokens": row_tokens}
     path = str(recorded_as(checkpoint("Llama"), **record))
     formats = ("png",) if scheme == "full-length" else ()
+    monkeypatch.setattr(figures, "draw_at_once", figures.draw)  # a process of its own draws in the test of the page
     config = VerifyConfig(path, pairs=6, tokens=100, output=str(tmp_path), formats=formats)
     report = verify.verify(config)
     seen = np.zeros(TARGET, dtype=bool)

@@ -76,18 +76,19 @@ def test_revision_is_that_of_git_or_the_one_given(monkeypatch, tmp_path):
         done = subprocess.run(["git", "-C", str(tmp_path), *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
+    revision = runs.git_revision.__wrapped__  # it is asked once a process
     monkeypatch.setenv("ENDPROMPT_REVISION", "given")
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "endprompt" / "rows.py"))
-    assert runs.git_revision() == "given"  # no checkout
+    assert revision() == "given"  # no checkout
     git("init", "-q")
-    assert runs.git_revision() == "given"  # nothing is committed
+    assert revision() == "given"  # nothing is committed
     (tmp_path / "file").write_text("a")
     git("add", "file")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "m")
-    assert runs.git_revision() == git("rev-parse", "HEAD")
+    assert revision() == git("rev-parse", "HEAD")
     (tmp_path / "other").write_text("not tracked")
-    assert runs.git_revision() == git("rev-parse", "HEAD")
+    assert revision() == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("b")
-    assert runs.git_revision() == git("rev-parse", "HEAD") + "-dirty"
+    assert revision() == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runs.git_revision() == "given"  # no git
+    assert revision() == "given"  # no git

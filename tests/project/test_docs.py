@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from endprompt import cli
+from paper_figures import inputs
 from tests.support import longbench_fixtures, ruler_helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,9 +111,18 @@ def runs_as_it_stands(arguments: tuple[str, ...]) -> bool:
     return (arguments[0] in CHEAP and not elsewhere) or "--list-recipes" in line
 
 
+@functools.cache
+def measured():
+    """The rows that the project ships, read once."""
+    return inputs.read_results(inputs.measured_files())
+
+
 @pytest.mark.parametrize("arguments", filter(runs_as_it_stands, ALL), ids=" ".join)
 def test_cheap_command_runs_as_it_stands(arguments, tmp_path, monkeypatch, capsys):
     arguments = [*arguments]
+    if arguments[0] == "figures":
+        shipped = measured()
+        monkeypatch.setattr(inputs, "read_results", lambda paths: shipped if paths == inputs.measured_files() else None)
     if arguments[0] == "figures" and "--only" not in arguments:
         arguments += ["--only", "table_1"]  # the rest is drawn by the figures' own tests
     monkeypatch.chdir(tmp_path)
