@@ -39,20 +39,16 @@ def going_on(flags: dict[str, bool]) -> Iterator[None]:
 def score(config: ScoreConfig) -> int | None:
     """Score a checkpoint on RULER, LongBench or short-text tasks through lm-eval.
 
-    Result rows go to the output directory; the table of scores is printed. With --compare or --show nothing is run.
+    Result rows go to the output directory; the table of scores is printed. With --show nothing is run.
     """
     from benchmarks import scoring
-    from benchmarks.scoring import compare, suite
+    from benchmarks.scoring import predictions, suite
 
-    if config.compare is not None:
-        found = compare.compare(config.compare, config.checkpoint, config.seed)
-        print(json_lines(found) if config.json else compare.compared(found))
-        return None
     if config.show is not None:
         given = Path(config.checkpoint)
         run = given if list(given.glob("predictions*.jsonl")) else config.directory
-        found = compare.show(run, config.show, config.wrong)
-        print(json_lines(found) if config.json else compare.shown(found))
+        found = predictions.show(run, config.show, config.wrong)
+        print(json_lines(found) if config.json else predictions.shown(found))
         return None
     with going_on({"overwrite": False} if config.overwrite else {}):
         made = scoring.score(config)
@@ -64,11 +60,11 @@ def score(config: ScoreConfig) -> int | None:
 
 def card(config: CardConfig) -> int | None:
     """Write the checkpoint's model card anew, with its scores, and upload the checkpoint if asked."""
-    from benchmarks.scoring import summaries
+    from benchmarks.scoring import fingerprint
     from endprompt.train.card import push, read_record, write_card
 
     read_record(Path(config.checkpoint))
-    found = [row for run in config.results for row in summaries.rows_of(config.checkpoint, run)]
+    found = [row for run in config.results for row in fingerprint.rows_of(config.checkpoint, run)]
     print(write_card(config.checkpoint, found))
     if config.push_to_hub is not None:
         print(push(config.checkpoint, config.push_to_hub))

@@ -105,7 +105,7 @@ MUTANTS = [
     ("benchmarks/talk.py", "self.kept = self.text[:first] + self.text[first + count :]", "self.kept = self.text[: len(self.text) - count]", "benchmarks/talk"),
     (TEXT, "(bos in reader.lead(ids) and bos in ids)", "(bos in ids)", "benchmarks/chat_checks"),
     # what a prediction depends on
-    ("benchmarks/scoring/compare.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
+    ("benchmarks/scoring/predictions.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
     ("benchmarks/report/board.py", "summary.RESAMPLES, seed) for seed, side", "summary.RESAMPLES) for seed, side", "benchmarks/report/board"),
     (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),
     (FINGERPRINT, 'else device_of(config.device).partition(":")[0]', 'else ""', "benchmarks/scoring/runs"),

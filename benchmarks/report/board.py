@@ -23,7 +23,7 @@ from benchmarks import summary
 from benchmarks.report import charts, page
 from benchmarks.ruler.tasks import TASKS
 from benchmarks.scoring import fingerprint
-from benchmarks.scoring.compare import read_run
+from benchmarks.scoring.predictions import read_run
 from endprompt.files import read_json_lines, write_text
 from endprompt.results import read_rows
 

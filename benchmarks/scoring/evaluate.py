@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.scoring import vllm
-from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.config import ScoreConfig
+from benchmarks.scoring.predictions import read_run
 from benchmarks.scoring.suite import Rows, Suite
 from benchmarks.scoring.units import Unit, mean_rows, needed, predicted, row
 from endprompt.results import write_rows

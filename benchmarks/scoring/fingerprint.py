@@ -36,7 +36,7 @@ PROMPTS = frozenset(
 )
 #: Settings that change no prediction: where and under what name it is kept, what is shown, how many run together.
 FREE = frozenset(
-    {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "compare", "json", "quiet"}
+    {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "json", "quiet"}
     | {"beyond_window", "batch_size", "tokenizer", "concurrency", "timeout", "retries"}
 )
 #: Files of a checkpoint that say something about it and change no answer.
@@ -179,6 +179,31 @@ def runs(directory: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: a run must have run_sha256, fingerprint and environment: {wrong}")
         found.append(line)
     return found
+
+
+def rows_of(checkpoint: str | Path, run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a finished run that were scored on this very checkpoint, the latest of each task and length.
+
+    Raises ValueError if the run has none: the checkpoint's configuration and weights must be those of the rows.
+    """
+    from endprompt import model
+
+    directory = Path(run)
+    path = directory / "results.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} must be the output of `endprompt score`: it has no results.jsonl")
+    known = runs(directory)
+    if not known:
+        raise ValueError(f"{directory}: scored before runs told their checkpoint ({RUNS}): score it again")
+    config = model.load_config(str(checkpoint))
+    settings = known[-1]["run_sha256"]
+    found = {}
+    if known[-1]["fingerprint"].get("checkpoint") == checkpoint_sha256(str(checkpoint), config):
+        of_run = [row for row in results.read_rows(path) if row.get("run_sha256") == settings]
+        found = {(row["suite"], row["task"], row["length"]): row for row in of_run}
+    if not found:
+        raise ValueError(f"{path}: none of its rows was scored on {checkpoint} as it is now")
+    return sorted(found.values(), key=lambda row: (row["suite"], row["task"], row["length"] or 0))
 
 
 def begin(directory: Path, config: ScoreConfig, made_by: Fingerprint, computes: bool) -> rows.RunDirectory:

@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 
 from benchmarks import chat
 from benchmarks.ruler import cell
-from benchmarks.scoring.compare import read_run
+from benchmarks.scoring.predictions import read_run
 from benchmarks.tasks.sample_task import without_echo
 from endprompt.results import append_rows
 from endprompt.text import Reader

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import chat
 from benchmarks.scoring import fingerprint, lm_eval_results, vllm
 from benchmarks.scoring.checkpoint import check_model, method_of, read_checkpoint, window_of
-from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.config import ScoreConfig
+from benchmarks.scoring.predictions import read_run
 from benchmarks.scoring.suite import Suite, suite_of
-from benchmarks.scoring.units import Unit, needed, shortest_prompt
+from benchmarks.scoring.units import Asker, Unit, needed, shortest_prompt
 from endprompt import files, origin, runs
 from endprompt.results import read_rows
 from endprompt.text import Reader
@@ -68,7 +68,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         config = dataclasses.replace(config, template_args=arguments)
     config = settle_date(config, tokenizer)
     suite = suite_of(config)
-    units = suite.units(model_config, tokenizer)
+    units = suite.units(Asker(config, model_config, tokenizer))
     if config.prepare_only:
         keep_day(config)
         return []

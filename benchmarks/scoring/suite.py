@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.scoring.config import ScoreConfig
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from benchmarks.scoring.units import Unit
+    from benchmarks.scoring.units import Asker, Unit
     from endprompt.runs import RunDirectory
 
 Rows = dict[str, dict[str, Any]]  # a unit's name → its row
@@ -32,7 +30,7 @@ class Suite:
         """What prompts depend on beside the settings that the fingerprint has, where they are not hashed one by one."""
         return ""
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """The cells with their samples."""
         raise NotImplementedError
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chat, ruler, summary
 from benchmarks.ruler.cell import samples_sha256, text_sha256
 from benchmarks.scoring.checkpoint import method_of, window_of
-from benchmarks.scoring.compare import Entries
 from benchmarks.scoring.config import ScoreConfig
+from benchmarks.scoring.predictions import Entries
 from endprompt.results import result_row
 from endprompt.text import Reader
 
@@ -57,12 +58,25 @@ def asked(text: str) -> list[dict[str, str]]:
 
 
 class Asker:
-    """Samples and units of a suite whose prompts are whole texts or conversations."""
+    """What suites make their units of: the settings, the checkpoint's configuration and tokenizer."""
 
     def __init__(self, config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.reader = config, Reader(tokenizer)
-        self.window = window_of(config, model_config)
-        self.template = chat.renderer(tokenizer, *config.templated) if config.chat else None
+        self.config, self.model_config, self.tokenizer, self.reader = config, model_config, tokenizer, Reader(tokenizer)
+
+    @cached_property
+    def window(self) -> int:
+        return window_of(self.config, self.model_config)
+
+    @cached_property
+    def template(self) -> Callable[..., str] | None:
+        return chat.renderer(self.tokenizer, *self.config.templated) if self.config.chat else None
+
+    def names(self, known: Sequence[str]) -> list[str]:
+        """The tasks that are asked for. Raises ValueError for one that the suite has not."""
+        names = list(known) if self.config.task_names == ["all"] else self.config.task_names
+        if unknown := [name for name in names if name not in known] or not names:
+            raise ValueError(f"tasks of suite {self.config.suite} must be all, or of {', '.join(known)}: {unknown}")
+        return names
 
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises ValueError if a prompt of `length` leaves no room for its answer."""
@@ -81,26 +95,36 @@ class Asker:
         return {"input": text, "outputs": list(outputs), "length": length, "max_new_tokens": new_tokens, **more}
 
     def unit(
-        self, task: str, length: int | None, metric: str, samples: list[dict[str, Any]], score: Score, generator: str,
-        **columns: Any,
+        self, task: str, length: int | None, metric: str, samples: Sequence[dict[str, Any]], score: Score,
+        generator: str, chat: bool | None = None, **columns: Any,
     ) -> Unit:  # fmt: skip
-        """The cell of a task. Raises ValueError for a prompt that is over the window with its answer."""
+        """The cell of a task; chat: whether its prompts are wrapped, where the settings alone do not say.
+
+        Raises ValueError for a prompt that is over the window with its answer.
+        """
         config, new_tokens = self.config, samples[0]["max_new_tokens"]
         self.check_room(max(sample["length"] for sample in samples), new_tokens)
-        about = {"window": self.window, "max_new_tokens": new_tokens, "chat": config.chat, "date": config.date}
-        columns = {**about, **config.asked_in_chat, "generator": generator, **columns}
+        chat = config.chat if chat is None else chat
+        about = {"window": self.window, "max_new_tokens": new_tokens, "chat": chat, "generator": generator}
+        about |= {"date": config.date if chat else None, **(config.asked_in_chat if chat else {}), **columns}
         samples = [{"index": index, **sample} for index, sample in enumerate(samples)]
-        unit = Unit(f"{task}@{length}" if length else task, task, length, config.suite, metric, samples, score, columns)
+        unit = Unit(f"{task}@{length}" if length else task, task, length, config.suite, metric, samples, score, about)
         unit.prompts = [text_sha256(sample["input"]) for sample in samples]
         unit.sha256 = samples_sha256(samples)
         unit.characters = sum(len(sample["input"]) for sample in samples)
+        unit.n_truncated = sum(bool(sample.get("truncated")) for sample in samples)
         return unit
+
+
+def about(config: ScoreConfig, settings: str) -> dict[str, Any]:
+    """The columns that all rows of a call share."""
+    named = {"model": config.model_name, "method": method_of(config)}
+    return {**named, "seed": config.seed, "run_sha256": settings}
 
 
 def mean_rows(config: ScoreConfig, made: Sequence[Mapping[str, Any]], settings: str) -> list[dict[str, Any]]:
     """Of each length the mean over its tasks."""
-    common: dict[str, Any] = {"suite": config.suite, "metric": "mean_over_tasks", "model": config.model_name}
-    common |= {"seed": config.seed, "method": method_of(config), "run_sha256": settings}
+    common = {"suite": config.suite, "metric": "mean_over_tasks", **about(config, settings)}
     cells: dict[int | None, list[float]] = {}
     for row in made:
         cells.setdefault(row["length"], []).append(row["value"])
@@ -141,15 +165,12 @@ def row(config: ScoreConfig, unit: Unit, scores: Sequence[float], settings: str)
         ci95=ci95,
         n=len(percent),
         n_truncated=unit.n_truncated,
-        model=config.model_name,
-        method=method_of(config),
-        seed=config.seed,
         samples_sha256=unit.sha256,
         ci=kind,
         backend=config.backend,
         attn=config.attn if config.backend == "hf" else None,
         dtype=None if config.backend == "server" else config.dtype,
-        run_sha256=settings,
+        **about(config, settings),
         **{key: value for key in ("answers", "backend_args") if (value := getattr(config, key))},
         **unit.columns,
     )

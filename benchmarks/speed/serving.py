@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scoring import ScoreConfig, score
-from benchmarks.scoring.compare import read_predictions
+from benchmarks.scoring.predictions import read_predictions
 from benchmarks.speed.measure import say
 from endprompt import results, runs
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import endprompt
 from benchmarks import longbench, scoring
 from benchmarks.ruler import texts
-from benchmarks.scoring import checkpoint, compare
+from benchmarks.scoring import checkpoint, predictions
 from endprompt import cli, data, model, results
 from endprompt.config import ExtendConfig
 from endprompt.distributed import World
@@ -79,9 +79,8 @@ def read_shard(path: Path):
 
 
 def read_predictions(path: Path):
-    entries = compare.show(path.parent, "vt")
-    compare.shown(entries)
-    compare.compare(path.parent, path.parent)
+    entries = predictions.show(path.parent, "vt")
+    predictions.shown(entries)
 
 
 def read_longbench(path: Path):

@@ -11,23 +11,17 @@ import functools
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
-from benchmarks import chat
-from benchmarks.ruler.cell import samples_sha256, text_sha256
-from benchmarks.scoring.checkpoint import window_of
-from benchmarks.scoring.config import SAMPLES, ScoreConfig
+from lm_eval.tasks import TaskManager
+
+from benchmarks.scoring.config import ScoreConfig
 from benchmarks.scoring.evaluate import MeanSuite
 from benchmarks.scoring.suite import GROUPS
-from benchmarks.scoring.units import Unit
+from benchmarks.scoring.units import Asker, Unit
 from endprompt.files import sha256_of
 from endprompt.text import Reader
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
 
 #: Groups whose tasks exist at several lengths: how lm-eval's metadata name one.
 LENGTHS: dict[str, Callable[[int], str]] = {"babilong": lambda length: f"{length // 1024}k"}
@@ -37,8 +31,6 @@ NEW_TOKENS = 256  # where a task does not say, as in lm-eval
 @functools.cache
 def manager(folder: str | None) -> TaskManager:
     """All of lm-eval's tasks, and those of task files in the folder. Reading their names takes seconds."""
-    from lm_eval.tasks import TaskManager
-
     return TaskManager(include_path=folder)
 
 
@@ -66,28 +58,22 @@ class LmEval(MeanSuite):
         paths = sorted(Path(self.tasks).rglob("*.yaml")) if self.tasks else []
         return sha256_of(*(path.read_bytes() for path in paths)) if paths else ""
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """Raises ValueError for tasks that do not generate, data that are not to be had, a window that is too small."""
-        config, window = self.config, window_of(self.config, model_config)
-        lengths: list[int | None] = [*config.length_list] if self.named else [None]
         made = []
-        for length in lengths:
-            for name, task in load(self.group, self.tasks, self.metadata(length, tokenizer), self.data).items():
-                made.append(self.unit(name, task, length, window, tokenizer))
+        for length in self.config.length_list if self.named else [None]:
+            asked = {"max_seq_lengths": self.named(length)} if self.named and length else {}
+            metadata = {"tokenizer": asker.tokenizer.name_or_path, **asked}
+            for name, task in load(self.group, self.tasks, metadata, self.data).items():
+                made.append(self.unit(name, task, length, asker))
         return made
 
-    def metadata(self, length: int | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        asked = {"max_seq_lengths": self.named(length)} if self.named and length else {}
-        return {"tokenizer": tokenizer.name_or_path, **asked}
-
-    def unit(self, name: str, task: Any, length: int | None, window: int, tokenizer: PreTrainedTokenizerBase) -> Unit:
-        config, reader = self.config, Reader(tokenizer)
-        metric, template = str(next(iter(task.aggregation()))), None
-        if config.chat:
-            template = chat.renderer(tokenizer, *config.templated)
+    def unit(self, name: str, task: Any, length: int | None, asker: Asker) -> Unit:
+        config, reader, window, template = self.config, asker.reader, asker.window, asker.template
+        metric = str(next(iter(task.aggregation())))
         task.set_fewshot_seed(seed=config.seed)
         task.build_all_requests(
-            limit=None if config.samples == SAMPLES else config.samples,
+            limit=config.limit,
             apply_chat_template=config.chat,
             fewshot_as_multiturn=config.chat,
             chat_template=template and functools.partial(template, add_generation_prompt=True),
@@ -96,40 +82,17 @@ class LmEval(MeanSuite):
         kept = config.max_new_tokens or int(task.config.generation_kwargs.get("max_gen_toks", NEW_TOKENS))
         if window - kept < 2:
             raise ValueError(f"{name}: the window must hold a prompt beside {kept} tokens for the answer: {window}")
-        samples = []
-        for index, request in enumerate(task.instances):
+        samples: list[dict[str, Any]] = []
+        for request in task.instances:
             text, tokens, cut = cut_middle(reader, request.args[0], window - kept)
-            samples.append(
-                {
-                    "input": text,
-                    "outputs": [str(task.doc_to_target(request.doc))],
-                    "length": tokens,
-                    "max_new_tokens": kept,
-                    "until": request.args[1].get("until") or [],
-                    "truncated": cut,
-                    "index": index,
-                    "document": request.doc,
-                }
-            )
+            about = {"outputs": [str(task.doc_to_target(request.doc))], "until": request.args[1].get("until") or []}
+            about |= {"length": tokens, "max_new_tokens": kept, "truncated": cut, "document": request.doc}
+            samples.append({"input": text, **about})
         if not samples:
             raise ValueError(f"{name}: it has no samples")
-        columns = {
-            "group": self.group,
-            "window": window,
-            "max_new_tokens": kept,
-            "shots": task.config.num_fewshot or 0,
-            "chat": config.chat,
-            "date": config.date,
-            **config.asked_in_chat,
-            "generator": f"{self.generator}, version {task.VERSION}",
-        }
-        score = functools.partial(score_of, task, metric)
-        unit = Unit(f"{name}@{length}" if length else name, name, length, config.suite, metric, samples, score, columns)
-        unit.prompts = [text_sha256(sample["input"]) for sample in samples]
-        unit.sha256 = samples_sha256([{k: v for k, v in sample.items() if k != "document"} for sample in samples])
-        unit.characters = sum(len(sample["input"]) for sample in samples)
-        unit.n_truncated = sum(sample["truncated"] for sample in samples)
-        return unit
+        generator, score = f"{self.generator}, version {task.VERSION}", functools.partial(score_of, task, metric)
+        columns = {"group": self.group, "shots": task.config.num_fewshot or 0}
+        return asker.unit(name, length, metric, samples, score, generator, **columns)
 
 
 def load(group: str, folder: str | None, metadata: Mapping[str, Any], data: str | None = None) -> dict[str, Any]:

@@ -4,72 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks import chat
 from benchmarks.longbench import TASKS, averages, dataset_of, load_documents, metrics, prompts
 from benchmarks.longbench.cache import cached_fits
 from benchmarks.longbench.samples import score, select
+from benchmarks.longbench.sets import Documents
 from benchmarks.ruler.cache import default_directory, tokenizer_sha256
-from benchmarks.ruler.cell import samples_sha256, text_sha256
-from benchmarks.scoring.checkpoint import window_of
-from benchmarks.scoring.compare import read_run
 from benchmarks.scoring.evaluate import SampleSuite
-from benchmarks.scoring.summaries import about
-from benchmarks.scoring.units import Unit, predicted
+from benchmarks.scoring.predictions import read_run
+from benchmarks.scoring.units import Asker, Score, Unit, about, predicted
 from endprompt.results import read_rows, write_rows
+from endprompt.runs import RunDirectory
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from endprompt.runs import RunDirectory
+def unit_of(
+    asker: Asker, prompter: prompts.Prompter, documents: Documents, n: int, metric: str, score: Score, **columns: Any
+) -> Unit:
+    """The cell of a set, the first n of its documents cut to the window by `prompter`."""
+    config, tokenizer_hash = asker.config, tokenizer_sha256(asker.tokenizer)
+    fits = cached_fits(prompter, documents, n, tokenizer_hash, config.cache_dir or default_directory())
+    samples = prompter.samples(documents.items[:n], fits)
+    filled = sum((sample["length"] + sample["max_new_tokens"]) / asker.window for sample in samples)
+    columns |= {"prompt_length": config.prompt_length, "data_sha256": documents.sha256}
+    fill = round(filled / len(samples), 5)
+    return asker.unit(prompter.task, None, metric, samples, score, fill=fill, **columns)
 
 
 class LongBench(SampleSuite):
     generator = prompts.GENERATOR
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """All data are read before any model. Raises what `load_documents` and `Prompter.fit` do."""
         config = self.config
-        window = window_of(config, model_config)
-        template = chat.renderer(tokenizer, *config.templated) if config.chat else None
-        directory = config.cache_dir or default_directory()
-        tokenizer_hash = tokenizer_sha256(tokenizer)
+        options = {"chat_template": asker.template, "max_new_tokens": config.max_new_tokens}
         # All files are read, and so checked, before the first prompt is made; texts are let go set by set.
         found = {task: load_documents(task, config.data_dir) for task in select(config.task_names)}
         made = []
         for task in list(found):
             rules, documents = dataset_of(task), found.pop(task)
-            prompter = prompts.Prompter(
-                task,
-                tokenizer,
-                window,
-                prompt_length=config.prompt_length,
-                chat_template=template,
-                max_new_tokens=config.max_new_tokens,
-            )
-            fits = cached_fits(prompter, documents, config.samples, tokenizer_hash, directory)
-            samples = prompter.samples(documents.items[: config.samples], fits)
-            filled = [(sample["length"] + sample["max_new_tokens"]) / window for sample in samples]
-            columns = {
-                "category": rules.category,
-                "language": rules.language,
-                "window": window,
-                "prompt_length": config.prompt_length,
-                "fill": round(sum(filled) / len(filled), 5),
-                "max_new_tokens": prompter.new_tokens,
-                "chat": config.chat and rules.chat,
-                "date": config.date if config.chat and rules.chat else None,
-                **(config.asked_in_chat if rules.chat else {}),
-                "data_sha256": documents.sha256,
-                "generator": prompts.GENERATOR,
-            }
-            suite = "longbench" if task in TASKS else "longbench_e"
-            unit = Unit(task, task, None, suite, rules.metric, samples, partial(share, task), columns)
-            unit.prompts = [text_sha256(sample["input"]) for sample in samples]
-            unit.sha256 = samples_sha256(samples)
-            unit.characters = sum(len(sample["input"]) for sample in samples)
-            unit.n_truncated = sum(bool(sample["truncated"]) for sample in samples)
+            columns = {"category": rules.category, "language": rules.language, "generator": prompts.GENERATOR}
+            prompter = prompts.Prompter(task, asker.tokenizer, asker.window, config.prompt_length, **options)
+            score, wrapped = partial(share, task), config.chat and rules.chat
+            unit = unit_of(asker, prompter, documents, config.samples, rules.metric, score, chat=wrapped, **columns)
+            unit.suite = "longbench" if task in TASKS else "longbench_e"
             if rules.metric == "code_similarity":
                 # Publishers had the one or the other, by what was installed beside fuzzywuzzy: points apart.
                 unit.readings = {

@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks import chat, summary
+from benchmarks import summary
 from benchmarks.longbench import v2
-from benchmarks.longbench.cache import cached_fits
-from benchmarks.ruler.cache import default_directory, tokenizer_sha256
-from benchmarks.ruler.cell import samples_sha256, text_sha256
-from benchmarks.scoring.checkpoint import window_of
-from benchmarks.scoring.compare import read_run
-from benchmarks.scoring.config import SAMPLES
 from benchmarks.scoring.evaluate import SampleSuite
-from benchmarks.scoring.summaries import about
-from benchmarks.scoring.units import Unit, predicted
+from benchmarks.scoring.predictions import read_run
+from benchmarks.scoring.suites.longbench import unit_of
+from benchmarks.scoring.units import Asker, Unit, about, predicted
 from endprompt.results import read_rows, result_row, write_rows
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from endprompt.runs import RunDirectory
+from endprompt.runs import RunDirectory
 
 
 class LongBenchV2(SampleSuite):
     generator = v2.GENERATOR
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """Raises what `v2.load_documents` and `Prompter.fit` do."""
         config = self.config
         if config.task_names not in (["all"], [v2.TASK]):
             raise ValueError(f"tasks of suite longbench-v2 must be all: tasks={config.tasks!r}")
-        window, documents = window_of(config, model_config), v2.load_documents(config.data_dir)
-        template = chat.renderer(tokenizer, *config.templated) if config.chat else None
-        prompter = v2.QuestionPrompter(
-            v2.TASK, tokenizer, window, config.prompt_length, template, max_new_tokens=config.max_new_tokens
-        )
-        n = len(documents.items) if config.samples == SAMPLES else config.samples
-        directory = config.cache_dir or default_directory()
-        fits = cached_fits(prompter, documents, n, tokenizer_sha256(tokenizer), directory)
-        samples = prompter.samples(documents.items[:n], fits)
-        filled = [(sample["length"] + sample["max_new_tokens"]) / window for sample in samples]
-        columns = {
-            "window": window,
-            "prompt_length": config.prompt_length,
-            "fill": round(sum(filled) / len(filled), 5),
-            "max_new_tokens": prompter.new_tokens,
-            "chat": config.chat,
-            "date": config.date,
-            **config.asked_in_chat,
-            "data_sha256": documents.sha256,
-            "questions_whole": len(samples) == v2.QUESTIONS,
-            "generator": v2.GENERATOR,
-        }
-        unit = Unit(v2.TASK, v2.TASK, None, v2.TASK, "accuracy", samples, v2.score, columns)
-        unit.prompts = [text_sha256(sample["input"]) for sample in samples]
-        unit.sha256 = samples_sha256(samples)
-        unit.characters = sum(len(sample["input"]) for sample in samples)
-        unit.n_truncated = sum(bool(sample["truncated"]) for sample in samples)
+        window, documents = asker.window, v2.load_documents(config.data_dir)
+        options = {"chat_template": asker.template, "max_new_tokens": config.max_new_tokens}
+        prompter = v2.QuestionPrompter(v2.TASK, asker.tokenizer, window, config.prompt_length, **options)
+        n = config.limit or len(documents.items)
+        columns = {"questions_whole": min(n, len(documents.items)) == v2.QUESTIONS, "generator": v2.GENERATOR}
+        unit = unit_of(asker, prompter, documents, n, "accuracy", v2.score, **columns)
         unit.readings = {"compensated": v2.compensated}
         return [unit]
 

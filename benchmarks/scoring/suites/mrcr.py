@@ -8,17 +8,12 @@ there; the row counts them. Tokens are the checkpoint's own where the card count
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import originals
-from benchmarks.scoring.config import SAMPLES
 from benchmarks.scoring.evaluate import MeanSuite
 from benchmarks.scoring.units import Asker, Unit
 from endprompt.files import parse_json, read_json_lines, read_parquet, remembered_sha256
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
 
 NEEDLES = (2, 4, 8)
 NEW_TOKENS = 2048
@@ -28,27 +23,26 @@ READERS = {".parquet": read_parquet, ".jsonl": read_json_lines}
 class Mrcr(MeanSuite):
     generator = "mrcr-1"
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """Raises ValueError for data that are missing or no conversations, and a window that holds none of them."""
         config = self.config
         if not config.chat:
             raise ValueError("suite mrcr is made of conversations: it needs chat, and a tokenizer with a chat template")
-        known = {f"mrcr_{needles}": needles for needles in NEEDLES}
-        names = list(known) if config.task_names == ["all"] else config.task_names
-        if unknown := [name for name in names if name not in known] or not names:
-            raise ValueError(f"tasks of suite mrcr must be all, or of {', '.join(known)}: {unknown}")
-        asker, new, made = Asker(config, model_config, tokenizer), config.max_new_tokens or NEW_TOKENS, []
+        names = asker.names([f"mrcr_{needles}" for needles in NEEDLES])
+        new, made = config.max_new_tokens or NEW_TOKENS, []
         found = {name: read(name, config.data_dir) for name in names}  # all files are read before the first prompt
         for name in names:
             sha256, rows = found[name]
             every = [asker.sample(row["prompt"], [row["answer"]], new, begin=row["begin"]) for row in rows]
-            samples = fitting = [sample for sample in every if sample["length"] + new <= asker.window]
+            fitting = [sample for sample in every if sample["length"] + new <= asker.window]
             if not fitting:
                 raise ValueError(
                     f"{name}: no conversation fits the window {asker.window} with {new} tokens for the answer"
                 )
-            samples = samples if config.samples == SAMPLES else samples[: config.samples]
-            columns = {"n_over_window": len(every) - len(fitting), "data_sha256": sha256}
+            samples, columns = (
+                fitting[: config.limit],
+                {"n_over_window": len(every) - len(fitting), "data_sha256": sha256},
+            )
             made.append(asker.unit(name, None, "sequence_matcher", samples, grade, self.generator, **columns))
         return made
 

@@ -11,19 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from benchmarks.scoring.config import SAMPLES
 from benchmarks.scoring.evaluate import MeanSuite
 from benchmarks.scoring.units import Asker, Unit, asked
 from endprompt.files import parse_json, read_text, remembered_sha256
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from endprompt.text import Reader
+from endprompt.text import Reader
 
 SET, HAYSTACKS = "needle_set.json", "haystack"
 DEPTHS, NEW_TOKENS, SEED = 26, 192, 42
@@ -33,21 +28,16 @@ TEMPLATE = "{haystack}\n\nAnswer the question from the text above, with the name
 class NoLiMa(MeanSuite):
     generator = "nolima-1"
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """A cell for each kind of question and length. Raises ValueError for sets and haystacks that do not fit."""
-        config, asker = self.config, Asker(self.config, model_config, tokenizer)
-        new, folder = config.max_new_tokens or NEW_TOKENS, Path(config.data_dir or "")
+        config, folder = self.config, Path(self.config.data_dir or "")
+        new = config.max_new_tokens or NEW_TOKENS
         path, books = folder / SET, sorted((folder / HAYSTACKS).glob("*.txt"))
         if config.data_dir is None or not path.is_file() or not books:
             raise ValueError(f"suite nolima needs --data-dir with {SET} and {HAYSTACKS}/*.txt: {config.data_dir}")
         asker.check_room(max(config.length_list), new)
         tests = list(tests_of(path))
-        kinds = dict.fromkeys(test["kind"] for test in tests)
-        names = list(kinds) if config.task_names == ["all"] else config.task_names
-        if unknown := [name for name in names if name not in kinds] or not names:
-            raise ValueError(
-                f"tasks of suite nolima must be all, or the set's kinds of questions, {', '.join(kinds)}: {unknown}"
-            )
+        names = asker.names([*dict.fromkeys(test["kind"] for test in tests)])
         read = [Haystack(book, asker.reader) for book in books]
         columns = {"data_sha256": {one.name: remembered_sha256(one) for one in (path, *books)}}
         made = []
@@ -55,8 +45,8 @@ class NoLiMa(MeanSuite):
             for kind in names:
                 cases = [case for seed, book in enumerate(read) for test in tests if test["kind"] == kind
                          for case in placed(test, book, length, SEED + config.seed + seed)]  # fmt: skip
-                cases = cases if config.samples == SAMPLES else cases[: config.samples]
-                samples = [asker.sample(asked(c["text"]), c["outputs"], new, depth=c["depth"]) for c in cases]
+                own = cases[: config.limit]
+                samples = [asker.sample(asked(c["text"]), c["outputs"], new, depth=c["depth"]) for c in own]
                 made.append(asker.unit(kind, length, "contains", samples, contains, self.generator, **columns))
         return made
 

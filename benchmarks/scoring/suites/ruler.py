@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import ruler, summary
 from benchmarks.ruler import cache, tasks
 from benchmarks.scoring.checkpoint import window_of
-from benchmarks.scoring.compare import Entries, read_run
 from benchmarks.scoring.evaluate import SampleSuite
-from benchmarks.scoring.summaries import about
-from benchmarks.scoring.units import Unit, needed, predicted
+from benchmarks.scoring.predictions import Entries, read_run
+from benchmarks.scoring.units import Asker, Unit, about, needed, predicted
 from endprompt.results import result_row, write_rows
-from endprompt.text import Reader
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from endprompt.runs import RunDirectory
+from endprompt.runs import RunDirectory
 
 
 class Ruler(SampleSuite):
     generator = tasks.GENERATOR
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         """Samples from the cache. Raises ValueError for unknown tasks, and lengths over the window."""
         config = self.config
         names = list(ruler.TASKS) if config.task_names == ["all"] else config.task_names
-        reader = Reader(tokenizer)
         for name in names:
             tasks.check_task(name)
-            tasks.check_writable(name, reader)
+            tasks.check_writable(name, asker.reader)
         if not names:
             raise ValueError("tasks must name at least one task, or be all")
         asked = 1 if config.beyond_window or config.prepare_only else max(config.length_list)
-        window = window_of(config, model_config, asked)
+        window = window_of(config, asker.model_config, asked)
         over = [length for length in config.length_list if length > window]
         if over and not config.beyond_window and not config.prepare_only:
             less = f", less {config.thought_tokens} tokens of thought" if config.thought_tokens else ""
@@ -45,7 +38,7 @@ class Ruler(SampleSuite):
             )
         wanted = [(task, length) for length in config.length_list for task in names]
         settings = (config.samples, config.seed, config.data_dir, config.options, config.cache_dir)
-        units = [ruler_unit(cell) for cell in cache.cells(wanted, tokenizer, *settings)]
+        units = [ruler_unit(cell) for cell in cache.cells(wanted, asker.tokenizer, *settings)]
         for unit in units:
             unit.columns |= config.asked_in_chat
             if needed(unit) > window and not config.beyond_window and not config.prepare_only:
@@ -84,23 +77,11 @@ def ruler_unit(cell: ruler.Cell) -> Unit:
     }
     if recipe["questions"] is not None:
         columns |= {"questions": recipe["questions"]["count"], "questions_whole": recipe["questions"]["whole"]}
-    if ruler.SPECS[recipe["task"]].family in ("vt", "cwe"):
-        columns["shots"] = options.shots
-    if ruler.SPECS[recipe["task"]].family == "vt":
-        columns["hops"] = options.hops
-    return Unit(
-        f"{recipe['task']}@{length}",
-        recipe["task"],
-        length,
-        "ruler",
-        metric,
-        cell,
-        found_share,
-        columns,
-        recipe["samples_sha256"],
-        recipe["characters"],
-        recipe["prompts"],
-    )
+    family = ruler.SPECS[recipe["task"]].family
+    columns |= {"shots": options.shots} if family in ("vt", "cwe") else {}
+    columns |= {"hops": options.hops} if family == "vt" else {}
+    task, kept = recipe["task"], (recipe["samples_sha256"], recipe["characters"], recipe["prompts"])
+    return Unit(f"{task}@{length}", task, length, "ruler", metric, cell, found_share, columns, *kept)
 
 
 def found_share(sample: dict[str, Any], prediction: str) -> float:

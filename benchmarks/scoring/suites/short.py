@@ -6,19 +6,15 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import chat
 from benchmarks.scoring.checkpoint import method_of
-from benchmarks.scoring.config import SAMPLES, ScoreConfig
+from benchmarks.scoring.config import ScoreConfig
 from benchmarks.scoring.suite import Rows, Suite
-from benchmarks.scoring.units import Unit
+from benchmarks.scoring.units import Asker, Unit
 from endprompt.results import result_row
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from endprompt.runs import RunDirectory
+from endprompt.runs import RunDirectory
 
 # task: (examples in front, metric as lm-eval names it)
 SETTINGS = {
@@ -41,9 +37,9 @@ class Short(Suite):
     def asked(self) -> str:
         return f"seed={self.config.seed} samples={self.config.samples}"
 
-    def units(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def units(self, asker: Asker) -> list[Unit]:
         if self.config.chat:  # lm-eval makes the prompts
-            arguments, self.day = chat.settled(tokenizer, self.config.date, self.config.template_args)
+            arguments, self.day = chat.settled(asker.tokenizer, self.config.date, self.config.template_args)
             self.model_args = {"chat_template_args": arguments}
         return [Unit(task, task, None, "short", SETTINGS[task][1].split(",")[0]) for task in self.names]
 
@@ -82,7 +78,7 @@ def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
                 model=lm,
                 tasks=[task],
                 num_fewshot=shots,
-                limit=None if config.samples == SAMPLES else config.samples,
+                limit=config.limit,
                 apply_chat_template=config.chat,
                 fewshot_as_multiturn=config.chat,
                 fewshot_random_seed=config.seed,

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import ruler
 from benchmarks.lab import predict
-from benchmarks.scoring import ScoreConfig, compare, score
+from benchmarks.scoring import ScoreConfig, predictions, score
 from endprompt import model as models
 from endprompt.model import training_attention
 from tests.support import ruler_helpers as helpers
@@ -56,7 +56,7 @@ def through_lm_eval(place):
             quiet=True,
         )
         score(config)
-        made = compare.read_predictions(place / f"score-{kind}")
+        made = predictions.read_predictions(place / f"score-{kind}")
         found[kind] = {key: entry["prediction"] for key, entry in made.items()}
     return found
 

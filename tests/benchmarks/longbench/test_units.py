@@ -14,6 +14,7 @@ from benchmarks.longbench import TASKS, TASKS_E, dataset_of
 from benchmarks.longbench.averages import result_rows, summary_rows, table
 from benchmarks.scoring import ScoreConfig
 from benchmarks.scoring.suite import suite_of
+from benchmarks.scoring.units import Asker
 from tests.support.longbench_fixtures import tokenizer, write_data
 
 pytest.importorskip("benchmarks.scoring.run")
@@ -32,7 +33,7 @@ def data(tmp_path_factory):
 def units(data, bpe, names, window=700, **options):
     settings = {"tasks": names, "data_dir": str(data), "cache_dir": str(data / "cache"), "suite": "longbench"}
     config = ScoreConfig("checkpoint", **{**settings, **options})
-    return suite_of(config).units(LlamaConfig(max_position_embeddings=window), bpe)
+    return suite_of(config).units(Asker(config, LlamaConfig(max_position_embeddings=window), bpe))
 
 
 def test_names_and_groups_of_tasks():

@@ -17,7 +17,8 @@ import benchmarks
 from benchmarks import ruler
 from benchmarks.ruler import cache, fit
 from benchmarks.ruler.cell import samples_sha256
-from benchmarks.scoring import ScoreConfig, compare, evaluate, run, score
+from benchmarks.scoring import ScoreConfig, evaluate, run, score
+from benchmarks.scoring.predictions import read_predictions
 from endprompt.results import read_rows
 from tests.support import ruler_helpers as helpers
 
@@ -98,7 +99,7 @@ def test_scores_of_parts_are_means_over_answers(place, tmp_path, fake):
 
 
 def predictions(output: Path) -> dict:
-    return {key: entry["prediction"] for key, entry in compare.read_predictions(output).items()}
+    return {key: entry["prediction"] for key, entry in read_predictions(output).items()}
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -222,24 +223,6 @@ def test_plain_lm_eval_gives_the_same_scores(place, tmp_path):
             assert logged["resps"][0][0] == own[f"{task}@{doc['budget']}", doc["index"]]
 
 
-def test_comparison_pairs_the_same_samples(place, tmp_path, fake):
-    fake(lambda request: "")
-    score(config(place, tmp_path / "a", tasks="vt"))
-    fake(lambda request: " ".join(request.doc["outputs"]))
-    score(config(place, tmp_path / "b", tasks="vt"))
-    found = compare.compare(tmp_path / "a", tmp_path / "b")
-    assert [row["task"] for row in found] == ["vt@400", "vt@512", "all"]
-    assert all(row["difference"] == 100 and row["ci95"] == [100, 100] for row in found)
-    score(config(place, tmp_path / "c", tasks="vt", seed=4))
-    with pytest.raises(ValueError, match="same samples"):
-        compare.compare(tmp_path / "a", tmp_path / "c")
-    # one length of the two on other samples, beside one that agrees: nothing is compared in part
-    score(config(place, tmp_path / "d", tasks="vt", lengths="400"))
-    score(config(place, tmp_path / "d", tasks="vt", lengths="512", samples=4))
-    with pytest.raises(ValueError, match="vt@512 differs between"):
-        compare.compare(tmp_path / "a", tmp_path / "d")
-
-
 def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, capsys):
     from endprompt.cli import main
 
@@ -249,9 +232,7 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
         score(config(place, tmp_path / name, tasks="vt", lengths="400"))
     weak, strong = (str(tmp_path / name) for name in runs)
     capsys.readouterr()
-    assert (
-        main(["score", strong, "--compare", weak, "--json"]) == 0
-    )  # the run in place of the checkpoint, less the other
+    assert main(["compare", weak, strong, "--json"]) == 0
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (found["first"], found["second"], found["difference"]) == (40, 100, 60)
     assert main(["score", weak, "--show", "vt", "--wrong", "--json"]) == 0
@@ -475,7 +456,7 @@ def test_two_processes_give_the_scores_of_one(place, tmp_path):
     for name, launcher in launchers.items():
         out = tmp_path / name.replace(" ", "-")
         subprocess.run([*launcher, "endprompt.cli", *arguments, str(out)], check=True, capture_output=True, text=True)
-        predicted = {key: entry["prediction"] for key, entry in compare.read_predictions(out).items()}
+        predicted = {key: entry["prediction"] for key, entry in read_predictions(out).items()}
         made[name] = (read_rows(out / "results.jsonl"), read_rows(out / "summary.jsonl"), predicted)
         assert len(list(out.glob("predictions*.jsonl"))) == (1 if name == "one" else 2)
     assert made["one"] == made["two"] == made["two by Accelerate"]

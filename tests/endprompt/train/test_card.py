@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from benchmarks import commands, scoring
 from benchmarks.config import CardConfig
-from benchmarks.scoring import fingerprint, summaries
+from benchmarks.scoring import fingerprint
 from endprompt import results, train
 from endprompt.config import ExtendConfig
 from endprompt.train import card
@@ -125,7 +125,7 @@ def test_scores_of_other_weights_are_refused(checkpoint, tmp_path):
 
 def test_what_is_no_run_or_no_checkpoint_is_named(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="must be the output of `endprompt score`"):
-        summaries.rows_of(checkpoint, tmp_path)
+        fingerprint.rows_of(checkpoint, tmp_path)
     with pytest.raises(ValueError, match=r"endprompt\.json does not exist"):
         commands.card(CardConfig(str(tmp_path)))
 

@@ -1,4 +1,4 @@
-"""Predictions of finished runs: read them, show them, compare two checkpoints on the same samples."""
+"""Predictions of finished runs: read them, show them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import summary
 from benchmarks.scoring import fingerprint
 from endprompt.files import sound_lines
 
@@ -104,52 +103,3 @@ def shown(entries: list[dict[str, Any]]) -> str:
             f"  predicted  {entry['prediction']!r}"
         )
     return "\n".join(blocks)
-
-
-def compare(first: str | Path, second: str | Path, seed: int = 0) -> list[dict[str, Any]]:
-    """Differences second - first, a row a task and length and one over all, by paired bootstrap.
-
-    Raises ValueError unless both runs predicted the same samples: the same tasks, indices and prompts.
-    """
-    a, b = read_predictions(first), read_predictions(second)
-    told = [fingerprint.runs(run)[-1:] for run in (first, second)]
-    if all(told) and (differing := fingerprint.differing(told[0][0], told[1][0])):
-        raise ValueError(f"{first} and {second} were not asked the same: {'; '.join(differing)}")
-    tasks = [task for task in dict.fromkeys(task for task, _ in a) if task in {name for name, _ in b}]
-    if not tasks:
-        raise ValueError(f"{first} and {second} have no task and length in common")
-    found, all_a, all_b = [], [], []
-    for task in tasks:
-        own, other = ({i: e for (name, i), e in side.items() if name == task} for side in (a, b))
-        asked = [{i: (e["prompt_sha256"], e.get("max_new_tokens")) for i, e in side.items()} for side in (own, other)]
-        if asked[0] != asked[1]:
-            raise ValueError(
-                f"a comparison needs the same samples (seed, number, haystack, tokenizer, generation limit): {task} "
-                f"differs between {first} and {second}"
-            )
-        scores_a, scores_b = ([side[i]["score"] for i in sorted(own)] for side in (own, other))
-        all_a += scores_a
-        all_b += scores_b
-        found.append(difference(task, scores_a, scores_b, seed))
-    if len(tasks) > 1:
-        found.append(difference("all", all_a, all_b, seed))
-    return found
-
-
-def difference(task: str, first: list[float], second: list[float], seed: int) -> dict[str, Any]:
-    paired = summary.paired_difference(first, second, seed)
-    means = {"first": sum(first) / len(first), "second": sum(second) / len(second)}
-    return {"task": task, **means, "difference": paired.pop("value"), **paired}
-
-
-def compared(found: list[dict[str, Any]]) -> str:
-    """Differences as a text table."""
-    width = max(len(row["task"]) for row in found)
-    lines = [f"{'':<{width}} {'first':>7} {'second':>7} {'diff':>7}  95% interval       p      n"]
-    for row in found:
-        low, high = row["ci95"]
-        lines.append(
-            f"{row['task']:<{width}} {row['first']:7.1f} {row['second']:7.1f} {row['difference']:+7.1f}  "
-            f"[{low:+6.1f}, {high:+6.1f}]  {row['p']:6.4f} {row['n']:5}"
-        )
-    return "\n".join(lines)
