@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,10 +81,9 @@ class Arm:
 def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
     """The arms of a lab's rows, in their order. Raises ValueError naming the first row that cannot be compared."""
     scores = [row for row in rows if row["suite"] == "ruler"]
-    for row in scores:
-        for column in ("arm", "base", "window"):
-            if row.get(column) is None:
-                raise ValueError(f"a lab's row must have the column {column!r}: {_name(row)}")
+    for row, column in itertools.product(scores, ("arm", "base", "window")):
+        if row.get(column) is None:
+            raise ValueError(f"a lab's row must have the column {column!r}: {_name(row)}")
     check_samples(scores)
     members: dict[Key, list[Row]] = defaultdict(list)
     tasks: dict[tuple[str, int], set[str]] = defaultdict(set)
@@ -107,14 +107,13 @@ def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
 
 def _complete(own: Sequence[Row], tasks: Mapping[tuple[str, int], set[str]]) -> dict[int, dict[int, float]]:
     """Mean over tasks by length and seed, where all tasks were scored."""
-    cells: dict[int, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    cells: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
     for row in own:
-        cells[row["length"]][row["seed"]][row["task"]] = row["value"]
+        cells[row["length"], row["seed"]][row["task"]] = row["value"]
     found: dict[int, dict[int, float]] = {}
-    for length, by_seed in sorted(cells.items()):
-        wanted = tasks[str(own[0]["base"]), length]
-        whole = {seed: float(np.mean([*v.values()])) for seed, v in sorted(by_seed.items()) if v.keys() == wanted}
-        found |= {length: whole} if whole else {}
+    for (length, seed), by_task in sorted(cells.items()):
+        if by_task.keys() == tasks[str(own[0]["base"]), length]:
+            found.setdefault(length, {})[seed] = float(np.mean([*by_task.values()]))
     return found
 
 
@@ -141,10 +140,10 @@ def _key(row: Row) -> Key:
 
 def _usual_steps(first: Mapping[Key, Row]) -> dict[tuple[str, int], int]:
     """The number of steps that most arms of a base and fold are trained for."""
-    counts: dict[tuple[str, int], Counter[int]] = {}
+    counts: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     for (base, fold, _), row in first.items():
         if row.get("steps"):
-            counts.setdefault((base, fold), Counter())[int(row["steps"])] += 1
+            counts[base, fold][int(row["steps"])] += 1
     return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
 
 
@@ -172,16 +171,15 @@ def _about(key: Key, own: Sequence[Row], usual: int | None) -> dict[str, Any]:
         prompt += f"-{row['recall_span']}"
     rates = [one["lr"] for one in own if one.get("lr") is not None]  # older rows do not say it
     spent = [one["gpu_seconds"] for one in own if one.get("gpu_seconds") is not None]
+    columns = {"tokens": "train_tokens", "bernstein": "bernstein_constant", "gap_rms": "gap_rms", "whole": "text_whole"}
     return {
         **dict(zip(("base", "fold", "name"), key)),
         **{"kind": kind, "scaling": row.get("scaling") or "none", "window": int(row["window"]), "target": target},
         **{"prompt": prompt, "weight": weight if prompt else None, "steps": steps, "usual": steps == usual},
-        **{"tokens": row.get("train_tokens"), "rate": rates[-1] if rates else None},
+        **{name: row.get(column) for name, column in columns.items()},
         # The seeds share one cost: the median, since the first cell of a worker may compile.
         "seconds": float(np.median(spent)) if spent else None,
-        "bernstein": row.get("bernstein_constant"),
-        "gap_rms": row.get("gap_rms"),
-        "whole": row.get("text_whole"),
+        "rate": rates[-1] if rates else None,
     }
 
 

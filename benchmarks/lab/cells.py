@@ -99,16 +99,13 @@ def run(cell: Cell, place: Workplace) -> Outcome:
             about = json.loads((checkpoint / results.RECORD).read_text(encoding="utf-8"))
     with made.phase("load"):
         model = load(cell, checkpoint, place.device)
-        tokenizer = material.tokenizer_of(cell.model)
     columns = columns_of(cell, place, about, str(model.dtype).removeprefix("torch."))
     with made.phase("score"):
         found = generate.way(model)  # once: it takes as long as a task of few samples
         for item in material.samples(cell):
             key = f"{item.task}@{item.length}"
             if key not in begun.done:
-                single = Outcome()
-                scored(single, cell, item, model, tokenizer, found, place, columns)
-                begun.add({"key": key, "rows": single.rows, "scores": single.scores})
+                begun.add({"key": key, **scored(cell, item, model, found, place, columns)})
             made.rows += begun.done[key]["rows"]
             made.scores += begun.done[key]["scores"]
     with made.phase("loss"):
@@ -170,9 +167,9 @@ def held_out_rows(
     text (rows, tokens): the same beginnings at every length.
     """
     found = []
+    values: dict[str, Any] = {"suite": "lab", "metric": "loss", "n": len(text)}
     for length in sorted({*cell.lengths, cell.window, cell.target}):
         mean = predict.position_losses(model, text[:, :length], max_batch_tokens=batch_tokens)
-        values = {"suite": "lab", "metric": "loss", "n": len(text)}
         found.append(row(cell, columns, task="loss", length=length, value=float(mean.mean()), **values))
     for part in np.array_split(np.arange(len(mean)), cell.scoring.bins) if cell.scoring.bins else ():
         about = {"task": "loss_by_position", "length": int(part[-1]) + 2, "first": int(part[0]) + 1}
@@ -189,43 +186,31 @@ def load(cell: Cell, checkpoint: Path, device: str) -> Any:
 
 def extended(cell: Cell) -> Any:
     """The base's configuration with the cell's scaling, factor and options."""
-    config = cell.config([], "")
-    source = load_config(cell.model)
+    config, source = cell.config([], ""), load_config(cell.model)
     return extended_config(source, config.scaling, cell.target, config.factor, **(config.rope_options or {}))
 
 
 def scored(
-    made: Outcome,
-    cell: Cell,
-    item: material.Samples,
-    model: Any,
-    tokenizer: Any,
-    found: generate.Way,
-    place: Workplace,
-    columns: Mapping[str, Any],
-) -> None:
-    """The row of one task and length, and the scores of its samples."""  # fmt: skip
+    cell: Cell, item: material.Samples, model: Any, found: generate.Way, place: Workplace, columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The row of one task and length, and the scores of its samples."""
     samples, about = read_samples(item, place.cache)
     options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": False, "found": found}
-    texts = predict.predict(model, tokenizer, samples, **options)
+    texts = predict.predict(model, material.tokenizer_of(cell.model), samples, **options)
     percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
     part = "part" if ruler.SPECS[item.task].metric == "any" else "all"
     place_of: dict[str, Any] = {"task": item.task, "length": item.length}
-    score: dict[str, Any] = {
-        "value": sum(percent) / len(percent),
-        "stderr": summary.standard_error(percent),
-        "ci95": ci95,
-    }
+    score = {"value": sum(percent) / len(percent), "stderr": summary.standard_error(percent), "ci95": ci95}
     score |= {"suite": "ruler", "metric": f"string_match_{part}", "n": len(percent), "samples_sha256": about["sha256"]}
     more: dict[str, Any] = {"ci": kind} | {key: about[key] for key in ("haystack", "haystack_sha256", "fill")}
     more |= {"edition": item.edition, "max_new_tokens": samples[0]["max_new_tokens"]}
     empty = 100 * sum(not text.strip() for text in texts) / len(texts)
-    made.rows.append(row(cell, columns, **place_of, **score, **more, empty=empty))
     keys = {"cell": cell.sha256, "base": cell.base, "fold": cell.fold, "arm": cell.arm, "method": cell.method}
     depths = [one["depth"][0] if len(one["depth"]) == 1 else None for one in samples]
     line = {**keys, "seed": cell.seed, **place_of, "scores": [round(value, 2) for value in percent]}
-    made.scores.append(line | ({"depths": depths} if None not in depths else {}))
+    line |= {"depths": depths} if None not in depths else {}
+    return {"rows": [row(cell, columns, **place_of, **score, **more, empty=empty)], "scores": [line]}
 
 
 @functools.lru_cache(maxsize=256)
@@ -336,11 +321,8 @@ def verified(cell: Cell, checkpoint: Path, columns: Mapping[str, Any]) -> dict[s
     from analysis.scene import prepare, read_layers
 
     prompt = int(columns["prompt_tokens"])
-    scheme: dict[str, Any] = {
-        "scheme": "endprompt" if prompt else "contiguous",
-        "context": cell.window - prompt,
-        "prompt": prompt,
-    }
+    scheme: dict[str, Any] = {"scheme": "endprompt" if prompt else "contiguous", "context": cell.window - prompt}
+    scheme["prompt"] = prompt
     scene = prepare(VerifyConfig(str(checkpoint), against=cell.model, pairs=VERIFIED_PAIRS, **scheme))
     findings = Findings(scene)
     read_layers(str(checkpoint), scene, lambda layer: findings.add(layer, None))

@@ -64,11 +64,10 @@ def _usual(arm: Arm) -> bool:
 
 def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
     """All pairs that the seven questions compare."""
-    settings: dict[tuple[str, int, str], list[Arm]] = {}
     trained = [arm for arm in arms if arm.kind != "base"]
-    for arm in trained:
-        settings.setdefault(arm.setting, []).append(arm)
-    pairs = [(a, b) for members in settings.values() for a in members for b in members if a is not b]
+    settings = dict.fromkeys(arm.setting for arm in trained)
+    own = [[arm for arm in trained if arm.setting == setting] for setting in settings]
+    pairs = [(a, b) for members in own for a in members for b in members if a is not b]
     pairs += [(a, b) for a in trained for b in trained if a.setting[:2] == b.setting[:2] and a.scaling != b.scaling]
     found = [Contrast(question, family, a, b) for a, b in pairs for question, family in comparisons(a, b)]
     return found + best_contrasts(arms)
@@ -180,7 +179,5 @@ class Claim:
         return published and all(value in (None, found) for value, found in pairs)
 
 
-CLAIMS = tuple(
-    Claim(**one)
-    for one in yaml.safe_load((Path(__file__).parent / "claims" / "claims.yaml").read_text(encoding="utf-8"))
-)
+SAID = Path(__file__).parent / "claims" / "claims.yaml"
+CLAIMS = tuple(Claim(**one) for one in yaml.safe_load(SAID.read_text(encoding="utf-8")))

@@ -30,16 +30,13 @@ def depth_rows(rows: Iterable[Mapping[str, Any]], samples: Iterable[Mapping[str,
         if row["suite"] == "ruler":
             about.setdefault(_key(row), {column: row[column] for column in KEPT if column in row})
     pooled: dict[Key, list[dict[str, Any]]] = {}
-    seeds: dict[Key, set[int]] = {}
     for line in samples:
-        if "depths" in line and _key(line) in about:
-            seeds.setdefault(_key(line), set()).add(line["seed"])
-            pooled.setdefault(_key(line), []).extend(
-                {"length": line["length"], "depth": [depth], "found": [score / 100]}
-                for depth, score in zip(line["depths"], line["scores"], strict=True)
-            )
+        if "depths" in line and (key := _key(line)) in about:
+            each = zip(line["depths"], line["scores"], strict=True)
+            common = {"length": line["length"], "seed": line["seed"]}
+            pooled.setdefault(key, []).extend({**common, "depth": [at], "found": [score / 100]} for at, score in each)
     return [
-        {**about[key], "seed": None, "seeds": len(seeds[key]), **cell}
+        {**about[key], "seed": None, "seeds": len({one["seed"] for one in scored}), **cell}
         for key, scored in pooled.items()
         for cell in summary.depth_table(scored)
     ]
@@ -51,7 +48,6 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 def write(run: Path) -> None:
     """Write depth.jsonl of a run directory anew; nothing where the scores of samples were not kept."""
-    if not (run / "scores.jsonl").is_file():
-        return
-    made = depth_rows(read_rows(run / "results.jsonl"), (row for _, row in read_json_lines(run / "scores.jsonl")))
-    write_rows(run / "depth.jsonl", made)
+    if (path := run / "scores.jsonl").is_file():
+        made = depth_rows(read_rows(run / "results.jsonl"), (row for _, row in read_json_lines(path)))
+        write_rows(run / "depth.jsonl", made)

@@ -120,9 +120,7 @@ def rank_correlation(
     score both vary, and averaged by the number of arms. A resample draws arms with replacement (inside their
     group) and seeds with replacement; one in which nothing varies is left out.
     """
-    members: dict[Hashable, list[int]] = {}
-    for index, label in enumerate(groups):
-        members.setdefault(label, []).append(index)
+    members = {label: [i for i, own in enumerate(groups) if own == label] for label in dict.fromkeys(groups)}
     rng = np.random.default_rng([seed, len(x)])
     predictor = np.asarray(x, dtype=np.float64)
     columns = rng.integers(0, scores.shape[1], (RESAMPLES, scores.shape[1]))
@@ -155,6 +153,12 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.where(norm > 0, (a * b).sum(axis=1) / np.where(norm > 0, norm, 1), np.nan)
 
 
+def shared_scores(scores: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray]:
+    """(the seeds that every arm has, sorted; the arms' scores of them [arms, seeds])."""
+    seeds = sorted(set.intersection(*map(set, scores)))
+    return seeds, np.array([[own[seed] for seed in seeds] for own in scores])
+
+
 def pareto(cost: Sequence[float], score: Sequence[float]) -> list[bool]:
     """Which points no other point outdoes: none costs at most as much and scores at least as much, one of the two
     strictly."""
@@ -167,16 +171,12 @@ def pareto_shares(cost: Sequence[float], scores: Sequence[Mapping[int, float]], 
 
     Seeds are drawn with replacement from those that every arm has. Raises ValueError if there are none.
     """
-    shared = sorted(set.intersection(*(set(line) for line in scores)))
+    shared, table = shared_scores(scores)
     if not shared:
         raise ValueError("a Pareto set needs a seed that every arm has")
-    table = np.array([[line[s] for s in shared] for line in scores])
     rng = np.random.default_rng([seed, len(shared)])
     drawn = table[:, rng.integers(0, len(shared), (RESAMPLES // 2, len(shared)))].mean(axis=2)  # [arms, resamples]
-    price = np.asarray(cost, dtype=np.float64)
-    cheaper = price[:, None] <= price[None]
-    strictly = price[:, None] < price[None]
-    better = drawn[:, None] >= drawn[None]
-    above = drawn[:, None] > drawn[None]
-    beaten = (cheaper[..., None] & better & (strictly[..., None] | above)).any(axis=0)
+    price = np.asarray(cost, dtype=np.float64)[:, None, None]
+    cheaper, better = price <= price[:, 0], drawn[:, None] >= drawn
+    beaten = (cheaper & better & ((price < price[:, 0]) | (drawn[:, None] > drawn))).any(axis=0)
     return [float(share) for share in 1 - beaten.mean(axis=1)]

@@ -125,11 +125,8 @@ def write_rates(path: Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, floa
         if row["suite"] == "lab" and row["task"] == "loss" and row["length"] == row["target"] and row.get("lr"):
             arm = row["arm"].partition("@")[0]
             found.setdefault(arm, {}).setdefault(float(row["lr"]), []).append(float(row["value"]))
-    best = {
-        arm: min(by_rate, key=lambda rate: sum(by_rate[rate]) / len(by_rate[rate]))
-        for arm, by_rate in found.items()
-        if len(by_rate) > 1
-    }
+    several = {arm: by_rate for arm, by_rate in found.items() if len(by_rate) > 1}
+    best = {arm: min(own, key=lambda rate: sum(own[rate]) / len(own[rate])) for arm, own in several.items()}
     if best:
         write_text(path, json.dumps(best, indent=2) + "\n")
     return best

@@ -44,7 +44,6 @@ from endprompt.files import read_text, remembered_sha256, sha256_of
 from endprompt.runs import plain
 
 FOLDER = Path(__file__).parent
-
 BASES = FOLDER.parent / "base"
 
 #: Part of every cell's hash: a change of what a cell does makes earlier rows another cell's.
@@ -154,7 +153,7 @@ class Cell:
     @property
     def sha256(self) -> str:
         """Hash of all that the cell's rows depend on beside the code; which questions it answers is not among it."""
-        about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key not in ("questions",)}
+        about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key != "questions"}
         if self.scoring.edition == Scoring.edition:  # rows from before it had a name were made with it
             del about["scoring"]["edition"]
         for where, keys in ((about, ("sources", "retrieval")), (about["scoring"], ("samples_at", "bins"))):
@@ -303,11 +302,9 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
                 same = dataclasses.replace(earlier, questions=cell.questions, documents=cell.documents, verified=False)
                 if same != dataclasses.replace(cell, verified=False):
                     raise ValueError(f"{where}: arm {cell.arm!r} has other settings than an earlier one of this name")
-                more: dict[str, Any] = {
-                    "documents": max(earlier.documents, cell.documents),
-                    "questions": both(earlier, cell),
-                }
-                cell = dataclasses.replace(earlier, verified=earlier.verified or cell.verified, **more)
+                verified, documents = earlier.verified or cell.verified, max(earlier.documents, cell.documents)
+                questions = both(earlier, cell)
+                cell = dataclasses.replace(earlier, verified=verified, documents=documents, questions=questions)
             made[key] = cell
             shown = (cell.base, cell.target, cell.method, cell.steps, cell.settings.get("prompt_weight"), cell.seed)
             # A trial of a few steps may make arms alike that differ in their steps.
@@ -330,7 +327,7 @@ def both(one: Cell, other: Cell) -> tuple[int, ...]:
 
 
 def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scoring:
-    check_keys(given, {f.name for f in dataclasses.fields(Scoring)}, f"{source}, score")
+    check_keys(given, Scoring.__dataclass_fields__, f"{source}, score")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     if config.samples:
         values |= {"samples": config.samples, "samples_at": {}}
@@ -341,7 +338,6 @@ def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scor
 
 
 BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "documents", "seeds"}
-
 RUN = {"arms", "questions", "verify", "seeds"}
 
 
@@ -381,9 +377,8 @@ def block_cells(
                 settings |= changes
                 if config.steps:
                     settings["steps"] = config.steps
-                chosen_rate = rates.get(rate_key(name, settings))
-                if chosen_rate is not None and "lr" not in changes:
-                    settings["lr"] = chosen_rate
+                if "lr" not in changes and (rate := rates.get(rate_key(name, settings))) is not None:
+                    settings["lr"] = rate
                 trained = bool(arm.get("train", True))
                 scaling = settings.get("scaling", ExtendConfig.scaling)
                 full_name = "".join([name, f"+{scaling}", *(f"@{k}={v}" for k, v in told.items())])

@@ -84,10 +84,11 @@ def device_of(config: LabConfig) -> str:
         return "cpu"
     import torch
 
-    found = torch.cuda.is_available()
-    if config.device == "cuda" and not found:
+    if torch.cuda.is_available():
+        return "cuda"
+    if config.device == "cuda":
         raise ValueError("device must be one that this machine has: device='cuda', torch finds no CUDA")
-    return "cuda" if found else "cpu"
+    return "cpu"
 
 
 def gpus_of(device: str) -> list[str]:
@@ -289,11 +290,8 @@ class Runner:
         config, cpu = self.config, self.device == "cpu"
         tokens = SHARED_BATCH_TOKENS if self.jobs > max(1, len(self.gpus)) else 2 * SHARED_BATCH_TOKENS
         how = "none" if cpu and config.compile == "auto" else config.compile
-        kept: dict[str, Any] = {
-            "keep_checkpoints": config.keep_checkpoints,
-            "batch_tokens": tokens // 8 if cpu else tokens,
-        }
-        place = Workplace(self.output, self.cache, self.device, how, config.deterministic, self.jobs, **kept)
+        shared = (how, config.deterministic, self.jobs, config.keep_checkpoints, tokens // 8 if cpu else tokens)
+        place = Workplace(self.output, self.cache, self.device, *shared)
         here, there = self.context.Pipe()
         cores = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else os.cpu_count() or 1
         threads = max(1, cores // self.jobs) if cpu else 1
@@ -323,14 +321,13 @@ class Runner:
 
     def give(self, worker: Worker) -> None:
         """The next cell whose documents and samples are there, if there is one."""
-        cell = self.next_for(worker)
-        if cell is None:
+        if (cell := self.next_for(worker)) is None:
             return
         self.waiting.remove(cell)
         worker.cell, worker.shape, worker.since = cell, cell.shape, time.perf_counter()
         try:
             worker.pipe.send(cell)
-        except (BrokenPipeError, OSError):
+        except OSError:
             self.lost(worker)
 
     def next_for(self, worker: Worker) -> Cell | None:
@@ -341,18 +338,14 @@ class Runner:
         left: dict[tuple[Any, ...], float] = {}
         for cell in able:
             left[cell.shape] = left.get(cell.shape, 0.0) + cost.seconds(cell, self.device)
-        if worker.shape in left:
-            shape = worker.shape
-        else:
-            busy = Counter(other.shape for other in self.workers if other.cell)
-            shape = max(left, key=lambda key: left[key] / (1 + busy[key]))
+        busy = Counter(other.shape for other in self.workers if other.cell)
+        shape = worker.shape if worker.shape in left else max(left, key=lambda key: left[key] / (1 + busy[key]))
         return next(cell for cell in able if cell.shape == shape)
 
     def prepared(self, cell: Cell) -> bool:
         """Whether the cell's documents and samples are there. Raises what went wrong in making them."""
         for item in material.needed([cell]):
-            future = self.making.get(item)
-            if future is not None:
+            if (future := self.making.get(item)) is not None:
                 if not future.done():
                     return False
                 future.result()
@@ -377,10 +370,8 @@ class Runner:
                 self.take(worker, answer)
 
     def take(self, worker: Worker, answer: Answer) -> None:
-        cell = worker.cell
+        cell, worker.cell, seconds = worker.cell, None, time.perf_counter() - worker.since
         assert cell is not None
-        worker.cell = None
-        seconds = time.perf_counter() - worker.since
         if answer.error is not None:
             self.fail(cell, answer.error, answer.trace, worker.number)
             if answer.last:
@@ -388,8 +379,7 @@ class Runner:
             return
         append_rows(self.output / "scores.jsonl", answer.scores)
         self.directory.add(answer.rows)  # last: with its rows a cell is done
-        self.done += 1
-        self.deaths = 0
+        self.done, self.deaths = self.done + 1, 0
         self.spent += seconds
         self.expected += cost.seconds(cell, self.device)
         self.directory.log(cell=cell.name, worker=worker.number, seconds=round(seconds, 2), phases=answer.seconds)
@@ -440,12 +430,9 @@ class Runner:
         return f"{said}, {clock(ahead * self.spent / self.expected / max(1, len(self.workers)))} left"
 
     def line(self, cell: Cell, rows: Sequence[dict[str, Any]], seconds: float) -> None:
-        means = []
-        for length in cell.lengths:
-            values = [row["value"] for row in rows if row["suite"] == "ruler" and row["length"] == length]
-            if values:
-                means.append(f"{length}: {sum(values) / len(values):.1f}")
-        say(f"[{self.state()}] {cell.name}  {'  '.join(means)}  ({seconds:.1f} s)")
+        own = [(n, [r["value"] for r in rows if r["suite"] == "ruler" and r["length"] == n]) for n in cell.lengths]
+        means = "  ".join(f"{n}: {sum(values) / len(values):.1f}" for n, values in own if values)
+        say(f"[{self.state()}] {cell.name}  {means}  ({seconds:.1f} s)")
 
     def conclude(self) -> None:
         """Scores by depth, and the answers to the questions as far as the rows go."""

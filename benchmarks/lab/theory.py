@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, stats
 
 from analysis import observability, predict
@@ -83,31 +84,29 @@ def reading_of(checkpoint: str, target: int, scalings: tuple[str, ...]) -> predi
 def cases_of(rows: Sequence[dict[str, Any]], checkpoints: dict[str, str], half: str | None = None) -> list[Case]:
     """The arms that can be measured. checkpoints: base -> directory. half: of all of them, where not by `half_of`."""
     layouts = {(str(r["base"]), r["arm"], r["target"]): r for r in rows if r["suite"] == "ruler"}
-    found = []
-    arms = arms_of(rows)
-    targets = sorted({(arm.base, arm.target) for arm in arms if (arm.kind, arm.scaling) != ("base", "none")})
-    for base, target in targets:
+    found, arms = [], arms_of(rows)
+    for base, target in sorted({(arm.base, arm.target) for arm in arms if not is_bare(arm)}):
         mine = [arm for arm in arms if arm.base == base and target in arm.scores and known(arm)]
-        mine = [arm for arm in mine if arm.target == target or (arm.kind, arm.scaling) == ("base", "none")]
-        reading = reading_of(checkpoints[base], target, tuple(sorted({arm.scaling for arm in mine})))
-        fixed = {name: reading.of_scaling(name) for name in {arm.scaling for arm in mine}}
+        mine = [arm for arm in mine if arm.target == target or is_bare(arm)]
+        scalings = tuple(sorted({arm.scaling for arm in mine}))
+        reading = reading_of(checkpoints[base], target, scalings)
+        fixed = {name: reading.of_scaling(name) for name in scalings}
         by_layout: dict[Any, dict[str, float]] = {}
         for arm in mine:
-            scheme, counts, size = None, None, 0
-            key: tuple[Any, ...] = (arm.scaling,)
-            if arm.kind != "base":
-                row = layouts[base, arm.name, target]
-                scheme, size, prompt = row["scheme"], row["row_tokens"], row["prompt_tokens"]
-                key = (arm.scaling, scheme, size, prompt)
-                if key not in by_layout:
-                    count = row["anchors"] or 4
-                    counts = observability.pair_counts(scheme, size - prompt, prompt, target, count=count)
-                    by_layout[key] = reading.of_scheme(arm.scaling, counts, size)
-            else:
-                by_layout.setdefault(key, reading.of_scheme(arm.scaling, None, 0))
+            row = layouts[base, arm.name, target] if arm.kind != "base" else {}
+            scheme, size, prompt = row.get("scheme"), row.get("row_tokens", 0), row.get("prompt_tokens", 0)
+            anchors = row.get("anchors") or 4
+            key = (arm.scaling, scheme, size, prompt, anchors)
+            if key not in by_layout:
+                counts = scheme and observability.pair_counts(scheme, size - prompt, prompt, target, count=anchors)
+                by_layout[key] = reading.of_scheme(arm.scaling, counts, size)
             values = fixed[arm.scaling] | by_layout[key]
             found.append(Case(arm, target, scheme, arm.mean(target), values, half or half_of(arm, target)))
     return found
+
+
+def is_bare(arm: Arm) -> bool:
+    return (arm.kind, arm.scaling) == ("base", "none")
 
 
 def known(arm: Arm) -> bool:
@@ -128,13 +127,18 @@ def part(x: np.ndarray, cases: Sequence[Case]) -> list[float] | None:
     """The correlation among the trained arms."""
     chosen = [i for i, case in enumerate(cases) if case.scheme]
     found = correlation(x[np.array(chosen, dtype=int)], [cases[i] for i in chosen])
-    return None if found is None else list(found)
+    return found and [*found]
+
+
+def by_setting(cases: Sequence[Case]) -> list[list[int]]:
+    """Places of the cases of each setting."""
+    settings = sorted({case.setting for case in cases})
+    return [[i for i, case in enumerate(cases) if case.setting == setting] for setting in settings]
 
 
 def kendall(x: np.ndarray, cases: Sequence[Case]) -> float:
     found = []
-    for setting in sorted({case.setting for case in cases}):
-        members = [i for i, case in enumerate(cases) if case.setting == setting]
+    for members in by_setting(cases):
         tau = stats.kendalltau(x[members], [cases[i].score for i in members]).statistic
         if len(members) >= 3 and not np.isnan(tau):
             found.append((float(tau), len(members)))
@@ -142,12 +146,11 @@ def kendall(x: np.ndarray, cases: Sequence[Case]) -> float:
 
 
 def p_value(x: np.ndarray, cases: Sequence[Case], sign: float, seed: int = 0) -> float:
-    """One-sided permutation test of the correlation, the larger p of two exchanges: of arms, and of whole scalings."""
+    """One-sided permutation test of the correlation, the larger p of two exchanges: of arms, of whole scalings."""
     rng = np.random.default_rng([seed, len(cases)])
     scores = np.array([case.score for case in cases])
     total, value = np.zeros((2, PERMUTATIONS)), 0.0
-    for setting in sorted({case.setting for case in cases}):
-        members = np.array([i for i, case in enumerate(cases) if case.setting == setting])
+    for members in by_setting(cases):
         own, y = x[members], scores[members]
         if len(members) < 3 or np.ptp(own) == 0 or np.ptp(y) == 0:
             continue
@@ -236,20 +239,18 @@ def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
             scores = np.array([case.score for case in members])
             about: dict[str, Any] = {"half": name, "kendall": kendall(x, members), "p": p_value(x, members, line.sign)}
             about |= {"candidate": line in candidates, "error": float(np.abs(line(members) - scores).mean())}
-            about |= {"error_of_mean": float(np.abs(line.mean - scores).mean())}
-            about |= {"inside_scaling": None if scheme is None else list(scheme), "trained": part(x, members)}
-            about |= {"points": line.points if len(line.names) == 2 else None}
+            about |= {"error_of_mean": float(np.abs(line.mean - scores).mean()), "inside_scaling": scheme and [*scheme]}
+            about |= {"trained": part(x, members), "points": line.points if len(line.names) == 2 else None}
             value, ci95 = (0.0, None) if found is None else (found.value, (found.lo, found.hi))
-            method = " + ".join(line.names)
-            mine.append(row("predict-test", "rank_correlation", value, method, ci95=ci95, n=len(members), **about))
+            about |= {"ci95": ci95, "n": len(members)}
+            mine.append(row("predict-test", "rank_correlation", value, " + ".join(line.names), **about))
         free = [r["ci95"] and r["ci95"][0] * r["ci95"][1] > 0 and r["value"] * line.sign > 0 for r in mine]
         one_sign = all(free[: len(SETS)])
         holds = line in candidates and one_sign and mine[1]["p"] < estimates.LEVEL
         rows += [r | {"one_sign": bool(one_sign), "holds": bool(holds)} for r in mine]
     for name, members in sets.items():
-        best = {key: np.mean([c.score for c in members if (c.setting, c.arm.scaling) == key])
-                for key in {(c.setting, c.arm.scaling) for c in members}}  # fmt: skip
-        top = correlation(np.array([best[c.setting, c.arm.scaling] for c in members]), members)
+        alike = pd.DataFrame([(*c.setting, c.arm.scaling, c.score) for c in members]).groupby([0, 1, 2])[3]
+        top = correlation(alike.transform("mean").to_numpy(), members)
         assert top is not None
         about = {"half": name, "n": len(members), "ci95": (top.lo, top.hi)}
         rows.append(row("predict-test", "ceiling", top.value, "mean score of the scaling", **about))
@@ -279,7 +280,7 @@ def beside(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
         return str(r["base"]), r["target"], r["seed"], r["arm"].partition("+")[0]
 
-    wanted = {place(r) for r in controls}
+    wanted = set(map(place, controls))
     return [r for r in rows if "@" not in r["arm"] and place(r) in wanted]
 
 

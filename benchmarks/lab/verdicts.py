@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.lab import contrasts, estimates
 from benchmarks.lab.arms import SCALINGS, Arm, Row, arms_of, is_main, is_short, with_most_seeds
 from benchmarks.lab.contrasts import Contrast, contrasts_of
-from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate
+from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate, shared_scores
 from endprompt.files import read_json_lines
 from endprompt.results import read_rows, result_row, write_rows
 from paper_figures.names import QUESTIONS, SAID_BY
@@ -66,10 +66,7 @@ def rows_of(arms: Sequence[Arm]) -> list[Row]:
     """All estimates, question by question, each with its verdict; in each question, last, its contrasts."""
     rows = [row for contrast in contrasts_of(arms) for row in score_rows(contrast)]
     rows += interaction_rows(rows)
-    rows += slope_rows(arms)
-    rows += correlation_rows(arms)
-    rows += cost_rows(arms)
-    rows += window_rows(arms)
+    rows += [row for made in (slope_rows, correlation_rows, cost_rows, window_rows) for row in made(arms)]
     judge(rows)
     said = claim_rows(rows)
     judge(said)
@@ -83,21 +80,11 @@ def estimate_row(contrast: Contrast, metric: str, length: int, per_seed: Mapping
     """One estimate, not judged yet. per_seed: the values that it is the mean of, which the row carries with it."""
     first, second = contrast.first, contrast.second
     method = first.name if first is second else f"{first.name} - {second.name}"
-    about: dict[str, Any] = {
-        "suite": SUITE,
-        "task": f"q{contrast.question}",
-        "model": f"base {first.base}",
-        "seed": None,
-    }
-    columns = {
-        "comparison": "name",
-        "labels": "label",
-        "kinds": "kind",
-        "prompts": "prompt",
-        "prompt_weights": "weight",
-    }
+    about: dict[str, Any] = {"suite": SUITE, "task": f"q{contrast.question}", "model": f"base {first.base}"}
+    columns = {"comparison": "name"} | {f"{one}s": one for one in ("label", "kind", "prompt")}
+    columns["prompt_weights"] = "weight"
     return {
-        **result_row(length=length, metric=metric, method=method, **about, **_estimated(per_seed)),
+        **result_row(length=length, metric=metric, method=method, seed=None, **about, **_estimated(per_seed)),
         "question": QUESTIONS[contrast.question],
         "family": contrast.family,
         **{column: [getattr(first, name), getattr(second, name)] for column, name in columns.items()},
@@ -121,8 +108,7 @@ def score_rows(contrast: Contrast) -> list[Row]:
     """The difference at every length that both arms have."""
     rows = []
     for length in sorted(contrast.first.scores.keys() & contrast.second.scores.keys()):
-        differences = contrast.differences(length)
-        if differences:
+        if differences := contrast.differences(length):
             scores = contrast.means(length)
             row = estimate_row(contrast, "score_difference", length, differences, scores=scores)
             if contrast.chosen_on:
@@ -157,11 +143,6 @@ def interaction_rows(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _shared(rows: Sequence[Row]) -> list[str]:
-    """Seeds that all the rows have."""
-    return [seed for seed in rows[0]["per_seed"] if all(seed in row["per_seed"] for row in rows)]
-
-
 def slope_rows(arms: Sequence[Arm]) -> list[Row]:
     """Question 2: points gained for ten times the steps, a straight line over log10(steps) for each seed.
 
@@ -180,10 +161,9 @@ def slope_rows(arms: Sequence[Arm]) -> list[Row]:
         usual = next((arm for arm in members if arm.usual), members[0])
         x = np.log10([arm.steps for arm in members])
         for length in sorted(set.intersection(*(set(arm.scores) for arm in members))):
-            seeds = sorted(set.intersection(*(set(arm.scores[length]) for arm in members)))
+            seeds, scores = shared_scores([arm.scores[length] for arm in members])
             if not seeds:
                 continue
-            scores = np.array([[arm.scores[length][seed] for seed in seeds] for arm in members])
             slopes = (x - x.mean()) @ scores / ((x - x.mean()) ** 2).sum()
             lines_of[key, length] = usual, dict(zip(seeds, slopes.tolist()))
             extra = {"scores": scores.mean(axis=1).tolist(), "over_steps": [arm.steps for arm in members]}
@@ -217,10 +197,9 @@ def correlation_rows(arms: Sequence[Arm]) -> list[Row]:
     rows = []
     for members in [*groups.values(), *together]:
         alone = len({(arm.base, arm.fold) for arm in members}) == 1
-        seeds = sorted(set.intersection(*(set(arm.scores[arm.target]) for arm in members)))
+        seeds, scores = shared_scores([arm.scores[arm.target] for arm in members])
         if not seeds:
             continue
-        scores = np.array([[arm.scores[arm.target][seed] for seed in seeds] for arm in members])
         groupings: dict[str, list[tuple]] = {
             "all arms": [(arm.base, arm.fold) for arm in members],
             "within a scheme": [(arm.base, arm.fold, arm.kind, arm.prompt) for arm in members],
@@ -253,10 +232,8 @@ def cost_rows(arms: Sequence[Arm]) -> list[Row]:
     rows = []
     for members in map(with_most_seeds, groups.values()):
         scores = [arm.scores[arm.target] for arm in members]
-        costs = {"tokens": [arm.tokens or 0.0 for arm in members], "seconds": [arm.seconds or 0.0 for arm in members]}
-        if not set.intersection(*(set(line) for line in scores)):
-            continue
-        for metric, cost in costs.items():
+        costs = {metric: [getattr(arm, metric) for arm in members] for metric in ("tokens", "seconds")}
+        for metric, cost in costs.items() if shared_scores(scores)[0] else ():
             front = estimates.pareto(cost, [arm.mean(arm.target) for arm in members])
             shares = estimates.pareto_shares(cost, scores)
             for arm, inside, share in zip(members, front, shares):
@@ -296,9 +273,8 @@ def judge(rows: Sequence[Row]) -> None:
     One test is corrected once, however many claims are made about it.
     """
     families: dict[tuple, dict[tuple, float]] = {}
-    for row in rows:
-        if row["p"] is not None:
-            families.setdefault(_family(row), {})[_test(row)] = row["p"]
+    for row in (row for row in rows if row["p"] is not None):
+        families.setdefault(_family(row), {})[_test(row)] = row["p"]
     adjusted = {key: dict(zip(tests, estimates.holm([*tests.values()]))) for key, tests in families.items()}
     for row in rows:
         row["p_holm"] = None if row["p"] is None else adjusted[_family(row)][_test(row)]
@@ -384,31 +360,20 @@ def estimate_text(row: Row) -> str:
 
 def claim_rows(rows: Sequence[Row]) -> list[Row]:
     """A row for each claim that the estimates speak of."""
-    found = []
-    for claim in contrasts.CLAIMS:
-        chosen = [row for row in rows if claim.speaks_of(row)]
-        if claim.metric == "rank_correlation":  # the row over all bases and folds is their average already
-            chosen = [row for row in chosen if row["base"] == "all"] or chosen
-        if chosen:
-            found.append(claim_row(claim, chosen))
-    return found
+    spoken = ((claim, [row for row in rows if claim.speaks_of(row)]) for claim in contrasts.CLAIMS)
+    return [claim_row(claim, chosen) for claim, chosen in spoken if chosen]
 
 
 def claim_row(claim: contrasts.Claim, chosen: Sequence[Row]) -> Row:
+    if claim.metric == "rank_correlation":  # the row over all bases and folds is their average already
+        chosen = [row for row in chosen if row["base"] == "all"] or chosen
     live = [row for row in chosen if not row.get("both_fail")]
     shown = ("base", "fold", "scaling", "length", "labels", "value", "ci95", "n", "verdict", "chosen_on")
-    row = {
-        **chosen[0],
-        "metric": "claim",
-        "of": claim.metric,
-        "source": claim.source,
-        "claim": claim.says,
-        "expected": claim.expected,
-        "parts": [{key: part[key] for key in shown if key in part} for part in chosen],
-        "both_fail": not live,
-    }
+    said = {"source": claim.source, "claim": claim.says, "expected": claim.expected}
+    parts = [{key: part[key] for key in shown if key in part} for part in chosen]
+    row = {**chosen[0], "metric": "claim", "of": claim.metric, **said, "parts": parts, "both_fail": not live}
     if len(live) > 1 and len({frozenset(part["per_seed"]) for part in live}) == 1:
-        values = {seed: float(np.mean([part["per_seed"][seed] for part in live])) for seed in _shared(live)}
+        values = {seed: float(np.mean([part["per_seed"][seed] for part in live])) for seed in live[0]["per_seed"]}
         row |= {**_estimated(values), **ALL_SETTINGS, "per_seed": values}
         row["p"] = estimates.over_seeds([*values.values()]).p
     elif len(live) > 1:
@@ -463,10 +428,8 @@ def write(run: str | Path) -> list[Row]:
 
     Raises ValueError if results.jsonl has no scores of a lab or rows that must not be compared.
     """
-    run = Path(run)
-    rows = read_rows(run / "results.jsonl")
-    path = run / "scores.jsonl"
-    arms = arms_of(rows, [row for _, row in read_json_lines(path)] if path.is_file() else ())
+    run, path = Path(run), Path(run, "scores.jsonl")
+    arms = arms_of(read_rows(run / "results.jsonl"), [r for _, r in read_json_lines(path)] if path.is_file() else ())
     if not arms:
         raise ValueError(f"{run / 'results.jsonl'}: the questions need a lab's rows of suite 'ruler'; found none")
     found = rows_of(arms)
