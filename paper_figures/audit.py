@@ -47,10 +47,8 @@ Rows = dict[str, dict[str, Decimal]]
 
 
 def findings() -> list[Finding]:
-    """Every check in order: dict(table, row, rule, printed, recomputed, verdict).
-
-    printed and recomputed are numbers, lists of numbers or short text; printed is None for what the paper leaves out.
-    """
+    """Every check in order: dict(table, row, rule, printed, recomputed, verdict). printed and recomputed are numbers,
+    lists of numbers or short text; printed is None for what the paper leaves out."""
     tables = read_tables()
     checks = (averages, repeated_numbers, sample_grid, longest_length, constant_rows, common_weighting, claims)
     return [finding for check in (*checks, growth_with_tokens, highest_average) for finding in check(tables)]
@@ -173,10 +171,8 @@ def distance_to_grid(value: Decimal, answers: int) -> Decimal:
 
 
 def recovered_64k(tables: dict[str, Rows] | None = None) -> Rows:
-    """The column that is not printed: 5 x the mean over five lengths - the four that are, by method and task.
-
-    `avg` is the same with the printed averages; `mean` is the mean of the 13 recovered tasks.
-    """
+    """The column that is not printed: 5 x the mean over five lengths - the four that are, by method and task. `avg` is
+    the same with the printed averages; `mean` is the mean of the 13 recovered tasks."""
     tables = tables or read_tables()
     recovered: Rows = {}
     for method, means in tables["Table 1"].items():

@@ -21,11 +21,9 @@ PAPER_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 
 
 def average(rows: pd.DataFrame, by: Sequence[str], over: Sequence[str] = ("task", "length")) -> pd.DataFrame:
-    """Mean over the cells `over` for each group `by`: columns by + value, lo, hi, seeds, cells, origin.
-
-    lo and hi are NaN where the rows carry no interval. All groups are held to the same cells: those that any group
-    with the same `by` (without `method`) has.
-    """
+    """Mean over the cells `over` for each group `by`: columns by + value, lo, hi, seeds, cells, origin. lo and hi are
+    NaN where the rows carry no interval. All groups are held to the same cells: those that any group with the same `by`
+    (without `method`) has."""
     cells = list(dict.fromkeys([*by, *over, "seed"]))
     rows = rows.drop_duplicates(cells)[[*cells, "value", "lo", "hi", "origin"]]
     peers = [column for column in by if column != "method"]

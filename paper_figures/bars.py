@@ -27,9 +27,7 @@ class Bar(NamedTuple):
 
 def suite_panels(frames: Frames, published: pd.DataFrame, choose: Callable[[list[str]], dict[str, str]]) -> Figure:
     """One panel for each suite of `published` (columns panel, x, value), then one for each suite that was measured.
-
-    choose: of the methods measured those that have a bar -> the name under it.
-    """
+    choose: of the methods measured those that have a bar -> the name under it."""
     rows = {suite: scored(frames, suite) for suite in SUITES}
     chosen = {suite: choose(list(own["method"].unique())) for suite, own in rows.items()}
     measured = {suite: measured_bars(rows[suite], chosen[suite]) for suite in SUITES}

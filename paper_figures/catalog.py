@@ -39,8 +39,7 @@ NAMES = (*FIGURES, *TABLES)
 
 def module(name: str) -> Any:
     """The module that draws the figure `name`, or the table of that name. Raises ValueError for a name that is in
-    neither list.
-    """
+    neither list."""
     if name not in NAMES:
         raise ValueError(f"only must name figures or tables of {', '.join(NAMES)}: only={name!r}")
     return TABLES[name] if name in TABLES else import_module(f"paper_figures.figures.{name}")
@@ -54,10 +53,8 @@ def source(name: str) -> str:
 
 
 def make(name: str, rows: pd.DataFrame, output: Path) -> list[Path]:
-    """Draw one figure or table into the directory `output`; returns the files written.
-
-    Raises NoData if its data do not exist, ValueError if they cannot be used.
-    """
+    """Draw one figure or table into the directory `output`; returns the files written. Raises NoData if its data do not
+    exist, ValueError if they cannot be used."""
     item = module(name)
     frames = load(item.INPUTS, rows)
     output.mkdir(parents=True, exist_ok=True)

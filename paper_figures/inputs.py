@@ -60,11 +60,8 @@ Frames = Mapping[str, pd.DataFrame]
 
 
 def load(inputs: Inputs, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """One frame for each file and suite of `inputs`; a suite without rows gives an empty frame.
-
-    Raises NoData if rows or columns that are needed do not exist, ValueError for rows that cannot be compared; both
-    name file and column.
-    """
+    """One frame for each file and suite of `inputs`; a suite without rows gives an empty frame. Raises NoData if rows
+    or columns that are needed do not exist, ValueError for rows that cannot be compared; both name file and column."""
     frames = {name: read_published(name, columns) for name, columns in inputs.files.items()}
     for suite, extras in inputs.rows.items():
         frame = of_lab(rows[rows["suite"] == suite], inputs.lab)
@@ -132,10 +129,8 @@ def measured_files() -> list[Path]:
 
 def read_results(sources: Iterable[str | Path]) -> pd.DataFrame:
     """Rows of run directories (their results.jsonl) or of JSON Lines files, also of packed ones (.jsonl.gz), one frame.
-
     `ci95` is split into `lo` and `hi`. Raises ValueError naming file, line and column of the first row that cannot be
-    used, OSError for a file that does not exist.
-    """
+    used, OSError for a file that does not exist."""
     rows: list[dict[str, Any]] = []
     for source in map(Path, sources):
         path = source / "results.jsonl" if source.is_dir() else source
@@ -195,10 +190,8 @@ def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[s
 
 
 def check_cells(rows: pd.DataFrame) -> None:
-    """Rows that are compared must have been scored on the same samples, and a cell must have one value.
-
-    Raises ValueError naming the two rows.
-    """
+    """Rows that are compared must have been scored on the same samples, and a cell must have one value. Raises
+    ValueError naming the two rows."""
     rows = rows[~rows["suite"].isin(NOT_SCORES)]
     if rows.empty:
         return

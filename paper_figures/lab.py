@@ -23,12 +23,10 @@ SPAN, PIECES = 40, 3
 
 def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with what the figures call an arm: `kind`, `cue`, `usual`, `main`, `label`; method is the arm's name.
-
     kind: scheme, or full or longlora, or base (not trained). usual: trained for the number of steps that most arms of
     this base and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other
     wordings or weights of an end prompt, and with at least a quarter of the seeds that most arms of this base and fold
-    have.
-    """
+    have."""
     rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS, *OPTIONAL])).copy()
     rows["base"] = rows["base"].astype(str)
     rows["method"] = rows["arm"]
@@ -86,10 +84,8 @@ def _named(kind: str, arm: str) -> str:
 
 
 def reference(rows: pd.DataFrame) -> pd.DataFrame:
-    """What a general figure shows of a lab: of the base and fold with the most arms those with PI or YaRN.
-
-    Of them the usual steps and weights; other wordings of the end prompt stay, since Figure 2 is about them.
-    """
+    """What a general figure shows of a lab: of the base and fold with the most arms those with PI or YaRN. Of them the
+    usual steps and weights; other wordings of the end prompt stay, since Figure 2 is about them."""
     groups = rows.groupby(["base", "fold"])["arm"].nunique()
     base, fold = groups.index[groups.argmax()]
     chosen = rows[(rows["base"] == base) & (rows["fold"] == fold)]
@@ -109,11 +105,9 @@ def groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, int, pd.DataFrame]]:
 
 
 def looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Label -> colour, marker, line and face of each arm, the same in all panels of a figure.
-
-    The colour and marker tell the place of the anchor; a filled marker and a full line tell a prompt that is copied
-    from the context, or none; a hollow one and dashes tell a fixed cue.
-    """
+    """Label -> colour, marker, line and face of each arm, the same in all panels of a figure. The colour and marker
+    tell the place of the anchor; a filled marker and a full line tell a prompt that is copied from the context, or
+    none; a hollow one and dashes tell a fixed cue."""
     kinds = list(dict.fromkeys(rows["kind"]))
     unknown = [kind for kind in kinds if arm_of(kind) not in style.ARMS]
     found = {}

@@ -26,10 +26,8 @@ SCHEMES = {"full": "full length", "longlora": "LongLoRA"}
 
 
 class Method(NamedTuple):
-    """A method as its rows name it: `base`, or scheme, prompt kind and scaling joined by `+`.
-
-    conditions: what tells two runs of one method apart (data.distinguish), as `steps=300`.
-    """
+    """A method as its rows name it: `base`, or scheme, prompt kind and scaling joined by `+`. conditions: what tells
+    two runs of one method apart (data.distinguish), as `steps=300`."""
 
     scheme: str
     prompt: str

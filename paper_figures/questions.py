@@ -99,10 +99,8 @@ def line(row: dict) -> Row:
 
 
 def cost_sections(rows: pd.DataFrame) -> list[Section]:
-    """Question 6: the arms in the Pareto set by training tokens and by GPU-seconds, with what they cost.
-
-    first, second: million training tokens and GPU-seconds. p stands for the share of the resamples in the set.
-    """
+    """Question 6: the arms in the Pareto set by training tokens and by GPU-seconds, with what they cost. first, second:
+    million training tokens and GPU-seconds. p stands for the share of the resamples in the set."""
     sections = []
     for (metric, base, fold), group in rows.groupby(["metric", "base", "fold"], sort=False):
         lines = []

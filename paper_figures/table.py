@@ -58,10 +58,8 @@ ONE_PAGE = 45
 
 
 def latex(table: Table) -> str:
-    """A complete `table*` environment that needs the packages booktabs and graphicx only.
-
-    A table too long for one page is a `longtable` (package longtable, in one column of text) in small print instead.
-    """
+    """A complete `table*` environment that needs the packages booktabs and graphicx only. A table too long for one page
+    is a `longtable` (package longtable, in one column of text) in small print instead."""
     environment = Environment(
         variable_start_string="<<", variable_end_string=">>", block_start_string="<%", block_end_string="%>",
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined,

@@ -80,11 +80,9 @@ class Words:
 
 @dataclass(frozen=True)
 class Prose:
-    """Tokenised sentences in reading order, each with the space in front of it.
-
-    `ids` (tokens,) uint16; sentence i is ids[offsets[i]:offsets[i + 1]]; `starts` (tokens,) bool marks the tokens that
-    begin a word, where text may be cut without changing how the rest is tokenised.
-    """
+    """Tokenised sentences in reading order, each with the space in front of it. `ids` (tokens,) uint16; sentence i is
+    ids[offsets[i]:offsets[i + 1]]; `starts` (tokens,) bool marks the tokens that begin a word, where text may be cut
+    without changing how the rest is tokenised."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -231,12 +229,10 @@ def document(
     shortest: int = 128,
     longest: int | None = None,
 ) -> dict[str, str]:
-    """One document of exactly `tokens` tokens: {"text": ..., "completion": ...}.
-
-    The prompt's own length is uniform between `shortest` (or what the kind needs) and `longest` (default `tokens`);
-    text from `prose` is put in front of it. `text` and `completion` tokenise to the concatenation of their tokens.
-    Raises ValueError if the kind is unknown or does not fit into `tokens`.
-    """
+    """One document of exactly `tokens` tokens: {"text": ..., "completion": ...}. The prompt's own length is uniform
+    between `shortest` (or what the kind needs) and `longest` (default `tokens`); text from `prose` is put in front of
+    it. `text` and `completion` tokenise to the concatenation of their tokens. Raises ValueError if the kind is unknown
+    or does not fit into `tokens`."""
     if kind == "text":
         ids = [*prose.tail(tokens - 1, rng).tolist(), tokenizer.eos_token_id]
         text, completion = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False), ""
@@ -287,11 +283,8 @@ def write_documents(
     shortest: int = 128,
     longest: int | None = None,
 ) -> Path:
-    """Write n documents of exactly `window` tokens, one JSON object a line; kinds drawn by the mixture's weights.
-
-    Text comes from the first half of the shipped sample unless `prose` is given. The same arguments write the same
-    bytes.
-    """
+    """Write n documents of exactly `window` tokens, one JSON object a line; kinds drawn by the mixture's weights. Text
+    comes from the first half of the shipped sample unless `prose` is given. The same arguments write the same bytes."""
     rng = np.random.default_rng(seed)
     prose = prose or Prose.from_sentences(sample_training_sentences(), tokenizer)
     weights = np.array(list(mixture.values()), dtype=float)

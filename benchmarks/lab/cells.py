@@ -53,10 +53,8 @@ class Workplace:
     batch_tokens: int = predict.BATCH_TOKENS
 
     def compile_of(self, cell: Cell) -> str:
-        """A recorded step of compiled layers for what a graph can hold, else nothing.
-
-        On an H200 such a step takes 1.3 ms where a plain one takes 20; a worker compiles a shape once, in seconds.
-        """
+        """A recorded step of compiled layers for what a graph can hold, else nothing. On an H200 such a step takes 1.3
+        ms where a plain one takes 20; a worker compiles a shape once, in seconds."""
         if self.compile != "auto":
             return self.compile
         plain = not cell.settings.get("lora_rank") and cell.settings.get("attention", "sdpa") == "sdpa"
@@ -128,11 +126,8 @@ def run(cell: Cell, place: Workplace) -> Outcome:
 
 
 class Begun:
-    """What an interrupted attempt at a cell has done already: its training, and the tasks that were scored.
-
-    The file names the cell and how it is computed by a hash; lines of another, or one that was cut off, count for
-    nothing.
-    """
+    """What an interrupted attempt at a cell has done already: its training, and the tasks that were scored. The file
+    names the cell and how it is computed by a hash; lines of another, or one that was cut off, count for nothing."""
 
     def __init__(self, path: Path, sha256: str):
         self.path, self.sha256 = path, sha256
@@ -163,9 +158,7 @@ def held_out_rows(
     cell: Cell, columns: Mapping[str, Any], model: Any, text: np.ndarray, batch_tokens: int
 ) -> list[dict[str, Any]]:
     """Rows of the loss on given held-out text: by length, and at the longest by position (`bins` ranges, by their end).
-
-    text (rows, tokens): the same beginnings at every length.
-    """
+    text (rows, tokens): the same beginnings at every length."""
     found = []
     values: dict[str, Any] = {"suite": "lab", "metric": "loss", "n": len(text)}
     for length in sorted({*cell.lengths, cell.window, cell.target}):
@@ -287,10 +280,8 @@ def bernstein_constant(cell: Cell) -> float:
 
 def predicted_gap_rms(cell: Cell, place: Workplace, spec: Any) -> float | None:
     """Predicted error of the score at the distances that no short row has, from the pairs of rows as they are trained.
-
     In units of the score's own root mean square; the gap is the same for all arms of a base and target: distances from
-    the window to the target less the window.
-    """
+    the window to the target less the window."""
     omega, _ = frequencies(cell)
     seen = observability.gram_weighted(omega, pair_counts(cell, place, spec))
     gap = observability.gram(omega, [(cell.window, cell.target - cell.window)])

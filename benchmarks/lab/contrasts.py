@@ -74,11 +74,9 @@ def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
 
 
 def best_contrasts(arms: Sequence[Arm]) -> list[Contrast]:
-    """The best scheme that keeps the text whole against PoSE, tested on other rows than it was chosen on.
-
-    For each fold and scaling it is chosen by the mean score at the target on the smallest base, on the lower half of
-    the seeds that PoSE has there; it is tested on the other seeds, and on the other bases.
-    """
+    """The best scheme that keeps the text whole against PoSE, tested on other rows than it was chosen on. For each fold
+    and scaling it is chosen by the mean score at the target on the smallest base, on the lower half of the seeds that
+    PoSE has there; it is tested on the other seeds, and on the other bases."""
     groups: dict[tuple[int, str], list[Arm]] = {}
     for arm in arms:
         if is_short(arm) and arm.usual and is_main(arm) and arm.scores.get(arm.target):
@@ -106,10 +104,8 @@ def best_contrasts(arms: Sequence[Arm]) -> list[Contrast]:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two arms of one base and fold; `family` names what they differ in.
-
-    left_out: seeds that do not count, since the first arm was chosen on them. chosen_on: where it was, in words.
-    """
+    """Two arms of one base and fold; `family` names what they differ in. left_out: seeds that do not count, since the
+    first arm was chosen on them. chosen_on: where it was, in words."""
 
     question: int
     family: str

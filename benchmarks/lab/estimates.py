@@ -55,10 +55,8 @@ def _student(value: float, error: float, freedom: float, n: int) -> Estimate:
 
 
 def over_settings(parts: Sequence[Estimate]) -> Estimate:
-    """The mean of estimates from different seeds, which are taken as independent (Welch and Satterthwaite's t).
-
-    n: the fewest seeds of a part. Without an interval if a part has none.
-    """
+    """The mean of estimates from different seeds, which are taken as independent (Welch and Satterthwaite's t). n: the
+    fewest seeds of a part. Without an interval if a part has none."""
     value, n = float(np.mean([part.value for part in parts])), min(part.n for part in parts)
     if any(part.stderr is None for part in parts):
         return Estimate(value, None, None, None, None, n)
@@ -69,9 +67,8 @@ def over_settings(parts: Sequence[Estimate]) -> Estimate:
 
 
 def decide(estimate: Estimate, p: float | None, margin: float = MARGIN) -> str:
-    """`helps` or `hurts`: p (corrected) below 0.05, the 95% interval free of 0, and a mean of at least the margin.
-    `no difference`: the 95% interval lies within the margin on both sides. Else `not decided`, as with one seed.
-    """
+    """`helps` or `hurts`: p (corrected) below 0.05, the 95% interval free of 0, and a mean of at least the margin. `no
+    difference`: the 95% interval lies within the margin on both sides. Else `not decided`, as with one seed."""
     if estimate.lo is None or estimate.hi is None or p is None:
         return OPEN
     if p < LEVEL and estimate.lo > 0 and estimate.value >= margin:
@@ -84,11 +81,9 @@ def decide(estimate: Estimate, p: float | None, margin: float = MARGIN) -> str:
 
 
 def nested_bootstrap(differences: Sequence[Sequence[np.ndarray]], seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean difference when both seeds and samples are drawn anew.
-
-    differences: for each training seed, for each task, the differences of the paired samples. A resample draws seeds
-    with replacement, and within each drawn seed and task its samples with replacement.
-    """
+    """95% percentile interval of the mean difference when both seeds and samples are drawn anew. differences: for each
+    training seed, for each task, the differences of the paired samples. A resample draws seeds with replacement, and
+    within each drawn seed and task its samples with replacement."""
     rng = np.random.default_rng([seed, len(differences)])
     means = np.zeros(RESAMPLES)
     for _ in differences:
@@ -114,12 +109,10 @@ class Correlation(NamedTuple):
 def rank_correlation(
     x: Sequence[float], scores: np.ndarray, groups: Sequence[Hashable], seed: int = 0
 ) -> Correlation | None:
-    """Spearman's correlation of `x` [arms] with the mean of `scores` [arms, seeds]; None if either is constant.
-
-    The correlation is taken inside each of `groups` (a label for each arm) of three arms or more in which x and the
-    score both vary, and averaged by the number of arms. A resample draws arms with replacement (inside their
-    group) and seeds with replacement; one in which nothing varies is left out.
-    """
+    """Spearman's correlation of `x` [arms] with the mean of `scores` [arms, seeds]; None if either is constant. The
+    correlation is taken inside each of `groups` (a label for each arm) of three arms or more in which x and the score
+    both vary, and averaged by the number of arms. A resample draws arms with replacement (inside their group) and seeds
+    with replacement; one in which nothing varies is left out."""
     members = {label: [i for i, own in enumerate(groups) if own == label] for label in dict.fromkeys(groups)}
     rng = np.random.default_rng([seed, len(x)])
     predictor = np.asarray(x, dtype=np.float64)
@@ -167,10 +160,8 @@ def pareto(cost: Sequence[float], score: Sequence[float]) -> list[bool]:
 
 
 def pareto_shares(cost: Sequence[float], scores: Sequence[Mapping[int, float]], seed: int = 0) -> list[float]:
-    """Share of the resamples of seeds in which each arm (a line of `scores`, seed -> score) is in the Pareto set.
-
-    Seeds are drawn with replacement from those that every arm has. Raises ValueError if there are none.
-    """
+    """Share of the resamples of seeds in which each arm (a line of `scores`, seed -> score) is in the Pareto set. Seeds
+    are drawn with replacement from those that every arm has. Raises ValueError if there are none."""
     shared, table = shared_scores(scores)
     if not shared:
         raise ValueError("a Pareto set needs a seed that every arm has")

@@ -47,9 +47,7 @@ NOTHING = Inputs()
 
 def sources(names: Sequence[str], config: LabConfig) -> dict[str, str]:
     """The sha256 of each input, and `documents_characters`; from the files, else from the cache that they were put in.
-
-    Raises ValueError naming what is missing and how it is given; with dry_run what is missing is left out.
-    """
+    Raises ValueError naming what is missing and how it is given; with dry_run what is missing is left out."""
     if not names:
         return {}
     kept = config.cache_directory / KEPT
@@ -117,9 +115,7 @@ def read_rates(path: str | None) -> dict[str, float]:
 
 def write_rates(path: Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Of arms that were trained at several rates the one with the lowest held-out loss at the target, mean over seeds.
-
-    Nothing but the loss is looked at. Nothing is written where no arm has several rates.
-    """
+    Nothing but the loss is looked at. Nothing is written where no arm has several rates."""
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         if row["suite"] == "lab" and row["task"] == "loss" and row["length"] == row["target"] and row.get("lr"):

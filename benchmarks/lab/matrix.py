@@ -64,9 +64,7 @@ FILTERS = ("arm", "base", "fold", "seed", "question")
 @dataclass(frozen=True)
 class Scoring:
     """How a cell is scored: tasks of RULER with options for small windows, and rows of held-out text a length.
-
-    samples_at: other numbers of samples at some lengths. bins: of positions, for the held-out loss by position.
-    """
+    samples_at: other numbers of samples at some lengths. bins: of positions, for the held-out loss by position."""
 
     tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
     samples: int = 64
@@ -166,10 +164,8 @@ class Cell:
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
     def config(self, data: Sequence[str], output: str, **how: Any) -> ExtendConfig:
-        """The trainer's configuration; a scaling NAME@FACTOR as `analysis.spectra.with_factor` has it.
-
-        how: device, compile and deterministic, where they are not the trainer's defaults.
-        """
+        """The trainer's configuration; a scaling NAME@FACTOR as `analysis.spectra.with_factor` has it. how: device,
+        compile and deterministic, where they are not the trainer's defaults."""
         shape, settings = base_shape(self.model), dict(self.settings)
         scaling, factor = settings.get("scaling", ExtendConfig.scaling), settings.get("factor") or self.fold
         settings["scaling"], options = with_factor(scaling, shape.theta, shape.head_dim, factor, self.window)
@@ -265,10 +261,8 @@ def base_sha256(model: str) -> str:
 
 
 def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> list[Cell]:
-    """The cells of several matrices (source -> content), each once.
-
-    Raises ValueError if two matrices mean different cells by one base, target, arm and seed.
-    """
+    """The cells of several matrices (source -> content), each once. Raises ValueError if two matrices mean different
+    cells by one base, target, arm and seed."""
     made: dict[tuple[Any, ...], Cell] = {}
     for source, content in matrices.items():
         for cell in cells(content, source, config):
@@ -398,10 +392,8 @@ def block_cells(
 
 
 def method_of(cell: Cell, arm: Mapping[str, Any], told: Mapping[str, Any]) -> str:
-    """The method's name in the rows: scheme, prompt and scaling, or the arm's own name for it and the scaling.
-
-    What else tells arms apart is in columns of the rows, or, where the figures know no such column, in the name.
-    """
+    """The method's name in the rows: scheme, prompt and scaling, or the arm's own name for it and the scaling. What
+    else tells arms apart is in columns of the rows, or, where the figures know no such column, in the name."""
     scaling = cell.settings.get("scaling", ExtendConfig.scaling)
     if not cell.trained and "method" not in arm:
         return "base" if scaling == "none" else f"untrained+{scaling}"
@@ -420,10 +412,8 @@ def check_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> No
 
 
 def chosen(made: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells that hold all conditions `KEY=VALUE,VALUE`.
-
-    Raises ValueError for an unknown key, or if none is left.
-    """
+    """The cells that hold all conditions `KEY=VALUE,VALUE`. Raises ValueError for an unknown key, or if none is
+    left."""
     left = list(made)
     for condition in only:
         key, equals, values = condition.partition("=")

@@ -43,12 +43,9 @@ def predict(
     whole: bool = True,
     found: generate.Way | None = None,
 ) -> list[str]:
-    """The model's text after each sample's prompt, greedy, in the samples' order.
-
-    samples: as `benchmarks.ruler.cell` makes them; those with `input_ids` are not tokenized again. whole: answers go on
-    when their score is settled. found: `generate.way(model)` if it is known. Raises ValueError if the model's
-    frequencies are not float32.
-    """
+    """The model's text after each sample's prompt, greedy, in the samples' order. samples: as `benchmarks.ruler.cell`
+    makes them; those with `input_ids` are not tokenized again. whole: answers go on when their score is settled. found:
+    `generate.way(model)` if it is known. Raises ValueError if the model's frequencies are not float32."""
     check_precision(model)
     stops = generate.stop_tokens(model, tokenizer)
     jobs = []
@@ -73,12 +70,9 @@ def losses(
     rows: int | None = None,
     max_batch_tokens: int = BATCH_TOKENS,
 ) -> float:
-    """Mean next-token loss, nats a token, over windows of `length` tokens at positions 0 .. length - 1.
-
-    Each text, as tokens, gives its windows one after the other, without overlap; what is left over, and shorter texts,
-    give none.
-    rows: windows at most, taken from the front. Raises ValueError if no text is long enough.
-    """
+    """Mean next-token loss, nats a token, over windows of `length` tokens at positions 0 .. length - 1. Each text, as
+    tokens, gives its windows one after the other, without overlap; what is left over, and shorter texts, give none.
+    rows: windows at most, taken from the front. Raises ValueError if no text is long enough."""
     check_precision(model)
     every = (text[start : start + length] for text in texts for start in range(0, len(text) - length + 1, length))
     windows = list(itertools.islice(every, rows))

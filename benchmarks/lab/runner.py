@@ -45,10 +45,8 @@ PATIENCE = 5.0
 
 
 def lab(config: LabConfig) -> int:
-    """Run what `endprompt lab` asks for; returns 1 if a cell failed.
-
-    Raises ValueError naming key, value and rule before anything is trained.
-    """
+    """Run what `endprompt lab` asks for; returns 1 if a cell failed. Raises ValueError naming key, value and rule
+    before anything is trained."""
     if config.list_presets:
         print(matrix.preset_list())
         return 0
@@ -139,10 +137,8 @@ def finished(results: Path, cells: Sequence[Cell]) -> set[str]:
 
 
 def made_otherwise(results: Path, done: set[str], deterministic: bool) -> int:
-    """How many of the finished cells, given by their hashes, were trained with another setting of `deterministic`.
-
-    Rows from before there was one were made without.
-    """
+    """How many of the finished cells, given by their hashes, were trained with another setting of `deterministic`. Rows
+    from before there was one were made without."""
     trained = [row for row in rows_of(results) if row.get("cell") in done and row.get("train_tokens")]
     told = {row["cell"]: bool(row.get("deterministic")) for row in trained}
     return sum(value != deterministic for value in told.values())
@@ -155,10 +151,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
-    """Drop rows of cells that are to be done again; returns the hashes of the finished ones.
-
-    Raises ValueError if the directory has a cell of the same name with other settings.
-    """
+    """Drop rows of cells that are to be done again; returns the hashes of the finished ones. Raises ValueError if the
+    directory has a cell of the same name with other settings."""
     results, scores = directory / "results.jsonl", directory / "scores.jsonl"
     if not results.is_file():
         scores.unlink(missing_ok=True)

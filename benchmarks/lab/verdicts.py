@@ -122,9 +122,7 @@ def score_rows(contrast: Contrast) -> list[Row]:
 
 def interaction_rows(rows: Sequence[Row]) -> list[Row]:
     """Is a difference larger at the larger fold, or with YaRN than with PI? Differences of differences, seed by seed.
-
-    At the target length of each; questions 1, 3 and 4. Nothing is said where both arms fail in one of the settings.
-    """
+    At the target length of each; questions 1, 3 and 4. Nothing is said where both arms fail in one of the settings."""
     found = []
     chosen = [row for row in rows if row["primary"] and row["task"] in ("q1", "q3", "q4")]
     for one, two in itertools.product(chosen, chosen):
@@ -144,11 +142,9 @@ def interaction_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def slope_rows(arms: Sequence[Arm]) -> list[Row]:
-    """Question 2: points gained for ten times the steps, a straight line over log10(steps) for each seed.
-
-    Arms that differ in their steps alone, at least two of them, and the seeds that all of them have. Beside it the
-    difference between the longest training and the usual one, and, for an end prompt, its slope less the control's.
-    """
+    """Question 2: points gained for ten times the steps, a straight line over log10(steps) for each seed. Arms that
+    differ in their steps alone, at least two of them, and the seeds that all of them have. Beside it the difference
+    between the longest training and the usual one, and, for an end prompt, its slope less the control's."""
     families: dict[tuple, dict[int, Arm]] = {}
     for arm in arms:
         if is_short(arm):
@@ -180,12 +176,9 @@ def slope_rows(arms: Sequence[Arm]) -> list[Row]:
 
 
 def correlation_rows(arms: Sequence[Arm]) -> list[Row]:
-    """Question 5: rank correlation of both predictors with the score at the target length.
-
-    By base and fold, and averaged over them (base `all`). Over all arms of short rows and of the usual length, and
-    averaged inside schemes (for the smoothness constant, which depends on the scaling alone) or inside scalings (for
-    the gap's error).
-    """
+    """Question 5: rank correlation of both predictors with the score at the target length. By base and fold, and
+    averaged over them (base `all`). Over all arms of short rows and of the usual length, and averaged inside schemes
+    (for the smoothness constant, which depends on the scaling alone) or inside scalings (for the gap's error)."""
     groups: dict[tuple[str, int], list[Arm]] = {}
     for arm in arms:
         whole = arm.target in arm.scores and None not in (arm.bernstein, arm.gap_rms)
@@ -268,10 +261,8 @@ def window_rows(arms: Sequence[Arm]) -> list[Row]:
 
 
 def judge(rows: Sequence[Row]) -> None:
-    """Give each row its corrected p-value, its verdict and its sentence.
-
-    One test is corrected once, however many claims are made about it.
-    """
+    """Give each row its corrected p-value, its verdict and its sentence. One test is corrected once, however many
+    claims are made about it."""
     families: dict[tuple, dict[tuple, float]] = {}
     for row in (row for row in rows if row["p"] is not None):
         families.setdefault(_family(row), {})[_test(row)] = row["p"]
@@ -424,10 +415,8 @@ def claim_sentence(row: Row) -> str:
 
 
 def write(run: str | Path) -> list[Row]:
-    """Answer the questions from a run directory; writes questions.jsonl into it, anew, and returns its rows.
-
-    Raises ValueError if results.jsonl has no scores of a lab or rows that must not be compared.
-    """
+    """Answer the questions from a run directory; writes questions.jsonl into it, anew, and returns its rows. Raises
+    ValueError if results.jsonl has no scores of a lab or rows that must not be compared."""
     run, path = Path(run), Path(run, "scores.jsonl")
     arms = arms_of(read_rows(run / "results.jsonl"), [r for _, r in read_json_lines(path)] if path.is_file() else ())
     if not arms:
@@ -438,12 +427,10 @@ def write(run: str | Path) -> list[Row]:
 
 
 def compare(first: str | Path, second: str | Path) -> list[Row]:
-    """Verdicts of two runs side by side, for every estimate that either has.
-
-    A line each: task, metric, method, base, fold, scaling, length, source, claim, `first` and `second` (the verdicts,
-    None where a run lacks it; for a claim whether it holds: agrees, does not agree, not decided), `same`. A claim is
-    one and the same whatever settings and arms a run answers it from. Raises OSError if a run has no questions.jsonl.
-    """
+    """Verdicts of two runs side by side, for every estimate that either has. A line each: task, metric, method, base,
+    fold, scaling, length, source, claim, `first` and `second` (the verdicts, None where a run lacks it; for a claim
+    whether it holds: agrees, does not agree, not decided), `same`. A claim is one and the same whatever settings and
+    arms a run answers it from. Raises OSError if a run has no questions.jsonl."""
     keys = ("task", "metric", "family", "method", "base", "fold", "scaling", "length", "against", "source", "claim")
 
     def key(row: Row) -> tuple[Any, ...]:

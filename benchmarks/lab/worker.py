@@ -19,10 +19,8 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Answer:
-    """What a worker says of a cell: rows and scores, or the error with its traceback.
-
-    ready: said once, before the first cell. last: the worker ends after this one.
-    """
+    """What a worker says of a cell: rows and scores, or the error with its traceback. ready: said once, before the
+    first cell. last: the worker ends after this one."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
@@ -47,10 +45,8 @@ def settle(log: Path, threads: int) -> None:
 
 
 def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
-    """Answer each cell that comes through the pipe, until None comes or it is closed.
-
-    After an error that no check foresaw the process ends, since a GPU may be left unusable: it is replaced by another.
-    """
+    """Answer each cell that comes through the pipe, until None comes or it is closed. After an error that no check
+    foresaw the process ends, since a GPU may be left unusable: it is replaced by another."""
     settle(Path(log), threads)
     import torch
 

@@ -91,10 +91,8 @@ class Entry:
 
 
 def read(paths: Sequence[str]) -> list[Entry]:
-    """Entries with names of their own: model and method, and the directory's name where two have the same.
-
-    Raises ValueError for a directory that is no finished scoring.
-    """
+    """Entries with names of their own: model and method, and the directory's name where two have the same. Raises
+    ValueError for a directory that is no finished scoring."""
     if not paths:
         raise ValueError("name at least one run directory: endprompt compare RUN [RUN ...]")
     made = []
@@ -148,11 +146,9 @@ def interval(values: np.ndarray | None, **how: Any) -> tuple[float, float]:
 
 
 def differences(entries: Sequence[Entry], reference: Entry) -> list[dict[str, Any]]:
-    """Each other run less the reference, by cell and over the tasks of a suite's length, with Holm's p-values.
-
-    Paired by sample where both were asked the same prompts with as many tokens for the answer; else both are drawn by
-    themselves. A family is a suite's cells, or its means.
-    """
+    """Each other run less the reference, by cell and over the tasks of a suite's length, with Holm's p-values. Paired
+    by sample where both were asked the same prompts with as many tokens for the answer; else both are drawn by
+    themselves. A family is a suite's cells, or its means."""
     found = []
     for other in entries:
         for (suite, length), tasks in groups([reference, other]).items() if other is not reference else ():
@@ -178,10 +174,8 @@ class Pair(NamedTuple):
 
 
 def difference(parts: Sequence[Pair]) -> dict[str, Any]:
-    """second - first over the parts' means, its interval and p-value by bootstrap.
-
-    Where that has nothing to draw from, since all samples differ alike: a sign test and Newcombe's hybrid interval.
-    """
+    """second - first over the parts' means, its interval and p-value by bootstrap. Where that has nothing to draw from,
+    since all samples differ alike: a sign test and Newcombe's hybrid interval."""
     paired, n = all(part.paired for part in parts), sum(min(len(part.first), len(part.second)) for part in parts)
     sides = [[part.first for part in parts], [part.second for part in parts]]
     first, second = (float(np.mean([own.mean() for own in side])) for side in sides)

@@ -99,9 +99,7 @@ def colour(style: int) -> str:
 
 def inline(figure: Figure, spoken: Mapping[str, tuple[str, str]]) -> ElementTree.Element:
     """The figure as an element of a page whose policy forbids style attributes, links and elements by reference.
-
-    spoken: kind and words of the groups that carry a value, by their id; no other id is kept.
-    """
+    spoken: kind and words of the groups that carry a value, by their id; no other id is kept."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(text.getvalue())
@@ -154,11 +152,9 @@ def lines(
     scores: bool = False,
     window: int | None = None,
 ) -> Markup:
-    """Lines with their intervals. labels: of the axes.
-
-    scores: in percent against lengths in tokens, where lines lie side by side that share a length; if not, curves of
-    many points, such as a loss, some of which can be reached one by one.
-    """  # fmt: skip
+    """Lines with their intervals. labels: of the axes. scores: in percent against lengths in tokens, where lines lie
+    side by side that share a length; if not, curves of many points, such as a loss, some of which can be reached one by
+    one."""
     with rc_context(SETTINGS):
         chart = Chart(220)
         axes = chart.axes
@@ -210,11 +206,8 @@ def scheme(
     observed: Iterable[tuple[int, int]],
     key: str,
 ) -> Markup:
-    """Position ids of a row, and the relative distances that such rows show.
-
-    draws: for each row drawn the runs of consecutive position ids, inclusive, and whether a run is the end prompt.
-    observed: intervals of distance.
-    """  # fmt: skip
+    """Position ids of a row, and the relative distances that such rows show. draws: for each row drawn the runs of
+    consecutive position ids, inclusive, and whether a run is the end prompt. observed: intervals of distance."""
     thick = 14 if len(draws) == 1 else 7
     bottom = 20 + (thick + 3) * len(draws)
     with rc_context(SETTINGS):

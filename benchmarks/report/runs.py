@@ -214,11 +214,9 @@ class Cell(typing.NamedTuple):
 
 @dataclass
 class Facet:
-    """Methods that belong in one picture: those of one base and one fold.
-
-    methods: label -> name. rows: (label, task, length) -> seed -> row, each with the `parts` of its run. cells: by the
-    same keys, and for the task MEANS where all tasks were run.
-    """
+    """Methods that belong in one picture: those of one base and one fold. methods: label -> name. rows: (label, task,
+    length) -> seed -> row, each with the `parts` of its run. cells: by the same keys, and for the task MEANS where all
+    tasks were run."""
 
     title: str
     methods: dict[str, str]
@@ -264,11 +262,9 @@ def facet_of(rows: pd.DataFrame) -> Facet:
 
 
 def labels(rows: pd.DataFrame) -> list[str]:
-    """Each row's method, with what it differs in from others of its name: the columns, the model, the run.
-
-    Rows of one run directory for the same cell, made by different settings of `endprompt score`, must not take each
-    other's place: they are told apart by their settings' hash.
-    """
+    """Each row's method, with what it differs in from others of its name: the columns, the model, the run. Rows of one
+    run directory for the same cell, made by different settings of `endprompt score`, must not take each other's place:
+    they are told apart by their settings' hash."""
     same = ["run", "model", "method", "task", "length", "seed", *APART]
     clashing = rows.groupby(same, dropna=False)["run_sha256"].transform("nunique") > 1
     unlike = rows["run_sha256"].isin(set(rows.loc[clashing, "run_sha256"]))
@@ -328,10 +324,8 @@ class Difference(typing.NamedTuple):
 
 def differences(facet: Facet, reference: str | None) -> list[Difference]:
     """Each method against the reference: by default the first contiguous one, else the first that is not the base.
-
     Paired by sample where both runs kept predictions of the same prompts; else paired by training seed where two seeds
-    or more share their samples; else from the two intervals (Newcombe's hybrid), which knows no pairs.
-    """
+    or more share their samples; else from the two intervals (Newcombe's hybrid), which knows no pairs."""
     chosen = choose_reference(facet, reference)
     places = itertools.product(facet.methods, facet.lengths, facet.tasks)
     return [

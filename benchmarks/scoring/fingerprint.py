@@ -164,10 +164,8 @@ def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig | None) ->
 
 
 def runs(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of runs.jsonl; none in a directory that was scored before there was one.
-
-    Raises ValueError naming file and line if one is damaged.
-    """
+    """The lines of runs.jsonl; none in a directory that was scored before there was one. Raises ValueError naming file
+    and line if one is damaged."""
     path = Path(directory) / RUNS
     if not path.is_file():
         return []
@@ -182,10 +180,8 @@ def runs(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def rows_of(checkpoint: str | Path, run: str | Path) -> list[dict[str, Any]]:
-    """The rows of a finished run that were scored on this very checkpoint, the latest of each task and length.
-
-    Raises ValueError if the run has none: the checkpoint's configuration and weights must be those of the rows.
-    """
+    """The rows of a finished run that were scored on this very checkpoint, the latest of each task and length. Raises
+    ValueError if the run has none: the checkpoint's configuration and weights must be those of the rows."""
     from endprompt import model
 
     directory = Path(run)

@@ -62,9 +62,7 @@ def ends(settings: Any) -> list[int | None]:
 
 class Job(NamedTuple):
     """A prompt's tokens; how many tokens to make at most; whether these tokens, stop token excluded, end the answer.
-
-    Once `ended` is true of some tokens it should be so of all that begin with them.
-    """
+    Once `ended` is true of some tokens it should be so of all that begin with them."""
 
     prompt: Sequence[int]
     new_tokens: int
@@ -76,11 +74,9 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """How a model generates.
-
-    reason: why transformers does it, or empty. windows: of each layer. read_again: the original windows at whose
-    crossing transformers reads the whole sequence again. records: whether a step's frequencies can be recorded.
-    """
+    """How a model generates. reason: why transformers does it, or empty. windows: of each layer. read_again: the
+    original windows at whose crossing transformers reads the whole sequence again. records: whether a step's
+    frequencies can be recorded."""
 
     reason: str
     windows: tuple[int | None, ...] = ()
@@ -96,10 +92,8 @@ class Way:
 
 
 def way(model: Any, tokenizer: Any = None) -> Way:
-    """The laid-out cache if the model's attention is all that it needs to know, and a trial gives its own logits.
-
-    From now on each row's RoPE frequencies are those of its own length.
-    """
+    """The laid-out cache if the model's attention is all that it needs to know, and a trial gives its own logits. From
+    now on each row's RoPE frequencies are those of its own length."""
     rows_alone(model)
     kinds = {kind for module in model.modules() for kind in length_kinds(module)}
     try:
@@ -453,11 +447,9 @@ def run(
     found: Way | None = None,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """(index of the job, its tokens) of each batch as it is done. A stop token that ended them is the last one.
-
-    batch_size: rows at most. places: of a batch's cache at most, all rows together (one row may have more).
-    found: `way(model)` if it is known. Raises ValueError for a prompt for which memory is too small; before it, a batch
-    that does not fit is halved, and what was answered has been handed out.
-    """
+    batch_size: rows at most. places: of a batch's cache at most, all rows together (one row may have more). found:
+    `way(model)` if it is known. Raises ValueError for a prompt for which memory is too small; before it, a batch that
+    does not fit is halved, and what was answered has been handed out."""
     found = found or way(model)
     if found.reason:
         told(f"{type(model).__name__}: transformers generates, one prompt at a time, because {found.reason}")

@@ -57,10 +57,8 @@ def check_adapter(model: Any, folder: Path) -> None:
 
 
 class LongContextLM(HFLM):
-    """HFLM that generates greedily from unpadded prompts, last-position logits only.
-
-    Raises ValueError for a prompt that with its generation is over `max_length`: nothing is ever cut off.
-    """
+    """HFLM that generates greedily from unpadded prompts, last-position logits only. Raises ValueError for a prompt
+    that with its generation is over `max_length`: nothing is ever cut off."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         if kwargs.get("device") == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -50,10 +50,8 @@ class Unfit(Exception):
 
 
 class Scene:
-    """Which rows and places the forward pass at hand is about; of all layers.
-
-    prompt: the pass reads prompts, tokens `start` and on of the rows `rows`; else it is a step of all rows.
-    """
+    """Which rows and places the forward pass at hand is about; of all layers. prompt: the pass reads prompts, tokens
+    `start` and on of the rows `rows`; else it is a step of all rows."""
 
     def __init__(self, lengths_B: torch.Tensor, places: int, new_tokens: int, windows: list[int | None]):
         self.device = lengths_B.device
@@ -250,11 +248,9 @@ def of_step(
     scaling: float | None,
     mask_B11S: torch.Tensor,
 ) -> torch.Tensor:
-    """[B, H, 1, D]: one token of each row, keys and values not repeated.
-
-    With a mask and grouped heads torch's own order of kernels ends at the plain one, which repeats and converts all
-    keys; cuDNN's reads them at the memory's speed. Elsewhere the heads of a group are queries of their key head.
-    """
+    """[B, H, 1, D]: one token of each row, keys and values not repeated. With a mask and grouped heads torch's own
+    order of kernels ends at the plain one, which repeats and converts all keys; cuDNN's reads them at the memory's
+    speed. Elsewhere the heads of a group are queries of their key head."""
     batch, heads, _, width = query_BH1D.shape
     groups = key_BGSD.shape[1]
     if heads == groups or takes_cudnn(query_BH1D, key_BGSD, value_BGSD, mask_B11S):

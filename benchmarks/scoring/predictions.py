@@ -47,10 +47,8 @@ def read_run(directory: str | Path, run: str) -> Entries:
 
 def read_predictions(directory: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
     """{(task, index): entry} of a directory's last run, the latest entry of each; tasks in the order they were run.
-
     Raises ValueError if the directory holds no predictions, if it cannot be told which run is the last, and for a
-    damaged line whose prediction is nowhere else.
-    """
+    damaged line whose prediction is nowhere else."""
     paths = sorted(Path(directory).glob("predictions*.jsonl"))
     if not paths:
         raise ValueError(f"{directory} must be the output of a finished run: it has no predictions.jsonl")

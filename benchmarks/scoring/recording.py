@@ -26,11 +26,9 @@ from endprompt.train.progress import clock
 
 
 class Predictions:
-    """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each.
-
-    An entry answers for a request only if run, task, index, prompt and generation limit are the same: `run` is the hash
-    of everything else that a prediction depends on (`benchmarks.scoring.fingerprint`).
-    """
+    """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each. An entry
+    answers for a request only if run, task, index, prompt and generation limit are the same: `run` is the hash of
+    everything else that a prediction depends on (`benchmarks.scoring.fingerprint`)."""
 
     def __init__(self, directory: Path, run: str, rank: int = 0):
         self.path = directory / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
@@ -70,8 +68,7 @@ class RecordingLM(LM):
         thoughts: Mapping[str, int] | None = None,
     ):
         """note: further columns of a prediction, from (task, doc, prediction). thoughts: of tasks whose answers begin
-        with a thought, the tokens for it beside the answer's; it is kept in a column of its own.
-        """
+        with a thought, the tokens for it beside the answer's; it is kept in a column of its own."""
         super().__init__()
         self.thoughts = thoughts or {}
         self.note = note

@@ -34,11 +34,8 @@ if TYPE_CHECKING:
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
-    """Result rows of all cells asked for, in order; those already in the output are taken from there.
-
-    Raises ValueError (nothing was loaded yet) for unknown tasks, impossible lengths, missing data, a checkpoint that
-    cannot be read.
-    """
+    """Result rows of all cells asked for, in order; those already in the output are taken from there. Raises ValueError
+    (nothing was loaded yet) for unknown tasks, impossible lengths, missing data, a checkpoint that cannot be read."""
     suite_of(config)
     if config.backend == "server" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("backend server runs in one process: concurrency says how many requests run together")
@@ -163,9 +160,7 @@ def load(
     model_args: Mapping[str, Any] | None = None,
 ) -> Any:
     """The lm-eval model, for prompts of `shortest` tokens or more that with their generation take `needed` at most.
-
-    Raises ValueError if it does not load.
-    """
+    Raises ValueError if it does not load."""
     from lm_eval.utils import simple_parse_args_string
 
     from endprompt.model.lora import check_base
@@ -211,10 +206,8 @@ def load(
 def earlier_rows(
     config: ScoreConfig, units: Sequence[Unit], settings: str
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of this very run that the output has, those of them that it has under another name alone, renamed).
-
-    A row is taken where it is of the same samples, with all their predictions there.
-    """
+    """(rows of this very run that the output has, those of them that it has under another name alone, renamed). A row
+    is taken where it is of the same samples, with all their predictions there."""
     path = config.directory / "results.jsonl"
     found = read_rows(path) if path.is_file() and not config.overwrite else []
     predictions = set() if config.overwrite else read_run(config.directory, settings).keys()

@@ -211,9 +211,7 @@ def connect(config: ScoreConfig) -> Served:
 
 def window_of(config: ScoreConfig, served: Served, stated: int | None) -> int:
     """Tokens that the server takes. stated: by the checkpoint's config, where neither server nor settings say it.
-
-    Raises ValueError if nothing says it, and if the settings say more than the server.
-    """
+    Raises ValueError if nothing says it, and if the settings say more than the server."""
     if served.window is not None and (config.window or 0) > served.window:
         raise ValueError(f"window must be at most what the server states, {served.window}: {config.window}")
     window = config.window or served.window or stated
@@ -242,11 +240,8 @@ def config_of(config: ScoreConfig) -> PretrainedConfig:
 
 
 class ServerLM(LM):
-    """Greedy answers of a server's model.
-
-    Raises ValueError before the first sample if server and tokenizer count the tokens of a prompt differently, and for
-    a prompt that with its answer is over `window`.
-    """
+    """Greedy answers of a server's model. Raises ValueError before the first sample if server and tokenizer count the
+    tokens of a prompt differently, and for a prompt that with its answer is over `window`."""
 
     def __init__(self, config: ScoreConfig, served: Served, window: int, tokenizer: PreTrainedTokenizerBase):
         from lm_eval.utils import simple_parse_args_string

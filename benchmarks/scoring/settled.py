@@ -15,11 +15,9 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def settled_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The part of the tokens' text that no further token changes.
-
-    Not in it: tokens that stand for single bytes, which are decoded together with the bytes after them, and a character
-    that is not whole. Answers are decoded without tidying of spaces.
-    """
+    """The part of the tokens' text that no further token changes. Not in it: tokens that stand for single bytes, which
+    are decoded together with the bytes after them, and a character that is not whole. Answers are decoded without
+    tidying of spaces."""
     end, special = len(tokens), set(tokenizer.all_special_ids)
     while end and (tokens[end - 1] in special or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[end - 1])))):
         end -= 1
@@ -28,10 +26,8 @@ def settled_text(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def settled(sample: Mapping[str, Any], prompt: str, text: str) -> bool:
-    """Whether the score of every text that goes on from this one is 1, as RULER counts it.
-
-    sample: its task and outputs. The prompt matters since a model's echo of it is taken off before the text is scored.
-    """
+    """Whether the score of every text that goes on from this one is 1, as RULER counts it. sample: its task and
+    outputs. The prompt matters since a model's echo of it is taken off before the text is scored."""
     if prompt.startswith(text):
         return False  # this may become an echo
     if "\u03a3" in text:  # the one letter whose lower case depends on what follows

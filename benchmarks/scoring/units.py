@@ -24,10 +24,8 @@ Score = Callable[[dict[str, Any], str], float]  # sample, prediction → in [0, 
 @dataclass
 class Unit:
     """One cell to score: an lm-eval task over its samples, and how its row is made. Without samples lm-eval has them.
-
     n_truncated: of the samples, how many were cut. prompts: the hash of each. readings: further columns of the row,
-    each another score.
-    """
+    each another score."""
 
     name: str  # unique: task@length
     task: str
@@ -98,10 +96,8 @@ class Asker:
         self, task: str, length: int | None, metric: str, samples: Sequence[dict[str, Any]], score: Score,
         generator: str, chat: bool | None = None, **columns: Any,
     ) -> Unit:  # fmt: skip
-        """The cell of a task; chat: whether its prompts are wrapped, where the settings alone do not say.
-
-        Raises ValueError for a prompt that is over the window with its answer.
-        """
+        """The cell of a task; chat: whether its prompts are wrapped, where the settings alone do not say. Raises
+        ValueError for a prompt that is over the window with its answer."""
         config, new_tokens = self.config, samples[0]["max_new_tokens"]
         self.check_room(max(sample["length"] for sample in samples), new_tokens)
         chat = config.chat if chat is None else chat

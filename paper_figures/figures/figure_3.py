@@ -30,10 +30,8 @@ def draw(frames: Frames) -> Figure:
 
 
 def arms(methods: list[str]) -> dict[str, str]:
-    """Methods of these schemes with a cue (not `recall`) -> the name under the bar, in the figure's order.
-
-    Of several wordings only EP_1: Figure 2 compares them.
-    """
+    """Methods of these schemes with a cue (not `recall`) -> the name under the bar, in the figure's order. Of several
+    wordings only EP_1: Figure 2 compares them."""
     parsed = {method: parse_method(method) for method in sorted(methods)}
     if any(m.prompt == "EP_1" for m in parsed.values()):
         parsed = {name: m for name, m in parsed.items() if m.prompt in ("", "EP_1")}

@@ -55,11 +55,9 @@ def draw(frames: Frames) -> Figure:
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The fastest measurement of each method at each published length: method, length, device and both metrics.
-
-    Methods are compared at one precision and on one GPU: rows with float8 products, short gradient sums or several
-    processes are left out.
-    """
+    """The fastest measurement of each method at each published length: method, length, device and both metrics. Methods
+    are compared at one precision and on one GPU: rows with float8 products, short gradient sums or several processes
+    are left out."""
     lengths = (32768, 65536)
     if "setting" in rows:
         rows = rows[rows["setting"].map(comparable).astype(bool)]
@@ -77,21 +75,16 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparable(setting: Any) -> bool:
-    """Whether a row is of one GPU, its products in bfloat16 and its gradients summed in float32.
-
-    So it is where it does not say otherwise.
-    """
+    """Whether a row is of one GPU, its products in bfloat16 and its gradients summed in float32. So it is where it does
+    not say otherwise."""
     setting = setting if isinstance(setting, dict) else {}
     usual = {"float8": "none", "sums": "float32", "processes": 1}
     return all(setting.get(key, value) == value for key, value in usual.items())
 
 
 def peak_is_a_bound(rows: pd.DataFrame) -> pd.Series:
-    """Whether a row's peak is only a lower bound.
-
-    So it is with AdamW where the memory held before the peak was taken (`held_gib`) was not measured: the first update,
-    which makes the moments, came after the micro-batch.
-    """
+    """Whether a row's peak is only a lower bound. So it is with AdamW where the memory held before the peak was taken
+    (`held_gib`) was not measured: the first update, which makes the moments, came after the micro-batch."""
     if "setting" not in rows:
         return pd.Series(False, rows.index)
     adamw = rows["setting"].map(lambda setting: isinstance(setting, dict) and setting.get("optimizer") == "adamw")
@@ -112,9 +105,7 @@ def grouped_bars(
     least: Collection[tuple[str, int]] = (),
 ) -> None:
     """Groups by length, one bar a method; published bars that were read off the chart carry the error of reading.
-
-    `least`: (method, length) of the bars that are lower bounds.
-    """  # fmt: skip
+    `least`: (method, length) of the bars that are lower bounds."""
     width = 0.8 / len(values)
     for i, name in enumerate(values.index):
         for group, length in enumerate(values.columns):

@@ -143,10 +143,8 @@ def end_labels(ax: Axes, last: list[End], gap: float = 7.0) -> None:
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Rising places at least `gap` apart inside [low, high], as close to the rising values as that allows.
-
-    The least squares of all moves, by isotonic regression of value minus its share of the gaps.
-    """
+    """Rising places at least `gap` apart inside [low, high], as close to the rising values as that allows. The least
+    squares of all moves, by isotonic regression of value minus its share of the gaps."""
     gap = min(gap, (high - low) / max(len(values) - 1, 1))
     steps = gap * np.arange(len(values))
     places = isotonic_regression(np.array(values, dtype=float) - steps).x

@@ -29,10 +29,8 @@ def published_section(frame: pd.DataFrame, column: str, heading: str) -> Section
 
 def measured(rows: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> tuple[list[Section], str]:
     """One row a method: for each column the mean of its tasks over all measured lengths, then the average of all tasks.
-
     A column of which not all tasks were measured stays empty. Beside it a note: what the averages cover and their 95%
-    intervals. Without rows of a whole column neither.
-    """
+    intervals. Without rows of a whole column neither."""
     rows = rows[rows["task"].isin({task for tasks in columns.values() for task in tasks})]
     whole = {name: tasks for name, tasks in columns.items() if set(tasks) <= set(rows["task"])}
     if not whole:

@@ -57,10 +57,7 @@ class Short(Suite):
 
 def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
     """The row of a task, None on other processes than the first. humaneval runs generated code: it must be asked for by
-    name.
-
-    Raises ValueError for an unknown task, and if the data are neither in the hub's cache nor to be had.
-    """
+    name. Raises ValueError for an unknown task, and if the data are neither in the hub's cache nor to be had."""
     from lm_eval.evaluator import simple_evaluate
 
     from benchmarks.scoring.recording import no_environment_report
