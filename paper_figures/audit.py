@@ -104,7 +104,6 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def bars(figure: str, panel: str) -> dict[str, Decimal]:
-    """x -> number of one panel of Figure 2 or 3."""
     lines = read(figure.lower().replace(" ", "_"))
     return {line["x"]: Decimal(line["value"]) for line in lines if line["panel"] == panel}
 

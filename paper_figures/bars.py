@@ -57,7 +57,6 @@ def suite_panels(frames: Frames, published: pd.DataFrame, choose: Callable[[list
 
 
 def draw_bars(ax: Axes, bars: Sequence[Bar], digits: int, hatch: bool = False) -> None:
-    """Bars with their value above (above the interval, where there is one)."""
     look: dict[str, Any] = {"hatch": style.MEASURED_HATCH if hatch else None, "line": 0.9, "size": 6.5, "lift": 2}
     for i, bar in enumerate(bars):
         ends = style.on_scale(bar.lo, bar.hi)

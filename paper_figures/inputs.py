@@ -93,7 +93,6 @@ def of_lab(rows: pd.DataFrame, choice: str) -> pd.DataFrame:
 
 
 def is_lab(rows: pd.DataFrame) -> bool:
-    """Do these rows come from a lab?"""
     return "arm" in rows and bool(rows["arm"].notna().any())
 
 
@@ -111,7 +110,6 @@ def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """A CSV of data/, by its name without the ending (`published/table_1`)."""
     path = DATA / f"{name}.csv"
     if not path.is_file():
         raise NoData(f"needs the file {path} with the columns {', '.join(columns)}")
@@ -123,7 +121,6 @@ def read_published(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def measured_files() -> list[Path]:
-    """The files of rows that the project ships."""
     return sorted((DATA / "measured").glob("*.jsonl*"))
 
 

@@ -61,7 +61,6 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _cue(prompt: Any, span: float | None) -> str:
-    """What the end prompt is; empty for none."""
     if prompt in (None, "none") or prompt != prompt:
         return ""
     told = prompt in ("recall", "question") and span == span and span not in (None, SPAN)
@@ -139,7 +138,6 @@ def _place(label: str) -> tuple[int, str]:
 
 
 def handles(chosen: dict[str, dict[str, Any]], line: bool = True) -> list[Line2D]:
-    """Entries of a legend."""
     hidden = {} if line else {"linestyle": "none"}
     return [Line2D([], [], label=label, markersize=4.5, **(look | hidden)) for label, look in chosen.items()]
 

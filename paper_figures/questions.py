@@ -77,7 +77,6 @@ def of_question(frames: Frames, number: int) -> pd.DataFrame:
 
 
 def compared(rows: pd.DataFrame) -> list[Section]:
-    """A section for each kind of comparison at one base, fold and scaling."""
     sections: dict[str, list[Row]] = {}
     for row in rows.to_dict("records"):
         sections.setdefault(f"{kind(row)}: {setting(row)}", []).append(line(row))

@@ -84,7 +84,6 @@ def percent_axis(ax: Axes, label: str | None = "score, percent") -> None:
 
 
 def note(fig: Figure, text: str) -> None:
-    """What is drawn, in small print above it."""
     fig.suptitle(text, fontsize=6.5, color="#555555", x=0.01, ha="left")
 
 
@@ -100,7 +99,6 @@ def bar(
     lift: float = 1.5,
     **look: Any,
 ) -> LineCollection | None:
-    """A bar with its interval, whose line is returned, and a text above both."""  # fmt: skip
     ax.bar(x, value, width, zorder=2, **look)
     drawn = ax.vlines(x, *ends, color="#222222", linewidth=line, zorder=3) if ends else None
     if text:

@@ -70,7 +70,6 @@ class Words:
         return cls(tuple(categories["adjectives"]), tuple(categories["nouns"]))
 
     def keys(self, count: int, rng: np.random.Generator) -> list[str]:
-        """`count` different keys."""
         found: dict[str, None] = {}
         while len(found) < count:
             adjective = self.adjectives[int(rng.integers(len(self.adjectives)))]

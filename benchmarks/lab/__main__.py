@@ -12,7 +12,6 @@ from benchmarks.lab.config import LabConfig
 
 
 def main(argv: list[str]) -> int:
-    """Run; returns the exit code."""
     from benchmarks.lab.runner import lab
 
     try:

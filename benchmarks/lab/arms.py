@@ -104,7 +104,6 @@ def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
 
 
 def _complete(own: Sequence[Row], tasks: Mapping[tuple[str, int], set[str]]) -> dict[int, dict[int, float]]:
-    """Mean over tasks by length and seed, where all tasks were scored."""
     cells: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
     for row in own:
         cells[row["length"], row["seed"]][row["task"]] = row["value"]
@@ -137,7 +136,6 @@ def _key(row: Row) -> Key:
 
 
 def _usual_steps(first: Mapping[Key, Row]) -> dict[tuple[str, int], int]:
-    """The number of steps that most arms of a base and fold are trained for."""
     counts: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     for (base, fold, _), row in first.items():
         if row.get("steps"):

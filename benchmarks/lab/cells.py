@@ -178,7 +178,6 @@ def load(cell: Cell, checkpoint: Path, device: str) -> Any:
 
 
 def extended(cell: Cell) -> Any:
-    """The base's configuration with the cell's scaling, factor and options."""
     config, source = cell.config([], ""), load_config(cell.model)
     return extended_config(source, config.scaling, cell.target, config.factor, **(config.rope_options or {}))
 
@@ -186,7 +185,6 @@ def extended(cell: Cell) -> Any:
 def scored(
     cell: Cell, item: material.Samples, model: Any, found: generate.Way, place: Workplace, columns: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The row of one task and length, and the scores of its samples."""
     samples, about = read_samples(item, place.cache)
     options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": False, "found": found}
     texts = predict.predict(model, material.tokenizer_of(cell.model), samples, **options)
@@ -223,7 +221,6 @@ def row(cell: Cell, columns: Mapping[str, Any], **values: Any) -> dict[str, Any]
 
 
 def columns_of(cell: Cell, place: Workplace, about: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """What every row of a cell carries beside its value."""
     settings = cell.settings
     columns: dict[str, Any] = {
         **{key: getattr(cell, key) for key in ("base", "window", "target", "fold", "arm")},

@@ -26,7 +26,6 @@ LONG = {"full": "full length", "longlora": "LongLoRA"}
 
 
 def less(first: Mapping[Any, float], second: Mapping[Any, float]) -> dict[Any, float]:
-    """First less second, for each seed that both have."""
     return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
 
@@ -63,7 +62,6 @@ def _usual(arm: Arm) -> bool:
 
 
 def contrasts_of(arms: Sequence[Arm]) -> list[Contrast]:
-    """All pairs that the seven questions compare."""
     trained = [arm for arm in arms if arm.kind != "base"]
     settings = dict.fromkeys(arm.setting for arm in trained)
     own = [[arm for arm in trained if arm.setting == setting] for setting in settings]
@@ -115,12 +113,10 @@ class Contrast:
     chosen_on: str | None = None
 
     def differences(self, length: int) -> dict[int, float]:
-        """Score of the first less that of the second, for each seed that both have."""
         every = less(self.first.scores.get(length, {}), self.second.scores.get(length, {}))
         return {seed: value for seed, value in every.items() if seed not in self.left_out}
 
     def means(self, length: int) -> list[float]:
-        """Mean score of each arm, over all of its seeds that count."""
         both = (self.first.scores[length], self.second.scores[length])
         return [float(np.mean([score for seed, score in s.items() if seed not in self.left_out])) for s in both]
 

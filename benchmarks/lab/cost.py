@@ -34,7 +34,6 @@ READING, GENERATED_STEP = 1.5e14, 0.03
 
 
 def fills_a_gpu(cell: Cell) -> bool:
-    """Whether the base is so large that a cell has a GPU to itself."""
     return base_shape(cell.model).parameters >= ALONE
 
 
@@ -73,7 +72,6 @@ def score_flops(cell: Cell) -> float:
 
 
 def seconds(cell: Cell, device: str) -> float:
-    """What a worker is expected to need for a cell."""
     if device == "cuda" and fills_a_gpu(cell):
         return alone_seconds(cell)
     rate = RATES[device]

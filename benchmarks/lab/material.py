@@ -68,7 +68,6 @@ class Material:
 
 
 def write_shard(made: Path, text: Path, model: str) -> None:
-    """Documents of JSON lines as a token shard."""
     from endprompt.config import PrepareConfig
     from endprompt.data import prepare
 
@@ -173,7 +172,6 @@ class Samples(Material):
         return folder / "samples" / f"{name}.npz"
 
     def write(self, made: Path, given: Inputs) -> None:
-        """The prompts' tokens, the answers, and the hash of the texts."""
         from benchmarks import ruler
         from benchmarks.lab import predict
         from benchmarks.ruler.cell import samples_sha256
@@ -209,7 +207,6 @@ class Samples(Material):
 
 
 def parts(cell: Cell) -> list[Part | Piece]:
-    """The files of documents that a cell trains on."""
     if not cell.trained:
         return []
     if "documents" not in cell.sources:
@@ -237,7 +234,6 @@ def held_out(cell: Cell) -> HeldOut | None:
 
 
 def samples(cell: Cell) -> list[Samples]:
-    """The files of samples that a cell is scored on."""
     scoring = cell.scoring
     data = tuple((name, digest) for name, digest in sorted(cell.sources.items()) if name.endswith(".json"))
     options = (scoring.max_new_tokens, scoring.shots, scoring.hops, scoring.edition)
@@ -283,5 +279,4 @@ def tokenizer_sha256(model: str) -> str:
 
 @cache
 def training_prose(model: str) -> Any:
-    """The sample text's first half, tokenised."""
     return documents.Prose.from_sentences(documents.sample_training_sentences(), tokenizer_of(model))

@@ -77,7 +77,6 @@ class Scoring:
     bins: int = 0
 
     def count(self, length: int) -> int:
-        """Samples of a task at a length."""
         return self.samples_at.get(length, self.samples)
 
 
@@ -183,7 +182,6 @@ def presets() -> dict[str, Path]:
 
 
 def preset_list() -> str:
-    """Name and first comment line of each preset."""
     firsts = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in presets().items()}
     width = max(map(len, firsts), default=0)
     return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
@@ -229,7 +227,6 @@ def base_directory(base: str, weights: bool = True) -> Path:
 
 @cache
 def base_shape(model: str) -> Shape:
-    """The base's shape, from its config.json."""
     from endprompt.model import load_config, rope_geometry
     from endprompt.model.geometry import window_of
 
@@ -246,7 +243,6 @@ def base_shape(model: str) -> Shape:
 
 
 def base_sha256(model: str) -> str:
-    """Hash of a base's configuration and weights."""
     source = origin.about(model)
     if source.get("sha256") or source.get("revision"):  # whatever release of transformers has written the files
         return str(source.get("sha256") or sha256_of(source["hub"], source["revision"]))
@@ -316,7 +312,6 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
 
 
 def both(one: Cell, other: Cell) -> tuple[int, ...]:
-    """The questions of two cells."""
     return tuple(sorted({*one.questions, *other.questions}))
 
 

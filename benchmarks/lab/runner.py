@@ -129,7 +129,6 @@ def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
 
 
 def finished(results: Path, cells: Sequence[Cell]) -> set[str]:
-    """Hashes of the cells whose rows are all there."""
     wanted = {cell.sha256 for cell in cells}
     rows = [row for row in rows_of(results) if row.get("cell") in wanted and row["metric"] != "failed"]
     counts, whole = Counter(row["cell"] for row in rows), {row["cell"]: row.get("cell_rows") for row in rows}
@@ -256,7 +255,6 @@ class Runner:
                 self.making[item] = pool.submit(item.make, self.cache, Inputs.of(self.config))
 
     def prepare(self) -> None:
-        """Make all documents and samples of the cells that are to be done, and nothing else."""
         with contextlib.ExitStack() as stack:
             self.begin(stack)
             for number, future in enumerate(self.making.values(), 1):
@@ -314,7 +312,6 @@ class Runner:
     # -- giving out
 
     def give(self, worker: Worker) -> None:
-        """The next cell whose documents and samples are there, if there is one."""
         if (cell := self.next_for(worker)) is None:
             return
         self.waiting.remove(cell)
@@ -380,7 +377,6 @@ class Runner:
         self.line(cell, answer.rows, seconds)
 
     def lost(self, worker: Worker) -> None:
-        """A worker has ended: its cell failed, another takes its place."""
         worker.process.join(10)
         code = worker.process.exitcode
         log = self.output / "workers" / f"worker-{worker.number}.log"
@@ -429,7 +425,6 @@ class Runner:
         say(f"[{self.state()}] {cell.name}  {means}  ({seconds:.1f} s)")
 
     def conclude(self) -> None:
-        """Scores by depth, and the answers to the questions as far as the rows go."""
         from benchmarks.lab import depth, verdicts
 
         depth.write(self.output)
@@ -448,7 +443,6 @@ class Runner:
 
 
 def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int, gpus: int = 1) -> str:
-    """The cells by arm, and what they are expected to take."""
     from endprompt.train.progress import clock
 
     arms: dict[tuple[Any, ...], list[Cell]] = {}

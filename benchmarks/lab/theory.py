@@ -124,14 +124,12 @@ def correlation(x: np.ndarray, cases: Sequence[Case], inside_scaling: bool = Fal
 
 
 def part(x: np.ndarray, cases: Sequence[Case]) -> list[float] | None:
-    """The correlation among the trained arms."""
     chosen = [i for i, case in enumerate(cases) if case.scheme]
     found = correlation(x[np.array(chosen, dtype=int)], [cases[i] for i in chosen])
     return found and [*found]
 
 
 def by_setting(cases: Sequence[Case]) -> list[list[int]]:
-    """Places of the cases of each setting."""
     settings = sorted({case.setting for case in cases})
     return [[i for i, case in enumerate(cases) if case.setting == setting] for setting in settings]
 
@@ -275,8 +273,6 @@ def rows_of(cases: Sequence[Case], pair: Line) -> list[dict[str, Any]]:
 
 
 def beside(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lab's rows of the control arms' schemes, settings and seeds."""
-
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
         return str(r["base"]), r["target"], r["seed"], r["arm"].partition("+")[0]
 

@@ -105,7 +105,6 @@ def _estimated(per_seed: Mapping[Any, float]) -> dict[str, Any]:
 
 
 def score_rows(contrast: Contrast) -> list[Row]:
-    """The difference at every length that both arms have."""
     rows = []
     for length in sorted(contrast.first.scores.keys() & contrast.second.scores.keys()):
         if differences := contrast.differences(length):
@@ -304,7 +303,6 @@ def metric_of(row: Row) -> str:
 
 
 def words(row: Row) -> Mapping[str, str]:
-    """What the outcomes are called for the metric of a row."""
     metric = metric_of(row)
     if row["task"] == "q7":
         return WORDS["loss" if metric == "loss_difference" else "kept"]
@@ -323,7 +321,6 @@ def correlation_verdict(lo: float | None, hi: float | None) -> str:
 
 
 def sentence_of(row: Row) -> str:
-    """One estimate in words."""
     first, second = row["labels"]
     estimate = f"{estimate_text(row)}, {row['n']} seed{'s' if row['n'] != 1 else ''}: {row['verdict']}."
     between = first if first == second or row["metric"] == "rank_correlation" else f"{first} against {second}"
@@ -350,7 +347,6 @@ def estimate_text(row: Row) -> str:
 
 
 def claim_rows(rows: Sequence[Row]) -> list[Row]:
-    """A row for each claim that the estimates speak of."""
     spoken = ((claim, [row for row in rows if claim.speaks_of(row)]) for claim in contrasts.CLAIMS)
     return [claim_row(claim, chosen) for claim, chosen in spoken if chosen]
 
@@ -447,7 +443,6 @@ def compare(first: str | Path, second: str | Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The claims, with the average over settings and the verdict, as a rich table."""
     made = Table(title="The seven questions: 95% intervals over training seeds", title_justify="left", show_lines=True)
     for head in ("question", "claim", "estimate", "verdict", "the claim"):
         made.add_column(head)

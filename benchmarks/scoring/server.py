@@ -310,8 +310,6 @@ class ServerLM(LM):
         return str(text or "")
 
     def check_tokens(self) -> None:
-        """Ask for one token of a short text."""
-
         async def work(session: aiohttp.ClientSession, put: Put) -> None:
             put(await self.complete(session, self.head + PROBE.strip() + self.tail, 1))
 

@@ -31,7 +31,6 @@ class Suite:
         return ""
 
     def units(self, asker: Asker) -> list[Unit]:
-        """The cells with their samples."""
         raise NotImplementedError
 
     def evaluate(self, units: Sequence[Unit], lm: Any, settings: str, begin: Callable[[], RunDirectory | None]) -> Rows:
@@ -42,7 +41,6 @@ class Suite:
         """Write what is over all cells of this call: averages, depths."""
 
     def table(self, made: list[dict[str, Any]]) -> str:
-        """The rows as text."""
         return "\n".join(f"{row['task']:<12} {row['value']:6.2f}" for row in made)
 
 
@@ -51,11 +49,9 @@ GROUPS = {"babilong": "babilong_longctx", "infinitebench": "infinitebench"}
 
 
 def module_of(suite: str) -> str:
-    """Name of the module that has a suite."""
     return "lm_eval" if suite in GROUPS else suite.partition(":")[0].replace("-", "_")
 
 
 def suite_of(config: ScoreConfig) -> Suite:
-    """The suite that a configuration names."""
     found: type[Suite] = importlib.import_module(f"benchmarks.scoring.suites.{module_of(config.suite)}").SUITE
     return found(config)

@@ -42,7 +42,6 @@ class Unit:
     readings: dict[str, Score] = field(default_factory=dict)
 
     def known_by(self, config: ScoreConfig) -> dict[str, Any]:
-        """The columns by which a row of this very unit is known."""
         if not self.samples:
             return {"suite": self.suite, "task": self.task}
         of_samples = {"samples_sha256": self.sha256, "n": len(self.samples), "seed": config.seed}
@@ -51,7 +50,6 @@ class Unit:
 
 
 def asked(text: str) -> list[dict[str, str]]:
-    """A text as the one turn of a user's."""
     return [{"role": "user", "content": text}]
 
 
@@ -119,7 +117,6 @@ def about(config: ScoreConfig, settings: str) -> dict[str, Any]:
 
 
 def mean_rows(config: ScoreConfig, made: Sequence[Mapping[str, Any]], settings: str) -> list[dict[str, Any]]:
-    """Of each length the mean over its tasks."""
     common = {"suite": config.suite, "metric": "mean_over_tasks", **about(config, settings)}
     cells: dict[int | None, list[float]] = {}
     for row in made:
@@ -142,7 +139,6 @@ def contexts_cut(requests: Sequence[tuple[Any, list[int], list[int]]], limit: in
 
 
 def shortest_prompt(unit: Unit) -> int:
-    """Tokens of the unit's shortest prompt."""
     if isinstance(unit.samples, ruler.Cell):  # without rendering any
         return min(tokens for _, tokens in unit.samples.recipe["samples"])
     return min(sample["length"] for sample in unit.samples)

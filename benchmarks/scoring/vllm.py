@@ -90,13 +90,11 @@ def engine_options(config: PretrainedConfig, needed: int, shortest: int) -> dict
 
 
 def longrope_scale(parameters: dict[str, Any], window: int) -> float:
-    """longrope's attention factor."""
     whole = {**parameters, "partial_rotary_factor": 1.0}
     return rope.frequencies_of(whole, 2 * len(parameters["long_factor"]), window)[1]
 
 
 def without_factor(parameters: dict[str, Any]) -> dict[str, Any]:
-    """As vLLM reads longrope's parameters."""
     return {key: value for key, value in parameters.items() if key not in ("factor", "attention_factor")}
 
 

@@ -64,7 +64,6 @@ def categories(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def grouped_bars(ax: Axes, groups: Mapping[str, pd.DataFrame], looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """A group of bars for each entry, a bar a method, with its interval."""
     width = 0.8 / len(looks)
     for i, (name, look) in enumerate(looks.items()):
         for x, means in enumerate(groups.values()):

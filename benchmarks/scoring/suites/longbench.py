@@ -74,7 +74,6 @@ def levenshtein_share(sample: Mapping[str, Any], prediction: str) -> float:
 
 
 def share(task: str, sample: Mapping[str, Any], prediction: str) -> float:
-    """The score of a sample's prediction, in [0, 1]."""
     return score(task, prediction, sample["outputs"], sample["all_classes"]) / 100
 
 

@@ -97,7 +97,6 @@ class Haystack:
 
 
 def placed(test: Mapping[str, Any], book: Haystack, length: int, seed: int) -> Iterator[dict[str, Any]]:
-    """A test's prompts at all depths, with their answers."""
     rng = np.random.RandomState(seed + test["seed"])
     for depth in np.linspace(0, 100, DEPTHS) / 100:
         needle, question, answers = test["needle"], test["question"], test["answers"]
