@@ -192,7 +192,11 @@ def scored(
     ci95, kind = summary.interval(percent, item.seed)
     part = "part" if ruler.SPECS[item.task].metric == "any" else "all"
     place_of: dict[str, Any] = {"task": item.task, "length": item.length}
-    score = {"value": sum(percent) / len(percent), "stderr": summary.standard_error(percent), "ci95": ci95}
+    score: dict[str, Any] = {
+        "value": sum(percent) / len(percent),
+        "stderr": summary.standard_error(percent),
+        "ci95": ci95,
+    }
     score |= {"suite": "ruler", "metric": f"string_match_{part}", "n": len(percent), "samples_sha256": about["sha256"]}
     more: dict[str, Any] = {"ci": kind} | {key: about[key] for key in ("haystack", "haystack_sha256", "fill")}
     more |= {"edition": item.edition, "max_new_tokens": samples[0]["max_new_tokens"]}

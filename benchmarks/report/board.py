@@ -288,11 +288,9 @@ def scores_table(entries: Sequence[Entry], suite: str, threshold: float, key: st
             row += effective_lengths({n: values[n] for n in several}, drawn, threshold)
         costs = entry.cost
         rows.append([*row, *(shown(value, pattern="{:,.0f}") for value in costs.values()), (entry.settings,) * 2])
-        points = [
-            charts.Point(n, values[n], *ends[n], f"{entry.name}, {n:,} tokens: {shown(values[n])[0]}")
-            for n in several if values[n] == values[n]
-        ]  # fmt: skip
-        series.append((entry.name, points))
+        drawn_at = [n for n in several if values[n] == values[n]]
+        spoken = {n: f"{entry.name}, {n:,} tokens: {shown(values[n])[0]}" for n in drawn_at}
+        series.append((entry.name, [charts.Point(n, values[n], *ends[n], spoken[n]) for n in drawn_at]))
     picture = None
     drawable = [one for one in series if one[1]][: charts.STYLES]
     if effective and drawable:
@@ -329,14 +327,13 @@ def effective_lengths(
 def differences_table(found: Sequence[Mapping[str, Any]], title: str) -> Table:
     rows = []
     for row in found:
-        low, high = row["ci95"]
         at = f"{row['length']:,}" if row["length"] else ""
-        rows.append(
-            [(row["other"],) * 2, (row["task"],) * 2, (at, row["length"] or 0), shown(row["first"]),
-             shown(row["second"]), shown(row["difference"], (low, high), "{:+.1f}"), shown(row["p"], (), "{:.4f}"),
-             shown(row["p_holm"], (), "{:.4f}"), ("by sample" if row["paired"] else "not paired",) * 2,
-             shown(row["n"], (), "{}")]
-        )  # fmt: skip
+        rows.append([
+            (row["other"],) * 2, (row["task"],) * 2, (at, row["length"] or 0), shown(row["first"]),
+            shown(row["second"]), shown(row["difference"], row["ci95"], "{:+.1f}"), shown(row["p"], (), "{:.4f}"),
+            shown(row["p_holm"], (), "{:.4f}"), ("by sample" if row["paired"] else "not paired",) * 2,
+            shown(row["n"], (), "{}"),
+        ])  # fmt: skip
     columns = ["model", "task", "length", "reference", "model's", "difference", "p", "p (Holm)", "paired", "n"]
     notes = [f"Against {found[0]['reference']}. Holm's correction over the {len(found)} lines."]
     return Table(title, notes, columns, rows)
@@ -385,12 +382,7 @@ def tables(entries: Sequence[Entry], found: Sequence[Mapping[str, Any]], config:
 
 def render(made: Sequence[Table], names: Sequence[str]) -> str:
     """The page as text. Its tables sort in place; it loads nothing."""
-    folder = files("benchmarks") / "templates"
-    style, *scripts = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js", "board.js"))
-    style, script = Markup(style), Markup("".join(scripts))
-    return page.environment().get_template("board.html").render(
-        policy=page.policy(style, script), style=style, script=script, tables=made, names=names, glyphs=charts.GLYPHS
-    )  # fmt: skip
+    return page.rendered("board.html", "board.js", tables=made, names=names)
 
 
 def model_index(entry: Entry) -> str:

@@ -7,6 +7,7 @@ run and lays the page out (templates/report.html). Behind each chart is a table 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from endprompt.files import write_text
 if TYPE_CHECKING:
     from benchmarks.config import ReportConfig
 
+DUMP = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
 #: Rows drawn of a scheme that draws its positions, and schemes drawn.
 DRAWS, SCHEMES = 6, 16
 #: Points of a loss curve; wrong predictions shown of a task and length, and in all of one scoring.
@@ -68,19 +70,13 @@ def show(page: Path) -> None:
 
 def render(runs: Sequence[Run], reference: str | None = None) -> str:
     """The page as text: the same for the same runs."""
-    folder = files("benchmarks") / "templates"
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     facets = report_data.facets(runs)
     if reference is not None and not any(report_data.choose_reference(facet, reference) for facet in facets):
         names = sorted({label for facet in facets for label in facet.methods})
         raise ValueError(f"reference must be a method of the runs: reference={reference!r}, they have {names}")
     parts = [(name_of(run, part), run, part) for run in runs for part in run.parts]
-    template = environment().get_template("report.html")
-    return template.render(
-        policy=policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
-        glyphs=charts.GLYPHS,
+    return rendered(
+        "report.html",
         runs=runs,
         parts=parts,
         about_run=about_run,
@@ -93,20 +89,23 @@ def render(runs: Sequence[Run], reference: str | None = None) -> str:
         others=report_data.others(runs),
         predictions=[wrong_predictions(name, part) for name, _, part in parts if last_predictions(part)],
         environments=environments(parts),
-        configurations=[(name, dumped(part.config)) for name, _, part in parts if part.config],
+        configurations=[(name, DUMP(part.config)) for name, _, part in parts if part.config],
         commands=[(run.name, commands(run)) for run in runs],
     )
 
 
-def environment() -> Environment:
-    """Of the pages' templates."""
+def rendered(template: str, *scripts: str, **values: Any) -> str:
+    """A page of the package's templates with its style and scripts inside, and a policy that allows no others."""
+    folder = files("benchmarks") / "templates"
+    style, *code = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js", *scripts))
+    own = {"policy": policy(style, "".join(code)), "style": Markup(style), "script": Markup("".join(code))}
     made = Environment(
         loader=PackageLoader("benchmarks"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     made.filters |= {"count": count, "tokens": tokens, "tidy": tidy, "basename": os.path.basename}
     made.tests["number"] = number
-    return made
+    return made.get_template(template).render(**own, glyphs=charts.GLYPHS, **values)
 
 
 def policy(style: str, script: str) -> str:
@@ -117,10 +116,6 @@ def policy(style: str, script: str) -> str:
 
     own = f"style-src {source(style)}; script-src {source(script)}"
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
-
-
-def dumped(config: dict[str, Any]) -> str:
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def count(value: Any) -> str:
@@ -317,9 +312,7 @@ def bounds(runs: Sequence[Run]) -> list[tuple[bool, list[str], list[Any]]]:
     for group in chunks(list(found)):
         table: list[list[Any]] = []
         for bound, label in BOUNDS.items():
-            pairs = [
-                [found[method].get(f"{kind}_{bound}") for kind in ("largest_over", "share_within")] for method in group
-            ]
+            pairs = [(found[m].get(f"largest_over_{bound}"), found[m].get(f"share_within_{bound}")) for m in group]
             shares = [f" <small>{100 * min(share):.2f}%</small>" if share else "" for _, share in pairs]
             over = [f"{max(largest):.4f}" if largest else "" for largest, _ in pairs]
             table.append([label, *(Markup(value + share) for value, share in zip(over, shares))])
@@ -356,17 +349,14 @@ def environments(parts: Sequence[tuple[str, Run, Part]]) -> list[tuple[str, list
     """Each environment once: what was made in it and when, and its facts, nested ones on a line of their own."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name, _, part in parts:
-        if part.environment:
-            own = {key: value for key, value in part.environment.items() if key != "time"}
+        if own := {key: value for key, value in part.environment.items() if key != "time"}:
             made = found.setdefault(json.dumps(own, sort_keys=True), [])
             made.append((str(part.environment.get("time") or ""), name))
-    return [
-        (
-            f"Made from {min(made)[0]} to {max(made)[0]}: {', '.join(name for _, name in made)}",
-            [*pd.json_normalize(json.loads(own), sep=": ").iloc[0].items()],
-        )
-        for own, made in found.items()
+    said = [
+        f"Made from {min(made)[0]} to {max(made)[0]}: {', '.join(name for _, name in made)}" for made in found.values()
     ]
+    facts = ([*pd.json_normalize(json.loads(own), sep=": ").iloc[0].items()] for own in found)
+    return [*zip(said, facts)]
 
 
 def commands(run: Run) -> list[str]:

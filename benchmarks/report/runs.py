@@ -229,8 +229,21 @@ class Facet:
 
 def facets(runs: Sequence[Run]) -> list[Facet]:
     """RULER's rows by base and fold, and in each by method; methods of one name are told apart by what differs."""
-    columns = ["base", "fold", "model", "method", *APART, "run_sha256", "window", "task", "length", "seed", "value"]
-    columns += ["n", "samples_sha256", "run", "parts", "origin", "lo", "hi"]
+    columns = [
+        "base",
+        "fold",
+        "model",
+        "method",
+        *APART,
+        "run_sha256",
+        "window",
+        "task",
+        "length",
+        "seed",
+        "value",
+        "n",
+    ]
+    columns += ["samples_sha256", "run", "parts", "origin", "lo", "hi"]
     found = []
     for run in runs:
         about = {"run": run.name, "parts": run.parts, "origin": run.name}
@@ -295,11 +308,8 @@ def averages(facet: Facet) -> list[tuple[str, dict[str, float]]]:
     """RULER's own averages over the lengths of each method that has several, by their metrics."""
     found = []
     for label in facet.methods:
-        rows = [
-            {"suite": "ruler", "task": task, "length": length, "value": facet.cells[label, task, length].value}
-            for name, task, length in facet.rows
-            if name == label
-        ]
+        cells = {place[1:]: facet.cells[place].value for place in facet.rows if place[0] == label}
+        rows = [{"suite": "ruler", "task": task, "length": n, "value": value} for (task, n), value in cells.items()]
         made = {row["metric"]: row["value"] for row in summary.ruler_summary(rows) if row["length"] is None}
         if made and len({row["length"] for row in rows}) > 1:
             found.append((label, made))

@@ -58,9 +58,6 @@ def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int |
     return geometry.window_of(model_config, stated, needed).window - config.thought_tokens
 
 
-# --------------------------------------------------------------------------------------------------------------- run
-
-
 def method_of(config: ScoreConfig) -> str:
     """The method's name: as set, else the trainer's note in the checkpoint, else "base"."""
     if config.method:

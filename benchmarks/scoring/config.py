@@ -162,10 +162,9 @@ class ScoreConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: {self.batch_size}")
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1: {self.samples}")
+        for key, least in (("batch_size", 1), ("samples", 1), ("concurrency", 1), ("retries", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}: {getattr(self, key)}")
         if self.suite not in SUITES and not re.fullmatch(r"lm-eval:\S+", self.suite):
             raise ValueError(f"suite must be one of {', '.join(SUITES)}, or lm-eval:GROUP: {self.suite!r}")
         for kind, readers in (("suite", READ_BY), ("backend", READ_BY_BACKEND)):
@@ -184,10 +183,9 @@ class ScoreConfig:
             chat.parse_day(self.date)
             if not self.chat:
                 raise ValueError(f"date is for a chat template, it needs chat: {self.date!r}")
-        if self.chat_layout is not None and not self.chat:
-            raise ValueError(f"chat_layout is for a chat template, it needs chat: {self.chat_layout!r}")
-        if self.system is not None and not self.chat:
-            raise ValueError(f"system is for a chat template, it needs chat: {self.system!r}")
+        for key in ("chat_layout", "system"):
+            if getattr(self, key) is not None and not self.chat:
+                raise ValueError(f"{key} is for a chat template, it needs chat: {getattr(self, key)!r}")
         self.check_thinking()
         if self.template_args and not self.chat:
             raise ValueError(f"template_args are for a chat template, they need chat: {self.template_args!r}")
@@ -233,14 +231,10 @@ class ScoreConfig:
             raise ValueError(f"url must be the server's address, as http://HOST:PORT/v1: url={self.url!r}")
         if found.username or found.password or found.query or found.fragment:
             raise ValueError(f"url must hold no name, password or query, since it is written down: {found.hostname}")
-        for key, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}: {getattr(self, key)}")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be over 0 seconds: {self.timeout}")
-        if adapters := {"peft", "lora_local_path"} & {
-            part.partition("=")[0].strip() for part in self.backend_args.split(",")
-        }:
+        named = {part.partition("=")[0].strip() for part in self.backend_args.split(",")}
+        if adapters := {"peft", "lora_local_path"} & named:
             raise ValueError(f"an adapter is the server's to load, and its name there is the model: {sorted(adapters)}")
         if self.suite == "short":
             raise ValueError("suite short asks for log-likelihoods, and a server gives texts alone: backend='server'")
@@ -277,7 +271,7 @@ class ScoreConfig:
     @property
     def length_list(self) -> list[int]:
         raw = self.lengths
-        parts = raw.split(",") if isinstance(raw, str) else [raw] if isinstance(raw, int) else list(raw)
+        parts = raw.split(",") if isinstance(raw, str) else [raw] if isinstance(raw, int) else raw
         try:
             lengths = [int(part) for part in parts]
         except ValueError:

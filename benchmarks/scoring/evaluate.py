@@ -48,21 +48,15 @@ def groups(units: Sequence[Unit]) -> list[list[Unit]]:
     size = 0
     for unit in units:
         if not out or size + unit.characters > CALL_CHARACTERS:
-            out.append([])
-            size = 0
+            out, size = [*out, []], 0
         out[-1].append(unit)
         size += unit.characters
     return out
 
 
 def evaluate(
-    config: ScoreConfig,
-    units: Sequence[Unit],
-    lm: Any,
-    settings: str,
-    progress: Progress,
-    out: RunDirectory | None,
-) -> dict[str, dict[str, Any]]:
+    config: ScoreConfig, units: Sequence[Unit], lm: Any, settings: str, progress: Progress, out: RunDirectory | None
+) -> Rows:
     """Rows of one group of units, appended to the results; on processes other than the first there are none."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -86,17 +80,10 @@ def evaluate(
     thoughts = {unit.name: config.thought_tokens for unit in units if config.thinks and unit.columns["chat"]}
     recording = RecordingLM(lm, predictions, chunk, progress, note, thoughts)
     tasks = [SampleTask(unit.name, unit.samples, unit.score, unit.prompts) for unit in units]
+    unseeded = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+    options: dict[str, Any] = {"bootstrap_iters": 0, "log_samples": False, **unseeded}
     with no_environment_report():
-        simple_evaluate(
-            model=recording,
-            tasks=tasks,
-            task_manager=TaskManager(include_defaults=False),
-            bootstrap_iters=0,
-            log_samples=False,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+        simple_evaluate(recording, tasks=tasks, task_manager=TaskManager(include_defaults=False), **options)
     counts = (progress.tokens - before[0], progress.made - before[1])
     of_all = lm.gather_object(counts, dst=0) if lm.world_size > 1 else [counts]
     if out is None:

@@ -103,27 +103,18 @@ QUESTION = ("suite", "generator", "edition", "max_new_tokens", "chat", "date", "
 def fingerprint(config: ScoreConfig, model_config: PretrainedConfig) -> Fingerprint:
     """Of a run whose `date` is settled (`benchmarks.scoring.run.settle_date`)."""
     suite, served = suite_of(config), getattr(model_config, "served", None)
+    as_set = ("suite", "edition", "max_new_tokens", "chat", "date", "template_args", "trust_remote_code", "backend")
     return Fingerprint(
-        suite=config.suite,
+        **{name: getattr(config, name) for name in (*as_set, "url", "api", "thinking")},
         generator=suite.generator,
-        edition=config.edition,
-        max_new_tokens=config.max_new_tokens,
-        chat=config.chat,
-        date=config.date,
-        template_args=config.template_args,
         asked=suite.asked,
         checkpoint="" if served else checkpoint_sha256(config.checkpoint, model_config),
-        trust_remote_code=config.trust_remote_code,
-        backend=config.backend,
         backend_args=with_files(config.backend_args),
         attn=config.attn if config.backend == "hf" else None,
         dtype="" if served else config.dtype,
         device="" if served else device_of(config.device).partition(":")[0],
         whole_answers=config.answers != "until settled",
-        url=config.url,
         model=served.model if served else config.model,
-        api=config.api,
-        thinking=config.thinking,
         served=json.dumps(served.identity, sort_keys=True) if served else "",
     )
 
@@ -153,8 +144,7 @@ def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig | None) ->
     if not directory.is_dir():
         return files.sha256_of(checkpoint, str(getattr(model_config, "_commit_hash", None)))
     read = {path for path in directory.iterdir() if path.suffix in READ and path.name not in NOTES and path.is_file()}
-    read |= set(directory.glob("*chat_templates/*.jinja"))  # beside the one that is taken by default
-    paths = sorted(read)
+    paths = sorted(read | {*directory.glob("*chat_templates/*.jinja")})  # beside the one that is taken by default
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(files.remembered_sha256, paths)
         return files.sha256_of(*(f"{path.relative_to(directory)} {one}" for path, one in zip(paths, digests)))
@@ -169,11 +159,9 @@ def runs(directory: str | Path) -> list[dict[str, Any]]:
     path = Path(directory) / RUNS
     if not path.is_file():
         return []
-    found = []
+    found, kinds = [], {"run_sha256": str, "fingerprint": dict, "environment": dict}
     for number, line in files.read_json_lines(path):
-        kinds = {"run_sha256": str, "fingerprint": dict, "environment": dict}
-        wrong = [key for key, kind in kinds.items() if not isinstance(line.get(key), kind)]
-        if wrong:
+        if wrong := [key for key, kind in kinds.items() if not isinstance(line.get(key), kind)]:
             raise ValueError(f"{path}, line {number}: a run must have run_sha256, fingerprint and environment: {wrong}")
         found.append(line)
     return found
@@ -230,7 +218,6 @@ def read_day(directory: Path) -> str | None:
     try:
         parse_day(text)
     except ValueError:
-        raise ValueError(
-            f"{path}, line 1: must hold the day of the run's prompts as YYYY-MM-DD: {text[:40]!r}"
-        ) from None
+        rule = "must hold the day of the run's prompts as YYYY-MM-DD"
+        raise ValueError(f"{path}, line 1: {rule}: {text[:40]!r}") from None
     return text

@@ -202,9 +202,7 @@ def tried(model: Any, found: Way) -> tuple[int, ...]:
                 # by the median: in half precision a near tie of experts may go the other way in one place
                 if not float(error_N.median()) <= (5e-3 if model.dtype == torch.float32 else 0.15):
                     raise Unfit("its logits come out otherwise with a cache laid out once")
-    except Unfit:
-        raise
-    except torch.OutOfMemoryError:
+    except (Unfit, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's code runs into without what it expects
         raise Unfit("its code does not run with a cache laid out once") from error
@@ -218,14 +216,9 @@ class Batch:
     """Rows that are generated together."""
 
     def __init__(
-        self,
-        model: Any,
-        jobs: Sequence[Job],
-        found: Way,
-        stops: frozenset[int] = frozenset(),
-        part: int | None = None,
-        logits: bool = False,
-    ):
+        self, model: Any, jobs: Sequence[Job], found: Way, stops: frozenset[int] = frozenset(),
+        part: int | None = None, logits: bool = False,
+    ):  # fmt: skip
         """jobs: in order of falling length. part: tokens of a prompt that are read at once at most."""
         self.model, self.jobs, self.way, self.stops = model, jobs, found, stops
         self.part = part
@@ -254,12 +247,9 @@ class Batch:
     def _read(self) -> None:
         self.next_B = torch.zeros(len(self.jobs), dtype=torch.long, device=self.device)
         self.made_NB = torch.zeros(self.steps, len(self.jobs), dtype=torch.long, device=self.device)
-        kept = []
         with kernels_first(self.device):
-            for rows in self._groups():
-                kept.append(self._read_rows(rows))
+            logits_BV = torch.cat([self._read_rows(rows) for rows in self._groups()])
         self.scene.prompt = False
-        logits_BV = torch.cat(kept)
         if self.way.penalty != 1.0:
             self.seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
             for row_V, job in zip(self.seen_BV, self.jobs):
@@ -283,13 +273,10 @@ class Batch:
         """Logits [b, V] of what follows the prompts."""
         jobs = self.jobs[rows]
         lengths_b = self.scene.lengths_B[rows]
-        longest = len(jobs[0].prompt)
-        wide = longest
-        if self.device.type == "cuda":
-            wide = min(-(-longest // ROUND) * ROUND, self.scene.places)
+        longest = wide = len(jobs[0].prompt)
         parts = len(jobs) == 1 and self.part is not None and longest > self.part
-        if parts:
-            wide = longest
+        if self.device.type == "cuda" and not parts:
+            wide = min(-(-longest // ROUND) * ROUND, self.scene.places)
         ids_bT = torch.full((len(jobs), wide), int(jobs[0].prompt[0]), dtype=torch.long)
         for row, job in zip(ids_bT, jobs):
             row[: len(job.prompt)] = torch.as_tensor(job.prompt, dtype=torch.long)
@@ -456,8 +443,7 @@ def run(
     alone = [i for i, job in enumerate(jobs) if found.reason or by_itself(job, found)]
     for i in sorted(alone, key=lambda i: -len(jobs[i].prompt)):
         yield [(i, by_transformers(model, jobs[i], stops, found.tokenizer))]
-    left = set(range(len(jobs))) - set(alone)
-    order = sorted(left, key=lambda i: -len(jobs[i].prompt))
+    order = sorted({*range(len(jobs))} - set(alone), key=lambda i: -len(jobs[i].prompt))
     memory = Memory(model, found)
     while order:
         rows = memory.rows([jobs[i] for i in order], batch_size, places)
@@ -478,12 +464,13 @@ def by_itself(job: Job, found: Way) -> bool:
     return any(read <= window < read + job.new_tokens - 1 for window in found.read_again)
 
 
+@torch.inference_mode()
 def attempt(
     model: Any, jobs: Sequence[Job], found: Way, stops: frozenset[int], part: int | None
 ) -> list[list[int]] | None:
-    """The answers, or None if memory is too small for them."""
+    """The answers of jobs in order of falling length, as one batch, or None if memory is too small for them."""
     try:
-        return greedy(model, jobs, found, stops, part)
+        return Batch(model, jobs, found, stops, part).answers()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -491,18 +478,6 @@ def attempt(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
-
-
-@torch.inference_mode()
-def greedy(
-    model: Any,
-    jobs: Sequence[Job],
-    found: Way,
-    stops: frozenset[int] = frozenset(),
-    part: int | None = None,
-) -> list[list[int]]:
-    """The tokens of jobs in order of falling length, as one batch."""
-    return Batch(model, jobs, found, stops, part).answers()
 
 
 @torch.inference_mode()
@@ -514,8 +489,7 @@ def by_transformers(model: Any, job: Job, stops: frozenset[int], tokenizer: Any 
 
     def over(ids_1T: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         made = ids_1T[0, start:].tolist()
-        ended = made[-1] in stops or job.ended(made)
-        return torch.tensor([ended], device=ids_1T.device)
+        return torch.tensor([made[-1] in stops or job.ended(made)], device=ids_1T.device)
 
     def finite(ids_1T: torch.Tensor, logits_1V: torch.Tensor) -> torch.Tensor:
         if not logits_1V.max().isfinite():
@@ -553,9 +527,8 @@ def by_transformers(model: Any, job: Job, stops: frozenset[int], tokenizer: Any 
 
 
 def out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error))
+    said = isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error))
+    return said or isinstance(error, torch.OutOfMemoryError)
 
 
 class Memory:

@@ -47,6 +47,7 @@ def results(rows: Sequence[dict[str, Any]], checkpoint: str, backend: str) -> di
             own["sample_len"] = row["n"]
             counts[task] = {"original": row["n"], "effective": row["n"]}
     first = rows[0]
+    arguments = {"pretrained": checkpoint, "dtype": first.get("dtype")}
     return {
         "results": found,
         "group_subtasks": {task: [] for task in found},
@@ -55,11 +56,7 @@ def results(rows: Sequence[dict[str, Any]], checkpoint: str, backend: str) -> di
         "n-shot": shots,
         "higher_is_better": better,
         "n-samples": counts,
-        "config": {
-            "model": backend,
-            "model_args": {"pretrained": checkpoint, "dtype": first.get("dtype")},
-            "random_seed": first["seed"],
-        },
+        "config": {"model": backend, "model_args": arguments, "random_seed": first["seed"]},
         "git_hash": git_revision(),
         "lm_eval_version": version("lm-eval"),
         "model_source": backend,

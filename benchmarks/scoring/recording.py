@@ -83,26 +83,14 @@ class RecordingLM(LM):
     device = property(lambda self: self.inner.device)
     tokenizer_name = property(lambda self: self.inner.tokenizer_name)
 
-    def all_gather(self, tensor: Any) -> Any:
-        return self.inner.all_gather(tensor)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> Any:
-        return self.inner.gather_object(obj, dst)
-
-    def barrier(self) -> None:
-        self.inner.barrier()
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        return self.inner.apply_chat_template(*args, **kwargs)
-
-    def chat_template(self, *args: Any, **kwargs: Any) -> str | None:
-        return self.inner.chat_template(*args, **kwargs)
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        return self.inner.loglikelihood(requests)
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        return self.inner.loglikelihood_rolling(requests)
+    # what the base class has of its own would hide the model's
+    all_gather = property(lambda self: self.inner.all_gather)
+    gather_object = property(lambda self: self.inner.gather_object)
+    barrier = property(lambda self: self.inner.barrier)
+    apply_chat_template = property(lambda self: self.inner.apply_chat_template)
+    chat_template = property(lambda self: self.inner.chat_template)
+    loglikelihood = property(lambda self: self.inner.loglikelihood)
+    loglikelihood_rolling = property(lambda self: self.inner.loglikelihood_rolling)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The longest first; requests of several tasks run together where the model makes up its own batches."""
@@ -188,9 +176,8 @@ class Progress:
             return
         self._shown = now
         left = (self.total - self.done) * self.seconds / self.done
-        line = (
-            f"{task}: {self.done}/{self.total} samples, {self.tokens / self.seconds:,.0f} tokens/s, {clock(left)} left"
-        )
+        speed = f"{self.tokens / self.seconds:,.0f} tokens/s"
+        line = f"{task}: {self.done}/{self.total} samples, {speed}, {clock(left)} left"
         end = "\n" if last or not self.terminal else ""
         print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
 

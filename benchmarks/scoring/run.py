@@ -10,7 +10,6 @@ is not run again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -101,27 +100,25 @@ def run(
     """Rows of the units. The model is loaded only if one of them has no row yet."""
     config = suite.config
     rank = int(os.environ.get("RANK", "0"))
-    with contextlib.nullcontext() if rank else files.sole_use(config.directory):
-        if config.overwrite and rank == 0:
+    if rank:
+        return score_units(suite, units, model_config, tokenizer, rank)
+    with files.sole_use(config.directory):
+        if config.overwrite:
             start_again(config.directory)
-        if rank == 0:
-            keep_day(config)
-            files.drop_cut_line(config.directory / "results.jsonl")
+        keep_day(config)
+        files.drop_cut_line(config.directory / "results.jsonl")
         return score_units(suite, units, model_config, tokenizer, rank)
 
 
 def start_again(directory: Path) -> None:
     """Remove what earlier runs left; other processes look there after the model is loaded, which waits for all."""
-    for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in RESULT_FILES)]:
+    kept = ("results.jsonl", "summary.jsonl", "depth.jsonl", "log.jsonl", fingerprint.RUNS, fingerprint.DAY)
+    for path in [*directory.glob("predictions*.jsonl"), *(directory / name for name in kept)]:
         path.unlink(missing_ok=True)
 
 
 def score_units(
-    suite: Suite,
-    units: list[Unit],
-    model_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rank: int,
+    suite: Suite, units: list[Unit], model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, rank: int
 ) -> list[dict[str, Any]]:
     config, made_by = suite.config, fingerprint.fingerprint(suite.config, model_config)
     done, renamed = earlier_rows(config, units, made_by.sha256)
@@ -148,9 +145,6 @@ def score_units(
     return made
 
 
-RESULT_FILES = ("results.jsonl", "summary.jsonl", "depth.jsonl", "log.jsonl", fingerprint.RUNS, fingerprint.DAY)
-
-
 def load(
     config: ScoreConfig,
     needed: int,
@@ -171,12 +165,8 @@ def load(
             check_base(Path(extra[key]), Path(config.checkpoint))
     if config.backend == "vllm":
         options = vllm.engine_options(model_config, max(needed, int(extra.get("max_model_len", 0))), shortest)
-        return vllm.load(
-            config.checkpoint,
-            dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-            **{**options, **extra},
-        )
+        options |= {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+        return vllm.load(config.checkpoint, **options | extra)
     room = window_of(config, model_config, needed) + config.thought_tokens
     if config.backend == "server":
         from benchmarks.scoring.server import ServerLM
@@ -212,10 +202,8 @@ def earlier_rows(
     found = read_rows(path) if path.is_file() and not config.overwrite else []
     predictions = set() if config.overwrite else read_run(config.directory, settings).keys()
     names = {"model": config.model_name, "method": method_of(config)}
-    # the latest, and those of this name after the others
-    rows = sorted(
-        (row for row in found if row.get("run_sha256") == settings), key=lambda row: names.items() <= row.items()
-    )
+    mine = [row for row in found if row.get("run_sha256") == settings]
+    rows = sorted(mine, key=lambda row: names.items() <= row.items())  # the latest, those of this name after the others
     done, renamed = {}, []
     for unit in units:
         limit, wanted = unit.columns.get("max_new_tokens"), unit.known_by(config).items()

@@ -138,10 +138,8 @@ def load(checkpoint: str, **options: Any) -> Any:
                     length = len(self.tok_encode(prompt))
                     new = int(settings.get("max_gen_toks") or self.max_gen_toks)
                     if length + new > self.max_length:
-                        raise ValueError(
-                            f"prompt and generation must fit the window: {length} + {new} tokens, "
-                            f"window {self.max_length}"
-                        )
+                        told = f"{length} + {new} tokens, window {self.max_length}"
+                        raise ValueError(f"prompt and generation must fit the window: {told}")
                 return super().generate_until(requests, disable_tqdm=True)
 
             def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,13 +159,9 @@ def load(checkpoint: str, **options: Any) -> Any:
                 settings, until, new = VLLM.modify_gen_kwargs(*args, **kwargs)
                 return {**settings, "skip_special_tokens": True}, until, new
 
+        options |= {"batch_size": sys.maxsize, "use_tqdm_on_load": False}  # all at once; "auto" would show a bar
         try:
-            made = LongContextVLLM(
-                pretrained=checkpoint,
-                batch_size=sys.maxsize,  # all at once; "auto" would be the same with a bar
-                use_tqdm_on_load=False,
-                **options,
-            )
+            made = LongContextVLLM(pretrained=checkpoint, **options)
         except Exception as error:  # the engine raises whatever its configuration and its processes run into
             raise ValueError(f"{checkpoint}: vLLM does not load it: {one_line(error)}") from error
     made.tokenizer.model_max_length = sys.maxsize  # else transformers warns of prompts that fit

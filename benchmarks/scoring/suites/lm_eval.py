@@ -91,7 +91,7 @@ class LmEval(MeanSuite):
         if not samples:
             raise ValueError(f"{name}: it has no samples")
         generator, score = f"{self.generator}, version {task.VERSION}", functools.partial(score_of, task, metric)
-        columns = {"group": self.group, "shots": task.config.num_fewshot or 0}
+        columns: dict[str, Any] = {"group": self.group, "shots": task.config.num_fewshot or 0}
         return asker.unit(name, length, metric, samples, score, generator, **columns)
 
 

@@ -37,13 +37,17 @@ class LongBench(SampleSuite):
     def units(self, asker: Asker) -> list[Unit]:
         """All data are read before any model. Raises what `load_documents` and `Prompter.fit` do."""
         config = self.config
-        options = {"chat_template": asker.template, "max_new_tokens": config.max_new_tokens}
+        options: dict[str, Any] = {"chat_template": asker.template, "max_new_tokens": config.max_new_tokens}
         # All files are read, and so checked, before the first prompt is made; texts are let go set by set.
         found = {task: load_documents(task, config.data_dir) for task in select(config.task_names)}
         made = []
         for task in list(found):
             rules, documents = dataset_of(task), found.pop(task)
-            columns = {"category": rules.category, "language": rules.language, "generator": prompts.GENERATOR}
+            columns: dict[str, Any] = {
+                "category": rules.category,
+                "language": rules.language,
+                "generator": prompts.GENERATOR,
+            }
             prompter = prompts.Prompter(task, asker.tokenizer, asker.window, config.prompt_length, **options)
             score, wrapped = partial(share, task), config.chat and rules.chat
             unit = unit_of(asker, prompter, documents, config.samples, rules.metric, score, chat=wrapped, **columns)

@@ -23,10 +23,13 @@ class LongBenchV2(SampleSuite):
         if config.task_names not in (["all"], [v2.TASK]):
             raise ValueError(f"tasks of suite longbench-v2 must be all: tasks={config.tasks!r}")
         window, documents = asker.window, v2.load_documents(config.data_dir)
-        options = {"chat_template": asker.template, "max_new_tokens": config.max_new_tokens}
+        options: dict[str, Any] = {"chat_template": asker.template, "max_new_tokens": config.max_new_tokens}
         prompter = v2.QuestionPrompter(v2.TASK, asker.tokenizer, window, config.prompt_length, **options)
         n = config.limit or len(documents.items)
-        columns = {"questions_whole": min(n, len(documents.items)) == v2.QUESTIONS, "generator": v2.GENERATOR}
+        columns: dict[str, Any] = {
+            "questions_whole": min(n, len(documents.items)) == v2.QUESTIONS,
+            "generator": v2.GENERATOR,
+        }
         unit = unit_of(asker, prompter, documents, n, "accuracy", v2.score, **columns)
         unit.readings = {"compensated": v2.compensated}
         return [unit]

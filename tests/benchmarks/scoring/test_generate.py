@@ -262,7 +262,7 @@ def test_rows_that_are_over_leave_the_batch(monkeypatch):
     monkeypatch.setattr(generate.Batch, "_step", lambda self: (sizes.append(len(self.next_B)), step(self)))
     jobs = [generate.Job(prompt, NEW if i == 1 else 2) for i, prompt in enumerate(PROMPTS)]
     order = sorted(range(len(jobs)), key=lambda i: -len(PROMPTS[i]))
-    made = generate.greedy(model, [jobs[i] for i in order], generate.way(model))
+    made = generate.attempt(model, [jobs[i] for i in order], generate.way(model), frozenset(), None)
     assert made == [plain[i][: jobs[i].new_tokens] for i in order]
     assert sizes[-NEW + 1 :] == [len(jobs)] + [1] * (NEW - 2)
 
