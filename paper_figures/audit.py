@@ -120,10 +120,8 @@ def averages(tables: dict[str, Rows]) -> Iterator[Finding]:
     for names, rules in AVERAGES.items():
         for table, method, scores in ((name, *row) for name in names for row in tables[name].items()):
             values = [scores[column] for column in tasks_of(scores)]
-            tried = [
-                finding(table, method, f"avg is the {rule}", scores["avg"], mean(values, weights))
-                for rule, weights in rules.items()
-            ]
+            means = {f"avg is the {rule}": mean(values, weights) for rule, weights in rules.items()}
+            tried = [finding(table, method, rule, scores["avg"], found) for rule, found in means.items()]
             yield from [f for f in tried if f["verdict"] != DOES_NOT_FOLLOW][:1] or tried
 
 
@@ -136,12 +134,9 @@ def repeated_numbers(tables: dict[str, Rows]) -> Iterator[Finding]:
     yield finding("Table 3", "EndPrompt", "avg is that of Table 1", own["avg"], main["avg"], slack=Decimal(0))
     for suite, table, panel in SUITES:
         for figure, bar in (("Figure 2", "EP_1"), ("Figure 3", "ET")):
-            place, printed, average = (
-                f"{figure}, {bar}, {suite}",
-                bars(figure, panel)[bar],
-                tables[table]["EndPrompt"]["avg"],
-            )
-            yield finding(place, "EndPrompt", f"avg is that of {table}", printed, average, slack=Decimal(0))
+            place, average = f"{figure}, {bar}, {suite}", tables[table]["EndPrompt"]["avg"]
+            rule, printed = f"avg is that of {table}", bars(figure, panel)[bar]
+            yield finding(place, "EndPrompt", rule, printed, average, slack=Decimal(0))
 
 
 # --- samples and the longest length ---------------------------------------------------------------------------------
@@ -154,10 +149,8 @@ def sample_grid(tables: dict[str, Rows]) -> Iterator[Finding]:
             off = {task: distance_to_grid(scores[task], ANSWERS[task]) for task in tasks_of(scores)}
             on_grid = sum(distance <= HALF for distance in off.values())
             one_decimal = all(scores[task] % Decimal("0.1") == 0 for task in off)
-            if on_grid == len(off):
-                verdict = AGREES
-            else:
-                verdict = ROUNDING if one_decimal and max(off.values()) <= 10 * HALF else DOES_NOT_FOLLOW
+            rounded = ROUNDING if one_decimal and max(off.values()) <= 10 * HALF else DOES_NOT_FOLLOW
+            verdict = AGREES if on_grid == len(off) else rounded
             rule = "scores are multiples of 100 / (500 samples x answers a sample), to two decimals"
             if verdict == ROUNDING:
                 rule += " (the row is printed to one decimal)"
@@ -184,13 +177,10 @@ def longest_length(tables: dict[str, Rows]) -> Iterator[Finding]:
     recovered = recovered_64k(tables)
     place = "Table 1, 64K (not printed)"
     for method, scores in recovered.items():
-        for rule, held in (
-            (
-                "is a multiple of 0.2 for each task with one answer (500 samples)",
-                [scores[task] % Decimal("0.2") == 0 for task in ONE_ANSWER],
-            ),
-            ("lies in [0, 100] for each of the 13 tasks", [0 <= scores[task] <= 100 for task in ANSWERS]),
-        ):
+        grid = "is a multiple of 0.2 for each task with one answer (500 samples)"
+        inside = [0 <= scores[task] <= 100 for task in ANSWERS]
+        on_grid = [scores[task] % Decimal("0.2") == 0 for task in ONE_ANSWER]
+        for rule, held in ((grid, on_grid), ("lies in [0, 100] for each of the 13 tasks", inside)):
             found = f"{sum(held)} of {len(held)} tasks"
             yield finding(place, method, f"5 x Table 1 - Tables 6 to 9 {rule}", None, found, follows(all(held)))
     for method, scores in recovered.items():
@@ -264,19 +254,16 @@ def claims(tables: dict[str, Rows]) -> Iterator[Finding]:
         if lo != hi:
             rule += f" (bars as read: {lo:.2f} to {hi:.2f})"
         digit = Decimal(1).scaleb(printed.as_tuple().exponent)  # type: ignore[arg-type]
-        if recomputed.quantize(digit, ROUND_HALF_UP) == printed:
-            verdict = AGREES
-        else:
-            verdict = ROUNDING if lo <= printed <= hi else DOES_NOT_FOLLOW
+        near = ROUNDING if lo <= printed <= hi else DOES_NOT_FOLLOW
+        verdict = AGREES if recomputed.quantize(digit, ROUND_HALF_UP) == printed else near
         yield finding(line["source"], subject, f"{claim}: {rule}", printed, recomputed, verdict)
 
 
 def ratio(panel: str, top: str, bottom: str) -> tuple[Decimal, Decimal, Decimal]:
     """Ratio of two bars of Figure 4 at 64K, and its lowest and highest value within the error of reading."""
     lines = {line["series"]: line for line in read("figure_4") if line["panel"] == panel and line["x"] == "65536"}
-    (a, da), (b, db) = (
-        (Decimal(lines[series]["value"]), Decimal(lines[series]["reading_error"])) for series in (top, bottom)
-    )
+    parts = ((lines[series]["value"], lines[series]["reading_error"]) for series in (top, bottom))
+    (a, da), (b, db) = (map(Decimal, part) for part in parts)
     return a / b, (a - da) / (b + db), (a + da) / (b - db)
 
 

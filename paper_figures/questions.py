@@ -41,7 +41,7 @@ class Question:
 
     def build(self, frames: Frames) -> Table:
         number = self.number
-        rows = estimates(frames, number)
+        rows, said = of_question(frames, number)
         costs = rows["metric"].str.startswith("score_by")
         tasks = "four tasks at the target length"
         if number == 7:
@@ -52,7 +52,7 @@ class Question:
             first="arm, or two arms compared" if number == 6 else "arms compared",
             columns=["first", "second", "estimate", "low", "high", "p (Holm)", "seeds", "verdict"],
             sections=[*(cost_sections(rows[costs]) if number == 6 else []), *compared(rows[~costs])],
-            note=" ".join([RULE, *[COSTS] * (number == 6), *claims(frames, number)["sentence"]]),
+            note=" ".join([RULE, *[COSTS] * (number == 6), *said["sentence"]]),
             digits=1,
         )
 
@@ -60,20 +60,12 @@ class Question:
 TABLES = {f"question_{number}": Question(number) for number in QUESTIONS}
 
 
-def estimates(frames: Frames, number: int) -> pd.DataFrame:
-    """The estimates of one question that tables show: at the target length (question 7: at the window)."""
-    rows = of_question(frames, number)
-    return rows[(rows["metric"] != "claim") & rows["primary"].astype(bool)]
-
-
-def claims(frames: Frames, number: int) -> pd.DataFrame:
-    rows = of_question(frames, number)
-    return rows[rows["metric"] == "claim"]
-
-
-def of_question(frames: Frames, number: int) -> pd.DataFrame:
+def of_question(frames: Frames, number: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the estimates of a question that tables show, at the target length or, of 7, at the window; its claims)."""
     rows = frames["lab-question"]
-    return rows[rows["task"] == f"q{number}"].reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS]))
+    rows = rows[rows["task"] == f"q{number}"].reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS]))
+    claims = rows["metric"] == "claim"
+    return rows[~claims & rows["primary"].astype(bool)], rows[claims]
 
 
 def compared(rows: pd.DataFrame) -> list[Section]:
@@ -90,11 +82,8 @@ def line(row: dict) -> Row:
     ends: list[Value] = [f"{score:.{digits}f}" for score in (scores[0], scores[-1])] if scores else [None, None]
     values = [number(row[key], digits) for key in ("value", "lo", "hi")]
     p = None if pd.isna(row["p_holm"]) else f"{row['p_holm']:.4f}"
-    return Row(
-        " against ".join(names(row)),
-        [*ends, *values, p, f"{row['n']:.0f}", row["verdict"]],
-        f"measured: {row['origin']}",
-    )
+    cells = [*ends, *values, p, f"{row['n']:.0f}", row["verdict"]]
+    return Row(" against ".join(names(row)), cells, f"measured: {row['origin']}")
 
 
 def cost_sections(rows: pd.DataFrame) -> list[Section]:
@@ -108,10 +97,8 @@ def cost_sections(rows: pd.DataFrame) -> list[Section]:
             values = [number(row[key], 1, sign="") for key in ("value", "lo", "hi")]
             share = f"{row['pareto_share']:.2f}"
             name = f"{row['labels'][0]}, {SCALINGS.get(row['scaling'], row['scaling'])}"
-            if row["pareto_share"] >= PARETO_SHOWN:
-                lines.append(
-                    Row(name, [*cost, *values, share, f"{row['n']:.0f}", row["verdict"]], f"measured: {row['origin']}")
-                )
+            cells = [*cost, *values, share, f"{row['n']:.0f}", row["verdict"]]
+            lines += [Row(name, cells, f"measured: {row['origin']}")] if row["pareto_share"] >= PARETO_SHOWN else []
         by = metric.removeprefix("score_by_")
         heading = f"best by {'training tokens' if by == 'tokens' else 'GPU-seconds'}: base {base}, {fold:.0f}-fold"
         sections.append(Section(heading, lines, best=False))

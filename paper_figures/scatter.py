@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper_figures import lab, style
-from paper_figures.averages import average, interval_kind, scale_mark, scored
+from paper_figures.averages import average, caption, scored
 from paper_figures.inputs import Frames
 from paper_figures.names import SCHEMES
 
@@ -64,9 +64,8 @@ def panels(
                 ax.plot(rest[column], rest["value"], markersize=4, clip_on=False, **OTHER)
                 others = True
             for arm, x in zip(known[colored].itertuples(), side_by_side(known.loc[colored, column])):
-                unknown = [a for a in arms if a not in style.ARMS]
                 name = lab.arm_of(arm.kind)
-                color, _ = style.ARMS.get(name) or style.OTHERS[unknown.index(name) % len(style.OTHERS)]
+                color, _ = style.look(name, arms)
                 shown[SCHEMES.get(name, name)] = {"color": color, "linewidth": 2.5}
                 ax.vlines(x, arm.lo, arm.hi, color=color, linewidth=0.8, alpha=0.7)
                 face = "white" if arm.scaling == "linear" else color
@@ -98,7 +97,6 @@ def side_by_side(values: pd.Series, width: float = 0.08) -> list[float]:
 
 
 def note(frames: Frames, points: list[tuple[str, pd.DataFrame]]) -> str:
-    rows = scored(frames, "ruler")
-    kind = interval_kind(pd.concat([means[means["main"]] for _, means in points]))  # the others have none drawn
-    first = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks at the target length; {kind}"
+    main = [means[means["main"]] for _, means in points]  # the others have no interval drawn
+    first = caption(scored(frames, "ruler"), main, " at the target length")
     return f"{first}\nhollow: PI; arms of equal place on the x axis stand side by side"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,15 @@ def figure(height: float, width: float = 7.0) -> Figure:
     return fig
 
 
+def look(arm: str, arms: Sequence[str]) -> tuple[str, str]:
+    """Colour and marker of an arm. `arms`: all arms drawn, to place unknown ones."""
+    unknown = [other for other in arms if other not in ARMS]
+    return ARMS.get(arm) or OTHERS[unknown.index(arm) % len(OTHERS)]
+
+
 def arm_style(method: Method, arms: list[str]) -> dict[str, Any]:
-    """Colour and marker of a method's arm, line of its scaling. `arms`: all arms drawn, to place unknown ones."""
-    unknown = [arm for arm in arms if arm not in ARMS]
-    color, marker = ARMS.get(method.arm) or OTHERS[unknown.index(method.arm) % len(OTHERS)]
+    """Look of a method's arm, line of its scaling."""
+    color, marker = look(method.arm, arms)
     return {"color": color, "marker": marker, "linestyle": LINES.get(method.scaling, "-")}
 
 

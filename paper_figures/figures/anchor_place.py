@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from paper_figures import lab, style
-from paper_figures.averages import average, interval_kind, scale_mark, scored
+from paper_figures.averages import average, caption, scored
 from paper_figures.inputs import Frames, Inputs, NoData
 from paper_figures.names import short_length
 
@@ -47,8 +46,7 @@ def draw(frames: Frames) -> Figure:
         columns = ["kind", "cue", "scaling", "window", "fold", "target"]
         for arm in means.join(part.drop_duplicates("method").set_index("method")[columns]).itertuples():
             marker, face, _ = MARKS.get(arm.cue, ("v", "#444444", ""))
-            color = colors[arm.scaling]
-            shift = 0.13 if arm.scaling == "yarn" else -0.13
+            color, shift = colors[arm.scaling], 0.13 if arm.scaling == "yarn" else -0.13
             y = places.index(lab.arm_of(arm.kind)) - shift + (0.06 if arm.cue == "EP_1" else -0.06)
             look = {"marker": marker, "color": color, "markerfacecolor": face if face == "white" else color}
             ax.hlines(y, arm.lo, arm.hi, color=color, linewidth=0.8)
@@ -62,16 +60,13 @@ def draw(frames: Frames) -> Figure:
     names = [PLACES.get(kind, kind).format(anchors) for kind in places]
     axes[0].set_yticks(range(len(places)), names)
     axes[0].set_ylim(len(places) - 0.5, -0.5)
-    dots = {
-        label: {"marker": marker, "color": "#444444", "linestyle": "none", "markerfacecolor": face}
-        for cue, (marker, face, label) in MARKS.items()
-        if cue in set(rows["cue"])
-    }
+    dot = {"color": "#444444", "linestyle": "none"}
+    marks = [mark for cue, mark in MARKS.items() if cue in set(rows["cue"])]
+    dots = {label: {"marker": marker, **dot, "markerfacecolor": face} for marker, face, label in marks}
     drawn = {scaling: color for scaling, color in colors.items() if scaling in set(rows["scaling"])}
     lines = {lab.scaling_name(scaling): {"color": color, "linewidth": 2.5} for scaling, color in drawn.items()}
     if not set(rows["cue"]) <= set(MARKS):
-        dots["another prompt"] = {"marker": "v", "color": "#444444", "linestyle": "none"}
+        dots["another prompt"] = {"marker": "v", **dot}
     fig.legend(handles=lab.handles(dots | lines), loc="outside lower center", ncols=6)
-    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(shown))}"
-    style.note(fig, note)
+    style.note(fig, caption(rows, shown))
     return fig

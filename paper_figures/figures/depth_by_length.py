@@ -82,9 +82,8 @@ def lab_maps(rows: pd.DataFrame) -> Figure:
     fig.supxlabel("length, tokens", fontsize=7)
     fig.supylabel("depth of the needle, percent", fontsize=7)
     fig.colorbar(image, ax=fig.axes, label="needles found, percent", aspect=30, shrink=0.6).outline.set_visible(False)
-    seeds = sorted({f"{seeds:.0f}" for seeds in rows["seeds"]}, key=int)
-    note = f"measured here, small scale; needles of three tasks, {' or '.join(seeds)} seeds together"
-    style.note(fig, note)
+    seeds = " or ".join(sorted({f"{seeds:.0f}" for seeds in rows["seeds"]}, key=int))
+    style.note(fig, f"measured here, small scale; needles of three tasks, {seeds} seeds together")
     return fig
 
 

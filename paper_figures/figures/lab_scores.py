@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper_figures import lab, style
-from paper_figures.averages import average, interval_kind, scale_mark, scored
+from paper_figures.averages import average, caption, scored
 from paper_figures.figures.score_against_length import end_labels, labelled_lines, mark_window
 from paper_figures.inputs import Frames, Inputs
 
@@ -40,9 +40,7 @@ def draw(frames: Frames) -> Figure:
             mark_window(ax, mine)
             ax.set_title(f"{heading}, {lab.scaling_name(scaling)}", fontsize=7)
             shown.append(means)
-    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(shown))}; "
-    note += "hollow, dashed: an end prompt of fixed words"
-    style.note(fig, note)
+    style.note(fig, f"{caption(rows, shown)}; hollow, dashed: an end prompt of fixed words")
     return fig
 
 

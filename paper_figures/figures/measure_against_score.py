@@ -31,8 +31,7 @@ def draw(frames: Frames) -> Figure:
     shown = [metric for metric in SHOWN if metric in set(rows["metric"])]
     settings = rows[["window", "target", "base"]].drop_duplicates().sort_values(["window", "target"])
     schemes = list(dict.fromkeys(sorted(map(scheme_of, rows.to_dict("records")))))
-    others = [scheme for scheme in schemes if scheme not in style.ARMS]
-    colors = {s: (style.ARMS.get(s) or style.OTHERS[others.index(s) % len(style.OTHERS)])[0] for s in schemes}
+    colors = {scheme: style.look(scheme, schemes)[0] for scheme in schemes}
     fig = style.figure(1.45 * len(settings) + 0.9)
     grid = fig.subplots(len(settings), len(shown), sharex="col", sharey="row", squeeze=False)
     for axes, setting in zip(grid, settings.itertuples()):

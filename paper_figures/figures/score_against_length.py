@@ -131,13 +131,8 @@ def end_labels(ax: Axes, last: list[End], gap: float = 7.0) -> None:
     places = spread([entry[3] for entry in last], gap, 0, 100)
     for (label, color, x, value), place in zip(last, places):
         tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        look: dict[str, Any] = {
-            "va": "center",
-            "fontsize": 6.5,
-            "color": "#222222",
-            "annotation_clip": False,
-            "arrowprops": tie,
-        }
+        look: dict[str, Any] = {"va": "center", "fontsize": 6.5, "color": "#222222", "arrowprops": tie}
+        look["annotation_clip"] = False
         beside = ax.get_yaxis_transform()  # beside the axes, at the height of the data
         ax.annotate(f"{label}  {value:.0f}", (x, value), (1.04, place), textcoords=beside, **look)
 

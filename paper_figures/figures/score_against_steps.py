@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from paper_figures import lab, style
-from paper_figures.averages import average, interval_kind, scale_mark, scored
+from paper_figures.averages import average, caption, scored
 from paper_figures.inputs import Frames, Inputs, NoData
 from paper_figures.names import short_length
 
@@ -20,8 +19,7 @@ def draw(frames: Frames) -> Figure:
     rows = rows[(rows["kind"] != "base") & (~rows["cue"].str.startswith("EP_") | (weight == lab.CUE_WEIGHT))]
     rows["line"] = [f"{label}, {lab.scaling_name(s)}" for label, s in zip(rows["label"], rows["scaling"])]
     several = rows.groupby(["base", "fold", "line"])["steps"].transform("nunique") > 1
-    full = rows["kind"].str.startswith(("full", "longlora"))
-    rows = rows[several & ~full]
+    rows = rows[several & ~rows["kind"].str.startswith(("full", "longlora"))]
     if rows.empty:
         raise NoData("needs arms that were trained for several numbers of steps (column steps)")
     chosen = list(lab.groups(rows))
@@ -51,8 +49,6 @@ def draw(frames: Frames) -> Figure:
             ax.set_xlabel("training steps")
             at = f"at {short_length(length)}"
             ax.set_title(f"{heading}; {at}" if ax is axes[0] else at, fontsize=7)
-    note = f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(drawn))}; "
-    note += "hollow, dashed: PI"
-    style.note(fig, note)
+    style.note(fig, f"{caption(rows, drawn)}; hollow, dashed: PI")
     fig.legend(handles=lab.handles(used), loc="outside lower center", ncols=min(4, len(used)))
     return fig

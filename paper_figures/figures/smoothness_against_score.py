@@ -35,6 +35,5 @@ def draw(frames: Frames) -> Figure:
         constants = means.groupby("bernstein_constant")["scaling"].unique()
         names = ["\n".join([f"{c:.3g}", *(SCALINGS.get(s, s) for s in scalings)]) for c, scalings in constants.items()]
         group.axes[0].set_xticks(constants.index, names)
-    note = f"{scatter.note(frames, points)}; ρ: rank correlation"
-    style.note(fig, note)
+    style.note(fig, f"{scatter.note(frames, points)}; ρ: rank correlation")
     return fig

@@ -95,7 +95,7 @@ def findings(frames: Frames, number: int) -> list[tuple[str, str, str, str]]:
     """(said by, claim, what was found, whether it holds) of each claim; the second and third make its sentence."""
     return [
         (row["source"], row["claim"], row["sentence"].partition("; this ")[0], HOLDS[row["agrees"]])
-        for row in questions.claims(frames, number).to_dict("records")
+        for row in questions.of_question(frames, number)[1].to_dict("records")
     ]
 
 
@@ -104,7 +104,7 @@ HOLDS = {"agrees": "holds", "does not agree": "does not hold", "not decided": "n
 
 def side_by_side(frames: Frames, number: int) -> list[tuple[str, list[str], list[list[str]]]]:
     """(heading, heads, lines) for each base and fold: a line for two arms that are compared, a column a scaling."""
-    rows = questions.estimates(frames, number)
+    rows = questions.of_question(frames, number)[0]
     found = []
     for (base, fold), group in rows.groupby(["base", "fold"], sort=False, dropna=False):
         several = group["scaling"].nunique() > 1

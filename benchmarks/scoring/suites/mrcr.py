@@ -39,10 +39,8 @@ class Mrcr(MeanSuite):
                 raise ValueError(
                     f"{name}: no conversation fits the window {asker.window} with {new} tokens for the answer"
                 )
-            samples, columns = (
-                fitting[: config.limit],
-                {"n_over_window": len(every) - len(fitting), "data_sha256": sha256},
-            )
+            columns: dict[str, Any] = {"n_over_window": len(every) - len(fitting), "data_sha256": sha256}
+            samples = fitting[: config.limit]
             made.append(asker.unit(name, None, "sequence_matcher", samples, grade, self.generator, **columns))
         return made
 

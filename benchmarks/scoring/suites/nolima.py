@@ -39,7 +39,7 @@ class NoLiMa(MeanSuite):
         tests = list(tests_of(path))
         names = asker.names([*dict.fromkeys(test["kind"] for test in tests)])
         read = [Haystack(book, asker.reader) for book in books]
-        columns = {"data_sha256": {one.name: remembered_sha256(one) for one in (path, *books)}}
+        columns: dict[str, Any] = {"data_sha256": {one.name: remembered_sha256(one) for one in (path, *books)}}
         made = []
         for length in config.length_list:
             for kind in names:

@@ -24,7 +24,7 @@ class RulerV2(MeanSuite):
                 found = v2.samples(task, lambda text: len(asker.reader.ids([text])[0]), length, *own)
                 samples = [asker.sample(asked(text), golds, new) for text, golds in found]
                 about = v2.TASKS[task]
-                columns = {"data_sha256": v2.library(about["kind"], config.data_dir).sha256 or None}
+                columns: dict[str, Any] = {"data_sha256": v2.library(about["kind"], config.data_dir).sha256 or None}
                 score = partial(share, task)
                 made.append(asker.unit(task, length, about["match"], samples, score, v2.GENERATOR, **columns))
         return made
