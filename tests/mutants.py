@@ -107,7 +107,7 @@ MUTANTS = [
     # what a prediction depends on
     ("benchmarks/scoring/predictions.py", 'if e.get("run") == run', "if True", "benchmarks/scoring/runs"),
     ("benchmarks/report/board.py", "summary.RESAMPLES, seed) for seed, side", "summary.RESAMPLES) for seed, side", "benchmarks/report/board"),
-    (FINGERPRINT, "max_new_tokens=config.max_new_tokens", "max_new_tokens=None", "benchmarks/scoring/runs"),
+    (FINGERPRINT, "{name: getattr(config, name) for", "{name: name != 'max_new_tokens' and getattr(config, name) for", "benchmarks/scoring/runs"),
     (FINGERPRINT, 'else device_of(config.device).partition(":")[0]', 'else ""', "benchmarks/scoring/runs"),
     ("benchmarks/scoring/hf.py", "1 if alone else self.batch_size_per_gpu", "self.batch_size_per_gpu", "benchmarks/scoring/short"),
     ("benchmarks/scoring/hf.py", "if other := sorted((own - stored)", "if False and sorted((own - stored)", "benchmarks/scoring/vllm"),

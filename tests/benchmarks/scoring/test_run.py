@@ -242,7 +242,7 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
     assert printed.count("predicted") == 5 and printed.count("'no'") == 3
     assert main(["score", weak, "--show", "cwe"]) == 1
     assert "task 'cwe' was not run" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="json is for compare and show"):
+    with pytest.raises(ValueError, match="json is for show"):
         ScoreConfig("x", json=True)
 
 
