@@ -95,7 +95,11 @@ def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
     single: dict[Key, dict[tuple[int, int], dict[str, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
     for row in samples:
         single[_key(row)][row["length"], row["seed"]][row["task"]] = np.asarray(row["scores"], dtype=np.float64)
-    usual = _usual_steps({key: own[0] for key, own in members.items()})
+    steps: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    for key, own in members.items():
+        if own[0].get("steps"):
+            steps[key[:2]][int(own[0]["steps"])] += 1
+    usual = {setting: counts.most_common(1)[0][0] for setting, counts in steps.items()}
     arms = []
     for key, own in members.items():
         beside: dict[str, Any] = {"losses": losses.get(key, {}), "samples": single.get(key, {})}
@@ -133,14 +137,6 @@ def _name(row: Row) -> str:
 def _key(row: Row) -> Key:
     """(base, fold, arm); an untrained base is the same whatever it would have been extended to: fold 1."""
     return str(row["base"]), 1 if row.get("method") == "base" else int(row["fold"]), str(row["arm"])
-
-
-def _usual_steps(first: Mapping[Key, Row]) -> dict[tuple[str, int], int]:
-    counts: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
-    for (base, fold, _), row in first.items():
-        if row.get("steps"):
-            counts[base, fold][int(row["steps"])] += 1
-    return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
 
 
 def _about(key: Key, own: Sequence[Row], usual: int | None) -> dict[str, Any]:

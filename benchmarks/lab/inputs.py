@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endprompt.config import ExtendConfig
 from endprompt.files import read_json_lines, read_object, remembered_sha256, write_text
 
 if TYPE_CHECKING:
@@ -94,10 +93,6 @@ def piece(path: Path, number: int, characters: int) -> list[str]:
 
 
 # --- learning rates, chosen by the held-out loss in one run and taken over by another ---------------------------------
-
-
-def rate_key(arm: str, settings: Mapping[str, Any]) -> str:
-    return f"{arm}+{settings.get('scaling', ExtendConfig.scaling)}"
 
 
 def read_rates(path: str | None) -> dict[str, float]:

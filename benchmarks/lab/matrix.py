@@ -36,7 +36,7 @@ from typing import Any
 
 from analysis.spectra import with_factor
 from benchmarks.lab.config import LabConfig
-from benchmarks.lab.inputs import rate_key, read_rates, sources
+from benchmarks.lab.inputs import read_rates, sources
 from benchmarks.ruler.texts import EDITIONS
 from endprompt import origin
 from endprompt.config import ExtendConfig, check_config, method_name
@@ -366,11 +366,11 @@ def block_cells(
                 settings |= changes
                 if config.steps:
                     settings["steps"] = config.steps
-                if "lr" not in changes and (rate := rates.get(rate_key(name, settings))) is not None:
+                plain_name = f"{name}+{settings.get('scaling', ExtendConfig.scaling)}"
+                if "lr" not in changes and (rate := rates.get(plain_name)) is not None:
                     settings["lr"] = rate
                 trained = bool(arm.get("train", True))
-                scaling = settings.get("scaling", ExtendConfig.scaling)
-                full_name = "".join([name, f"+{scaling}", *(f"@{k}={v}" for k, v in told.items())])
+                full_name = "".join([plain_name, *(f"@{k}={v}" for k, v in told.items())])
                 questions, verify = tuple(sorted(run.get("questions", ()))), bool(run.get("verify", False))
                 about = (base, model, window, target, lengths, full_name, "", 0, trained, settings, scoring)
                 cell = Cell(*about, documents=0, longest=0, questions=questions)

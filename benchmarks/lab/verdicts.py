@@ -68,7 +68,8 @@ def rows_of(arms: Sequence[Arm]) -> list[Row]:
     rows += interaction_rows(rows)
     rows += [row for made in (slope_rows, correlation_rows, cost_rows, window_rows) for row in made(arms)]
     judge(rows)
-    said = claim_rows(rows)
+    spoken = ((claim, [row for row in rows if claim.speaks_of(row)]) for claim in contrasts.CLAIMS)
+    said = [claim_row(claim, chosen) for claim, chosen in spoken if chosen]
     judge(said)
     for row in said:
         row["agrees"] = agreement(row)
@@ -344,11 +345,6 @@ def estimate_text(row: Row) -> str:
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
-
-
-def claim_rows(rows: Sequence[Row]) -> list[Row]:
-    spoken = ((claim, [row for row in rows if claim.speaks_of(row)]) for claim in contrasts.CLAIMS)
-    return [claim_row(claim, chosen) for claim, chosen in spoken if chosen]
 
 
 def claim_row(claim: contrasts.Claim, chosen: Sequence[Row]) -> Row:

@@ -60,9 +60,9 @@ Series = tuple[str, Sequence[Point]]
 class Chart:
     """A figure of matplotlib and what its marks say."""
 
-    def __init__(self, height: float, left: float = 44, top: float = 22, bottom: float = 40, right: float = 12):
+    def __init__(self, height: float, left: float = 44, top: float = 22, bottom: float = 40):
         self.figure = Figure(figsize=(WIDTH / 72, height / 72))
-        sides = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
+        sides = (left / WIDTH, bottom / height, (WIDTH - left - 12) / WIDTH, (height - top - bottom) / height)
         self.axes = self.figure.add_axes(sides)
         self.axes.spines[["left", "top", "right"]].set_visible(False)
         self.spoken: dict[str, tuple[str, str]] = {}
@@ -90,7 +90,9 @@ class Chart:
             element = ElementTree.Element(tag, id=f"{key}-{tag[0]}")
             element.text = text
             root.insert(place, element)
-        return markup(root)
+        names = {colour: name for name, colour in COLOURS.items()}
+        text = re.sub(r"\s*\n\s*", " ", ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
+        return Markup(re.sub(r'"(#0000\w\w)"', lambda found: f'"var(--{names[found[1]]})"', text))
 
 
 def colour(style: int) -> str:
@@ -126,12 +128,6 @@ def inline(figure: Figure, spoken: Mapping[str, tuple[str, str]]) -> ElementTree
             element.tag = "path"
             element.attrib.update(d=shapes[reference[1:]], transform=f"translate({x} {y})")
     return root
-
-
-def markup(root: ElementTree.Element) -> Markup:
-    names = {colour: name for name, colour in COLOURS.items()}
-    text = ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
-    return Markup(re.sub(r'"(#0000\w\w)"', lambda found: f'"var(--{names[found[1]]})"', re.sub(r"\s*\n\s*", " ", text)))
 
 
 def tokens(count: float) -> str:

@@ -81,14 +81,11 @@ class Run:
         found: list[Row] = []
         seen: set[str] = set()
         for part in self.parts:
-            keys = [row_key(row) for row in part.rows]
+            more = ("step", "stratum", "layer", "head")
+            keys = [json.dumps([r[key] for key in REQUIRED] + [r.get(key) for key in more]) for r in part.rows]
             found += [row for row, key in zip(part.rows, keys) if key not in seen]
             seen |= set(keys)
         return found
-
-
-def row_key(row: Row) -> str:
-    return json.dumps([row[key] for key in REQUIRED] + [row.get(key) for key in ("step", "stratum", "layer", "head")])
 
 
 def number(value: Any) -> bool:

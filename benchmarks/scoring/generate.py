@@ -348,7 +348,8 @@ class Batch:
                 run()
 
     def _runner(self) -> Callable[[], None]:
-        records = self.device.type == "cuda" and self.steps >= RECORD and len(set(devices(self.model))) == 1
+        one_device = len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) == 1
+        records = self.device.type == "cuda" and self.steps >= RECORD and one_device
         if not records or type(self.model) in _unrecorded or not self.way.records:
             return self._step
         return Replayed(self._step, self.device, warm=1)
@@ -404,10 +405,6 @@ def not_finite(model: Any, job: Job) -> ValueError:
         f"the model's logits are not finite numbers after a prompt of {len(job.prompt)} tokens, so there is no answer: "
         f"a weight of the checkpoint is no number, or the dtype is too narrow: dtype={model.dtype}"
     )
-
-
-def devices(model: Any) -> list[Any]:
-    return list((getattr(model, "hf_device_map", None) or {"": model.device}).values())
 
 
 _unrecorded: set[type] = set()

@@ -48,10 +48,7 @@ class Suite:
 GROUPS = {"babilong": "babilong_longctx", "infinitebench": "infinitebench"}
 
 
-def module_of(suite: str) -> str:
-    return "lm_eval" if suite in GROUPS else suite.partition(":")[0].replace("-", "_")
-
-
 def suite_of(config: ScoreConfig) -> Suite:
-    found: type[Suite] = importlib.import_module(f"benchmarks.scoring.suites.{module_of(config.suite)}").SUITE
+    name = "lm_eval" if config.suite in GROUPS else config.suite.partition(":")[0].replace("-", "_")
+    found: type[Suite] = importlib.import_module(f"benchmarks.scoring.suites.{name}").SUITE
     return found(config)

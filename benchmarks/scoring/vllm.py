@@ -83,7 +83,8 @@ def engine_options(config: PretrainedConfig, needed: int, shortest: int) -> dict
                 f"{original} in a run of their own, or use --backend hf"
             )
         scale = longrope_scale(parameters, window)
-        if not math.isclose(scale, longrope_scale(without_factor(parameters), window)):
+        read = {key: value for key, value in parameters.items() if key not in ("factor", "attention_factor")}
+        if not math.isclose(scale, longrope_scale(read, window)):
             changed["rope_parameters"] = {**parameters, "short_mscale": scale, "long_mscale": scale}
     inner = next((name for name, value in vars(config).items() if value is text and text is not config), None)
     return {"max_model_len": needed, "hf_overrides": {inner: changed} if inner else changed}
@@ -92,10 +93,6 @@ def engine_options(config: PretrainedConfig, needed: int, shortest: int) -> dict
 def longrope_scale(parameters: dict[str, Any], window: int) -> float:
     whole = {**parameters, "partial_rotary_factor": 1.0}
     return rope.frequencies_of(whole, 2 * len(parameters["long_factor"]), window)[1]
-
-
-def without_factor(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if key not in ("factor", "attention_factor")}
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ def draw(frames: Frames) -> Figure:
             ax.grid(axis="y")
         axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("score, percent")
-        axes[0].set_title(f"{short(setting.base)}, to {int(setting.target)}", loc="left", fontsize=7)
+        base = f"base {setting.base}" if setting.base.isdigit() else setting.base.split("-")[0]
+        axes[0].set_title(f"{base}, to {int(setting.target)}", loc="left", fontsize=7)
     for ax, metric in zip(grid[-1], shown):
         ax.set_xlabel(SHOWN[metric])
     drawn = [scaling for scaling in MARKERS if scaling in set(rows["scaling"])]
@@ -68,7 +69,3 @@ def scheme_of(row: dict) -> str:
     if not isinstance(row["scheme"], str):
         return "untrained"
     return "full" if str(row["arm"]).startswith("full") else row["scheme"]
-
-
-def short(base: str) -> str:
-    return f"base {base}" if base.isdigit() else base.split("-")[0]

@@ -30,7 +30,10 @@ class Short(Suite):
 
     def __init__(self, config: ScoreConfig):
         super().__init__(config)
-        self.names = task_names(config)
+        every = [task for task in SETTINGS if task != "humaneval"]
+        self.names = every if config.task_names == ["all"] else config.task_names
+        if unknown := [name for name in self.names if name not in SETTINGS]:
+            raise ValueError(f"unknown short-text task {unknown[0]!r}; tasks: {', '.join(SETTINGS)}")
         self.day: datetime.date | None = None
 
     @property
@@ -109,15 +112,6 @@ def made_row(config: ScoreConfig, lm: Any, task: str) -> dict[str, Any] | None:
         dtype=config.dtype,
         **{name: value for name in ("date", "template_args", "backend_args") if (value := getattr(config, name))},
     )
-
-
-def task_names(config: ScoreConfig) -> list[str]:
-    if config.task_names == ["all"]:
-        return [task for task in SETTINGS if task != "humaneval"]
-    for task in config.task_names:
-        if task not in SETTINGS:
-            raise ValueError(f"unknown short-text task {task!r}; tasks: {', '.join(SETTINGS)}")
-    return config.task_names
 
 
 SUITE = Short
