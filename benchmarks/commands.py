@@ -39,11 +39,13 @@ def going_on(flags: dict[str, bool]) -> Iterator[None]:
 def score(config: ScoreConfig) -> int | None:
     """Score a checkpoint on RULER, LongBench or short-text tasks through lm-eval.
 
-    Result rows go to the output directory; the table of scores is printed. With --show nothing is run.
+    Result rows go to the output directory; the table of scores is printed. With --compare or --show nothing is run.
     """
     from benchmarks import scoring
     from benchmarks.scoring import predictions, suite
 
+    if config.compare is not None:
+        return compare(CompareConfig([config.compare, config.checkpoint], json=config.json))
     if config.show is not None:
         given = Path(config.checkpoint)
         run = given if list(given.glob("predictions*.jsonl")) else config.directory

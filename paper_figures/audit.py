@@ -112,9 +112,6 @@ def tasks_of(scores: Scores) -> list[str]:
     return [column for column in scores if column != "avg"]
 
 
-# --- averages -------------------------------------------------------------------------------------------------------
-
-
 def averages(tables: dict[str, Rows]) -> Iterator[Finding]:
     """Of each row the first rule where it holds; every rule where none does."""
     for names, rules in AVERAGES.items():
@@ -137,9 +134,6 @@ def repeated_numbers(tables: dict[str, Rows]) -> Iterator[Finding]:
             place, average = f"{figure}, {bar}, {suite}", tables[table]["EndPrompt"]["avg"]
             rule, printed = f"avg is that of {table}", bars(figure, panel)[bar]
             yield finding(place, "EndPrompt", rule, printed, average, slack=Decimal(0))
-
-
-# --- samples and the longest length ---------------------------------------------------------------------------------
 
 
 def sample_grid(tables: dict[str, Rows]) -> Iterator[Finding]:
@@ -192,9 +186,6 @@ def longest_length(tables: dict[str, Rows]) -> Iterator[Finding]:
         yield finding(place, method, rule, None, scores["mean"], verdict)
 
 
-# --- rows that are another row plus a constant ----------------------------------------------------------------------
-
-
 def constant_rows(tables: dict[str, Rows]) -> Iterator[Finding]:
     """Pairs of rows, in tables with the same columns, that differ by one constant in every column."""
     groups = (("Table 1",), *((table,) for table in LENGTH_TABLES), ("Table 2", "Table 4"), ("Table 3",), ("Table 5",))
@@ -230,9 +221,6 @@ def common_weighting(tables: dict[str, Rows]) -> Iterator[Finding]:
         if len(constants) == 1:
             rule = "avg - avg of LCEG is what every column differs by, as for any weights common to both rows"
             yield finding("Table 2", method, rule, scores["avg"] - base["avg"], constants.pop())
-
-
-# --- claims ---------------------------------------------------------------------------------------------------------
 
 
 def claims(tables: dict[str, Rows]) -> Iterator[Finding]:

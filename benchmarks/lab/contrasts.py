@@ -29,9 +29,6 @@ def less(first: Mapping[Any, float], second: Mapping[Any, float]) -> dict[Any, f
     return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
 
-# --- who is compared with whom ----------------------------------------------------------------------------------------
-
-
 def comparisons(a: Arm, b: Arm) -> Iterator[tuple[int, str]]:
     """Questions and families in which an arm is compared with another of its base and fold, the reference."""
     placed = a.kind not in ("contiguous", "pose", "endprompt")
@@ -129,9 +126,6 @@ class Contrast:
                 return None
             per_seed.append([a[task] - b[task] for task in sorted(a)])
         return list(estimates.nested_bootstrap(per_seed)) if len(per_seed) > 1 else None
-
-
-# --- what was said of it ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,6 @@ def piece(path: Path, number: int, characters: int) -> list[str]:
     return found
 
 
-# --- learning rates, chosen by the held-out loss in one run and taken over by another ---------------------------------
-
-
 def read_rates(path: str | None) -> dict[str, float]:
     """Learning rates by arm and scaling. Raises ValueError naming file and entry for what is no rate."""
     if path is None:

@@ -260,9 +260,6 @@ def needed_file(given: Inputs, name: str, made: Path) -> Path:
     return path
 
 
-# --- kept by a process ------------------------------------------------------------------------------------------------
-
-
 @cache
 def tokenizer_of(model: str) -> Any:
     from endprompt.model import load_tokenizer

@@ -174,9 +174,6 @@ class Cell:
         return ExtendConfig(**settings, **own, **how, target=self.target, seed=self.seed)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
@@ -251,9 +248,6 @@ def base_sha256(model: str) -> str:
         if path.name in ("config.json", "tokenizer.json") or path.suffix in (".safetensors", ".bin"):
             digest.update(path.name.encode() + bytes.fromhex(remembered_sha256(path)))
     return digest.hexdigest()
-
-
-# --- cells ------------------------------------------------------------------------------------------------------------
 
 
 def all_cells(matrices: Mapping[str, Mapping[str, Any]], config: LabConfig) -> list[Cell]:

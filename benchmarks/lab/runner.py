@@ -1,10 +1,9 @@
 """Runs a matrix: what is missing is prepared, given to workers, and written down cell by cell.
 
-The run directory holds `results.jsonl` (all rows of a cell appended at once), `scores.jsonl` (the score of every
-sample), `depth.jsonl` and `questions.jsonl` (what follows from them), `log.jsonl` (seconds of each cell, tracebacks of
-failed ones), `config.yaml`, `environment.json` and `workers/` (what the workers printed). A cell is finished if all of
-its rows are there and carry the hash of its settings; anything less is done again. One process writes; a lock keeps
-others away.
+The run directory holds `results.jsonl` (all rows of a cell appended at once), `scores.jsonl` (of every sample),
+`depth.jsonl` and `questions.jsonl` (what follows), `log.jsonl` (seconds, tracebacks), `config.yaml`, `environment.json`
+and `workers/` (what they printed). A cell is finished if all of its rows are there with the hash of its settings;
+anything less is done again. One process writes; a lock keeps others away.
 """
 
 from __future__ import annotations

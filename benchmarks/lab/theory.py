@@ -12,16 +12,14 @@ CHOSEN alone; the lab's other settings and the study's arms are what it is teste
 - p: permutation test, one-sided in the direction of the chosen half, the larger of two: arms change places inside a
   setting; whole scalings do, an arm taking the measure of the same scheme under the other scaling if there is one. Arms
   of one scaling are much alike, so few exchanges are left: 36 on the other half, 24 on the study.
-- error: mean distance in points of the score from its prediction, isotonic in one measure, a straight line in two.
-- ceiling: what a measure of the scaling alone could reach, the mean score of each scaling's own arms.
-- Two candidates go to the test: the best single measure and the best pair of the chosen half. One holds if its
-  correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. All other
-  measures are reported beside them, without a claim. `later`: the study's arms trained five times as long, whose rows
-  came when everything here was settled; they decide nothing. `controls`: arms of preset `controls`, frequencies of one
-  scaling with the attention factor of another, beside the lab's own of the same schemes, settings and seeds; likewise.
+- error: mean distance in points from a prediction, isotonic in one measure, a straight line in two. ceiling: what a
+  measure of the scaling alone could reach, the mean score of each scaling's own arms.
+- Two candidates go to the test, the best single measure and the best pair of the chosen half. One holds if its
+  correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. What only
+  stands beside it, without a claim: all other measures; `later`, the study's arms trained five times as long; and
+  `controls`, arms of that preset (one scaling's frequencies, another's attention factor) beside the lab's own.
 
-Left out: arms whose pairs `pair_counts` does not know (schemes that are no longer there, other numbers of pieces), and
-shifted sparse attention, which no measure is about.
+Left out: shifted sparse attention, which no measure is about, and arms whose pairs `pair_counts` does not know.
 """
 
 from __future__ import annotations
@@ -112,9 +110,6 @@ def is_bare(arm: Arm) -> bool:
 def known(arm: Arm) -> bool:
     scheme = arm.kind.rstrip("0123456789") if arm.kind.startswith("anchors") else arm.kind
     return scheme in (*observability.SCHEMES, "base", "full")
-
-
-# --- the test ---------------------------------------------------------------------------------------------------------
 
 
 def correlation(x: np.ndarray, cases: Sequence[Case], inside_scaling: bool = False) -> estimates.Correlation | None:

@@ -1,14 +1,12 @@
 """From the rows of a lab run to answers: estimates for each of the seven questions, and what they say.
 
-A run directory must hold `results.jsonl` with the lab's rows (`columns` below); `scores.jsonl`, the score of every
-sample, adds a second interval. `write` puts the estimates into `questions.jsonl` beside them.
-
-The unit is the training seed: a score is the mean over the tasks at one length, a difference is taken seed by seed,
-since arms of one seed share documents, their order and samples. Intervals are 95%, Student's t over the seeds; beside
-them a bootstrap over seeds and samples where the samples' scores exist. They speak of training anew from the same base,
-not of another base. `estimates.decide` turns them into words; p is corrected by Holm over a question's comparisons of
-one kind (`family`) at the target length, or at the other lengths. Settings in which both arms score under 5 percent
-(`both fail`) are left out of averages over settings.
+Of `results.jsonl`, and of `scores.jsonl` (every sample's score), which adds a second interval; `write` puts the
+estimates into `questions.jsonl`. The unit is the training seed: a score is the mean over the tasks at one length, a
+difference is taken seed by seed, since arms of one seed share documents, their order and samples. Intervals are 95%,
+Student's t over the seeds, beside them a bootstrap over seeds and samples; they speak of training anew from the same
+base, not of another base. `estimates.decide` turns them into words; p is corrected by Holm over a question's
+comparisons of one kind (`family`) at the target length, or at the other lengths. Settings in which both arms score
+under 5 percent (`both fail`) are left out of averages over settings.
 """
 
 from __future__ import annotations

@@ -142,9 +142,6 @@ def interval(values: np.ndarray | None, **how: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --------------------------------------------------------------------------------------------------------- differences
-
-
 def differences(entries: Sequence[Entry], reference: Entry) -> list[dict[str, Any]]:
     """Each other run less the reference, by cell and over the tasks of a suite's length, with Holm's p-values. Paired
     by sample where both were asked the same prompts with as many tokens for the answer; else both are drawn by
@@ -223,9 +220,6 @@ def groups(entries: Sequence[Entry]) -> dict[tuple[str, int | None], list[str]]:
         if all((suite, task, length) in entry.rows for entry in entries):
             found.setdefault((suite, length), []).append(task)
     return found
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """`endprompt report`: one page of HTML with everything that a run says of itself, and nothing that is loaded.
 
-Styles, script and pictures are inside the page, whose policy forbids every request; Jinja escapes what comes from a
-run and lays the page out (templates/report.html). Behind each chart is a table with its numbers.
+Styles, script and pictures are inside the page, whose policy forbids every request. Behind each chart is a table.
 """
 
 from __future__ import annotations

@@ -195,9 +195,6 @@ def command_of(config: dict[str, Any]) -> str | None:
     return fitting[min(fitting)] if fitting else None
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
-
-
 class Cell(typing.NamedTuple):
     """Score of a method on a task at a length, in percent, with its 95% interval (nan where there is none)."""
 
@@ -311,9 +308,6 @@ def averages(facet: Facet) -> list[tuple[str, dict[str, float]]]:
         if made and len({row["length"] for row in rows}) > 1:
             found.append((label, made))
     return found
-
-
-# --------------------------------------------------------------------------------------------------------- comparisons
 
 
 class Difference(typing.NamedTuple):

@@ -105,7 +105,8 @@ class ScoreConfig:
         overwrite: start again, instead of going on where an earlier run of the same output was.
         show: print the predictions of one task of a finished run (its directory, or the checkpoint it scored) and stop.
         wrong: with show, only those that score under 100.
-        json: with show, print one JSON object a line instead of a table.
+        compare: compare this run with the one given in place of the checkpoint, as `endprompt compare`, and stop.
+        json: with compare or show, print one JSON object a line instead of a table.
         quiet: no progress line.
     """
 
@@ -158,6 +159,7 @@ class ScoreConfig:
     overwrite: bool = False
     show: str | None = None
     wrong: bool = False
+    compare: str | None = None
     json: bool = False
     quiet: bool = False
 
@@ -175,8 +177,8 @@ class ScoreConfig:
                         raise ValueError(f"{key} is for {kind} {names}, not {own}: {key}={value!r}")
         if self.backend == "server":
             self.check_server()
-        if self.json and self.show is None:
-            raise ValueError("json is for show; the rows of a run are in its results.jsonl: json=True")
+        if self.json and self.compare is None and self.show is None:
+            raise ValueError("json is for compare and show; the rows of a run are in its results.jsonl: json=True")
         if self.wrong and self.show is None:
             raise ValueError("wrong is for show, the rows of a run have all answers: wrong=True")
         if self.date is not None:

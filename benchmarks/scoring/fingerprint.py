@@ -36,7 +36,7 @@ PROMPTS = frozenset(
 )
 #: Settings that change no prediction: where and under what name it is kept, what is shown, how many run together.
 FREE = frozenset(
-    {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "json", "quiet"}
+    {"output", "name", "method", "cache_dir", "prepare_only", "overwrite", "show", "wrong", "compare", "json", "quiet"}
     | {"beyond_window", "batch_size", "tokenizer", "concurrency", "timeout", "retries"}
 )
 #: Files of a checkpoint that say something about it and change no answer.
@@ -148,9 +148,6 @@ def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig | None) ->
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(files.remembered_sha256, paths)
         return files.sha256_of(*(f"{path.relative_to(directory)} {one}" for path, one in zip(paths, digests)))
-
-
-# ------------------------------------------------------------------------------------------- runs of a directory
 
 
 def runs(directory: str | Path) -> list[dict[str, Any]]:

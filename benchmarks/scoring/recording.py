@@ -22,8 +22,6 @@ from endprompt.results import append_rows
 from endprompt.text import Reader
 from endprompt.train.progress import clock
 
-# ------------------------------------------------------------------------------------------------------- predictions
-
 
 class Predictions:
     """Predictions on disk, one JSON line each, appended as they come. Several processes write a file each. An entry
@@ -180,9 +178,6 @@ class Progress:
         line = f"{task}: {self.done}/{self.total} samples, {speed}, {clock(left)} left"
         end = "\n" if last or not self.terminal else ""
         print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------- tasks
 
 
 @contextlib.contextmanager

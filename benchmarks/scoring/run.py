@@ -2,10 +2,9 @@
 
 config -> cells (task x length) -> samples -> lm-eval -> predictions as they come -> rows
 
-A run directory holds `predictions*.jsonl` (appended), `results.jsonl` (a row a cell), `summary.jsonl` (averages,
-effective length), `depth.jsonl` (heat map), `results_DATE.json` (the rows as lm-eval writes them), `config.yaml`,
-`environment.json`, `log.jsonl`. A cell whose row is there already, made with the same checkpoint, samples and settings,
-is not run again.
+A run directory holds `predictions*.jsonl` (appended), `results.jsonl` (a row a cell), `summary.jsonl`, `depth.jsonl`
+(heat map), `results_DATE.json` (as lm-eval writes them), `config.yaml`, `environment.json`, `log.jsonl`. A cell whose
+row is there already, made with the same checkpoint, samples and settings, is not run again.
 """
 
 from __future__ import annotations
@@ -89,9 +88,6 @@ def keep_day(config: ScoreConfig) -> None:
     if config.date is not None and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, config.date + "\n")
-
-
-# --------------------------------------------------------------------------------------------------------------- run
 
 
 def run(

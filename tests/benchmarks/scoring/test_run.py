@@ -232,7 +232,7 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
         score(config(place, tmp_path / name, tasks="vt", lengths="400"))
     weak, strong = (str(tmp_path / name) for name in runs)
     capsys.readouterr()
-    assert main(["compare", weak, strong, "--json"]) == 0
+    assert main(["score", strong, "--compare", weak, "--json"]) == 0
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (found["first"], found["second"], found["difference"]) == (40, 100, 60)
     assert main(["score", weak, "--show", "vt", "--wrong", "--json"]) == 0
@@ -242,7 +242,7 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
     assert printed.count("predicted") == 5 and printed.count("'no'") == 3
     assert main(["score", weak, "--show", "cwe"]) == 1
     assert "task 'cwe' was not run" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="json is for show"):
+    with pytest.raises(ValueError, match="json is for compare and show"):
         ScoreConfig("x", json=True)
 
 
