@@ -36,9 +36,6 @@ def table(number):
     return pd.read_csv(PUBLISHED / f"table_{number}.csv")
 
 
-# --- the 64K column -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("method", "from_averages", "from_tasks"),
     # 5 x 76.03 - (90.92 + 87.07 + 83.28 + 75.23) and so on; then the mean of the thirteen tasks
@@ -74,9 +71,6 @@ def test_recovered_scores_are_scores_of_500_samples(found):
 def test_endprompt_is_first_at_four_lengths_and_last_at_64k(found):
     f = only(found, rule="highest RULER average at each length")
     assert f["recomputed"] == [1, 1, 1, 1, 4] and f["verdict"] == "does not follow"
-
-
-# --- averages -------------------------------------------------------------------------------------------------------
 
 
 def follows(found):
@@ -126,9 +120,6 @@ def test_no_common_weighting_gives_the_averages_of_table_2(found):
         assert apart.drop("avg").to_numpy() == pytest.approx(constant) and apart["avg"] == pytest.approx(printed)
         f = only(found, table="Table 2", row=method, rule="avg - avg of LCEG")
         assert (f["printed"], f["recomputed"], f["verdict"]) == (printed, constant, "does not follow")
-
-
-# --- rows, claims ---------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_are_another_row_plus_a_constant(found):
@@ -193,9 +184,6 @@ def test_printed_scores_are_shares_of_500_samples(found):
     assert all(f["verdict"] == "agrees" for f in rows if f["row"] != "Full FT")
 
 
-# --- altered tables -------------------------------------------------------------------------------------------------
-
-
 def altered(tmp_path, monkeypatch, name, change):
     shutil.copytree(inputs.DATA, tmp_path / "data")
     path = tmp_path / "data" / "published" / f"{name}.csv"
@@ -232,9 +220,6 @@ def test_another_row_breaks_the_constant(tmp_path, monkeypatch):
 
     found = altered(tmp_path, monkeypatch, "table_4", change)
     assert not chosen(found, table="Table 4", row="LLaMA-2-7B", rule="columns is that of")
-
-
-# --- the command and the page ---------------------------------------------------------------------------------------
 
 
 def test_command_prints_every_finding(capsys, found):

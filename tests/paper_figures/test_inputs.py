@@ -27,9 +27,6 @@ def figures(*arguments):
     return main(["figures", *map(str, arguments)])
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
 def test_rows_that_a_run_writes_can_be_read(tmp_path):
     about = {"suite": "ruler", "task": "vt", "metric": "m", "model": "m", "method": "base", "seed": 3, "length": 512}
     made = results.result_row(value=40.0, ci95=[30, 51], n=50, **about)
@@ -192,9 +189,6 @@ def test_figures_read_only_the_columns_that_they_declare():
             getattr(module, "draw" if name in catalog.FIGURES else "build")(cut)
 
 
-# --- averages -------------------------------------------------------------------------------------------------------
-
-
 def frame_of(rows):
     frame = pd.DataFrame(rows)
     frame[["lo", "hi"]] = frame["ci95"].tolist()
@@ -275,9 +269,6 @@ def test_small_scale_is_what_stops_short_of_the_papers_lengths():
     assert not averages.is_small_scale(frame_of([row("base", "vt", 65536, 1)]))
     assert averages.is_small_scale(frame_of([row("base", "qasper", None, 1, target=2048)]))
     assert not averages.is_small_scale(frame_of([row("base", "qasper", None, 1, target=65536)]))
-
-
-# --- names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -397,9 +388,6 @@ def test_labels_are_moved_apart_as_little_as_possible():
     assert spread([0, 1], 8, 0, 100) == [0, 8]
 
 
-# --- published numbers ----------------------------------------------------------------------------------------------
-
-
 def test_every_published_number_says_where_it_is_printed():
     for path in sorted(PUBLISHED.glob("*.csv")):
         frame = pd.read_csv(path)
@@ -430,9 +418,6 @@ def test_latex_escapes_and_marks_the_best():
     text = latex(table)
     assert "100\\% of a\\_b" in text and "a\\&b & 1.00 & --" in text and "c & \\textbf{2.00} & --" in text
     assert "| c | **2.00** | – |" in markdown(table)
-
-
-# --- what the package needs -----------------------------------------------------------------------------------------
 
 
 def test_figures_work_as_files_alone(tmp_path):

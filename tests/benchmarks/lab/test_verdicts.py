@@ -36,9 +36,6 @@ def pick(rows, **wanted):
     return found[0]
 
 
-# --- statistics
-
-
 def test_an_estimate_is_the_paired_t_test():
     a, b = np.array([41.0, 47.0, 39.5, 52.0, 44.0]), np.array([38.0, 41.0, 40.0, 45.5, 43.0])
     found = estimates.over_seeds(a - b)
@@ -124,9 +121,6 @@ def test_pareto_by_hand():
     shares = estimates.pareto_shares([1, 2, 3], scores)
     assert shares[0] == shares[2] == 1.0
     assert shares[1] == pytest.approx(0.75, abs=0.05), "in unless both draws are the seed in which it loses"
-
-
-# --- the questions
 
 
 @pytest.mark.parametrize(
@@ -347,9 +341,6 @@ def test_question_7(after, verdict, agrees):
     assert loss["verdict"] == verdict and loss["value"] == pytest.approx(0 if after > 90 else 0.4)
     assert pick(rows, task="q7", metric="claim")["agrees"] == agrees
     assert "nats" in loss["sentence"]
-
-
-# --- rows and files
 
 
 def test_a_cell_without_all_tasks_is_no_cell():

@@ -122,9 +122,6 @@ def test_costs_are_those_that_the_log_tells_of_this_run(tmp_path):
     assert costs == [["2,048", "4", "8"], ["1,024", "2", ""], ["", "", ""]]
 
 
-# -------------------------------------------------------------------------------------------------------------- boards
-
-
 def published(name):
     lines = (files("benchmarks") / "report" / "boards" / f"{name}.csv").read_text(encoding="utf-8").splitlines()
     head, *rows = csv.reader(line for line in lines if not line.startswith("# "))
@@ -176,9 +173,6 @@ def test_a_run_stands_on_a_board_with_the_numbers_of_its_own_summary(tmp_path):
     assert any("b has 1 of the 13 tasks" in note for note in table.notes) and any(
         "a: edition 2025" in n for n in table.notes
     )
-
-
-# ------------------------------------------------------------------------------------------------- files, page, errors
 
 
 def test_scores_as_the_hub_s_model_index(tmp_path):

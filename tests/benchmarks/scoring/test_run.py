@@ -246,9 +246,6 @@ def test_the_command_compares_and_shows_finished_runs(place, tmp_path, fake, cap
         ScoreConfig("x", json=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- cache
-
-
 def cell(directory, **changes):
     wanted = [("vt", changes.pop("length", 512))]
     settings = dict(tokenizer=helpers.tokenizer(), n=3, seed=0, options=ruler.Options(shots=0, max_new_tokens=12))
@@ -326,9 +323,6 @@ def test_prepare_only_makes_the_cache_without_a_model(place, tmp_path, monkeypat
     assert score(config(place, tmp_path, **settings)) == []
     assert len(list((tmp_path / "cache").glob("*.json"))) == 6
     assert not (tmp_path / "results.jsonl").exists()
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,6 @@ def with_template(place, name, template):
     return str(made)
 
 
-# ------------------------------------------------------------------------------------------------------------ one hash
-
-
 def test_every_setting_is_an_ingredient_or_said_to_be_none():
     settings = {field.name for field in dataclasses.fields(ScoreConfig)}
     hashed = {field.name for field in dataclasses.fields(fingerprint.Fingerprint)} & settings
@@ -291,9 +288,6 @@ def test_a_damaged_prediction_is_named_where_it_is_read_and_made_again_where_it_
             predictions.read_predictions(tmp_path)
     score(config(place, tmp_path))
     assert len(asked) == 4 and len(predictions.read_predictions(tmp_path)) == 3
-
-
-# ------------------------------------------------------------------------------------------------------ chat and clock
 
 
 def test_prompts_are_those_of_the_day_that_was_written_down(place, tmp_path, asked, day):
