@@ -97,13 +97,7 @@ def read(paths: Sequence[str]) -> list[Entry]:
         raise ValueError("name at least one run directory: endprompt compare RUN [RUN ...]")
     made = []
     for given in paths:
-        path = Path(given)
-        if not (path / "results.jsonl").is_file() or not (runs := fingerprint.runs(path)):
-            raise ValueError(
-                f"{given} must be the output of `endprompt score`: it has no rows or no {fingerprint.RUNS}"
-            )
-        about = runs[-1]
-        rows = [row for row in read_rows(path / "results.jsonl") if row.get("run_sha256") == about["run_sha256"]]
+        path, (about, rows) = Path(given), fingerprint.last_run(given)
         if not rows:
             raise ValueError(f"{given}: its last run has no finished task: score again to complete it")
         found: dict[str, dict[int, tuple[Any, float]]] = {}

@@ -164,26 +164,25 @@ def runs(directory: str | Path) -> list[dict[str, Any]]:
     return found
 
 
+def last_run(directory: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the last line of runs.jsonl, the rows of that run). Raises ValueError for what no scoring has written."""
+    path = Path(directory) / "results.jsonl"
+    if not path.is_file() or not (known := runs(directory)):
+        raise ValueError(f"{directory} must be the output of `endprompt score`, with rows and {RUNS}: score it again")
+    return known[-1], [row for row in results.read_rows(path) if row.get("run_sha256") == known[-1]["run_sha256"]]
+
+
 def rows_of(checkpoint: str | Path, run: str | Path) -> list[dict[str, Any]]:
     """The rows of a finished run that were scored on this very checkpoint, the latest of each task and length. Raises
     ValueError if the run has none: the checkpoint's configuration and weights must be those of the rows."""
     from endprompt import model
 
-    directory = Path(run)
-    path = directory / "results.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{run} must be the output of `endprompt score`: it has no results.jsonl")
-    known = runs(directory)
-    if not known:
-        raise ValueError(f"{directory}: scored before runs told their checkpoint ({RUNS}): score it again")
-    config = model.load_config(str(checkpoint))
-    settings = known[-1]["run_sha256"]
-    found = {}
-    if known[-1]["fingerprint"].get("checkpoint") == checkpoint_sha256(str(checkpoint), config):
-        of_run = [row for row in results.read_rows(path) if row.get("run_sha256") == settings]
-        found = {(row["suite"], row["task"], row["length"]): row for row in of_run}
+    about, rows = last_run(run)
+    now = checkpoint_sha256(str(checkpoint), model.load_config(str(checkpoint)))
+    same = about["fingerprint"].get("checkpoint") == now
+    found = {(row["suite"], row["task"], row["length"]): row for row in rows if same}
     if not found:
-        raise ValueError(f"{path}: none of its rows was scored on {checkpoint} as it is now")
+        raise ValueError(f"{run}/results.jsonl: none of its rows was scored on {checkpoint} as it is now")
     return sorted(found.values(), key=lambda row: (row["suite"], row["task"], row["length"] or 0))
 
 
