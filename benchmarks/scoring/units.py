@@ -57,7 +57,11 @@ class Asker:
     """What suites make their units of: the settings, the checkpoint's configuration and tokenizer."""
 
     def __init__(self, config: ScoreConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.model_config, self.tokenizer, self.reader = config, model_config, tokenizer, Reader(tokenizer)
+        self.config, self.model_config, self.tokenizer = config, model_config, tokenizer
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
 
     @cached_property
     def window(self) -> int:
