@@ -17,8 +17,7 @@ from paper_figures.names import TASK_GROUPS
 
 AGREES, ROUNDING, DOES_NOT_FOLLOW = "agrees", "rounding", "does not follow"
 VERDICTS = (AGREES, ROUNDING, DOES_NOT_FOLLOW)
-#: Half a unit of the last printed digit.
-HALF = Decimal("0.005")
+HALF = Decimal("0.005")  # half a unit of the last printed digit
 
 #: RULER's tasks with one answer a sample: 500 samples make every score a multiple of 0.2.
 ONE_ANSWER = ("niah_s1", "niah_s2", "niah_s3", "niah_m1", "niah_m2", "niah_m3", "qa_1", "qa_2")

@@ -16,8 +16,7 @@ from scipy import stats
 from paper_figures.inputs import Frames
 from paper_figures.names import SUITE_TASKS
 
-#: Lengths that the paper's RULER average is taken over.
-PAPER_LENGTHS = (4096, 8192, 16384, 32768, 65536)
+PAPER_LENGTHS = (4096, 8192, 16384, 32768, 65536)  # lengths that the paper's RULER average is taken over
 
 
 def average(rows: pd.DataFrame, by: Sequence[str], over: Sequence[str] = ("task", "length")) -> pd.DataFrame:

@@ -72,9 +72,7 @@ def measured_bars(rows: pd.DataFrame, chosen: dict[str, str]) -> list[Bar]:
     rows = rows[rows["method"].isin(chosen)]
     if rows.empty:
         return []
-    means = average(rows, ["method"])
-    order = {method: i for i, method in enumerate(chosen)}
-    means = means.sort_values("method", key=lambda column: column.map(order))
+    means = average(rows, ["method"]).sort_values("method", key=lambda column: column.map([*chosen].index))
     arms = list(dict.fromkeys(parse_method(method).arm for method in chosen))
     return [
         Bar(chosen[m], v, lo, hi, style.arm_style(parse_method(m), arms)["color"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import textwrap
@@ -67,8 +68,6 @@ def audit(config: AuditConfig) -> int | None:
 
     found = findings()
     if config.json:
-        import json
-
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return None
     width = min(120, shutil.get_terminal_size().columns)

@@ -21,8 +21,7 @@ from paper_figures import lab
 
 DATA = Path(__file__).resolve().parent / "data"
 TEXT = json.JSONEncoder(ensure_ascii=False).encode
-#: How the name of a file of scores by depth ends; it is the name in a run directory.
-DEPTHS = "depth.jsonl"
+DEPTHS = "depth.jsonl"  # how the name of a file of scores by depth ends; it is the name in a run directory
 #: A cell that is scored once: two rows that agree in these must agree in their value.
 CELL = ("suite", "task", "length", "metric", "method", "seed", "bucket", "depth")
 #: Suites without samples that are scored: a timing may be taken again, bounds hold on whatever text, estimates are made
@@ -143,17 +142,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     revision = read_object(path.with_name("environment.json"), optional=True).get("revision")
     for origin, row in _numbered(path, REQUIRED):
-        lo, hi = _interval(row["ci95"], origin)
+        ci95 = row["ci95"]
+        if ci95 is not None and not (isinstance(ci95, list) and len(ci95) == 2 and all(map(_is_number, ci95))):
+            raise ValueError(f"{origin}: ci95 must be [low, high] or null, is {ci95!r}")
+        lo, hi = ci95 or (None, None)
         rows.append({"revision": revision, **row, "lo": lo, "hi": hi, "origin": origin})
     return rows
-
-
-def _interval(ci95: Any, origin: str) -> tuple[float | None, float | None]:
-    if ci95 is None:
-        return None, None
-    if not (isinstance(ci95, list) and len(ci95) == 2 and all(map(_is_number, ci95))):
-        raise ValueError(f"{origin}: ci95 must be [low, high] or null, is {ci95!r}")
-    return ci95[0], ci95[1]
 
 
 def _is_number(value: Any) -> bool:
@@ -163,8 +157,8 @@ def _is_number(value: Any) -> bool:
 def _read_depths(path: Path) -> list[dict[str, Any]]:
     """Scores by depth of the needle, as a scoring run writes them: rows of suite `ruler_depth` at the bins' middles."""
     columns = ("length", "depth_from", "depth_to", "value", "n", "method", "model", "seed")
-    blank = dict.fromkeys(REQUIRED) | {"suite": "ruler_depth", "task": "needles", "metric": "share_found"}
-    blank |= {"n_truncated": 0}
+    named = {"suite": "ruler_depth", "task": "needles", "metric": "share_found", "n_truncated": 0}
+    blank = dict.fromkeys(REQUIRED) | named
     rows = []
     for origin, row in _numbered(path, columns):
         middle = (row["depth_from"] + row["depth_to"]) / 2

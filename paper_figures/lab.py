@@ -31,8 +31,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     rows["base"] = rows["base"].astype(str)
     rows["method"] = rows["arm"]
     rows["steps"] = rows["steps"].fillna(0).astype(int)
-    columns = ["arm", "scheme", "anchors", "pieces", "steps", "target"]
-    rows["kind"] = [_kind(row) for row in rows[columns].to_dict("records")]
+    rows["kind"] = [_kind(row) for row in rows[["arm", "scheme", "anchors", "pieces", "steps"]].to_dict("records")]
     rows["cue"] = [_cue(prompt, span) for prompt, span in zip(rows["prompt"], rows["recall_span"])]
     weight = rows["prompt_weight"].astype(float).fillna(CUE_WEIGHT)
     wordings = rows["cue"].str.startswith("EP_") & ~((rows["cue"] == "EP_1") & (weight == CUE_WEIGHT))
@@ -50,9 +49,8 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
 def _kind(row: dict[str, Any]) -> str:
     if not row["steps"]:
         return "base"
-    for kind in ("full", "longlora"):
-        if str(row["arm"]).startswith(kind):
-            return str(row["arm"]).split("+")[0].split("@")[0]
+    if str(row["arm"]).startswith(("full", "longlora")):
+        return re.split("[+@]", row["arm"])[0]
     if row["scheme"] == "anchors" and row["anchors"] == row["anchors"]:
         return f"anchors{row['anchors']:.0f}"
     if "sentences" in str(row["scheme"]) and row["pieces"] not in (None, PIECES) and row["pieces"] == row["pieces"]:
@@ -107,8 +105,7 @@ def looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Label -> colour, marker, line and face of each arm, the same in all panels of a figure. The colour and marker
     tell the place of the anchor; a filled marker and a full line tell a prompt that is copied from the context, or
     none; a hollow one and dashes tell a fixed cue."""
-    kinds = list(dict.fromkeys(rows["kind"]))
-    unknown = [kind for kind in kinds if arm_of(kind) not in style.ARMS]
+    unknown = [kind for kind in dict.fromkeys(rows["kind"]) if arm_of(kind) not in style.ARMS]
     found = {}
     for kind, cue, label in dict.fromkeys(zip(rows["kind"], rows["cue"], rows["label"])):
         arm = "recall" if (kind, cue) == ("endprompt", "recall") else arm_of(kind)
@@ -126,9 +123,8 @@ def looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def arm_of(kind: str) -> str:
     """What is drawn in one colour: the kind, all numbers of anchors alike, all lengths of full training alike."""
-    if kind.partition("-")[0] in SCHEMES:
-        return kind.partition("-")[0]
-    return "anchors" if re.fullmatch(r"anchors\d*", kind) else kind
+    first = kind.partition("-")[0]
+    return first if first in SCHEMES else "anchors" if re.fullmatch(r"anchors\d*", kind) else kind
 
 
 def _place(label: str) -> tuple[int, str]:

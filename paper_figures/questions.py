@@ -105,8 +105,7 @@ def cost_sections(rows: pd.DataFrame) -> list[Section]:
     return sections
 
 
-#: Arms that are in the Pareto set in fewer of the resamples than this are not listed.
-PARETO_SHOWN = 0.05
+PARETO_SHOWN = 0.05  # arms that are in the Pareto set in fewer of the resamples than this are not listed
 
 
 def setting(row: dict) -> str:

@@ -53,8 +53,7 @@ def write(table: Table, stem: Path) -> list[Path]:
     return [stem.with_suffix(ending) for ending in made]
 
 
-#: A LaTeX table of more lines than this breaks over pages.
-ONE_PAGE = 45
+ONE_PAGE = 45  # a LaTeX table of more lines than this breaks over pages
 
 
 def latex(table: Table) -> str:

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-#: Base, fold and name of an arm.
-Key = tuple[str, int, str]
+Key = tuple[str, int, str]  # base, fold and name of an arm
 
 SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", "llama3": "Llama 3"}
 
-#: Loss weight of an end prompt whose words are fixed, where rows do not say.
-CUE_WEIGHT = 0.1
+CUE_WEIGHT = 0.1  # loss weight of an end prompt whose words are fixed, where rows do not say
 #: Pieces of a context and tokens of a quotation that an arm's label does not tell, because most arms have them.
 PIECES, SPAN = 3, 40
 

@@ -30,12 +30,9 @@ from endprompt.model import extended_config, load_config, load_model, rope_geome
 from endprompt.positions import PIECES, TEXT_WHOLE
 from endprompt.results import append_rows, result_row
 
-#: Standard deviation of an observed score in the predicted gap RMS, as `endprompt positions` has it.
-NOISE = 0.1
-#: Rows whose pairs are counted where positions are drawn.
-COUNTED_ROWS = 64
-#: Pairs of all these rows together, at most.
-COUNTED_PAIRS = 2**24
+NOISE = 0.1  # standard deviation of an observed score in the predicted gap RMS, as `endprompt positions` has it
+COUNTED_ROWS = 64  # rows whose pairs are counted where positions are drawn
+COUNTED_PAIRS = 2**24  # pairs of all these rows together, at most
 VERIFIED_PAIRS = 16
 
 

@@ -26,8 +26,7 @@ PLAIN_STEPS = 3.0
 RATES = {"cpu": Rate(7.0e10, 0.0, 1.5, 15.0), "cuda": Rate(2.0e13, 0.010, 1.5, 15.0)}
 
 
-#: Models from this many parameters on keep a GPU busy by themselves.
-ALONE = 50_000_000
+ALONE = 50_000_000  # models from this many parameters on keep a GPU busy by themselves
 #: FLOP/s of reading prompts, and seconds of a step of generation with the caches of its batch, of such a model on an
 #: H200: SmolLM2-135M's first trial.
 READING, GENERATED_STEP = 1.5e14, 0.03

@@ -15,12 +15,9 @@ from scipy import special, stats
 
 from benchmarks.summary import holm as holm
 
-#: A difference smaller than this many points is not called one; percent of samples, on the mean over tasks.
-MARGIN = 5.0
-#: Below this mean score (percent) of both arms a length is out of reach of both: nothing is compared there.
-FLOOR = 5.0
-#: Two-sided error of a claim of a difference, over all comparisons that are corrected together (Holm).
-LEVEL = 0.05
+MARGIN = 5.0  # a difference smaller than this many points is not called one; percent of samples, on the mean over tasks
+FLOOR = 5.0  # below this mean score (percent) of both arms a length is out of reach of both: nothing is compared there
+LEVEL = 0.05  # two-sided error of a claim of a difference, over all comparisons that are corrected together (Holm)
 RESAMPLES = 2000
 
 HELPS, HURTS, SAME, OPEN, BOTH_FAIL = "helps", "hurts", "no difference", "not decided", "both fail"

@@ -28,14 +28,11 @@ from endprompt.files import sha256_of
 
 #: Half text, half questions in RULER's manner.
 MIXTURE: Mapping[str, float] = {"text": 4.0} | dict.fromkeys(documents.RETRIEVAL_KINDS, 1.0)
-#: Tokens of one file of documents: a few seconds' work.
-PART_TOKENS = 500_000
+PART_TOKENS = 500_000  # tokens of one file of documents: a few seconds' work
 #: Characters of given documents that make one file of tokens, about three million tokens of English.
 PIECE_CHARACTERS = 12_000_000
-#: Fewest characters that a token of text is counted for, to have documents enough.
-TOKEN_CHARACTERS = 5.0
-#: Apart from the training seeds, so that no sample is drawn by a generator that drew documents.
-SAMPLE_SEED = 1000
+TOKEN_CHARACTERS = 5.0  # fewest characters that a token of text is counted for, to have documents enough
+SAMPLE_SEED = 1000  # apart from the training seeds, so that no sample is drawn by a generator that drew documents
 
 
 class Material:

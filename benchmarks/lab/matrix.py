@@ -46,8 +46,7 @@ from endprompt.runs import plain
 FOLDER = Path(__file__).parent
 BASES = FOLDER.parent / "base"
 
-#: Part of every cell's hash: a change of what a cell does makes earlier rows another cell's.
-VERSION = 1
+VERSION = 1  # part of every cell's hash: a change of what a cell does makes earlier rows another cell's
 
 #: Settings that the lab gives the trainer itself.
 OWN = frozenset(
@@ -57,8 +56,7 @@ OWN = frozenset(
 
 SETTINGS = frozenset(field.name for field in dataclasses.fields(ExtendConfig)) - OWN
 
-#: What `--only KEY=VALUE` may name.
-FILTERS = ("arm", "base", "fold", "seed", "question")
+FILTERS = ("arm", "base", "fold", "seed", "question")  # what `--only KEY=VALUE` may name
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,11 @@ from endprompt.files import drop_cut_line, read_json_lines, sole_use
 from endprompt.results import append_rows, read_rows, result_row, write_rows
 from endprompt.runs import RunDirectory
 
-#: Workers that share a GPU: one alone leaves it waiting for Python most of the time.
-GPU_JOBS = 8
-#: Prompt tokens at once when several workers share the memory of a GPU.
-SHARED_BATCH_TOKENS = 2**18
-#: Workers that may be lost one after the other without a finished cell, before the run gives up.
-DEATHS = 4
-#: Seconds between looks at the workers.
-TICK = 0.5
-#: Seconds that all workers together have to end.
-PATIENCE = 5.0
+GPU_JOBS = 8  # workers that share a GPU: one alone leaves it waiting for Python most of the time
+SHARED_BATCH_TOKENS = 2**18  # prompt tokens at once when several workers share the memory of a GPU
+DEATHS = 4  # workers that may be lost one after the other without a finished cell, before the run gives up
+TICK = 0.5  # seconds between looks at the workers
+PATIENCE = 5.0  # seconds that all workers together have to end
 
 
 def lab(config: LabConfig) -> int:

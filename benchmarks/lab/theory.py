@@ -47,11 +47,9 @@ from endprompt.runs import git_revision
 #: (base, fold) of the half that everything is chosen on; the lab's others are the other half.
 CHOSEN = (("256", 8), ("512", 32))
 PERMUTATIONS = 4000
-#: Tokens of the text, or the window if that is shorter.
-TOKENS = 1024
-#: What decides; then what only stands beside it.
-SETS = ("chosen", "other", "study")
-LATER, CONTROLS = "later", "controls"
+TOKENS = 1024  # tokens of the text, or the window if that is shorter
+SETS = ("chosen", "other", "study")  # what decides
+LATER, CONTROLS = "later", "controls"  # what only stands beside it
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,9 @@ from paper_figures.names import QUESTIONS, SAID_BY
 
 SUITE = "lab-question"
 
-#: Mean next-token loss inside the window may move this far (nats per token) and still count as kept.
-LOSS_MARGIN = 0.05
+LOSS_MARGIN = 0.05  # mean next-token loss inside the window may move this far (nats per token) and still count as kept
 
-#: A rank correlation this close to 0, interval and all, is called none.
-CORRELATION_MARGIN = 0.3
+CORRELATION_MARGIN = 0.3  # a rank correlation this close to 0, interval and all, is called none
 
 #: What the four outcomes are called where "helps" is not the word.
 WORDS = {

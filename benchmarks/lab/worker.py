@@ -13,8 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-#: Linux's prctl option: the signal that a process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal that a process gets when its parent ends
 
 
 @dataclass

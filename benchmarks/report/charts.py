@@ -22,8 +22,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 WIDTH = 340
-#: Series told apart in one chart, by colour, marker and dash; a legend of text has the marker as a glyph.
-STYLES = 8
+STYLES = 8  # series told apart in one chart, by colour, marker and dash; a legend of text has the marker as a glyph
 MARKERS, GLYPHS = "osD^vPX*", "●■◆▲▼✚✖★"
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)), (0, (5, 1, 1, 1)), (0, (2, 1)), (0, (1, 1)), (0, (6, 2)), (0, (4, 1, 1, 1)))
 #: Stand-in colours by the name of the style sheet's variable.
@@ -31,8 +30,7 @@ COLOURS = {
     name: f"#0000{place:02x}"
     for place, name in enumerate((*(f"c{style}" for style in range(STYLES)), "ink", "soft", "line", "card", "limit"), 1)
 }
-#: Points of a curve that can be reached one by one.
-STOPS = 24
+STOPS = 24  # points of a curve that can be reached one by one
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 12, "text.color": COLOURS["ink"],
     "axes.labelcolor": COLOURS["soft"], "axes.edgecolor": COLOURS["soft"], "xtick.color": COLOURS["soft"],
@@ -53,8 +51,7 @@ class Point:
     spoken: str = ""
 
 
-#: A line's name and its points.
-Series = tuple[str, Sequence[Point]]
+Series = tuple[str, Sequence[Point]]  # a line's name and its points
 
 
 class Chart:

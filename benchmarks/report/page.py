@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from benchmarks.config import ReportConfig
 
 DUMP = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-#: Rows drawn of a scheme that draws its positions, and schemes drawn.
-DRAWS, SCHEMES = 6, 16
+DRAWS, SCHEMES = 6, 16  # rows drawn of a scheme that draws its positions, and schemes drawn
 #: Points of a loss curve; wrong predictions shown of a task and length, and in all of one scoring.
 CURVE, WRONG, SHOWN = 400, 3, 60
 BOUNDS = {

@@ -33,8 +33,7 @@ DEPTH = 3
 APART = ("target", "steps", "prompt_weight", "row_tokens", "chat", "backend", "backend_args", "dtype")
 #: Further columns by which rows and predictions are told apart, each a plain value.
 SCALARS = ("index", "prompt_sha256", "samples_sha256", "run", "run_sha256", "base", "fold")
-#: In the place of a task: the mean over all of them.
-MEANS = "mean over tasks"
+MEANS = "mean over tasks"  # in the place of a task: the mean over all of them
 
 Row = dict[str, Any]
 

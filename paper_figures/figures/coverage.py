@@ -16,8 +16,7 @@ INPUTS = Inputs(files={"computed/coverage": COLUMNS})
 
 def draw(frames: Frames) -> Figure:
     table = frames["computed/coverage"]
-    schemes = list(table["scheme"].unique())
-    target = int(table["target"].iloc[0])
+    schemes, target = list(table["scheme"].unique()), int(table["target"].iloc[0])
     pairs = table.pivot(index="scheme", columns="distance_lo", values="pairs").loc[schemes]
     edges = [*pairs.columns, target]
     fig = style.figure(2.6)

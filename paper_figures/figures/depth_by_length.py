@@ -19,8 +19,7 @@ from paper_figures.style import ordered_methods
 
 TITLE = "Needle depth by context length, a heat map for each method"
 INPUTS = Inputs(rows={"ruler_depth": ("depth",)}, needs_rows=True, lab="all")
-#: The scalings of a lab that are drawn.
-SCALINGS = ("linear", "yarn")
+SCALINGS = ("linear", "yarn")  # the scalings of a lab that are drawn
 
 
 def draw(frames: Frames) -> Figure:

@@ -19,8 +19,7 @@ from paper_figures.style import ordered_methods
 
 TITLE = "LongBench by category and by set, all methods, 95% intervals"
 INPUTS = Inputs(rows={"longbench": ()}, needs_rows=True)
-#: More bars than this in a panel have no room for their numbers.
-NUMBERED = 36
+NUMBERED = 36  # more bars than this in a panel have no room for their numbers
 
 
 def draw(frames: Frames) -> Figure:

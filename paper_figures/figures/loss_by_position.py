@@ -9,14 +9,12 @@ from paper_figures.inputs import Frames, Inputs
 from paper_figures.names import short_length
 
 TITLE = "The lab: held-out loss by position, for matrices with held-out text of their own"
-TASK = "loss_by_position"
 INPUTS = Inputs(rows={"lab": (*lab.COLUMNS[:5], "first")}, needs_rows=True, lab="only")
-#: Nats above the best arm at which a panel ends: a base far beyond its window would hide the rest.
-ROOM = 1.0
+ROOM = 1.0  # nats above the best arm at which a panel ends: a base far beyond its window would hide the rest
 
 
 def draw(frames: Frames) -> Figure:
-    rows = lab.tidy(frames["lab"][frames["lab"]["task"] == TASK])
+    rows = lab.tidy(frames["lab"][frames["lab"]["task"] == "loss_by_position"])
     rows = rows[rows["main"]]
     looks, used = lab.looks(rows), {}
     trained = rows[rows["kind"] != "base"]
@@ -37,8 +35,7 @@ def draw(frames: Frames) -> Figure:
         ax.set_xlabel("position, tokens")
     fig.axes[0].set_ylabel("loss, nats a token")
     seeds, texts = rows["seed"].nunique(), int(rows["n"].iloc[0])
-    note = f"{texts} held-out texts, {seeds} seed{'s' * (seeds > 1)}; shaded: the base's window; "
-    note += "higher losses are cut off"
-    style.note(fig, note)
+    first = f"{texts} held-out texts, {seeds} seed{'s' * (seeds > 1)}"
+    style.note(fig, f"{first}; shaded: the base's window; higher losses are cut off")
     fig.legend(handles=lab.handles(used), loc="outside lower center", ncols=min(5, len(used)))
     return fig

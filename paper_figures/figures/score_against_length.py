@@ -21,10 +21,8 @@ from paper_figures.style import Methods, ordered_methods
 TITLE = "RULER score against length, all methods, 95% intervals"
 
 INPUTS = Inputs(rows={"ruler": ()}, needs_rows=True)
-#: Label, colour, last length and last value of a line.
-End = tuple[str, str, float, float]
-#: More methods than this are drawn in one panel for each RoPE scaling, as averages only.
-ONE_PANEL = 6
+End = tuple[str, str, float, float]  # label, colour, last length and last value of a line
+ONE_PANEL = 6  # more methods than this are drawn in one panel for each RoPE scaling, as averages only
 
 
 def draw(frames: Frames) -> Figure:
