@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
 from benchmarks.lab.matrix import Cell
+from benchmarks.lab.worker import Answer
 from benchmarks.scoring import generate
 from endprompt import origin, results, train
 from endprompt.config import prompt_names
@@ -59,24 +58,9 @@ class Workplace:
         return "graph+layers" if self.device == "cuda" and plain else "none"
 
 
-@dataclass
-class Outcome:
-    """rows: for results.jsonl. scores: of the single samples, for scores.jsonl. seconds: of each phase."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    scores: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-
-
-def run(cell: Cell, place: Workplace) -> Outcome:
+def run(cell: Cell, place: Workplace) -> Answer:
     """Train and measure one cell. Its checkpoint is deleted unless it is to be kept."""
-    made = Outcome()
+    made = Answer()
     checkpoint = place.output / "checkpoints" / cell.name
     about: dict[str, Any] = {}
     computed = (place.device, place.compile, str(place.deterministic))  # the cell's hash leaves out how

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,8 +21,8 @@ PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal that a process gets whe
 
 @dataclass
 class Answer:
-    """What a worker says of a cell: rows and scores, or the error with its traceback. ready: said once, before the
-    first cell. last: the worker ends after this one."""
+    """What a worker says of a cell: rows (of results.jsonl), scores (of its samples, for scores.jsonl) and seconds of
+    each phase, or the error with its traceback. ready: said once, before the first cell. last: the worker ends now."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
@@ -28,6 +31,12 @@ class Answer:
     trace: str | None = None
     ready: bool = False
     last: bool = False
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def settle(log: Path, threads: int) -> None:
@@ -56,22 +65,15 @@ def work(pipe: Connection, log: str, place: Any, threads: int) -> None:
     if place.deterministic:
         determinism.prepare()
     pipe.send(Answer(ready=True))
-    while True:
-        try:
-            cell = pipe.recv()
-        except EOFError:
-            return
-        if cell is None:
-            return
-        try:
-            made = cells.run(cell, place)
-        except (ValueError, OSError) as error:
-            pipe.send(failed(error))
-        except Exception as error:
-            pipe.send(dataclasses.replace(failed(error), last=True))
-            return
-        else:
-            pipe.send(Answer(made.rows, made.scores, made.seconds))
+    with contextlib.suppress(EOFError):
+        while (cell := pipe.recv()) is not None:
+            try:
+                pipe.send(cells.run(cell, place))
+            except (ValueError, OSError) as error:
+                pipe.send(failed(error))
+            except Exception as error:
+                pipe.send(dataclasses.replace(failed(error), last=True))
+                return
 
 
 def failed(error: Exception) -> Answer:
