@@ -10,15 +10,12 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from paper_figures import style
-from paper_figures.names import SCALINGS, SCHEMES
+from paper_figures.names import CUE_WEIGHT, PIECES, SCALINGS, SCHEMES, SPAN
 
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
 OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms",
             "recall_span", "pieces", "seeds")  # fmt: skip
-CUE_WEIGHT = 0.1
-#: Tokens of a quotation and pieces of a context that a label does not tell, because most arms have them.
-SPAN, PIECES = 40, 3
 
 
 def tidy(rows: pd.DataFrame) -> pd.DataFrame:

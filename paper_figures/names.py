@@ -21,6 +21,9 @@ SUITE_TASKS = {
     "longbench": tuple(name for names in LONGBENCH.values() for name in names),
     "short": SHORT,
 }
+CUE_WEIGHT = 0.1  # loss weight of an end prompt whose words are fixed, where rows do not say
+#: Pieces of a context and tokens of a quotation that a lab's labels do not tell, because most arms have them.
+PIECES, SPAN = 3, 40
 #: Schemes whose name in the rows is not their name in a picture.
 SCHEMES = {"full": "full length", "longlora": "LongLoRA"}
 

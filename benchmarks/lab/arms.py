@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from paper_figures.names import CUE_WEIGHT, PIECES, SPAN
+
 Row = dict[str, Any]
 Key = tuple[str, int, str]  # base, fold and name of an arm
 
 SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", "llama3": "Llama 3"}
-
-CUE_WEIGHT = 0.1  # loss weight of an end prompt whose words are fixed, where rows do not say
-#: Pieces of a context and tokens of a quotation that an arm's label does not tell, because most arms have them.
-PIECES, SPAN = 3, 40
 
 
 @dataclass(frozen=True)

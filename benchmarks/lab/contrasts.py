@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 
 from benchmarks.lab import estimates
-from benchmarks.lab.arms import CUE_WEIGHT, Arm, is_main, is_published, is_recall, is_short
+from benchmarks.lab.arms import Arm, is_main, is_published, is_recall, is_short
+from paper_figures.names import CUE_WEIGHT
 
 ANCHOR, SLOPE, KEPT = "anchor against control", "points for ten times the steps", "after against before"
 BEST = "best with whole text against PoSE"

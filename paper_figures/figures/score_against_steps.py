@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from paper_figures import lab, style
 from paper_figures.averages import average, caption, scored
 from paper_figures.inputs import Frames, Inputs, NoData
-from paper_figures.names import short_length
+from paper_figures.names import CUE_WEIGHT, short_length
 
 TITLE = "The lab: score against the steps of training, for schemes trained for several"
 INPUTS = Inputs(rows={"ruler": lab.COLUMNS[:5]}, needs_rows=True, lab="only")
@@ -15,8 +15,8 @@ INPUTS = Inputs(rows={"ruler": lab.COLUMNS[:5]}, needs_rows=True, lab="only")
 
 def draw(frames: Frames) -> Figure:
     rows = lab.tidy(scored(frames, "ruler"))
-    weight = rows["prompt_weight"].astype(float).fillna(lab.CUE_WEIGHT)
-    rows = rows[(rows["kind"] != "base") & (~rows["cue"].str.startswith("EP_") | (weight == lab.CUE_WEIGHT))]
+    weight = rows["prompt_weight"].astype(float).fillna(CUE_WEIGHT)
+    rows = rows[(rows["kind"] != "base") & (~rows["cue"].str.startswith("EP_") | (weight == CUE_WEIGHT))]
     rows["line"] = [f"{label}, {lab.scaling_name(s)}" for label, s in zip(rows["label"], rows["scaling"])]
     several = rows.groupby(["base", "fold", "line"])["steps"].transform("nunique") > 1
     rows = rows[several & ~rows["kind"].str.startswith(("full", "longlora"))]
