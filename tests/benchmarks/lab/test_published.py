@@ -137,10 +137,10 @@ def test_an_interrupted_cell_goes_on_behind_its_training_and_its_scored_tasks(pl
     spot = cell_runs.Workplace(tmp_path, place / "carried", "cpu")
     real, calls = cell_runs.scored, []
 
-    def broken(made, cell, item, *rest):
+    def broken(cell, item, *rest):
         if item.length == 512:
             raise KeyboardInterrupt
-        real(made, cell, item, *rest)
+        return real(cell, item, *rest)
 
     monkeypatch.setattr(cell_runs, "scored", broken)
     with pytest.raises(KeyboardInterrupt):
@@ -150,7 +150,7 @@ def test_an_interrupted_cell_goes_on_behind_its_training_and_its_scored_tasks(pl
     with pytest.raises(pytest.fail.Exception):  # nothing is taken over of what was computed in another way
         cell_runs.run(cell, dataclasses.replace(spot, deterministic=False, output=other))
     monkeypatch.setattr(
-        cell_runs, "scored", lambda made, cell, item, *rest: (calls.append(item.length), real(made, cell, item, *rest))
+        cell_runs, "scored", lambda cell, item, *rest: calls.append(item.length) or real(cell, item, *rest)
     )
     made = cell_runs.run(cell, spot)
     assert calls == [512]
