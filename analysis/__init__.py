@@ -8,30 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
-    "rope_freqs": "spectra",
-    "spectrum_from_qk": "spectra",
-    "eval_score": "spectra",
-    "coef_bounds": "bounds",
-    "coef_bound": "bounds",
-    "bernstein_bound": "bounds",
-    "duffin_schaeffer_excess": "bounds",
-    "nonvacuous_radius": "bounds",
-    "softmax_shift_bound": "bounds",
-    "windowed_counterexample": "bounds",
-    "certified_max": "certificates",
-    "roundoff": "certificates",
-    "freq_rank": "rank",
-    "frequency_classes": "rank",
-    "true_sup": "rank",
-    "distance_segments": "observability",
-    "pair_counts": "observability",
-    "gram": "observability",
-    "gram_weighted": "observability",
-    "worst_gap": "observability",
-    "posterior_gap_rms": "observability",
-    "amplification_log10": "exact",
+_NAMES = {
+    "spectra": "rope_freqs spectrum_from_qk eval_score",
+    "bounds": "coef_bounds coef_bound bernstein_bound duffin_schaeffer_excess nonvacuous_radius softmax_shift_bound "
+    "windowed_counterexample",
+    "certificates": "certified_max roundoff",
+    "rank": "freq_rank frequency_classes true_sup",
+    "observability": "distance_segments pair_counts gram gram_weighted worst_gap posterior_gap_rms",
+    "exact": "amplification_log10",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
 

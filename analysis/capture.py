@@ -139,7 +139,9 @@ def capture(
         theirs = np.sum(q1 * k1, axis=-1)
         size = attention_factor**2 * np.abs(z).sum(-1) + np.abs(q1[..., still] * k1[..., still]).sum(-1)
         error = float(np.max(np.abs(ours - theirs) / np.maximum(size, np.finfo(np.float32).tiny)))
-        allowed = logit_tolerance(q_HTD.dtype, float(omega.max()), int(pairs.query.max()))
+        # what rounding explains: of q, k, cos, sin in their dtype, of angles in float32
+        angle = 4 * float(omega.max()) * int(pairs.query.max()) * torch.finfo(torch.float32).eps
+        allowed = 16 * torch.finfo(q_HTD.dtype).eps + angle
         if not error <= allowed:
             raise ValueError(
                 f"layer {layer}: S(m - n) differs from the model's own logit by {error:.1e} of sum a, more than "
@@ -240,12 +242,6 @@ def _complex(
         )
     _, order, begin, factor = best
     return factor[..., None] * (before[order][..., turn.first] + 1j * before[order][..., turn.second]), begin
-
-
-def logit_tolerance(dtype: torch.dtype, sigma: float, position: int) -> float:
-    """What rounding explains of |S - the model's logit| / sum a: q, k, cos, sin in dtype, angles in float32."""
-    angle = 4 * sigma * position * torch.finfo(torch.float32).eps
-    return 16 * torch.finfo(dtype).eps + angle
 
 
 def _pick(x_HTD: torch.Tensor, places: torch.Tensor) -> np.ndarray:

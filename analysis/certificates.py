@@ -78,7 +78,8 @@ def enclose_max(
     evaluations = len(z) * len(grid)
     cells: list[tuple[np.ndarray, ...]] = []
     rows = max(1, BLOCK // len(grid))
-    cosine, sine = _tables(omega, grid)
+    angle = np.multiply.outer(omega, grid)
+    cosine, sine = np.cos(angle), np.sin(angle)
     for start in range(0, len(z), rows):
         block = slice(start, start + rows)
         value = z[block].real @ cosine - z[block].imag @ sine
@@ -106,11 +107,6 @@ def enclose_max(
         pair, left, right, at_left, at_right = (x[keep] for x in (pair, left, right, at_left, at_right))
     lower, upper = largest - error, goal(largest) + error
     return (np.maximum(lower, 0.0) if absolute else lower), upper, evaluations
-
-
-def _tables(omega: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    angle = np.multiply.outer(omega, d)
-    return np.cos(angle), np.sin(angle)
 
 
 def _pointwise(zr: np.ndarray, omega: np.ndarray, pair: np.ndarray, d: np.ndarray) -> np.ndarray:

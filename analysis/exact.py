@@ -108,14 +108,9 @@ def _largest_eigenvalue(flint: Any, matrix: Any) -> Any:
     value = flint.arb(0)
     for _ in range(STEPS):
         vector = (matrix * vector).mid()
-        norm = _size(vector)
+        norm = sum((x * x for x in vector.entries()), start=flint.arb(0)).sqrt().mid()
         vector = (vector / norm).mid()
         if abs(norm - value) < norm * 1e-9:
             return norm
         value = norm
     return None
-
-
-def _size(matrix: Any) -> Any:
-    """Euclidean norm of the entries."""
-    return sum((x * x for x in matrix.entries()), start=0 * matrix[0, 0]).sqrt().mid()

@@ -14,8 +14,6 @@ import numpy as np
 
 SHEET = "analysis.mplstyle"
 OBSERVED, BOUND, BERNSTEIN, SCORE, NULL = "#d9e8d3", "#b2182b", "#ef8a62", "#2166ac", "0.55"
-
-
 NAMES = ("score", "verify")
 
 
@@ -82,7 +80,11 @@ def score_panels(figure: Any, curves: dict[str, Any]) -> None:
     figure.suptitle(
         f"{curves['checkpoint']} ({curves['method']}): bounds hold at every real distance. Bernstein's constant says "
         f"more than |S(d) − S(d′)| ≤ 2 sup|S|\nonly within {curves['radius']:.3g} tokens; "
-        + (f"the gap is {widest(curves['gap'])} tokens wide" if curves["gap"] else "there is no gap")
+        + (
+            f"the gap is {max(hi - lo + 1 for lo, hi in curves['gap'])} tokens wide"
+            if curves["gap"]
+            else "there is no gap"
+        )
     )
     axes = figure.subplots(3, len(heads), sharex=True, squeeze=False)
     names = ("logit S(d)", "S′(d), per token", "S″(d), per token²")
@@ -115,10 +117,6 @@ def score_panels(figure: Any, curves: dict[str, Any]) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
         )
     legend(figure)
-
-
-def widest(segments: Sequence[Sequence[int]]) -> int:
-    return max(hi - lo + 1 for lo, hi in segments)
 
 
 def shade(axis: Any, curves: dict[str, Any]) -> None:

@@ -45,8 +45,8 @@ class DemoConfig:
 
 
 @dataclass
-class ChatConfig:
-    """Settings of `endprompt chat`.
+class AskConfig:
+    """Settings of `endprompt chat` and `endprompt generate`.
 
     Checkpoint:
         checkpoint: checkpoint directory, GGUF file, or a hub's ORG/NAME (@REVISION).
@@ -57,10 +57,9 @@ class ChatConfig:
         attn: attention implementation of transformers.
 
     Prompt:
-        file: text files that the conversation is about; they stand in front of its first turn.
+        file: text files that are asked about, with an empty line between; - is standard input (generate).
         system: system message.
         cut: part of the texts to leave out if they are longer than the window; without it that is an error.
-        forget: leave out the oldest turns when the window is full, instead of asking to clear the conversation.
         max_new_tokens: tokens of an answer at most, beside the prompt in the window; 512 if not given, in small
             windows a quarter of it.
         date: day that a chat template which reads one is given, YYYY-MM-DD; today if not given.
@@ -76,50 +75,33 @@ class ChatConfig:
     file: list[str] = field(default_factory=list)
     system: str | None = None
     cut: Literal["start", "middle", "end"] | None = None
-    forget: bool = False
     max_new_tokens: int | None = None
     date: str | None = None
     template_args: str = ""
 
 
 @dataclass
-class GenerateConfig:
-    """Settings of `endprompt generate`.
-
-    Checkpoint:
-        checkpoint: checkpoint directory, GGUF file, or a hub's ORG/NAME (@REVISION).
-        window: of the checkpoint, in tokens, where its config leaves open whether it is stated before or after scaling.
-        dtype: float32, bfloat16, float16, or auto: the checkpoint's own, but float32 instead of bfloat16 on a CPU that
-            has no instructions for it.
-        device: cpu, cuda, cuda:1, or auto.
-        attn: attention implementation of transformers.
+class ChatConfig(AskConfig):
+    """Settings of `endprompt chat`.
 
     Prompt:
-        file: text files, with an empty line between; - is standard input.
-        ask: question behind the texts; without one they are continued as they stand.
-        system: system message.
-        plain: do not use the checkpoint's chat template.
-        cut: part of the texts to leave out if they are longer than the window; without it that is an error.
-        max_new_tokens: tokens of the answer at most, beside the prompt in the window; 512 if not given, in small
-            windows a quarter of it.
-        date: day that a chat template which reads one is given, YYYY-MM-DD; today if not given.
-        template_args: further arguments of the chat template, such as enable_thinking=false, as NAME=VALUE,NAME=VALUE.
+        forget: leave out the oldest turns when the window is full, instead of asking to clear the conversation.
     """
 
-    checkpoint: str
-    window: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str = "sdpa"
+    forget: bool = False
 
-    file: list[str] = field(default_factory=list)
+
+@dataclass
+class GenerateConfig(AskConfig):
+    """Settings of `endprompt generate`.
+
+    Prompt:
+        ask: question behind the texts; without one they are continued as they stand.
+        plain: do not use the checkpoint's chat template.
+    """
+
     ask: str | None = None
-    system: str | None = None
     plain: bool = False
-    cut: Literal["start", "middle", "end"] | None = None
-    max_new_tokens: int | None = None
-    date: str | None = None
-    template_args: str = ""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from benchmarks import chat
-from benchmarks.config import ChatConfig, GenerateConfig
+from benchmarks.config import AskConfig, ChatConfig, GenerateConfig
 from endprompt import files, origin
 from endprompt.distributed import say
 from endprompt.results import recorded
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 class Checkpoint:
     """A checkpoint that answers; its weights are loaded with the first answer, when all else has been checked."""
 
-    def __init__(self, config: GenerateConfig | ChatConfig):
+    def __init__(self, config: AskConfig):
         from benchmarks.scoring.fingerprint import device_of
         from endprompt.fast.available import bfloat16_matmuls
         from endprompt.model import geometry, load

@@ -193,9 +193,9 @@ def command_parser(entry_point: EntryPoint, command: Callable[..., Any]) -> Any:
 
 
 def sections(config_type: type) -> dict[str, tuple[str, str]]:
-    """(heading, help) of each field, as the docstring of the dataclass has them."""
+    """(heading, help) of each field, as the docstrings of the dataclass and of those that it extends have them."""
     found, heading, name = {}, "", ""
-    for line in inspect.cleandoc(config_type.__doc__ or "").splitlines():
+    for line in [one for kind in config_type.__mro__ for one in inspect.cleandoc(kind.__doc__ or "").splitlines()]:
         if over := re.fullmatch(r"(\w+):", line):
             heading = over[1].lower().replace("args", "settings")
         elif field := re.fullmatch(r" {4}(\w+): (.*)", line):

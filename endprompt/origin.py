@@ -17,10 +17,11 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endprompt.files import read_object, remembered_sha256
+from endprompt.files import read_object, remembered_sha256, write_text
 
 #: What is taken of a hub's repository; nothing of its subfolders, and no other copy of the weights.
 FILES = (
@@ -166,6 +167,11 @@ def from_gguf(path: Path) -> Path:
         import gguf
     except ImportError:
         raise ValueError(f"a GGUF file needs the package gguf (pip install gguf): model={str(path)!r}") from None
+    return made_once(made, lambda aside: {"file": path.name, "sha256": digest, **dequantise(path, aside, gguf)})
+
+
+def made_once(made: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
+    """A folder of the cache, made under a lock unless it is there whole. make: fills a folder, returns its note."""
     from filelock import FileLock
 
     made.parent.mkdir(parents=True, exist_ok=True)
@@ -173,8 +179,7 @@ def from_gguf(path: Path) -> Path:
         if not (made / NOTE).is_file():
             aside = made.with_name(made.name + ".making")
             shutil.rmtree(aside, ignore_errors=True)
-            note = {"file": path.name, "sha256": digest, **dequantise(path, aside, gguf)}
-            (aside / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+            write_text(aside / NOTE, json.dumps(make(aside), indent=2) + "\n")
             shutil.rmtree(made, ignore_errors=True)
             os.replace(aside, made)
     return made
@@ -188,7 +193,9 @@ def dequantise(path: Path, directory: Path, gguf: Any) -> dict[str, Any]:
     try:
         fields = gguf.GGUFReader(path).fields
         architecture = str(fields["general.architecture"].contents())
-        quantisation = quantisation_of(fields, gguf)
+        kind = fields.get("general.file_type")
+        named = str(gguf.LlamaFileType(int(kind.contents())).name) if kind is not None else "an unstated type"
+        quantisation = named.removeprefix("MOSTLY_").removeprefix("ALL_")  # such as Q4_1 or Q4_K_M
     except Exception as error:  # a damaged file makes its reader run into anything
         raise ValueError(f"{path}: the GGUF file cannot be read: {' '.join(str(error).split())}") from None
     if quantisation.startswith(COARSE):
@@ -219,11 +226,3 @@ def dequantise(path: Path, directory: Path, gguf: Any) -> dict[str, Any]:
         ) from None
     licence = fields.get("general.license")
     return {"quantisation": quantisation} | ({"licence": str(licence.contents())} if licence else {})
-
-
-def quantisation_of(fields: Any, gguf: Any) -> str:
-    """The file's type, such as Q4_1 or Q4_K_M."""
-    kind = fields.get("general.file_type")
-    if kind is None:
-        return "an unstated type"
-    return str(gguf.LlamaFileType(int(kind.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_"))

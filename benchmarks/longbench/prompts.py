@@ -142,13 +142,9 @@ class Prompter:
         head = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*head, {"role": "user", "content": prompt}]
         text = render(self.chat_template, self.reader.name, messages, add_generation_prompt=True)
-        return text.removeprefix(self.added_bos)
-
-    @cached_property
-    def added_bos(self) -> str:
-        """Text of the BOS that the tokenizer adds by itself; empty if it adds none."""
         begin = [] if self.add_special_tokens is False else self.reader.begin
-        return str(self.tokenizer.bos_token) if begin[:1] == [self.tokenizer.bos_token_id] else ""
+        added = begin[:1] == [self.tokenizer.bos_token_id]
+        return text.removeprefix(str(self.tokenizer.bos_token)) if added else text
 
     def fit(self, items: Sequence[Mapping[str, Any]]) -> list[Fit]:
         """The documents' prompts, the middle cut out where they are too long."""

@@ -124,7 +124,8 @@ class DocumentDraft(Draft):
         chosen, total = list(self.empty), 0
         size, seen, misses = batch_size(room), 0, 0
         base = self.made.number_sums(len(chosen))[len(chosen)]
-        while misses < self.TRIES and len(chosen) + 64 <= self.made.most_documents:
+        most = self.made.length // 8 - 49  # a document takes 8 tokens at least
+        while misses < self.TRIES and len(chosen) <= most:
             seen += size
             if seen > len(self._candidates):
                 self.candidates(2 * seen)
@@ -186,11 +187,6 @@ class DocumentSource(Source):
         if not known:
             known.append(DocumentCosts(self.tokenizer, self.library.documents))
         return known[0]
-
-    @property
-    def most_documents(self) -> int:
-        """A document takes 8 tokens at least."""
-        return self.length // 8 + 15
 
     def number_costs(self, numbers: range) -> np.ndarray:
         """What the number takes more than 1 does, so that the costs of documents have the 1."""

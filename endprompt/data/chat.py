@@ -39,7 +39,10 @@ def conversation(
     or has no marks, and a last turn that is not the assistant's.
     """
     tokenizer = reader.tokenizer
-    template = _template(tokenizer, where)
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ValueError(f"{where}: a record with messages needs a tokenizer with a chat template: {error}") from None
     if loss == "assistant":
         if not MARK.search(template):
             raise ValueError(
@@ -64,13 +67,6 @@ def conversation(
     scored = np.zeros(len(ids), dtype=np.uint8)
     scored[len(ids) - completion :] = 1
     return ids, completion, scored
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise ValueError(f"{where}: a record with messages needs a tokenizer with a chat template: {error}") from None
 
 
 def _applied(

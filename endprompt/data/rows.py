@@ -156,7 +156,13 @@ class Rows:
     def __post_init__(self) -> None:
         spec, needed = self.spec, self.spec.needed
         if spec.short == "pack":
-            self._refuse_packed_completions()
+            with_completion = self.documents.completions < self.documents.offsets[1:]
+            packed = int(np.count_nonzero(with_completion & (self.documents.lengths < needed)))
+            if packed and spec.completion_weight != 1.0:
+                raise ValueError(
+                    f"packing joins documents and loses where a completion starts, so completion_weight must be 1: "
+                    f"completion_weight={spec.completion_weight}, {packed} short documents have a completion"
+                )
             front_counts = spec.text_weight in (None, 1.0)
             self.documents = pack(self.documents if front_counts else fronts_marked(self.documents), needed)
         self._starts = behind_lead(self.documents, spec.lead)
@@ -178,23 +184,14 @@ class Rows:
         self.dropped, self.dropped_tokens = int(np.count_nonzero(lost)), int(lengths[lost].sum())
         self.truncated_tokens = int((lengths - least)[single & (units == 1)].sum())
         self._document = np.repeat(np.arange(len(units)), units)
-        packed = [max(lengths[pack]) for pack in self._packs]
-        self._lengths = np.concatenate([lengths[self._document], np.array(packed, dtype=np.int64)])  # of the units
+        longest = np.array([max(lengths[pack]) for pack in self._packs], dtype=np.int64)
+        self._lengths = np.concatenate([lengths[self._document], longest])  # of the units
         # as arrays once, since every row looks for them
         self._line_ends = np.array(sorted(spec.line_ends), dtype=np.int64)
         self._all_ends = np.array(sorted(spec.line_ends | spec.sentence_ends), dtype=np.int64)
         first = np.repeat(np.cumsum(units) - units, units)
         self._stretch = np.arange(len(self._document)) - first
         self._permutations: dict[int, np.ndarray] = {}
-
-    def _refuse_packed_completions(self) -> None:
-        with_completion = self.documents.completions < self.documents.offsets[1:]
-        lost = int(np.count_nonzero(with_completion & (self.documents.lengths < self.spec.needed)))
-        if lost and self.spec.completion_weight != 1.0:
-            raise ValueError(
-                f"packing joins documents and loses where a completion starts, so completion_weight must be 1: "
-                f"completion_weight={self.spec.completion_weight}, {lost} short documents have a completion"
-            )
 
     def __len__(self) -> int:
         """Number of units: rows of one pass."""
@@ -235,7 +232,10 @@ class Rows:
         if spec.scheme in BY_SENTENCE:
             context, weights = self._context(unit, a + question, None, rng)
             last = a if question else a - self._question(unit)  # a question in the context stays in one piece
-            starts = self._sentence_starts(context[:a], last, rng)
+            # 0 and some places behind ends of sentences and lines, up to `last`; all of them if there are few
+            places = np.flatnonzero(np.isin(context[: a - 1], self._all_ends)) + 1
+            places = places[places <= last]
+            starts = [0, *np.sort(rng.choice(places, min(PIECES - 1, len(places)), replace=False)).tolist()]
             placed = layout(spec.scheme, a, b, spec.target, rng, starts=starts)
         else:
             options = {"count": spec.anchors} if spec.scheme == "anchors" else {}
@@ -268,22 +268,11 @@ class Rows:
         ends = np.flatnonzero(np.isin(before, self._line_ends))
         return min(most, hi - completion + len(before) - (int(ends[-1]) + 1 if len(ends) else 0))
 
-    def _sentence_starts(self, context: np.ndarray, last: int, rng: np.random.Generator) -> list[int]:
-        """0 and some places behind ends of sentences and lines, up to `last`; all of them if there are few."""
-        ends = np.isin(context[:-1], self._all_ends)
-        places = np.flatnonzero(ends) + 1
-        places = places[places <= last]
-        return [0, *np.sort(rng.choice(places, min(PIECES - 1, len(places)), replace=False)).tolist()]
-
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1."""
-        if self.spec.scheme == "contiguous" and not self.spec.lead and not self._packs:
-            return self._contiguous_batch(first, count)
-        return stacked([self.row(index) for index in range(first, first + count)])
-
-    def _contiguous_batch(self, first: int, count: int) -> Batch:
-        """The same rows without a Python loop over them where a document is exactly one row long."""
-        n = self.spec.row_tokens
+        if self.spec.scheme != "contiguous" or self.spec.lead or self._packs:
+            return stacked([self.row(index) for index in range(first, first + count)])
+        n = self.spec.row_tokens  # the same rows without a Python loop where a document is exactly one row long
         starts = np.array([self._start(self.unit(i), n, i) for i in range(first, first + count)])
         places = starts[:, None] + np.arange(n)
         documents = self._document[[self.unit(i) for i in range(first, first + count)]]

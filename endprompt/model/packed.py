@@ -7,7 +7,6 @@ Legend: B rows, T tokens, H query heads, G key/value heads, D head dim, N = B T.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from endprompt.model.attention import FLASH_PACKAGES, PREFIX, _refuse
-
-Kernel = Callable[..., torch.Tensor]
+from endprompt.model.attention import ATTENTIONS, FLASH_PACKAGES, _refuse, registered_name
 
 
 def documents_of(positions_BT: torch.Tensor) -> torch.Tensor:
@@ -61,52 +58,25 @@ def _borders(positions_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
     return ends.to(torch.int32), int(ends.diff().max())
 
 
-def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, **given: Any) -> Any:
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    mask = _once(positions, seen_mask)
-    out_BHTD = F.scaled_dot_product_attention(query, key, value, mask, given["dropout"], scale=given["scaling"])
-    return out_BHTD.transpose(1, 2)
-
-
-def _eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, **given: Any) -> Any:
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if given["scaling"] is None else given["scaling"]
-    scores_BHTT = (query @ key.transpose(2, 3) * scale).masked_fill(~_once(positions, seen_mask), -torch.inf)
-    weights_BHTT = F.dropout(scores_BHTT.softmax(-1, dtype=torch.float32).to(query.dtype), given["dropout"])
-    return (weights_BHTT @ value).transpose(1, 2)
-
-
-def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, **given: Any) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if given["dropout"]:
-        raise ValueError(f"flex attention has no dropout: dropout={given['dropout']}")
-    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
-    made: Any = flex_attention(query, key, value, block_mask=_once(positions, _block_mask), **options)
-    return made.transpose(1, 2)
-
-
-def _flash(name: str, query: Any, key: Any, value: Any, positions: torch.Tensor, **given: Any) -> Any:
+def _flash(name: str, query: Any, key: Any, value: Any, borders: Any, scaling: Any, dropout: float) -> torch.Tensor:
     """The package's kernel for sequences of other lengths, all documents of all rows end to end."""
-    if given["dropout"]:
-        raise ValueError(f"{name} is for training without dropout: dropout={given['dropout']}")
+    if dropout:
+        raise ValueError(f"{name} is for training without dropout: {dropout=}")
     varlen = importlib.import_module(FLASH_PACKAGES[name][0]).flash_attn_varlen_func
-    ends, longest = _once(positions, _borders)
+    (ends, longest), (rows, _, tokens, _) = borders, query.shape
     query_NHD, key_NGD, value_NGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    options = {"softmax_scale": given["scaling"], "causal": True}
+    options = {"softmax_scale": scaling, "causal": True}
     out = varlen(query_NHD, key_NGD, value_NGD, ends, ends, longest, longest, **options)
-    return (out[0] if isinstance(out, tuple) else out).unflatten(0, positions.shape)
+    return (out[0] if isinstance(out, tuple) else out).unflatten(0, (rows, tokens)).contiguous()
 
 
-#: By the names of `endprompt.model.attention`; those that are not here keep no documents apart.
-APART: dict[str, Kernel] = {
-    "sdpa": _sdpa,
-    "eager": _eager,
-    "flex": _flex,
-    "flash_attention_2": functools.partial(_flash, "flash_attention_2"),
-    "flash_attention_3": functools.partial(_flash, "flash_attention_3"),
+#: What keeps documents apart, by the names of `endprompt.model.attention`: its kernel's mask, or where documents begin.
+APART = {
+    "sdpa": seen_mask,
+    "eager": seen_mask,
+    "flex": _block_mask,
+    "flash_attention_2": _borders,
+    "flash_attention_3": _borders,
 }
 
 
@@ -124,7 +94,6 @@ def apart_attention(name: str) -> str:
     from transformers import AttentionInterface
 
     check_apart(name)
-    kernel = APART[name]
 
     def attention(
         module: torch.nn.Module,
@@ -144,10 +113,11 @@ def apart_attention(name: str) -> str:
                 "this model gives its attention no positions, so documents of a row cannot be kept apart: "
                 "short_documents must be drop or pack: short_documents='apart'"
             )
-        out = kernel(query_BHTD, key_BGTD, value_BGTD, position_ids, scaling=scaling, dropout=dropout)
-        return out.contiguous(), None
+        made, parts = _once(position_ids, APART[name]), (query_BHTD, key_BGTD, value_BGTD)
+        if name in FLASH_PACKAGES:
+            return _flash(name, *parts, made, scaling, dropout), None
+        return ATTENTIONS[name].__wrapped__(*parts, scaling, dropout, mask=made)[0], None  # type: ignore[attr-defined]
 
-    # transformers takes any name with "flash" or "sdpa" in it for one of its own
-    registered = f"{PREFIX}apart_{name.replace('flash_attention_', 'fa').replace('sdpa', 'torch')}"
+    registered = registered_name(f"apart_{name}")
     AttentionInterface.register(registered, attention)
     return registered

@@ -6,13 +6,14 @@ What else the checkpoint holds (vision tower, projector) is written again tensor
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from endprompt import origin
 from endprompt.files import read_object, sha256_of, write_text
@@ -81,30 +82,26 @@ def text_of(directory: Path, config: PretrainedConfig) -> Path:
     """The directory of the text model alone, made once a checkpoint in the cache. Raises ValueError if transformers has
     no causal model of it, or the files name its weights in no known way.
     """
-    from filelock import FileLock
-
     beside = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in BESIDE)
     digest = sha256_of(sampled_sha256(directory).encode(), *(path.read_bytes() for path in beside))
     made = origin.cache_folder() / "text" / digest[:16] / origin.name_of(directory)
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{made}.lock"), named(config):
-        if not (made / origin.NOTE).is_file():
-            aside = made.with_name(made.name + ".making")
-            shutil.rmtree(aside, ignore_errors=True)
-            _take_out(directory, config, aside)
-            note = dict(origin.about(directory)) | {"text_model_of": origin.name_of(directory)}
-            write_text(aside / origin.NOTE, json.dumps(note, indent=2) + "\n")
-            shutil.rmtree(made, ignore_errors=True)
-            os.replace(aside, made)
-    return made
+    with named(config):
+        return origin.made_once(made, functools.partial(_take_out, directory, config))
 
 
-def _take_out(directory: Path, config: PretrainedConfig, made: Path) -> None:
+def _take_out(directory: Path, config: PretrainedConfig, made: Path) -> dict[str, Any]:
+    """Write the text model of a wrapper into a folder; its note."""
     from safetensors.torch import save_file
 
     stored = stored_tensors(directory)
     renamed = text_names(config, stored)
-    text = _text_config(config, renamed)
+    text = text_config(config)
+    text.architectures = None
+    text.dtype = config.dtype or text.dtype
+    if "lm_head.weight" not in renamed.values():
+        text.tie_word_embeddings = True
+    if quantized := getattr(config, "quantization_config", None):
+        text.quantization_config = quantized
     made.mkdir(parents=True)
     for path in directory.iterdir():
         if path.is_file() and path.suffix in BESIDE and path.name not in ("config.json", INDEX):
@@ -117,6 +114,7 @@ def _take_out(directory: Path, config: PretrainedConfig, made: Path) -> None:
         places |= {renamed[name]: file for name in names}
     write_text(made / INDEX, json.dumps({"metadata": {}, "weight_map": places}))
     text.save_pretrained(made)
+    return dict(origin.about(directory)) | {"text_model_of": origin.name_of(directory)}
 
 
 def _by_file(renamed: Mapping[str, str], stored: Mapping[str, Stored]) -> dict[Path, list[str]]:
@@ -124,17 +122,6 @@ def _by_file(renamed: Mapping[str, str], stored: Mapping[str, Stored]) -> dict[P
     for name in renamed:
         files.setdefault(stored[name].path, []).append(name)
     return files
-
-
-def _text_config(config: PretrainedConfig, renamed: Mapping[str, str]) -> PretrainedConfig:
-    text = text_config(config)
-    text.architectures = None
-    text.dtype = config.dtype or text.dtype
-    if "lm_head.weight" not in renamed.values():
-        text.tie_word_embeddings = True
-    if quantized := getattr(config, "quantization_config", None):
-        text.quantization_config = quantized
-    return text
 
 
 def text_names(config: PretrainedConfig, stored: Mapping[str, Stored]) -> dict[str, str]:

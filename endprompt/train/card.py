@@ -82,7 +82,6 @@ def licence(base: Path) -> dict[str, Any]:
 
     if isinstance(noted := origin.about(base).get("licence"), str):
         return {"license": noted}
-
     try:
         found = re.match(r"---\s*\n(.*?)\n---\s*\n", (base / CARD).read_text(encoding="utf-8") + "\n", re.DOTALL)
         stated = yaml.safe_load(found[1]) if found else None
@@ -145,6 +144,10 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
     if config.get("rope_options"):
         scaling += ", " + ", ".join(f"{key}={value}" for key, value in config["rope_options"].items())
     loss = record.get("final_loss")
+    kept = {"beside": "merged, and as an adapter in adapter/", "only": "as an adapter"}
+    told = kept.get(config.get("adapter", ""), "merged")
+    base = "the base in 4 bits, " if config.get("quantize") == "4bit" else ""
+    sources = [one if one.startswith("hub:") else PurePath(one).name for one in config["data"]]
     found = {
         "method": f"`{record['method']}`",
         "position scheme": str(config["scheme"]),
@@ -153,8 +156,8 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
         "window": f"{record['window']:,} tokens, as before"
         if tuned
         else f"{record['window']:,} to {record['target']:,} tokens",
-        "weights trained": f"LoRA, rank {config['lora_rank']}, {kept_as(config)}" if config.get("lora_rank") else "all",
-        "training data": ", ".join(f"`{file_name(source)}`" for source in config["data"]),
+        "weights trained": f"LoRA, rank {config['lora_rank']}, {base}{told}" if config.get("lora_rank") else "all",
+        "training data": ", ".join(f"`{source}`" for source in sources),
         "training tokens": f"{record['tokens']:,}",
         "steps": f"{record['steps']:,} of {config['rows']} rows of {record['row_tokens']:,} tokens",
         "learning rate, schedule": f"{config['lr']:g}, {config['schedule']}",
@@ -169,17 +172,6 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
     versions = environment.get("packages", {})
     found["made with"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if key in versions)
     return {key: value.replace("|", "\\|") for key, value in found.items()}
-
-
-def kept_as(config: Mapping[str, Any]) -> str:
-    told = {"beside": "merged, and as an adapter in adapter/", "only": "as an adapter"}
-    base = "the base in 4 bits, " if config.get("quantize") == "4bit" else ""
-    return base + told.get(config.get("adapter", ""), "merged")
-
-
-def file_name(source: str) -> str:
-    """A source of documents without its folder; a hub's data set keeps its name."""
-    return source if source.startswith("hub:") else PurePath(source).name
 
 
 def score_cells(row: Mapping[str, Any]) -> list[str]:
@@ -211,9 +203,6 @@ def push(directory: str | Path, repository: str) -> str:
             repo_id=repository, folder_path=directory, allow_patterns=names, commit_message="Checkpoint and model card"
         )
     except Exception as error:  # the hub's client raises errors of several libraries, which may quote a header
-        raise ValueError(f"the hub refused {repository}: {without_tokens(str(error))}") from None
+        said = re.sub(r"hf_\w+|(?i:bearer)\s+\S+", "(token)", str(error))
+        raise ValueError(f"the hub refused {repository}: {said}") from None
     return str(done)
-
-
-def without_tokens(message: str) -> str:
-    return re.sub(r"hf_\w+|(?i:bearer)\s+\S+", "(token)", message)

@@ -46,21 +46,18 @@ class Replayed:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
             return
         if self.recording is None:
-            self.recording = self._record()
+            recording = torch.cuda.CUDAGraph()
+            try:
+                # other threads prepare batches meanwhile: their calls are none of this recording's business
+                with torch.cuda.graph(recording, stream=self.stream, capture_error_mode="thread_local"):
+                    self.work()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"this work cannot be recorded as a CUDA graph: {reason}") from error
+            self.recording = recording
         self.recording.replay()
-
-    def _record(self) -> torch.cuda.CUDAGraph:
-        recording = torch.cuda.CUDAGraph()
-        try:
-            # other threads prepare batches meanwhile: their calls are none of this recording's business
-            with torch.cuda.graph(recording, stream=self.stream, capture_error_mode="thread_local"):
-                self.work()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"this work cannot be recorded as a CUDA graph: {reason}") from error
-        return recording
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,7 @@ def device_peak(device: torch.device) -> float | None:
     """FLOP/s of a known GPU, None for any other device."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if part in torch.cuda.get_device_name(device)), None)
 
 
 def device_memory(device: torch.device) -> int | None:
