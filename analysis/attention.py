@@ -1,10 +1,8 @@
 """Whole rows of attention of one layer at a length and scaling that the model never saw, from its own queries and keys.
 
-A row of N keys is made of a text of T <= N tokens: the first token stands at position 0, the text's others at the end,
-in their order; in between their keys are drawn again at random. So N = T gives the model's own row, and a longer one
-keeps what is near a query and fills the distance with keys of the same kind. What a longer text would say, and what a
-layer hands to the next under other frequencies, is not in it.
-
+A row of N keys is made of a text of T <= N tokens: the first token at position 0, the others at the end, in between
+keys drawn again at random. So N = T gives the model's own row, and a longer one fills the distance with keys of the
+same kind. What a longer text would say, and what a layer hands to the next under other frequencies, is not in it.
 Legend: H query heads, G key heads, T tokens, N keys, Q queries, n frequencies, m components that RoPE leaves alone.
 """
 

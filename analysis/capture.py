@@ -1,11 +1,9 @@
 """Spectra of a model's own query-key pairs, taken layer by layer while it reads a text.
 
-For the time of one forward pass two functions of the model's source file are wrapped: its rotation, which sees q and k
-after any q/k norm and before RoPE, and the attention function, which sees what the model really multiplies. Which
-components make a pair is measured: the rotation is given unit vectors. So grouped queries, norms, fused projections,
-partial rotary and the order of pairs need no case of their own, and every spectrum is checked against the model's own
-logit at its own distance. One layer's q and k are held at a time.
-
+For one forward pass two functions of the model's source file are wrapped: its rotation, which sees q and k after any
+q/k norm and before RoPE, and the attention function, which sees what the model really multiplies. Which components make
+a pair is measured by unit vectors, so grouped queries, norms, fused projections, partial rotary and the order of pairs
+need no case of their own, and every spectrum is checked against the model's own logit. One layer is held at a time.
 Legend: H query heads, G key heads, T tokens, P pairs, D head dim, R rotated part of it, n = R/2 frequencies.
 """
 

@@ -1,12 +1,10 @@
 """Numbers of a head under a RoPE scaling, before any training, that may say which extension works.
 
-A head is described by what its queries and keys hold before RoPE, as complex numbers q_j, k_j, and both are taken to be
-drawn independently of each other from a text: energy e_j = E|q_j|^2 E|k_j|^2 of the score at frequency j, mean spectrum
-m_j = E[q_j] conj(E[k_j]). theta are the frequencies of pretraining, omega those after scaling (radians per token), L0
-the window before, L the one after. Arrays have the frequencies last, [..., n]; results have a number a head, [...].
-A head in which RoPE turns nothing (no energy) has nothing at stake: its shares and changes are 0. All float64.
-
-What is computed from whole attention rows (entropy, sinks, attention moved) is in `analysis.attention`.
+A head is what its queries and keys hold before RoPE, complex numbers q_j, k_j taken to be drawn independently from a
+text: energy e_j = E|q_j|^2 E|k_j|^2 of the score at frequency j, mean spectrum m_j = E[q_j] conj(E[k_j]). theta are the
+frequencies of pretraining, omega those after scaling (radians per token), L0 the window before, L the one after. Arrays
+have the frequencies last, [..., n]; results a number a head, [...]; shares and changes are 0 without energy. All
+float64. What is computed from whole attention rows (entropy, sinks, attention moved) is in `analysis.attention`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""`endprompt predict`: measures of each scaling and scheme on a checkpoint that was not trained yet.
-
-A text is read once at the checkpoint's own frequencies; every measure of `analysis.measures` and `analysis.attention`
-is computed from its queries and keys for each scaling, and from the pairs of a row for each scheme.
+"""`endprompt predict`: measures of each scaling and scheme on a checkpoint that was not trained yet, from its queries
+and keys on one text at its own frequencies, and from the pairs of a row.
 """
 
 from __future__ import annotations

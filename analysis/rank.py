@@ -1,12 +1,11 @@
 """Rational relations between RoPE's frequencies, and the true supremum of |S| that follows from them.
 
-theta_j = base^(-j/n), j = 0..n-1. Write base = r^g with r no perfect power. The ratio theta_i / theta_j is rational
-exactly if n divides g (i - j), so j and j + m are related, m = n / gcd(g, n). Positive real roots of rationals whose
-ratios are irrational are linearly independent over the rationals (Besicovitch 1940; here also by Capelli, since
-x^m - r^(g/gcd) is irreducible). So there are m classes, and the rank is m.
-
-By Kronecker's theorem the phases of different classes can be chosen freely (Bohr lift): sup_R S is the sum of the
-classes' suprema, each of a periodic function of one variable. S and -S are done separately.
+theta_j = base^(-j/n), j = 0..n-1; base = r^g with r no perfect power. theta_i / theta_j is rational exactly if n
+divides g (i - j), so j and j + m are related, m = n / gcd(g, n). Positive real roots of rationals whose ratios are
+irrational are linearly independent over the rationals (Besicovitch 1940; here also by Capelli, since x^m - r^(g/gcd) is
+irreducible): there are m classes, and the rank is m. By Kronecker's theorem the phases of different classes can be
+chosen freely (Bohr lift): sup_R S is the sum of the classes' suprema, each of a periodic function. S and -S are done
+separately.
 """
 
 from __future__ import annotations

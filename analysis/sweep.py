@@ -4,12 +4,10 @@ In a block of the grid around its centre D0, with A + iB = z exp(i omega D0), th
 
     S(D0 + x) = sum_j A_j cos(omega_j x) - sum_j B_j sin(omega_j x),      max |S(D0 +- x)| = |even| + |odd|
 
-so two matrix products over half of the block give all of it, which is half the work of one over the whole grid; S' and
-S'' likewise. That is done in float32, of S at every other distance, of S' and S'' without frequencies that hardly add
-to them. What this and rounding could hide is counted: the blocks that may hold the maximum are computed again, whole
-and in float64. So the values are those of float64, in the time of float32.
-
-Legend: P spectra, n frequencies, K blocks, H distances in half a block.
+so two matrix products over half of the block give all of it; S' and S'' likewise. That is done in float32, of S at
+every other distance, of S' and S'' without frequencies that hardly add to them. What this and rounding could hide is
+counted, and the blocks that may hold the maximum are computed again, whole and in float64: its values, in float32's
+time. Legend: P spectra, n frequencies, K blocks, H distances in half a block.
 """
 
 from __future__ import annotations

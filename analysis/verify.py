@@ -1,9 +1,9 @@
 """`endprompt verify`: bounds on real weights, what the gap can hide, and what training changed.
 
-A text is read once. For every layer and head the same pairs of places are taken, their spectra checked against the
-model's own logits, and their maxima over all distances 0..L-1 held against bounds over the whole line.
-Rows that show every distance below L leave no gap (PoSE, full-length training): what is about the gap is left out then.
-Values are in units of the logit (attention factor squared and 1/sqrt(D) included).
+For every layer and head the same pairs of places of a text are taken, their spectra checked against the model's own
+logits, and their maxima over all distances 0..L-1 held against bounds over the whole line. Rows that show every
+distance leave no gap: what is about it is left out then. Values are logits (attention factor squared and 1/sqrt(D)
+included).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The originals of a suite: files that are not distributed with this project, brought from their hosts.
 
-A suite's folder has them in `sources.yaml`: names that a file may have, what it is, its licence, and its copies, an
-address with the sha256 of what lies there (null: not known in advance). A download goes on where it broke off, and a
-file appears when it is whole and is what it is said to be. What came is noted in SHA256SUMS, as `sha256sum -c` reads
-it, and later fetches check against that too.
+A suite's `sources.yaml` has a file's names, what it is, its licence, and its copies, an address with the sha256 of what
+lies there (null: not known in advance). A download goes on where it broke off, and a file appears when it is whole and
+is what it is said to be. What came is noted in SHA256SUMS, against which later fetches check.
 """
 
 from __future__ import annotations

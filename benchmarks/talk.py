@@ -1,9 +1,7 @@
 """Try a checkpoint: one question about long texts (`endprompt generate`), or a conversation (`endprompt chat`).
 
-    texts, question -> prompt (chat template) -> ids that fit the window -> greedy tokens, written as they come
-
-Answers are those of `benchmarks.scoring.generate`, the loop that scores are made by. What a user should know stands on
-stderr: window and scaling, where in the window each text lies, what was left out, how fast it went.
+Answers are those of `benchmarks.scoring.generate`, the loop that scores are made by, written as they come. What a user
+should know stands on stderr: window and scaling, where in it each text lies, what was left out, how fast it went.
 """
 
 from __future__ import annotations

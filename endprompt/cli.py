@@ -1,13 +1,10 @@
 """The `endprompt` script: finds a command by its entry point, reads its configuration, runs it.
 
-A command is a function of one typed dataclass, `def extend(config: ExtendConfig) -> int | None`, named under the
-entry-point group `endprompt.commands`. Fields without a default are positional arguments, all others are flags. The
-docstring of the dataclass has a section for each group of fields. A YAML file given by `--config` sets any of them, by
-their names alone or in their groups (`optimizer: {lr: 1.0e-5}`); later flags override it, `--print_config` prints the
-whole. `--recipe NAME` is a configuration that the package ships, `--list-recipes` lists them.
-
-Exit codes: 0 done, 1 failed, 2 bad usage. This module imports nothing of the project, and only the command that is
-called.
+A command is a function of one typed dataclass, named under the entry-point group `endprompt.commands`. Fields without a
+default are positional arguments, all others flags, in groups that the dataclass's docstring has as sections. A YAML
+file given by `--config` sets any of them, by name or in its group; later flags override it, `--print_config` prints the
+whole; `--recipe NAME` is one that the package ships. Exit codes: 0 done, 1 failed, 2 bad usage. This module imports
+nothing of the project, and only the command that is called.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
 
 transformers takes a jump in the positions for the border of a packed document: without a mask, tokens behind the jump
 do not see those in front of it, and nothing says so. `prepare_model` gives the model an attention that is causal by the
-order of the row alone, and refuses what that attention would get wrong. The collator gives a mask, too, with which the
-stock attentions of torch (not flash-attn) are right without `prepare_model`.
+order of the row alone, and refuses what it would get wrong; the collator's mask does for torch's stock attentions.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Checkpoints as people have them: a directory, an id of the Hugging Face hub, or a GGUF file; all become a directory.
-
-    what was typed -> directory of a plain checkpoint (config.json, tokenizer, *.safetensors)
+"""Checkpoints as people have them: a directory, an id of the Hugging Face hub, or a GGUF file; all become a directory
+of a plain checkpoint (config.json, tokenizer, *.safetensors).
 
 An id is `ORG/NAME` or `ORG/NAME@REVISION`; its files come into the hub's own cache (HF_HOME, HF_ENDPOINT and
 HF_HUB_OFFLINE are the hub's), without code. A GGUF file is dequantised by transformers into a folder named by its hash,
-under ENDPROMPT_CACHE or ~/.cache/endprompt. Where a directory came from is read off the directory, so that it can be
-moved between machines.
+under ENDPROMPT_CACHE or ~/.cache/endprompt. Where a directory came from is read off it, so that it can be moved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """End prompts: the short segment after the context that is placed at the far positions.
 
-A cue is a fixed text drawn from a set (the paper's EP_1, EP_2, EP_3, or the user's own): a model can learn to predict
-it without looking at the context. Ours must be read from the context. `recall` is a cue and a span copied from the
-context, with loss on the span after its first few tokens. `question` takes the last line of a document with a
-completion, its question, as the end prompt, and is `recall` for the others.
+A cue is a fixed text drawn from a set: a model can learn to predict it without looking at the context. Ours must be
+read from it: `recall`, a cue and a span copied from the context, with loss on the span after its first few tokens;
+`question`, the last line of a document with a completion, and `recall` for the others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""RoPE frequencies and their scaling: the one definition, in float64.
-
-Every formula is stated for head_dim D (the rotated part of it), n = D/2 frequencies theta_j = base^(-2j/D) in
-radians per token, factor s, and the window before scaling. What a model computes with is transformers' own float32
-buffer, which is held against these when a model is loaded.
+"""RoPE frequencies and their scaling: the one definition, in float64, against which a loaded model's own float32 buffer
+is held. Every formula is stated for head_dim D (the rotated part of it), n = D/2 frequencies theta_j = base^(-2j/D) in
+radians per token, factor s, and the window before scaling.
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
 """Text to token ids, and messages to text: what one tokenizer does at the ends of a text and where two texts meet.
 
-A `Reader` finds that out once, by trying, and everything that turns text into ids for a model goes through it:
-
-    ids       a text from its start, no special tokens
-    inside    a text as it stands after other text: end prompts, needles
-    pairs     a text and its completion, and where the completion starts
-    prompts   what a model is given to continue: BOS once, and no EOS behind it
-
-Tokenizers of Llama 2's kind put a space in front of whatever they read, so that encode(a) + encode(b) reads "a b". For
-them, two texts are read as one and the ids are cut where the second one starts. For byte-level BPE, which puts nothing
-in front, the two are read apart: the border is then exact, and it is the one that the model meets when it continues.
+A `Reader` finds that out once, by trying; everything that turns text into ids for a model goes through it. Tokenizers
+of Llama 2's kind put a space in front of whatever they read, so that encode(a) + encode(b) reads "a b": for them two
+texts are read as one and the ids are cut where the second starts. For byte-level BPE, which puts nothing in front, the
+two are read apart: the border is then exact, and the one that the model meets when it continues.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """RULER's 13 tasks at any length: prompts that fit a token budget exactly, seeded per task, length and sample.
 
 Hsieh et al. 2024, arXiv:2404.06654. A sample is drawn (keys, values, order) without regard to the tokenizer, then its
-haystack is grown to the largest size at which prompt + generation fits the budget. Sizes follow from token counts of
-the haystack's units, and the tokens around it from those of words, all measured once in their surroundings. Whether
-counts add up is checked on whole prompts; where they do not, every prompt is tokenized and the size searched for. Where
-prompts are few and short, the result is tokenized for every one. A prompt never exceeds its budget.
-
-    budget (length) = BOS + chat template + prompt + answer prefix + tokens kept for generation
-
-Importing this module loads none of lm_eval, datasets, wonderwords, torch.
+haystack is grown to the largest size at which BOS + chat template + prompt + answer prefix + tokens kept for generation
+fit the budget, its length. Sizes follow from token counts of the haystack's units and of words, measured once in their
+surroundings; whether counts add up is checked on whole prompts, and where they do not, every prompt is tokenized and
+the size searched for. A prompt never exceeds its budget. Importing this loads none of lm_eval, datasets, wonderwords,
+torch.
 """
 
 from __future__ import annotations

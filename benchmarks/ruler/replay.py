@@ -1,10 +1,10 @@
 """RULER's samples as its own generator makes them: its random draws in their order, its steps, its sizes.
 
 One generator of Python's and one of NumPy's, seeded with 42 (+ seed, as RULER seeds its chunks), serve a whole cell, so
-a sample depends on those before it. What is kept of a sample is the state of the generators in front of it and the size
-of its haystack, from which it is made again alone. Editions: "2024" (the paper's tables, f36197b: the haystack grows in
-steps until it is too long) and "2025-ruler" (c3f5e3b: a binary search). Lengths are counted as RULER counts them,
-without BOS and, in fwe of 2024, without room for the answer: such a prompt may be longer than the window.
+a sample depends on those before it; kept of it are the generators' state in front of it and the size of its haystack.
+Editions: "2024" (the paper's tables, f36197b: the haystack grows in steps until it is too long) and "2025-ruler"
+(c3f5e3b: a binary search). Lengths are counted as RULER counts them, without BOS and, in fwe of 2024, without room for
+the answer: such a prompt may be longer than the window.
 """
 
 from __future__ import annotations

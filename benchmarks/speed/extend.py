@@ -1,17 +1,12 @@
 """Speed and memory of `extend` itself on one or several GPUs of one host, from a checkpoint of random weights.
 
     python -m benchmarks.speed.extend '{"shape": "llama3-8b", "processes": 2, "work": "/scratch"}'
-    python -m benchmarks.speed.extend '{"processes": 1, "dtype": "bfloat16", "optimizer": "lean", "micro_rows": 2,
-                                     "checkpointing": "none", "work": "/scratch"}'
-    python -m benchmarks.speed.extend scaling '{"processes": 2, "work": "/scratch"}'
-    python -m benchmarks.speed.extend planned '{"processes": 8}'
+    python -m benchmarks.speed.extend scaling '{"processes": 2, "work": "/scratch"}'  the settings of `SCALING`, or some
+    python -m benchmarks.speed.extend planned '{"processes": 8}'  what `endprompt plan` says of them
 
-`scaling` measures the settings of `SCALING` one after the other, those whose names are given behind, or all; `planned`
-writes what `endprompt plan` says of the same settings, before they are run.
-
-The whole way is run: each process reads its share of the checkpoint, some steps are made, the extended model is
-exported. The first step, which compiles, is left out of the speed. The work folder needs room for two copies of the
-model in bfloat16, and may be used again.
+The whole way is run: each process reads its share, some steps are made, the extended model is exported. The first step,
+which compiles, is not counted. The work folder needs room for two copies of the model in bfloat16, and may be used
+again.
 """
 
 from __future__ import annotations

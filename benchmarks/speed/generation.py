@@ -3,17 +3,13 @@
     python -m benchmarks.speed.generation --out runs/generation-speed.jsonl
     python -m benchmarks.speed.generation --tiny --out FILE            a rehearsal on a CPU, its numbers mean nothing
 
-Random weights, made on the device, of Llama-3-8B's and SmolLM2-135M's shapes, in bfloat16; no answer ends early, and
-prompts differ by a few tokens, as RULER's do. Rows of suite `scoring-speed`:
-
-- `step`: one batch with 128 tokens made for each prompt. `decode_ms`: a step, all rows together, recording and looks
-  at what was made included. `decode_over_limit`: that over the time in which the device copies as many bytes as the
-  weights and the caches have, by its measured speed. `percent_of_ceiling`: of a matrix product, of the prompts.
-- `ruler`: a prompt for each of RULER's 13 tasks, with the tokens that RULER lets each of them make.
-
-`sample_seconds`: a sample, prompt and answer. `prompt_share`: part of that time in which prompts are read. Methods:
-`now` is `benchmarks.scoring.generate`; `lm-eval` is HFLM with its defaults, where lm_eval is installed. Each part is
-written as soon as it is known; no part begins after --seconds. Needs torch and transformers only.
+Random weights of Llama-3-8B's and SmolLM2-135M's shapes, in bfloat16; no answer ends early, and prompts differ by a few
+tokens, as RULER's do. Rows of suite `scoring-speed`: `step`, one batch with 128 tokens made for each prompt
+(`decode_ms`: a step, all rows together; `decode_over_limit`: over the time in which the device copies as many bytes as
+weights and caches have; `percent_of_ceiling`: of a matrix product, of the prompts), and `ruler`, a prompt for each of
+RULER's 13 tasks, with the tokens that RULER lets each make. `sample_seconds`: prompt and answer; `prompt_share`: of
+that, of reading prompts. Methods: `now` is `benchmarks.scoring.generate`, `lm-eval` is HFLM with its defaults. Each
+part is written as soon as it is known; no part begins after --seconds.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """The training losses of two revisions, step by step: what a change that should not alter results has to show.
 
-    python -m benchmarks.speed.loss_compare main              this working tree against main
-    python -m benchmarks.speed.loss_compare v0.1 main         two revisions
-    python -m benchmarks.speed.loss_compare main --settings lean --steps 20 --tolerance 1e-4
+    python -m benchmarks.speed.loss_compare main --settings lean --steps 20    this working tree against main
+    python -m benchmarks.speed.loss_compare v0.1 main                          two revisions
 
-Each revision is checked out beside the repository, and the same short runs of `extend` on the small base model are made
-by its own code. The log rounds losses to six digits and says nothing of the last update, so the exported weights are
-compared too. Exit code 1 if a loss or a weight differs by more than the tolerance.
+Each revision makes the same short runs of `extend` on the small base model by its own code. The log rounds losses and
+says nothing of the last update, so the exported weights are compared too. Exit code 1 beyond the tolerance.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     python -m benchmarks.speed.serving CHECKPOINT --url http://HOST/v1 --engine NAME --out FILE
 
-Every part scores the same samples into a folder of its own; samples are made before the first clock starts, and one
-request warms the server up. Rows of suite `serving-speed`: `seconds` from the call to its rows, `n` samples,
-`same` answers that equal those of hf in float32 on this machine's CPU, letter by letter.
+Samples are made before the first clock starts, and one request warms the server up. Rows of suite `serving-speed`:
+`seconds` from the call to its rows, `n` samples, `same` answers that equal those of hf in float32 on this CPU.
 """
 
 from __future__ import annotations

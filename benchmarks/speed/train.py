@@ -1,15 +1,9 @@
 """Speed and memory of training steps on random weights of a named shape, as result rows.
 
-    tokens/s = physical tokens of a step / its seconds, optimizer included
-    FLOPs of a token = 6 P + 6 A T         (forward 2, backward 4; recomputation is not counted)
-        P  parameters that are multiplied: all but the embeddings
-        A  query heads x head dim x layers; causal attention multiplies a query by T/2 keys and T/2 values on average
-      LongLoRA: 4 P + 6 A T 15/64          (no gradients of frozen matrices, shifted attention; LoRA's own products,
-                                            a thousandth, and the trained embeddings' look-up are not counted)
+    tokens/s = physical tokens of a step / its seconds, optimizer included; FLOPs of a token as in `train.progress`
     MFU = tokens/s x FLOPs of a token / dense bfloat16 peak of the device (989.4e12 for H100 and H200, their datasheet),
         also where the products run in float8
-    peak memory: the most that torch's allocator held in tensors; held: what it held before the timed micro-batches,
-        weights, gradients and moments among it
+    peak memory: the most that torch's allocator held in tensors; held: what it held before the timed micro-batches
 
 Speed does not depend on the values of the weights beyond the power they draw, so random ones serve. The measurements of
 the published comparison are recipes; each takes a process of its own, since one that runs out of memory ends it.

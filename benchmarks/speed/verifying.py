@@ -2,8 +2,7 @@
 
     python -m benchmarks.speed.verifying --model llama3-8b --device cuda --out runs/verify-speed.jsonl
 
-The checkpoint is written first, in bfloat16, and not counted. Each run is whole, from loading the weights to the
-pictures or the table; the first one also sets up libraries and kernels. A row for each run of each.
+Each run is whole, from loading the weights to the pictures or the table; the first also sets up libraries and kernels.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
-"""LongBench as an lm-eval task: one class, a task a set, defined in Python.
-
-The files in `tasks/longbench` register the class for `lm_eval --include_path`; lm-eval's metadata (its model arguments
-and `--metadata`) say:
-
-    data_dir                  folder of the data
-    tokenizer or pretrained   the tokenizer that cuts the prompts
-    max_length                the window, where it is not the checkpoint's own
-    prompt_length             cut prompts above this many tokens, as published tables do
+"""LongBench as an lm-eval task: one class, a task a set, which the files in `tasks/longbench` register for `lm_eval
+--include_path`. lm-eval's metadata (its model arguments and `--metadata`) give data_dir (folder of the data), tokenizer
+or pretrained (the tokenizer that cuts the prompts), max_length (the window, where it is not the checkpoint's own) and
+prompt_length (cut prompts above this many tokens, as published tables do).
 """
 
 from __future__ import annotations

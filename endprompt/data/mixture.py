@@ -1,9 +1,8 @@
-"""Rows of several sources in given shares of the tokens.
+"""Rows of several sources in given shares of the tokens, which are shares of rows, all of one length.
 
-Row `index` of a mixture is of one source, and which one is a pure function of (seed, index), as is the row. All rows
-have the same number of tokens, so shares of rows are shares of tokens. Sources are told apart two by two: one of weight
-w among those that are left has floor(n w + u) of their first n rows, with u drawn once from [0, 1). Each row is then of
-a source with exactly its share as probability, and of any first n rows it has its share to within a row for each step.
+Which source row `index` is of is a pure function of (seed, index). Sources are told apart two by two: one of weight w
+among those that are left has floor(n w + u) of their first n rows, with u drawn once from [0, 1). So each row is of a
+source with exactly its share as probability, and of any first n rows it has its share to within a row for each step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""Documents to training rows.
-
-A document is a text, or a text with a completion that must be kept to its end. Documents become one flat token array
-(`Documents`); a row is a window of it, with positions, end prompt and a loss weight per token. What row `index` of a
-run holds is a pure function of (seed, index): resume is exact, and workers do not matter.
+"""Documents to training rows. A row is a window of the flat token array (`Documents`), with positions, end prompt and a
+loss weight per token; what row `index` of a run holds is a pure function of (seed, index): resume is exact.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""The kernels of flash-attn-4 as operators of torch, so that a compiled layer stays in one piece around them.
-
-As they come they are opaque to torch.compile, which would cut a layer into pieces at the call. The count of FLOPs is
-for activation checkpointing: what seems to cost nothing would be computed again.
+"""The kernels of flash-attn-4 as operators of torch: as they come torch.compile would cut a layer into pieces at the
+call. The count of FLOPs is for activation checkpointing: what seems to cost nothing would be computed again.
 
 Legend: B batch, T tokens, H query heads, G key/value heads, D head dim.
 """

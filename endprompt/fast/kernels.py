@@ -1,28 +1,22 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels for RMSNorm, SwiGLU and rotations of a decoder layer, for the loss and the lean optimizer's update.
 
-`endprompt.fast.layers`, `endprompt.train.loss` and `endprompt.train.optimizers` decide when they run, and have the same
-work in torch.
-
-They move memory and do little else, so what matters is that each number is read and written once, 16 bytes at a time,
-with enough of them on the way. All arithmetic is in float32, whatever the tensors hold. The launches are for an H200:
+`fast.layers`, `train.loss` and `fast.lean` decide when they run, and have the same work in torch. They move memory and
+do little else, so each number is read and written once, 16 bytes at a time, with enough of them on the way; arithmetic
+is in float32 whatever the tensors hold. The launches are for an H200, where
 `paper_figures/data/measured/pages/h200_kernels.jsonl` has them measured beside others.
 
-RMSNorm (Zhang & Sennrich 2019), as Llama rounds it:  r = (mean(x^2) + eps)^-1/2,  n = w * round(x * r)
-    dx = r * (g - x r mean(g x r)),  g = w dn;   dw = sum over tokens of dn * round(x * r)
-SwiGLU (Shazeer 2020):  h = gate * s(gate) * up,  s the logistic function
-    dgate = dh * up * s (1 + gate (1 - s)),  dup = dh * gate * s
+    RMSNorm (Zhang & Sennrich 2019), as Llama rounds it:  r = (mean(x^2) + eps)^-1/2,  n = w * round(x * r)
+        dx = r * (g - x r mean(g x r)),  g = w dn;   dw = sum over tokens of dn * round(x * r)
+    SwiGLU (Shazeer 2020):  h = gate * s(gate) * up,  s the logistic function
+        dgate = dh * up * s (1 + gate (1 - s)),  dup = dh * gate * s
+    RoPE:  y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2  for the halves of a head
+        dx1 = dy1 cos1 + dy2 sin2,  dx2 = dy2 cos2 - dy1 sin1
+    Cross-entropy:  l = w (log sum exp z - z[y]),  dz = w (softmax z - onehot y)
 
-RoPE:  y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2  for the halves of a head
-    dx1 = dy1 cos1 + dy2 sin2,  dx2 = dy2 cos2 - dy1 sin1
-Cross-entropy:  l = w (log sum exp z - z[y]),  dz = w (softmax z - onehot y)
-
-Of the update, `optim._update` is the definition. Its logarithms and powers are the GPU's fast ones: a code or a weight
-on the edge between two roundings can fall to the other side.
-
-Imports triton, so it is imported only where that is there.
-Legend: M tokens, D hidden size, F intermediate size, V vocabulary, H query heads, G key/value heads,
-W = (H + 2 G) times a head's size.
+Of the update `lean._update` is the definition; its logarithms and powers are the GPU's fast ones here: a code or a
+weight on the edge between two roundings can fall to the other side. Imports triton. Legend: M tokens, D hidden size, F
+intermediate size, V vocabulary, H query heads, G key/value heads, W = (H + 2 G) times a head's size.
 """
 
 from __future__ import annotations

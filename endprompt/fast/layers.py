@@ -2,22 +2,17 @@
 
 torch.compile makes good kernels for what it sees at once, but in a layer's backward pass matrix products stand between:
 the norm's gradient reads its input twice, sums the products' gradients and the residual's in passes of their own, and
-the norm and SwiGLU that the weight gradients need are made again apart. Here one kernel reads what is there once and
-writes all that comes of it:
+norm and SwiGLU are made again apart. Here one kernel reads what is there once and writes all that comes of it:
 
     SwiGLU's        grad_h, gate, up                      -> grad_gate, grad_up, h again
     RMSNorm's       x, its scale, grad_residual, 1 to 3   -> grad_x, the norm again, float32 gradient of its weight
                     gradients of the norm
     RoPE's          grad_q, grad_k, grad_v                -> the gradient of all three side by side
 
-`fuse` gives the layers of Llama, Mistral, Qwen2 and Qwen3 a forward pass built on these functions: RMSNorm with the
-linear layers that read it, SwiGLU with the one that reads it, and RoPE where `linears.join` has made one product of q,
-k and v. For the backward pass they keep the residual stream, one number a token, gate and up: nothing that the compiler
-must choose. Names, weights and the exported state stay.
-
-Without triton, or on a CPU, the same operators do the same work in torch.
-
-Legend: B batch, T tokens, D hidden size, F intermediate size, M = B T, N output features, K input features.
+`fuse` builds the layers of Llama, Mistral, Qwen2 and Qwen3 on them. For the backward pass they keep the residual
+stream, one number a token, gate and up: nothing that the compiler must choose. Names, weights and the exported state
+stay. Without triton, or on a CPU, the same operators do the same work in torch. Legend: B batch, T tokens, D hidden
+size, F intermediate size, M = B T, N output features, K input features.
 """
 
 from __future__ import annotations

@@ -1,20 +1,16 @@
 """Linear layers for the lean optimizer: weight gradients summed where they are made, products in float8 if asked.
 
-`convert` changes the decoder layers' nn.Linear in place; names, weights and the exported state stay as they are.
+`convert` changes the decoder layers' nn.Linear in place; names, weights and the exported state stay. In bfloat16 the
+weight gradient is added to the float32 sum `weight.main_grad` by the matrix product itself (beta = 1): this saves its
+memory and one pass over all gradients a micro-batch. The embedding's goes to the sum's rows of the tokens that were
+read, instead of through a matrix of zeros.
 
-The embedding's gradient goes to the sum's rows of the tokens that were read, instead of through a matrix of zeros.
-
-bfloat16: the weight gradient is added to the float32 sum `weight.main_grad` by the matrix product itself (beta = 1), so
-it is never written as a tensor of its own. This saves its memory and one pass over all gradients a micro-batch.
-
-float8: the three products of a layer (output, input gradient, weight gradient) run on float8 tensor cores with one
-scale a tensor, as torchao's "tensorwise" recipe does: e4m3 for activations and weights, e5m2 for gradients, the largest
-magnitude mapped to the format's largest number. Weights are converted once a step, not once a micro-batch. The
-embeddings and attention stay in bfloat16, and so does the head (`float8.Float8Matrix` is for two of its products).
-`exact` accumulation promotes partial sums to float32 in the two backward products; `fast` leaves them in the tensor
-cores' shorter accumulators everywhere.
-
-Legend: M tokens, K input features, N output features.
+In float8 a layer's three products (output, input gradient, weight gradient) run on float8 tensor cores with one scale a
+tensor, as torchao's "tensorwise" recipe does: e4m3 for activations and weights, e5m2 for gradients, the largest
+magnitude mapped to the format's largest number. Weights are converted once a step, not once a micro-batch. Embeddings,
+attention and the head (but for `float8.Float8Matrix`) stay in bfloat16. `exact` accumulation promotes partial sums to
+float32 in the two backward products; `fast` leaves them in the tensor cores' shorter accumulators everywhere. Legend: M
+tokens, K input features, N output features.
 """
 
 from __future__ import annotations

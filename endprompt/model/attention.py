@@ -1,11 +1,10 @@
 """Attention kernels for training: causal by the order in the row, and in layers that slide also by position.
 
-A jump of the positions is no border: what comes after it sees what comes before it. Where a layer of the model sees a
-window or chunks alone (`kinds.LayerKind.reach`), a token sees what it would see in a row in which nothing is left out:
-the family's own mask function is asked about positions instead of places. Such models have attentions of other names
-(`BY_POSITION`), for which transformers makes masks; all others go without any.
-
-Legend: B rows, H query heads, G key/value heads, T tokens, D head dim, n blocks of w tokens.
+A jump of the positions is no border: what comes after it sees what comes before it. Where a layer sees a window or
+chunks alone (`kinds.LayerKind.reach`), a token sees what it would see in a row in which nothing is left out: the
+family's own mask function is asked about positions instead of places, by attentions of other names (`BY_POSITION`), for
+which transformers makes masks. Legend: B rows, H query heads, G key/value heads, T tokens, D head dim, n blocks of w
+tokens.
 """
 
 from __future__ import annotations

@@ -1,19 +1,12 @@
 """RoPE whose frequencies depend on the length (`dynamic`, `longrope`): each row by its own length, without memory.
 
 transformers chooses one set of frequencies a call, by the farthest position of all rows, and `dynamic` keeps the set of
-the longest call so far. A row's angles then depend on the rows beside it and on what ran before: on the batch size, on
-the number of processes, on whether a run was resumed. Here the frequencies of a row are a pure function of that row's
-positions: transformers' own rule for a sequence of that length, by its own code, in its own float32.
-
-- `dynamic` beyond the window: the set of the row's length. A step of generation brings one position, and gets the set
-  of the length reached, while cached keys keep theirs: as `generate()` of that prompt alone.
-- `longrope`: `long_factor` beyond the original window, `short_factor` up to it, for the whole row. A row trained at
-  positions of the target is beyond it, so it trains the frequencies that the target will be read with.
-
-The length of a row is its farthest position + 1, so padding must not carry positions beyond the row's last token.
-Within `reading` the row is a prompt with its answer, each of whose tokens gets the set of the length reached.
-
-Legend: B rows, T tokens.
+the longest call so far: a row's angles then depend on the rows beside it and on what ran before. Here they are a pure
+function of that row's positions, by transformers' own rule, code and float32 for a sequence of that length: its
+farthest position + 1, so padding must not carry positions beyond the row's last token. A step of generation gets the
+set of the length reached, while cached keys keep theirs, as `generate()` of that prompt alone; within `reading` a row
+is such a prompt with its answer. `longrope` takes `long_factor` beyond the original window for the whole row, so a row
+at positions of the target trains the frequencies that the target will be read with. Legend: B rows, T tokens.
 """
 
 from __future__ import annotations

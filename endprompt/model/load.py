@@ -1,9 +1,7 @@
 """Models: load any RoPE decoder of transformers, extend its window, attend over jumped positions, export.
 
 Transformers' own classes do the work, so an export is a plain `save_pretrained` directory that AutoModelForCausalLM,
-lm-eval and vLLM read as it is. What is ours is the causal-only attention and the check of the frequencies.
-
-Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
+lm-eval and vLLM read as it is.
 """
 
 from __future__ import annotations

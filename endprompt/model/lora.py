@@ -1,8 +1,5 @@
-"""LoRA with trained embeddings and norms, as LongLoRA trains (Chen et al. 2023, arXiv:2309.12307).
-
-Low-rank updates of the attention projections or of other matrices, made by peft, beside embeddings and norms that train
-whole. Its other half, shifted sparse attention, is the attention `shifted`. An export has the updates merged, and
-attends to everything; the adapter by itself is what peft loads.
+"""LoRA with trained embeddings and norms, as LongLoRA trains (Chen et al. 2023, arXiv:2309.12307), made by peft. Its
+shifted sparse attention is the attention `shifted`. An export has the updates merged, and attends to everything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Attention kernels for rows of several documents, each of which attends within itself.
-
-A document begins where its positions do: at 0. Everything else is as in `endprompt.model.attention`.
+"""Attention kernels for rows of several documents, each of which begins at position 0 and attends within itself.
 
 Legend: B rows, T tokens, H query heads, G key/value heads, D head dim, N = B T.
 """

@@ -1,11 +1,10 @@
-"""Whether a model computes what transformers computes, found by numbers and not by a family's name.
+"""Whether a model computes what transformers computes, found by numbers and not by a family's name: whatever a family
+has beside the plain decoder (a sink, a cap, a scale, a mask of its own) and we would leave out is an error before any
+work.
 
-`plain_head` tries what a model does to its logits. `check_loaded` and `check_forward` compare loss and last logits of
-one short row with transformers' own forward: the first once at load for every command that takes numbers from a model,
-the second for training, also at jumped positions. Whatever a family has beside the plain decoder (a sink, a cap, a
-scale, a mask of its own) and we would leave out is an error before any work.
-
-Legend: B batch, T tokens, D hidden size, V vocabulary, K last tokens.
+Loss and last logits of one short row are compared with transformers' own forward: once at load (`check_loaded`), and
+for training, also at jumped positions (`check_forward`). Legend: B batch, T tokens, D hidden size, V vocabulary, K last
+tokens.
 """
 
 from __future__ import annotations

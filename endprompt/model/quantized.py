@@ -1,7 +1,5 @@
-"""The matrices of a model in 4 bits under LoRA: QLoRA (Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes.
-
-The linear matrices of the decoder layers become NF4, their scales are quantised once more, and products are made with
-what they stand for, in the model's dtype. Embeddings, norms and the head stay as they are.
+"""The linear matrices of the decoder layers in NF4 under LoRA, their scales quantised once more: QLoRA (Dettmers et al.
+2023, arXiv:2305.14314), by bitsandbytes. Products are made with what they stand for, in the model's dtype.
 """
 
 from __future__ import annotations

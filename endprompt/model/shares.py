@@ -1,8 +1,8 @@
 """A checkpoint read in shares: each process reads its rows of each weight, so that no process ever holds the model.
 
 First transformers loads numbers that stand for the files' tensors and take no memory, so that names, ties and faults
-are what it makes of them in one process; then the model is sharded, then `read_shares` reads what this process keeps.
-Host memory of a process is model / processes.
+are what it makes of them; then the model is sharded, then `read_shares` reads what this process keeps: model /
+processes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """The model card of an extended checkpoint: README.md with the hub's metadata, from what the run noted of itself.
 
-    endprompt.json (+ rows of results) -> metadata (YAML) + text -> README.md
-
 Names of files only, never their folders. The licence is the one that the base's own card states, or none: nobody here
 can grant it. Results stand in the metadata's `model-index` and, with their intervals, in a table.
 """

@@ -1,8 +1,6 @@
-"""Training that repeats bit for bit on a GPU: the same device model, versions and settings give the same weights.
-
-Left alone, a GPU adds some gradients up in the order in which its blocks happen to end (attention's backward pass by
-cuDNN does), and torch.compile takes whichever variant of a kernel was fastest when it looked. Each changes last digits,
-which grow over the steps. On a CPU runs repeat anyway.
+"""Training that repeats bit for bit on a GPU: the same device model, versions and settings give the same weights. Left
+alone, a GPU adds some gradients up in the order in which its blocks happen to end, and torch.compile takes whichever
+variant of a kernel was fastest when it looked. On a CPU runs repeat anyway.
 """
 
 from __future__ import annotations

@@ -1,18 +1,13 @@
 """Optimizers: AdamW as torch has it, and a lean AdamW that trains 8B parameters on one GPU.
 
-The lean one keeps bfloat16 weights and no float32 copy of them. Three things make its updates as good as with masters:
-
-1. Gradients of the micro-batches are summed in float32 (`parameter.main_grad`). Summed in bfloat16, an addend below
-   1/256 of the sum is lost, and 32 micro-batches lose about half a percent of the gradient.
-2. A new weight is rounded stochastically: to the bfloat16 above or below with the probability that makes the
-   expectation exact, so updates far below one unit in the last place still add up.
-3. The two moments take one byte a parameter each: logarithmic codes with one float32 scale (the largest magnitude) a
-   block of 256, rounded stochastically too, because with nearest rounding a moving average that changes by less than
-   half a code stands still. The second moment is kept as its root, which halves the range it needs.
-
-Random bits are a hash of (seed, step, parameter, element), so a resumed run is exact and devices agree.
-Memory: 2 (weight) + 4 (gradient sum) + 2 (moments) bytes a parameter, 60 GiB at 8.03B parameters, against 16 bytes for
-float32 masters.
+The lean one keeps bfloat16 weights and no float32 copy of them. Gradients of the micro-batches are summed in float32
+(`parameter.main_grad`): in bfloat16 an addend below 1/256 of the sum is lost, and 32 micro-batches lose about half a
+percent. A new weight is rounded stochastically, with the probability that makes the expectation exact, so updates far
+below one unit in the last place still add up. The two moments take one byte a parameter each, logarithmic codes with
+one float32 scale (the largest magnitude) a block of 256, rounded stochastically too: with nearest rounding a moving
+average that changes by less than half a code stands still. The second is kept as its root, which halves the range it
+needs. Random bits are a hash of (seed, step, parameter, element), so a resumed run is exact and devices agree. Memory:
+2 (weight) + 4 (gradient sum) + 2 (moments) bytes a parameter, 60 GiB at 8.03B, against 16 bytes for float32 masters.
 """
 
 from __future__ import annotations

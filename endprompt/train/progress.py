@@ -1,11 +1,9 @@
 """What a person sees of a run: a bar or plain lines, speed against the device's peak, TensorBoard, Weights & Biases.
 
-    FLOPs of a token = 4 P + 2 P' + 6 A T
-
-P: parameters that multiply (all matrices but the input embedding, which is looked up), P': those of them that train,
-A: layers x heads x head_dim, T: tokens of a row, of which causal attention sees half on average and shifted sparse
-attention 15/128 (then 6 A T 15/64). Recomputation is not counted. MFU = tokens/s x FLOPs of a token / the device's
-dense bfloat16 peak by its datasheet.
+FLOPs of a token = 4 P + 2 P' + 6 A T. P: parameters that multiply (all matrices but the input embedding, which is
+looked up), P': those of them that train, A: layers x heads x head_dim, T: tokens of a row, of which causal attention
+sees half on average and shifted sparse attention 15/128 (then 6 A T 15/64). Recomputation is not counted. MFU =
+tokens/s x FLOPs of a token / the device's dense bfloat16 peak by its datasheet.
 """
 
 from __future__ import annotations
