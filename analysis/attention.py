@@ -6,8 +6,6 @@ same kind. What a longer text would say, and what a layer hands to the next unde
 Legend: H query heads, G key heads, T tokens, N keys, Q queries, n frequencies, m components that RoPE leaves alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

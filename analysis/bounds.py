@@ -5,8 +5,6 @@ the real line. Every supremum here is over the whole line: over a window Bernste
 (`windowed_counterexample`).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@ On a cell [x, x + h] a function lies within h^2 max|f''| / 8 of the chord throug
 Cells that may exceed m (1 + rtol), m the largest value seen, are halved until none is left. Rounding is counted.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

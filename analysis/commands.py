@@ -1,7 +1,5 @@
 """The commands of this package, `endprompt verify`, `predict` and `positions`; the work is imported when called."""
 
-from __future__ import annotations
-
 import sys
 
 from analysis.config import PositionsConfig, PredictConfig, VerifyConfig

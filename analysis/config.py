@@ -1,7 +1,5 @@
 """Settings of the commands `verify`, `predict` and `positions`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """`endprompt positions`: which distances a scheme shows, how often, and what that predicts for the gap."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from importlib.resources import as_file, files

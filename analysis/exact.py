@@ -4,8 +4,6 @@ max rms_gap / rms_obs over all coefficients is astronomically large, and float64
 has eigenvalues far below its rounding. Needs python-flint (`pip install "endprompt-lab[exact]"`).
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from typing import Any
 

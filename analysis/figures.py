@@ -1,7 +1,5 @@
 """The page of `endprompt verify`, drawn from curves.json alone: no torch, no model."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What verify found: shares within the bounds, maxima, curves, and the sentences and rows about them."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path

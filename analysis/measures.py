@@ -7,8 +7,6 @@ have the frequencies last, [..., n]; results a number a head, [...]; shares and 
 float64. What is computed from whole attention rows (entropy, sinks, attention moved) is in `analysis.attention`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

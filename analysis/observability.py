@@ -6,8 +6,6 @@ matrices are means over integer distances: c' G c is the mean square of the scor
 carry is refused.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ The average case of `posterior_gap_rms` with the white prior: coefficients c ~ N
 so a score has mean square 1. A choice, not a measurement; it ranks what the positions alone determine.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

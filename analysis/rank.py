@@ -8,8 +8,6 @@ chosen freely (Bohr lift): sup_R S is the sum of the classes' suprema, each of a
 separately.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -1,7 +1,5 @@
 """What verify looks at: checkpoints, text, heads, distances, and the pass that captures them."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import time

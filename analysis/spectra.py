@@ -7,8 +7,6 @@ the logit before softmax is S * attention_factor**2 * scaling. A part of the hea
 rotary) is a frequency 0 with a real z. All angles are float64.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

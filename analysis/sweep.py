@@ -10,8 +10,6 @@ counted, and the blocks that may hold the maximum are computed again, whole and 
 time. Legend: P spectra, n frequencies, K blocks, H distances in half a block.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -6,8 +6,6 @@ distance leave no gap: what is about it is left out then. Values are logits (att
 included).
 """
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

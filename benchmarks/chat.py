@@ -4,8 +4,6 @@ A template may read the clock (`strftime_now`, as Llama 3.2, Granite, Mistral Sm
 (`date_string`). Sizes, prompts and hashes all go through `renderer` with the same day and the same arguments.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import inspect

@@ -1,7 +1,5 @@
 """Commands of this package. Heavy imports stay inside the functions, so that `endprompt --help` is fast."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

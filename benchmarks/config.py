@@ -1,7 +1,5 @@
 """Settings of the commands `card`, `chat`, `compare`, `demo`, `fetch`, `generate`, `report` and `tasks-path`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -4,8 +4,6 @@ base -> three arms trained for real -> bounds on the weights of all four -> RULE
 Each step leaves its files behind and is not done again by a second run of the same output.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ Scores are percent. RULER's own rules: weighted averages weigh the lengths 1, 2,
 from the longest ("dec"); the effective length is the longest one that scores at least what Llama-2-7B does at 4K.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The method as a library: `extend`, `score` and `verify` as calls, with the settings of the commands of that name."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib

@@ -7,8 +7,6 @@ whole; `--recipe NAME` is one that the package ships. Exit codes: 0 done, 1 fail
 nothing of the project, and only the command that is called.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

@@ -1,7 +1,5 @@
 """The trainer's commands; each imports what it needs when it is called."""
 
-from __future__ import annotations
-
 import os
 
 from endprompt.cli import CompletionConfig, HelpConfig

@@ -1,7 +1,5 @@
 """What the commands take: typed dataclasses and the rules that their values must hold. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Paths are shown without the user's folder or name, and of the process's variables only those named here.
 """
 
-from __future__ import annotations
-
 import getpass
 import json
 import os

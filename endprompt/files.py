@@ -1,7 +1,5 @@
 """Files that are whole or not there: JSON and its lines, caches, hashes, one user at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -6,8 +6,6 @@ HF_HUB_OFFLINE are the hub's), without code. A GGUF file is dequantised by trans
 under ENDPROMPT_CACHE or ~/.cache/endprompt. Where a directory came from is read off it, so that it can be moved.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

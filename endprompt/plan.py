@@ -21,8 +21,6 @@ GPUs that share a row (context parallelism) send queries, keys, values and outpu
 which nothing hides. Within a host of 8 the links are NVLink's; `LINKS` and `HIDDEN` are assumptions until measured.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ extended window L. Everything here counts tokens and is a pure function of its a
 generator made of (seed, sample index), so resume is exact and the number of workers does not matter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

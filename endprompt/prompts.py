@@ -5,8 +5,6 @@ read from it: `recall`, a cue and a span copied from the context, with loss on t
 `question`, the last line of a document with a completion, and `recall` for the others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

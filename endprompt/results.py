@@ -3,8 +3,6 @@
 A missing value is an absent row, never -1 and never 0. This module imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

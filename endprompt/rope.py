@@ -3,8 +3,6 @@ is held. Every formula is stated for head_dim D (the rotated part of it), n = D/
 radians per token, factor s, and the window before scaling.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence

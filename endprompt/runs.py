@@ -2,8 +2,6 @@
 `results.jsonl` (one row a line), `log.jsonl`, and what the run made.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

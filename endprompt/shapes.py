@@ -1,7 +1,5 @@
 """Shapes of models: the named ones of measurements and estimates, and what is counted from a shape."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

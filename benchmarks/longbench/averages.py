@@ -3,8 +3,6 @@
 A category's rows (metric `category_mean`) are the bars, or the radar, of a model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The key holds everything that a prompt depends on.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Bai et al. 2023, arXiv:2308.14508, as the benchmark's own `metrics.py` defines t
 were made with them. jieba is loaded by the Chinese metrics alone, and only when one is called.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import logging

@@ -4,8 +4,6 @@ Bai et al. 2023, arXiv:2308.14508. A task is named by its set, `qasper`, or with
 Every file that was read is known by its sha256.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import hashlib

@@ -4,8 +4,6 @@ Bai et al. 2024, arXiv:2412.15204; prompt, cut and reading of answers as in the 
 (THUDM/LongBench, `pred.py` of 2e00731). lm-eval's task file has the prompt with another end; it is known by its hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,6 @@ Editions: "2024" (the paper's tables, f36197b: the haystack grows in steps until
 the answer: such a prompt may be longer than the window.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import itertools

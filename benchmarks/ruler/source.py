@@ -1,7 +1,5 @@
 """What a task's samples are drawn from, and random numbers that depend on the sample alone."""
 
-from __future__ import annotations
-
 import functools
 import random
 import uuid

@@ -5,8 +5,6 @@ fetches data and materialises six million words), and is corrected here where it
 comes from local files; nothing is downloaded. This module imports neither lm_eval nor wonderwords.
 """
 
-from __future__ import annotations
-
 import ast
 import bisect
 import contextlib

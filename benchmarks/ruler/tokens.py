@@ -1,7 +1,5 @@
 """Token counts of prompts and of the pieces they are made of."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Sequence

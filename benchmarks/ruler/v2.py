@@ -6,8 +6,6 @@ sample that is too long loses a step of it. Lengths are those of the prompt's te
 original's documents stand in the order of a set, which changes with every start of Python; ours are in order.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import random

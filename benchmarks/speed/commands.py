@@ -1,7 +1,5 @@
 """The command `bench`."""
 
-from __future__ import annotations
-
 from benchmarks.speed.config import BenchConfig
 
 

@@ -1,7 +1,5 @@
 """Settings of `endprompt bench`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 METHODS = {

@@ -9,8 +9,6 @@ which compiles, is not counted. The work folder needs room for two copies of the
 again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

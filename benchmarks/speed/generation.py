@@ -12,8 +12,6 @@ that, of reading prompts. Methods: `now` is `benchmarks.scoring.generate`, `lm-e
 part is written as soon as it is known; no part begins after --seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import time

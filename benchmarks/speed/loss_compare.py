@@ -7,8 +7,6 @@ Each revision makes the same short runs of `extend` on the small base model by i
 says nothing of the last update, so the exported weights are compared too. Exit code 1 beyond the tolerance.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

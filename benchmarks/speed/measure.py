@@ -1,7 +1,5 @@
 """What every measurement shares: a clock that waits for the device, and the rows."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -6,8 +6,6 @@ Samples are made before the first clock starts, and one request warms the server
 `seconds` from the call to its rows, `n` samples, `same` answers that equal those of hf in float32 on this CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

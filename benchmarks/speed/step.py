@@ -1,7 +1,5 @@
 """One measurement: a step of a named shape, its tokens/s, MFU and memory."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import statistics

@@ -9,8 +9,6 @@ Speed does not depend on the values of the weights beyond the power they draw, s
 the published comparison are recipes; each takes a process of its own, since one that runs out of memory ends it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

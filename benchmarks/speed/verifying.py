@@ -5,8 +5,6 @@
 Each run is whole, from loading the weights to the pictures or the table; the first also sets up libraries and kernels.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from functools import partial

@@ -1,7 +1,5 @@
 """RULER as an lm-eval task."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any

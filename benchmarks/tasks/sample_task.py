@@ -1,7 +1,5 @@
 """Samples that are there already as an lm-eval task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

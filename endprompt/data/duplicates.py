@@ -1,7 +1,5 @@
 """Documents that were there before, as they are or nearly: the first one stays."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any

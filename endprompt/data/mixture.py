@@ -5,8 +5,6 @@ among those that are left has floor(n w + u) of their first n rows, with u drawn
 source with exactly its share as probability, and of any first n rows it has its share to within a row for each step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property

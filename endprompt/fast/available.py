@@ -1,7 +1,5 @@
 """What the machine can do: kernels of our own, which need triton and a GPU, and products in bfloat16."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

@@ -4,8 +4,6 @@ call. The count of FLOPs is for activation checkpointing: what seems to cost not
 Legend: B batch, T tokens, H query heads, G key/value heads, D head dim.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -3,8 +3,6 @@
 Legend: M rows, K inside of a product, N columns.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

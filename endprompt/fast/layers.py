@@ -15,8 +15,6 @@ stay. Without triton, or on a CPU, the same operators do the same work in torch.
 size, F intermediate size, M = B T, N output features, K input features.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

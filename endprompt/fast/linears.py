@@ -13,8 +13,6 @@ float32 in the two backward products; `fast` leaves them in the tensor cores' sh
 tokens, K input features, N output features.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -9,8 +9,6 @@ is such a prompt with its answer. `longrope` takes `long_factor` beyond the orig
 at positions of the target trains the frequencies that the target will be read with. Legend: B rows, T tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

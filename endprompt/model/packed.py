@@ -3,8 +3,6 @@
 Legend: B rows, T tokens, H query heads, G key/value heads, D head dim, N = B T.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any

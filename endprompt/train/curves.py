@@ -3,8 +3,6 @@
 log.jsonl, results.jsonl -> training loss by step, held-out loss by step, and by position at the last evaluation
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@ alone, a GPU adds some gradients up in the order in which its blocks happen to e
 variant of a kernel was fastest when it looked. On a CPU runs repeat anyway.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

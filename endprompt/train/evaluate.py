@@ -4,8 +4,6 @@ Rows are contiguous, of the length that is measured. The needle is a number hidd
 token of the number is the most likely one, given all before it. This watches a run; benchmarks are scored apart.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence

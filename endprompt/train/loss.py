@@ -7,8 +7,6 @@ W is the weight total of the whole step, over all micro-batches and ranks, so k 
 Legend: N tokens, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,8 +10,6 @@ needs. Random bits are a hash of (seed, step, parameter, element), so a resumed 
 2 (weight) + 4 (gradient sum) + 2 (moments) bytes a parameter, 60 GiB at 8.03B, against 16 bytes for float32 masters.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """The output of a run: OUTPUT, which appears when it is whole, OUTPUT.partial until then, and whose they are."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

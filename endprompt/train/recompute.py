@@ -4,8 +4,6 @@ none keeps everything. full keeps each layer's input and runs the layer's forwar
 expensive to make (matrix products, attention) and computes the rest again (norms, activations, rotations).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 from typing import Any

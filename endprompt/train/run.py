@@ -1,7 +1,5 @@
 """A training run: configuration, data, model, loop, checkpoint, in that order."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

@@ -7,12 +7,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from endprompt import train
 from endprompt.data import Documents, Rows, RowSpec
 from endprompt.data.rows import best_fit
 from endprompt.model import load_model
-from endprompt.model.packed import APART, apart_attention
+from endprompt.model.packed import apart_attention
 from endprompt.prompts import Cues, Recall
 from endprompt.train.objective import Objective
 from tests.support.checkpoints import TARGET, VOCABULARY
@@ -108,11 +109,12 @@ def test_flash_kernels_get_the_borders_of_all_rows(monkeypatch):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
     positions = torch.tensor([[0, 1, 9, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 3]])
-    given = {"scaling": 0.3, "dropout": 0.0}
-    for name in ("flash_attention_2", "flash_attention_3"):
-        torch.testing.assert_close(
-            APART[name](q, k, v, positions, **given), APART["eager"](q, k, v, positions, **given)
-        )
+    given = {"scaling": 0.3, "dropout": 0.0, "position_ids": positions}
+    names = ("eager", "flash_attention_2", "flash_attention_3")
+    kernels = [AttentionInterface()[apart_attention(name)] for name in names]
+    expected, *found = (kernel(torch.nn.Module(), q, k, v, **given)[0] for kernel in kernels)
+    for out in found:
+        torch.testing.assert_close(out, expected)
         assert seen["ends"] == [0, 3, 7, 8, 12, 16] and seen["longest"] == (4, 4) and seen["causal"]
         assert seen["kinds"] == (torch.int32, torch.int32)
 
@@ -147,8 +149,6 @@ def test_what_keeps_no_documents_apart_is_refused(extend_config, changes, rule):
 
 def test_a_model_that_gives_no_positions_is_refused():
     name = apart_attention("sdpa")
-    from transformers import AttentionInterface
-
     x = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="gives its attention no positions"):
         AttentionInterface()[name](torch.nn.Module(), x, x, x)
