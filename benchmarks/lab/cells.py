@@ -18,8 +18,7 @@ from benchmarks import ruler, summary
 from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
-from benchmarks.lab.matrix import Cell
-from benchmarks.lab.worker import Answer
+from benchmarks.lab.matrix import Answer, Cell
 from benchmarks.scoring import generate
 from endprompt import origin, results, train
 from endprompt.config import prompt_names

@@ -28,7 +28,9 @@ import fnmatch
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -170,6 +172,27 @@ class Cell:
             settings["rope_options"] = {**settings.get("rope_options", {}), **options}
         own: dict[str, Any] = {"model": self.model, "data": list(data), "output": output, "overwrite": True}
         return ExtendConfig(**settings, **own, **how, target=self.target, seed=self.seed)
+
+
+@dataclass
+class Answer:
+    """What comes of a cell, as a worker says it: rows (of results.jsonl), scores (of its samples, for scores.jsonl) and
+    seconds of each phase, or the error with its traceback. ready: said once, before the first cell. last: the worker
+    ends now."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    trace: str | None = None
+    ready: bool = False
+    last: bool = False
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def presets() -> dict[str, Path]:

@@ -25,8 +25,8 @@ from unittest import mock
 from benchmarks.lab import cost, material, matrix
 from benchmarks.lab.config import LabConfig
 from benchmarks.lab.inputs import Inputs, write_rates
-from benchmarks.lab.matrix import Cell
-from benchmarks.lab.worker import Answer, settle, work
+from benchmarks.lab.matrix import Answer, Cell
+from benchmarks.lab.worker import settle, work
 from endprompt.files import drop_cut_line, read_json_lines, sole_use
 from endprompt.results import append_rows, read_rows, result_row, write_rows
 from endprompt.runs import RunDirectory

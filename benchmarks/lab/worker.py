@@ -8,35 +8,14 @@ import dataclasses
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab.matrix import Answer
+
 PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal that a process gets when its parent ends
-
-
-@dataclass
-class Answer:
-    """What a worker says of a cell: rows (of results.jsonl), scores (of its samples, for scores.jsonl) and seconds of
-    each phase, or the error with its traceback. ready: said once, before the first cell. last: the worker ends now."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    scores: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
-    trace: str | None = None
-    ready: bool = False
-    last: bool = False
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def settle(log: Path, threads: int) -> None:

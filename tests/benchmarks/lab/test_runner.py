@@ -21,7 +21,7 @@ from benchmarks.base import documents
 from benchmarks.lab import cost, material, matrix, runner
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.config import LabConfig
-from benchmarks.lab.worker import Answer
+from benchmarks.lab.matrix import Answer
 from benchmarks.ruler.cell import samples_sha256
 from endprompt.data import read_shard
 from endprompt.files import sole_use
