@@ -138,7 +138,8 @@ def world(device: str, context: int = 1, alike: Mapping[str, Any] | None = None)
             about["fault"] = f"each process needs a GPU of its own: process {place}, {torch.cuda.device_count()} GPUs"
     if not dist.is_initialized():
         _meet(about)
-        atexit.register(_leave)  # not sooner: a later run of these processes would wait for a second group for ever
+        # not sooner: a later run of these processes would wait for a second group for ever
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return World(dist.get_rank(), dist.get_world_size(), device, _contexts(context) if context > 1 else None)
 
 
@@ -190,17 +191,6 @@ def _give_up(message: str) -> None:
 def first_to_fail() -> bool:
     """Whether this process is the first of all that asks: it says the error, which others may have met as well."""
     return _default_store().add("failed", 1) == 1
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
@@ -291,9 +281,7 @@ def shard(
 def reshard(root: torch.nn.Module) -> None:
     """Let go of what a forward pass without a backward one has left whole."""
     for module in root.modules():
-        release = getattr(module, "reshard", None)  # FSDP2's
-        if release is not None:
-            release()
+        getattr(module, "reshard", lambda: None)()  # FSDP2's
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

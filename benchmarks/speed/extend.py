@@ -4,9 +4,9 @@
     python -m benchmarks.speed.extend scaling '{"processes": 2, "work": "/scratch"}'  the settings of `SCALING`, or some
     python -m benchmarks.speed.extend planned '{"processes": 8}'  what `endprompt plan` says of them
 
-The whole way is run: each process reads its share, some steps are made, the extended model is exported. The first step,
-which compiles, is not counted. The work folder needs room for two copies of the model in bfloat16, and may be used
-again.
+What is given stays as it is in `scaling` and `planned`. The whole way is run: each process reads its share, some steps
+are made, the extended model is exported. The first step, which compiles, is not counted, nor the last if it is
+profiled. The work folder needs room for two copies of the model in bfloat16, and may be used again.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ class ManyConfig:
 
     work: folder for the checkpoint, the data and the run. output: of results.jsonl. timeout: of the run, seconds.
     dtype: float32 is multiplied in bfloat16 (the shards are masters), bfloat16 has masters beside, or is lean. method:
-    full has contiguous rows that all processes share. save_every: what a save costs the steps becomes a row.
+    full has contiguous rows that all processes share. save_every: what a save costs the steps becomes a row. profile:
+    of the last step on the first GPU (none on a CPU), by kind of kernel, without any, and with none but communication.
     """
 
     output: str = "bench"
@@ -58,16 +59,11 @@ class ManyConfig:
     method: str = "endprompt"
     reduce_dtype: str = "float32"
     save_every: int = 0
+    profile: bool = False
     timeout: float = 540.0
 
 
-#: Settings that the run takes as they are.
-OF_EXTEND = (
-    *("target", "row_tokens", "rows", "micro_rows", "steps", "dtype", "checkpointing", "compile", "device"),
-    *("optimizer", "attention", "float8", "reduce_dtype", "save_every"),
-)
-
-LEAN = {"dtype": "bfloat16", "optimizer": "lean", "checkpointing": "selective", "steps": 4}
+LEAN = {"dtype": "bfloat16", "optimizer": "lean", "checkpointing": "selective", "steps": 4, "profile": True}
 #: The settings that several GPUs are measured in, by the number of processes.
 SCALING: dict[str, Callable[[int], dict[str, Any]]] = {
     "bf16": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n},
@@ -75,17 +71,22 @@ SCALING: dict[str, Callable[[int], dict[str, Any]]] = {
     "full": lambda n: (
         LEAN | {"method": "full", "row_tokens": 65536 * n, "target": 65536 * n, "rows": 2, "checkpointing": "full"}
     ),
-    "save": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n, "save_every": 2, "steps": 5},
+    "save": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n, "save_every": 2, "steps": 5, "profile": False},
 }
 
 
-def planned(config: ManyConfig) -> list[dict[str, Any]]:
+def scaled(given: dict[str, Any]) -> dict[str, ManyConfig]:
+    """The settings of `SCALING` under what is given."""
+    processes = ManyConfig(**given).processes
+    return {name: ManyConfig(**setting(processes) | given) for name, setting in SCALING.items()}
+
+
+def planned(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Result rows of what `endprompt plan` says of the settings of `SCALING`."""
     from endprompt.plan import PlanConfig, plans
 
     rows = []
-    for name, setting in SCALING.items():
-        one = dataclasses.replace(config, **setting(config.processes))
+    for name, one in scaled(given).items():
         full = one.method == "full"
         wanted = PlanConfig(
             model=one.shape, method=one.method, target=one.target, row_tokens=one.row_tokens, gpus=one.processes,
@@ -106,12 +107,15 @@ def planned(config: ManyConfig) -> list[dict[str, Any]]:
 
 def measure(config: ManyConfig) -> list[dict[str, Any]]:
     """Result rows of one run. Raises ValueError naming the value, or if the run fails, with the end of what it said."""
+    from endprompt.config import ExtendConfig
     from endprompt.shapes import SHAPES
 
     if config.shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}: shape={config.shape!r}")
-    if config.steps < 2:
-        raise ValueError(f"the first step is not counted, so there must be at least 2: steps={config.steps}")
+    if config.steps < 2 + config.profile:
+        raise ValueError(
+            f"the first step is not counted, nor a profiled one: steps={config.steps} profile={config.profile}"
+        )
     work = Path(config.work).absolute()
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, shard, run = work / f"checkpoint-{config.shape}", work / "shard", work / "run"
@@ -122,13 +126,15 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
     shutil.rmtree(aside(run), ignore_errors=True)
     full = config.method == "full"
     prompt = "text:" + " ".join(["end"] * min(20, config.row_tokens // 2))
-    job = {key: getattr(config, key) for key in OF_EXTEND} | {
+    taken = vars(config).keys() & vars(ExtendConfig()).keys()
+    job = {key: getattr(config, key) for key in taken} | {
         "model": str(checkpoint), "data": [str(shard)], "output": str(run), "log_every": 1,
         "prompt": None if full else prompt, "scheme": "contiguous" if full else "endprompt",
         "context_parallel": config.processes if full else 1, "autocast": config.dtype == "float32",
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
-    worker = ["-m", "benchmarks.speed.extend", "--worker", json.dumps({"job": job, "work": str(work)})]
+    about = {"job": job, "work": str(work), "profile": config.profile and config.device == "cuda"}
+    worker = ["-m", "benchmarks.speed.extend", "--worker", json.dumps(about)]
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *launcher, *worker], stderr=subprocess.PIPE, text=True, timeout=config.timeout
@@ -142,8 +148,9 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
 
 def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict[str, Any]]:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    speed = statistics.median(entry["tokens_per_s"] for entry in log[1:])
-    hosts = [json.loads((work / f"rank-{rank}.json").read_text())["host_gib"] for rank in range(config.processes)]
+    speed = statistics.median(entry["tokens_per_s"] for entry in log[1 : len(log) - config.profile])
+    notes = [json.loads((work / f"rank-{rank}.json").read_text()) for rank in range(config.processes)]
+    hosts = [note["host_gib"] for note in notes]
     values = {
         "tokens_per_s": speed,
         "tokens_per_s_a_process": speed / config.processes,
@@ -151,6 +158,7 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
         "host_gib": max(hosts),  # of the process that has most: the one that exports
         "host_gib_least": min(hosts),
         "wall_seconds": wall,
+        **notes[0]["profile"],
     }
     if "mfu" in log[-1]:
         values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
@@ -206,12 +214,55 @@ def make_shard(config: ManyConfig, checkpoint: Path, directory: Path) -> None:
 def work_of(arguments: dict[str, Any]) -> None:
     """What each process does: the run, and a note of the most host memory that it had."""
     from endprompt.config import ExtendConfig
-    from endprompt.train import extend
+    from endprompt.train import Trainer, extend
 
+    found: dict[str, float] = {}
+    train_step = Trainer.train_step
+
+    def profiled(self: Trainer, *given: Any) -> Any:
+        if self.step < self.steps - 1:
+            return train_step(self, *given)
+        made: list[Any] = []
+        found.update(where_time_goes(lambda: made.append(train_step(self, *given))))
+        return made[0]
+
+    if arguments["profile"]:
+        Trainer.train_step = profiled  # type: ignore[assignment, method-assign]
     extend(ExtendConfig(**arguments["job"]))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     note = Path(arguments["work"]) / f"rank-{os.environ.get('RANK', '0')}.json"
-    note.write_text(json.dumps({"host_gib": most}), encoding="utf-8")
+    note.write_text(json.dumps({"host_gib": most, "profile": found}), encoding="utf-8")
+
+
+def where_time_goes(work: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of kernels by their kind, of none, and of communication with no other beside it, on this GPU."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    events = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(one.time_range.start / 1000, one.time_range.end / 1000, kind_of_kernel(one.name)) for one in events]
+    times = dict.fromkeys(("matmul_ms", "attention_ms", "communication_ms", "other_ms"), 0.0)
+    for start, end, kind in spans:
+        times[f"{kind}_ms"] += end - start
+    busy, own = covered(spans), covered([span for span in spans if span[2] != "communication"])
+    whole = max(end for _, end, _ in spans) - min(start for start, *_ in spans)
+    return times | {"idle_ms": whole - busy, "communication_alone_ms": busy - own}
+
+
+def covered(spans: list[tuple[float, float, str]]) -> float:
+    """How long any of the spans (start, end, kind) lasts, in any order, overlapping or not."""
+    total, reached = 0.0, float("-inf")
+    for start, end, _ in sorted(spans):
+        total, reached = total + max(0.0, end - max(start, reached)), max(reached, end)
+    return total
+
+
+def kind_of_kernel(name: str) -> str:
+    kinds = {"communication": ("nccl",), "attention": ("sdpa", "fmha", "flash", "attention")}
+    kinds["matmul"] = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm")
+    return next((kind for kind, parts in kinds.items() if any(part in name.lower() for part in parts)), "other")
 
 
 def main(argv: list[str]) -> int:
@@ -222,17 +273,16 @@ def main(argv: list[str]) -> int:
         work_of(json.loads(argv[1]))
         return 0
     kind = argv.pop(0) if argv[0] in ("scaling", "planned") else ""
-    config = ManyConfig(**json.loads(argv[0]))
-    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {"": lambda: measure(config)}
+    given = json.loads(argv[0])
+    configs = scaled(given) if kind == "scaling" else {"": ManyConfig(**given)}
+    makers = [functools.partial(measure, configs[name]) for name in argv[1:] or configs]
     if kind == "planned":
-        makers = {kind: lambda: planned(config)}
-    elif kind:
-        settings = {name: SCALING[name](config.processes) for name in argv[1:] or SCALING}
-        makers = {n: functools.partial(measure, dataclasses.replace(config, **s)) for n, s in settings.items()}
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    for make in makers.values():  # each is kept before the next is made
+        makers = [functools.partial(planned, given)]
+    output = Path(ManyConfig(**given).output)
+    output.mkdir(parents=True, exist_ok=True)
+    for make in makers:  # each is kept before the next is made
         rows = make()
-        append_rows(Path(config.output) / "results.jsonl", rows)
+        append_rows(output / "results.jsonl", rows)
         print(table(rows), flush=True)
     return 0
 

@@ -269,13 +269,13 @@ class _NormLinears(torch.autograd.Function):
 
 class _SwigluLinear(torch.autograd.Function):
     """residual + (silu(gate) * up) @ weight.T; expanded: gate and up [M, F], or both side by side [M, 2 F]. keep:
-    SwiGLU is kept for the backward pass, where it would be made again.
+    SwiGLU is kept for the backward pass. A layer's last output must be no view: FSDP2's hook is on it.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        residual_MN: torch.Tensor,
+        residual_BTN: torch.Tensor,
         weight_NF: torch.Tensor,
         total_NF: torch.Tensor | None,
         keep: bool,
@@ -285,16 +285,17 @@ class _SwigluLinear(torch.autograd.Function):
         h_MF = swiglu(gate_MF, up_MF)
         ctx.keep = keep
         ctx.save_for_backward(weight_NF, total_NF, h_MF if keep else None, *expanded)
-        return residual_MN + h_MF @ weight_NF.t()
+        return residual_BTN + (h_MF @ weight_NF.t()).view(residual_BTN.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_BTN: torch.Tensor) -> tuple[Any, ...]:
+        grad_MN = grad_BTN.reshape(-1, grad_BTN.shape[-1])
         weight_NF, total_NF, kept_MF, *expanded = ctx.saved_tensors
         work = swiglu_backward if len(expanded) == 2 else joined_swiglu_backward
         *grads, again_MF = work(grad_MN @ weight_NF, *expanded, not ctx.keep)
         h_MF = kept_MF if ctx.keep else again_MF
         grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1])
-        return grad_MN, grad_weight, None, None, *grads
+        return grad_BTN, grad_weight, None, None, *grads
 
 
 class _Rotated(torch.autograd.Function):
@@ -350,9 +351,8 @@ def swiglu_linear(
     """residual [B, T, N] + output of a linear layer for silu(gate) * up; expanded: gate and up [B, T, F], or one tensor
     [B, T, 2 F] with both side by side. keep: see `fuse`.
     """
-    residual_MN, *parts = (part.reshape(-1, part.shape[-1]) for part in (residual_BTN, *expanded))
-    out_MN = _SwigluLinear.apply(residual_MN, linear.weight, _sum_of(linear), keep, *parts)
-    return out_MN.view(residual_BTN.shape)
+    parts = (part.reshape(-1, part.shape[-1]) for part in expanded)
+    return _SwigluLinear.apply(residual_BTN, linear.weight, _sum_of(linear), keep, *parts)
 
 
 def _sum_of(linear: nn.Linear) -> torch.Tensor | None:

@@ -214,14 +214,6 @@ class Trainer:
             saving.result()
 
     @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
-        """Whatever ends what is done within, a state that was begun is whole afterwards."""
-        try:
-            yield
-        finally:
-            self.settle()
-
-    @contextlib.contextmanager
     def kept(self, states: Path) -> Iterator[None]:
         """Around what comes after a step: if it fails there is a state of that step, and nothing is lost."""
         try:
@@ -252,8 +244,9 @@ class Trainer:
             progress(self.step, self.steps, self.here) as advance,
             stop_asked(self.here) as stop,
             self.reports() as reports,
-            self.settled(),
+            contextlib.ExitStack() as ending,
         ):
+            ending.callback(self.settle)  # whatever ends the steps, a state that was begun is whole
             if self.evaluation and self.evaluates() and not self.evaluated():  # it had failed
                 self.evaluate_kept(reports, states)
             for batch in batches:
@@ -305,12 +298,7 @@ class Trainer:
     def values(self, rate: float, loss: float, norm: float, steps: int, seconds: float) -> dict[str, float]:
         """What a line of the log says about the last `steps` steps, which took `seconds`."""
         speed = steps * self.config.rows * self.rows.spec.row_tokens / max(seconds, 1e-9)
-        values = {
-            "loss": round(loss, 6),
-            "lr": rate,
-            "grad_norm": round(norm, 5),
-            "tokens_per_s": round(speed, 1),
-        }
+        values = {"loss": round(loss, 6), "lr": rate, "grad_norm": round(norm, 5), "tokens_per_s": round(speed, 1)}
         if self.save_seconds is not None:
             values["save_seconds"], self.save_seconds = round(self.save_seconds, 3), None
         if self.peak:

@@ -32,12 +32,7 @@ class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        autocast: bool,
-        every_token: bool = False,
-        fuse: bool = True,
-        float8: str = "none",
+        self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True, float8: str = "none"
     ):
         """every_token, fuse: as in `linear_cross_entropy`. float8: of the head's products, while training."""
         super().__init__()

@@ -57,11 +57,7 @@ def write(
 
 
 def rehearse(
-    work: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: str,
-    about: Mapping[str, Any],
+    work: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, about: Mapping[str, Any]
 ) -> None:
     """`write` without weights into a folder that is gone afterwards. Raises ValueError naming the model and what could
     not be written.

@@ -85,7 +85,7 @@ class Output:
         state = checkpoint.newest_state(self.states, self.here) if config.resume else None
         if state is not None:
             check_identity(config, rows, source, state.about)
-        distributed.barrier()  # nothing is written before every process has made its checks
+        distributed.gathered(None)  # nothing is written before every process has made its checks
         if self.here.main and state is None and self.work.exists():
             if config.resume:
                 say(f"no whole training state in {self.states}: starting at the first step")

@@ -33,13 +33,18 @@ from endprompt.train.start import Checkpoint, to_extend
 
 def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
-    return run(to_extend(config))
+    try:
+        start = to_extend(config)
+        check_processes(config, int(os.environ.get("WORLD_SIZE", "1")), start.spec.row_tokens)
+    except Exception as error:  # told to the other processes, which would wait for this one
+        distributed.world("cpu", alike={"fault": str(error) or type(error).__name__})
+        raise
+    return run(start)
 
 
 def run(start: Checkpoint) -> Path:
     """Claim the output, read the material, make the trainer, fit, finish."""
     config, tokenizer, spec = start.config, start.tokenizer, start.spec
-    check_processes(config, int(os.environ.get("WORLD_SIZE", "1")), spec.row_tokens)
     made_in = environment()
     alike = {key: made_in["packages"].get(key) for key in ("transformers", "tokenizers", "triton")}
     alike |= {"revision": made_in["revision"], "settings": sha256_of(repr(config))[:16]}
