@@ -81,23 +81,12 @@ def prepare(config: VerifyConfig) -> Scene:
     ids = ids[: min(config.tokens, window)]
     check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
     pairs = choose_pairs(ids.size, config.pairs, config.seed)
-    return Scene(
-        config=config,
-        geometry=geometry,
-        ids=ids,
-        pairs=pairs,
-        window=window,
-        length=length,
-        context=context,
-        omega=omega,
-        attention_factor=attention_factor,
-        observed=observed,
-        gap=gap,
-        samples=sha256_of(ids.tobytes(), pairs.query.tobytes(), pairs.key.tobytes()),
-        heads=parse_heads(config.heads, settings.num_hidden_layers, settings.num_attention_heads),
-        sliding=narrower(settings, length),
-        kinds=lines if len(lines := described(settings, length)) > 1 else [],
-    )
+    samples = sha256_of(ids.tobytes(), pairs.query.tobytes(), pairs.key.tobytes())
+    heads = parse_heads(config.heads, settings.num_hidden_layers, settings.num_attention_heads)
+    read = (config, geometry, ids, pairs, window, length, context, omega, attention_factor, observed, gap)
+    lines = described(settings, length)
+    kinds = lines if len(lines) > 1 else []
+    return Scene(*read, samples, heads, sliding=narrower(settings, length), kinds=kinds)
 
 
 def check_means(config: Any) -> None:

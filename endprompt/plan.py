@@ -350,13 +350,10 @@ def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
     """What to change in a run that was out of memory with `micro_rows`, by the estimate, for its message."""
     shape = shape_of(config.model, config.window)
     row_tokens = config.row_tokens or shape.window
-    smallest = 0.0
+    smallest, sharing = 0.0, config.gpus // config.context_parallel
+    micros = [m for m in (8, 4, 2, 1) if m <= micro_rows and config.rows % (m * sharing) == 0]
     for recompute in ("none", "selective", "full"):
-        for micro in (
-            m
-            for m in (8, 4, 2, 1)
-            if m <= micro_rows and config.rows % (m * config.gpus // config.context_parallel) == 0
-        ):
+        for micro in micros:
             smallest = sum(memory(shape, config, row_tokens, micro, recompute).values()) / GIB
             if smallest <= 0.9 * usable_gib:
                 return f"micro_rows={micro} checkpointing={recompute} fits ({smallest:.1f} of {usable_gib:.1f} GiB)"

@@ -236,17 +236,12 @@ def write(config: PrepareConfig, before: Duplicates | None = None, source: int =
                         shown = time.monotonic()
                         say(f"{len(lengths):,} documents, {sum(lengths):,} tokens")
         if not lengths:
-            raise ValueError(
-                f"no document is left of {sum(counts[f'documents_{fate}'] for fate in FATES[:-1])} "
-                f"(min_tokens={config.min_tokens}"
-                + (f" max_tokens={config.max_tokens}" if counts["documents_longer"] else "")
-                + (
-                    f" duplicates={config.duplicates} in other sources"
-                    if counts["documents_duplicate_elsewhere"]
-                    else ""
-                )
-                + f"): data={config.data}"
-            )
+            rules = f"min_tokens={config.min_tokens}"
+            rules += f" max_tokens={config.max_tokens}" if counts["documents_longer"] else ""
+            elsewhere = counts["documents_duplicate_elsewhere"]
+            rules += f" duplicates={config.duplicates} in other sources" if elsewhere else ""
+            left_out = sum(counts[f"documents_{fate}"] for fate in FATES[:-1])
+            raise ValueError(f"no document is left of {left_out} ({rules}): data={config.data}")
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = offsets[1:] - np.asarray(completions, dtype=np.int64)
         about: dict[str, Any] = {"data": config.data, "append_eos": config.append_eos, **counts}

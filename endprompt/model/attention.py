@@ -61,17 +61,12 @@ def _causal_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
         if (context := getattr(module, "context", None)) is not None:
             heads = [context.to_heads(x) for x in (query_BHTD, *_dealt(query_BHTD, key_BGTD, value_BGTD, context.size))]
             return context.to_tokens(kernel(*heads, scaling, dropout, **given)[0]), None
-        if mask is None:
-            made: tuple[torch.Tensor, torch.Tensor | None] = kernel(
-                query_BHTD, key_BGTD, value_BGTD, scaling, dropout, **given
-            )
-            return made
+        if mask is not None:
+            given["mask"] = mask
         if isinstance(mask, torch.Tensor) and mask.shape[1] > 1:
-            return _in_blocks(kernel, query_BHTD, key_BGTD, value_BGTD, scaling, dropout, mask=mask, **given), None
-        masked_out: tuple[torch.Tensor, torch.Tensor | None] = kernel(
-            query_BHTD, key_BGTD, value_BGTD, scaling, dropout, mask=mask, **given
-        )
-        return masked_out
+            return _in_blocks(kernel, query_BHTD, key_BGTD, value_BGTD, scaling, dropout, **given), None
+        out: tuple[Any, Any] = kernel(query_BHTD, key_BGTD, value_BGTD, scaling, dropout, **given)
+        return out
 
     attention = functools.wraps(kernel)(functools.partial(attend, False))
     attention.by_position = functools.partial(attend, True)  # type: ignore[attr-defined]
@@ -235,7 +230,6 @@ def causal_only_flex(
     if dropout:
         raise ValueError(f"flex attention has no dropout: {dropout=}")
     mask = _causal_block_mask(query.shape[2], query.device) if mask is None else mask
-
     options: dict[str, Any] = {"block_mask": mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if softcap is not None:
         limit = softcap
@@ -327,18 +321,16 @@ def causal_only_shifted(
         key_BGTD, value_BGTD = (x.repeat_interleave(heads // groups, dim=1) for x in (key_BGTD, value_BGTD))
         groups = heads
     half = tokens // 8
-    plain_borders = [(0, 2 * half), (2 * half, 4 * half), (4 * half, 6 * half), (6 * half, 8 * half)]
-    moved_borders = [(0, half), (half, 3 * half), (3 * half, 5 * half), (5 * half, 7 * half), (7 * half, 8 * half)]
     parts = []
-    plain = slice(heads // 2), slice(groups // 2)
-    moved = slice(heads // 2, heads), slice(groups // 2, groups)
-    for (of_heads, of_groups), borders in ((plain, plain_borders), (moved, moved_borders)):
+    plain = slice(heads // 2), slice(groups // 2), ((0, 2), (2, 4), (4, 6), (6, 8))
+    moved = slice(heads // 2, heads), slice(groups // 2, groups), ((0, 1), (1, 3), (3, 5), (5, 7), (7, 8))
+    for of_heads, of_groups, borders in (plain, moved):
         outs = [
             causal_only_sdpa(
                 module,
-                query_BHTD[:, of_heads, start:end],
-                key_BGTD[:, of_groups, start:end],
-                value_BGTD[:, of_groups, start:end],
+                query_BHTD[:, of_heads, start * half : end * half],
+                key_BGTD[:, of_groups, start * half : end * half],
+                value_BGTD[:, of_groups, start * half : end * half],
                 attention_mask,
                 **kwargs,
             )[0]
@@ -361,18 +353,8 @@ def _causal_block_mask(tokens: int, device: torch.device) -> Any:
 
 
 #: Keyword arguments of an attention function that change nothing about a causal row, whatever they hold ...
-HARMLESS = frozenset(
-    {
-        "position_ids",
-        "cache_position",
-        "num_items_in_batch",
-        "use_cache",
-        "return_dict",
-        "loss_weights",
-        "weight_total",
-        "output_router_logits",
-    }
-)
+HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "return_dict", "output_router_logits"})
+HARMLESS |= {"num_items_in_batch", "loss_weights", "weight_total"}
 
 #: ... and those that change nothing if they hold one of these.
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
@@ -600,9 +582,8 @@ def position_mask(
     key = torch.arange(-local_size, local_size, device=device) + query[:, :1]
     within, last = (key >= 0) & (key < q_length), q_length - 1
     visible = seen(row, head, query.clamp(max=last), key.clamp(0, last)) & within
-    return visible | (key == query) & (
-        query > last
-    )  # what fills up the last block sees itself, and nothing is made of it
+    # what fills up the last block sees itself, and nothing is made of it
+    return visible | (key == query) & (query > last)
 
 
 def attention_backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -614,12 +595,8 @@ def attention_backends(device: torch.device) -> contextlib.AbstractContextManage
     return kernels_first(device)
 
 
-FASTEST = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)  # cuDNN's attention is about twice as fast as torch's own flash kernel on Hopper GPUs
+#: cuDNN's attention is about twice as fast as torch's own flash kernel on Hopper GPUs.
+FASTEST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def kernels_first(

@@ -14,15 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from endprompt.fast.flash4 import flash4
 
 KEPT = (
-    "mm",
-    "addmm",
-    "bmm",
-    "_scaled_mm",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_flash_attention_forward",
+    *("mm", "addmm", "bmm", "_scaled_mm", "_flash_attention_forward", "_scaled_dot_product_flash_attention_for_cpu"),
+    *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
 )
 
 
