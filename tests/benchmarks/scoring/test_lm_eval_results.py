@@ -11,7 +11,6 @@ from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_fi
 from benchmarks import scoring
 from benchmarks.scoring import ScoreConfig, lm_eval_results
 from benchmarks.scoring.recording import no_environment_report
-from benchmarks.scoring.suites import short
 from benchmarks.tasks.sample_task import SampleTask
 from endprompt import results
 from tests.support import ruler_helpers
@@ -102,8 +101,3 @@ def test_keys_are_those_that_lm_eval_saves(llama, tmp_path):
     assert ours["n-samples"] == {"niah_single_1": {"original": 2, "effective": 2}}
     (found,) = results.read_rows(output / "results.jsonl")
     assert ours["results"]["niah_single_1"]["400,none"] == found["value"] / 100
-
-
-def test_every_short_task_has_a_name_in_lm_eval():
-    for task, (_, metric) in short.SETTINGS.items():
-        assert lm_eval_results.metric_of({"suite": "short", "task": task}) == metric
