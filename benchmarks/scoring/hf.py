@@ -70,12 +70,8 @@ class LongContextLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        found: Any = self.AUTO_MODEL_CLASS  # type: ignore[has-type]
-        self.AUTO_MODEL_CLASS = Complete
-        try:
+        with mock.patch.object(self, "AUTO_MODEL_CLASS", Complete):
             super()._create_model(*args, **kwargs)
-        finally:
-            self.AUTO_MODEL_CLASS = found
         if adapter := kwargs.get("peft"):
             check_adapter(self._model, Path(adapter))
 

@@ -31,9 +31,7 @@ def results(rows: Sequence[dict[str, Any]], checkpoint: str, backend: str) -> di
     """lm-eval's aggregated results: shares in [0, 1]; RULER's metrics are named by their length, as its own are."""
     found: dict[str, dict[str, Any]] = {}
     better: dict[str, dict[str, bool]] = {}
-    versions: dict[str, Any] = {}
-    shots: dict[str, int] = {}
-    counts: dict[str, dict[str, int]] = {}
+    last = {PREFIX.get(row["suite"], "") + row["task"]: row for row in rows}
     for row in rows:
         task = PREFIX.get(row["suite"], "") + row["task"]
         metric, _, kind = metric_of(row).partition(",")
@@ -41,21 +39,19 @@ def results(rows: Sequence[dict[str, Any]], checkpoint: str, backend: str) -> di
         own[f"{metric},{kind}"] = row["value"] / 100
         own[f"{metric}_stderr,{kind}"] = "N/A" if row["stderr"] is None else row["stderr"] / 100
         better.setdefault(task, {})[metric] = True
-        versions[task] = row.get("generator", 1)
-        shots[task] = row.get("shots") or 0
-        if row["n"] is not None:
-            own["sample_len"] = row["n"]
-            counts[task] = {"original": row["n"], "effective": row["n"]}
+        own |= {"sample_len": row["n"]} if row["n"] is not None else {}
+    counted = {task: own["sample_len"] for task, own in found.items() if "sample_len" in own}
+    shots = {task: row.get("shots") or 0 for task, row in last.items()}
     first = rows[0]
     arguments = {"pretrained": checkpoint, "dtype": first.get("dtype")}
     return {
         "results": found,
         "group_subtasks": {task: [] for task in found},
         "configs": {task: {"task": task, "num_fewshot": shots[task]} for task in found},
-        "versions": versions,
+        "versions": {task: row.get("generator", 1) for task, row in last.items()},
         "n-shot": shots,
         "higher_is_better": better,
-        "n-samples": counts,
+        "n-samples": {task: {"original": n, "effective": n} for task, n in counted.items()},
         "config": {"model": backend, "model_args": arguments, "random_seed": first["seed"]},
         "git_hash": git_revision(),
         "lm_eval_version": version("lm-eval"),
