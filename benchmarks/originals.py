@@ -174,9 +174,6 @@ def note(folder: Path, name: str, sha256: str) -> None:
     files.write_text(folder / SUMS, "".join(f"{s}  {n}\n" for n, s in {**noted(folder), name: sha256}.items()))
 
 
-# ------------------------------------------------------------------------------------------------------------ download
-
-
 def source_note(path: Path) -> Path:
     """Beside a part: of which address and version it is."""
     return path.with_name(path.name + ".partial.json")

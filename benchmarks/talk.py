@@ -189,9 +189,6 @@ class Stream:
         return text
 
 
-# ------------------------------------------------------------------------------------------------------------- texts
-
-
 @dataclass
 class Texts:
     """Files as one text. names and starts: of each file, in characters; cut: characters that are left out."""
@@ -300,9 +297,6 @@ def messages(turns: Sequence[tuple[str, str]], content: str, system: str | None,
     contents[0] = BETWEEN.join(filter(None, (text, contents[0])))
     head = [{"role": "system", "content": system}] if system else []
     return [*head, *({"role": role, "content": one} for role, one in zip(said, contents))]
-
-
-# -------------------------------------------------------------------------------------------------------------- chat
 
 
 def converse(config: ChatConfig, ask: Callable[[str], str] = input) -> None:

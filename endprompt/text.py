@@ -173,9 +173,6 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat templates
-
 Messages = Sequence[Mapping[str, str]]
 #: Messages to text, called as transformers' apply_chat_template and lm-eval's are.
 Template = Callable[..., str]

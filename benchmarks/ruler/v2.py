@@ -85,9 +85,6 @@ def hotpot_question(record: dict[str, Any]) -> dict[str, Any]:
     return {"question": str(record["question"]), "answer": str(record["answer"]), "right": right, "wrong": wrong}
 
 
-# ------------------------------------------------------------------------------------------------------------- samples
-
-
 class Maker:
     """Draws a task's samples one after the other."""
 
@@ -203,9 +200,6 @@ def samples(
         else:
             raise ValueError(f"length must hold a prompt of {task} with {maker.step} texts: {length}")
     return made
-
-
-# ------------------------------------------------------------------------------------------------------------- scores
 
 
 def score(task: str, answer: str, outputs: Sequence[str]) -> float:

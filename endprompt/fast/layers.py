@@ -30,7 +30,6 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 #: Rows of the norm that a kernel holds at once; wider ones are torch's.
 WIDEST = 16384
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The same work in torch; shapes and results are the operators'
 
 
@@ -88,10 +87,7 @@ def torch_rotate_backward(
     return torch.cat([*parts, grads[2].flatten(2)], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators
-#
-# Opaque to torch.compile on purpose: it would pull them apart again. None writes into what it reads.
+# Operators, opaque to torch.compile on purpose: it would pull them apart again. None writes into what it reads.
 
 
 @torch.library.custom_op("endprompt::swiglu", mutates_args=())
@@ -219,10 +215,6 @@ def rotate_backward(
 rotate_backward.register_fake(
     lambda query, key, *_: query.new_empty(*query.shape[:2], (query.shape[2] + 2 * key.shape[2]) * query.shape[3])
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions
 
 
 class _NormLinears(torch.autograd.Function):
@@ -357,10 +349,6 @@ def swiglu_linear(
 
 def _sum_of(linear: nn.Linear) -> torch.Tensor | None:
     return linear.weight_sum if isinstance(linear, SummingLinear) else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
 
 
 def fuse(model: nn.Module, keep: bool = False) -> int:

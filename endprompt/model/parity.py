@@ -42,9 +42,6 @@ TOKENS = 48
 #: Its last tokens, whose logits are compared. By their median: in half precision an expert may be chosen otherwise.
 LAST = 9
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The head
-
 _plain: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -102,9 +99,6 @@ def _forward(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[
         if before is not None:
             module.forward = before
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole forward
 
 #: Why a family whose attention is no function that can be exchanged is not trained.
 ITS_OWN = "its attention is its own and cannot be chosen: this family cannot be trained"

@@ -60,9 +60,6 @@ class Replayed:
         self.recording.replay()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training steps
-
 KEPT = 3  # graphs that a process keeps for runs of the same shapes
 DEVICES = ("cuda",)
 _kept: dict[Hashable, StepGraph] = {}

@@ -39,10 +39,6 @@ def collator(tokenizer, **changes):
     return PositionalCollator(tokenizer, **({"scheme": "endprompt", "target": TARGET, "prompt": "EP_3"} | changes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
 @pytest.mark.parametrize(
     ("family", "scaling", "options"),
     [
@@ -147,10 +143,6 @@ def test_what_cannot_be_prepared_is_refused():
     model.peft_config = {"default": None}
     with pytest.raises(ValueError, match="before get_peft_model"):
         prepare_model(model, "yarn", TARGET)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The rows
 
 
 def test_a_batch_is_typed(tokenizer):
@@ -314,10 +306,6 @@ def test_a_long_document_gives_windows_and_what_is_scored_last_is_kept(tokenizer
 def test_what_makes_no_row_is_refused(tokenizer, changes, sample, rule):
     with pytest.raises(ValueError, match=rule):
         collator(tokenizer, **changes)([sample])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The calls
 
 
 def test_extend_is_a_call(llama, documents, tmp_path):

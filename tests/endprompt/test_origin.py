@@ -104,9 +104,6 @@ def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(tmp_path, monkeypat
             origin.directory_of(typed)
 
 
-# ------------------------------------------------------------------------------------------------------------- GGUF
-
-
 @pytest.fixture
 def gguf_file(tmp_path, monkeypatch):
     """`gguf_file(quantisation, architecture)`: a Llama of one layer, its matrices in that quantisation."""

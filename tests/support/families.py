@@ -230,9 +230,6 @@ def stock(directory: Path, attention: str | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------- steps
-
-
 def ids(seed: int, tokens: int = TOKENS) -> torch.Tensor:
     return torch.randint(1, SMALL["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -416,9 +413,6 @@ def captured(directory: Path) -> str:
     turned = frequencies_by_layer(model.config)
     assert not set(left) & set(turned), f"layers {left} turn nothing, and by the config they have RoPE"
     return f"works, less {len(left)} of {len(left) + len(layers)} layers" if left else "works"
-
-
-# ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def line(error: BaseException, work: Path) -> str:

@@ -132,9 +132,6 @@ def test_prompts_of_real_documents_are_the_originals(task, folder, limit, origin
     print(f"{task} {folder.name} {limit}: {len(items)} prompts equal, {cut} of them cut")
 
 
-# -------------------------------------------------------------------------------------------------------- predictions
-
-
 def ours(name, record, classes, indel=False):
     """Score of one prediction by ours, in [0, 1]; code by the reading that the installed fuzzywuzzy has."""
     if indel and longbench.dataset_of(name).metric == "code_similarity":

@@ -78,10 +78,6 @@ def assert_close(found, expected, limit):
         assert distance(found[1][name], gradient) < limit, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions
-
-
 @pytest.mark.parametrize("summing", [True, False])
 @pytest.mark.parametrize(("rows", "size", "outs"), [(7, 48, (5, 9, 3)), (1, 20, (6,)), (64, 33, (8, 8))])
 def test_norm_and_linears_are_those_of_float64(rows, size, outs, summing):
@@ -162,10 +158,6 @@ def test_operators_keep_torchs_rules():
     }.items():
         torch.library.opcheck(getattr(torch.ops.endprompt, name).default, arguments, test_utils=rules)
     torch.library.opcheck(torch.ops.endprompt.swiglu_backward.default, (x, y, x, False), test_utils=rules)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
 
 
 @pytest.mark.parametrize("family", fused.FAMILIES)
@@ -311,10 +303,6 @@ def test_without_triton_a_gpu_keeps_its_layers(monkeypatch):
     assert fast.fuse(model) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels
-
-
 def check_kernels(device, **environment):
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.check_kernels", device],
@@ -363,10 +351,6 @@ def test_on_the_gpu_compiled_fused_layers_sum_the_cpu_s_gradients(keep):
     (out * direction).sum().backward()
     found = {name: p.main_grad.cpu() for name, p in model.named_parameters() if "lm_head" not in name}
     assert_close((out.detach().cpu(), found), expected, 0.06)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In the trainer
 
 
 def test_extend_fuses_unless_told_otherwise_and_says_where_it_cannot(extend_config, tmp_path, capsys):
