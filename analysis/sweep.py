@@ -52,9 +52,7 @@ class Sweep:
     """Everything that depends on the frequencies and the grid, and not on the spectra: use it for many of them."""
 
     def __init__(self, omega: Any, length: int, *, spacing: float = 1.0, device: str = "cpu"):
-        """Grid 0, spacing, ..., the last point the first one at or above length - 1. Raises ValueError if length or
-        spacing is not positive.
-        """
+        """Grid 0, spacing, ..., to the first point at or above length - 1. Raises ValueError if one is not positive."""
         _, omega = check_spectrum(np.zeros(np.size(omega)), omega)
         self.fastest_first = np.argsort(-np.abs(omega), kind="stable")
         self.omega = omega[self.fastest_first]

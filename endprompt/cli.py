@@ -320,9 +320,7 @@ def launcher() -> list[str]:
 
 
 def foreign_package() -> str | None:
-    """What is wrong if one of our packages, two of which have common names, would be imported from a folder in front of
-    ours on the path; else None.
-    """
+    """What is wrong if one of our packages would be imported from a folder in front of ours on the path; else None."""
     here = Path(__file__).resolve().parent.parent
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)

@@ -160,9 +160,7 @@ def check_fetched(path: str | os.PathLike[str]) -> None:
 
 
 def read_object(path: str | os.PathLike[str], *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object of a file that came from outside; {} if it is optional and nothing has its name. Raises
-    ValueError naming the file.
-    """
+    """The JSON object of a file from outside, {} if it is optional and not there. Raises ValueError naming the file."""
     if optional and not os.path.lexists(path):
         return {}
     return parse_object(read_whole(path), os.fspath(path))

@@ -14,9 +14,7 @@ Frequencies = tuple[np.ndarray, float]
 
 
 def base_frequencies(base: float, head_dim: int) -> np.ndarray:
-    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864. Raises ValueError if head_dim is odd or
-    below 2, or base is not above 1.
-    """
+    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864. ValueError: an odd head_dim, base <= 1."""
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"RoPE rotates pairs, so head_dim must be even and at least 2: {head_dim=}")
     if not (math.isfinite(base) and base > 1):
@@ -179,9 +177,7 @@ CARRIED = ("partial_rotary_factor", "llama_4_scaling_beta", "finetuned", "max_po
 
 
 def unknown_keys(parameters: Mapping[str, Any]) -> list[str]:
-    """Keys of a config's rope_parameters that have a value that changes something and are neither read by its scaling
-    nor known to be carried.
-    """
+    """Keys of a config's rope_parameters that change something and are neither read by its scaling nor carried."""
     known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *CARRIED}
     known |= set(READ.get(parameters.get("rope_type", "default"), ()))
     return sorted(

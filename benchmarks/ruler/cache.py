@@ -116,9 +116,7 @@ class Cache:
         return Cell(recipe, self.tokenizer, self.data_dir)
 
     def place(self, task: str, length: int) -> tuple[Path, str, dict[str, Any]]:
-        """Folder, name, and as the key all that a cell depends on. Raises ValueError for an unknown task and for
-        missing data.
-        """
+        """Folder, name, and as key all that a cell depends on. Raises ValueError for an unknown task, missing data."""
         tasks.check_task(task)
         key = {
             "layout": LAYOUT,

@@ -52,9 +52,7 @@ def grown(
     most: int | None = None,
     looks_first: bool = False,
 ) -> int:
-    """Size of the haystack that edition 2024 comes to, `most` at most. looks_first: the size is held against `most`
-    before the next step and not after it.
-    """
+    """Size of the haystack that edition 2024 comes to, `most` at most; looks_first: looked at before the next step."""
     size, total = step, 0
     while total < length:
         total = measure(make(size))

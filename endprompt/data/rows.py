@@ -253,9 +253,7 @@ class Rows:
         return np.pad(ids, (0, rest)), np.concatenate([positions, np.arange(rest)]), np.pad(weights, (0, rest))
 
     def _question(self, unit: int) -> int:
-        """Tokens of the document's last line before its completion, and of the completion, cut at its front to half a
-        row at most; 0 without a completion.
-        """
+        """Tokens of the last line before a completion, and of that, at most half a row; 0 without a completion."""
         _, hi = self._span(unit)
         completion = int(self.documents.completions[self._document[unit]])
         if completion == hi:

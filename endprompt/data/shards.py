@@ -37,9 +37,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def write_shard(documents: Documents, directory: str | Path, tokenizer_hash: str, **about: Any) -> None:
-    """tokens.bin (uint16 or uint32), offsets.npy, completions.npy, weights.bin if there are weights (uint8), and last
-    manifest.json: without it, no shard.
-    """
+    """tokens.bin (uint16 or uint32), offsets.npy, completions.npy, weights.bin (uint8, if any), last manifest.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokens = documents.tokens[:]

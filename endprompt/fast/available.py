@@ -18,9 +18,7 @@ def kernels_module() -> Any:
 
 
 def triton_kernels(x: torch.Tensor) -> Any:
-    """`endprompt.fast.kernels` if its kernels can work on this tensor (on a CPU with TRITON_INTERPRET=1, for tests),
-    else None.
-    """
+    """`endprompt.fast.kernels` if they can work on this tensor (on a CPU with TRITON_INTERPRET=1), else None."""
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     return kernels_module()

@@ -69,9 +69,7 @@ def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
 
 
 def join(model: nn.Module) -> int:
-    """Join q, k, v and gate, up of every Llama or Mistral layer without biases; how many matrices came out. Call it
-    before `convert`.
-    """
+    """Join q, k, v and gate, up of Llama and Mistral layers without biases, before `convert`; how many were made."""
     joined = 0
     modules: list[Any] = list(model.modules())
     forward: Any

@@ -443,7 +443,7 @@ def plain_name(registered: str) -> str:
 
 
 def training_attention(name: str) -> str:
-    """transformers' name of a causal-only attention; registers it. Raises ValueError for an unknown name or a missing
+    """transformers' name of a causal-only attention, registered. Raises ValueError if it is unknown or lacks its
     package.
     """
     if name not in ATTENTIONS:

@@ -216,9 +216,7 @@ def _rows(model: PreTrainedModel) -> torch.Tensor:
 
 @contextlib.contextmanager
 def transformers_own(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model is transformers' own: RoPE modules of its classes, eager attention if it can be chosen,
-    masked by position where the model's is.
-    """
+    """In it RoPE modules are of transformers' classes, attention is eager if it can be, masked by position as ours."""
     attention = model.config._attn_implementation
     masks = eager_by_position() if attention.endswith(BY_POSITION) else contextlib.nullcontext()
     ours = {module: type(module) for module in model.modules() if isinstance(module, RowsAlone)}

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 
 def check_weights(path: str | Path, *, dtype: str, attention: str, config: PretrainedConfig) -> list[str]:
-    """What `load_model` would say (returned, a line each) and refuse, by the heads of the files: before any work, in a
-    moment.
-    """
+    """What `load_model` would say (returned, a line each) and refuse, by the files' heads: before any work."""
     directory = checkpoint_path(path)
     _, notes, _ = _stand_in(directory, stored_tensors(directory), dtype, attention, config)
     return notes

@@ -16,9 +16,7 @@ WORKSPACES = (":4096:8", ":16:8")
 
 
 def prepare() -> None:
-    """Set what cuBLAS reads once, when a process first multiplies on a GPU. Raises ValueError if it is set to something
-    with which it does not repeat.
-    """
+    """Set what cuBLAS reads once. Raises ValueError if it is set to something with which it does not repeat."""
     given = os.environ.setdefault(WORKSPACE, WORKSPACES[0])
     if given not in WORKSPACES:
         raise ValueError(f"deterministic needs {WORKSPACE} to be one of {', '.join(WORKSPACES)}: {given!r}")

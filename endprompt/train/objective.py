@@ -166,9 +166,7 @@ def optimizer_step(
     positions_BT: torch.Tensor,
     weights_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss, gradient and update from one process's rows, `micro` at once; (its share of the loss, norm before
-    clipping).
-    """
+    """Loss, gradient, update of a process's rows, `micro` at once; (its share of the loss, norm before clipping)."""
     total = distributed.total(weights_BT.sum()) / (objective.context.size if objective.context else 1)
     loss = torch.zeros((), device=ids_BT.device)
     share = 1.0 / (len(ids_BT) * processes)

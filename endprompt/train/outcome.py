@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 
 def export_dtype(config: ExtendConfig, source_dtype: Any) -> str:
-    """The dtype that the finished checkpoint is written in: as set, else the source's, else the training's. Raises
-    ValueError for one that no export has.
-    """
+    """The finished checkpoint's dtype: as set, else the source's, else the training's. ValueError: no export has it."""
     name = config.export_dtype or str(source_dtype or config.dtype).removeprefix("torch.")
     if name not in (*EXPORT_DTYPES, "float64"):
         raise ValueError(
@@ -59,9 +57,7 @@ def write(
 def rehearse(
     work: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, about: Mapping[str, Any]
 ) -> None:
-    """`write` without weights into a folder that is gone afterwards. Raises ValueError naming the model and what could
-    not be written.
-    """
+    """`write` without weights into a folder that is gone afterwards. Raises ValueError: model, what was not written."""
     limit = tokenizer.model_max_length
     try:
         with tempfile.TemporaryDirectory(dir=work, prefix="rehearsal-") as name:

@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is extended. model_config: with the new frequencies. source_dtype: of its config, else of its
-    files. window: its own, in tokens.
-    """
+    """model_config: with the new frequencies. source_dtype: of its config or its files. window: own, in tokens."""
 
     config: ExtendConfig
     model_config: PretrainedConfig
