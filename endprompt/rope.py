@@ -14,7 +14,7 @@ Frequencies = tuple[np.ndarray, float]
 
 
 def base_frequencies(base: float, head_dim: int) -> np.ndarray:
-    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864. ValueError: an odd head_dim, base <= 1."""
+    """theta_j = base^(-2j/D), float64 (D/2,). Su et al. 2021, arXiv:2104.09864. ValueError: odd head_dim, base <= 1."""
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"RoPE rotates pairs, so head_dim must be even and at least 2: {head_dim=}")
     if not (math.isfinite(base) and base > 1):
