@@ -119,7 +119,8 @@ def settled(tokenizer: Any, date: str | None, arguments: str) -> tuple[dict[str,
 
 def arguments_of(tokenizer: Any, arguments: str) -> dict[str, Any]:
     """`parse_arguments` for a tokenizer's template. Raises ValueError for one that is not the template's to read."""
-    check_template(tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
     taken = {"messages", "day", "tokenizer", *inspect.signature(tokenizer.apply_chat_template).parameters}
     given = parse_arguments(arguments)
     for name in given:
@@ -128,11 +129,6 @@ def arguments_of(tokenizer: Any, arguments: str) -> dict[str, Any]:
         if not re.search(rf"\b{name}\b", str(tokenizer.get_chat_template())):
             raise ValueError(f"template_args must be read by the chat template, which has no {name!r}: {arguments!r}")
     return given
-
-
-def check_template(tokenizer: Any) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat needs a tokenizer with a chat template; this one has none")
 
 
 def day_read(tokenizer: Any, date: str | None, arguments: str, otherwise: Callable[[], str]) -> str | None:

@@ -65,7 +65,10 @@ def window_of(config: PretrainedConfig, window: int | None = None, needed: int |
 
 def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -> Window:
     stated = _stated_window(text)
-    parameters = _scaled_parameters(text)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    if by_kind(parameters):  # those of the layers that an extension scales
+        layers = scaled_kind(layer_kinds(text))
+        parameters = (layers.parameters if layers else None) or {}
     kind = parameters.get("rope_type", "default")
     original: float | None = None
     factor: float | None = None
@@ -79,9 +82,9 @@ def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -
     readings = {max(stated, round((original or stated) * factor)): int(original or stated)}
     if kind in ("linear", "proportional") and original is None:
         readings[stated] = round(stated / factor)
-    if window is None and len(readings) > 1 and (needed or stated + 1) <= stated:
-        window = stated
-    if window is None and len(readings) > 1 and _stated_is_reached(text, stated):
+    source, unclear = str(text.name_or_path or ""), window is None and len(readings) > 1
+    # an export's record says that its stated window is the one it was extended to
+    if unclear and ((needed or stated + 1) <= stated or (source and recorded(source).get("target") == stated)):
         window = stated
     allowed = " or ".join(f"window={reading}" for reading in sorted(readings))
     if window is None and len(readings) > 1:
@@ -95,26 +98,11 @@ def _window_of(text: PretrainedConfig, window: int | None, needed: int | None) -
     return Window(window, readings[window], factor)
 
 
-def _scaled_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
-    """`rope_parameters` of the layers that an extension scales, of which the window is reckoned."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if not by_kind(parameters):
-        return parameters
-    kind = scaled_kind(layer_kinds(config))
-    return {} if kind is None or kind.parameters is None else kind.parameters
-
-
 def _stated_window(config: PretrainedConfig) -> int:
     stated = _number(getattr(config, "max_position_embeddings", None), "max_position_embeddings")
     if stated is None:
         raise ValueError("the checkpoint's config must give its window: max_position_embeddings")
     return int(stated)
-
-
-def _stated_is_reached(config: PretrainedConfig, stated: int) -> bool:
-    """Whether the checkpoint is an export whose record says that its stated window is the one it was extended to."""
-    source = config.name_or_path
-    return bool(source) and recorded(str(source)).get("target") == stated
 
 
 def _number(value: Any, key: str) -> float | None:

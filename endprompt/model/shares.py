@@ -124,9 +124,12 @@ def read_shares(model: torch.nn.Module, device: str) -> None:
         return
     places: dict[str, tuple[str, Path]] = model._stored  # type: ignore[assignment]
     filled: dict[str, torch.nn.Parameter] = {}
+    tied: dict[int, list[str]] = {}  # the names of each parameter
+    for name, one in parameters.items():
+        tied.setdefault(id(one), []).append(name)
     with contextlib.ExitStack() as stack:
         opened: dict[Path, Any] = {}
-        for names in names_of_weights(model).values():
+        for names in tied.values():
             parameter: Any = parameters[names[0]]
             if not parameter.is_meta:
                 continue
@@ -152,14 +155,6 @@ def read_shares(model: torch.nn.Module, device: str) -> None:
             value = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
             filled |= dict.fromkeys(names, value)
     model.load_state_dict(filled, strict=False, assign=True)
-
-
-def names_of_weights(model: torch.nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter: tied ones have more than one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
 
 
 #: Bytes of a file of weights, as transformers cuts them.
