@@ -159,7 +159,7 @@ MUTANTS = [
     (LAYERS, "exact * (grad * exact).mean(-1, keepdim=True)", "exact * grad.mean(-1, keepdim=True)", "endprompt/fast/layers"),
     (LAYERS, "for one in grads_MD[1:]:\n        grad = ", "for one in grads_MD[2:]:\n        grad = ", "endprompt/fast/layers"),
     (LAYERS, "logistic + silu * (1 - logistic)", "logistic + silu", "endprompt/fast/layers"),
-    (LAYERS, "return grad_MN, grad_weight, None, None, *grads", "return None, grad_weight, None, None, *grads", "endprompt/fast/layers"),
+    (LAYERS, "return grad_BTN, grad_weight, None, None, *grads", "return None, grad_weight, None, None, *grads", "endprompt/fast/layers"),
     (LAYERS, "second * cos2 - first * sin1", "second * cos2 + first * sin1", "endprompt/fast/layers"),
     (LAYERS, "return torch.cat(grads, dim=1), out", "return torch.cat(grads[::-1], dim=1), out", "endprompt/fast/layers"),
     # what a step is estimated to take
