@@ -222,21 +222,8 @@ class Facet:
 
 def facets(runs: Sequence[Run]) -> list[Facet]:
     """RULER's rows by base and fold, and in each by method; methods of one name are told apart by what differs."""
-    columns = [
-        "base",
-        "fold",
-        "model",
-        "method",
-        *APART,
-        "run_sha256",
-        "window",
-        "task",
-        "length",
-        "seed",
-        "value",
-        "n",
-    ]
-    columns += ["samples_sha256", "run", "parts", "origin", "lo", "hi"]
+    columns = ["base", "fold", "model", "method", *APART, "run_sha256", "window", "task", "length", "seed", "value"]
+    columns += ["n", "samples_sha256", "run", "parts", "origin", "lo", "hi"]
     found = []
     for run in runs:
         about = {"run": run.name, "parts": run.parts, "origin": run.name}
