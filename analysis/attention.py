@@ -18,9 +18,7 @@ QUERIES = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """Q rows of each head: p [H, Q, N] probabilities (0 behind the query), entropy [H] in nats and sink [H], the share
-    of the first token, both means over the rows.
-    """
+    """Q rows of each head: p [H, Q, N]; means over them of entropy [H], nats, and sink [H], the first token's share."""
 
     p: torch.Tensor
     entropy: np.ndarray

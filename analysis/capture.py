@@ -182,9 +182,7 @@ class _Turn:
 
 
 def measured_pairs(rotate: Callable[[torch.Tensor], torch.Tensor], q_BHTR: torch.Tensor) -> tuple[np.ndarray, ...]:
-    """(first, second, place) of a rotation as in `_Turn`, from what it makes of unit vectors at positions 0 and 1.
-    Raises ValueError if what it does is not to turn pairs.
-    """
+    """(first, second, place) as in `_Turn`, by unit vectors. Raises ValueError if the rotation does not turn pairs."""
     tokens, rotary = q_BHTR.shape[-2:]
     units = torch.eye(rotary, dtype=q_BHTR.dtype, device=q_BHTR.device)
     out = rotate(units[:, None, None].expand(-1, 1, tokens, -1).contiguous())

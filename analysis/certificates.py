@@ -56,9 +56,7 @@ def certified_max(z: Any, omega: Any, lo: float, hi: float, order: int = 0, rtol
 def enclose_max(
     z: np.ndarray, omega: np.ndarray, lo: float, hi: float, rtol: float, *, absolute: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Enclosure of max |S| (absolute) or max S over [lo, hi] for spectra z [P, n]. The width is rtol of the maximum, or
-    rtol of sum a if the maximum of S alone is not positive.
-    """
+    """Enclosure of max |S| (absolute) or max S over [lo, hi], z [P, n], to rtol of it, or of sum a where max S <= 0."""
     reach = max(abs(lo), abs(hi))
     if np.abs(omega).max() * reach > 2**40:
         raise ValueError(f"float64 cannot resolve angles this large: {reach=} tokens at {np.abs(omega).max()} radians")

@@ -20,9 +20,7 @@ LAYOUTS = ("half", "interleaved")
 def rope_freqs(
     base: float, head_dim: int, scheme: str = "none", factor: float = 1.0, original_length: int = 8192, **options: Any
 ) -> tuple[np.ndarray, float]:
-    """(frequencies in radians per token, float64 (D/2,); attention factor) of a RoPE scaling by its name. Raises
-    ValueError as endprompt.rope.inverse_frequencies does.
-    """
+    """(radians per token, float64 (D/2,); attention factor) of a RoPE scaling; errors as of `inverse_frequencies`."""
     return inverse_frequencies(scheme, base, head_dim, factor, original_length, **options)
 
 

@@ -25,9 +25,7 @@ LAYERS = 4
 
 
 def verify(config: VerifyConfig) -> VerifyReport:
-    """Examine a checkpoint; writes rows, curves and figures into config.output and returns them. Raises ValueError for
-    impossible sizes and what the model loader refuses.
-    """
+    """Examine a checkpoint; rows, curves and figures go into config.output. Raises ValueError for impossible sizes."""
     from analysis import figures
 
     scene = prepare(config)

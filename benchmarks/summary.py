@@ -155,9 +155,7 @@ def ruler_summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def depth_table(scored: Sequence[Mapping[str, Any]], bins: int = 10) -> list[dict[str, Any]]:
-    """Depth x length heat map: mean score of single answers by depth of their needle. `scored`: per sample `length`,
-    `depth` (percent, one per answer) and `found` (one per answer).
-    """
+    """Mean score of answers by length and needle's depth. scored: `length`, and of each answer `depth` (%), `found`."""
     cells: dict[tuple[int, int], list[float]] = {}
     for sample in scored:
         for depth, found in zip(sample["depth"], sample["found"]):

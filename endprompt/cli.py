@@ -202,9 +202,7 @@ def sections(config_type: type) -> dict[str, tuple[str, str]]:
 
 
 def ungrouped(value: Any, config_type: type) -> Any:
-    """The configuration of a YAML file, the fields of its groups beside the others; a field that is no more (`GONE`)
-    may still be given with the value that it always has now.
-    """
+    """A YAML file's configuration without its groups; a field of `GONE` may be given with the value that it has now."""
     if not isinstance(value, dict):
         return value
     flat = dict(value)

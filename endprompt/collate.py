@@ -252,9 +252,7 @@ def prepare_model(
 
 
 def _rebuild(model: PreTrainedModel, config: Any) -> None:
-    """Give the model, in place, the RoPE modules that transformers builds of `config` and every number and name that a
-    module took from its config. The weights stay.
-    """
+    """Give the model, in place, the RoPE modules, numbers and names that transformers builds of `config`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -284,9 +282,7 @@ def weighted_loss(
     weight_total: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' next-token loss, with a weight for each label if there are `loss_weights` (B, T); divided by
-    weight_total, the weight of a whole step, else by that of this batch.
-    """
+    """transformers' loss; with `loss_weights` (B, T) weighted, by weight_total (of a whole step) or this batch's."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     if loss_weights is None:

@@ -185,9 +185,7 @@ def observed_distances(context: int, prompt: int, target: int) -> Intervals:
 
 
 def gap(context: int, prompt: int, target: int) -> tuple[int, int] | None:
-    """The inclusive interval of distances below `target` never observed with a fixed end prompt, or None; without one
-    (prompt = 0) everything from `context` up to L-1.
-    """
+    """The inclusive interval below `target` that a fixed end prompt never shows, or None; with none from `context`."""
     check_sizes(context, prompt, target)
     lo = max(context, prompt)
     hi = target - context - prompt if prompt else target - 1

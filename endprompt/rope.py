@@ -132,9 +132,7 @@ def longrope(
 
 
 def longrope_start(head_dim: int, factor: float) -> dict[str, list[float]]:
-    """Divisors for a user without searched ones: 1 up to the original window, beyond it ntk's, lambda_j = s^(2j/(D-2)):
-    the fastest frequency stays, the slowest is divided by s.
-    """
+    """Divisors without a search: 1 up to the original window, beyond it ntk's, lambda_j = s^(2j/(D-2))."""
     exponents = np.arange(head_dim // 2) * 2.0 / (head_dim - 2)
     return {"short_factor": [1.0] * (head_dim // 2), "long_factor": (factor**exponents).tolist()}
 
@@ -225,9 +223,7 @@ def inverse_frequencies(
 def rope_parameters(
     scheme: str, base: float, head_dim: int, factor: float, original_length: int, **options: Any
 ) -> dict[str, Any]:
-    """The whole `rope_parameters` of a transformers config that gives these frequencies; `ntk` is exported as a changed
-    rope_theta, so any reader of the config has it.
-    """
+    """The whole `rope_parameters` of a transformers config with these frequencies; `ntk` as a changed rope_theta."""
     inverse_frequencies(scheme, base, head_dim, factor, original_length, **options)  # refuses what is out of range
     if scheme == "none":
         return {"rope_type": "default", "rope_theta": float(base)}

@@ -16,9 +16,7 @@ from endprompt.files import kept, sha256_of
 def cached_fits(
     prompter: Prompter, documents: Documents, n: int | None, tokenizer_sha256: str, directory: str | Path
 ) -> list[Fit]:
-    """`prompter.fit` of the first `n` documents, from the cache if it is there, else made and kept. Raises ValueError
-    if the cached file was changed, and what `Prompter.fit` does.
-    """
+    """`prompter.fit` of the first `n` documents, cached. Raises ValueError if the file was changed, and as `fit`."""
     items = documents.items[:n]
     key = {
         "generator": GENERATOR,

@@ -59,9 +59,7 @@ def prompt_text(item: Mapping[str, Any]) -> str:
 
 
 def load_documents(data_dir: str | Path | None) -> Documents:
-    """The questions from the user's folder. Raises FileNotFoundError, which says where they come from, and ValueError
-    with file and line for one that is not as published.
-    """
+    """The questions in the folder. FileNotFoundError says where to get them, ValueError which is not as published."""
     if data_dir is None:
         brings = originals.command(TASK, None)
         raise FileNotFoundError(

@@ -83,9 +83,7 @@ Sums = Callable[[Sequence["Draft"], Sequence[int], Sequence[Any]], list[int]]
 def summed(
     drafts: Sequence[Draft], bare: Sequence[int], states: Sequence[Any], count: Count, assemble: Assemble
 ) -> list[int]:
-    """Prompt tokens by arithmetic: of the prompt with the inner parts of its haystack cut out, plus theirs. `bare` are
-    the tokens of each draft's smallest prompt.
-    """
+    """Prompt tokens: of each cut prompt, plus the inner parts that were cut. bare: tokens of the smallest prompts."""
     cut = [draft.cut(state) for draft, state in zip(drafts, states)]
     measured = iter(count([assemble(*prompt) for prompt, _ in cut if prompt is not None]))
     return [removed + (empty if prompt is None else next(measured)) for (prompt, removed), empty in zip(cut, bare)]

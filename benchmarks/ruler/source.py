@@ -36,9 +36,7 @@ class Draft:
         return []
 
     def cut(self, state: Any) -> tuple[tuple[str, ...] | None, int]:
-        """(the rendered prompt less the inner parts of the haystack, their tokens); None for the prompt: the smallest
-        haystack's, to which the tokens that `fill` gave are added.
-        """
+        """(the prompt less the haystack's inner parts, or None for the smallest haystack's, the tokens left out)."""
         raise NotImplementedError
 
     def core(self) -> tuple[tuple[str, ...], int]:

@@ -55,9 +55,7 @@ def found_file(kind: str, data_dir: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Edition:
-    """One state of RULER's tasks. `replayed`: samples are drawn and sized as by RULER's own generator, to the byte; the
-    others draw each sample by itself and fill its window.
-    """
+    """One state of RULER's tasks. `replayed`: by RULER's own generator, to the byte; others fill each window."""
 
     name: str
     replayed: bool = False

@@ -71,9 +71,7 @@ def seal_shard(
 
 
 def read_shard(directory: str | Path, tokenizer_hash: str | None = None, *, verify: bool = True) -> Documents:
-    """A prepared shard, tokens memory-mapped. Raises ValueError if it has no manifest (unfinished), if its tokenizer is
-    another one, or if a file was changed.
-    """
+    """A shard, tokens memory-mapped. ValueError: no manifest (unfinished), another tokenizer, or a changed file."""
     directory = Path(directory)
     path = directory / "manifest.json"
     if not path.is_file():
@@ -123,9 +121,7 @@ def load_documents(
     append_eos: bool = True,
     chat_loss: str = "assistant",
 ) -> Documents:
-    """All documents of data files and shards, in the order given. Raises ValueError if there is nothing to read, or if
-    a shard's conversations were prepared for another chat_loss.
-    """
+    """All documents of files and shards, in order. ValueError: none, or a shard prepared for another chat_loss."""
     if not paths:
         raise ValueError("data must name at least one file or shard: data=[]")
     parts: list[Documents] = []

@@ -258,9 +258,7 @@ def _update(
     seed: torch.Tensor,
     first_index: int,
 ) -> None:
-    """One AdamW step of N blocks, in place; number holds lr, weight decay, betas, eps, bias corrections. seed,
-    first_index: of the random bits, the index that of the first element.
-    """
+    """AdamW of N blocks in place. number: lr, decay, betas, eps, corrections. seed, first_index: of the random bits."""
     lr, decay, beta1, beta2, eps, correction1, correction2 = number.unbind()
     index_NB = torch.arange(weight_NB.numel(), dtype=torch.int32, device=weight_NB.device).view(weight_NB.shape)
     index_NB = index_NB + first_index

@@ -104,9 +104,7 @@ def share_rows(model: PreTrainedModel, context: Context) -> None:
 
 
 def _tempered(module: Any, query_BHTD: torch.Tensor) -> torch.Tensor:
-    """Queries that grow with the position: Llama 4 lets those of its layers without RoPE grow with the place in the
-    row, which is another number where positions jump.
-    """
+    """Queries that Llama 4 lets grow with the place, in layers without RoPE: by position, where positions jump."""
     positions_BT = getattr(module, "row_positions", None)
     if positions_BT is None:
         return query_BHTD
@@ -128,9 +126,7 @@ def _in_blocks(
     mask: torch.Tensor,
     **given: Any,
 ) -> torch.Tensor:
-    """The same with a mask [B, n, w, 2w] for n blocks of w queries, each over the keys of its block and the one before:
-    work and memory grow with T w and not with T squared.
-    """
+    """With a mask [B, n, w, 2w] of n blocks of w queries, each over its block and the one before: T w work, not T^2."""
     rows, tokens = query_BHTD.shape[0], query_BHTD.shape[2]
     blocks, width = mask.shape[1:3]
     after = blocks * width - tokens
@@ -443,9 +439,7 @@ def plain_name(registered: str) -> str:
 
 
 def training_attention(name: str) -> str:
-    """transformers' name of a causal-only attention, registered. Raises ValueError if it is unknown or lacks its
-    package.
-    """
+    """transformers' name of a causal-only attention, registered. ValueError: unknown, or its package is missing."""
     if name not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}: attention={name!r}")
     if name in FLASH_PACKAGES:
@@ -461,9 +455,7 @@ def narrow_layers(config: PretrainedConfig) -> list[LayerKind]:
 
 
 def attention_for(config: PretrainedConfig, registered: str) -> str:
-    """The attention by position in place of a causal-only one, if layers of the model see a window or chunks alone.
-    Raises ValueError if there is none of that name.
-    """
+    """The attention by position, if layers see a window or chunks alone. Raises ValueError if there is none."""
     if not registered.startswith(PREFIX) or registered.endswith(BY_POSITION):
         return registered
     narrow = narrow_layers(config)
@@ -504,9 +496,7 @@ def eager_by_position() -> Iterator[None]:
 
 
 def _by_position(mask_function: Callable[..., Any], later: bool = False) -> Callable[..., Any]:
-    """A mask function of places in the row from one of positions. later: later places are what the family's function
-    says; else none is seen, such as padding that repeats a position.
-    """
+    """A mask function of places from one of positions. later: they are as the family's has them, else unseen."""
     positions_BT = _positions.get()
     if positions_BT is None:
         raise ValueError("attention by position is for whole training rows without a cache")
@@ -587,9 +577,7 @@ def position_mask(
 
 
 def attention_backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """torch's kernels on CUDA in the order that training wants them: cuDNN's gradients are summed in no fixed order, so
-    where runs must repeat torch's own flash kernel comes first.
-    """
+    """torch's kernels on CUDA, fastest first; its own flash first where runs repeat: cuDNN sums in no fixed order."""
     if torch.are_deterministic_algorithms_enabled():
         return kernels_first(device, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
     return kernels_first(device)

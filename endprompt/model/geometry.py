@@ -312,9 +312,7 @@ def extended_config(
 
 
 def check_frequencies(model: PreTrainedModel) -> None:
-    """The model's own float32 inverse frequencies and attention factor must equal ours, computed from its config.
-    Raises ValueError with the largest relative difference if they do not.
-    """
+    """Raises ValueError, with the difference, if the model's float32 frequencies or factor are not the config's."""
     config = model.config
     kinds = (
         {kind.name: kind for kind in layer_kinds(config) if kind.parameters} if by_kind(config.rope_parameters) else {}

@@ -60,9 +60,7 @@ def by_kind(parameters: Mapping[str, Any] | None) -> bool:
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[LayerKind, ...]:
-    """The kinds of a text model's layers, in the order in which they first come. Raises ValueError for layers that
-    slide over a window that the config does not state.
-    """
+    """A text model's kinds of layers, by first place. Raises ValueError for a sliding window that is not stated."""
     given: Any = getattr(config, "rope_parameters", None)
     stated = getattr(config, "layer_types", None)
     width = getattr(config, "sliding_window", None)
@@ -110,9 +108,7 @@ def scaled_kind(kinds: Iterable[LayerKind]) -> LayerKind | None:
 
 
 def check_layers(config: PretrainedConfig, target: int, scaling: str | None = None) -> None:
-    """Raises ValueError if no layer would see a target, for layers of which it is not known what they see, and for a
-    scaling that would change none but layers that slide.
-    """
+    """Raises ValueError if no layer sees a target, a kind is unknown, or a scaling changes only layers that slide."""
     kinds = layer_kinds(config)
     if unknown := [kind for kind in kinds if kind.name not in (*REACH, *STILL)]:
         raise ValueError(f"layers {spelled(unknown[0].layers)} are of a kind that is not known here: {unknown[0].name}")

@@ -22,9 +22,7 @@ KINDS = ("dynamic", "longrope")
 
 
 def rows_alone(model: torch.nn.Module) -> int:
-    """Let every RoPE module of the model whose frequencies depend on the length treat each row alone, from now on,
-    however often this is called; returns how many do.
-    """
+    """Let RoPE modules whose frequencies depend on the length treat each row alone, once and for all; how many do."""
     found = [module for module in model.modules() if length_kinds(module)]
     for module in found:
         if not isinstance(module, RowsAlone):

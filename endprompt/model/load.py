@@ -339,9 +339,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def check_vocabulary(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A line on tokens that the model has no embedding for, if there are such: added ones, which `check_tokens` looks
-    for in the texts. Raises ValueError if they are others.
-    """
+    """A line on added tokens without an embedding, if any (`check_tokens` finds them). ValueError: if others lack."""
     size, added = model_config.get_text_config().vocab_size, tokenizer.get_added_vocab()
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
     if set(beyond) - set(added):

@@ -37,9 +37,7 @@ def targets_of(model: PreTrainedModel, group: str) -> list[str]:
 def add_lora(
     model: PreTrainedModel, rank: int, alpha: int, also: Sequence[str], seed: int, group: str = "attention"
 ) -> None:
-    """Freeze the model but for LoRA updates of a group of matrices and parameters whose name holds one of `also`.
-    Raises ValueError if the model has no such matrices.
-    """
+    """Freeze all but LoRA updates of a group's matrices, and parameters named in `also`. ValueError: no such matrix."""
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = targets_of(model, group)
@@ -114,9 +112,7 @@ def _real(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def merge(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """The weights with W + scale * B A in the place of each W that has an update, made in float32 and rounded once, to
-    the dtype of W; scale is alpha / rank.
-    """
+    """The weights with W + scale * B A for each W with an update, in float32, rounded once; scale is alpha / rank."""
     merged = {}
     for name, weight in weights.items():
         if ".lora_" in name:

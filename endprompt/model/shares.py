@@ -74,8 +74,8 @@ def model_to_fill(path: str | Path, *, dtype: str, attention: str, config: Pretr
 def _stand_in(
     directory: Path, stored: dict[str, Stored], dtype: str, attention: str, config: PretrainedConfig
 ) -> tuple[Any, list[str], dict[str, str] | None]:
-    """(the model as transformers loads it from one number a tensor, what to say, the tensor of each of its weights:
-    None where not each weight is one tensor as it is stored).
+    """(the model from one number a tensor, what to say, each weight's tensor; None if some are put together of
+    several).
     """
     from transformers.core_model_loading import WeightConverter
 
@@ -114,9 +114,7 @@ def _stand_in(
 
 
 def read_shares(model: torch.nn.Module, device: str) -> None:
-    """Give a sharded model's weights that are on meta their values: this process's rows, read from the checkpoint.
-    Weights that are real (those of LoRA) stay. Tied weights stay tied.
-    """
+    """Give a sharded model's weights on meta this process's rows of the checkpoint; real ones (LoRA's), ties stay."""
     from torch.distributed.tensor import DTensor
 
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -28,9 +28,7 @@ SUITES = {"ruler": "RULER", "longbench": "LongBench", "short": "short-text tasks
 
 
 def write_card(directory: str | Path, results: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write README.md into a checkpoint of `extend`; returns its path. results: rows of its scores. Raises ValueError
-    if the directory is not one that `extend` wrote.
-    """
+    """Write a checkpoint's README.md; returns its path. results: its rows. ValueError: `extend` did not write it."""
     directory = Path(directory)
     path = directory / CARD
     write_text(path, card(read_record(directory), results, directory.name.removesuffix(".partial")))

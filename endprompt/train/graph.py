@@ -113,9 +113,7 @@ class StepGraph:
 
     @torch.no_grad()
     def take(self, model: torch.nn.Module) -> None:
-        """Start again from another model's weights: they and its buffers move into this graph's memory, and are the
-        recorded ones afterwards; the optimizer has forgotten.
-        """
+        """Start from another model's weights and buffers, moved into this graph's memory; the optimizer forgets."""
         theirs = {name: tensor for name, tensor in named_tensors(model)}
         ours = dict(named_tensors(self.model))
         for name, tensor in theirs.items():

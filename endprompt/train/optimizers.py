@@ -69,9 +69,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> torch.Tens
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """torch's AdamW over float32 copies of the parameters (masters: of each its copy), which are the optimizer's own;
-    gradients and weights pass between the two.
-    """
+    """torch's AdamW over float32 copies (masters) of the parameters; gradients and weights pass between the two."""
 
     def __init__(self, params: Iterable[torch.nn.Parameter], **options: Any):
         self.masters = {p: torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in params}
