@@ -118,9 +118,6 @@ def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
             raise ValueError(f"arm {cell.arm!r} of base {cell.base}, target {cell.target}: {error}") from None
 
 
-# --- what is there already --------------------------------------------------------------------------------------------
-
-
 def finished(results: Path, cells: Sequence[Cell]) -> set[str]:
     wanted = {cell.sha256 for cell in cells}
     rows = [row for row in rows_of(results) if row.get("cell") in wanted and row["metric"] != "failed"]
@@ -167,9 +164,6 @@ def tidy(directory: Path, cells: Sequence[Cell], overwrite: bool) -> set[str]:
     write_rows(results, kept)
     write_rows(scores, whole)
     return done
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def abandon(pool: ProcessPoolExecutor) -> None:
@@ -430,9 +424,6 @@ class Runner:
             from rich.console import Console
 
             Console(force_terminal=False if os.environ.get("NO_COLOR") else None).print(verdicts.table(found))
-
-
-# --- before it --------------------------------------------------------------------------------------------------------
 
 
 def plan_text(cells: Sequence[Cell], done: set[str], device: str, jobs: int, gpus: int = 1) -> str:

@@ -253,9 +253,6 @@ def window_rows(arms: Sequence[Arm]) -> list[Row]:
     return rows
 
 
-# --- verdicts ---------------------------------------------------------------------------------------------------------
-
-
 def judge(rows: Sequence[Row]) -> None:
     """Give each row its p-value, verdict and sentence. One test is corrected once, however many claims speak of it."""
     families: dict[tuple, dict[tuple, float]] = {}
@@ -339,9 +336,6 @@ def estimate_text(row: Row) -> str:
     return f"{value} {unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
 
 
-# --- claims -----------------------------------------------------------------------------------------------------------
-
-
 def claim_row(claim: contrasts.Claim, chosen: Sequence[Row]) -> Row:
     if claim.metric == "rank_correlation":  # the row over all bases and folds is their average already
         chosen = [row for row in chosen if row["base"] == "all"] or chosen
@@ -396,9 +390,6 @@ def claim_sentence(row: Row) -> str:
         what += f" (chosen on {row['chosen_on']}, tested on others)"
     verdict = {AGREES: "agrees with", DISAGREES: "goes against", OPEN: "does not decide"}[row["agrees"]]
     return f"{what}: {found}{several}; this {verdict} {SAID_BY[row['source']]}: {row['claim']}."
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write(run: str | Path) -> list[Row]:

@@ -125,9 +125,6 @@ def name_of(run: Run, part: Part) -> str:
     return run.name if part.path == run.path else f"{run.name}/{part.path.relative_to(run.path).as_posix()}"
 
 
-# -------------------------------------------------------------------------------------------------------- what was run
-
-
 def about_run(run: Run) -> dict[str, Any]:
     """Facts by name."""
     first = next((part for part in run.parts if part.environment), run.parts[0])
@@ -145,9 +142,6 @@ def about_run(run: Run) -> dict[str, Any]:
         "Started": environment.get("time"),
         "Time taken": f"{seconds / 60:.1f} min" if seconds else "",
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- positions
 
 
 def drawn_schemes(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -213,9 +207,6 @@ def spans(intervals: Sequence[tuple[int, int]], most: int = 8) -> str:
     return shown + (f" and {len(intervals) - most} more" if len(intervals) > most else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
-
-
 def loss_charts(parts: Sequence[tuple[str, Run, Part]]) -> list[tuple[list[str], Markup, list[Any]]]:
     """(names, picture, numbers by name) of training loss against steps, as many curves as can be told apart."""
     series = []
@@ -236,9 +227,6 @@ def loss_charts(parts: Sequence[tuple[str, Run, Part]]) -> list[tuple[list[str],
 
 def chunks(series: Sequence[Any]) -> list[list[Any]]:
     return [list(series[k : k + charts.STYLES]) for k in range(0, len(series), charts.STYLES)]
-
-
-# -------------------------------------------------------------------------------------------------------------- scores
 
 
 def facet_view(facet: Facet, key: str) -> dict[str, Any]:
@@ -280,9 +268,6 @@ def comparison(facet: Facet, reference: str | None) -> dict[str, Any] | None:
         found = [one for one in found if one.length == facet.lengths[-1]]
     methods = {one.other: [other for other in found if other.other == one.other] for one in found}
     return {"title": facet.title, "reference": found[0].reference, "methods": methods, "cut": cut} if found else None
-
-
-# ------------------------------------------------------------------------------------------------- depths, bounds, rest
 
 
 def heat_maps(run: Run, part: Part, several: bool) -> Iterator[tuple[str, list[int], list[Any]]]:
@@ -338,9 +323,6 @@ def wrong_predictions(name: str, part: Part) -> tuple[str, str, list[dict[str, A
     method = f" ({part.rows[0]['method']})" if part.rows else ""
     said = f"{name}{method}: {sum(map(len, wrong.values())):,} of {len(entries):,} wrong, {len(shown)} shown"
     return said, name, shown
-
-
-# ------------------------------------------------------------------------------------------ provenance, reproduction
 
 
 def environments(parts: Sequence[tuple[str, Run, Part]]) -> list[tuple[str, list[tuple[str, Any]]]]:
