@@ -293,7 +293,7 @@ def test_damaged_recipes_are_bad_usage_and_run_nothing(tmp_path, capsys):
     recipe = Path(endprompt.__file__).parent / "recipes" / "extend" / "endprompt-llama3-8b-64k.yaml"
     whole = recipe.read_bytes()
     path, draw = tmp_path / "recipe.yaml", random.Random(5)
-    for _ in range(40):
+    for _ in range(16):
         path.write_bytes(damaged(whole, draw))
         try:
             code = cli.main(["extend", "--config", str(path), "--print_config"])

@@ -4,6 +4,7 @@ docs/parity.md explains.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -56,6 +57,7 @@ def known_sentences(text: str) -> list[str]:
     return [" ".join(words[a:b]) for a, b in zip([0, *ends], ends)]
 
 
+@functools.cache
 def tokenizer_for(template: str, folder: Path = BASE):
     tokenizer = load_tokenizer(folder)
     if template == "meta-chat":

@@ -133,12 +133,15 @@ def test_prompts_read_in_parts_give_the_same_tokens(family, monkeypatch):
 
 def test_a_penalty_for_repetition_is_the_checkpoints_own():
     model = tiny("grouped")
-    wanted, plain = by_transformers(model, repetition_penalty=1.7), by_transformers(model)
+    prompts = PROMPTS[:3]
+    wanted, plain = by_transformers(model, prompts, repetition_penalty=1.7), by_transformers(model, prompts)
     model.generation_config.repetition_penalty = 1.7
-    assert ours(model, stops=frozenset([2])) == wanted != plain
+    assert ours(model, prompts, stops=frozenset([2])) == wanted != plain
     model.generation_config.update(repetition_penalty=None, suppress_tokens=[wanted[0][0]])
     assert "suppress_tokens" in generate.way(model).reason
-    assert ours(model)[0][0] == by_transformers(model, suppress_tokens=[wanted[0][0]])[0][0] != wanted[0][0]
+    first = prompts[:1]
+    kept = by_transformers(model, first, suppress_tokens=[wanted[0][0]])[0][0]
+    assert ours(model, first)[0][0] == kept != wanted[0][0]
 
 
 @pytest.mark.parametrize(
@@ -156,9 +159,9 @@ def test_of_a_generation_config_nothing_but_the_greedy_choice_counts(asked):
     """Also where transformers generates, which reads the clock, draws and keeps its cache as it is asked to."""
     model = tiny("grouped")
     model.generation_config.min_new_tokens = 2
-    wanted = ours(model)
+    wanted = ours(model, PROMPTS[:2])
     model.generation_config.update(**asked)
-    assert ours(model) == wanted and all(len(tokens) == NEW for tokens in wanted)
+    assert ours(model, PROMPTS[:2]) == wanted and all(len(tokens) == NEW for tokens in wanted)
     assert all(getattr(model.generation_config, name) == value for name, value in asked.items())
 
 

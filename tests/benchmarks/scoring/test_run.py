@@ -109,7 +109,7 @@ def test_predictions_equal_those_of_transformers_generate_whatever_the_batch(pla
 
     checkpoint = str(place / kind)
     for size in (1, 4):
-        score(config(place, tmp_path / str(size), checkpoint=checkpoint, batch_size=size))
+        score(config(place, tmp_path / str(size), checkpoint=checkpoint, batch_size=size, tasks="vt", lengths="400"))
     found = predictions(tmp_path / "4")
     assert found == predictions(tmp_path / "1")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), helpers.tokenizer()
