@@ -82,12 +82,6 @@ def data_file(suite: str, kind: str, data_dir: str | Path | None) -> Path:
             f"{suite} needs {source.names[0]} ({source.what}) and {where}: {command(suite, data_dir)} brings it"
         )
     files.check_fetched(path)
-    check_version(path, source)
-    return path
-
-
-def check_version(path: Path, source: Original) -> None:
-    """Raises ValueError for a fetched name whose bytes are of another version than its known or noted sha256."""
     wanted = {noted(path.parent).get(path.name)} - {None} or (source.whole if path.name == source.names[0] else set())
     if wanted and (found := files.remembered_sha256(path)) not in wanted:
         known, names = " or ".join(sorted(map(str, wanted))), ", ".join(source.names[1:])
@@ -95,6 +89,7 @@ def check_version(path: Path, source: Original) -> None:
             f"{path}: of another version: its sha256 is {found}, that of {source.what} is {known}; data of your own "
             f"need another name ({names})"
         )
+    return path
 
 
 def command(suite: str, data_dir: str | Path | None) -> str:

@@ -56,19 +56,14 @@ TASKS = tuple(SPECS)
 class Options:
     """What may be set beyond RULER's own values; each is part of the cache key and of the result row.
 
-    Args:
-        max_new_tokens: tokens kept for generation; RULER's own number if None.
-        haystack_text: text file for the essay haystack, instead of RULER's essays or the project's sample.
-        chat: wrap the prompt in the tokenizer's chat template (the answer prefix follows it).
-        shots: worked examples in front of vt and cwe, 0 or 1 (RULER: 1).
-        hops: assignments after the first one in a chain of vt (RULER: 4).
-        date: day that a chat template which reads one is given, YYYY-MM-DD; today if None.
-        template_args: further arguments of the chat template, NAME=VALUE,NAME=VALUE.
-        edition: state of RULER's tasks, one of `texts.EDITIONS`.
-        chat_layout: of chats: "one-turn" (the worked example and the question in one turn, no space in front of the
-            answer prefix), "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept) or
-            "no-prefix" (one turn, no answer prefix); the edition's if None.
-        system: message in front of a chat.
+    max_new_tokens: kept for generation; RULER's own number if None. haystack_text: text file for the essay haystack,
+    instead of RULER's essays or the project's sample. chat: wrap the prompt in the tokenizer's chat template (the
+    answer prefix follows it). shots: worked examples in front of vt and cwe, 0 or 1 (RULER: 1). hops: assignments after
+    the first one in a chain of vt (RULER: 4). date: day that a template which reads one is given, YYYY-MM-DD; today if
+    None. template_args: its further arguments, NAME=VALUE,NAME=VALUE. edition: state of RULER's tasks, one of
+    `texts.EDITIONS`. chat_layout: "one-turn" (the worked example and the question in one turn, no space in front of the
+    answer prefix), "ruler" (its own scripts': cwe's example is a turn of its own, the space is kept) or "no-prefix"
+    (one turn, no answer prefix); the edition's if None. system: message in front of a chat.
     """
 
     max_new_tokens: int | None = None
