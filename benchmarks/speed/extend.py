@@ -161,7 +161,8 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
         **notes[0]["profile"],
     }
     if "mfu" in log[-1]:
-        values |= {"mfu_percent": 100 * log[-1]["mfu"], "peak_gib": log[-1]["peak_gib"]}
+        mfu = log[-1]["mfu"] / log[-1]["tokens_per_s"] * speed
+        values |= {"mfu_percent": 100 * mfu, "peak_gib": log[-1]["peak_gib"]}
     if saves := [entry["save_seconds"] for entry in log if "save_seconds" in entry]:
         values["save_seconds"] = saves[-1]  # the first one has the host's memory to make
     task, sharded = "extend, one process", ""
