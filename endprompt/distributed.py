@@ -151,6 +151,9 @@ def _meet(about: dict[str, Any]) -> None:
         store.set(f"about/{rank}", json.dumps(about))
         store.wait([f"about/{other}" for other in range(size)], START)
         abouts = [json.loads(store.get(f"about/{other}")) for other in range(size)]
+        store.set(f"read/{rank}", "")
+        if rank == 0:  # the store goes with this process
+            store.wait([f"read/{other}" for other in range(size)], START)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         alone = ValueError(f"the processes have not met at {here} within {START.seconds} s: {reason}")

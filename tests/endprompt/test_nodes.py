@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -152,7 +153,9 @@ def test_a_node_of_other_settings_is_refused_in_one_line(nodes, extend_config, t
 
 
 def another_version(rank, config):
-    real = run.environment()
+    """Process 1 reads what all say when process 0 has had the time to leave."""
+    slow = types.SimpleNamespace(dumps=json.dumps, loads=lambda text: (time.sleep(2 * rank), json.loads(text))[1])
+    distributed.json, real = slow, run.environment()
     run.environment = lambda: real | {"packages": real["packages"] | {"transformers": f"5.{rank}"}}
 
 
@@ -188,7 +191,8 @@ def stays_away(rank, config):
 def gpus(rank, config, count=2, gib=(80, 80)):
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: count
     torch.cuda.set_device = lambda device: None
-    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=gib[rank] << 30)
+    about = types.SimpleNamespace(name="GPU", total_memory=gib[rank] << 30, major=9, minor=0)
+    torch.cuda.get_device_properties = lambda device=None: about
 
 
 def nccl_that_hangs(rank, config):
@@ -211,15 +215,15 @@ def nccl_that_hangs(rank, config):
         (functools.partial(gpus, count=1), "each process needs a GPU of its own: process 1, 1 GPUs"),
         (functools.partial(gpus, gib=(80, 40)), "all processes must have the same gpu_gib: 80 on "),
         (gpus, "the processes cannot talk to each other: Distributed package doesn't have NCCL"),
-        (nccl_that_hangs, "NCCL has not started within 3 s: NCCL_DEBUG=WARN"),
+        (nccl_that_hangs, "NCCL has not started within 20 s: NCCL_DEBUG=WARN"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_is_wrong_with_one_process_ends_both_in_one_line(fault, rule, extend_config, tmp_path):
-    """As soon as it is there, or after the time that a meeting takes at most: 60 s, here 3."""
+    """As soon as it is there, or after the time that a meeting takes at most: 60 s, here 20."""
 
     def started():
-        distributed.START = timedelta(seconds=3)
+        distributed.START = timedelta(seconds=20)
         fault(int(os.environ["RANK"]), config)
         return cli.main(["extend", "--config", str(tmp_path / "config.yaml")])
 
