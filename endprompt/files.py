@@ -36,14 +36,12 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file, or an address that fsspec knows, for reading; decompressed if its name ends in .gz or .zst."""
+    import fsspec
+
     name = os.fspath(path)
     with contextlib.ExitStack() as stack:
-        if is_address(name):
-            import fsspec
-
-            raw: Any = stack.enter_context(fsspec.open(name, "rb"))
-        else:
-            raw = stack.enter_context(open(name, "rb"))
+        reader: Any = fsspec.open if is_address(name) else open
+        raw: Any = stack.enter_context(reader(name, "rb"))
         if name.endswith(".zst"):
             import pyarrow
 

@@ -63,7 +63,9 @@ def data_file(path: str | Path) -> str:
 
         try:
             system, inner = fsspec.core.url_to_fs(path)
-            there = system.isfile(inner)
+            there = system.info(inner)["type"] == "file"  # isfile() takes any error for a file that is missing
+        except FileNotFoundError:
+            there = False
         except Exception as error:  # each kind of address has errors of its own
             said = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the data file cannot be reached: {said}: data={path!r}") from error

@@ -116,7 +116,10 @@ def sources(documents, tmp_path):
     return [str(tmp_path / "a.jsonl.zst"), *(f"memory://data/{name}" for name in names)]
 
 
-def test_zstd_and_addresses_hold_the_same_documents(prepare_config, documents, tmp_path, extend_config, tokenizer):
+def test_zstd_and_addresses_hold_the_same_documents(
+    prepare_config, documents, tmp_path, extend_config, tokenizer, monkeypatch
+):
+    import fsspec
     import pyarrow.parquet  # noqa: F401
 
     expected = (prepare(prepare_config()) / "tokens.bin").read_bytes()
@@ -137,6 +140,9 @@ def test_zstd_and_addresses_hold_the_same_documents(prepare_config, documents, t
             prepare(prepare_config(data=[source], output=str(tmp_path / "bad")))
     with pytest.raises(ValueError, match=r"cannot be reached: .*: data='nothing://a\.jsonl'"):
         train.extend(extend_config(data=["nothing://a.jsonl"]))
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", lambda *_: 1 / 0)  # as a server that is down
+    with pytest.raises(ValueError, match="cannot be reached: division by zero: data='memory:"):
+        prepare(prepare_config(data=["memory://data/a.jsonl"], output=str(tmp_path / "bad")))
 
 
 def test_what_is_filtered_is_counted_and_printed(prepare_config, tokenizer, tmp_path, capsys):
