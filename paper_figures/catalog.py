@@ -38,7 +38,8 @@ NAMES = (*FIGURES, *TABLES)
 
 
 def module(name: str) -> Any:
-    """The module that draws the figure, or the table, of this name. Raises ValueError for a name in neither list."""
+    """The module that draws the figure `name`, or the table of that name. Raises ValueError for a name that is in
+    neither list."""
     if name not in NAMES:
         raise ValueError(f"only must name figures or tables of {', '.join(NAMES)}: only={name!r}")
     return TABLES[name] if name in TABLES else import_module(f"paper_figures.figures.{name}")

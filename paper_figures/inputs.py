@@ -181,7 +181,8 @@ def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[s
 
 
 def check_cells(rows: pd.DataFrame) -> None:
-    """Rows must be of the same samples, and a cell must have one value. Raises ValueError naming the two rows."""
+    """Rows that are compared must have been scored on the same samples, and a cell must have one value. Raises
+    ValueError naming the two rows."""
     rows = rows[~rows["suite"].isin(NOT_SCORES)]
     if rows.empty:
         return

@@ -20,9 +20,10 @@ OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds",
 
 def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with what the figures call an arm: `kind`, `cue`, `usual`, `main`, `label`; method is the arm's name.
-    kind: scheme, or full or longlora, or base (not trained). usual: trained for the steps that most arms of this base
-    and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other wordings or
-    weights of an end prompt, and with at least a quarter of the seeds that most arms there have."""
+    kind: scheme, or full or longlora, or base (not trained). usual: trained for the number of steps that most arms of
+    this base and fold are, or by rows of the target's length, where tokens count. main: usual, not one of the other
+    wordings or weights of an end prompt, and with at least a quarter of the seeds that most arms of this base and fold
+    have."""
     rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *COLUMNS, *OPTIONAL])).copy()
     rows["base"] = rows["base"].astype(str)
     rows["method"] = rows["arm"]
@@ -98,8 +99,9 @@ def groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, int, pd.DataFrame]]:
 
 
 def looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Label -> colour, marker, line and face of each arm, the same in all panels. Colour and marker tell the anchor's
-    place; filled and full: a prompt copied from the context, or none; hollow and dashed: a fixed cue."""
+    """Label -> colour, marker, line and face of each arm, the same in all panels of a figure. The colour and marker
+    tell the place of the anchor; a filled marker and a full line tell a prompt that is copied from the context, or
+    none; a hollow one and dashes tell a fixed cue."""
     unknown = [kind for kind in dict.fromkeys(rows["kind"]) if arm_of(kind) not in style.ARMS]
     found = {}
     for kind, cue, label in dict.fromkeys(zip(rows["kind"], rows["cue"], rows["label"])):

@@ -228,9 +228,10 @@ def document(
     shortest: int = 128,
     longest: int | None = None,
 ) -> dict[str, str]:
-    """One document of exactly `tokens` tokens: {"text": ..., "completion": ...}. The prompt's length is uniform between
-    `shortest` (or what the kind needs) and `longest` (default `tokens`), with `prose` in front. `text` and `completion`
-    tokenise to the concatenation of their tokens. Raises ValueError for an unknown kind, or one that does not fit."""
+    """One document of exactly `tokens` tokens: {"text": ..., "completion": ...}. The prompt's own length is uniform
+    between `shortest` (or what the kind needs) and `longest` (default `tokens`); text from `prose` is put in front of
+    it. `text` and `completion` tokenise to the concatenation of their tokens. Raises ValueError if the kind is unknown
+    or does not fit into `tokens`."""
     if kind == "text":
         ids = [*prose.tail(tokens - 1, rng).tolist(), tokenizer.eos_token_id]
         text, completion = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False), ""

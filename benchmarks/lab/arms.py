@@ -22,8 +22,9 @@ SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", 
 class Arm:
     """One way to extend one base by one factor, with its scores by length and training seed (percent). kind: the
     scheme, except `full` (contiguous rows of the target's length), `longlora` (the same with shifted attention) and
-    `base` (untrained). weight: loss weight of the end prompt. rate: the learning rate, where rows say it. losses: nats
-    per token on held-out text. samples: scores of single samples, by (length, seed) and task, where kept."""
+    `base` (untrained). weight: loss weight of the end prompt. rate: the learning rate, where the rows say it. losses:
+    nats per token on held-out text. samples: the scores of single samples, by (length, seed) and task, where the run
+    kept them."""
 
     name: str
     base: str

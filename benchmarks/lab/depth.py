@@ -21,7 +21,8 @@ Key = tuple[str, int, str]
 
 def depth_rows(rows: Iterable[Mapping[str, Any]], samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each arm, length and tenth of the context: percent of the needles there that were found. rows: of
-    results.jsonl. samples: of scores.jsonl, those with `depths`. `seeds`: of how many trainings a row is made."""
+    results.jsonl. samples: of scores.jsonl; those without `depths` are left out. `seeds` says of how many trainings a
+    row is made."""
     about: dict[Key, dict[str, Any]] = {}
     for row in rows:
         if row["suite"] == "ruler":

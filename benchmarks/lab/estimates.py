@@ -150,7 +150,8 @@ def shared_scores(scores: Sequence[Mapping[int, float]]) -> tuple[list[int], np.
 
 
 def pareto(cost: Sequence[float], score: Sequence[float]) -> list[bool]:
-    """Which points none outdoes, by costing at most as much and scoring at least as much, one of the two strictly."""
+    """Which points no other point outdoes: none costs at most as much and scores at least as much, one of the two
+    strictly."""
     points = list(zip(cost, score))
     return [not any(c <= x and s >= y and (c < x or s > y) for c, s in points) for x, y in points]
 

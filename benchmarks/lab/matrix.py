@@ -177,7 +177,8 @@ class Cell:
 @dataclass
 class Answer:
     """What comes of a cell, as a worker says it: rows (of results.jsonl), scores (of its samples, for scores.jsonl) and
-    seconds of each phase, or the error with its traceback. ready: said once, at first. last: the worker ends now."""
+    seconds of each phase, or the error with its traceback. ready: said once, before the first cell. last: the worker
+    ends now."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)

@@ -22,8 +22,9 @@ CLIENT = (sys.executable, "-c", "import torch; assert float(torch.ones(8, device
 
 @contextlib.contextmanager
 def service(client: Sequence[str] = CLIENT, seconds: float = 60.0) -> Iterator[str | None]:
-    """Run the service while the context lasts; None if it runs, else why not. Processes started inside find it by their
-    environment; this one must not have used CUDA before. client: a command that takes `seconds` at most."""
+    """Run the service while the context lasts; None if it runs, else why it does not. Processes started inside find it
+    by their environment; this process must not have used CUDA before. client: a command that succeeds if CUDA works
+    through the service. seconds: it may take."""
     if shutil.which(CONTROL) is None:
         yield f"there is no {CONTROL}"
         return

@@ -39,7 +39,8 @@ PATIENCE = 5.0  # seconds that all workers together have to end
 
 
 def lab(config: LabConfig) -> int:
-    """Run what is asked for; 1 if a cell failed. Raises ValueError naming key, value and rule before any training."""
+    """Run what `endprompt lab` asks for; returns 1 if a cell failed. Raises ValueError naming key, value and rule
+    before anything is trained."""
     if config.list_presets:
         print(matrix.preset_list())
         return 0

@@ -254,7 +254,8 @@ def window_rows(arms: Sequence[Arm]) -> list[Row]:
 
 
 def judge(rows: Sequence[Row]) -> None:
-    """Give each row its p-value, verdict and sentence. One test is corrected once, however many claims speak of it."""
+    """Give each row its corrected p-value, its verdict and its sentence. One test is corrected once, however many
+    claims are made about it."""
     families: dict[tuple, dict[tuple, float]] = {}
     for row in (row for row in rows if row["p"] is not None):
         families.setdefault(_family(row), {})[_test(row)] = row["p"]

@@ -145,8 +145,9 @@ def lines(
     scores: bool = False,
     window: int | None = None,
 ) -> Markup:
-    """Lines with their intervals. labels: of the axes. scores: in percent against lengths in tokens, side by side where
-    they share a length; if not, curves of many points, such as a loss, some of which can be reached."""
+    """Lines with their intervals. labels: of the axes. scores: in percent against lengths in tokens, where lines lie
+    side by side that share a length; if not, curves of many points, such as a loss, some of which can be reached one by
+    one."""
     with rc_context(SETTINGS):
         chart = Chart(220)
         axes = chart.axes

@@ -28,8 +28,9 @@ def read_checkpoint(config: ScoreConfig) -> tuple[PretrainedConfig, PreTrainedTo
 
 
 def check_model(config: ScoreConfig, model_config: PretrainedConfig) -> list[str]:
-    """What loading the model would refuse, found without its weights, in a moment. Returns a line of each thing about
-    the weights that the user should know. A checkpoint with own code, or quantized, is tried when it loads."""
+    """What loading the model would refuse, found without its weights: before samples are built, in a moment. Returns a
+    line of each thing about the weights that the user should know. A checkpoint with code of its own, or with quantized
+    weights, is tried when it loads."""
     from transformers import GenerationConfig
 
     from benchmarks.scoring.generate import check_settings
@@ -49,7 +50,8 @@ def check_model(config: ScoreConfig, model_config: PretrainedConfig) -> list[str
 
 
 def window_of(config: ScoreConfig, model_config: PretrainedConfig, needed: int | None = None) -> int:
-    """Tokens that the checkpoint reads, less those of thoughts; what `needed` tokens do not touch is not asked."""
+    """Tokens that the checkpoint reads, less those of thoughts; a question of its config that `needed` tokens do not
+    touch is not asked."""
     from endprompt.model import geometry
 
     stated = None if config.backend == "server" else config.window  # a server's is settled already

@@ -151,7 +151,8 @@ def checkpoint_sha256(checkpoint: str, model_config: PretrainedConfig | None) ->
 
 
 def runs(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of runs.jsonl; none before there was one. Raises ValueError naming file and line of a damaged one."""
+    """The lines of runs.jsonl; none in a directory that was scored before there was one. Raises ValueError naming file
+    and line if one is damaged."""
     path = Path(directory) / RUNS
     if not path.is_file():
         return []

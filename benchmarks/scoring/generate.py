@@ -75,7 +75,8 @@ class Job(NamedTuple):
 @dataclass(frozen=True)
 class Way:
     """How a model generates. reason: why transformers does it, or empty. windows: of each layer. read_again: the
-    windows at whose crossing transformers reads the whole sequence again. records: whether a step can be recorded."""
+    original windows at whose crossing transformers reads the whole sequence again. records: whether a step's
+    frequencies can be recorded."""
 
     reason: str
     windows: tuple[int | None, ...] = ()

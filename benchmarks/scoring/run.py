@@ -149,7 +149,8 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     model_args: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The lm-eval model for prompts of `shortest` to `needed` tokens with answers. Raises ValueError if none loads."""
+    """The lm-eval model, for prompts of `shortest` tokens or more that with their generation take `needed` at most.
+    Raises ValueError if it does not load."""
     from lm_eval.utils import simple_parse_args_string
 
     from endprompt.model.lora import check_base

@@ -15,8 +15,9 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def settled_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The part of the tokens' text that no further token changes: without tokens of single bytes at its end, which are
-    decoded together with the bytes after them, and without a character that is not whole; spaces are not tidied."""
+    """The part of the tokens' text that no further token changes. Not in it: tokens that stand for single bytes, which
+    are decoded together with the bytes after them, and a character that is not whole. Answers are decoded without
+    tidying of spaces."""
     end, special = len(tokens), set(tokenizer.all_special_ids)
     while end and (tokens[end - 1] in special or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[end - 1])))):
         end -= 1

@@ -23,8 +23,9 @@ Score = Callable[[dict[str, Any], str], float]  # sample, prediction → in [0, 
 
 @dataclass
 class Unit:
-    """One cell to score: an lm-eval task over its samples (lm-eval's own where there are none), and how its row is
-    made. n_truncated: samples that were cut. prompts: the hash of each. readings: further scores, a column each."""
+    """One cell to score: an lm-eval task over its samples, and how its row is made. Without samples lm-eval has them.
+    n_truncated: of the samples, how many were cut. prompts: the hash of each. readings: further columns of the row,
+    each another score."""
 
     name: str  # unique: task@length
     task: str

@@ -55,8 +55,9 @@ def draw(frames: Frames) -> Figure:
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The fastest measurement of each method at each published length: method, length, device and both metrics, at one
-    precision on one GPU: without rows of float8 products, short gradient sums or several processes."""
+    """The fastest measurement of each method at each published length: method, length, device and both metrics. Methods
+    are compared at one precision and on one GPU: rows with float8 products, short gradient sums or several processes
+    are left out."""
     lengths = (32768, 65536)
     if "setting" in rows:
         rows = rows[rows["setting"].map(comparable).astype(bool)]
@@ -74,7 +75,8 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparable(setting: Any) -> bool:
-    """Whether a row, as far as it says, is of one GPU, products in bfloat16 and gradients summed in float32."""
+    """Whether a row is of one GPU, its products in bfloat16 and its gradients summed in float32. So it is where it does
+    not say otherwise."""
     setting = setting if isinstance(setting, dict) else {}
     usual = {"float8": "none", "sums": "float32", "processes": 1}
     return all(setting.get(key, value) == value for key, value in usual.items())
