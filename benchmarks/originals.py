@@ -82,14 +82,27 @@ def data_file(suite: str, kind: str, data_dir: str | Path | None) -> Path:
             f"{suite} needs {source.names[0]} ({source.what}) and {where}: {command(suite, data_dir)} brings it"
         )
     files.check_fetched(path)
-    wanted = {noted(path.parent).get(path.name)} - {None} or (source.whole if path.name == source.names[0] else set())
-    if wanted and (found := files.remembered_sha256(path)) not in wanted:
-        known, names = " or ".join(sorted(map(str, wanted))), ", ".join(source.names[1:])
-        raise ValueError(
-            f"{path}: of another version: its sha256 is {found}, that of {source.what} is {known}; data of your own "
-            f"need another name ({names})"
-        )
+    if other := other_version(path, source):
+        raise ValueError(f"{other}; data of your own need another name ({', '.join(source.names[1:])})")
     return path
+
+
+def other_version(path: Path, source: Original) -> str | None:
+    """What there is to say of a fetched name whose bytes are of another version than its known or noted sha256."""
+    wanted = {noted(path.parent).get(path.name)} - {None} or (source.whole if path.name == source.names[0] else set())
+    if not wanted or (found := files.remembered_sha256(path)) in wanted:
+        return None
+    known = " or ".join(sorted(map(str, wanted)))
+    return f"{path}: of another version: its sha256 is {found}, that of {source.what} is {known}"
+
+
+def other_versions(suite: str, data_dir: str | Path) -> list[str]:
+    """A line for each file that has a published one's name and other bytes; a suite without originals has none."""
+    with contextlib.suppress(ValueError):
+        found = [(Path(data_dir) / one.names[0], one) for one in originals(suite).values()]
+        said = [other_version(path, one) for path, one in found if path.is_file()]
+        return [f"{line}: scores of it may differ from published ones" for line in said if line]
+    return []
 
 
 def command(suite: str, data_dir: str | Path | None) -> str:

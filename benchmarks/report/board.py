@@ -284,7 +284,7 @@ def scores_table(entries: Sequence[Entry], suite: str, threshold: float, key: st
     if effective and drawable:
         picture = charts.lines(suite, drawable, ("length (tokens)", "score (percent)"), key, scores=True)
     counts = sorted({len(own) for own in tasks.values()})
-    notes = [f"Mean over {' or '.join(map(str, counts))} tasks, percent [95% interval]."]
+    notes = [f"Mean over {' or '.join(map(str, counts))} task{'s' * (counts != [1])}, percent [95% interval]."]
     if effective:
         notes.append(
             f"Effective length: the longest that scores {threshold:g} or more (RULER's rule); unbroken: up to which "

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import chat
+from benchmarks import chat, originals
 from benchmarks.scoring import fingerprint, lm_eval_results, vllm
 from benchmarks.scoring.checkpoint import check_model, method_of, read_checkpoint, window_of
 from benchmarks.scoring.config import ScoreConfig
@@ -56,6 +56,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     notes = [*([] if served else check_vocabulary(model_config, tokenizer)), *Reader(tokenizer).notes()]
     if not (config.prepare_only or served):
         notes += check_model(config, model_config)
+    if config.data_dir is not None:
+        notes += originals.other_versions(config.suite, config.data_dir)
     for note in notes:
         say(note)
     if config.thinking:

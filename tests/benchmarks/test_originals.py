@@ -225,3 +225,17 @@ def test_a_folder_that_cannot_be_written_is_a_line(fetch, tmp_path, monkeypatch)
     monkeypatch.setattr(originals.files, "write_text", full)
     whole, _, said = fetch([{}])
     assert not whole and f"endprompt: {tmp_path / 'essays.json.partial'}: No space left on device\n" in said
+
+
+def test_a_published_name_with_other_bytes_is_said_once_before_scoring(tmp_path, monkeypatch):
+    """One line a file; its own bytes, files under other names, and suites without originals have none."""
+    (tmp_path / "squad.json").write_bytes(DATA)
+    (tmp_path / "dev-v2.0.json").write_bytes(b"{}")
+    (line,) = originals.other_versions("ruler", tmp_path)
+    assert (
+        "squad.json: of another version" in line and SHA256 in line and "80a5225e94905956a6446d296ca1093975c4" in line
+    )
+    assert originals.other_versions("longbench", tmp_path) == originals.other_versions("nolima", tmp_path) == []
+    squad = Original(["squad.json"], "SQuAD", "free", {"https://host/squad.json": SHA256})
+    monkeypatch.setattr(originals, "originals", lambda suite: {"squad": squad})
+    assert originals.other_versions("ruler", tmp_path) == []

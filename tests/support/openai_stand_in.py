@@ -107,3 +107,11 @@ class Server:
     def __exit__(self, *error):
         self.http.shutdown()
         self.http.server_close()
+
+
+def serve(connection, fault, *args, **settings):
+    """For a process of its own: begins at the port that `connection` sends, and sends its address."""
+    with Server(*args, port=connection.recv(), **settings) as served:
+        served.fault = fault
+        connection.send(served.url)
+        threading.Event().wait()

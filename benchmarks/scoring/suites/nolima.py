@@ -3,7 +3,9 @@
 A set is a JSON list of needles, each with `id`, `needle`, `questions` by kind, `tests` by name with their `input_args`
 (which stand for {1}, {2} ... in needle and questions), and `character_set`, of which one stands for {CHAR} and is the
 answer, or `gold_answers` of each test. `task_template` has the places {haystack} and {question}. Haystacks are texts.
-A needle stands on a line of its own at 26 depths; an answer counts if one of the right ones occurs in it.
+A needle stands on a line of its own at 26 depths, and what `distractors` have for the kind of question a fifth of the
+text or more away from it. An answer counts if one of the right ones occurs in it. The base score is the mean over 250,
+500 and 1,000 tokens, and the effective length the longest that has 85% of it.
 Modarressi et al. 2025, arXiv:2502.05167; rules as in adobe-research/NoLiMa at 7532e4e.
 """
 
@@ -16,12 +18,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scoring.evaluate import MeanSuite
-from benchmarks.scoring.units import Asker, Unit, asked
+from benchmarks.scoring.units import Asker, Unit, asked, mean_rows
+from benchmarks.summary import average, effective_length
 from endprompt.files import parse_json, read_text, remembered_sha256
+from endprompt.results import write_rows
+from endprompt.runs import RunDirectory
 from endprompt.text import Reader
 
 SET, HAYSTACKS = "needle_set.json", "haystack"
 DEPTHS, NEW_TOKENS, SEED = 26, 192, 42
+BASE_LENGTHS, SHARE, FREE = (250, 500, 1000), 0.85, 0.2
 TEMPLATE = "{haystack}\n\nAnswer the question from the text above, with the name alone.\n\nQuestion: {question}"
 
 
@@ -50,6 +56,15 @@ class NoLiMa(MeanSuite):
                 made.append(asker.unit(kind, length, "contains", samples, contains, self.generator, **columns))
         return made
 
+    def summarise(self, out: RunDirectory, made: list[dict[str, Any]], units: list[Unit], settings: str) -> None:
+        rows = mean_rows(self.config, made, settings)
+        scores = {row["length"]: row["value"] for row in rows}
+        if scores.keys() >= {*BASE_LENGTHS}:
+            base = average({length: scores[length] for length in BASE_LENGTHS})
+            found = {"base_score": base, "effective_length": effective_length(scores, SHARE * base)}
+            rows += [{**rows[0], "length": None, "metric": name, "value": value} for name, value in found.items()]
+        write_rows(out.path / "summary.jsonl", rows)
+
 
 def tests_of(path: Path) -> Iterator[dict[str, Any]]:
     """Each test of each question of a set: kind, needle, question, answers (or characters), template, seed."""
@@ -59,13 +74,13 @@ def tests_of(path: Path) -> Iterator[dict[str, Any]]:
         try:
             for kind, question in entry["questions"].items():
                 for test in entry["tests"].values():
-                    words, needle = question, entry["needle"]
+                    texts = [question, entry["needle"], entry.get("distractors", {}).get(kind, "")]
                     for place, argument in enumerate(test["input_args"], 1):
-                        words, needle = (text.replace(f"{{{place}}}", argument) for text in (words, needle))
-                    answers = test.get("gold_answers") or []
+                        texts = [text.replace(f"{{{place}}}", argument) for text in texts]
+                    (words, needle, distractor), answers = texts, test.get("gold_answers") or []
                     found = {"kind": kind, "needle": needle, "question": words, "answers": answers}
                     found |= {"characters": entry.get("character_set") or [], "seed": int(entry["id"][:4])}
-                    found["template"] = entry.get("task_template", TEMPLATE)
+                    found |= {"template": entry.get("task_template", TEMPLATE), "distractor": distractor}
                     if not (answers or ("{CHAR}" in needle and found["characters"])):
                         raise ValueError("needs gold_answers, or {CHAR} in the needle and a character_set")
                     if not all(f"{{{name}}}" in found["template"] for name in ("haystack", "question")):
@@ -95,6 +110,23 @@ class Haystack:
         before = before[: max(before.rfind("\n"), 0)]
         return f"{before} {needle}\n{self.reader.decode(self.ids[end + 1 : first + length])}"
 
+    def distracted(self, text: str, distractor: str, length: int, depth: float, drawn: float) -> str:
+        """The text with the distractor at a line's end. drawn: in [0, 1), where in what is free of the needle."""
+        left, right = max(0.0, depth - 2 * FREE), max(0.0, 1 - (depth + 2 * FREE))
+        place = drawn * (left + right)
+        place = depth + FREE + place - left if place > left else place + FREE
+        before, into = 50, 49
+        if length < 500:  # as there: at one of three places, and one character before the line's end
+            place = 0.7 if depth < 0.6 else 0.6 if depth > 0.75 else 0.5
+            before, into = 25, 23
+        alone = self.text(distractor, length, place)
+        end = alone.index(distractor)
+        words = alone[max(end - before, 0) : end - 1]
+        if text.count(words) != 1:
+            raise ValueError(f"{self.path}: the words before a distractor must stand in the text once: {words!r}")
+        cut = text.index(words) + into
+        return f"{text[:cut]} {distractor}\n{text[cut:]}"
+
 
 def placed(test: Mapping[str, Any], book: Haystack, length: int, seed: int) -> Iterator[dict[str, Any]]:
     rng = np.random.RandomState(seed + test["seed"])
@@ -104,6 +136,8 @@ def placed(test: Mapping[str, Any], book: Haystack, length: int, seed: int) -> I
             chosen = str(rng.choice(test["characters"]))
             needle, question, answers = needle.replace("{CHAR}", chosen), question.replace("{CHAR}", chosen), [chosen]
         text = book.text(needle, length, float(depth))
+        if test["distractor"]:
+            text = book.distracted(text, test["distractor"], length, float(depth), rng.uniform())
         filled = test["template"].format(haystack=text, question=question)
         yield {"text": filled, "outputs": answers, "depth": [round(100 * float(depth), 4)]}
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from benchmarks.scoring import ScoreConfig, score, server
 from tests.support import ruler_helpers as helpers
-from tests.support.openai_stand_in import Server
+from tests.support.openai_stand_in import Server, serve
 
 KEY = "sk-never-to-be-written-7d3f"
 CHAT = (
@@ -158,8 +160,6 @@ def test_what_was_answered_before_a_failure_is_kept_and_the_rest_is_asked_later(
 
 
 def test_two_runs_at_once_both_end_right_and_one_output_is_for_one_of_them(place, tmp_path, served):
-    from concurrent.futures import ThreadPoolExecutor
-
     served.fault = lambda number, prompt: 0.02
     with ThreadPoolExecutor(3) as pool:
         found = [pool.submit(score, config(place, tmp_path / name, served)) for name in ("a", "b", "b")]
@@ -189,6 +189,45 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(place, tmp_path, served, sto
     served.fault = lambda number, prompt: None
     (row,) = score(config(place, tmp_path, served, lengths="400", samples=40))
     assert len(served.asked) - asked == 40 - kept + 1 and (row["n"], row["value"]) == (40, 100.0)
+
+
+@pytest.mark.slow
+def test_a_server_killed_twice_in_200_samples_and_started_again_loses_and_repeats_nothing(place, tmp_path, monkeypatch):
+    """Processes that are killed while they answer, beside bursts of 500 and 429, and a reply that is cut."""
+    faults = {
+        **dict.fromkeys(range(10, 20), 500),
+        **dict.fromkeys(range(30, 40), (429, {"Retry-After": "0.1"})),
+        45: "cut",
+    }
+    context, processes = multiprocessing.get_context("fork"), []
+    for _ in range(3):  # before there are threads; each begins when it is told its port
+        ours, theirs = context.Pipe()
+        arguments = (theirs, lambda number, prompt: faults.get(number, 0.05), helpers.tokenizer(), needle, 512)
+        processes.append((context.Process(target=serve, args=arguments, daemon=True), ours))
+        processes[-1][0].start()
+
+    def start(number, port):
+        processes[number][1].send(port)
+        return processes[number][1].recv()
+
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.2)
+    url = start(0, 0)
+    asked = config(place, tmp_path / "run", url, lengths="400", samples=200, concurrency=16, retries=30)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(score, asked)
+        for number, answers in enumerate((60, 130)):
+            while not (tmp_path / "run" / "predictions.jsonl").is_file() or len(lines(tmp_path / "run")) < answers:
+                time.sleep(0.02)
+                assert not made.done(), made.exception()
+            processes[number][0].kill()
+            processes[number][0].join()
+            assert not made.done() and len(lines(tmp_path / "run")) < 200
+            start(number + 1, int(url.split(":")[2].split("/")[0]))
+        (row,) = made.result(timeout=120)
+    processes[2][0].kill()
+    assert (row["n"], row["value"]) == (200, 100.0)
+    assert sorted(entry["index"] for entry in lines(tmp_path / "run")) == list(range(200))
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_server_that_states_no_window_is_asked_the_longest_prompt_first_and_alone(place, tmp_path):

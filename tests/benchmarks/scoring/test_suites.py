@@ -18,6 +18,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if 
 NEEDLES = [
     {"id": "0401", "needle": "In {1} lives {CHAR}.", "character_set": ["Ada", "Ben"], "reasoning_type": "x",
      "questions": {"onehop": "Who lives in {1}?", "twohop": "Who lives north of {2}?"},
+     "distractors": {"onehop": "Nobody was born in {1}."},
      "tests": {"T1": {"input_args": ["Ulm", "Rome"]}}, "task_template": "{haystack}\nQ: {question}"},
     {"id": "0402", "needle": "The key is {1}.", "questions": {"onehop": "Where is the key?"},
      "tests": {"T1": {"input_args": ["under the mat"], "gold_answers": ["mat", "rug"]}}},
@@ -154,8 +155,27 @@ def test_nolima_places_a_needle_on_a_line_of_its_own_at_26_depths(place, tmp_pat
         assert abs(len(reader.ids([around])[0]) - 600) < 8
     assert all(abs(place - 600 * i / 25) < 30 for i, place in enumerate(places)) and places[-1] > 560
     assert {r.doc["outputs"][0] for r in first} == {"Ada", "Ben"}
+    others = [r for r in asked.requests if r.task_name == "onehop@600" and "Ulm" in r.args[0]]
+    for request in others:  # the distractor is on a line's end, a fifth of the text away from the needle
+        text = request.args[0]
+        (line,) = [line for line in text.splitlines() if "born" in line]
+        assert line.endswith("and on the next. Nobody was born in Ulm.")
+        apart = [len(reader.ids([text[: text.index(words)]])[0]) for words in ("In Ulm lives", "Nobody was")]
+        assert abs(apart[0] - apart[1]) > 0.2 * 600 - 20
+    assert len(others) == 26 and not any("born" in r.args[0] for r in first)
     assert nolima.contains({"outputs": ["mat", "rug"]}, "on the rug") == 1
     assert nolima.contains({"outputs": ["mat"]}, "Mat") == 0
+
+
+def test_nolimas_effective_length_is_measured_by_the_score_at_short_lengths(place, tmp_path, asked):
+    """Right up to 500 tokens, every other time at 1,000: the base is 250 / 3, and 85% of it more than 50."""
+    asked.answer = lambda r: r.doc["outputs"][0] if "1000" not in r.task_name or r.doc["index"] % 2 else "no"
+    score(config(place, tmp_path, "nolima", lengths="250,500,1000", tasks="onehop"))
+    found = {(row["metric"], row["length"]): row["value"] for row in read_rows(tmp_path / "summary.jsonl")}
+    assert found == {
+        ("mean_over_tasks", 250): 100, ("mean_over_tasks", 500): 100, ("mean_over_tasks", 1000): 50,
+        ("base_score", None): pytest.approx(250 / 3), ("effective_length", None): 500,
+    }  # fmt: skip
 
 
 @slow
