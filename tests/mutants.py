@@ -76,6 +76,7 @@ MUTANTS = [
     (VLLM, "if length + new > self.max_length", "if length > self.max_length", "benchmarks/scoring/vllm"),
     # what a server is asked and believed
     (SERVER, "if read != tokens:", "if read is None:", "benchmarks/scoring/server"),
+    (SERVER, 'plain["repeat_penalty"] = 1.0', "pass", "benchmarks/scoring/server"),
     (SERVER, "if tried == tries:", "if False:", "benchmarks/scoring/server"),
     (SERVER, 'if choice.get("finish_reason") == "length" and made is not None and made < new:', "if False:", "benchmarks/scoring/server"),
     (SERVER, "if waiting and self.served.window is None:", "if False:", "benchmarks/scoring/server"),

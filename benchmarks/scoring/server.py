@@ -206,6 +206,8 @@ def connect(config: ScoreConfig) -> Served:
     places = [about, *(value for value in about.values() if isinstance(value, dict))]
     stated = [int(place[key]) for place in places for key in WINDOWS if isinstance(place.get(key), int)]
     plain = {key: value for key, value in about.items() if key != "created" and not isinstance(value, list)}
+    if about.get("owned_by") == "me":  # llama-cpp-python: it penalises tokens of the last 64 unless told otherwise
+        plain["repeat_penalty"] = 1.0
     return Served(name, plain, min(stated, default=None))
 
 
@@ -250,7 +252,8 @@ class ServerLM(LM):
         self.served, self.max_length, self.tokenizer, self.chat = served, window, tokenizer, config.api == "chat"
         self.client = Client(str(config.url), config.concurrency, config.timeout, config.retries, config.quiet)
         self.reader = Reader(tokenizer)
-        self.more = simple_parse_args_string(config.backend_args) if config.backend_args else {}
+        self.more = {key: served.identity[key] for key in ("repeat_penalty",) if key in served.identity}
+        self.more |= simple_parse_args_string(config.backend_args) if config.backend_args else {}
         bos = tokenizer.bos_token_id
         self.bos = str(tokenizer.bos_token) if bos is not None and self.reader.begin[:1] == [bos] else ""
         self.head = self.tail = ""

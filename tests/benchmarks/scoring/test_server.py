@@ -106,6 +106,16 @@ def test_answers_are_those_of_the_own_backend(place, tmp_path):
     assert texts("server") == texts("hf") and len(set(texts("hf").values())) > 3
 
 
+def test_a_server_that_penalises_repeated_tokens_is_told_not_to(place, tmp_path, served):
+    """llama-cpp-python's, which multiplies by 1.1 where a request does not say 1."""
+    score(config(place, tmp_path / "other", served, lengths="400", samples=2))
+    served.entry["owned_by"] = "me"
+    (row,) = score(config(place, tmp_path / "own", served, lengths="400", samples=2))
+    assert [body.get("repeat_penalty") for body in served.asked] == [None] * 3 + [1.0] * 3
+    score(config(place, tmp_path / "asked", served, lengths="400", samples=2, backend_args="repeat_penalty=1.2"))
+    assert served.asked[-1]["repeat_penalty"] == 1.2 and row["value"] == 100
+
+
 FAULTS = {
     "a burst of 500": lambda number, prompt: 500 if 3 <= number < 9 else None,
     "429 that names seconds": lambda number, prompt: (429, {"Retry-After": "0.05"}) if number % 3 == 1 else None,
