@@ -56,6 +56,27 @@ row of the target's length, whose other places are masked. The others are refuse
 """
 
 
+VLLM = """\
+The same tiny checkpoints, extended and with heads of 32, in vLLM {version}'s CPU build (float32, transformers 5.19.0):
+"yes" if the greedy answers to four prompts of 23 to 200 tokens are those of transformers, "wrapped" if they are by
+vLLM's wrapper around transformers' code. So it was with {same} of the {tried} families that were tried; the others are
+below. What is refused may be so for the CPU build, this older transformers, or sizes that no published checkpoint has.
+Why answers differ was not looked into: do not serve these families before you know. The rows are
+`pages/models_vllm.jsonl` beside the others, made by `tests/support/families_vllm.py`."""
+
+
+def in_vllm() -> dict[str, dict[str, str]]:
+    """{family: its row of vLLM}; what vLLM says is cut at its first sentence."""
+    path = ROWS.with_name("models_vllm.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        own, wrapped = row["vllm"].endswith("ForCausalLM"), row["vllm"].startswith("Transformers")
+        row["cell"] = ("wrapped" if wrapped else "yes") if own else "differs" if "answers" in row["vllm"] else "no"
+        said = re.sub(r"^.*Value error, |\[type=.*$|\{.*", "", row["vllm"])
+        row["vllm"] = re.split(r"(?<=\w)\. ", said)[0].strip()
+    return {row["family"]: row for row in rows}
+
+
 def cell(row: dict[str, Any], step: str) -> str:
     said = row.get(step, "")
     if step == "score" and not row.get("generate", "works").startswith("works"):
@@ -178,8 +199,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         verified=good["verify"],
         planned=good["plan"],
     )
-    lines = ["| family | extend | score | verify | plan |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join([row["family"], *(cell(row, step) for step in STEPS)]) + " |" for row in tried]
+    served = in_vllm()
+    lines = ["| family | extend | score | verify | plan | vLLM |", "|---|---|---|---|---|---|"]
+    for row in tried:
+        cells = [row["family"], *(cell(row, step) for step in STEPS), served.get(row["family"], {}).get("cell", "")]
+        lines += ["| " + " | ".join(cells) + " |"]
     for title, steps, some in (
         ("Not extended", ["extend"], tried),
         ("Not scored", ["generate", "score"], tried),
@@ -188,6 +212,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     ):
         if made := reasons(some, steps):
             lines += ["", f"## {title}", "", *made]
+    bad = [row for row in served.values() if row["cell"] in ("no", "differs")]
+    counts = {"version": bad[0]["version"], "same": len(served) - len(bad), "tried": len(served)}
+    lines += ["", "## In vLLM", "", VLLM.format(**counts), "", *reasons(bad, ["vllm"])]
     windows = [
         f"`{row['family']}` ({row.get('sliding_window') or row.get('attention_chunk_size'):,})"
         for row in tried
