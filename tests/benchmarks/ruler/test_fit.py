@@ -54,7 +54,7 @@ def test_prompt_and_generation_never_exceed_the_budget_and_nearly_fill_it(task, 
 def test_sums_are_right_or_replaced_by_a_search_for_every_kind_of_tokenizer(task, kind, folder, monkeypatch):
     monkeypatch.setattr(fit, "EXACT_TOKENS", 0)  # as in a large cell: only a few prompts are tokenized whole
     tokenizer = helpers.tokenizer(kind)
-    length, n = (2500, 4) if kind == "glued" else (4000, 6)  # merges across words make that one slow
+    length, n = (2500, 6) if kind == "glued" else (4000, 6)  # merges across words make that one slow
     samples = build(task, length, n, folder, tokenizer)
     used = [len(tokenizer(s["input"])["input_ids"]) + s["max_new_tokens"] for s in samples]
     assert max(used) <= length
