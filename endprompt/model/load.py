@@ -160,6 +160,7 @@ def load_report(
     checkpoint, None for a `state_dict` among the options. Raises ValueError with the folder.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     if source is not None:
         stored_tensors(source)  # names the file that is missing or cut off
@@ -172,7 +173,7 @@ def load_report(
         with quiet():
             kind: Any = AutoModelForCausalLM
             if source is None:
-                with torch.device("meta"):
+                with torch.device("meta"), no_init_weights():
                     kind = type(AutoModelForCausalLM.from_config(config, **wanted))
             model, report = kind.from_pretrained(
                 source,
@@ -239,9 +240,10 @@ def check_builds(config: PretrainedConfig, attention: str = "") -> None:
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # its own may be one of no arithmetic
     except Exception as error:  # whatever the family's own code runs into
         where = f"{config.name_or_path}: " if config.name_or_path else ""
@@ -273,9 +275,10 @@ def whole_weights(model: PreTrainedModel, dtype: str, keep: bool = True) -> dict
     those that need no result say keep=False. Raises ValueError on every process if the main one has no room for them.
     """
     wanted = torch_dtype(dtype)
+    names = list(model.state_dict())  # comes first: FSDP2 shards here what a forward pass has left gathered
     own = dict((*model.named_parameters(), *model.named_buffers()))
     weights, failed = {}, ""
-    for name in model.state_dict():
+    for name in names:
         if name in own:
             gathered = distributed.whole(quantized.unpacked(own[name]).detach())
             try:

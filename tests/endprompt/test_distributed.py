@@ -54,14 +54,14 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         warmup=2, lr=1e-3, device="cpu", log_every=1, weight_decay=0.1, clip=0.5, micro_rows=1,
         eval_data=[str(documents)], eval_lengths=[96], eval_rows=3, eval_needles=3,
     )  # fmt: skip
-    unmeasured = {"eval_data": []}
+    unmeasured = {"eval_data": [], "steps": 2}
     in_bfloat16 = unmeasured | {"dtype": "bfloat16", "export_dtype": "float32"}
     recall = unmeasured | {"row_tokens": 64, "prompt": "recall", "recall_span": 8, "recall_given": 2}
     long = {"scheme": "contiguous", "prompt": None, "row_tokens": 128}
     pose = {"scheme": "pose", "prompt": None, "micro_rows": None}
     changes = {
         "whole": {},
-        "rounded": unmeasured | {"autocast": True},
+        "rounded": {"eval_data": [], "autocast": True},
         "masters": in_bfloat16,
         # each method on another checkpoint
         "odd": long | unmeasured | {"model": str(odd_checkpoint(tmp / "odd-model")), "checkpointing": "full"},
@@ -70,6 +70,7 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         "apart": recall
         | {"model": str(checkpoint_with_a_head_of_its_own(tmp / "apart-model")), "checkpointing": "selective"},
         "experts": {"model": str(checkpoint_of_experts(tmp / "experts-model"))}
+        | unmeasured
         | {"scheme": "endprompt-pose", "scaling": "yarn", "router_loss": 0.1},
         "kinds": {"model": str(checkpoint_of_kinds(tmp / "kinds-model")), "checkpointing": "full", "scaling": "yarn"},
         "longlora": long | {"checkpointing": "full", "attention": "shifted", "lora_rank": 4},
@@ -77,11 +78,12 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         "context": long | {"context_parallel": 2, "checkpointing": "full", "keep_gathered": 0},
         "begun": {"save_every": 2},
         "broken": {"save_every": 2},
-        "again": {"save_every": 2},
+        "again": {"eval_data": [], "save_every": 2},
         "uneven": {"rows": 3},
         "lean": in_bfloat16 | {"optimizer": "lean"},
         "float8": in_bfloat16
-        | {"optimizer": "lean", "float8": "fast", "reduce_dtype": "bfloat16", "keep_gathered": 2, "row_tokens": 32},
+        | {"optimizer": "lean", "float8": "fast", "reduce_dtype": "bfloat16", "keep_gathered": 2, "row_tokens": 32}
+        | {"steps": 4},
         "short": {"context_parallel": 2},
         "thirds": long | {"context_parallel": 3},
         "cut": long | {"context_parallel": 2, "eval_lengths": [96, 95]},

@@ -56,38 +56,38 @@ def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(
 ):
     output = tmp_path / "with a space"
     usual = ["extend", "--model", llama, "--data", documents, "--target", 128, "--prompt", "EP_3", "--rows", 2,
-             "--steps", 60, "--device", "cpu", "--log-every", 1]  # fmt: skip
+             "--steps", 30, "--device", "cpu", "--log-every", 1]  # fmt: skip
     log = output.with_name("with a space.partial") / "log.jsonl"
     code, out, said = interrupted(command, [*usual, "--output", output], lambda: lines(log) > 3, tmp_path)
     assert code == 130 and out == "" and "Warning" not in said and "\x1b" not in said and not output.exists()
     (state,) = (log.parent / "states").iterdir()
     stopped = int(state.name.removeprefix("step-"))
-    assert 3 < stopped < 60
+    assert 3 < stopped < 30
     words, printed = go_on(said, capsys)
     assert words[-1] == "--resume" and printed.out == f"{output}\n"
-    assert f"resumed from step {stopped} of 60" in printed.err and "step 60/60  loss" in printed.err
+    assert f"resumed from step {stopped} of 30" in printed.err and "step 30/30  loss" in printed.err
     whole = tmp_path / "whole"
     assert cli.main([*map(str, usual), "--output", str(whole)]) == 0
     assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
     steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 31))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_score_keeps_its_predictions(command, tmp_path, monkeypatch, capsys):
     ruler_helpers.checkpoint(tmp_path / "tiny")
-    arguments = ["score", "tiny", "--tasks", "niah_single_1", "--lengths", 512, "--samples", 30, "--batch-size", 1,
+    arguments = ["score", "tiny", "--tasks", "niah_single_1", "--lengths", 512, "--samples", 16, "--batch-size", 1,
                  "--max-new-tokens", 16, "--cache-dir", "cache", "--device", "cpu", "--quiet", "--output", "run",
                  "--overwrite"]  # fmt: skip
     predictions = tmp_path / "run" / "predictions.jsonl"
     code, out, said = interrupted(command, arguments, lambda: lines(predictions) > 2, tmp_path)
     assert code == 130 and out == "", said
     kept = predictions.read_text().splitlines()
-    assert 2 < len(kept) < 30
+    assert 2 < len(kept) < 16
     monkeypatch.chdir(tmp_path)
     assert go_on(said, capsys)[0][-2:] == ["--overwrite", "false"]
     after = predictions.read_text().splitlines()
-    assert len(after) == 30 and after[: len(kept)] == kept
+    assert len(after) == 16 and after[: len(kept)] == kept
 
 
 def test_nothing_saved_means_the_same_command(extend_config, monkeypatch):
