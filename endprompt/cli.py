@@ -17,7 +17,9 @@ import inspect
 import json
 import os
 import re
+import select
 import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -100,7 +102,19 @@ def run(entry_point: EntryPoint, argv: list[str]) -> int:
         if debug:
             raise
         said = told(error, run_log(config, began))
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return 128 + signal.SIGPIPE
         return fail(said, 1) if speaks() or "alone" in getattr(error, "__notes__", ()) else 1
+
+
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more (`endprompt env | head`); then nothing more is written there."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def speaks() -> bool:

@@ -291,6 +291,13 @@ def test_the_traceback_is_in_the_log_of_a_run_that_has_begun(raises, capsys, tmp
     assert len(log.read_text().splitlines()) == 2
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", buffering=1))
+    assert cli.main(["env"]) == 128 + 13 and capsys.readouterr().err == ""
+
+
 def test_a_command_that_cannot_be_imported_is_one_line(monkeypatch, capsys):
     entry = EntryPoint("broken", "endprompt.cli:nothing", cli.GROUP)
     monkeypatch.setattr(cli, "entry_points", lambda group: [entry])

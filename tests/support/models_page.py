@@ -57,12 +57,14 @@ row of the target's length, whose other places are masked. The others are refuse
 
 
 VLLM = """\
-The same tiny checkpoints, extended and with heads of 32, in vLLM {version}'s CPU build (float32, transformers 5.19.0):
+Tiny extended checkpoints of the same families, most with heads of 32, in vLLM {version}'s CPU build (float32,
+transformers 5.19.0):
 "yes" if the greedy answers to four prompts of 23 to 200 tokens are those of transformers, "wrapped" if they are by
 vLLM's wrapper around transformers' code. So it was with {same} of the {tried} families that were tried; the others are
 below. What is refused may be so for the CPU build, this older transformers, or sizes that no published checkpoint has.
 Why answers differ was not looked into: do not serve these families before you know. The rows are
-`pages/models_vllm.jsonl` beside the others, made by `tests/support/families_vllm.py`."""
+`pages/models_vllm.jsonl` beside the others; `tests/support/families_vllm.py` makes such rows, these are from scripts
+of which it was made. What `gemma4_text`, `helium` and `gpt_oss` are refused for is their tiny config's own."""
 
 
 def in_vllm() -> dict[str, dict[str, str]]:
