@@ -70,6 +70,7 @@ def test_full_disk_stops_the_run_with_the_earlier_state_intact(extend_config, tm
     def fills_up(self, states, beside):
         saves.append(self.step)
         if len(saves) == 2:
+            self.settle()  # the first one is whole
             full_disk(50_000)
         save(self, states, beside)
 

@@ -280,7 +280,7 @@ def test_killed_while_building_samples(place, tmp_path, capsys):
 def test_killed_while_scoring(place, tmp_path, capsys):
     cache = tmp_path / "cache"
     arguments = score_arguments(place, tmp_path / "run", batch_size=2, cache_dir=cache)
-    killed(generate, "greedy", 4, arguments)  # two batches of two of the second task are not made yet
+    killed(generate, "attempt", 4, arguments)  # two batches of two of the second task are not made yet
     predictions = tmp_path / "run" / "predictions.jsonl"
     before = predictions.read_bytes()
     assert before.count(b"\n") == 6
