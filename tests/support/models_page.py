@@ -62,7 +62,9 @@ transformers 5.19.0):
 "yes" if the greedy answers to four prompts of 23 to 200 tokens are those of transformers, "wrapped" if they are by
 vLLM's wrapper around transformers' code. So it was with {same} of the {tried} families that were tried; the others are
 below. What is refused may be so for the CPU build, this older transformers, or sizes that no published checkpoint has.
-Why answers differ was not looked into: do not serve these families before you know. The rows are
+`phi3` differs because it is extended by `longrope` here, and vLLM takes the long factors for every prompt of a run
+beyond the original window (docs/scoring.md): with `--max-model-len 256` its four answers are the same. The other three
+that differ do so without any extension, too, so it is not the export; do not serve them unexamined. The rows are
 `pages/models_vllm.jsonl` beside the others; `tests/support/families_vllm.py` makes such rows, these are from scripts
 of which it was made. What `gemma4_text`, `helium` and `gpt_oss` are refused for is their tiny config's own."""
 
