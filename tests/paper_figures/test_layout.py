@@ -159,12 +159,18 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     run, lab = write_run(tmp_path / "run", lab_rows(MANY)), lab_run(tmp_path / "lab")
     read = write_run(tmp_path / "read", longbench_rows(("base", "pose+yarn"), ENGLISH))
     verdicts.write(lab)
+    given = {  # those of a lab with other rows by themselves
+        (): [run, lab, read],
+        ("--only", "measure_against_score"): [MEASURED[0].parent / "lab_predict.jsonl.gz"],
+        ("--only", "loss_by_position"): [MEASURED[0].parent / "pages" / "smollm2_small.jsonl.gz"],
+    }
     for seed in ("1", "2"):
-        command = [sys.executable, "-m", "endprompt.cli", "figures", "--results", run, lab, read]
-        command += ["--output", tmp_path / seed]
-        started = children_seconds()
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
-        assert children_seconds() - started < 60
+        for only, results in given.items():
+            command = [sys.executable, "-m", "endprompt.cli", "figures", *only, "--results", *results]
+            command += ["--output", tmp_path / seed]
+            started = children_seconds()
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+            assert children_seconds() - started < 60
     first = {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()}
     second = {path.name: path.read_bytes() for path in (tmp_path / "2").iterdir()}
     assert sum(name.endswith(".pdf") for name in first) == len(catalog.FIGURES)

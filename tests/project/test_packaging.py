@@ -182,6 +182,6 @@ def test_installed_inside_somebody_elses_repository_names_no_revision(wheel, tmp
             if name.startswith("endprompt/") and name.endswith(".py"):
                 (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / "lib" / name).write_bytes(archive.read(name))
-    code = "from endprompt.results import git_revision, __file__ as f; print(f, git_revision())"
+    code = "from endprompt.runs import git_revision, __file__ as f; print(f, git_revision())"
     done = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=tmp_path / "lib")
     assert str(tmp_path) in done.stdout and done.stdout.split()[-1] == "None", done.stdout + done.stderr

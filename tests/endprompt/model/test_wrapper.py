@@ -36,7 +36,7 @@ def mistral(directory):
 
     text = TEXT | {"model_type": "mistral", "sliding_window": None}
     vision = VISION | {"model_type": "pixtral", "head_dim": 8}
-    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=319)
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=319, tie_word_embeddings=False)
     return made(directory, config)
 
 
