@@ -120,13 +120,7 @@ class Bench:
         found = generate.way(model)
         if found.reason:
             raise ValueError(f"{name} must run on the laid-out cache: {found.reason}")
-        # kernels are compiled and set up: a whole prompt's, and those of as many rows, whose prompts need not be long
-        now(model, [jobs[0]._replace(new_tokens=generate.RECORD + 2)], found)
-        now(
-            model,
-            [job._replace(prompt=job.prompt[: 1024 - i], new_tokens=generate.RECORD + 2) for i, job in enumerate(jobs)],
-            found,
-        )
+        warm(model, jobs, found)
         reading, whole = now(model, jobs, found)
         decode = (whole - reading) / (self.new - 1)
         limit = step_bytes(model, found, batch, length) / self.bytes_per_second
@@ -149,7 +143,7 @@ class Bench:
         jobs = {task: [generate.Job(prompt, tasks[task]) for prompt in made[task]] for task in tasks}
         every = [job for task in tasks for job in jobs[task]]
         found = generate.way(model)
-        now(model, [every[0]._replace(new_tokens=generate.RECORD + 2)], found)
+        warm(model, every, found)
         reading, whole = now(model, every, found)
         about = {"max_new_tokens": sum(tasks.values()) / len(tasks)}
         share = {"prompt_share": reading / whole, "answers_over_prompts": whole / reading - 1}
@@ -172,6 +166,13 @@ class Bench:
             about = f"{row['task']} {row['model']} {row['n']} x {row['length']:,} {row['method']}"
             lines.append(f"{about:<46}" + "".join(f"{'' if v is None else f'{v:.4g}':>18}" for v in values))
         return "\n".join(lines)
+
+
+def warm(model: Any, jobs: Sequence[generate.Job], found: generate.Way) -> None:
+    """Compile and set up kernels: a whole prompt's, and those of as many rows, whose prompts need not be long."""
+    new = generate.RECORD + 2
+    now(model, [jobs[0]._replace(new_tokens=new)], found)
+    now(model, [job._replace(prompt=job.prompt[: 1024 - i], new_tokens=new) for i, job in enumerate(jobs)], found)
 
 
 def now(model: Any, jobs: Sequence[generate.Job], found: generate.Way) -> tuple[float, float]:
