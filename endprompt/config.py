@@ -111,8 +111,8 @@ class ExtendConfig:
         context_parallel: processes that share the tokens of each row, for long rows of scheme contiguous; they exchange
             heads for tokens around attention, so they must divide the heads and the row
         reduce_dtype: in which gradients are summed over the processes: float32, or bfloat16 at half the traffic
-        keep_gathered: so many last layers stay whole from their forward to their backward pass, instead of being
-            gathered twice; costs their weights in memory
+        keep_gathered: so many last layers stay whole through a step, instead of being gathered twice for each of its
+            micro-batches; costs their weights in memory
 
     Evaluation:
         eval_data: held-out documents, as data

@@ -263,7 +263,7 @@ def shard(
 
     bfloat16: float32 weights are gathered and multiplied in bfloat16, so that the shards are masters. reduce_dtype: of
     the gradients' sums over the processes. keep_gathered: so many last layers stay whole from their forward to their
-    backward pass; the last one would be gathered again at once.
+    backward pass, the last one would be gathered again at once, and they and the rest through a step (`hold`).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -272,13 +272,19 @@ def shard(
     # inputs stay as they are: loss weights must not be rounded
     policy = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, reduce_dtype, cast_forward_inputs=False)
     units: list[Any] = list(layers)
-    for number, layer in enumerate(units):
-        kept = number >= len(units) - keep_gathered
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
-    fully_shard(root, mesh=mesh, mp_policy=policy)
+    held: list[Any] = units[max(0, len(units) - keep_gathered) :]
+    for layer in units:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=layer not in held)
+    root.held = [fully_shard(root, mesh=mesh, mp_policy=policy), *held]  # type: ignore[assignment]
     for this, following in itertools.pairwise(units):
         this.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([this])
+
+
+def hold(root: torch.nn.Module, more: bool) -> None:
+    """Before a backward pass: whether more of this step follow, for which what is kept gathered stays whole."""
+    for unit in getattr(root, "held", ()):
+        unit.set_reshard_after_backward(not more, recurse=False)
 
 
 def reshard(root: torch.nn.Module) -> None:

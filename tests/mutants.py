@@ -45,6 +45,7 @@ MUTANTS = [
     # the lean optimizer on shards
     ("endprompt/fast/lean.py", "first = shard.first * BLOCK", "first = 0", "endprompt/fast/lean"),
     ("endprompt/fast/lean.py", "norm = distributed.total(norm.square()).sqrt()", "pass", "endprompt/distributed"),
+    ("endprompt/distributed.py", "unit.set_reshard_after_backward(not more", "unit.set_reshard_after_backward(True", "endprompt/distributed"),
     # documents apart in a row
     ("endprompt/model/packed.py", "return (positions_BT == 0).cumsum(-1) - 1", "return positions_BT * 0", "endprompt/model/packed"),
     # conversations and mixtures

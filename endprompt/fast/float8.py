@@ -13,10 +13,12 @@ ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 FLOAT8 = ("none", "exact", "fast")
 
 
-def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in float8, the float32 scalar that it must be multiplied by to give x)."""
+def to_float8(
+    x: torch.Tensor, dtype: torch.dtype, known: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x in float8, the float32 scalar that it must be multiplied by to give x). known: that scalar of the same x."""
     largest = torch.finfo(dtype).max
-    scale = largest / x.abs().amax().float().clamp(min=1e-12)
+    scale = largest / x.abs().amax().float().clamp(min=1e-12) if known is None else known.reciprocal()
     return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
 
 

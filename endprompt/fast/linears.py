@@ -250,7 +250,7 @@ class _Float8(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x8_MK, x_scale, weight8_KN, weight_scale, total_NK = ctx.saved_tensors
         if total_NK is None:
-            weight8_KN = to_float8(weight8_KN, ACTIVATION)[0].t().contiguous()
+            weight8_KN = to_float8(weight8_KN, ACTIVATION, weight_scale)[0].t().contiguous()
         grad8_MN, grad_scale = to_float8(grad.reshape(-1, grad.shape[-1]), GRADIENT)
         grad_x = scaled_product(grad8_MN, weight8_KN.t(), grad_scale, weight_scale, grad.dtype, ctx.fast)
         grad8_NM, x8_KM = grad8_MN.t().contiguous(), x8_MK.t().contiguous()

@@ -62,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype),
+            # in place: it is as large as the head, and this is where a step has most memory
+            None if grad_head is None else grad_head.mul_(grad_total).to(ctx.head_dtype),
             *(None,) * 6,
         )
 

@@ -174,6 +174,7 @@ def optimizer_step(
     with attention_backends(ids_BT.device):
         for start in range(0, len(ids_BT), micro):
             part = slice(start, start + micro)
+            distributed.hold(objective, more=start + micro < len(ids_BT))
             if objective.head_sum() is None:
                 part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
             else:

@@ -181,6 +181,14 @@ def test_each_process_reads_its_share_of_the_checkpoint(trained, llama):
     ]
 
 
+def test_what_is_kept_gathered_is_gathered_once_a_step(trained):
+    """Of the root and two layers; the others twice for each of the two micro-batches, of shared rows four."""
+    found = map(json.loads, re.findall(r'^{"run".*}$', trained[2], re.M))
+    counts = {one["run"]: set(one["gathers"]) for one in found}
+    assert counts["masters"] == counts["lean"] == {1 + 1 + 2 * 2}  # --keep-gathered 1
+    assert counts["float8"] == {1 + 2} and counts["context"] == {1 + 2 * 2 * 4}  # 2 and 0
+
+
 def test_shares_are_float32_masters_of_what_is_multiplied_in_bfloat16(trained, one_process):
     tmp, _, _ = trained
     exact, rounded = ([row["loss"] for row in log_of(run)] for run in (one_process("whole"), tmp / "rounded"))

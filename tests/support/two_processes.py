@@ -2,10 +2,11 @@
 
 Whole runs, of which `compiled` goes through torch.compile but for the code that it writes (a minute of C++), a run that
 one process has begun, one that is cut off after the second step for one process to resume, one that both resume, and
-some that must fail. Of `whole` it counts what is read of the checkpoint.
+some that must fail. Of `whole` it counts what is read of the checkpoint, of some how often weights are gathered.
 """
 
 import json
+from unittest import mock
 
 import safetensors
 import torch
@@ -76,6 +77,28 @@ def runs(configs: list[config.ExtendConfig], begun: list[config.ExtendConfig] = 
         cut_off(one, step=one.steps - 1)
 
 
+def gathers(one: config.ExtendConfig) -> list[int]:
+    """How often each step of a run gathers a unit's weights."""
+    name = next(
+        one for one in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, one)
+    )  # since torch 2.13
+    gather, step, made, counts = getattr(dist, name), train.Trainer.train_step, [], []
+
+    def counted(*given, **named):
+        made.append(name)
+        return gather(*given, **named)
+
+    def stepped(self, *given):
+        made.clear()
+        outcome = step(self, *given)
+        counts.append(len(made))
+        return outcome
+
+    with mock.patch.object(dist, name, counted), mock.patch.object(train.Trainer, "train_step", stepped):
+        train.extend(one)
+    return counts
+
+
 def main(jobs: dict[str, dict]) -> None:
     def config_of(name, **changes):
         return config.ExtendConfig(**jobs[name] | changes)
@@ -86,7 +109,8 @@ def main(jobs: dict[str, dict]) -> None:
         safetensors.safe_open = opened
         print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
     for name in filter(jobs.__contains__, WHOLE):
-        train.extend(config_of(name))
+        counts = gathers(config_of(name))
+        print(json.dumps({"run": name, "gathers": counts}), flush=True)
     if "compiled" in jobs:
         real = torch.nn.Module.compile
         torch.nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=False)
