@@ -1,12 +1,14 @@
 """The originals of a suite: files that are not distributed with this project, brought from their hosts.
 
-A suite's `sources.yaml` has a file's names, what it is, its licence, and its copies, an address with the sha256 of what
-lies there (null: not known in advance). A download goes on where it broke off, and a file appears when it is whole and
-is what it is said to be. What came is noted in SHA256SUMS, against which later fetches check.
+A suite's `sources.yaml` has a file's names (with their folder, if it has one), what it is, its licence, and its copies,
+an address with the sha256 of what lies there (null: not known in advance). A download goes on where it broke off, and a
+file appears when it is whole and is what it is said to be. What came is noted in SHA256SUMS beside it, against which
+later fetches check.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import email.utils
@@ -89,7 +91,8 @@ def data_file(suite: str, kind: str, data_dir: str | Path | None) -> Path:
 
 def other_version(path: Path, source: Original) -> str | None:
     """What there is to say of a fetched name whose bytes are of another version than its known or noted sha256."""
-    wanted = {noted(path.parent).get(path.name)} - {None} or (source.whole if path.name == source.names[0] else set())
+    first = path.name == Path(source.names[0]).name
+    wanted = {noted(path.parent).get(path.name)} - {None} or (source.whole if first else set())
     if not wanted or (found := files.remembered_sha256(path)) in wanted:
         return None
     known = " or ".join(sorted(map(str, wanted)))
@@ -110,13 +113,17 @@ def command(suite: str, data_dir: str | Path | None) -> str:
     return f"`endprompt fetch {suite} --data-dir {shlex.quote(str(data_dir or suite))}`"
 
 
-def fetch(suites: Sequence[str], data_dir: str | Path) -> bool:
-    """Bring the files of the suites that are not in the folder yet; returns whether all are there. Says each file's
-    licence before it is fetched, and in a line each what could not be had.
+def fetch(suites: Sequence[str], data_dir: str | Path, only: Sequence[str] = ()) -> bool:
+    """Bring the files of the suites that are not in the folder yet, or those `only` whose kind begins so; returns
+    whether all are there. Says each file's licence before it is fetched, and in a line each what could not be had.
+    Raises ValueError for a suite, or a kind, that is not known.
     """
     import requests
 
-    wanted = [one for suite in suites for one in originals(suite).values()]
+    known = {kind: one for suite in suites for kind, one in originals(suite).items()}
+    wanted = [one for kind, one in known.items() if not only or kind.startswith(tuple(only))]
+    if strange := [name for name in only if not any(kind.startswith(name) for kind in known)]:
+        raise ValueError(f"no file of {', '.join(suites)} is called so; there are {', '.join(known)}: only={strange}")
     folder = Path(data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     whole = True
@@ -139,7 +146,7 @@ def bring(original: Original, folder: Path, session: requests.Session) -> Path:
     """The file in the folder, fetched if it was not there. Raises ValueError in one line if it cannot be had."""
     there = [folder / name for name in original.names if os.path.lexists(folder / name)]
     if there:
-        check_present(there[0], original, folder)
+        check_present(there[0], original)
         return there[0]
     path = folder / original.names[0]
     print(f"{path.name}: {original.what}. Licence: {original.licence}", file=sys.stderr)
@@ -148,7 +155,7 @@ def bring(original: Original, folder: Path, session: requests.Session) -> Path:
         for url, sha256 in original.copies.items():
             address = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
             try:
-                note(folder, path.name, download(address, path, sha256, session))
+                note(path.parent, path.name, download(address, path, sha256, session))
                 os.rename(files.aside(path), path)
                 source_note(path).unlink()
                 return path
@@ -157,12 +164,12 @@ def bring(original: Original, folder: Path, session: requests.Session) -> Path:
     raise ValueError(f"{path}: cannot be fetched: {'; '.join(reasons)}")
 
 
-def check_present(path: Path, original: Original, folder: Path) -> None:
+def check_present(path: Path, original: Original) -> None:
     """Raises ValueError for a file that is not the original, which is left as it is."""
     if not path.is_file():
         raise ValueError(f"{path}: must be a file, or nothing yet; it is left as it is")
     sha256 = files.file_sha256(path)
-    known = original.whole | {noted(folder).get(path.name)} - {None}
+    known = original.whole | {noted(path.parent).get(path.name)} - {None}
     if known and sha256 not in known:
         raise ValueError(
             f"{path}: is there, and is not the original ({original.what}): its sha256 is {sha256}, that of the "
@@ -255,13 +262,14 @@ def receive(url: str, path: Path, sha256: str | None, session: requests.Session)
         chunks = iter(lambda: answer.raw.read1(CHUNK), b"")
         first = next(chunks, b"")
         if answer.status_code != 206:
-            if first.lstrip()[:1] == b"<":
+            if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<":
                 kind = answer.headers.get("Content-Type", "of no stated type")
                 raise Refused(f"sends a page ({kind}) in place of the data")
             begun, tag = 0, answer.headers.get("ETag") or ""
             version = tag if tag.startswith('"') else answer.headers.get("Last-Modified")  # a weak tag names no bytes
             files.write_text(about, json.dumps({"url": url, "version": version, "sha256": sha256}) + "\n")
-        total = begun + int(answer.headers.get("Content-Length") or 0)
+        stated = answer.headers.get("Content-Length", "")
+        total = begun + (int(stated) if stated.isdecimal() else 0)
         with open(part, "ab" if begun else "wb") as file, progress(path.name, begun, total) as advance:
             for chunk in itertools.chain([first], chunks):
                 advance(file.write(chunk))
@@ -283,7 +291,12 @@ def retry_after(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
+    """An error's own words, of the innermost one: requests wraps urllib3's, which repeats itself."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    if len(error.args) > 1 and isinstance(error.args[0], str):
+        return error.args[0]
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -312,9 +325,13 @@ def checked(part: Path, name: str, sha256: str | None) -> str:
                     problem = f"damaged in {bad}" if (bad := archive.testzip()) else ""
             elif name.endswith(".json"):
                 files.parse_json(part.read_bytes(), name)
+            else:  # Parquet, or JSON lines: every record is read
+                records = files.read_parquet(part) if name.endswith(".parquet") else files.read_json_lines(part)
+                problem = "" if sum(1 for _ in records) else "sends no record"
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             problem = f"sends no whole file: {said(error)}"
     if problem:
         part.unlink()
+        source_note(part.with_name(name)).unlink(missing_ok=True)
         raise Refused(problem)
     return found

@@ -151,8 +151,19 @@ def load_documents(
 def prepare(config: PrepareConfig) -> Path:
     """Write one shard; returns its directory. Raises ValueError naming key, value and rule."""
     check_prepare_config(config)
+    mixed = mixture(config.data)
     with sole_use(config.output):
-        return write_mixture(config) if mixture(config.data) else write(config)
+        check_first_records(config, [source.path for source in mixed or ()] or config.data)
+        return write_mixture(config) if mixed else write(config)
+
+
+def check_first_records(config: PrepareConfig, sources: Sequence[str]) -> None:
+    """Read each source's first document, so that a source that is missing, or whose conversations the template cannot
+    mark, is said before the others are written. Raises as `documents` and `tokenized`.
+    """
+    firsts = [next(documents(dataclasses.replace(config, data=[source])), None) for source in sources]
+    if chats := [first for first in firsts if first is not None and first.messages is not None]:
+        list(tokenized(chats, load_tokenizer(config.tokenizer), chat_loss=config.chat_loss))
 
 
 @contextlib.contextmanager
@@ -184,8 +195,11 @@ def write_mixture(config: PrepareConfig) -> Path:
     return output
 
 
-#: What becomes of documents that are not kept as they are, as the manifest counts them and their tokens.
-FATES = ("dropped", "longer", "duplicate", "duplicate_elsewhere", "cut")
+#: What becomes of documents that are not kept as they are: as the manifest counts them and their tokens, and in words.
+FATES = {
+    "dropped": "dropped below {} tokens", "longer": "dropped above max_tokens", "duplicate": "dropped as duplicates",
+    "duplicate_elsewhere": "dropped as duplicates of other sources", "cut": "cut",
+}  # fmt: skip
 
 
 def write(config: PrepareConfig, before: Duplicates | None = None, source: int = 0) -> Path:
@@ -228,13 +242,13 @@ def write(config: PrepareConfig, before: Duplicates | None = None, source: int =
                     completions.append(completion)
                     if time.monotonic() - shown > 5:
                         shown = time.monotonic()
-                        say(f"{len(lengths):,} documents, {sum(lengths):,} tokens")
+                        say(f"{', '.join(config.data)}: {len(lengths):,} documents, {sum(lengths):,} tokens so far")
         if not lengths:
             rules = f"min_tokens={config.min_tokens}"
             rules += f" max_tokens={config.max_tokens}" if counts["documents_longer"] else ""
             elsewhere = counts["documents_duplicate_elsewhere"]
             rules += f" duplicates={config.duplicates} in other sources" if elsewhere else ""
-            left_out = sum(counts[f"documents_{fate}"] for fate in FATES[:-1])
+            left_out = sum(counts[f"documents_{fate}"] for fate in [*FATES][:-1])
             raise ValueError(f"no document is left of {left_out} ({rules}): data={config.data}")
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = offsets[1:] - np.asarray(completions, dtype=np.int64)
@@ -246,16 +260,13 @@ def write(config: PrepareConfig, before: Duplicates | None = None, source: int =
                 weights[offsets[document] : offsets[document + 1]] = own
             weights.tofile(work / "weights.bin")
         manifest = seal_shard(work, offsets, starts, dtype.name, tokenizer_sha256(tokenizer), **about)
-    n = counts
-    say(
-        f"{', '.join(config.data)}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name}); "
-        f"dropped {n['documents_dropped']:,} documents below {config.min_tokens} tokens "
-        f"({n['tokens_dropped']:,} tokens), "
-        f"{n['documents_longer']:,} above max_tokens ({n['tokens_longer']:,} tokens), "
-        f"{n['documents_duplicate']:,} duplicates ({n['tokens_duplicate']:,} tokens), "
-        f"{n['documents_duplicate_elsewhere']:,} of other sources ({n['tokens_duplicate_elsewhere']:,} tokens); "
-        f"cut {n['documents_cut']:,} documents ({n['tokens_cut']:,} tokens)"
-    )
+    fates = [
+        f"; {what.format(config.min_tokens)}: {counts[f'documents_{fate}']:,} ({counts[f'tokens_{fate}']:,} tokens)"
+        for fate, what in FATES.items()
+        if counts[f"documents_{fate}"]
+    ]
+    kept = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({dtype.name})"
+    say("".join([f"{', '.join(config.data)}: {kept}", *(fates or ["; nothing dropped"])]))
     return output
 
 

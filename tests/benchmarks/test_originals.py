@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import ClassVar
 
+import pyarrow.parquet
 import pytest
 
 from benchmarks import originals
@@ -121,6 +122,7 @@ LATE = email.utils.formatdate(time.time() - 60)
         ([{"status": 503, "headers": {"Retry-After": "0"}}, {"status": 429}, {}], SHA256, [None] * 3),
         ([{"status": 503, "headers": {"Retry-After": LATE}}, {}], SHA256, [None] * 2),
         ([{"status": 302, "headers": {"Location": "/moved"}}], SHA256, [None] * 2),
+        ([{"headers": {"Content-Length": "many"}}], SHA256, [None]),
     ],
 )  # fmt: skip
 def test_what_breaks_off_or_is_not_ready_ends_as_the_original(fetch, answers, sha256, ranges):
@@ -138,11 +140,12 @@ def test_what_breaks_off_or_is_not_ready_ends_as_the_original(fetch, answers, sh
         ({"status": 403}, SHA256, "answers 403 Forbidden"),
         ({"body": PAGE, "headers": {"Content-Type": "text/html"}}, SHA256, "sends a page (text/html) in place of the"),
         ({"body": PAGE, "headers": {"Content-Type": "application/json"}}, None, "sends a page (application/json)"),
+        ({"body": b"\xef\xbb\xbf" + PAGE}, SHA256, "sends a page (of no stated type)"),
         ({"status": 503, "headers": {"Retry-After": "3600"}}, SHA256, "503 Service Unavailable and asks to wait 3600"),
         ({"status": 503}, SHA256, "answers 503 Service Unavailable, again and again"),
         ({"length": 4000}, SHA256, "sends other data: sha256 "),  # it states less than there is
         ({"length": 4000}, None, "sends no whole file: essays.json: not valid JSON"),
-        ({"length": len(DATA) + 5}, None, f"breaks off after {len(DATA):,} bytes"),
+        ({"length": len(DATA) + 5}, None, f"breaks off after {len(DATA):,} bytes (Connection broken: IncompleteRead("),
         ({"body": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, None, "is a Git LFS pointer"),
         ({"body": b""}, SHA256, "sends other data: sha256 e3b0c442"),
         ({"status": 302, "headers": {"Location": "/a"}}, SHA256, "leads nowhere (Exceeded 30 redirects"),
@@ -184,16 +187,49 @@ def test_a_hash_that_was_not_known_is_noted_and_held_to(fetch):
     assert not whole and "is not the original" in said and SHA256 in said
 
 
-def test_an_archive_without_a_known_hash_must_be_whole(fetch):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
+def packed() -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
         archive.writestr("data/qasper.jsonl", "x" * 5000)
-    damaged = bytearray(packed.getvalue())
-    damaged[200] ^= 1
-    whole, folder, said = fetch([{"body": bytes(damaged)}], sha256=None, name="data.zip")
-    assert not whole and "sends no whole file" in said + "sends no whole file" * ("damaged in" in said)
-    whole, folder, _ = fetch([{"body": packed.getvalue()}], sha256=None, name="data.zip")
-    assert whole and (folder / "data.zip").read_bytes() == packed.getvalue()
+    return file.getvalue()
+
+
+def table() -> bytes:
+    pyarrow.parquet.write_table(pyarrow.table({"input": ["Mary went home."] * 9}), file := io.BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("data.zip", packed()), ("4k/qa1.parquet", table()), ("sets/passkey.jsonl", DATA + b"\n" + DATA)],
+)
+def test_a_file_without_a_known_hash_must_be_whole(fetch, name, whole):
+    """Nothing that a server sends in its place stays, so that a later fetch brings it."""
+    damaged = whole[:200] + bytes([whole[200] ^ 0xFF]) + whole[201:]
+    for body in (b"", whole[:-20], DATA[:-3], damaged if name == "data.zip" else whole[: len(whole) // 2 - 9]):
+        there, folder, said = fetch([{"body": body}], sha256=None, name=name)
+        (line,) = [line for line in said.splitlines() if line.startswith("endprompt:")]
+        assert not there and f"{folder / name}: cannot be fetched" in line, (body[:20], line)
+        assert [path for path in folder.rglob("*") if path.is_file()] == []
+    there, folder, _ = fetch([{"body": whole}], sha256=None, name=name)
+    assert there and (folder / name).read_bytes() == whole
+    assert ((folder / name).parent / SUMS).read_text().endswith(f"  {Path(name).name}\n")
+    there, folder, said = fetch([{"body": b""}], sha256=None, name=name)
+    assert there and "is there already" in said
+
+
+def test_some_files_of_a_suite_alone(host, monkeypatch, tmp_path, capsys):
+    Host.answers["/a"] = [{}]
+    known = {
+        kind: Original([f"{kind}.json"], kind, "CC0", {host + "/a": SHA256}) for kind in ("4k/qa1", "4k/qa2", "64k/qa1")
+    }
+    monkeypatch.setattr(originals, "originals", lambda suite: known)
+    assert main(["fetch", "babilong", "--data-dir", str(tmp_path), "--only", "4k"]) == 0
+    assert sorted(path.name for path in (tmp_path / "4k").glob("*.json")) == ["qa1.json", "qa2.json"]
+    assert not (tmp_path / "64k").exists() and len(Host.asked) == 2
+    capsys.readouterr()
+    assert main(["fetch", "babilong", "--data-dir", str(tmp_path), "--only", "8k"]) == 1
+    said = "endprompt: no file of babilong is called so; there are 4k/qa1, 4k/qa2, 64k/qa1: only=['8k']\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_hub_may_be_another_one(host, monkeypatch, tmp_path, capsys):
@@ -205,7 +241,7 @@ def test_the_hub_may_be_another_one(host, monkeypatch, tmp_path, capsys):
 
 
 def test_every_original_has_licence_and_pinned_or_own_addresses():
-    for suite in ("ruler", "longbench", "longbench-v2"):
+    for suite in ("ruler", "longbench", "longbench-v2", "ruler-v2", "mrcr", "babilong", "infinitebench"):
         for one in originals.originals(suite).values():
             assert one.licence and one.what and one.copies
             for url, sha256 in one.copies.items():

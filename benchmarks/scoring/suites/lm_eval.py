@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from unittest import mock
 
 from lm_eval.tasks import TaskManager
 
+from benchmarks.originals import command
 from benchmarks.scoring.config import ScoreConfig
 from benchmarks.scoring.evaluate import MeanSuite
 from benchmarks.scoring.suite import GROUPS
@@ -108,7 +110,9 @@ def load(group: str, folder: str | None, metadata: Mapping[str, Any], data: str 
             found = tasks.load(group)["tasks"]
     except Exception as error:  # the hub's and the datasets package's are of many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"lm-eval:{group}: a task or its data cannot be loaded: {first}") from error
+        brings = [f"; {command(suite, data)} brings the data" for suite, name in GROUPS.items() if name == group]
+        what = "".join([first, *brings])
+        raise ValueError(f"lm-eval:{group}: a task or its data cannot be loaded: {what}") from error
     if others := [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]:
         raise ValueError(
             f"lm-eval:{group}: tasks that generate are scored, and these ask for something else: "
@@ -138,19 +142,21 @@ def read_data(data: str | None, path: str, name: str | None = None, features: An
 
 def local_copy(data: Path, path: str, name: str | None, options: dict[str, Any]) -> tuple[str, str | None]:
     """What `load_dataset` is asked for: `data`/the set's name, a copy of its repository, or files SPLIT.jsonl (.json,
-    .parquet), which `options` then names, in a folder of the configuration's name if there are several."""
+    .parquet; SPLIT-00000-of-00002 and so on are one), which `options` then names, in a folder of the configuration's
+    name if there are several."""
     folder, split = data / path.rpartition("/")[2], options.get("split")
     if not folder.is_dir():
         raise ValueError(f"--data-dir {data} must hold the folder {folder.name}, a copy of the hub's data set {path}")
     if (folder / "README.md").is_file():
         return str(folder), name
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    files = {one.stem: one for one in sorted((folder / (name or "")).glob("*")) if one.suffix in kinds}
+    files: dict[str, list[str]] = {}
+    for one in filter(lambda one: one.suffix in kinds, sorted((folder / (name or "")).glob("*"))):
+        files.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", one.stem), []).append(str(one))
     if not files or (split and split not in files):
         raise ValueError(f"{folder / (name or '')}: must hold {split or 'SPLIT'}.jsonl, .json or .parquet")
-    files = {split: files[split]} if split else files
-    options["data_files"] = {key: str(value) for key, value in files.items()}
-    return kinds[next(iter(files.values())).suffix], None
+    options["data_files"] = files = {split: files[split]} if split else files
+    return kinds[Path(next(iter(files.values()))[0]).suffix], None
 
 
 def score_of(task: Any, metric: str, sample: Mapping[str, Any], answer: str) -> float:

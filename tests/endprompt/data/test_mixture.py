@@ -8,7 +8,7 @@ import pytest
 
 from endprompt import train
 from endprompt.config import PrepareConfig, Source, mixture
-from endprompt.data import Documents, Mixture, RowSpec, prepare
+from endprompt.data import Documents, Mixture, RowSpec, prepare, shards
 from endprompt.train.start import to_extend
 from tests.support.runs import resumed, same_weights
 
@@ -51,9 +51,34 @@ def test_duplicates_across_sources_stay_where_they_are_first_and_are_counted(lla
     counts = [json.loads((mix / shard / "manifest.json").read_text()) for shard in ("00", "01")]
     found = [(n["documents"], n["documents_duplicate"], n["documents_duplicate_elsewhere"]) for n in counts]
     assert found == [(2, 0, 0), (3 - across, 1, across)]
-    assert "1 duplicates (" in (said := capsys.readouterr().err) and f", {across} of other sources (" in said
+    said = capsys.readouterr().err
+    assert "; dropped as duplicates: 1 (" in said and f"; dropped as duplicates of other sources: {across} (" in said
     with pytest.raises(ValueError, match=r"no document is left of 2 \(.*duplicates=.* in other sources.*c\.jsonl"):
         prepare(PrepareConfig([a, c], str(tmp_path / "none"), str(llama), duplicates=kind))
+
+
+@pytest.mark.parametrize(
+    ("record", "rule"),
+    [
+        (None, r"the data file must exist: data='.*b\.jsonl'"),
+        ({"messages": [{"role": "assistant", "content": "Hello."}]}, r"b\.jsonl, line 1: .*chat template"),
+        ({"messages": [{"role": "user", "content": "Hello?"}]}, r"b\.jsonl, line 1: "),
+    ],
+)
+@pytest.mark.parametrize("weight", ["", ":1"])
+def test_a_source_that_cannot_be_read_is_said_before_another_is_written(
+    llama, tmp_path, monkeypatch, record, rule, weight
+):
+    (tmp_path / "a.jsonl").write_text('{"text": "A book."}')
+    if record:
+        (tmp_path / "b.jsonl").write_text(json.dumps(record))
+    monkeypatch.setattr(shards, "write", lambda *_: pytest.fail("the first source was written"))
+    with pytest.raises(ValueError, match=rule):
+        prepare(
+            PrepareConfig(
+                [f"{tmp_path / name}{weight}" for name in ("a.jsonl", "b.jsonl")], str(tmp_path / "mix"), str(llama)
+            )
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

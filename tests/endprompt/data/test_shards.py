@@ -43,7 +43,7 @@ def test_manifest_counts_what_was_written_and_dropped(prepare_config, tokenizer,
     assert (manifest["documents_dropped"], manifest["tokens_dropped"]) == (1, 1)
     assert (manifest["documents_cut"], manifest["tokens_cut"]) == (2, completion - 1 + 100 - limit)
     assert manifest["tokenizer_sha256"] == shards.tokenizer_sha256(tokenizer)
-    assert "dropped 1 documents below 2 tokens" in capsys.readouterr().err
+    assert "; dropped below 2 tokens: 1 (1 tokens); cut: 2 (" in capsys.readouterr().err
     read = data.read_shard(shard, shards.tokenizer_sha256(tokenizer))
     assert read.lengths.tolist() == lengths
     assert (read.offsets[1:] - read.completions).tolist() == [0, 1, 0]
@@ -162,7 +162,11 @@ def test_what_is_filtered_is_counted_and_printed(prepare_config, tokenizer, tmp_
         manifest = json.loads((prepare(config) / "manifest.json").read_text())
         assert (manifest["documents_dropped"], manifest["documents_longer"], manifest["tokens_longer"]) == (1, 1, 900)
         counted[kind] = (manifest["documents"], manifest["documents_duplicate"], manifest["tokens_duplicate"])
-        assert f"1 above max_tokens (900 tokens), {counted[kind][1]} duplicates" in capsys.readouterr().err
+        same = f"; dropped as duplicates: {counted[kind][1]} ({counted[kind][2]} tokens)" * (kind != "keep")
+        said = (
+            f" tokens (uint16); dropped below 5 tokens: 1 (1 tokens); dropped above max_tokens: 1 (900 tokens){same}\n"
+        )
+        assert capsys.readouterr().err.endswith(said)
     assert counted == {"keep": (4, 0, 0), "exact": (3, 1, 400), "near": (2, 2, 800)}
 
 
