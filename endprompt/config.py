@@ -100,7 +100,7 @@ class ExtendConfig:
         attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only;
             or shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full
-            recomputes each layer
+            recomputes each layer, attention recomputes all of it but attention
         compile: layers (torch.compile of each decoder layer), none, or auto (layers on a GPU); graph records a whole
             step as one CUDA graph, graph+layers one of compiled layers: for models whose steps are bound by launches
         device: cpu, cuda or auto
@@ -110,6 +110,9 @@ class ExtendConfig:
     Several GPUs:
         context_parallel: processes that share the tokens of each row, for long rows of scheme contiguous; they exchange
             heads for tokens around attention, so they must divide the heads and the row
+        shard: weights (FSDP2: each process holds a share of all there is), or moments: each has the weights and
+            gradient sums whole, computes as a single one does, and sums gradients once a step: faster, where the memory
+            is there (endprompt plan). The latter needs the lean optimizer
         reduce_dtype: in which gradients are summed over the processes: float32, or bfloat16 at half the traffic
         keep_gathered: so many last layers stay whole through a step, instead of being gathered twice for each of its
             micro-batches; costs their weights in memory
@@ -194,6 +197,7 @@ class ExtendConfig:
     deterministic: bool = False
 
     context_parallel: int = 1
+    shard: str = "weights"
     reduce_dtype: str = "float32"
     keep_gathered: int = 1
 
@@ -220,11 +224,12 @@ ONE_OF: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("auto", "adamw", "masters", "lean"),
     "float8": FLOAT8,
     "dtype": ("float32", "bfloat16"),
+    "shard": ("weights", "moments"),
     "reduce_dtype": ("float32", "bfloat16"),
     "export_dtype": (None, *EXPORT_DTYPES),
     "compile": ("auto", "layers", "none", "graph", "graph+layers"),
     "device": ("auto", "cpu", "cuda"),
-    "checkpointing": ("none", "selective", "full"),
+    "checkpointing": ("none", "selective", "attention", "full"),
     "lora_targets": ("attention", "mlp", "all"),
     "adapter": ("merged", "beside", "only"),
     "quantize": ("none", "4bit"),
@@ -322,6 +327,8 @@ def check_config(config: ExtendConfig) -> None:
     check("eval_lengths", config.eval_lengths, min(config.eval_lengths or [2]) >= 2, "at least 2 tokens each")
     if config.float8 != "none" and config.optimizer != "lean":
         raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
+    if config.shard == "moments" and config.optimizer != "lean":
+        raise ValueError(f"shard='moments' is the lean optimizer's: shard='moments' optimizer={config.optimizer!r}")
     if config.float8_head and config.float8 == "none":
         raise ValueError(f"float8_head needs float8: float8_head={config.float8_head} float8={config.float8!r}")
     if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):

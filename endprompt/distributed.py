@@ -203,6 +203,26 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def sum_to_parts(values_N: torch.Tensor, start: int, end: int) -> None:
+    """Sum over all processes, in place, of which each needs its part alone, start to end; what is beside it is lost.
+
+    The parts follow each other by rank; where they are not equal, every process gets all sums.
+    """
+    if values_N.numel() == dist.get_world_size() * (end - start):
+        dist.reduce_scatter_tensor(values_N[start:end], values_N)
+    else:
+        dist.all_reduce(values_N)
+
+
+def gather_parts(values_N: torch.Tensor, start: int, end: int) -> None:
+    """Give each process the others' parts, in place; parts as of `sum_to_parts`."""
+    if values_N.numel() == dist.get_world_size() * (end - start):
+        dist.all_gather_into_tensor(values_N, values_N[start:end])
+        return
+    values_N[:start], values_N[end:] = 0, 0
+    dist.all_reduce(values_N)  # exact, since all but one addend are 0
+
+
 @functools.cache
 def apart() -> Any:
     """A group of all processes for work of the host beside the steps; every process must call it. None if alone."""

@@ -11,6 +11,7 @@ and rows of T tokens:
     the rest          memory traffic: 31 numbers of width h and 9 of width i a layer, forward and backward
     activations       selective: 2 h + 2 q + 2 k + 2 i numbers a layer (norms and SwiGLU's product are made again);
                       none: 2 h + i more, i more where layers are fused; full: h a layer, and one layer whole;
+                      attention: h + q a layer, and one layer whole; attention does not run again;
                       none and selective in float8, where the compiler makes norms and SwiGLU's product again by
                       itself: 3 h + i of one byte (what the products read) and h + 2 k + 2 i of two
 
@@ -18,7 +19,9 @@ Several GPUs: weights, sums and moments are sharded (FSDP2), each GPU has its ro
 once. Every micro-batch gathers the weights twice and reduces the gradients once, of which a GPU receives (n - 1) / n;
 the step waits for what is not hidden behind computation, and for the copies in and out of the collectives' buffers.
 GPUs that share a row (context parallelism) send queries, keys, values and outputs through all-to-all in each layer,
-which nothing hides. Within a host of 8 the links are NVLink's; `LINKS` and `HIDDEN` are assumptions until measured.
+which nothing hides. With `shard` moments the weights and sums are whole on each GPU; once a step the sums are exchanged
+in float32 and the weights in bfloat16, behind nothing. Within a host of 8 the links are NVLink's; `LINKS` and `HIDDEN`
+are assumptions until measured.
 """
 
 import dataclasses
@@ -52,6 +55,9 @@ DEVICES = {
 }
 
 METHODS = ("endprompt", "full", "longlora")
+
+RECOMPUTES = ("none", "selective", "attention", "full")
+AGAIN = ("attention", "full")  # those that run a layer's products again
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class PlanConfig:
         window: of the checkpoint, where its config leaves open whether it is stated before or after scaling
         gpus: how many, of one kind; 8 of them in a host
         context_parallel: GPUs that share each row, for method full
+        shard: weights or moments, as in extend; moments with the lean optimizer
         reduce_dtype: in which gradients are summed over the GPUs: float32 or bfloat16
         device: H200, H100 or A100
         tokens: training tokens of the run
@@ -111,6 +118,7 @@ class PlanConfig:
     window: int | None = None
     gpus: int = 1
     context_parallel: int = 1
+    shard: str = "weights"
     reduce_dtype: str = "float32"
     device: str = "H200"
     tokens: int = 1_000_000_000
@@ -121,6 +129,11 @@ class PlanConfig:
     float8: str = "none"
     advice: str | None = None
     json: bool = False
+
+    @property
+    def shards(self) -> int:
+        """GPUs over which weights and gradient sums are cut."""
+        return self.gpus if self.shard == "weights" else 1
 
 
 @dataclass(frozen=True)
@@ -240,28 +253,34 @@ def seconds_per_token(shape: Shape, config: PlanConfig, row_tokens: int, recompu
     device = DEVICES[config.device]
     decoder, head = shape.active, shape.vocabulary * shape.hidden
     lora = config.method == "longlora"
-    passes = (2 if lora else 3) + (1 if recompute == "full" else 0)
+    again = recompute in AGAIN
+    passes = (2 if lora else 3) + again
     rate = device.matmul if config.float8 == "none" else device.float8
     products = 2 * passes * decoder / rate + 2 * (2 if lora else 3) * head / device.matmul
     attention = attention_seconds(shape, config, row_tokens, recompute)
     numbers = shape.layers * (31 * shape.hidden + 9 * shape.intermediate)
     # 2 bytes a number, and a fifth more for what the compiler does not fuse
-    return products + attention + 2.4 * numbers * (1.3 if recompute == "full" else 1) / device.traffic
+    return products + attention + 2.4 * numbers * (1.3 if again else 1) / device.traffic
 
 
-def communication_seconds(shape: Shape, config: PlanConfig, tokens: float, recompute: str) -> float:
+def communication_seconds(shape: Shape, config: PlanConfig, row_tokens: int, tokens: float, recompute: str) -> float:
     """Seconds by which one GPU's micro-batch of so many of its tokens is longer for its exchange with the others."""
+    # queries, keys, values, outputs, and the gradients of all four; outputs that are kept are not sent again
+    passes = {"full": 3.0, "attention": 2.0 + (shape.query + 2 * shape.kv) / (2 * shape.query + 2 * shape.kv)}
     gpus, context = config.gpus, config.context_parallel
     if gpus == 1:
         return 0.0
     link, traffic = LINKS["host" if gpus <= HOST else "beyond"], DEVICES[config.device].traffic
     reduced = {"float32": 4.0, "bfloat16": 2.0}[config.reduce_dtype]
+    sent = passes.get(recompute, 2.0) * 2.0 * (2 * shape.query + 2 * shape.kv) * shape.layers * tokens
+    heads = sent * (context - 1) / context / LINKS["host" if context <= HOST else "beyond"]
+    if config.shards == 1:
+        exchanged = (4.0 + 2.0) * shape.parameters * (gpus - 1) / gpus / link
+        return heads + exchanged * tokens * gpus / (config.rows * row_tokens)
     received = (2 * 2.0 + reduced) * shape.parameters * (gpus - 1) / gpus
     # gathered weights are read and written once more, gradients read and written in the dtype that they are reduced in
     copies = (2 * 2 * 2.0 + 2.0 + reduced) * shape.parameters / traffic
-    passes = 3 if recompute == "full" else 2  # queries, keys, values, outputs, and the gradients of all four
-    heads = passes * 2.0 * (2 * shape.query + 2 * shape.kv) * shape.layers * tokens * (context - 1) / context
-    return (1 - HIDDEN) * received / link + copies + heads / LINKS["host" if context <= HOST else "beyond"]
+    return (1 - HIDDEN) * received / link + copies + heads
 
 
 def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, recompute: str) -> dict[str, float]:
@@ -275,14 +294,14 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
     bytes_of = {"lean": (2.0, 4.0, 2 + 8 / 256), "adamw": (4.0, 4.0, 8.0)}[config.optimizer]
     weights = 2.0 * count if config.optimizer == "lean" else 2.0 * (count - trained) + 4.0 * trained
     parts = {
-        "weights": weights / config.gpus,
-        "gradients": bytes_of[1] * trained / config.gpus,
+        "weights": weights / config.shards,
+        "gradients": bytes_of[1] * trained / config.shards,
         "moments": bytes_of[2] * trained / config.gpus,
     }
     if config.float8 != "none":
         # sharded layers convert what they gather
-        parts["float8 weights"] = 2.0 * shape.stored / (1 if config.gpus == 1 else shape.layers)
-    if config.gpus > 1:
+        parts["float8 weights"] = 2.0 * shape.stored / (1 if config.shards == 1 else shape.layers)
+    if config.shards > 1:
         reduced = {"float32": 4.0, "bfloat16": 2.0}[config.reduce_dtype]
         # two layers' weights and one's gradients in bfloat16, and those in float32 while they are summed over the GPUs
         parts["gathered layers"] = (2 * 2.0 + 2.0 + reduced) * shape.stored / shape.layers
@@ -295,10 +314,11 @@ def memory(shape: Shape, config: PlanConfig, row_tokens: int, micro_rows: int, r
     if config.float8 != "none":
         operands = 3.0 * shape.hidden + shape.intermediate
         selective = whole = operands + 2.0 * (shape.query + 2 * shape.kv + 2 * shape.intermediate)
-    layer = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}[recompute]
-    parts["activations"] = layer * shape.layers * tokens
+    kept = {"selective": selective, "none": whole, "full": 2.0 * shape.hidden}
+    kept["attention"] = kept["full"] + 2.0 * shape.query
+    parts["activations"] = kept[recompute] * shape.layers * tokens
     loss = 2 * 2.0 * min(tokens, tokens_at_a_time(shape.vocabulary)) * shape.vocabulary
-    if recompute == "full":  # the loss has let go of its logits before a layer is made again
+    if recompute in AGAIN:  # the loss has let go of its logits before a layer is made again
         parts["one layer again"], loss = max(whole * tokens, loss), 0.0
     parts["loss and work space"] = loss + 3 * 2.0 * shape.hidden * tokens + 2 * GIB
     return parts
@@ -308,8 +328,11 @@ def plans(config: PlanConfig) -> list[Plan]:
     """The settings of a run, fastest first among those that fit. Raises ValueError naming key, value and rule."""
     choices = {"method": METHODS, "device": tuple(DEVICES), "attention": tuple(ATTENTIONS)}
     choices |= {"optimizer": ("lean", "adamw"), "float8": ("none", "fast"), "reduce_dtype": ("float32", "bfloat16")}
+    choices["shard"] = ("weights", "moments")
     check_fields(config, choices, dict.fromkeys(("target", "gpus", "tokens", "rows", "context_parallel"), 1))
     context = config.context_parallel
+    if config.shard == "moments" and config.optimizer != "lean":
+        raise ValueError(f"shard='moments' is the lean optimizer's: shard='moments' optimizer={config.optimizer!r}")
     if context > 1 and (config.gpus % context or config.method != "full"):
         raise ValueError(
             f"GPUs that share a row are for method=full, and divide the others: context_parallel={context} "
@@ -329,7 +352,7 @@ def plans(config: PlanConfig) -> list[Plan]:
     if row_tokens > config.target:
         raise ValueError(f"a row must fit into the target: row_tokens={row_tokens} target={config.target}")
     made = []
-    for recompute in ("none", "selective", "full"):
+    for recompute in RECOMPUTES:
         for micro_rows in (1, 2, 4, 8):
             if config.rows % (micro_rows * config.gpus // context) or micro_rows * row_tokens % context:
                 continue
@@ -338,8 +361,8 @@ def plans(config: PlanConfig) -> list[Plan]:
             each = seconds_per_token(shape, config, row_tokens, recompute)
             # the gradient sums are read and written once a micro-batch
             held = micro_rows * row_tokens / context  # tokens of a GPU's micro-batch
-            each += 8.0 * shape.parameters / config.gpus / DEVICES[config.device].traffic / held
-            each += communication_seconds(shape, config, held, recompute) / held
+            each += 8.0 * shape.parameters / config.shards / DEVICES[config.device].traffic / held
+            each += communication_seconds(shape, config, row_tokens, held, recompute) / held
             speed = config.gpus / each
             hours = config.tokens / speed / 3600
             made.append(Plan(micro_rows, recompute, parts, fits, speed, hours, hours * config.gpus))
@@ -352,7 +375,7 @@ def fitting(config: PlanConfig, micro_rows: int, usable_gib: float) -> str:
     row_tokens = config.row_tokens or shape.window
     smallest, sharing = 0.0, config.gpus // config.context_parallel
     micros = [m for m in (8, 4, 2, 1) if m <= micro_rows and config.rows % (m * sharing) == 0]
-    for recompute in ("none", "selective", "full"):
+    for recompute in RECOMPUTES:
         for micro in micros:
             smallest = sum(memory(shape, config, row_tokens, micro, recompute).values()) / GIB
             if smallest <= 0.9 * usable_gib:

@@ -32,7 +32,7 @@ class BenchConfig:
         fused: as in extend
         float8: none, exact or fast (accumulation of the backward products)
         float8_head: with float8, also the logits and the gradient that goes down from them
-        recompute: activation checkpointing: none, full or selective
+        recompute: activation checkpointing: none, selective, attention or full
         whole_logits: the reference's own loss, over all logits at once; if not, this trainer's
         compile: torch.compile each decoder layer
         timed: micro-batches that are timed, after two that are not (one, if only one is timed)

@@ -57,6 +57,7 @@ class ManyConfig:
     attention: str = "sdpa"
     float8: str = "none"
     method: str = "endprompt"
+    shard: str = "weights"
     reduce_dtype: str = "float32"
     save_every: int = 0
     profile: bool = False
@@ -64,14 +65,16 @@ class ManyConfig:
 
 
 LEAN = {"dtype": "bfloat16", "optimizer": "lean", "checkpointing": "selective", "steps": 4, "profile": True}
+SHORT = LEAN | {"shard": "moments"}
 #: The settings that several GPUs are measured in, by the number of processes.
 SCALING: dict[str, Callable[[int], dict[str, Any]]] = {
-    "bf16": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n},
-    "float8": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n, "float8": "fast", "checkpointing": "none"},
+    "bf16": lambda n: SHORT | {"micro_rows": 2, "rows": 16 * n},
+    "float8": lambda n: SHORT | {"micro_rows": 1, "rows": 16 * n, "float8": "fast", "checkpointing": "none"},
+    "sharded": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n},
     "full": lambda n: (
-        LEAN | {"method": "full", "row_tokens": 65536 * n, "target": 65536 * n, "rows": 2, "checkpointing": "full"}
+        LEAN | {"method": "full", "row_tokens": 65536 * n, "target": 65536 * n, "rows": 2, "checkpointing": "attention"}
     ),
-    "save": lambda n: LEAN | {"micro_rows": 2, "rows": 16 * n, "save_every": 2, "steps": 5, "profile": False},
+    "save": lambda n: SHORT | {"micro_rows": 2, "rows": 16 * n, "save_every": 3, "steps": 7, "profile": False},
 }
 
 
@@ -90,7 +93,7 @@ def planned(given: dict[str, Any]) -> list[dict[str, Any]]:
         full = one.method == "full"
         wanted = PlanConfig(
             model=one.shape, method=one.method, target=one.target, row_tokens=one.row_tokens, gpus=one.processes,
-            context_parallel=one.processes if full else 1, rows=one.rows, attention=one.attention,
+            context_parallel=one.processes if full else 1, rows=one.rows, attention=one.attention, shard=one.shard,
             optimizer=one.optimizer, float8=one.float8, reduce_dtype=one.reduce_dtype,
         )  # fmt: skip
         same = (one.micro_rows, one.checkpointing)

@@ -29,7 +29,7 @@ def check(config: BenchConfig) -> None:
         "method": tuple(METHODS),
         "optimizer": ("lean", "adamw", "none"),
         "float8": FLOAT8,
-        "recompute": ("none", "selective", "full"),
+        "recompute": ("none", "selective", "attention", "full"),
     }
     check_fields(config, choices, dict.fromkeys(("row_tokens", "target", "micro_rows", "rows", "timed"), 1))
     if config.warm_layers < 0:

@@ -33,10 +33,12 @@ class Shard(NamedTuple):
     cut: tuple[int, ...]
 
     @classmethod
-    def of(cls, parameter: torch.Tensor) -> Shard:
+    def of(cls, parameter: torch.Tensor, rank: int = 0, size: int = 1) -> Shard:
+        """rank, size: of processes that each have the whole parameter; they update equal parts of whole blocks."""
         starts = shard_starts(parameter)
         if starts is None:
-            return cls(0, parameter.numel(), parameter.numel(), ())
+            whole, part = parameter.numel(), -(-parameter.numel() // (BLOCK * size)) * BLOCK
+            return cls(min(rank * part, whole), min((rank + 1) * part, whole), whole, ())
         rank, whole = parameter.device_mesh.get_local_rank(), parameter.numel()  # type: ignore[attr-defined]
         cut = {start // BLOCK for start in starts if start % BLOCK and start < whole}
         return cls(starts[rank], starts[rank + 1], whole, tuple(sorted(cut)))
@@ -63,7 +65,9 @@ class LeanAdamW(torch.optim.Optimizer):
 
     Of sharded parameters (DTensor) each process updates what it holds, block by block and with the random bits of the
     whole one's elements, so that the number of processes changes no weight; a block that the shards cut is put together
-    for the process that has its first element. Raises ValueError for beta2 > 0.99: the moments' rounding noise is sigma
+    for the process that has its first element. Processes that all have whole parameters, `size` of them, sum their
+    gradients once a step, in float32, and each has the moments of a part alone, which it updates (ZeRO's P_os,
+    Rajbhandari et al. 2020, arXiv:1910.02054). Raises ValueError for beta2 > 0.99: the moments' rounding noise is sigma
     / sqrt(1 - beta2^2) with sigma = 1.8%, 6% at 0.95 and 13% at 0.99, and at 0.999 it would be 40%.
     """
 
@@ -76,14 +80,17 @@ class LeanAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
+        rank: int = 0,
+        size: int = 1,
     ):
         if not 0 <= betas[1] <= 0.99:
             raise ValueError(f"the lean optimizer needs beta2 in [0, 0.99], its one-byte moments do: beta2={betas[1]}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self.clipped: torch.Tensor | None = None
-        self.shards = {parameter: Shard.of(parameter) for parameter in self.parameters()}
-        self.sharded = any(shard_starts(parameter) is not None for parameter in self.shards)
+        self.shards = {parameter: Shard.of(parameter, rank, size) for parameter in self.parameters()}
+        self.whole, self.size = size > 1, size  # whether every process has whole parameters
+        self.sharded = self.whole or any(shard_starts(parameter) is not None for parameter in self.shards)
         for parameter in self.parameters():
             parameter.main_grad = torch.zeros_like(local(parameter.detach()), dtype=torch.float32)  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_add_to_sum)
@@ -100,7 +107,10 @@ class LeanAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def clip(self, limit: float) -> torch.Tensor:
         """Norm of the gradient sums; `step` will scale them by min(1, limit / norm)."""
-        norms = torch._foreach_norm([p.main_grad for p in self.parameters()])  # type: ignore[attr-defined]
+        if self.whole:
+            for parameter in self.parameters():
+                distributed.sum_to_parts(parameter.main_grad.view(-1), *self.part(parameter))  # type: ignore[attr-defined]
+        norms = torch._foreach_norm([self._held(p)[1] for p in self.parameters()])
         norm = torch.stack([n.float() for n in norms]).norm()
         if self.sharded:
             norm = distributed.total(norm.square()).sqrt()
@@ -127,7 +137,19 @@ class LeanAdamW(torch.optim.Optimizer):
                 self._step(*work[index], number[place], seed[place], cut)
         if cut:
             self._give_back(cut)
+        if self.whole:
+            for parameter in self.parameters():
+                distributed.gather_parts(parameter.view(-1), *self.part(parameter))
         self.clipped = None
+
+    def part(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
+        """Start and end of what this process updates of a whole parameter, flattened; only the last parts are less."""
+        return self.shards[parameter].start, self.shards[parameter].end
+
+    def _held(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this process updates, flat: (weights, gradient sums)."""
+        part = slice(*self.part(parameter)) if self.whole else slice(None)
+        return local(parameter.detach()).view(-1)[part], parameter.main_grad.view(-1)[part]  # type: ignore[attr-defined]
 
     def _cut_blocks(self) -> dict[tuple[torch.nn.Parameter, int], torch.Tensor]:
         """Of each block that the shards cut its [gradients, weights], whole, on every process; empty without any."""
@@ -177,12 +199,12 @@ class LeanAdamW(torch.optim.Optimizer):
         cut: dict[tuple[torch.nn.Parameter, int], torch.Tensor],
     ) -> None:
         shard = self.shards[parameter]
-        weights, sums = local(parameter).view(-1), parameter.main_grad.view(-1)  # type: ignore[attr-defined]
+        weights, sums = self._held(parameter)
         first = shard.first * BLOCK
+        if shard.first == shard.last:
+            return
         if not shard.cut:
             self._update_blocks(weights, sums, state, number, seed, first)
-            return
-        if shard.first == shard.last:
             return
         # copies from the first block that begins here to the end of the last one, which others may hold
         sizes = min(shard.last * BLOCK, shard.whole) - first, shard.end - first

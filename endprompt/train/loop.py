@@ -85,8 +85,14 @@ def stop_asked(here: World) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def shards_weights(config: ExtendConfig, here: World) -> bool:
+    """Whether the processes of a run each hold a share of the weights, and not all of them."""
+    return here.size > 1 and config.shard == "weights"
+
+
 def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> Objective:
-    """The loss of a model that is to be trained, with its LoRA updates; of several processes each holds a share.
+    """The loss of a model that is to be trained, with its LoRA updates; of several processes each holds a share, if the
+    weights are to be sharded.
 
     Raises ValueError if it is not what transformers computes.
     """
@@ -104,7 +110,8 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
     if config.freeze_router:
         experts.freeze_routers(model)
     float8 = config.float8 if config.float8_head else "none"
-    loss = Objective(model, autocast=config.autocast and here.size == 1, float8=float8)
+    sharded = shards_weights(config, here)
+    loss = Objective(model, autocast=config.autocast and not sharded, float8=float8)
     loss.balance = experts.balance_weight(config, model)
     if loss.balance and config.compile not in ("auto", "none"):
         raise ValueError(f"the experts' loss is not compiled: router_loss={loss.balance:g} compile={config.compile!r}")
@@ -115,9 +122,10 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
             raise ValueError(
                 f"the experts' loss is of whole rows: router_loss={loss.balance:g} context_parallel={here.context.size}"
             )
-    if here.size == 1:
+    if not sharded:
         check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
         return loss
+    loss.sharded = True
     if config.optimizer == "lean":
         convert(model, config, torch.device(here.device), sums=False)
     reduce_dtype = torch_dtype(config.reduce_dtype)
@@ -169,7 +177,7 @@ class Trainer:
         self.peak = device_peak(self.device)
         self.has_experts = bool(experts.layers_of_experts(model)) and not config.compile.startswith("graph")
         self.graph = self.step_graph() if config.compile.startswith("graph") else None
-        self.optimizer = self.graph.optimizer if self.graph else optimizer_of(config, model)
+        self.optimizer = self.graph.optimizer if self.graph else optimizer_of(config, model, here)
         self.budget = make_fast(model, config, self.device, bool(self.loss.balance))
 
     def resume(self, state: checkpoint.TrainingState) -> None:
@@ -196,7 +204,7 @@ class Trainer:
             "guard": dict(vars(self.guard)),
             "loss": self.last_loss,
         }
-        tensors = checkpoint.collect(self.model, self.optimizer)
+        tensors = checkpoint.collect(self.model, self.optimizer, self.here)
         keep, here = self.config.keep, self.here
         if beside:
             staged = checkpoint.staged(tensors, self.copies)

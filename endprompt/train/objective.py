@@ -9,7 +9,7 @@ import torch
 
 from endprompt import distributed
 from endprompt.config import ExtendConfig
-from endprompt.distributed import Context, say, shard_starts
+from endprompt.distributed import Context, World, say, shard_starts
 from endprompt.fast.float8 import Float8Matrix
 from endprompt.model.attention import attention_backends
 from endprompt.model.parity import plain_head
@@ -44,6 +44,7 @@ class Objective(torch.nn.Module):
         self.row_weight: float | torch.Tensor = 1.0
         self.dense = False  # nearly all tokens count: those that do not are not worth looking for
         self.context: Context | None = None  # the processes that share a row; each computes the loss of its tokens
+        self.sharded = False  # by FSDP2, which takes the gradients' mean over the processes
 
     def forward(
         self,
@@ -138,7 +139,7 @@ class Objective(torch.nn.Module):
         return (self.context.total(wrong) == 0).float().sum() / self.context.size  # each of them says it
 
 
-def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+def optimizer_of(config: ExtendConfig, model: PreTrainedModel, here: World | None = None) -> torch.optim.Optimizer:
     """The optimizer over all weights that train."""
     name = config.optimizer
     if name == "auto":
@@ -153,6 +154,7 @@ def optimizer_of(config: ExtendConfig, model: PreTrainedModel) -> torch.optim.Op
         weight_decay=config.weight_decay,
         seed=config.seed,
         recorded=config.compile.startswith("graph"),
+        among=(here.rank, here.size) if here and config.shard == "moments" else (0, 1),
     )
 
 
@@ -179,7 +181,7 @@ def optimizer_step(
                 part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part]) / total
             else:
                 part_loss = objective(ids_BT[part], positions_BT[part], weights_BT[part] / total)
-            (part_loss * processes).backward()  # FSDP takes the mean over the processes, we want the sum
+            (part_loss * processes if objective.sharded else part_loss).backward()  # we want the sum
             loss += part_loss.detach()
     norm = distributed.whole(clip_gradients(optimizer, clip))
     optimizer.step()

@@ -30,13 +30,16 @@ def make_optimizer(
     weight_decay: float,
     seed: int = 0,
     recorded: bool = False,
+    among: tuple[int, int] = (0, 1),
 ) -> torch.optim.Optimizer:
     """The optimizer by name over the parameters that require a gradient. recorded: adamw whose steps a CUDA graph can
-    hold: its rate is a tensor on the parameters' device. Raises ValueError for an unknown name.
+    hold: its rate is a tensor on the parameters' device. among: this process's rank and the number of those that have
+    the whole model and share the lean optimizer's work. Raises ValueError for an unknown name.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "lean":
-        return LeanAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed)
+        rank, size = among
+        return LeanAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed, rank=rank, size=size)
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}: optimizer={name!r}")
     fused = bool(parameters) and parameters[0].device.type == "cuda"

@@ -1,7 +1,8 @@
 """Activation checkpointing of decoder layers: what is kept for the backward pass and what is computed again.
 
-none keeps everything. full keeps each layer's input and runs the layer's forward pass again. selective keeps what is
-expensive to make (matrix products, attention) and computes the rest again (norms, activations, rotations).
+none keeps everything. full keeps each layer's input and runs the layer's forward pass again; attention keeps what
+attention gives as well, so that its forward pass does not run again. selective keeps what is expensive to make (matrix
+products, attention) and computes the rest again (norms, activations, rotations).
 """
 
 import functools
@@ -13,29 +14,36 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from endprompt.fast.flash4 import flash4
 
-KEPT = (
-    *("mm", "addmm", "bmm", "_scaled_mm", "_flash_attention_forward", "_scaled_dot_product_flash_attention_for_cpu"),
+ATTENTION = (
+    *("_flash_attention_forward", "_scaled_dot_product_flash_attention_for_cpu"),
     *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
 )
+KEPT = {"attention": ATTENTION, "selective": ("mm", "addmm", "bmm", "_scaled_mm", *ATTENTION)}
 
 
 @functools.cache
-def _kept_operators() -> frozenset[Any]:
-    aten = (getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name))
+def _kept_operators(kind: str) -> frozenset[Any]:
+    aten = (getattr(torch.ops.aten, name).default for name in KEPT[kind] if hasattr(torch.ops.aten, name))
     return frozenset((*aten, flash4._opoverload))
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _kept_operators() else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kind: str, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _kept_operators(kind) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+#: By kind, so that layers share what is compiled.
+_CONTEXTS: dict[str, Any] = {
+    kind: functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kind)) for kind in KEPT
+}
 
 
 def checkpoint_layers(layers: Iterable[torch.nn.Module], kind: str) -> None:
-    """Change the layers' forward in place. kind: none, selective or full."""
+    """Change the layers' forward in place. kind: none, selective, attention or full."""
     if kind == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if kind in KEPT:
+        options["context_fn"] = _CONTEXTS[kind]
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, **options)
 

@@ -25,7 +25,7 @@ from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
 from endprompt.train import determinism, outcome
 from endprompt.train.evaluate import Evaluation
-from endprompt.train.loop import Trainer, objective_of
+from endprompt.train.loop import Trainer, objective_of, shards_weights
 from endprompt.train.output import Output, resumed_if_begun
 from endprompt.train.progress import check_reports, device_memory
 from endprompt.train.start import Checkpoint, to_extend
@@ -70,9 +70,8 @@ def run(start: Checkpoint) -> Path:
             if not Path(path).is_dir():
                 data_file(path)
         with determinism.repeatable(config.deterministic):
-            model = (
-                start.to_fill() if here.size > 1 else start.load("cpu" if config.quantize != "none" else here.device)
-            )
+            sharded = shards_weights(config, here)
+            model = start.to_fill() if sharded else start.load("cpu" if config.quantize != "none" else here.device)
             loss = objective_of(config, model, here)
             rows, steps = start.rows(), total_steps(config, spec.row_tokens)
             if len(rows) < config.rows:
@@ -144,7 +143,7 @@ def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str)
     micro = config.micro_rows or config.rows // here.shares
     message = (
         f"the device's memory is too small: lower micro_rows={micro} or raise checkpointing={config.checkpointing} "
-        "(none, selective, full)"
+        "(none, selective, attention, full)"
     )
     total = device_memory(torch.device(here.device))
     if total:
@@ -156,6 +155,7 @@ def out_of_memory(config: ExtendConfig, spec: RowSpec, here: World, reason: str)
             window=config.window,
             gpus=here.size,
             context_parallel=config.context_parallel,
+            shard=config.shard,
             rows=config.rows,
             optimizer="lean" if config.optimizer == "lean" else "adamw",
             float8="none" if config.float8 == "none" else "fast",

@@ -45,13 +45,18 @@ class TrainingState:
     about: dict[str, Any]
 
 
-def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def collect(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, here: World | None = None
+) -> dict[str, torch.Tensor]:
     """The live tensors that the next step depends on, by name; tied weights appear once.
 
-    Matrices in 4 bits are left out: they are made of the checkpoint again.
+    Matrices in 4 bits are left out: they are made of the checkpoint again. here: of weights that every process has
+    whole, the rows that this one is to write.
     """
     frozen = {name for name, parameter in model.named_parameters() if hasattr(parameter, "quant_state")}
     tensors = {f"model.{name}": x.detach() for name, x in model.named_parameters() if name not in frozen}
+    if here is not None and getattr(optimizer, "whole", False):
+        tensors = {name: Part.of_rows(x, here.rank, here.size) if x.ndim else x for name, x in tensors.items()}
     masters = getattr(optimizer, "masters", {})
     for name, parameter in model.named_parameters():
         if parameter in masters:
@@ -77,6 +82,12 @@ class Part(torch.Tensor):
         part = held.as_subclass(cls)
         part.start, part.rows = start, rows
         return part
+
+    @classmethod
+    def of_rows(cls, whole: torch.Tensor, rank: int, size: int) -> Part:
+        """This process's share of the rows of what all have."""
+        each = -(-len(whole) // size)
+        return cls.of(whole[rank * each : (rank + 1) * each], min(rank * each, len(whole)), len(whole))
 
     def size(self, dim: int | None = None) -> Any:
         """Of the whole."""

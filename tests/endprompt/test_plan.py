@@ -210,7 +210,11 @@ def test_full_length_is_as_much_slower_as_was_measured():
     rows = [json.loads(line) for line in (DATA / "measured" / "h200_target.jsonl").read_text().splitlines()]
     speed = {row["task"]: row["value"] for row in rows if row["metric"] == "tokens_per_s"}
     planned = [
-        max(one.tokens_per_s for one in plans(PlanConfig(method=method, attention="flash_attention_4")) if one.fits)
+        max(
+            one.tokens_per_s
+            for one in plans(PlanConfig(method=method, attention="flash_attention_4"))
+            if one.fits and one.recompute != "attention"
+        )
         for method in ("endprompt", "full")
     ]
     measured = speed["endprompt, whole step"] / speed["full, 65,536"]
@@ -231,21 +235,27 @@ def test_the_bytes_of_several_gpus_by_hand():
     assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 8030261248 / 8
     assert parts["gathered layers"] == (2 * 2 + 2 + 4) * (layer + 2 * 4096)
     assert parts["gathered embeddings"] == (2 + 2 + 4) * 2 * 128256 * 4096
+    whole = memory(shape_of("llama3-8b"), PlanConfig(gpus=8, shard="moments"), 8192, 1, "full")
+    alone = memory(shape_of("llama3-8b"), PlanConfig(), 8192, 1, "full")
+    assert whole == alone | {"moments": alone["moments"] / 8}
 
 
 def test_the_exchange_of_two_gpus_by_hand():
     """Half of all weights twice and half of the gradients, a part of it hidden; a shared row's heads in each layer."""
     shape, count = shape_of("llama3-8b"), 8030261248
-    plain = communication_seconds(shape, PlanConfig(gpus=2), 16384, "none")
+    plain = communication_seconds(shape, PlanConfig(gpus=2), 8192, 16384, "none")
     received, copied = (2 + 2 + 4) * count / 2, (4 + 4 + 2 + 4) * count
     assert plain == pytest.approx((1 - HIDDEN) * received / LINKS["host"] + copied / 4.3e12)
     shared = PlanConfig(gpus=2, context_parallel=2, method="full", target=131072)
     heads = 2 * 2 * (4096 + 1024 + 1024 + 4096) * 32 * 65536 / 2  # forward and back, two bytes, half of them sent
-    longer = communication_seconds(shape, shared, 65536, "selective") - plain
+    longer = communication_seconds(shape, shared, 131072, 65536, "selective") - plain
     assert longer == pytest.approx(heads / LINKS["host"])
     half, whole = (memory(shape, one, 131072, 1, "full") for one in (shared, PlanConfig(gpus=2, method="full")))
     assert half["activations"] == whole["activations"] / 2
-    assert communication_seconds(shape, PlanConfig(), 16384, "none") == 0
+    assert communication_seconds(shape, PlanConfig(), 8192, 16384, "none") == 0
+    # whole weights: half of the sums and of the weights are received once a step, which 16 such micro-batches make
+    whole = communication_seconds(shape, PlanConfig(gpus=2, shard="moments"), 8192, 16384, "none")
+    assert whole == pytest.approx((4 + 2) * count / 2 / LINKS["host"] / 16)
 
 
 def test_the_best_setting_comes_first_and_short_rows_beat_full_length():
@@ -253,7 +263,7 @@ def test_the_best_setting_comes_first_and_short_rows_beat_full_length():
     fitting = [one for one in short if one.fits]
     assert fitting == short[: len(fitting)]
     assert fitting[0].tokens_per_s == max(one.tokens_per_s for one in fitting)
-    assert short[0].tokens_per_s > 2.5 * full[0].tokens_per_s
+    assert short[0].tokens_per_s > 2.2 * full[0].tokens_per_s
     assert fitting[0].hours == pytest.approx(1e9 / fitting[0].tokens_per_s / 3600)
 
 
@@ -271,6 +281,7 @@ def test_what_does_not_fit_says_so(capsys):
         ({"attention": "flex"}, "attention must be one of sdpa, flash_attention_4: attention='flex'"),
         ({"method": "longlora", "attention": "flash_attention_4"}, "longlora .* attention='flash_attention_4'"),
         ({"gpus": 3, "optimizer": "adamw"}, "gpus=3 rows=64"),
+        ({"shard": "moments", "optimizer": "adamw"}, "shard='moments' optimizer='adamw'"),
         ({"gpus": 4, "context_parallel": 3, "method": "full"}, "context_parallel=3 gpus=4"),
         ({"gpus": 2, "context_parallel": 2}, "method='endprompt'"),
         ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),

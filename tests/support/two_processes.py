@@ -20,6 +20,7 @@ WHOLE = (
     "masters",
     "lean",
     "float8",
+    "moments",
     "odd",
     "phi",
     "renamed",
@@ -29,7 +30,19 @@ WHOLE = (
     "longlora",
     "context",
 )
-REFUSED = ("uneven", "short", "thirds", "cut", "lengths", "windows", "graph", "damaged", "shapes", "other")
+REFUSED = (
+    "uneven",
+    "short",
+    "thirds",
+    "cut",
+    "lengths",
+    "windows",
+    "masters whole",
+    "graph",
+    "damaged",
+    "shapes",
+    "other",
+)
 read: list[int] = []
 
 
@@ -121,6 +134,7 @@ def main(jobs: dict[str, dict]) -> None:
     train.extend(config_of("begun", resume=True))
     for name in ("broken", "again"):
         cut_off(config_of(name), step=2)
+    cut_off(config_of("moments begun"), step=1)
     train.extend(config_of("again", resume=True))
     model.ATTENTIONS["eager"] = model.ATTENTIONS["shifted"]  # for `other`, whose data are damaged too
     for name in REFUSED:

@@ -39,7 +39,7 @@ def kept(llama):
     return run(llama, "none")
 
 
-@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["selective", "attention", "full"])
 def test_checkpointing_gives_the_same_gradients(llama, kept, kind):
     loss, gradients, _ = run(llama, kind)
     assert torch.equal(loss, kept[0])
@@ -47,12 +47,13 @@ def test_checkpointing_gives_the_same_gradients(llama, kept, kind):
         torch.testing.assert_close(gradient, kept[1][name], rtol=1e-5, atol=1e-7)
 
 
-def test_full_repeats_matrix_products_and_selective_does_not(llama, kept):
-    full, selective = run(llama, "full")[2], run(llama, "selective")[2]
+def test_full_repeats_matrix_products_and_attention_the_other_kinds_less(llama, kept):
+    full, selective, but_attention = (run(llama, kind)[2] for kind in ("full", "selective", "attention"))
     layers, products = 2, 6  # q, k, v, o, gate, up; the last, down, is no input of anything in its layer
     assert kept[2]["mm"] == selective["mm"] == full["mm"] - layers * products
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     assert (kept[2][attention], selective[attention], full[attention]) == (layers, layers, 2 * layers)
+    assert but_attention[attention] == layers and but_attention["mm"] == full["mm"]
     assert selective["silu"] == full["silu"] == 2 * kept[2]["silu"]  # cheap: computed again by both
 
 
