@@ -290,7 +290,17 @@ def scores_table(entries: Sequence[Entry], suite: str, threshold: float, key: st
             f"Effective length: the longest that scores {threshold:g} or more (RULER's rule); unbroken: up to which "
             "every length that was run does; their intervals by bootstrap over samples."
         )
+    cells_of = [
+        (entry, cell) for entry in entries for cell, own in entry.scores.items() if cell[0] == suite and not own
+    ]
+    if lost := [f"{task}{f' at {n:,}' if n else ''} of {entry.name}" for entry, (_, task, n) in cells_of]:
+        notes.append(
+            f"Without differences, since no answers are kept that have the row's score: {', '.join(lost[:4])}"
+            f"{f' and {len(lost) - 4} more' * (len(lost) > 4)}."
+        )
     columns = ["model", *heads, *effective, "tokens", "seconds", "GPU-seconds", "settings"]
+    told = [place for place, cells_ in enumerate(zip(*rows)) if any(text for text, _ in cells_)]  # the others are empty
+    columns, rows = [columns[place] for place in told], [[row[place] for place in told] for row in rows]
     return Table(suite, notes, columns, rows, picture, [name for name, _ in drawable], len(rows))
 
 

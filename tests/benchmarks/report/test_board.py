@@ -110,7 +110,9 @@ def test_shared_samples_alone_are_paired_and_scores_of_another_number_are_not_ta
     assert row["paired"] and row["n"] == 12 and row["difference"] == 0
     changed = (tmp_path / "a" / "results.jsonl").read_text().replace('"value": 50.0', '"value": 40.0')
     (tmp_path / "a" / "results.jsonl").write_text(changed)
-    assert compared([one, str(tmp_path / "b")])[1] == []  # its predictions are not those of the row
+    tables, found = compared([one, str(tmp_path / "b")])
+    assert found == []  # its predictions are not those of the row
+    assert tables["ruler"].notes[-1].endswith("no answers are kept that have the row's score: vt at 4,096 of a.")
 
 
 def test_costs_are_those_that_the_log_tells_of_this_run(tmp_path):
