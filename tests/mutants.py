@@ -151,6 +151,8 @@ MUTANTS = [
     (LOAD, "check_files(directory, TOKENIZER)", "pass", "endprompt/model/config_errors"),
     ("endprompt/train/evaluate.py", "[*lead, *documents", "[*documents", "endprompt/train/evaluate"),
     ("endprompt/model/load.py", "quantized.unpacked(own[name])", "own[name]", "endprompt/model/lora"),
+    ("endprompt/model/lora.py", "if stored.get(name) != wanted.get(name):", "if False:", "endprompt/model/lora"),
+    ("endprompt/model/lora.py", "if ours != theirs:", "if False:", "endprompt/model/lora"),
     ("endprompt/train/evaluate.py", "reading(int(weights.argmax()))", "reading(len(ids))", "endprompt/model/length_rope"),
     (GEOMETRY, "times = now.factor * target / now.window", "pass", "endprompt/model/geometry"),
     ("endprompt/model/parity.py", "if not (apart <= allowed and", "if False and not (apart <= allowed and", "endprompt/model/parity"),

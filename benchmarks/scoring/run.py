@@ -155,12 +155,12 @@ def load(
     Raises ValueError if it does not load."""
     from lm_eval.utils import simple_parse_args_string
 
-    from endprompt.model.lora import check_base
+    from endprompt.model.lora import check_adapter
 
     extra = (simple_parse_args_string(config.backend_args) if config.backend_args else {}) | dict(model_args or {})
     for key in ("peft", "lora_local_path"):
         if extra.get(key):
-            check_base(Path(extra[key]), Path(config.checkpoint))
+            check_adapter(Path(extra[key]), Path(config.checkpoint), model_config, config.trust_remote_code)
     if config.backend == "vllm":
         options = vllm.engine_options(model_config, max(needed, int(extra.get("max_model_len", 0))), shortest)
         options |= {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}

@@ -5,20 +5,26 @@ shifted sparse attention is the attention `shifted`. An export has the updates m
 from __future__ import annotations
 
 import contextlib
+import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from endprompt import origin
+from endprompt.files import read_object
 from endprompt.model.load import decoder_layers
 from endprompt.model.weights import open_tensors, sampled_sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 #: Attention projections by the names that transformers' decoders give them (Phi-3 has the first three in one).
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+#: What peft calls the files of an adapter.
+SETTINGS, UPDATES = "adapter_config.json", "adapter_model.safetensors"
 
 
 def targets_of(model: PreTrainedModel, group: str) -> list[str]:
@@ -83,19 +89,59 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     about.save_pretrained(str(directory))
     made = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(made, directory / "adapter_model.safetensors", {"format": "pt", "base_sha256": base_sha256})
+    save_file(made, directory / UPDATES, {"format": "pt", "base_sha256": base_sha256})
 
 
-def check_base(adapter: Path, checkpoint: Path) -> None:
-    """Raises ValueError if an adapter of ours was trained on other weights than a checkpoint's; others do not say."""
-    path = adapter / "adapter_model.safetensors"
-    if path.is_file():
-        with open_tensors(path) as file:
-            base = (file.metadata() or {}).get("base_sha256")
-        if base not in (None, sampled_sha256(checkpoint)):
+def check_adapter(adapter: Path, checkpoint: Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """Raises ValueError, before anything is loaded, for a folder that is no adapter of peft's, one whose weights are
+    not those that it would add to the checkpoint's model, and one of ours for other weights or other frequencies.
+    Adapters of others name their base and no more: another name is said on stderr.
+    """
+    for name in (SETTINGS, UPDATES):
+        if not (adapter / name).is_file():
+            raise ValueError(f"an adapter must be a folder with {SETTINGS} and {UPDATES}: {adapter} has no {name}")
+    with open_tensors(adapter / UPDATES) as file:
+        base = (file.metadata() or {}).get("base_sha256")
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if base not in (None, sampled_sha256(checkpoint)):
+        raise ValueError(f"{adapter}: the adapter was trained on another base, whose weights are not {checkpoint}'s")
+    try:
+        own, added, known = _added(adapter, config, trust_remote_code)
+    except Exception as error:  # peft raises whatever its code runs into
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{adapter}: the adapter does not fit {checkpoint}: {reason}") from error
+    wanted = added | {name: stored[name] for name in stored.keys() & known - added.keys()}  # it may hold these, too
+    for name in sorted(wanted.keys() | stored.keys()):
+        if stored.get(name) != wanted.get(name):
             raise ValueError(
-                f"{adapter}: the adapter was trained on another base, whose weights are not {checkpoint}'s"
+                f"{adapter}: the adapter is of another model or rank: by {SETTINGS} and {checkpoint} the shape of "
+                f"{name} is {wanted.get(name)}, the file has {stored.get(name)}"
             )
+    for key in ("rope_parameters", "max_position_embeddings") if own else ():
+        ours, theirs = (getattr(one.get_text_config(), key, None) for one in (own, config))
+        if ours != theirs:
+            raise ValueError(
+                f"{adapter}: the adapter was trained with {key}={ours}, and {checkpoint} has {theirs}: give its base "
+                "the config.json of the adapter's folder"
+            )
+    named = read_object(adapter / SETTINGS).get("base_model_name_or_path")
+    if base is None and named and origin.name_of(named) != origin.name_of(checkpoint):
+        print(f"{adapter}: the adapter is for {named} by its {SETTINGS}, and goes onto {checkpoint}", file=sys.stderr)
+
+
+def _added(adapter: Path, config: PretrainedConfig, trust_remote_code: bool) -> tuple[Any, dict[str, Any], set[str]]:
+    """(config that lies beside an adapter or None, shapes of the weights that peft reads of it, all names)."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    about: Any = PeftConfig.from_pretrained(str(adapter))
+    about.init_lora_weights = False  # others compute with the base's weights, which are not there
+    with torch.device("meta"):
+        base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        model = get_peft_model(base, about)
+    added = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = AutoConfig.from_pretrained(adapter) if (adapter / "config.json").is_file() else None
+    return own, {name: tuple(weight.shape) for name, weight in added.items()}, set(model.state_dict())
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """The families' tiny extended checkpoints in vLLM: are its greedy answers transformers' own?
 
-    python -m tests.support.families_vllm make FOLDER     with transformers: checkpoints, and answers to four prompts
-    python families_vllm.py answer FOLDER                 with vLLM, in its environment: a row a family on stdout
+    python -m tests.support.families_vllm make FOLDER [FAMILY ...]   with transformers: checkpoints, and answers
+    python families_vllm.py answer FOLDER [FAMILY ...]               with vLLM, in its environment: a row a family
 
-The checkpoints are those of `tests.support.families` with heads of 32, which vLLM's attention for CPUs needs.
+Rows go to stdout, of all families if none is named. The checkpoints are those of `tests.support.families` with heads of
+32, which vLLM's attention for CPUs needs; the answers are to four prompts.
 """
 
 from __future__ import annotations
@@ -16,14 +17,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+#: What wider layers need beside it.
+WIDE: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 16},
+    "granitemoehybrid": {"mamba_n_heads": 16},
+    "zamba2": {"n_mamba_heads": 16},
+    "helium": {"head_dim": 32},
+    "longcat_flash": {"hidden_size": 64},
+    "dbrx": {"d_model": 128},
+}
 
-def make(folder: Path) -> None:
+
+def make(folder: Path, names: list[str]) -> None:
     import torch
 
     from tests.support import families
 
-    families.SMALL |= {"head_dim": 32, "hidden_size": 128}
-    for family in families.families():
+    families.SMALL |= {"head_dim": 32, "hidden_size": 128, "qk_rope_head_dim": 32}
+    families.OWN |= {family: families.OWN.get(family, {}) | own for family, own in WIDE.items()}
+    for family in names or families.families():
         try:
             with tempfile.TemporaryDirectory() as source:
                 families.make(families.tiny_config(family), Path(source))
@@ -55,11 +67,12 @@ def answered(folder: Path, queue: Any) -> None:
         queue.put({"vllm": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]})
 
 
-def answer(folder: Path) -> None:
+def answer(folder: Path, names: list[str]) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # it is stdout otherwise
     import vllm  # before the forks, which need not import it then
 
-    for place in sorted(path.parent for path in folder.glob("*/answers.json")):
+    for place in [folder / name for name in names] or sorted(path.parent for path in folder.glob("*/answers.json")):
         queue = multiprocessing.get_context("fork").Queue()
         process = multiprocessing.get_context("fork").Process(target=answered, args=(place, queue))
         process.start()
@@ -68,4 +81,4 @@ def answer(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"make": make, "answer": answer}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "answer": answer}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])

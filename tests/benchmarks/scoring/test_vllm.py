@@ -111,7 +111,9 @@ def test_an_adapter_of_another_model_is_refused(checkpoint, adapter, tmp_path, c
     name = min(weights)
     weights[name.replace("layers.0", "layers.7")] = weights.pop(name) if change == "lost" else weights[name].clone()
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"the adapter is of another model: [12] weights .* such as .*layers\."):
+    with pytest.raises(
+        ValueError, match=r"the adapter is of another model or rank: .* the shape of \S*layers\.\d.* None"
+    ):
         score(config(checkpoint, tmp_path / "out", **ONE, backend_args=f"peft={folder}"))
 
 

@@ -1,6 +1,8 @@
 """LoRA with trained embeddings and norms: what trains, and that the export has it merged."""
 
+import contextlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -14,7 +16,7 @@ from endprompt import train
 from endprompt.config import check_processes
 from endprompt.model import load, lora, quantized
 from endprompt.train import run as training
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import make_checkpoint, tiny_config
 from tests.support.runs import lines_of, log_of, losses_of, resumed, same_weights, weights_of
 
 
@@ -102,12 +104,50 @@ def test_the_adapter_is_what_peft_loads(llama, extend_config, tmp_path, group, a
         expected = AutoModelForCausalLM.from_pretrained(merged).eval()(input_ids=ids).logits
         torch.testing.assert_close(tuned(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert ("PeftModel" in (out / "README.md").read_text()) is (adapter == "only")
-    lora.check_base(folder, llama)
-    other = make_checkpoint(tmp_path / "other", seed=7)
+    scaled, other = AutoConfig.from_pretrained(folder), make_checkpoint(tmp_path / "other", seed=7)
+    shutil.copy(folder / "config.json", shutil.copytree(llama, tmp_path / "scaled"))
+    asked = ScoreConfig(str(tmp_path / "scaled"), backend_args=f"peft={folder}", device="cpu", dtype="float32")
+    with torch.no_grad():
+        found = scoring.load(asked, 60, 1, scaled, models.load_tokenizer(llama)).model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"was trained with rope_parameters=.*'yarn'.*, and .* has .*'default'.*: give"
+    ):
+        lora.check_adapter(folder, llama, models.load_config(llama))
     with pytest.raises(ValueError, match=r"the adapter was trained on another base, whose weights are not .*other's"):
-        lora.check_base(folder, other)
-    with pytest.raises(ValueError, match="the adapter was trained on another base"):
-        scoring.load(ScoreConfig(str(other), backend_args=f"peft={folder}"), 1, 1, None, None)
+        scoring.load(ScoreConfig(str(other), backend_args=f"peft={folder}"), 1, 1, scaled, None)
+
+
+@pytest.mark.parametrize(
+    ("about", "base", "said"),
+    [
+        ({"r": 8}, {}, r"the shape of \S*0.self_attn.k_proj.lora_A.weight is \(8, 32\), the file has \(4, 32\)"),
+        ({}, {"hidden_size": 64}, r"of another model or rank: .*lora_A.weight is \(4, 64\), the file has \(4, 32\)"),
+        ({}, {"num_hidden_layers": 3}, r"layers.2.self_attn.k_proj.lora_A.weight is \(4, 32\), the file has None"),
+        ({"target_modules": ["q_proj"]}, {}, r"k_proj.lora_A.weight is None, the file has \(4, 32\)"),
+        ({"target_modules": ["c_attn"]}, {}, r"does not fit .*: Target modules \S*c_attn\S* not found"),
+        ({"peft_type": "LATER"}, {}, r"the adapter does not fit .*LATER"),
+        ({"base_model_name_or_path": "some/other"}, {}, None),
+    ],
+)
+def test_an_adapter_of_pefts_goes_onto_its_base_alone(llama, tmp_path, capsys, about, base, said):
+    """By names and shapes, before anything is loaded; which weights it was trained on, it does not say."""
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(r=4, target_modules=["k_proj", "q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), options).save_pretrained(tmp_path)
+    settings = tmp_path / "adapter_config.json"
+    lora.check_adapter(tmp_path, llama, models.load_config(llama))
+    assert "goes onto" not in capsys.readouterr().err
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | about))
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        lora.check_adapter(tmp_path, llama, tiny_config("Llama", **base))
+    assert said or "the adapter is for some/other by its adapter_config.json, and goes onto" in capsys.readouterr().err
+    settings.unlink()
+    with pytest.raises(
+        ValueError, match=r"must be a folder with adapter_config.json and .* has no adapter_config.json"
+    ):
+        lora.check_adapter(tmp_path, llama, models.load_config(llama))
 
 
 def test_settings_of_lora_without_it_are_refused(extend_config):
