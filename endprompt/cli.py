@@ -172,6 +172,7 @@ def command_parser(entry_point: EntryPoint, command: Callable[..., Any]) -> Any:
     read = jsonargparse.get_loader("yaml")
     jsonargparse.set_loader("grouped", lambda text: ungrouped(read(text), config_type), (yaml.YAMLError, ValueError))
     positionals = "".join(f" {f.name.upper()}" for f in dataclasses.fields(config_type) if is_positional(f))
+    positionals += f" [{word.upper()}]" if (word := getattr(config_type, "WORD", "")) else ""
     name, about = f"endprompt {entry_point.name}", inspect.getdoc(command) or ""
     options: dict[str, Any] = {"formatter_class": Help, "parser_mode": "grouped", "allow_abbrev": False}
     parser = Parser(name, usage=f"{name}{positionals} [options]", description=about, **options)
@@ -233,7 +234,7 @@ def ungrouped(value: Any, config_type: type) -> Any:
 def as_parsed(argv: list[str], config_type: type, recipes: dict[str, Path]) -> list[str]:
     """The arguments as jsonargparse reads them: `--checkpoints.save_every 5` is `--save-every 5`, `--recipe NAME` is
     `--config FILE`, a bare switch is true, the words of a list become one, `["a","b"]`. Before the command's positional
-    arguments a list takes one word only and does not swallow them.
+    arguments a list takes one word only and does not swallow them. A word alone may be a flag's value (`WORD`).
     """
     hints = typing.get_type_hints(config_type)
     places = [field.name for field in dataclasses.fields(config_type) if is_positional(field)]
@@ -271,6 +272,10 @@ def as_parsed(argv: list[str], config_type: type, recipes: dict[str, Path]) -> l
                 given = [listed(given, hints[name])]
             flag = f"--{name.replace('_', '-')}"
             out += [f"{flag}={given[0]}"] if given else [flag]
+    if words and (word := getattr(config_type, "WORD", "")):  # a field that has a flag, and needs none
+        if any(argument.startswith(f"--{word}=") for argument in out):
+            sys.exit(fail(f"{word} is given twice, by --{word} and as {words[0]!r}", 2))
+        return [*out, f"--{word}={words[0]}", *words[1:]]
     if len(places) == 1 and is_list(hints[places[0]]) and words and not words[0].startswith("["):
         words = [listed(words, hints[places[0]])]
     return out + words

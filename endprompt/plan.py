@@ -27,7 +27,7 @@ are assumptions until measured.
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from endprompt.config import check_fields
 from endprompt.files import read_json_lines
@@ -129,6 +129,7 @@ class PlanConfig:
     float8: str = "none"
     advice: str | None = None
     json: bool = False
+    WORD: ClassVar[str] = "model"  # what a word without a flag is
 
     @property
     def shards(self) -> int:

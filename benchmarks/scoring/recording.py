@@ -164,6 +164,8 @@ class Progress:
 
     def skip(self, n: int) -> None:
         self.total -= n
+        if self.terminal and not self.quiet and self.done < self.total:  # the first batch may take minutes
+            print(f"\r\x1b[K{self.done}/{self.total} samples", end="", file=sys.stderr, flush=True)
 
     def step(self, task: str, n: int, tokens: int, seconds: float) -> None:
         self.done += n

@@ -15,6 +15,7 @@ import yaml
 
 from endprompt import cli
 from endprompt.config import ExtendConfig
+from endprompt.plan import PlanConfig
 from tests.support.imports import loaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,11 +156,19 @@ class Listed:
         (Positional, "--tasks vt runs/x", '--tasks=["vt"] runs/x'),
         (Listed, "a --open b --config c --name d", '--open=true --config c --name=d ["a","b"]'),
         (Listed, "--formats png a", '--formats=["png"] ["a"]'),
+        (PlanConfig, "some/model --json", "--json=true --model=some/model"),
+        (PlanConfig, "--model m --target 8", "--model=m --target=8"),
     ],
 )  # fmt: skip
 def test_arguments_are_written_as_in_a_shell(config, given, read):
     assert cli.as_parsed(given.split(), config, {}) == read.split()
     assert cli.as_parsed(["--prompt", "a b"], ExtendConfig, {}) == ["--prompt=a b"]
+
+
+def test_a_word_alone_and_its_flag_are_not_both_given(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan", "a", "--model", "b"])
+    assert capsys.readouterr().err == "endprompt: model is given twice, by --model and as 'a'\n"
 
 
 @pytest.mark.parametrize(
