@@ -52,6 +52,8 @@ LONGEST = 1000  # characters of a message: a damaged file may be quoted in it
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a process that is lost is said in one line, without torch's stacks
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {ep.name: ep for ep in entry_points(group=GROUP)}
     if not argv or argv[0] in ("-h", "--help"):
@@ -119,13 +121,8 @@ def reader_left() -> bool:
 
 def speaks() -> bool:
     """Whether this process says its error: of torchrun's the first that fails, and before they meet the main one."""
-    dist, distributed = sys.modules.get("torch.distributed"), sys.modules.get("endprompt.distributed")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist is None or distributed is None:
-        return os.environ.get("RANK", "0") == "0"
-    try:
-        return bool(distributed.first_to_fail() if dist.is_initialized() else os.environ["RANK"] == "0")
-    except (RuntimeError, ValueError):  # the main process has gone, and the store with it
-        return True
+    distributed = sys.modules.get("endprompt.distributed")
+    return distributed.first_to_fail() if distributed else os.environ.get("RANK", "0") == "0"
 
 
 def told(error: Exception, log: Path | None) -> str:

@@ -378,7 +378,8 @@ def check_processes(config: ExtendConfig, processes: int, row_tokens: int) -> No
                 )
         if config.short_documents == "apart":
             raise ValueError(
-                f"the documents of a row are kept apart by the whole row: short_documents='apart' {context=}"
+                "the documents of a row are kept apart by the whole row: short_documents='apart' "
+                f"context_parallel={context}"
             )
         if processes % context:
             raise ValueError(f"context_parallel must divide the number of processes: {context}, {processes}")

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -25,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store as _default_store
 from torch.distributed.rendezvous import rendezvous
 
 from endprompt.files import sole_use
@@ -143,22 +143,40 @@ def world(device: str, context: int = 1, alike: Mapping[str, Any] | None = None)
     return World(dist.get_rank(), dist.get_world_size(), device, _contexts(context) if context > 1 else None)
 
 
+#: Where the processes count who fails: with the main process, and with the last one, which outlives it and its node.
+_stores: list[dist.Store] = []
+
+
 def _meet(about: dict[str, Any]) -> None:
     """Start the process group, once all processes are there and alike; each of them sees what all say of themselves."""
-    here = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         store, rank, size = next(rendezvous("env://", timeout=START))
+        _stores.append(store)
+        if rank == size - 1:
+            _stores.append(last := dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+            family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as way:
+                way.connect(place)  # sends nothing: it finds the address by which this node is known to the others
+                store.set("last", json.dumps([way.getsockname()[0], last.port]))
         store.set(f"about/{rank}", json.dumps(about))
         store.wait([f"about/{other}" for other in range(size)], START)
         abouts = [json.loads(store.get(f"about/{other}")) for other in range(size)]
+        if rank < size - 1:
+            host, its_port = json.loads(store.get("last"))
+            with contextlib.suppress(RuntimeError):  # a run needs it for nothing else
+                _stores.append(dist.TCPStore(host, its_port, wait_for_workers=False, timeout=START))
         store.set(f"read/{rank}", "")
         if rank == 0:  # the store goes with this process
             store.wait([f"read/{other}" for other in range(size)], START)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        alone = ValueError(f"the processes have not met at {here} within {START.seconds} s: {reason}")
-        alone.add_note("alone")  # nobody else may be there to say it
-        raise alone from error
+        unmet = ValueError(f"the processes have not met at {address}:{port} within {START.seconds} s: {reason}")
+        if isinstance(error, dist.DistNetworkError) and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            unmet.add_note("alone")  # the main process is not there to say it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _stores.clear()  # the main process has waited as long, says it, and takes the store with it
+        raise unmet from error
     if faults := [f"{one['fault']} ({one['host']})" for one in abouts if "fault" in one]:
         raise ValueError(faults[0])
     for other, one in enumerate(abouts):
@@ -192,8 +210,38 @@ def _give_up(message: str) -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of all that asks: it says the error, which others may have met as well."""
-    return _default_store().add("failed", 1) == 1
+    """Whether this process is to say its error, which others may have met as well: the first that asks does, or, before
+    they have met, the main one. Where the main process has gone without a word the last one's count holds.
+    """
+    counts: list[int] = []
+    for store in _stores:  # each is told, so that the next holds when one goes
+
+        def ask(store: dist.Store = store) -> None:
+            with contextlib.suppress(RuntimeError):
+                counts.append(store.add("failed", 1))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(10)  # a node without power does not even refuse
+    return counts[:1] == [1] if _stores else os.environ.get("RANK", "0") == "0"
+
+
+#: The part of torch's message that says where in its source.
+SOURCE = re.compile(r"\[\S*/gloo/\S+\] ")
+
+
+@contextlib.contextmanager
+def losses(kept: Callable[[], str]) -> Iterator[None]:
+    """Work that others may leave: raises ValueError with the reason and what is `kept` where a process is lost."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        place = SOURCE.search(said)
+        if not place and not isinstance(error, dist.DistError):
+            raise
+        reason = said[place.end() if place else 0 :].partition("\n")[0].partition(". This is")[0]
+        raise ValueError(f"another process has ended or is out of reach: {reason}; {kept()}") from error
 
 
 def total(value: torch.Tensor) -> torch.Tensor:

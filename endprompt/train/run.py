@@ -23,7 +23,7 @@ from endprompt.model.weights import sampled_sha256
 from endprompt.plan import PlanConfig, fitting
 from endprompt.runs import RunDirectory, environment, plain
 from endprompt.shapes import GIB
-from endprompt.train import determinism, outcome
+from endprompt.train import determinism, outcome, states
 from endprompt.train.evaluate import Evaluation
 from endprompt.train.loop import Trainer, objective_of, shards_weights
 from endprompt.train.output import Output, resumed_if_begun
@@ -55,7 +55,7 @@ def run(start: Checkpoint) -> Path:
         quantized.check_machine(here.device)
     dtype = outcome.export_dtype(config, start.source_dtype)
     output = Output(config, here)
-    with output.claim() as finished:
+    with distributed.losses(lambda: states.last_good(output.states)), output.claim() as finished:
         if finished:
             say(f"this run is finished already: {output.path}", here)
             return output.path

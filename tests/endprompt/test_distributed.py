@@ -88,6 +88,8 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         "moments begun": in_bfloat16 | {"optimizer": "lean", "shard": "moments", "save_every": 1},
         "masters whole": {"shard": "moments"},
         "short": {"context_parallel": 2},
+        "shifted": long | {"context_parallel": 2, "attention": "shifted", "lora_rank": 4},
+        "documents": long | {"context_parallel": 2, "short_documents": "apart"},
         "thirds": long | {"context_parallel": 3},
         "cut": long | {"context_parallel": 2, "eval_lengths": [96, 95]},
         "lengths": long | {"context_parallel": 2, "scaling": "dynamic"},
@@ -301,6 +303,8 @@ def test_one_to_eight_processes_train_alike(extend_config, tmp_path):
     [
         ("uneven", "rows must be a multiple of the number of processes: rows=3, 2"),
         ("short", "is for long rows under full attention, and this run needs none: scheme='endprompt'"),
+        ("shifted", "and this run needs none: attention='shifted' context_parallel=2"),
+        ("documents", "are kept apart by the whole row: short_documents='apart' context_parallel=2"),
         ("thirds", "context_parallel must divide the number of processes: 3, 2"),
         ("cut", "context_parallel must divide the tokens of every row: 2, 95 tokens"),
         ("lengths", "rotations or queries that depend on the row's length need it: context_parallel=2"),

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from endprompt import cli, distributed
+from endprompt import cli, distributed, train
 from endprompt.config import ExtendConfig
 from endprompt.runs import RunDirectory
 from endprompt.train import run, start
@@ -188,7 +188,27 @@ def stays_away(rank, config):
         sys.exit(3)
 
 
-def gpus(rank, config, count=2, gib=(80, 80)):
+def uneven(rank, config):
+    """Seven rows for three processes."""
+
+
+def main_leaves(rank, config, how=lambda: os.kill(os.getpid(), 9)):
+    """In its third step, and the store of all processes with it."""
+    real = train.Trainer.train_step
+
+    def stepped(self, *given):
+        if rank == 0 and self.step == 2:
+            how()
+        return real(self, *given)
+
+    train.Trainer.train_step = stepped
+
+
+def raises():
+    raise RuntimeError("it went wrong alone")
+
+
+def gpus(rank, config, count=3, gib=(80, 80, 80)):
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: count
     torch.cuda.set_device = lambda device: None
     about = types.SimpleNamespace(name="GPU", total_memory=gib[rank] << 30, major=9, minor=0)
@@ -213,13 +233,16 @@ def nccl_that_hangs(rank, config):
         (lost_folder, "step-00000002: the state could not be written, earlier ones are intact: [Errno 116] Stale file"),
         (stays_away, "the processes have not met at localhost:"),
         (functools.partial(gpus, count=1), "each process needs a GPU of its own: process 1, 1 GPUs"),
-        (functools.partial(gpus, gib=(80, 40)), "all processes must have the same gpu_gib: 80 on "),
+        (uneven, "rows must be a multiple of the number of processes: rows=7, 3"),
+        (main_leaves, "another process has ended or is out of reach: "),
+        (functools.partial(main_leaves, how=raises), "RuntimeError: it went wrong alone (the traceback is in "),
+        (functools.partial(gpus, gib=(80, 40, 80)), "all processes must have the same gpu_gib: 80 on "),
         (gpus, "the processes cannot talk to each other: Distributed package doesn't have NCCL"),
         (nccl_that_hangs, "NCCL has not started within 20 s: NCCL_DEBUG=WARN"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_is_wrong_with_one_process_ends_both_in_one_line(fault, rule, extend_config, tmp_path):
+def test_what_is_wrong_with_one_process_ends_all_in_one_line(fault, rule, extend_config, tmp_path):
     """As soon as it is there, or after the time that a meeting takes at most: 60 s, here 20."""
 
     def started():
@@ -227,10 +250,11 @@ def test_what_is_wrong_with_one_process_ends_both_in_one_line(fault, rule, exten
         fault(int(os.environ["RANK"]), config)
         return cli.main(["extend", "--config", str(tmp_path / "config.yaml")])
 
-    on_gpus = isinstance(fault, functools.partial) or fault in (gpus, nccl_that_hangs)
-    config = extend_config(save_every=1, device="cuda" if on_gpus else "cpu")
+    on_gpus = getattr(fault, "func", fault) in (gpus, nccl_that_hangs)
+    rows = 7 if fault is uneven else 6
+    config = extend_config(save_every=1, rows=rows, device="cuda" if on_gpus else "cpu")
     RunDirectory(tmp_path, config)
-    codes, said = several(2, started, seconds=100)
-    assert codes == [1, 3 if fault is stays_away else 1], said
+    codes, said = several(3, started, seconds=100)
+    assert codes == {stays_away: [1, 3, 1], main_leaves: [-9, 1, 1]}.get(fault, [1, 1, 1]), said
     lines = [line for line in said.splitlines() if line.startswith("endprompt: ") and "WARNING" not in line]
     assert len(lines) == 1 and rule in lines[0], said

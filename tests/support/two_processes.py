@@ -33,6 +33,8 @@ WHOLE = (
 REFUSED = (
     "uneven",
     "short",
+    "shifted",
+    "documents",
     "thirds",
     "cut",
     "lengths",
