@@ -253,14 +253,19 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     return reading
 
 
-def even_factor(config: PredictConfig, scaling: str) -> float:
+def even_factor(config: PredictConfig, scaling: str) -> tuple[float, list[np.ndarray]]:
     """The attention factor, 1 to 2, at which a scaling's frequencies keep the entropy at the target that the base has
-    in its window, before any training; the nearer end where none does.
+    in its window, before any training: of the mean over all heads, and of each head, a layer each [H]. The nearer end
+    where none does.
     """
-    names = {f"{scaling}@{factor}": factor for factor in np.linspace(1, 2, 11)}
-    reading = read(config, names)
-    entropy = np.array([reading.of_scaling(name)["entropy"] for name in names])
-    return float(np.interp(0, -entropy, list(names.values())))
+    factors = np.linspace(1, 2, 11)
+    found = read(config, [f"{scaling}@{factor}" for factor in factors]).found
+    layers = [np.stack(layer) for layer in zip(*(values["entropy"] for values in found.values()))]  # each [factors, H]
+
+    def zero(entropy: np.ndarray) -> float:
+        return float(np.interp(0, -entropy, factors))
+
+    return zero(np.hstack(layers).mean(1)), [np.array([*map(zero, layer.T)]) for layer in layers]
 
 
 #: Schemes that a table compares, `none` for the checkpoint as it is under the scaling.

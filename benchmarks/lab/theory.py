@@ -1,7 +1,7 @@
 """The theory held to the scores: do measures of a scaling and a scheme, taken before training, say which arm works?
 
     python -m benchmarks.lab.theory --lab ROWS --study ROWS --later ROWS --study-model CHECKPOINT --controls ROWS ... \
-        --output FILE
+        --heads ROWS ... --study-factor ROWS ... --output FILE
 
 Each arm of a lab's rows has the measures of `analysis.predict` on its base, and its score: the mean over tasks and
 training seeds at the target. What is chosen (a measure's sign, the best pair, a calibration) is chosen on the settings
@@ -17,7 +17,18 @@ CHOSEN alone; the lab's other settings and the study's arms are what it is teste
 - Two candidates go to the test, the best single measure and the best pair of the chosen half. One holds if its
   correlation has the same sign on all three sets, each interval free of 0, and p < 0.05 on the other half. What only
   stands beside it, without a claim: all other measures; `later`, the study's arms trained five times as long; and
-  `controls`, arms of that preset (one scaling's frequencies, another's attention factor) beside the lab's own.
+  `controls`, arms of that preset (one scaling's frequencies, another's attention factor).
+
+Of preset `controls` two more things are said, by rules that were written before its rows:
+
+- `predict-again`: the same test whole, with the preset's arms (seeds 20 and up) in place of the lab's own. Signs and
+  pair are chosen anew on its chosen half; there are eight scalings or more in a setting, so an exchange says something.
+- `predict-tuned`: YaRN's frequencies with a factor that `analysis.predict.even_factor` found, one for all heads
+  (`even`) or one each (`heads`), against YaRN. Trained arms alone (contiguous, recall, PoSE), seeds 20 to 24, on the
+  lab's four settings; recall, seeds 3 to 5, on SmolLM2. The score is the mean over tasks and the lengths above the
+  window; arms of both below 5 percent count for nothing. The mean over the arms, seed by seed, is judged as the lab
+  judges any (`estimates.decide`: 5 points, interval, p; Holm over the two). A scaling gets a name only if it helps on
+  both and hurts nowhere. Of its own seeds and samples none took part in choosing it; no score did.
 
 Left out: shifted sparse attention, which no measure is about, and arms whose pairs `pair_counts` does not know.
 """
@@ -25,6 +36,7 @@ Left out: shifted sparse attention, which no measure is about, and arms whose pa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -39,7 +51,8 @@ from scipy import optimize, stats
 from analysis import observability, predict
 from analysis.config import PredictConfig
 from benchmarks.lab import estimates
-from benchmarks.lab.arms import Arm, arms_of
+from benchmarks.lab.arms import Arm, arms_of, is_short
+from benchmarks.lab.contrasts import less
 from benchmarks.lab.matrix import BASES
 from endprompt.results import read_rows, result_row, write_rows
 from endprompt.runs import git_revision
@@ -265,32 +278,85 @@ def rows_of(cases: Sequence[Case], pair: Line) -> list[dict[str, Any]]:
     return found
 
 
-def beside(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    def place(r: dict[str, Any]) -> tuple[Any, ...]:
-        return str(r["base"]), r["target"], r["seed"], r["arm"].partition("+")[0]
+def of_heads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the bases of `benchmarks.lab.heads` under the names of the bases that they were made of."""
+    names = {"scaling": "yarn@heads"}
+    return [
+        r | names | {"base": Path(r["base"]).name.partition("-")[0], "arm": r["arm"].replace("yarn@1", "yarn@heads")}
+        for r in rows
+    ]
 
-    wanted = set(map(place, controls))
-    return [r for r in rows if "@" not in r["arm"] and place(r) in wanted]
+
+def tuned(rows: Sequence[dict[str, Any]], half: str) -> list[dict[str, Any]]:
+    """The decision on each tuned scaling: its trained arms less YaRN's, seed by seed; `parts` are the single ones."""
+    arms = {(arm.base, arm.target, arm.kind, tuning(arm.scaling)): arm for arm in arms_of(rows) if is_short(arm)}
+    found = []
+    for name in ("even", "heads"):
+        parts: list[dict[str, Any]] = []
+        for (*of, what), arm in arms.items():
+            yarn = arms.get((arm.base, arm.target, arm.kind, "yarn"))
+            if what == name and yarn is not None:
+                both = [above_window(arm), above_window(yarn)]
+                means = [float(np.mean([*scores.values()])) for scores in both]
+                parts.append({"of": of, "arms": [arm.name, yarn.name], "scores": means, "per_seed": less(*both)})
+        live = [part["per_seed"] for part in parts if max(part["scores"]) >= estimates.FLOOR]
+        seeds = sorted(set.intersection(*map(set, live))) if live else []
+        judged([(part, estimates.over_seeds([*part["per_seed"].values()])) for part in parts])
+        if seeds:
+            value = estimates.over_seeds([float(np.mean([part[seed] for part in live])) for seed in seeds])
+            found.append((row("predict-tuned", "score_difference", 0.0, name, half=half, parts=parts), value))
+    judged(found)
+    return [r for r, _ in found]
+
+
+def tuning(scaling: str) -> str:
+    name, _, factor = scaling.partition("@")
+    return "even" if name == "yarn" and factor not in ("", "1", "heads") else factor if factor == "heads" else scaling
+
+
+def above_window(arm: Arm) -> dict[int, float]:
+    longer = [scores for length, scores in arm.scores.items() if length > arm.window]
+    seeds = set.intersection(*map(set, longer))
+    return {seed: float(np.mean([scores[seed] for scores in longer])) for seed in sorted(seeds)}
+
+
+def judged(found: Sequence[tuple[dict[str, Any], estimates.Estimate]]) -> None:
+    """Adds to each its estimate and, corrected by Holm over all of them, p and the verdict."""
+    p_values = estimates.holm([1.0 if one.p is None else one.p for _, one in found])
+    for (about, one), p in zip(found, p_values):
+        about |= {"value": one.value, "ci95": (one.lo, one.hi), "n": one.n, "p": one.p, "p_holm": p}
+        about |= {"verdict": estimates.decide(one, None if one.p is None else p)}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--lab", "--study", "--later", "--study-model"):
         parser.add_argument(flag, required=True)
-    parser.add_argument("--controls", nargs="*", default=[])
+    for flag in ("--controls", "--heads", "--study-factor"):
+        parser.add_argument(flag, nargs="*", default=[])
     parser.add_argument("--output", required=True, type=Path)
     given = parser.parse_args(argv)
     bases = {base: str(BASES / base) for base in ("256", "512")}
     cases = cases_of(read_rows(given.lab), bases)
     for half, rows in (("study", read_rows(given.study)), (LATER, read_rows(given.later))):
         cases += cases_of(rows, {str(r["base"]): given.study_model for r in rows}, half)
-    if controls := [r for path in given.controls for r in read_rows(path)]:
-        cases += cases_of([*beside(read_rows(given.lab), controls), *controls], bases, CONTROLS)
-    tests, pair = tested(cases)
+    controls, heads, factor = (
+        [r for path in paths for r in read_rows(path)] for paths in (given.controls, given.heads, given.study_factor)
+    )
+    again = cases_of(controls, bases)
+    tests, pair = tested([*cases, *(dataclasses.replace(case, half=CONTROLS) for case in again)])
+    if again:
+        later, _ = tested([*again, *(case for case in cases if case.half == "study")])
+        tests += [r | {"task": "predict-again"} for r in later]
+        tests += [*tuned([*controls, *of_heads(heads)], "lab"), *tuned(factor, "study")]
+        cases += again
     about = {"text": "analysis/sample.txt", "tokens": TOKENS, "device": "cpu", "revision": git_revision()}
     write_rows(given.output, [one | about for one in (*rows_of(cases, pair), *tests)])
     for r in tests:
-        print(r["method"], r["half"], r["n"], f"{r['value']:+.2f}", r["ci95"], f"p {r.get('p', 0):.3f}", r.get("holds"))
+        said = r.get("verdict", r.get("holds"))
+        print(
+            r["task"], r["method"], r["half"], r["n"], f"{r['value']:+.2f}", r["ci95"], f"p {r.get('p') or 0:.3f}", said
+        )
 
 
 if __name__ == "__main__":

@@ -216,8 +216,10 @@ def test_a_checkpoint_read_once(reading):
 
 def test_the_even_factor_keeps_the_entropy():
     config = PredictConfig(BASE_256, 2048, tokens=256)
-    factor = predict.even_factor(config, "yarn")
+    factor, heads = predict.even_factor(config, "yarn")
     assert 1.2079 < factor < 1.5
+    one = f"yarn@{heads[1][2]}"
+    assert predict.read(config, [one]).found[one]["entropy"][1][2] == pytest.approx(0, abs=0.03)
     name = f"yarn@{factor}"
     assert predict.read(config, [name]).of_scaling(name)["entropy"] == pytest.approx(0, abs=0.03)
 

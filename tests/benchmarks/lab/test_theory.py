@@ -2,12 +2,16 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from analysis import predict
-from benchmarks.lab import theory
+from analysis.config import PredictConfig
+from benchmarks.lab import heads, theory
 from benchmarks.lab.arms import Arm
 from tests.benchmarks.lab.test_pages import MEASURED, packed_rows
 from tests.support import figure_pages as pages
@@ -157,11 +161,51 @@ def test_cases_are_the_labs_arms_with_their_rows_own_pairs(monkeypatch):
         (8192, "untrained+none", None),
         (8192, "endprompt+yarn", "endprompt"),
     ]
-    controls = [row("endprompt+yarn@1", "yarn@1", "endprompt+yarn@1", **trained)]
-    assert theory.beside(rows, controls) == [rows[3]]
     pairs = 256 * 257 / 2  # of a row, a token with itself included
     assert asked[:3] == [("none", None, 0), ("yarn", None, 0), ("yarn", pairs, 256)]
     assert [c.half for c in cases] == ["chosen"] * 3 + ["other"] * 2
+
+
+def test_a_tuned_scaling_is_judged_seed_by_seed_against_yarn():
+    """By hand: PoSE gains 8, 10, 12 and recall 6, 6, 6 with one factor; heads lose 20 where both do not fail."""
+
+    def cell(scaling, scheme, seed, score, base="256", target=2048):
+        about = {"suite": "ruler", "task": "vt", "length": target, "value": score, "seed": seed, "samples_sha256": "x"}
+        about |= {"base": base, "window": 256, "target": target, "fold": target // 256, "arm": f"{scheme}+{scaling}"}
+        inside = about | {"length": 256, "value": 77.0}
+        more = {"method": "m", "scaling": scaling, "steps": 300, "scheme": scheme, "prompt": None}
+        return [about | more, inside | more]
+
+    gains = {"pose": (8, 10, 12), "endprompt": (6, 6, 6)}
+    rows = [
+        row
+        for scheme, gain in gains.items()
+        for seed, points in enumerate(gain)
+        for scaling, score in (("yarn", 40.0), ("yarn@1.347", 40.0 + points), ("yarn@1", 90.0), ("linear@yarn", 9.0))
+        for row in cell(scaling, scheme, 20 + seed, score)
+    ]
+    failing = [row for scaling in ("yarn", "yarn@1.5") for row in cell(scaling, "pose", 20, 1.0, target=8192)]
+    sharp = [row for seed in (20, 21) for row in cell("yarn@1", "pose", seed, 20.0 + seed - 20, "runs/x/256-2048")]
+    found = {r["method"]: r for r in theory.tuned([*rows, *failing, *theory.of_heads(sharp)], "lab")}
+    even, heads = found["even"], found["heads"]
+    assert (even["value"], even["n"], even["verdict"]) == (8, 3, "helps")
+    half = 4.302653 / np.sqrt(3)  # t of two degrees of freedom; the seeds' means are 7, 8, 9
+    assert even["ci95"] == pytest.approx((8 - half, 8 + half))
+    assert {tuple(p["of"]): p["verdict"] for p in even["parts"]} == {
+        ("256", 2048, "pose"): "helps", ("256", 2048, "endprompt"): "helps", ("256", 8192, "pose"): "not decided",
+    }  # fmt: skip
+    assert heads["value"] == -19.5 and heads["parts"][0]["arms"] == ["pose+yarn@heads", "pose+yarn"]
+    assert [even["p_holm"], heads["p_holm"]] == pytest.approx([2 * even["p"], heads["p"]])
+
+
+def test_each_heads_queries_carry_its_factor(tmp_path):
+    heads.sharpen("256", 2048, tmp_path)
+    _, factors = predict.even_factor(PredictConfig("benchmarks/base/256", 2048), "yarn")
+    old, new = (load_file(folder / "model.safetensors") for folder in (Path("benchmarks/base/256"), tmp_path))
+    assert all(torch.equal(old[key], new[key]) for key in old if "q_proj" not in key)
+    key = "model.layers.1.self_attn.q_proj.weight"
+    ratio = (new[key] / old[key]).reshape(3, -1).mean(1)
+    assert ratio.numpy() == pytest.approx(factors[1] ** 2, rel=1e-4) and ratio.std() > 0.01
 
 
 def test_the_commands_order_and_words_are_those_of_the_rows():
