@@ -89,7 +89,7 @@ class LeanAdamW(torch.optim.Optimizer):
         self.seed = seed
         self.clipped: torch.Tensor | None = None
         self.shards = {parameter: Shard.of(parameter, rank, size) for parameter in self.parameters()}
-        self.whole, self.size = size > 1, size  # whether every process has whole parameters
+        self.whole = size > 1  # whether every process has whole parameters
         self.sharded = self.whole or any(shard_starts(parameter) is not None for parameter in self.shards)
         for parameter in self.parameters():
             parameter.main_grad = torch.zeros_like(local(parameter.detach()), dtype=torch.float32)  # type: ignore[attr-defined]
