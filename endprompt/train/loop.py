@@ -123,7 +123,7 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
                 f"the experts' loss is of whole rows: router_loss={loss.balance:g} context_parallel={here.context.size}"
             )
     if not sharded:
-        check_forward(Objective(model, config.autocast), bfloat16=config.autocast)
+        check_forward(loss if here.context else Objective(model, config.autocast), bfloat16=config.autocast)
         return loss
     loss.sharded = True
     if config.optimizer == "lean":

@@ -21,6 +21,7 @@ WHOLE = (
     "lean",
     "float8",
     "moments",
+    "moments of rows",
     "odd",
     "phi",
     "renamed",
