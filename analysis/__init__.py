@@ -6,6 +6,8 @@ Importing the package loads nothing; a name loads its module on first use.
 import importlib
 from typing import Any
 
+import endprompt  # noqa: F401  # says how threads wait, before numpy and torch are imported
+
 _NAMES = {
     "spectra": "rope_freqs spectrum_from_qk eval_score",
     "bounds": "coef_bounds coef_bound bernstein_bound duffin_schaeffer_excess nonvacuous_radius softmax_shift_bound "

@@ -219,16 +219,18 @@ def _complex(
     heads, rotary = used.shape[0], after.shape[-1]
     repeated = heads // after.shape[0]
     best: tuple[float, np.ndarray, int, np.ndarray] | None = None
-    for order in (np.repeat(np.arange(after.shape[0]), repeated), np.tile(np.arange(after.shape[0]), repeated)):
+    for repeat in (np.repeat, np.tile)[: 2 if repeated > 1 else 1]:
+        order = repeat(np.arange(after.shape[0]), repeated)
         for begin in {0, used.shape[-1] - rotary}:
             if order.size != heads or begin < 0:
                 continue
             part, given = after[order], used[..., begin : begin + rotary]
             size = np.maximum(np.abs(given).max(-1), np.finfo(np.float32).tiny)
-            exact = bool((np.abs(given - part).max(-1) <= 4 * torch.finfo(dtype).eps * size).all())
-            factor = np.sum(given * part, -1) / np.maximum(np.sum(part * part, -1), np.finfo(np.float32).tiny)
-            factor = np.ones_like(factor) if exact else factor
-            error = float((np.abs(given - factor[..., None] * part).max(-1) / size).max())
+            away, factor = np.abs(given - part).max(-1), np.ones_like(size)
+            if not (away <= 4 * torch.finfo(dtype).eps * size).all():
+                factor = np.sum(given * part, -1) / np.maximum(np.sum(part * part, -1), np.finfo(np.float32).tiny)
+                away = np.abs(given - factor[..., None] * part).max(-1)
+            error = float((away / size).max())
             if best is None or error < best[0]:
                 best = (error, order, begin, factor)
     if best is None or best[0] > 16 * torch.finfo(dtype).eps:

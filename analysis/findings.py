@@ -15,7 +15,7 @@ from analysis.coverage import spell
 from analysis.rank import true_sup
 from analysis.scene import Scene
 from analysis.spectra import derivative_spectrum, eval_score
-from analysis.sweep import ORDERS, Maxima, Sweep
+from analysis.sweep import DUFFIN_SCHAEFFER, ORDERS, Maxima, Sweep
 from endprompt import origin
 from endprompt.model.kinds import spelled
 from endprompt.results import recorded, result_row
@@ -126,8 +126,10 @@ class Findings:
         z = unit * np.concatenate([layer.z, layer.constant[..., None]], axis=-1)
         heads, pairs, _ = z.shape
         flat = z.reshape(heads * pairs, -1)
-        largest = self.sweep.maxima(flat)
-        ratio = bound_ratios(flat, omega, largest)
+        bounds = checked_bounds(flat, omega)
+        # of S' each pair's maximum is told; of the rest whether it is within, and the largest one over its bound
+        largest = self.sweep.maxima(flat, [(kind, bound) for kind, bound in bounds.values() if kind != 1])
+        ratio = bound_ratios(bounds, largest)
         energy = np.abs(flat[:, :-1]) ** 2
         turns = omega[:-1] * scene.length
         band = (turns >= CRITICAL_BAND[0]) & (turns <= CRITICAL_BAND[1])
@@ -136,11 +138,11 @@ class Findings:
             "logit_error": layer.error,
             "within": {name: value <= 1.0 for name, value in ratio.items()},
             "worst": {name: float(value.max()) for name, value in ratio.items()},
-            "tightness": (largest.size[1] / np.maximum(coef_bound(flat, omega, 1), TINY)).reshape(heads, pairs),
-            "tightness_bernstein": largest.size[1] / np.maximum(bernstein_bound(flat, omega, 1), TINY),
+            "tightness": (largest.size[1] / np.maximum(bounds["coefficient_order1"][1], TINY)).reshape(heads, pairs),
+            "tightness_bernstein": largest.size[1] / np.maximum(bounds["bernstein_order1"][1], TINY),
             "band": energy[:, band].sum(1) / np.maximum(energy.sum(1), TINY),
             "power": energy.sum(0),
-            "B1": float(coef_bound(flat, omega, 1).max()),
+            "B1": float(bounds["coefficient_order1"][1].max()),
             "curves": self.steepest(layer.layer, z),
         }
         if random_turns is not None:
@@ -358,33 +360,31 @@ class Findings:
         return rows + [row("observability", f"gap_rms_{name}", v, n=None, noise=noise) for name, v in told.items()]
 
 
-def bound_ratios(z: np.ndarray, omega: np.ndarray, largest: Maxima) -> dict[str, np.ndarray]:
-    """Value over bound, [P] for each of CHECKS: what is certainly reached (its rounding is taken off, so a ratio above
-    1 is a violation and not noise) over what the theorem allows anywhere.
+def checked_bounds(z: np.ndarray, omega: np.ndarray) -> dict[str, tuple[int, np.ndarray]]:
+    """(order, or DUFFIN_SCHAEFFER; what the theorem allows anywhere, [P]) of each of CHECKS."""
+    sums = [coef_bound(z, omega, order) for order in ORDERS]
+    bounds = {f"coefficient_order{order}": (order, sums[order]) for order in ORDERS}
+    bounds |= {f"bernstein_order{order}": (order, bernstein_bound(z, omega, order, sums[0])) for order in ORDERS[1:]}
+    return bounds | {"duffin_schaeffer": (DUFFIN_SCHAEFFER, bernstein_bound(z, omega, 1, sums[0]))}
+
+
+def bound_ratios(bounds: dict[str, tuple[int, np.ndarray]], largest: Maxima) -> dict[str, np.ndarray]:
+    """Value over bound, [P] for each of CHECKS: what is certainly reached: its rounding is taken off, so a ratio above
+    1 is a violation and not noise.
     """
-    sigma = np.abs(omega).max()
-    sum_a = coef_bound(z, omega)
-    reached = {order: np.maximum(largest.size[order] - largest.error[order], 0.0) for order in ORDERS}
-    both = np.maximum(largest.duffin_schaeffer - largest.error[1] - sigma * largest.error[0], 0.0)
-
-    def over(value: np.ndarray, bound: np.ndarray) -> np.ndarray:
-        return np.divide(value, bound, out=np.where(value > 0, np.inf, 0.0), where=bound > 0)
-
-    return {
-        "coefficient_order0": over(reached[0], sum_a),
-        "coefficient_order1": over(reached[1], coef_bound(z, omega, 1)),
-        "coefficient_order2": over(reached[2], coef_bound(z, omega, 2)),
-        "bernstein_order1": over(reached[1], bernstein_bound(z, omega, 1)),
-        "bernstein_order2": over(reached[2], bernstein_bound(z, omega, 2)),
-        "duffin_schaeffer": over(both, sigma * sum_a),
-    }
+    ratios = {}
+    for name, (kind, bound) in bounds.items():
+        value = np.maximum(largest.size[kind] - largest.error[kind], 0.0)
+        ratios[name] = np.divide(value, bound, out=np.where(value > 0, np.inf, 0.0), where=bound > 0)
+    return ratios
 
 
 def envelope(values: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lowest, highest value, middle) of each of at most CURVE_POINTS bins; the values themselves if they are fewer."""
     if values.size <= CURVE_POINTS:
         return values, values, d
-    first = np.array([part[0] for part in np.array_split(np.arange(values.size), CURVE_POINTS)])
+    size, more = divmod(values.size, CURVE_POINTS)  # as np.array_split cuts: the first bins have one more
+    first = np.arange(CURVE_POINTS) * size + np.minimum(np.arange(CURVE_POINTS), more)
     centres = np.add.reduceat(d, first) / np.diff(first, append=values.size)
     return np.minimum.reduceat(values, first), np.maximum.reduceat(values, first), centres
 

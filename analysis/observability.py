@@ -196,17 +196,22 @@ def _exponential_sum(alpha: np.ndarray, segments: Intervals) -> tuple[np.ndarray
 
 
 def gram_weighted(omega: Any, weights: Any, block: int = 8192) -> np.ndarray:
-    """Gram matrix over the distances 0, 1, ... with a weight each, float64 [2n, 2n], over the sum of the weights."""
+    """Gram matrix over the distances 0, 1, ... with a weight each [..., L], float64 [..., 2n, 2n], over the sum of the
+    weights. Many sets of weights share the cosines, which take longest.
+    """
     omega, weights = np.asarray(omega, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+    sums = weights.sum(-1)[..., None, None]
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and (sums > 0).all()):
         raise ValueError("weights of distances must be finite, not negative and not all zero")
-    total = np.zeros((2 * omega.size, 2 * omega.size))
-    for start in range(0, weights.size, block):
-        part = weights[start : start + block]
-        angle = np.multiply.outer(omega, np.arange(start, start + part.size))
-        basis = np.concatenate([np.cos(angle), np.sin(angle)]) * np.sqrt(part)
-        total += basis @ basis.T
-    return total / weights.sum()
+    total = np.zeros((*weights.shape[:-1], 2 * omega.size, 2 * omega.size))
+    for start in range(0, weights.shape[-1], block):
+        part = weights[..., start : start + block]
+        angle = np.multiply.outer(omega, np.arange(start, start + part.shape[-1]))
+        basis = np.concatenate([np.cos(angle), np.sin(angle)])
+        for which in np.ndindex(weights.shape[:-1]):
+            weighted = basis * np.sqrt(part[which])
+            total[which] += weighted @ weighted.T
+    return total / sums
 
 
 def posterior_gap_rms(G_obs: Any, n_obs: float, G_gap: Any, sigma: float, prior: Any = None) -> float:

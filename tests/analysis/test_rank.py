@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import analysis
 from analysis.rank import frequency_classes, harmonic_numbers, integer_root, perfect_power
-from analysis.sweep import ORDERS, Sweep
+from analysis.sweep import DUFFIN_SCHAEFFER, ORDERS, Sweep
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,17 @@ def test_sweep_equals_direct_evaluation(scaling, spacing, length):
         assert (np.abs(found.size[order] - exact) <= found.error[order] + 1e-300).all()
         assert (found.error[order] <= 1e-12 * analysis.coef_bound(z, omega, order) + 1e-300).all()
     both = np.sqrt((values[1] ** 2 + (omega.max() * values[0]) ** 2).max(axis=1))
-    np.testing.assert_allclose(found.duffin_schaeffer, both, rtol=1e-12)
+    np.testing.assert_allclose(found.size[DUFFIN_SCHAEFFER], both, rtol=1e-12)
+    maxima = {DUFFIN_SCHAEFFER: both} | {order: np.abs(values[order]).max(axis=1) for order in ORDERS}
+    for share in (1.0, 0.7):  # of what they are: nothing exceeds the bounds, many do
+        bounds = [(kind, share * analysis.coef_bound(z, omega, kind % 3)) for kind in (0, 2, DUFFIN_SCHAEFFER)]
+        bounds[2] = DUFFIN_SCHAEFFER, omega.max() * bounds[2][1]
+        held = Sweep(omega, length, spacing=spacing).maxima(z, bounds)
+        np.testing.assert_array_equal(held.size[1], found.size[1])
+        for kind, bound in bounds:
+            ratio, exact = (x[1:] / bound[1:] for x in (held.size[kind], maxima[kind]))
+            assert (ratio <= exact * (1 + 1e-12)).all() and ratio.max() == pytest.approx(exact.max(), rel=1e-12)
+            np.testing.assert_allclose(ratio[exact > 1 + 1e-9], exact[exact > 1 + 1e-9], rtol=1e-12)
 
 
 @settings(max_examples=20, deadline=None)
@@ -151,7 +161,7 @@ def test_sweep_on_a_gpu_equals_the_cpu():
     here, there = (Sweep(omega, 20000, device=d).maxima(z) for d in ("cpu", "cuda"))
     for order in ORDERS:
         assert (np.abs(here.size[order] - there.size[order]) <= here.error[order] + there.error[order]).all()
-    np.testing.assert_allclose(here.duffin_schaeffer, there.duffin_schaeffer, rtol=1e-10)
+    np.testing.assert_allclose(here.size[DUFFIN_SCHAEFFER], there.size[DUFFIN_SCHAEFFER], rtol=1e-10)
 
 
 def test_sweep_names_bad_input():

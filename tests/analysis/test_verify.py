@@ -336,7 +336,7 @@ def test_the_checks_take_suprema_over_the_line():
     """sin(d/8) on [0, 4]: with the maximum over the window in place of the supremum, Bernstein would be violated."""
     z, omega, (_, end) = analysis.windowed_counterexample()
     largest = Sweep(omega, int(end) + 1, spacing=0.01).maxima(z[None])
-    ratio = findings.bound_ratios(z[None], omega, largest)
+    ratio = findings.bound_ratios(findings.checked_bounds(z[None], omega), largest)
     assert all(value[0] <= 1 for value in ratio.values())
     assert ratio["bernstein_order1"][0] == pytest.approx(1) and ratio["duffin_schaeffer"][0] == pytest.approx(1)
     over_the_window = largest.size[1] / (omega.max() * largest.size[0])

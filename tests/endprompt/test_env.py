@@ -51,15 +51,22 @@ def test_no_secret_and_no_home_is_shown(printed, as_json, monkeypatch):
 @pytest.mark.slow  # a new Python imports torch
 @pytest.mark.parametrize(
     ("package", "given", "spins"),
-    [("endprompt", {}, "0"), ("benchmarks", {}, "0"), ("endprompt", {"GOMP_SPINCOUNT": "7"}, "7")],
+    [
+        ("endprompt", {}, "0"),
+        ("benchmarks", {}, "0"),
+        ("analysis", {}, "0"),
+        ("endprompt", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ],
 )
-def test_threads_of_torch_wait_asleep_unless_the_user_says_otherwise(package, given, spins):
-    """By what torch's own OpenMP prints of itself when it is loaded."""
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+def test_threads_wait_asleep_unless_the_user_says_otherwise(package, given, spins):
+    """By what torch's own OpenMP prints of itself when it is loaded; numpy's OpenBLAS starts no threads of its own."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS")
     around = {name: value for name, value in os.environ.items() if name not in names}
-    work = [sys.executable, "-c", f"import {package}, torch"]
+    counted = "import os, numpy; print(len(os.listdir('/proc/self/task')))"
+    work = [sys.executable, "-c", f"import {package}\n{counted}\nimport torch"]
     done = subprocess.run(work, env=around | {"OMP_DISPLAY_ENV": "verbose"} | given, capture_output=True, text=True)
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert platform.machine() != "x86_64" or done.stdout == "1\n"
 
 
 def test_paths_lose_the_user_wherever_they_lie(monkeypatch):
