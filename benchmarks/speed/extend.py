@@ -108,8 +108,10 @@ def planned(given: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(config: ManyConfig) -> list[dict[str, Any]]:
-    """Result rows of one run. Raises ValueError naming the value, or if the run fails, with the end of what it said."""
+def measure(config: ManyConfig, name: str = "") -> list[dict[str, Any]]:
+    """Result rows of one run, of the setting of this name. Raises ValueError naming the value, or if the run fails,
+    with the end of what it said.
+    """
     from endprompt.config import ExtendConfig
     from endprompt.shapes import SHAPES
 
@@ -146,10 +148,10 @@ def measure(config: ManyConfig) -> list[dict[str, Any]]:
     print(done.stderr, file=sys.stderr)
     if done.returncode:
         raise ValueError(f"the run has failed ({done.returncode}): {done.stderr[-400:]}")
-    return rows_of(config, run, work, wall)
+    return rows_of(config, name, run, work, wall)
 
 
-def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict[str, Any]]:
+def rows_of(config: ManyConfig, name: str, run: Path, work: Path, wall: float) -> list[dict[str, Any]]:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     speed = statistics.median(entry["tokens_per_s"] for entry in log[1 : len(log) - config.profile])
     notes = [json.loads((work / f"rank-{rank}.json").read_text()) for rank in range(config.processes)]
@@ -168,10 +170,10 @@ def rows_of(config: ManyConfig, run: Path, work: Path, wall: float) -> list[dict
         values |= {"mfu_percent": 100 * mfu, "peak_gib": log[-1]["peak_gib"]}
     if saves := [entry["save_seconds"] for entry in log if "save_seconds" in entry]:
         values["save_seconds"] = saves[-1]  # the first one has the host's memory to make
-    task, sharded = "extend, one process", ""
-    if config.processes > 1:
-        task, sharded = f"extend, {config.processes} processes", ", sharded by FSDP2"
-    what = f"extend from a checkpoint of random weights to its export{sharded}; the median of its steps but the first"
+    several = config.processes > 1
+    task = f"extend{name and ' '}{name}, {f'{config.processes} processes' if several else 'one process'}"
+    shared = {"weights": ", sharded by FSDP2", "moments": ", whole weights, moments in parts"}[config.shard] * several
+    what = f"extend from a checkpoint of random weights to its export{shared}; the median of its steps but the first"
     return rows_with(config, values, task, what, loss=log[-1]["loss"])
 
 
@@ -279,7 +281,7 @@ def main(argv: list[str]) -> int:
     kind = argv.pop(0) if argv[0] in ("scaling", "planned") else ""
     given = json.loads(argv[0])
     configs = scaled(given) if kind == "scaling" else {"": ManyConfig(**given)}
-    makers = [functools.partial(measure, configs[name]) for name in argv[1:] or configs]
+    makers = [functools.partial(measure, configs[name], name) for name in argv[1:] or configs]
     if kind == "planned":
         makers = [functools.partial(planned, given)]
     output = Path(ManyConfig(**given).output)

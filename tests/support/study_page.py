@@ -285,13 +285,29 @@ def page() -> str:
         for study, part in ((arms, rows), (later, longer))
     ]
     base = later["contiguous+yarn"]
+    shared = {
+        name: [seed for seed in again(name) if seed in again("contiguous+yarn")]
+        for name in order
+        if name in later and name.endswith("yarn") and later[name] is not base
+    }
+    by_seed = {
+        name: [later[name].scores[target][seed] - base.scores[target][seed] for seed in shared[name]] for name in shared
+    }
+    ripe = [name for name in by_seed if len(by_seed[name]) >= len(seeds)]
+    later_p = estimates.holm([estimates.over_seeds(by_seed[name]).p or 0.0 for name in ripe])
+    later_verdict = {
+        name: f"{estimates.decide(estimates.over_seeds(by_seed[name]), p)} (p {p:.3f})"
+        for name, p in zip(ripe, later_p)
+    }
     later_table = [
         [
             named(name),
-            ", ".join(f"{later[name].scores[target][seed] - base.scores[target][seed]:.1f}" for seed in again(name)),
-            paired(later[name], base, again(name)),
+            ", ".join(f"{value:.1f}" for value in by_seed[name]),
+            shown(estimates.over_seeds(by_seed[name])[:3]) if name in ripe else "",
+            paired(later[name], base, shared[name]),
+            later_verdict.get(name, "too few seeds"),
         ]
-        for name in ("recall+yarn", "pose+yarn")
+        for name in shared
     ]
     claims = [row["sentence"] for row in verdicts.rows_of([*arms.values()]) if row["metric"] == "claim"]
     return TEXT.format(
@@ -299,7 +315,9 @@ def page() -> str:
         more=millions(longer),
         one_seed=sum(len(part) for part in later["pose+yarn"].samples[target, 0].values()),
         tokens_table=table(["arm", "tokens", "seeds", *heads[1:], "difference at 65,536"], tokens_table),
-        later_table=table(["arm", "seed by seed", "seeds and samples drawn anew"], later_table),
+        later_table=table(
+            ["arm", "seed by seed", "t over seeds", "seeds and samples drawn anew", "verdict"], later_table
+        ),
         pi_loss=f"{losses_later['contiguous+linear', target]:.2f}",
         yarn_loss=f"{losses_later['contiguous+yarn', target]:.2f}",
         **{
