@@ -228,6 +228,7 @@ MUTANTS = [
     ("benchmarks/lab/theory.py", "reached.max()", "reached.min()", "benchmarks/lab/theory"),
     ("benchmarks/lab/theory.py", "sign * total >= sign * value", "total >= value", "benchmarks/lab/theory"),
     ("benchmarks/lab/theory.py", "all(free[: len(SETS)])", "all(free[:2])", "benchmarks/lab/theory"),
+    ("benchmarks/lab/theory.py", 'max(part["scores"]) >= estimates.FLOOR', "True", "benchmarks/lab/theory"),
     (PLAN, 'if line["scheme"] != "none"), key', 'if line), key', "endprompt/plan"),
     ("analysis/capture.py", "k=layer.k[:, ::-1]", "k=layer.k", "analysis/verify"),
     ("analysis/attention.py", "factor**2 * layer", "factor * layer", "analysis/measures"),

@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     before: dict[str, Any] = {}
     for folder in given.trained:
+        if (target := recorded(folder).get("target")) != given.target:
+            raise ValueError(f"target must be what {folder} was extended to, {target}: target={given.target}")
         record = recorded(folder)["config"]
         settings = load_config(folder)
         before.setdefault(str(settings.rope_parameters), (record["scaling"], settings))

@@ -7,8 +7,8 @@ Each arm of a lab's rows has the measures of `analysis.predict` on its base, and
 training seeds at the target. What is chosen (a measure's sign, the best pair, a calibration) is chosen on the settings
 CHOSEN alone; the lab's other settings and the study's arms are what it is tested on. All measures are reported.
 
-- Rank correlation (Spearman; Kendall's tau beside it) inside a setting (base and target), averaged by its arms, with a
-  95% interval over drawn arms.
+- Rank correlation (Spearman) inside a setting (base and target), averaged by its arms, with a 95% interval over drawn
+  arms.
 - p: permutation test, one-sided in the direction of the chosen half, the larger of two: arms change places inside a
   setting; whole scalings do, an arm taking the measure of the same scheme under the other scaling if there is one. Arms
   of one scaling are much alike, so few exchanges are left: 36 on the other half, 24 on the study.
@@ -22,7 +22,7 @@ CHOSEN alone; the lab's other settings and the study's arms are what it is teste
 Of preset `controls` two more things are said, by rules that were written before its rows:
 
 - `predict-again`: the same test whole, with the preset's arms (seeds 20 and up) in place of the lab's own. Signs and
-  pair are chosen anew on its chosen half; there are eight scalings or more in a setting, so an exchange says something.
+  pair are chosen anew on its chosen half; there are seven scalings or more in a setting, so an exchange says something.
 - `predict-tuned`: YaRN's frequencies with a factor that `analysis.predict.even_factor` found, one for all heads
   (`even`) or one each (`heads`), against YaRN. Trained arms alone (contiguous, recall, PoSE), seeds 20 to 24, on the
   lab's four settings; recall, seeds 3 to 5, on SmolLM2. The score is the mean over tasks and the lengths above the
@@ -46,7 +46,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize
 
 from analysis import observability, predict
 from analysis.config import PredictConfig
@@ -129,24 +129,9 @@ def correlation(x: np.ndarray, cases: Sequence[Case], inside_scaling: bool = Fal
     return estimates.rank_correlation(x.tolist(), np.array([[case.score] for case in cases]), groups)
 
 
-def part(x: np.ndarray, cases: Sequence[Case]) -> list[float] | None:
-    chosen = [i for i, case in enumerate(cases) if case.scheme]
-    found = correlation(x[np.array(chosen, dtype=int)], [cases[i] for i in chosen])
-    return found and [*found]
-
-
 def by_setting(cases: Sequence[Case]) -> list[list[int]]:
     settings = sorted({case.setting for case in cases})
     return [[i for i, case in enumerate(cases) if case.setting == setting] for setting in settings]
-
-
-def kendall(x: np.ndarray, cases: Sequence[Case]) -> float:
-    found = []
-    for members in by_setting(cases):
-        tau = stats.kendalltau(x[members], [cases[i].score for i in members]).statistic
-        if len(members) >= 3 and not np.isnan(tau):
-            found.append((float(tau), len(members)))
-    return sum(tau * n for tau, n in found) / max(sum(n for _, n in found), 1)
 
 
 def p_value(x: np.ndarray, cases: Sequence[Case], sign: float, seed: int = 0) -> float:
@@ -241,10 +226,10 @@ def tested(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], Line]:
             x = line.ranking(members)
             found, scheme = correlation(x, members), correlation(x, members, inside_scaling=True)
             scores = np.array([case.score for case in members])
-            about: dict[str, Any] = {"half": name, "kendall": kendall(x, members), "p": p_value(x, members, line.sign)}
+            about: dict[str, Any] = {"half": name, "p": p_value(x, members, line.sign)}
             about |= {"candidate": line in candidates, "error": float(np.abs(line(members) - scores).mean())}
             about |= {"error_of_mean": float(np.abs(line.mean - scores).mean()), "inside_scaling": scheme and [*scheme]}
-            about |= {"trained": part(x, members), "points": line.points if len(line.names) == 2 else None}
+            about |= {"points": line.points if len(line.names) == 2 else None}
             value, ci95 = (0.0, None) if found is None else (found.value, (found.lo, found.hi))
             about |= {"ci95": ci95, "n": len(members)}
             mine.append(row("predict-test", "rank_correlation", value, " + ".join(line.names), **about))

@@ -29,6 +29,8 @@ def test_what_training_changes_is_measured_head_by_head(tmp_path):
     (tmp_path / "trained" / "endprompt.json").write_text(json.dumps(record))
     repair.main(["--base", BASE, "--target", "2048", "--trained", str(tmp_path / "trained"), "--tokens", "256",
                  "--output", str(tmp_path / "rows.jsonl")])  # fmt: skip
+    with pytest.raises(ValueError, match="was extended to, 2048: target=4096"):
+        repair.main(["--base", BASE, "--target", "4096", "--trained", str(tmp_path / "trained"), "--output", "x"])
     rows = {(r["steps"], r["metric"]): r for r in read_rows(tmp_path / "rows.jsonl")}
     scaled = predict.read(config, ["yarn"])
     for key in repair.BY_HEAD:

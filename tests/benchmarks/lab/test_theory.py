@@ -53,7 +53,7 @@ def test_what_the_scores_were_made_of_is_found_and_holds():
     assert candidates == {"entropy", "entropy + gap_rows"}
     found = {(r["method"], r["half"]): r for r in rows}
     pair = found["entropy + gap_rows", "other"]
-    assert pair["value"] == pytest.approx(1) and pair["kendall"] == pytest.approx(1) and pair["holds"]
+    assert pair["value"] == pytest.approx(1) and pair["holds"]
     # whole scalings can be exchanged in 3! ways in each of two settings: no p below 1 in 36
     assert pair["p"] == pytest.approx(1 / 36, rel=0.35)
     assert pair["error"] < 1 < pair["error_of_mean"]
