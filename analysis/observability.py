@@ -214,6 +214,13 @@ def gram_weighted(omega: Any, weights: Any, block: int = 8192) -> np.ndarray:
     return total / sums
 
 
+def reference_gap(window: int, target: int) -> Intervals:
+    """The distances at which schemes are compared: those that rows of the window, the last of them an end prompt's at
+    the far end, do not show. Up to twice the window these show all, so it is every distance that is new.
+    """
+    return [(window, target - window if target > 2 * window else target - 1)]
+
+
 def posterior_gap_rms(G_obs: Any, n_obs: float, G_gap: Any, sigma: float, prior: Any = None) -> float:
     """Root mean square error of the score in the gap that is left after n_obs noisy observations: the average case.
 

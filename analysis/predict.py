@@ -169,7 +169,7 @@ class Reading:
         """Every measure of SCHEME. counts: pairs of a row at each distance 0..target-1, of `tokens` tokens; None if
         nothing is trained."""
         omega, _ = self.scalings[name]
-        gap = [(self.window, max(self.window, self.target - self.window))]
+        gap = observability.reference_gap(self.window, self.target)
         pretraining = (self.theta, self.window)
         observed = [] if counts is None else observability.runs(counts > 0)
         rows = None if counts is None else (observability.gram_weighted(omega, counts), tokens)

@@ -261,11 +261,10 @@ def bernstein_constant(cell: Cell) -> float:
 
 def predicted_gap_rms(cell: Cell, place: Workplace, spec: Any) -> float | None:
     """Predicted error of the score at the distances that no short row has, from the pairs of rows as they are trained.
-    In units of the score's own root mean square; the gap is the same for all arms of a base and target: distances from
-    the window to the target less the window."""
+    In units of the score's own root mean square; `reference_gap` is the same for all arms of a base and target."""
     omega, _ = frequencies(cell)
     seen = observability.gram_weighted(omega, pair_counts(cell, place, spec))
-    gap = observability.gram(omega, [(cell.window, cell.target - cell.window)])
+    gap = observability.gram(omega, observability.reference_gap(cell.window, cell.target))
     return observability.posterior_gap_rms(seen, cell.row_tokens, gap, NOISE)
 
 

@@ -1,5 +1,6 @@
 """Measures of a scaling: values by hand for a head of two frequencies, and other routes for each formula."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -229,6 +230,23 @@ def test_the_rows_of_a_scheme_can_only_add(reading):
     alone, trained = reading.of_scheme("yarn", None, 256), reading.of_scheme("yarn", counts, 256)
     assert all(trained[key] <= alone[key] for key in predict.SCHEME)
     assert trained["gap_rows"] < alone["gap_rows"] and trained["gap_pretrained"] < trained["gap_rows"]
+
+
+@pytest.mark.parametrize(("target", "last"), [(300, 299), (512, 511), (513, 257), (2048, 1792)])
+def test_the_gap_of_any_target_by_plain_regression(reading, target, last):
+    """Twice the window is a target like others, though an end prompt at its end leaves no distance out."""
+    reading = copy.copy(reading)
+    reading.target = target
+    omega, n = reading.scalings["yarn"][0], reading.theta.size
+
+    def waves(frequencies, distances):
+        angle = np.multiply.outer(distances, frequencies)
+        return np.hstack([np.cos(angle), np.sin(angle)])
+
+    seen, asked = waves(reading.theta, np.arange(256)), waves(omega, np.arange(256, last + 1))
+    left = np.linalg.inv(n * np.eye(2 * n) + seen.T @ seen / 0.1**2)
+    expected = math.sqrt(np.einsum("di,ij,dj->d", asked, left, asked).mean())
+    assert reading.of_scheme("yarn", None, 256)["gap_pretrained"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
