@@ -289,16 +289,21 @@ def test_one_to_eight_processes_train_alike(extend_config, tmp_path):
         for name in ("plain", "sdpa", "eager") if count < 8 else ("plain",):
             assert_equal_runs(tmp_path / f"{name}-{count}", tmp_path / f"{name}-1")
     assert said.count("a multiple of the processes that share a row: context_parallel=8 num_attention_heads=4") == 8
-    begun = {count: extend_config(output=str(tmp_path / f"lean-{count}"), **lean) for count in (2, 1, 4)}
-    whole = extend_config(output=str(tmp_path / "whole"), **lean)
-    codes, said = several(2, two_processes.runs, [whole], list(begun.values()))
-    assert codes == [0, 0], said[-2000:]
-    for count, config in begun.items():
-        codes, said = several(count, two_processes.runs, [dataclasses.replace(config, resume=True)])
-        assert codes == [0] * count and "resumed from step 2 of 4" in said, said[-2000:]
-        ours, theirs = (load_file(Path(one.output) / "model.safetensors") for one in (config, whole))
-        apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
-        assert apart == 0 if count == 2 else apart < 2e-3
+    for shard, other in (("weights", "moments"), ("moments", "weights")):
+        begun = {
+            (count, going_on): extend_config(output=str(tmp_path / f"{shard}-{count}-{going_on}"), shard=shard, **lean)
+            for count, going_on in ((2, shard), (1, shard), (4, shard), (2, other))
+        }
+        whole = extend_config(output=str(tmp_path / shard), shard=shard, **lean)
+        codes, said = several(2, two_processes.runs, [whole], list(begun.values()))
+        assert codes == [0, 0], said[-2000:]
+        for (count, going_on), config in begun.items():
+            resumed = dataclasses.replace(config, resume=True, shard=going_on)
+            codes, said = several(count, two_processes.runs, [resumed])
+            assert codes == [0] * count and "resumed from step 2 of 4" in said, said[-2000:]
+            ours, theirs = (load_file(Path(one.output) / "model.safetensors") for one in (config, whole))
+            apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+            assert apart == 0 if (count, going_on) == (2, shard) else apart < 2e-3
 
 
 @pytest.mark.parametrize(

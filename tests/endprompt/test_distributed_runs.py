@@ -117,10 +117,11 @@ def until(config, rank, place, counts):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_processes_killed_at_twenty_places_lose_nothing(extend_config, documents, tmp_path):
+@pytest.mark.parametrize("shard", ["weights", "moments"])
+def test_two_processes_killed_at_twenty_places_lose_nothing(shard, extend_config, documents, tmp_path):
     """At the start, in steps, sums, saves, around their renames, in evaluations and in the export."""
     held = {"eval_data": [str(documents)], "eval_lengths": [24], "eval_rows": 2, "eval_every": 2}
-    lean = {"dtype": "bfloat16", "optimizer": "lean"}
+    lean = {"dtype": "bfloat16", "optimizer": "lean", "shard": shard}
     config = extend_config(output=str(tmp_path / "whole"), save_every=1, resume_or_start=True, **held, **lean)
     assert several(2, until, config, 0, 0, tmp_path)[0] == [0, 0]
     events = [int((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
