@@ -329,12 +329,12 @@ def main(argv: list[str] | None = None) -> None:
         [r for path in paths for r in read_rows(path)] for paths in (given.controls, given.heads, given.study_factor)
     )
     again = cases_of(controls, bases)
-    tests, pair = tested([*cases, *(dataclasses.replace(case, half=CONTROLS) for case in again)])
+    both = [*again, *(case for case in cases if case.half == "study")]
+    cases += [dataclasses.replace(case, half=CONTROLS) for case in again]
+    tests, pair = tested(cases)
     if again:
-        later, _ = tested([*again, *(case for case in cases if case.half == "study")])
-        tests += [r | {"task": "predict-again"} for r in later]
+        tests += [r | {"task": "predict-again"} for r in tested(both)[0]]
         tests += [*tuned([*controls, *of_heads(heads)], "lab"), *tuned(factor, "study")]
-        cases += again
     about = {"text": "analysis/sample.txt", "tokens": TOKENS, "device": "cpu", "revision": git_revision()}
     write_rows(given.output, [one | about for one in (*rows_of(cases, pair), *tests)])
     for r in tests:

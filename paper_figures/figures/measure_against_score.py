@@ -27,7 +27,7 @@ MARKERS = {"none": "x", "linear": "o", "ntk": "v", "yarn": "s", "llama3": "D"}
 def draw(frames: Frames) -> Figure:
     """A row of panels for each base and target; colour tells the scheme, marker the scaling."""
     rows = frames["analysis"]
-    rows = rows[rows["task"].eq("predict") & rows["metric"].isin(SHOWN) & rows["half"].ne("later")]
+    rows = rows[rows["task"].eq("predict") & rows["metric"].isin(SHOWN) & ~rows["half"].isin(["later", "controls"])]
     shown = [metric for metric in SHOWN if metric in set(rows["metric"])]
     settings = rows[["window", "target", "base"]].drop_duplicates().sort_values(["window", "target"])
     schemes = list(dict.fromkeys(sorted(map(scheme_of, rows.to_dict("records")))))
