@@ -35,7 +35,7 @@ def going_on(flags: dict[str, bool]) -> Iterator[None]:
 
 
 def score(config: ScoreConfig) -> int | None:
-    """Score a checkpoint on RULER, LongBench or short-text tasks through lm-eval.
+    """Score a checkpoint, or a model behind a server, on long-context suites and lm-eval's tasks.
 
     Result rows go to the output directory; the table of scores is printed. With --compare or --show nothing is run.
     """

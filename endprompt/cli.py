@@ -19,6 +19,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -430,8 +431,10 @@ class HelpConfig:
     command: str
 
 
-EXIT_STATUS = "0 done; 1 failed, with one line on stderr that names the key, the value and the rule; 2 bad usage; 130 \
-interrupted, with the command that goes on."
+EXIT_STATUS = """0    done
+1    failed, with one line on stderr that names the key, the value and the rule
+2    bad usage
+130  interrupted, with the command that goes on"""
 
 ENVIRONMENT = {
     "ENDPROMPT_TRACEBACK": "set: show the whole traceback of an error, as --debug does",
@@ -451,9 +454,26 @@ def manual(name: str) -> str:
     parser = command_parser(entry, entry.load())
     about, _, options = parser.format_help().partition("\n\n")[2].partition("\n\n")  # behind the usage
     parts = {"NAME": f"endprompt {name} - {summary(entry)}", "SYNOPSIS": parser.usage}
-    parts |= {"DESCRIPTION": about.strip(), "OPTIONS": options.strip(), "RECIPES": recipe_list(recipe_files(entry))}
+    parts |= {
+        "DESCRIPTION": " ".join(about.split()).removeprefix(summary(entry)).strip(),
+        "OPTIONS": options.strip(),
+        "RECIPES": recipe_list(recipe_files(entry)),
+    }
     parts |= {"EXIT STATUS": EXIT_STATUS, "ENVIRONMENT": "\n".join(f"{k}: {v}" for k, v in ENVIRONMENT.items())}
-    return "\n\n".join(f"{head}\n{textwrap.indent(text, '    ')}" for head, text in parts.items() if text) + "\n"
+
+    def indented(head: str, text: str) -> str:
+        """At most as wide as the terminal; what a line goes on with stands under its second column, if it has two."""
+        if head == "OPTIONS":
+            return textwrap.indent(text, "  ")
+        lines = []
+        for line in text.splitlines():
+            column = re.match(r"\S+ {2,}", line)
+            hang = " " * (4 + (len(column[0]) if column else 0 if head == "DESCRIPTION" else 4))
+            width = shutil.get_terminal_size().columns - 2
+            lines += textwrap.wrap(line, width, initial_indent=" " * 4, subsequent_indent=hang, break_on_hyphens=False)
+        return "\n".join(lines)
+
+    return "\n\n".join(f"{head}\n{indented(head, text)}" for head, text in parts.items() if text) + "\n"
 
 
 def script(shell: str) -> str:

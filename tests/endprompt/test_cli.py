@@ -322,14 +322,17 @@ def test_the_script_loads_nothing_of_others():
     assert loaded("endprompt.cli") <= sys.stdlib_module_names
 
 
-def test_help_is_a_manual_of_the_command_and_names_what_is_near(capsys):
+def test_help_is_a_manual_of_the_command_and_names_what_is_near(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["help", "extend"]) == 0
     page = capsys.readouterr().out
     heads = [line for line in page.splitlines() if line and line == line.upper() and not line.startswith(" ")]
-    assert heads == ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "RECIPES", "EXIT STATUS", "ENVIRONMENT"]
+    assert heads == ["NAME", "SYNOPSIS", "OPTIONS", "RECIPES", "EXIT STATUS", "ENVIRONMENT"]
+    assert max(map(len, page.splitlines())) <= 80 and "\n    130  interrupted, " in page
     assert page.startswith("NAME\n    endprompt extend - Train: ") and "\n    endprompt extend [options]\n" in page
     assert "--scaling SCALING" in page and "    endprompt-llama3-8b-64k " in page
     assert cli.main(["help", "extnd"]) == 1
     assert capsys.readouterr().err == "endprompt: unknown command: 'extnd'; did you mean extend?\n"
     cli.main(["help", "score"])
-    assert "\n    endprompt score CHECKPOINT [options]\n" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "\n    endprompt score CHECKPOINT [options]\n\nDESCRIPTION\n    " in page

@@ -33,8 +33,7 @@ class Ruler(SampleSuite):
         if over and not config.beyond_window and not config.prepare_only:
             less = f", less {config.thought_tokens} tokens of thought" if config.thought_tokens else ""
             raise ValueError(
-                f"lengths must be at most the checkpoint's window {window}{less}: {over} (beyond_window allows longer "
-                "ones)"
+                f"lengths must be at most the window {window}{less}: {over} (beyond_window allows longer ones)"
             )
         wanted = [(task, length) for length in config.length_list for task in names]
         settings = (config.samples, config.seed, config.data_dir, config.options, config.cache_dir)
@@ -43,7 +42,7 @@ class Ruler(SampleSuite):
             unit.columns |= config.asked_in_chat
             if needed(unit) > window and not config.beyond_window and not config.prepare_only:
                 raise ValueError(
-                    f"{unit.name}: prompt and generation must be at most the checkpoint's window {window}, and edition "
+                    f"{unit.name}: prompt and generation must be at most the window {window}, and edition "
                     f"{config.edition} keeps too little room for the answer: {needed(unit)} (beyond_window allows it)"
                 )
         return units

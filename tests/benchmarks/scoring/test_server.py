@@ -247,7 +247,7 @@ def test_a_server_that_states_no_window_is_asked_the_longest_prompt_first_and_al
         with pytest.raises(ValueError, match=r"niah_single_1@512, sample \d+: .*HTTP 400"):
             score(config(place, tmp_path / "a", served))
         assert len(served.asked) == 2 and not (tmp_path / "a" / "predictions.jsonl").exists()
-        with pytest.raises(ValueError, match=r"lengths must be at most the checkpoint's window 450: \[512\]"):
+        with pytest.raises(ValueError, match=r"lengths must be at most the window 450: \[512\]"):
             score(config(place, tmp_path / "b", served, window=450))
         assert len(served.asked) == 2
 

@@ -61,7 +61,7 @@ def test_answers_of_a_real_server_are_those_of_the_own_backend(url, tmp_path):
         return {(e["task"], e["index"]): e["prediction"] for e in lines}
 
     assert texts("server") == texts("hf") and len(texts("hf")) == 12
-    with pytest.raises(ValueError, match=r"lengths must be at most the checkpoint's window 256: \[512\]"):
+    with pytest.raises(ValueError, match=r"lengths must be at most the window 256: \[512\]"):
         score(ScoreConfig(str(BASE), output=str(tmp_path / "over"), **common | dict(lengths=512), **server))
     with pytest.raises(ValueError, match="model must be one of the server's, base: model='other'"):
         score(ScoreConfig(str(BASE), output=str(tmp_path / "name"), **common, **server, model="other"))
