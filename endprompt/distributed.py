@@ -166,8 +166,10 @@ def _meet(about: dict[str, Any]) -> None:
             host, its_port = json.loads(store.get("last"))
             with contextlib.suppress(RuntimeError):  # a run needs it for nothing else
                 _stores.append(dist.TCPStore(host, its_port, wait_for_workers=False, timeout=START))
+        if rank == size - 1:  # a store goes with its process: these two stay till the others have read
+            store.wait([f"read/{other}" for other in range(rank)], START)
         store.set(f"read/{rank}", "")
-        if rank == 0:  # the store goes with this process
+        if rank == 0:
             store.wait([f"read/{other}" for other in range(size)], START)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
@@ -179,14 +181,7 @@ def _meet(about: dict[str, Any]) -> None:
         raise unmet from error
     if faults := [f"{one['fault']} ({one['host']})" for one in abouts if "fault" in one]:
         raise ValueError(faults[0])
-    for other, one in enumerate(abouts):
-        for key in sorted(one.keys() - {"host"}):
-            if one[key] != abouts[0].get(key):
-                first = abouts[0]
-                raise ValueError(
-                    f"all processes must have the same {key}: {first.get(key)!r} on {first['host']} (process 0), "
-                    f"{one[key]!r} on {one['host']} (process {other})"
-                )
+    _check_alike(abouts)
     cuda = about["kind"] == "cuda"
     late = threading.Timer(START.seconds, _give_up, [f"NCCL has not started within {START.seconds} s: NCCL_DEBUG=WARN"])
     try:
@@ -200,6 +195,22 @@ def _meet(about: dict[str, Any]) -> None:
         raise ValueError(f"the processes cannot talk to each other: {str(error).partition(chr(10))[0]}") from error
     finally:
         late.cancel()
+
+
+def _check_alike(abouts: list[dict[str, Any]]) -> None:
+    first = abouts[0]
+    for other, one in enumerate(abouts):
+        for key in sorted(one.keys() - {"host"}):
+            if one[key] != first.get(key):
+                raise ValueError(
+                    f"all processes must have the same {key}: {first.get(key)!r} on {first['host']} (process 0), "
+                    f"{one[key]!r} on {one['host']} (process {other})"
+                )
+
+
+def check_alike(about: Mapping[str, Any]) -> None:
+    """Raises ValueError on every process if one has something else of this than the main one, such as other files."""
+    _check_alike(gathered({"host": socket.gethostname(), **about}))
 
 
 def _give_up(message: str) -> None:

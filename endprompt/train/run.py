@@ -1,6 +1,7 @@
 """A training run: configuration, data, model, loop, checkpoint, in that order."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +31,9 @@ from endprompt.train.output import Output, resumed_if_begun
 from endprompt.train.progress import check_reports, device_memory
 from endprompt.train.start import Checkpoint, to_extend
 
+#: Packages that decide what a process computes, beside torch.
+MUST_AGREE = ("transformers", "tokenizers", "numpy", "triton", "flash-attn", "flash-attn-4")
+
 
 def extend(config: ExtendConfig) -> Path:
     """Extend a checkpoint's window; returns the finished directory. All checks come before any step."""
@@ -46,7 +50,7 @@ def run(start: Checkpoint) -> Path:
     """Claim the output, read the material, make the trainer, fit, finish."""
     config, tokenizer, spec = start.config, start.tokenizer, start.spec
     made_in = environment()
-    alike = {key: made_in["packages"].get(key) for key in ("transformers", "tokenizers", "triton")}
+    alike = {key: made_in["packages"].get(key) for key in MUST_AGREE}
     alike |= {"revision": made_in["revision"], "settings": sha256_of(repr(config))[:16]}
     here = distributed.world(config.device, config.context_parallel, alike)
     config = resumed_if_begun(config, here)
@@ -63,6 +67,7 @@ def run(start: Checkpoint) -> Path:
         if here.device == "cpu" and (config.autocast or config.dtype == "bfloat16") and not bfloat16_matmuls():
             say("bfloat16 has no instructions on this CPU and is many times slower than float32 without autocast", here)
         source = identity(config.model, start.model_config) | {"dtype": dtype}
+        distributed.check_alike({"checkpoint": sha256_of(json.dumps(source, sort_keys=True, default=str))[:16]})
         about_weights = start.check_weights()
         for note in about_weights:
             say(f"{config.model}: {note}", here)
@@ -82,6 +87,9 @@ def run(start: Checkpoint) -> Path:
             taken = check_epochs(config, rows, steps * config.rows)
             check_tokens(rows.row(0)[0], start.model_config, tokenizer, "the end prompt or BOS")
             evaluation = held_out(start)
+            if here.size > 1:
+                held = sha256_of(repr(sorted(evaluation.asked)))[:16] if evaluation else None
+                distributed.check_alike({"documents": rows.sha256[:16], "held-out rows": held})
             state = output.resume(rows, source)
             with output.resumable():
                 log = RunDirectory(output.work, config) if here.main else None

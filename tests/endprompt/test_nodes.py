@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from endprompt import cli, distributed, train
 from endprompt.config import ExtendConfig
@@ -153,10 +153,24 @@ def test_a_node_of_other_settings_is_refused_in_one_line(nodes, extend_config, t
 
 
 def another_version(rank, config):
-    """Process 1 reads what all say when process 0 has had the time to leave."""
-    slow = types.SimpleNamespace(dumps=json.dumps, loads=lambda text: (time.sleep(2 * rank), json.loads(text))[1])
+    """Process 1 reads what all say when the others have had the time to leave."""
+    slow = types.SimpleNamespace(
+        dumps=json.dumps, loads=lambda text: (time.sleep(2 * (rank == 1)), json.loads(text))[1]
+    )
     distributed.json, real = slow, run.environment()
     run.environment = lambda: real | {"packages": real["packages"] | {"transformers": f"5.{rank}"}}
+
+
+def own_files(rank, config, changed):
+    """Every node has files of its own under the same names; one of node 1's is another."""
+    home = Path(f"{config.output}-{rank}")
+    shutil.copytree(config.model, home / "model")
+    shutil.copy(config.data[0], home / "documents.jsonl")
+    if rank == 1 and changed == "documents.jsonl":
+        (home / changed).write_text("".join((home / changed).read_text().splitlines(keepends=True)[:-1]))
+    elif rank == 1:
+        save_file({name: 2 * weight for name, weight in load_file(home / changed).items()}, home / changed)
+    os.chdir(home)
 
 
 def no_checkpoint(rank, config):
@@ -228,6 +242,11 @@ def nccl_that_hangs(rank, config):
     ("fault", "rule"),
     [
         (another_version, "all processes must have the same transformers: '5.0' on "),
+        (
+            functools.partial(own_files, changed="model/model.safetensors"),
+            "all processes must have the same checkpoint: ",
+        ),
+        (functools.partial(own_files, changed="documents.jsonl"), "all processes must have the same documents: "),
         (no_checkpoint, "there is no checkpoint here: "),
         (other_folder, "the output must be in a folder that every node sees: "),
         (lost_folder, "step-00000002: the state could not be written, earlier ones are intact: [Errno 116] Stale file"),
@@ -250,10 +269,12 @@ def test_what_is_wrong_with_one_process_ends_all_in_one_line(fault, rule, extend
         fault(int(os.environ["RANK"]), config)
         return cli.main(["extend", "--config", str(tmp_path / "config.yaml")])
 
-    on_gpus = getattr(fault, "func", fault) in (gpus, nccl_that_hangs)
+    kind = getattr(fault, "func", fault)
+    on_gpus = kind in (gpus, nccl_that_hangs)
     rows = 7 if fault is uneven else 6
     config = extend_config(save_every=1, rows=rows, device="cuda" if on_gpus else "cpu")
-    RunDirectory(tmp_path, config)
+    names = {"model": "model", "data": ["documents.jsonl"]} if kind is own_files else {}
+    RunDirectory(tmp_path, dataclasses.replace(config, **names))
     codes, said = several(3, started, seconds=100)
     assert codes == {stays_away: [1, 3, 1], main_leaves: [-9, 1, 1]}.get(fault, [1, 1, 1]), said
     lines = [line for line in said.splitlines() if line.startswith("endprompt: ") and "WARNING" not in line]
