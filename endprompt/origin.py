@@ -3,7 +3,8 @@ of a plain checkpoint (config.json, tokenizer, *.safetensors).
 
 An id is `ORG/NAME` or `ORG/NAME@REVISION`; its files come into the hub's own cache (HF_HOME, HF_ENDPOINT and
 HF_HUB_OFFLINE are the hub's), without code. A GGUF file is dequantised by transformers into a folder named by its hash,
-under ENDPROMPT_CACHE or ~/.cache/endprompt. Where a directory came from is read off it, so that it can be moved.
+under ENDPROMPT_CACHE or ~/.cache/endprompt, in bfloat16 or ENDPROMPT_GGUF_DTYPE. Where a directory came from is read
+off it, so that it can be moved.
 """
 
 import contextlib
@@ -83,7 +84,8 @@ def about(directory: str | Path) -> dict[str, Any]:
 def told(source: dict[str, Any]) -> str | None:
     """`about` in words, None if it is empty."""
     if source.get("file"):
-        return f"dequantised from {source['quantisation']}, {source['file']}, sha256 {source['sha256']}"
+        said = f"dequantised from {source['quantisation']}, {source['file']}, sha256 {source['sha256']}"
+        return f"{said}, in {source['dtype']}" if "dtype" in source else said
     return f"{source['hub']}, revision {source.get('revision', 'not known')}" if source.get("hub") else None
 
 
@@ -149,21 +151,27 @@ def cache_folder() -> Path:
 
 
 def from_gguf(path: Path) -> Path:
-    """The directory of a GGUF file's weights in bfloat16, made once a file. Raises ValueError if it is no GGUF file, or
-    of an architecture that transformers does not read, and without the package `gguf`.
+    """The directory of a GGUF file's weights, rounded to bfloat16 unless ENDPROMPT_GGUF_DTYPE is float32, made once a
+    file. Raises ValueError if it is no GGUF file, or of an architecture that transformers does not read, and without
+    the package `gguf`.
     """
+    dtype = os.environ.get("ENDPROMPT_GGUF_DTYPE") or "bfloat16"
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"the environment's ENDPROMPT_GGUF_DTYPE must be bfloat16 or float32: {dtype!r}")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"a checkpoint that is a file must be a GGUF file: model={str(path)!r}")
     digest = remembered_sha256(path)
-    made = cache_folder() / "gguf" / digest[:16] / path.stem
+    kept = {} if dtype == "bfloat16" else {"dtype": dtype}
+    made = cache_folder() / "gguf" / "-".join([digest[:16], *kept.values()]) / path.stem
     if (made / NOTE).is_file():
         return made
     try:
         import gguf
     except ImportError:
         raise ValueError(f"a GGUF file needs the package gguf (pip install gguf): model={str(path)!r}") from None
-    return made_once(made, lambda aside: {"file": path.name, "sha256": digest, **dequantise(path, aside, gguf)})
+    note = {"file": path.name, "sha256": digest} | kept
+    return made_once(made, lambda aside: note | dequantise(path, aside, gguf, dtype))
 
 
 def made_once(made: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
@@ -181,11 +189,17 @@ def made_once(made: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
     return made
 
 
-def dequantise(path: Path, directory: Path, gguf: Any) -> dict[str, Any]:
+def dequantise(path: Path, directory: Path, gguf: Any, dtype: str) -> dict[str, Any]:
     """Write the file's model as a plain checkpoint; returns its quantisation and, if stated, its licence."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if dtype == "bfloat16":
+        print(
+            f"{path.name}: its weights are rounded to bfloat16, 2 bytes each; ENDPROMPT_GGUF_DTYPE=float32 keeps them "
+            "as they are, in 4",
+            file=sys.stderr,
+        )
     try:
         fields = gguf.GGUFReader(path).fields
         architecture = str(fields["general.architecture"].contents())
@@ -199,7 +213,7 @@ def dequantise(path: Path, directory: Path, gguf: Any) -> dict[str, Any]:
     options = {"gguf_file": path.name}
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.bfloat16, output_loading_info=True, **options
+            path.parent, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
         loaded, report = both
         if missing := sorted(report["missing_keys"]):
@@ -209,7 +223,7 @@ def dequantise(path: Path, directory: Path, gguf: Any) -> dict[str, Any]:
         with contextlib.suppress(AttributeError):
             del config.quantization_config  # with it transformers refuses to save
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            plain = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         plain.generation_config = loaded.generation_config
         plain.load_state_dict(loaded.state_dict(), assign=True)
         plain.tie_weights()

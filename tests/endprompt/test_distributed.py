@@ -14,6 +14,7 @@ from endprompt import data, distributed, train
 from endprompt.config import ExtendConfig
 from endprompt.model import load_tokenizer
 from endprompt.train import states
+from tests.endprompt.model.test_kinds import FAMILIES, checkpoint
 from tests.support import two_processes
 from tests.support.checkpoints import (
     checkpoint_of_experts,
@@ -21,6 +22,7 @@ from tests.support.checkpoints import (
     checkpoint_of_other_shapes,
     checkpoint_with_a_head_of_its_own,
     damaged_checkpoint,
+    make_tokenizer,
     odd_checkpoint,
     renamed_checkpoint,
 )
@@ -33,8 +35,8 @@ def results_of(directory):
     return lines_of(path) if path.exists() else []
 
 
-#: Methods and checkpoints that are trained only where slow tests are asked for.
-SLOW = ("odd", "phi", "renamed", "kinds", "longlora", "compiled")
+#: Methods, checkpoints and families that are trained only where slow tests are asked for.
+SLOW = ("odd", "phi", "renamed", "kinds", "longlora", "compiled", *FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,11 @@ def by_two(llama, checkpoints, documents, tmp, slow):
         "other": {"attention": "eager", "data": [str(tmp / "damaged.jsonl")]},
     }
     (tmp / "damaged.jsonl").write_text("{")  # is not read before the model is compared
+    for family, (scaling, (attention, *_), _) in FAMILIES.items() if slow else ():
+        about = {"model": str(checkpoint(tmp / f"{family}-model", family)), "scaling": scaling, "attention": attention}
+        balanced = {"router_loss": 0.1} if family in ("gpt_oss", "mixtral", "qwen3_moe") else {}
+        changes[family] = pose | unmeasured | about | balanced | {"target": 1024, "row_tokens": 40}
+        make_tokenizer().save_pretrained(tmp / f"{family}-model")
     changes = {name: change for name, change in changes.items() if (name in SLOW) == slow}
     jobs = {name: dataclasses.replace(config, output=str(tmp / name), **change) for name, change in changes.items()}
     if "begun" in jobs:

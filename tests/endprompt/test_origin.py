@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from endprompt import origin
 from tests.support import hub as hub_of_tests
 from tests.support.hub import COMMIT, REPOSITORY, VOCABULARY, WIDTH, Hub
+from tests.support.runs import weights_of
 
 
 @pytest.fixture
@@ -132,7 +134,30 @@ def test_a_gguf_file_becomes_a_plain_checkpoint_once(gguf_file, capsys):
     assert AutoTokenizer.from_pretrained(made)("abcd")["input_ids"][-2:] == [8, 9]
     before = (made / "model.safetensors").stat().st_mtime_ns
     assert origin.directory_of(path) == made and (made / "model.safetensors").stat().st_mtime_ns == before
-    assert "keeps so few bits" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "keeps so few bits" not in said and said.count("tiny.Q8_0.gguf: its weights are rounded to bfloat16") == 1
+
+
+def test_a_gguf_file_s_weights_may_be_kept_as_they_are(gguf_file, monkeypatch, capsys):
+    """In float32, as the package gguf dequantises the file; the other checkpoint is these rounded."""
+    import gguf
+
+    path = gguf_file()
+    rounded = weights_of(origin.directory_of(path))
+    capsys.readouterr()
+    monkeypatch.setenv("ENDPROMPT_GGUF_DTYPE", "float32")
+    made = origin.directory_of(path)
+    kept = weights_of(made)
+    (stored,) = [one for one in gguf.GGUFReader(path).tensors if one.name == "blk.0.ffn_up.weight"]
+    wanted = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(kept["model.layers.0.mlp.up_proj.weight"], wanted) and not torch.equal(
+        wanted.bfloat16().float(), wanted
+    )
+    assert kept.keys() == rounded.keys() and all(torch.equal(kept[n].bfloat16(), rounded[n]) for n in kept)
+    assert "rounded" not in capsys.readouterr().err and origin.told(origin.about(made)).endswith(", in float32")
+    monkeypatch.setenv("ENDPROMPT_GGUF_DTYPE", "float16")
+    with pytest.raises(ValueError, match="ENDPROMPT_GGUF_DTYPE must be bfloat16 or float32: 'float16'"):
+        origin.directory_of(path)
 
 
 def test_coarse_gguf_files_are_taken_with_a_warning(gguf_file, capsys):

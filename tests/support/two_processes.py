@@ -15,22 +15,6 @@ import torch.distributed as dist
 from endprompt import config, model, train
 from tests.support.runs import cut_off
 
-WHOLE = (
-    "rounded",
-    "masters",
-    "lean",
-    "float8",
-    "moments",
-    "moments of rows",
-    "odd",
-    "phi",
-    "renamed",
-    "apart",
-    "experts",
-    "kinds",
-    "longlora",
-    "context",
-)
 REFUSED = (
     "uneven",
     "short",
@@ -124,7 +108,8 @@ def main(jobs: dict[str, dict]) -> None:
         train.extend(config_of("whole"))
         safetensors.safe_open = opened
         print(json.dumps({"rank": dist.get_rank(), "read": sum(read)}), flush=True)
-    for name in filter(jobs.__contains__, WHOLE):
+    others = {"whole", "compiled", "begun", "broken", "again", "moments begun", *REFUSED}
+    for name in (name for name in jobs if name not in others):
         counts = gathers(config_of(name))
         print(json.dumps({"run": name, "gathers": counts}), flush=True)
     if "compiled" in jobs:
