@@ -373,6 +373,13 @@ def check_tokens(ids: Any, model_config: PretrainedConfig, tokenizer: PreTrained
 def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     """The decoder layers, in order. Raises ValueError for a model that keeps them elsewhere."""
     layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
-        raise ValueError(f"cannot find the decoder layers of {type(model).__name__} (base_model.layers)")
-    yield from layers
+    if isinstance(layers, torch.nn.ModuleList):  # beside those of an encoder of images, say
+        yield from layers
+        return
+    lists = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.ModuleList)}
+    lists = {name: one for name, one in lists.items() if name.rpartition(".")[2] in ("layers", "blocks", "h")}
+    if not lists:
+        raise ValueError(f"cannot find the decoder layers of {type(model).__name__}: no list of layers, blocks or h")
+    for name, one in lists.items():
+        if not any(name.startswith(f"{other}.") for other in lists):
+            yield from one

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: How files name the text model's weights beside others, as a pattern and what transformers' text class calls them.
 NAMES = (
     (r"^language_model\.(model\.|lm_head\.)", r"\1"),
-    (r"^model\.language_model\.", "model."),
+    (r"^(model\.)language_model\.|^(?=lm_head\.)", r"\1"),
     (r"^", ""),
 )
 #: Keys of a text config that an extension writes, and those of older configs that would go before them.
@@ -139,7 +139,8 @@ def text_names(config: PretrainedConfig, stored: Mapping[str, Stored]) -> dict[s
     for pattern, ours in NAMES:
         renamed = {name: re.sub(pattern, ours, name) for name in stored if re.search(pattern, name)}
         found = {name: new for name, new in renamed.items() if new in wanted | tied}
-        if wanted - set(found.values()) <= tied:
+        head = any(name.endswith("lm_head.weight") for name in stored.keys() - found.keys())
+        if wanted - set(found.values()) <= tied and not head:
             return found
     raise ValueError(f"the files name the weights of the text model ({text.model_type}) in no way that is known here")
 

@@ -263,10 +263,12 @@ def expected_losses(
 def trained(source: Path, export_to: Path, row: dict[str, Any]) -> str:
     """Extend by YaRN as `endprompt extend` does up to its first step; loss, gradient, export, reload."""
     from endprompt import model
+    from endprompt.config import ExtendConfig
     from endprompt.model import rope_geometry
     from endprompt.model.attention import narrow_layers
     from endprompt.model.load import check_builds, export
     from endprompt.model.parity import check_forward
+    from endprompt.train import loop
     from endprompt.train.objective import Objective
 
     config = model.load_config(source)
@@ -298,6 +300,8 @@ def trained(source: Path, export_to: Path, row: dict[str, Any]) -> str:
     positions = positions + (positions >= TOKENS // 2) * (TARGET - TOKENS)
     weights = torch.ones(1, TOKENS)
     weights[0, 0] = 0
+    settings = ExtendConfig(model="m", data=[], output="o", checkpointing="full", compile="none")
+    loop.make_fast(live, settings, torch.device("cpu"))
     total = objective(tokens, positions, weights)
     total.backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in live.parameters()), "the gradient is not finite"

@@ -116,7 +116,7 @@ def reasons(rows: list[dict[str, Any]], steps: list[str]) -> list[str]:
 
 MULTIMODAL = """\
 Nothing of these was tried. Of multimodal checkpoints the text model is extended and put back (`docs/training.md`); that
-is tested on Gemma 3, Mistral 3 and Qwen2.5-VL."""
+is tested on Gemma 3, Mistral 3, Qwen2.5-VL and Qwen3-VL."""
 PUBLISHED = (
     """\
 18 layers of which every sixth attends to everything and the others slide over 512 tokens, window 32,768. The public

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BltConfig, GPT2Config
 
 from endprompt import model as models
 from endprompt import positions
-from endprompt.model import geometry
+from endprompt.model import geometry, load
 from endprompt.model.attention import causal_only_sdpa
 from endprompt.train import extend
+from tests.support import families
 from tests.support.checkpoints import TARGET, WINDOW, make_checkpoint, tiny_config
 
 ARCHITECTURES = ["Llama", "Qwen3", "Phi3", "Gemma"]
@@ -221,3 +222,15 @@ def test_export_in_half_precision_keeps_tied_weights_tied(llama, tokenizer, tmp_
     torch.testing.assert_close(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight.bfloat16())
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert stored < 2.1 * sum(p.numel() for p in model.parameters()) + 8192
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama4_text", 4), ("dbrx", 4), ("hrm_text", 8), ("gemma3_text", 4)])
+def test_decoder_layers_are_found_by_whatever_name(family, layers):
+    """Each takes the hidden states: on meta their matrices are the model's but for embeddings and norms at its end."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(families.tiny_config(family))
+    found = list(load.decoder_layers(model))
+    inside = {parameter for layer in found for parameter in layer.parameters()}
+    outside = [name for name, parameter in model.named_parameters() if parameter not in inside and parameter.ndim > 1]
+    assert len(found) == layers
+    assert all("embed" in name or "wte" in name or "lm_head" in name for name in outside), outside
