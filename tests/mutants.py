@@ -101,6 +101,8 @@ MUTANTS = [
     (ORIGIN, 'LEFT = ("*/*", "consolidated*", "*.py")', 'LEFT = ("consolidated*",)', "endprompt/origin"),
     (ORIGIN, 'if missing := sorted(report["missing_keys"])', "if missing := []", "endprompt/origin"),
     # originals from their hosts
+    (ORIGINALS, 'problem = "" if sum(1 for _ in records) else "sends no record"', "pass", "benchmarks/originals"),
+    ("endprompt/data/shards.py", "check_first_records(config, [", "list([", "endprompt/data/mixture"),
     (ORIGINALS, "if sha256 and found != sha256", "if False", "benchmarks/originals"),
     (ORIGINALS, 'if version or (sha256 and held.get("sha256") == sha256)', "if part.is_file()", "benchmarks/originals"),
     (ORIGINALS, "known and sha256 not in known", "False", "benchmarks/originals"),
