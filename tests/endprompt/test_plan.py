@@ -138,7 +138,7 @@ def test_experts_that_no_key_counts_are_refused(monkeypatch):
         counted(transformers.MixtralConfig())
 
 
-#: Measurements on one H200, and one on two, as the files of data/measured have them -> the plan's settings for them.
+#: Measurements on one H200 and on two, as the files of data/measured have them -> the plan's settings for them.
 #: Not `float8 fast` of the older file: its layers could keep less than `selective` lets them keep now.
 MEASURED = {
     ("h200_training", "tune: 2 rows, float32 sums"): (PlanConfig(), 2, "selective"),
@@ -176,6 +176,19 @@ MEASURED = {
     ("pages/h200_small_model", "8B, not fused"): (PlanConfig(rows=8, fused=False), 2, "selective"),
     # the plan's figures stood before this was run
     ("h200_two_gpus", "extend, 2 processes"): (PlanConfig(gpus=2, optimizer="adamw", rows=32), 2, "selective"),
+    ("h200_several_gpus", "extend bf16, one process"): (PlanConfig(rows=16), 2, "selective"),
+    ("h200_several_gpus", "extend sharded, 2 processes"): (PlanConfig(gpus=2, rows=32), 2, "selective"),
+    ("h200_several_gpus", "extend sharded float8, 2 processes"): (
+        PlanConfig(gpus=2, rows=32, float8="fast"),
+        2,
+        "none",
+    ),
+    ("h200_several_gpus", "extend full recomputed, 2 processes"): (
+        PlanConfig(method="full", target=131072, gpus=2, context_parallel=2, rows=1),
+        1,
+        "full",
+    ),
+    ("h200_several_gpus", "extend full, one process"): (PlanConfig(method="full", rows=1), 1, "attention"),
 }
 
 
