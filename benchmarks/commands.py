@@ -92,7 +92,7 @@ def fetch(config: FetchConfig) -> int | None:
     from benchmarks import originals
 
     with going_on({}):
-        return 0 if originals.fetch(config.suites, config.data_dir, config.only) else 1
+        return 0 if originals.fetch(config.suites, config.data_dir, config.only.replace(",", " ").split()) else 1
 
 
 def generate(config: GenerateConfig) -> int | None:

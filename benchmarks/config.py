@@ -110,12 +110,12 @@ class FetchConfig:
         suites: ruler (essays, SQuAD, HotpotQA, word list; 60 MB), longbench (its 21 sets and LongBench-E; 114 MB),
             longbench-v2 (465 MB), ruler-v2 (MMLU, HotpotQA), mrcr, babilong (3.1 GB), infinitebench (2.5 GB).
         data_dir: folder that they come into, for the data_dir of `endprompt score`.
-        only: files whose kind begins so, such as 4k 32k of babilong; default all.
+        only: files whose kind begins so, such as 4k,32k of babilong; default all.
     """
 
     suites: list[str]
     data_dir: str = "data"
-    only: list[str] = field(default_factory=list)
+    only: str = ""
 
 
 @dataclass
