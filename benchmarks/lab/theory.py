@@ -28,7 +28,8 @@ Of preset `controls` two more things are said, by rules that were written before
   lab's four settings; recall, seeds 3 to 5, on SmolLM2. The score is the mean over tasks and the lengths above the
   window; arms of both below 5 percent count for nothing. The mean over the arms, seed by seed, is judged as the lab
   judges any (`estimates.decide`: 5 points, interval, p; Holm over the two). A scaling gets a name only if it helps on
-  both and hurts nowhere. Of its own seeds and samples none took part in choosing it; no score did.
+  both and hurts nowhere. Of its own seeds and samples none took part in choosing it; no score did. Added when a run
+  was cut off: an arm that lacks seeds that others have does not count.
 
 Left out: shifted sparse attention, which no measure is about, and arms whose pairs `pair_counts` does not know.
 """
@@ -284,7 +285,9 @@ def tuned(rows: Sequence[dict[str, Any]], half: str) -> list[dict[str, Any]]:
                 both = [above_window(arm), above_window(yarn)]
                 means = [float(np.mean([*scores.values()])) for scores in both]
                 parts.append({"of": of, "arms": [arm.name, yarn.name], "scores": means, "per_seed": less(*both)})
-        live = [part["per_seed"] for part in parts if max(part["scores"]) >= estimates.FLOOR]
+        most = max((len(part["per_seed"]) for part in parts), default=0)
+        whole = [part for part in parts if len(part["per_seed"]) == most]
+        live = [part["per_seed"] for part in whole if max(part["scores"]) >= estimates.FLOOR]
         seeds = sorted(set.intersection(*map(set, live))) if live else []
         judged([(part, estimates.over_seeds([*part["per_seed"].values()])) for part in parts])
         if seeds:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from analysis.predict import MEASURES
+from benchmarks.lab import estimates, theory
 from benchmarks.lab.theory import LATER, SETS
 from paper_figures import catalog
 from paper_figures.inputs import read_results
@@ -17,8 +20,10 @@ from tests.support.lab_rows import packed_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "paper_figures" / "data" / "measured" / "lab_predict.jsonl.gz"
+FACTOR = [ROWS.parent / "pages" / f"{name}.jsonl.gz" for name in ("lab_factor", "lab_factor_heads")]
 PICTURE = ROOT / "analysis" / "measure_against_score.png"
 PAGE = "../analysis/README.md"
+SCHEMES = {"contiguous": "contiguous", "recall": "recall", "pose": "PoSE"}
 
 
 def page() -> str:
@@ -39,7 +44,43 @@ def page() -> str:
         shown = f"**`{name}`**" if other.get("candidate") else f"`{name}`" if name in MEASURES else name
         lines.append((shown, *(value(sets.get(half)) for half in (*SETS, LATER)), *last))
     numbers = ", ".join(str(found[pair][half]["n"]) for half in (*SETS, LATER))
-    return pages.renewed(PAGE, {"table of measures": [f"Arms: {numbers}.", "", *pages.table(heads, lines)]})
+    blocks = {"table of measures": [f"Arms: {numbers}.", "", *pages.table(heads, lines)]}
+    return pages.renewed(PAGE, blocks | {"table of factors": factors()})
+
+
+def factors() -> list[str]:
+    """Each arm's score with YaRN's own factor and the differences of the tuned ones; then their means."""
+    lab, heads = map(packed_rows, FACTOR)
+    found = theory.tuned([*lab, *theory.of_heads(heads)], "lab")
+    cells: dict[tuple, list[str]] = {}
+    for place, row in enumerate(found):
+        for part in row["parts"]:
+            base, target, kind = part["of"]
+            name = SCHEMES["recall" if kind == "endprompt" else kind]
+            cell = cells.setdefault((base, target, name), [f"{part['scores'][1]:.1f}", "", ""])
+            cell[1 + place] = points(part) if part["ci95"][0] is not None else "one seed"
+    lines = [
+        (f"{base}, {target // int(base)}-fold", name, *cell) for (base, target, name), cell in sorted(cells.items())
+    ]
+    means = [("all with five seeds", "", "", *(f"{points(row)}: {row['verdict']}" for row in found))]
+    for fold in (8, 32):
+        parts = [[p for p in row["parts"] if p["of"][1] == fold * int(p["of"][0]) and p["n"] == 5] for row in found]
+        each = [np.mean([[*part["per_seed"].values()] for part in own], axis=0) for own in parts]
+        made = [estimates.over_seeds(own.tolist()) for own in each]
+        means.append(
+            (
+                f"of them {fold}-fold, seen afterwards",
+                "",
+                "",
+                *(points({"value": e.value, "ci95": (e.lo, e.hi)}) for e in made),
+            )
+        )
+    names = ("base", "arm", "YaRN", "one factor", "a factor for each head")
+    return pages.table(names, [*lines, *means])
+
+
+def points(row: dict) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(row["value"], *row["ci95"])
 
 
 def value(row: dict | None) -> str:
