@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.predict import MEASURES
 from benchmarks.lab import estimates, theory
-from benchmarks.lab.theory import LATER, SETS
+from benchmarks.lab.theory import CONTROLS, LATER, SETS
 from paper_figures import catalog
 from paper_figures.inputs import read_results
 from tests.support import figure_pages as pages
@@ -20,7 +20,8 @@ from tests.support.lab_rows import packed_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "paper_figures" / "data" / "measured" / "lab_predict.jsonl.gz"
-FACTOR = [ROWS.parent / "pages" / f"{name}.jsonl.gz" for name in ("lab_factor", "lab_factor_heads")]
+FACTOR = [ROWS.parent / "pages" / f"{name}.jsonl.gz" for name in ("lab_controls", "lab_controls_heads")]
+AGAIN = ROWS.parent / "pages" / "lab_predict_again.jsonl.gz"
 PICTURE = ROOT / "analysis" / "measure_against_score.png"
 PAGE = "../analysis/README.md"
 SCHEMES = {"contiguous": "contiguous", "recall": "recall", "pose": "PoSE"}
@@ -45,7 +46,30 @@ def page() -> str:
         lines.append((shown, *(value(sets.get(half)) for half in (*SETS, LATER)), *last))
     numbers = ", ".join(str(found[pair][half]["n"]) for half in (*SETS, LATER))
     blocks = {"table of measures": [f"Arms: {numbers}.", "", *pages.table(heads, lines)]}
-    return pages.renewed(PAGE, blocks | {"table of factors": factors()})
+    return pages.renewed(PAGE, blocks | {"table of controls": controls(), "table of factors": factors()})
+
+
+def controls() -> list[str]:
+    """What was chosen before on all control arms, and the test made again on their halves."""
+    found: dict[str, dict] = {}
+    for row in packed_rows(AGAIN):
+        if row["task"] in ("predict-again", "predict-test"):
+            found.setdefault(row["method"], {})[row["half"]] = row
+    first, again = sorted(name for name in found if " + " in name)
+    ceiling = "mean score of the scaling"
+    measures = ("smoothness", "gap_pretrained", "entropy", "entropy_plain", "gap_rows", "unseen", "unseen_rows")
+    lines = []
+    for name in (first, again, *measures, ceiling):
+        half, whole = found[name].get("other"), found[name].get(CONTROLS)
+        mark = "**" if half and half.get("candidate") else ""
+        shown = name if name == ceiling else f"{mark}`{name}`{mark}"
+        p = f"{half['p']:.4f}" if half and name != ceiling else ""
+        both = (value(found[name][one]) if one in found[name] else "" for one in ("chosen", "other"))
+        lines.append((shown, value(whole) if whole else "", *both, p))
+    sizes = [found[ceiling][half]["n"] for half in (CONTROLS, "chosen", "other")]
+    numbers = ", ".join(map(str, sizes))
+    heads = ("measure", "all control arms", "their chosen half", "their other half", "p, other half")
+    return [f"Arms: {numbers}.", "", *pages.table(heads, lines)]
 
 
 def factors() -> list[str]:

@@ -211,13 +211,17 @@ def test_each_heads_queries_carry_its_factor(tmp_path):
 def test_the_commands_order_and_words_are_those_of_the_rows():
     """What `endprompt predict` goes by and says, against the committed rows, from which the test is made again."""
     rows = packed_rows(MEASURED / "lab_predict.jsonl.gz")
-    tests = {(r["method"], r["half"]): r for r in rows if r["task"] == "predict-test"}
+    later = packed_rows(MEASURED / "pages" / "lab_predict_again.jsonl.gz")
+    tests = {(r["method"], r["half"]): r for r in [*rows, *later] if r["task"] == "predict-test"}
+    sets = ("other", "study", "controls")
     pair = " + ".join(predict.ORDER)
     assert tests[pair, "other"]["candidate"] and tests[pair, "other"]["holds"]
     assert pytest.approx(tests[pair, "chosen"]["points"], rel=2e-3) == predict.ORDER
-    assert all(f"{tests[pair, half]['value']:+.2f}" in predict.WORTH for half in ("other", "study"))
-    assert all(f"{end:.2f}" in predict.WORTH for half in ("other", "study") for end in tests[pair, half]["ci95"])
-    assert all(f"{tests[pair, half]['n']} arms" in predict.WORTH for half in ("other", "study"))
+    assert all(f"{tests[pair, half]['value']:+.2f}" in predict.WORTH for half in sets)
+    assert all(f"{end:.2f}" in predict.WORTH for half in sets for end in tests[pair, half]["ci95"])
+    assert all(f"{tests[pair, half]['n']} arms" in predict.WORTH for half in sets)
+    assert f"{tests['mean score of the scaling', 'controls']['value']:+.2f}" in predict.WORTH
+    assert tests[pair, "controls"]["p"] == pytest.approx(1 / 4001)
     assert tests[pair, "other"]["p"] == pytest.approx(1 / 36, rel=0.1)
     assert tests[pair, "study"]["p"] == pytest.approx(2 / 24, rel=0.1)
     made = {}
@@ -232,6 +236,16 @@ def test_the_commands_order_and_words_are_those_of_the_rows():
         members = [c for c in cases if c.half == half]
         found = theory.correlation(np.array([c.values["best_pair"] for c in members]), members)
         assert found.value == pytest.approx(tests[pair, half]["value"]) and found.n == tests[pair, half]["n"]
+    order, members = {}, []
+    for r in (r for r in later if r["task"] == "predict" and r["metric"] in predict.ORDER):
+        arm = (r["base"], r["target"], r["arm"])
+        if arm not in order:
+            members.append(
+                case(r["base"], r["window"], r["target"] // r["window"], r["scaling"], r["scheme"], r["score"])
+            )
+        order[arm] = order.get(arm, 0.0) + predict.ORDER[r["metric"]] * r["value"]
+    found = theory.correlation(np.array([*order.values()]), members)
+    assert found.value == pytest.approx(tests[pair, "controls"]["value"], abs=2e-3) and found.n == 128
 
 
 def test_expected_pairs_predict_as_the_labs_drawn_rows_did():
