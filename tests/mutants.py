@@ -116,7 +116,6 @@ MUTANTS = [
     (FINGERPRINT, "{name: getattr(config, name) for", "{name: name != 'max_new_tokens' and getattr(config, name) for", "benchmarks/scoring/runs"),
     (FINGERPRINT, 'else device_of(config.device).partition(":")[0]', 'else ""', "benchmarks/scoring/runs"),
     ("benchmarks/scoring/hf.py", "1 if alone else self.batch_size_per_gpu", "self.batch_size_per_gpu", "benchmarks/scoring/short"),
-    ("benchmarks/scoring/hf.py", "if other := sorted((own - stored)", "if False and sorted((own - stored)", "benchmarks/scoring/vllm"),
     ("endprompt/train/output.py", "if known[key] != source[key]:", "if False:", "endprompt/train/loop"),
     (WEIGHTS, "parts.append(file.read(min(taken, end - start)))", "pass", "endprompt/train/loop"),
     (FINGERPRINT, "if computes or not known else known[-1]", "if True else known[-1]", "benchmarks/scoring/runs"),
