@@ -203,6 +203,7 @@ MAY_CHANGE = {
         "resume_or_start",
         "context_parallel",
         "keep_gathered",
+        "shard",
         "eval_data",
         "eval_every",
         "eval_lengths",
