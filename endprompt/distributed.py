@@ -282,10 +282,16 @@ def gather_parts(values_N: torch.Tensor, start: int, end: int) -> None:
     dist.all_reduce(values_N)  # exact, since all but one addend are 0
 
 
-@functools.cache
 def apart() -> Any:
     """A group of all processes for work of the host beside the steps; every process must call it. None if alone."""
-    return dist.new_group(backend="gloo", timeout=LONGEST) if dist.is_initialized() else None
+    return (
+        _apart() if dist.is_initialized() else None
+    )  # alone is not remembered: a fork of this process may have others
+
+
+@functools.cache
+def _apart() -> Any:
+    return dist.new_group(backend="gloo", timeout=LONGEST)
 
 
 def from_main(value: Any, group: Any = None) -> Any:
