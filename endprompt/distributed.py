@@ -262,13 +262,18 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+#: torch 2.13 has other names for these; 2.11 knows the old ones alone.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
 def sum_to_parts(values_N: torch.Tensor, start: int, end: int) -> None:
     """Sum over all processes, in place, of which each needs its part alone, start to end; what is beside it is lost.
 
     The parts follow each other by rank; where they are not equal, every process gets all sums.
     """
     if values_N.numel() == dist.get_world_size() * (end - start):
-        dist.reduce_scatter_tensor(values_N[start:end], values_N)
+        _reduce_scatter(values_N[start:end], values_N)
     else:
         dist.all_reduce(values_N)
 
@@ -276,7 +281,7 @@ def sum_to_parts(values_N: torch.Tensor, start: int, end: int) -> None:
 def gather_parts(values_N: torch.Tensor, start: int, end: int) -> None:
     """Give each process the others' parts, in place; parts as of `sum_to_parts`."""
     if values_N.numel() == dist.get_world_size() * (end - start):
-        dist.all_gather_into_tensor(values_N, values_N[start:end])
+        _all_gather(values_N, values_N[start:end])
         return
     values_N[:start], values_N[end:] = 0, 0
     dist.all_reduce(values_N)  # exact, since all but one addend are 0

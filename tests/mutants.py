@@ -43,8 +43,8 @@ MUTANTS = [
     ("endprompt/data/duplicates.py", "self._exact[digest] = source", "pass", "endprompt/data/shards"),
     ("endprompt/data/duplicates.py", ">= self.threshold", "> 2", "endprompt/data/shards"),
     # the lean optimizer on shards, and on parts of whole weights
-    ("endprompt/distributed.py", "dist.reduce_scatter_tensor(values_N[start:end], values_N)", "pass", "endprompt/distributed"),
-    ("endprompt/distributed.py", "dist.all_gather_into_tensor(values_N, values_N[start:end])", "pass", "endprompt/distributed"),
+    ("endprompt/distributed.py", "_reduce_scatter(values_N[start:end], values_N)", "pass", "endprompt/distributed"),
+    ("endprompt/distributed.py", "_all_gather(values_N, values_N[start:end])", "pass", "endprompt/distributed"),
     ("endprompt/fast/lean.py", "first = shard.first * BLOCK", "first = 0", "endprompt/fast/lean"),
     ("endprompt/fast/lean.py", "norm = distributed.total(norm.square()).sqrt()", "pass", "endprompt/distributed"),
     ("endprompt/distributed.py", "unit.set_reshard_after_backward(not more", "unit.set_reshard_after_backward(True", "endprompt/distributed"),
