@@ -145,16 +145,7 @@ def check_identity(config: ExtendConfig, rows: Rows | Mixture, source: dict[str,
 def identity(config: ExtendConfig) -> dict[str, Any]:
     """What must agree between a run and the state it resumes from."""
     free = {"output", "resume", "overwrite", "micro_rows", "log_every", "save_every", "keep", "device", "compile"}
-    free |= {
-        "report",
-        "max_epochs",
-        "divergence",
-        "checkpointing",
-        "fused",
-        "context_parallel",
-        "keep_gathered",
-        "shard",
-    }
-    free |= {"async_save", "resume_or_start"}
+    free |= {"report", "max_epochs", "divergence", "checkpointing", "fused", "context_parallel", "keep_gathered"}
+    free |= {"shard", "async_save", "resume_or_start"}
     free |= {key for key in vars(config) if key.startswith("eval_")}
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in free}
