@@ -1,6 +1,7 @@
 """Files that are whole or not there: JSON and its lines, caches, hashes, one user at a time."""
 
 import contextlib
+import ctypes
 import errno
 import functools
 import gzip
@@ -8,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -216,11 +218,30 @@ def sha256_of(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
+_held: set[int] = set()  # this process's locks
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal that a process gets when its parent ends
+
+
+def end_with_parent() -> None:
+    """Kill this process when the one that started it ends, also when that is killed (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
     """Hold an output for this run alone, by a kernel's lock on `OUTPUT.lock`, which is gone afterwards: a killed
-    process lets go of it. Where the file system knows no locks nothing is held. Raises ValueError at once if another
-    run holds it.
+    process lets go of it, also where processes that it forked live on. Where the file system knows no locks nothing is
+    held. Raises ValueError at once if another run holds it.
     """
     import fcntl
 
@@ -252,11 +273,14 @@ def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
         if held:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        _held.add(descriptor)
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.remove(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            os.close(descriptor)
 
 
 def aside(path: str | os.PathLike[str]) -> Path:

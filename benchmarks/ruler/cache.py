@@ -87,6 +87,7 @@ _cache: Cache  # in a building process
 def keep(cache: Cache) -> None:
     global _cache
     _cache = cache
+    files.end_with_parent()
 
 
 def build_kept(pair: tuple[str, int]) -> None:

@@ -82,8 +82,13 @@ def failed(arguments: list[str], capsys) -> str:
 
 def hold(output, held):
     with files.sole_use(output):
-        held.set()
+        multiprocessing.get_context("fork").Process(target=outlive, args=(held,), daemon=True).start()
         time.sleep(60)
+
+
+def outlive(held):
+    held.set()
+    time.sleep(20)
 
 
 @pytest.fixture
@@ -114,8 +119,10 @@ def test_second_run_on_an_output_refuses_and_changes_nothing(extend_config, plac
 
 
 def test_output_of_a_killed_run_is_free_again(tmp_path, holder):
+    """Also while a process that the run had forked lives on."""
     output = tmp_path / "out"
     process = holder(output)
+    child = next(int(name) for name in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert (tmp_path / "out.lock").exists()
@@ -126,6 +133,7 @@ def test_output_of_a_killed_run_is_free_again(tmp_path, holder):
     ):
         raise AssertionError("two hold it")
     assert list(tmp_path.iterdir()) == []
+    os.kill(child, signal.SIGKILL)  # it lived
 
 
 def take_turns(output, count):
