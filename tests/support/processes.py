@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from benchmarks.lab import runner
 
 
@@ -32,6 +34,8 @@ class Forked:
 
     def _run(self, function: Callable, *arguments) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # torch makes its pool of threads anew after a fork, and two threads that ask for it at once find none
+        torch.set_num_threads(torch.get_num_threads())
         os.environ.update(self.environment)
         os.chdir(self.cwd or os.getcwd())
         for number, path in enumerate(self.printed, 1):
