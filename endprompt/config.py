@@ -94,9 +94,8 @@ class ExtendConfig:
         autocast: multiply in bfloat16 while the weights stay as they are
         float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
         float8_head: with float8, also the logits and the gradient that goes down from them
-        fused: with the lean optimizer, norms, SwiGLU and rotations of the decoder layers in kernels of their own, and
-            q, k, v and gate, up as one product each, on a GPU with triton; layers in float8, and those of families
-            other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
+        fused: with the lean optimizer, norms and SwiGLU of the decoder layers in kernels of their own, on a GPU with
+            triton; layers in float8, and those of families other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
         attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only;
             or shifted, LongLoRA's
         checkpointing: activations kept for the backward pass: none keeps all, selective recomputes what is cheap, full

@@ -11,12 +11,11 @@ is in float32 whatever the tensors hold. The launches are for an H200, where
     SwiGLU (Shazeer 2020):  h = gate * s(gate) * up,  s the logistic function
         dgate = dh * up * s (1 + gate (1 - s)),  dup = dh * gate * s
     RoPE:  y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2  for the halves of a head
-        dx1 = dy1 cos1 + dy2 sin2,  dx2 = dy2 cos2 - dy1 sin1
     Cross-entropy:  l = w (log sum exp z - z[y]),  dz = w (softmax z - onehot y)
 
 Of the update `lean._update` is the definition; its logarithms and powers are the GPU's fast ones here: a code or a
 weight on the edge between two roundings can fall to the other side. Imports triton. Legend: M tokens, D hidden size, F
-intermediate size, V vocabulary, H query heads, G key/value heads, W = (H + 2 G) times a head's size.
+intermediate size, V vocabulary, H query heads, G key/value heads.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ NORM_BACKWARD = Launch(programs=2)
 #: The same with one gradient of the norm, for rows of up to so many bytes: those that are loaded ahead must fit into
 #: 99 KiB of shared memory, which small GPUs have.
 NORM_BACKWARD_OF_ONE, LOADED_AHEAD = Launch(stages=3), 16384
-ROTATE_BACKWARD = Launch(warps=4)
+ROTATE = Launch(warps=4)
 CROSS_ENTROPY = Launch(block=32768, warps=32)
 #: block: here blocks of the optimizer's moments.
 LEAN_UPDATE = Launch(block=8)
@@ -85,14 +84,11 @@ def swiglu_backward(
     gate_MF: torch.Tensor,
     up_MF: torch.Tensor,
     again: bool,
-    into: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: Launch = SWIGLU_BACKWARD,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor). gate and up may be parts
-    of wider rows of one width, and so may `into`, which the gradients are written to.
-    """
+    """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor)."""
     rows, size = gate_MF.shape
-    grad_gate_MF, grad_up_MF = into or (torch.empty_like(grad_MF), torch.empty_like(grad_MF))
+    grad_gate_MF, grad_up_MF = torch.empty_like(grad_MF), torch.empty_like(grad_MF)
     out_MF = grad_MF.new_empty((rows, size) if again else 0)
     with _on(gate_MF):
         _swiglu_backward[(rows * triton.cdiv(size, launch.block),)](
@@ -155,32 +151,6 @@ def rms_norm_backward(
     return grad_x_MD, out_MD, parts_PD.sum(0)
 
 
-def rotate_backward(
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    cos_BTD: torch.Tensor,
-    sin_BTD: torch.Tensor,
-    launch: Launch = ROTATE_BACKWARD,
-) -> torch.Tensor:
-    """[B, T, W]: gradient of queries, keys and values side by side, of those after rotation. grads: of queries [B, T,
-    H, D], keys and values [B, T, G, D]. cos, sin: B may be 1.
-    """
-    query, key, value = grads
-    (batch, tokens, heads, width), groups = query.shape, key.shape[2]
-    out_BTW = query.new_empty(batch, tokens, (heads + 2 * groups) * width)
-    with _on(query):
-        _rotate_backward[(batch * tokens,)](
-            *(query, key, value, cos_BTD, sin_BTD, out_BTW, tokens, 0 if cos_BTD.shape[0] == 1 else tokens * width),
-            H=heads,
-            G=groups,
-            HALF=width // 2,
-            HEADS=triton.next_power_of_2(heads),
-            GROUPS=triton.next_power_of_2(groups),
-            LANES=triton.next_power_of_2(width // 2),
-            num_warps=launch.warps,
-        )
-    return out_BTW
-
-
 def rotate(
     query_BTHD: torch.Tensor, key_BTGD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +166,7 @@ def rotate(
             HEADS=triton.next_power_of_2(heads),
             GROUPS=triton.next_power_of_2(groups),
             LANES=triton.next_power_of_2(width // 2),
-            num_warps=ROTATE_BACKWARD.warps,
+            num_warps=ROTATE.warps,
         )
     return outs
 
@@ -387,38 +357,6 @@ def _turn_back(
     kind = out.dtype.element_ty
     tl.store(out + at, (first * cos1[None, :] + second * sin2[None, :]).to(kind), mask=inside)
     tl.store(out + at + HALF, (second * cos2[None, :] - first * sin1[None, :]).to(kind), mask=inside)
-
-
-@triton.jit
-def _rotate_backward(
-    query,
-    key,
-    value,
-    cos,
-    sin,
-    out,
-    tokens,
-    batch_row,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    turn = token // tokens * batch_row + token % tokens * (2 * HALF)
-    cos1, cos2 = _halves(cos + turn, lane, HALF)
-    sin1, sin2 = _halves(sin + turn, lane, HALF)
-    row = out + token * ((H + 2 * G) * 2 * HALF)
-    _turn_back(query + token * (H * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, H, HALF, HEADS)
-    row += H * 2 * HALF
-    _turn_back(key + token * (G * 2 * HALF), row, cos1, cos2, sin1, sin2, lane, G, HALF, GROUPS)
-    row += G * 2 * HALF
-    at = tl.arange(0, GROUPS)[:, None] * (2 * HALF) + tl.arange(0, 2 * LANES)[None, :]
-    inside = (tl.arange(0, GROUPS) < G)[:, None] & (tl.arange(0, 2 * LANES) < 2 * HALF)[None, :]
-    tl.store(row + at, tl.load(value + token * (G * 2 * HALF) + at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit

@@ -7,7 +7,6 @@ norm and SwiGLU are made again apart. Here one kernel reads what is there once a
     SwiGLU's        grad_h, gate, up                      -> grad_gate, grad_up, h again
     RMSNorm's       x, its scale, grad_residual, 1 to 3   -> grad_x, the norm again, float32 gradient of its weight
                     gradients of the norm
-    RoPE's          grad_q, grad_k, grad_v                -> the gradient of all three side by side
 
 `fuse` builds the layers of Llama, Mistral, Qwen2 and Qwen3 on them. For the backward pass they keep the residual
 stream, one number a token, gate and up: nothing that the compiler must choose. Names, weights and the exported state
@@ -27,6 +26,7 @@ from endprompt.fast.linears import SummingLinear, add_weight_gradient
 
 #: Classes of a family are these with Attention, MLP, RMSNorm and DecoderLayer behind.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 #: Rows of the norm that a kernel holds at once; wider ones are torch's.
 WIDEST = 16384
 
@@ -75,18 +75,6 @@ def torch_norm_backward(
     return grad_x.to(x_MD.dtype), weight_D * unit, grad_weight
 
 
-def torch_rotate_backward(
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
-) -> torch.Tensor:
-    parts = []
-    (cos1, cos2), (sin1, sin2) = (x[:, :, None].float().chunk(2, dim=-1) for x in (cos_BTD, sin_BTD))
-    for grad in grads[:2]:
-        first, second = grad.float().chunk(2, dim=-1)
-        turned = torch.cat([first * cos1 + second * sin2, second * cos2 - first * sin1], dim=-1)
-        parts.append(turned.to(grad.dtype).flatten(2))
-    return torch.cat([*parts, grads[2].flatten(2)], dim=-1)
-
-
 # Operators, opaque to torch.compile on purpose: it would pull them apart again. None writes into what it reads.
 
 
@@ -116,29 +104,11 @@ def swiglu_backward(
     return (kernels.swiglu_backward if kernels else torch_swiglu_backward)(grad, gate, up, again)
 
 
-@torch.library.custom_op("endprompt::joined_swiglu_backward", mutates_args=())
-def joined_swiglu_backward(
-    grad_MF: torch.Tensor, both_M2F: torch.Tensor, again: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`swiglu_backward` of gate and up side by side in one matrix; so are their gradients."""
-    grad_MF, both_M2F = grad_MF.contiguous(), both_M2F.contiguous()
-    (gate, up), kernels = both_M2F.chunk(2, dim=1), triton_kernels(grad_MF)
-    if kernels is None:
-        *grads, out = torch_swiglu_backward(grad_MF, gate, up, again)
-        return torch.cat(grads, dim=1), out.contiguous()
-    grad_both = torch.empty_like(both_M2F)
-    out = kernels.swiglu_backward(grad_MF, gate, up, again, into=tuple(grad_both.chunk(2, dim=1)))[2]
-    return grad_both, out
-
-
 swiglu_backward.register_fake(
     lambda grad, gate, up, again: (
         *(x.new_empty(x.shape) for x in (gate, up)),
         gate.new_empty(gate.shape if again else 0),
     )
-)
-joined_swiglu_backward.register_fake(
-    lambda grad, both, again: (both.new_empty(both.shape), grad.new_empty(grad.shape if again else 0))
 )
 
 
@@ -196,27 +166,6 @@ rms_norm_backward.register_fake(
 )
 
 
-@torch.library.custom_op("endprompt::rotate_backward", mutates_args=())
-def rotate_backward(
-    query_BTHD: torch.Tensor,
-    key_BTGD: torch.Tensor,
-    value_BTGD: torch.Tensor,
-    cos_BTD: torch.Tensor,
-    sin_BTD: torch.Tensor,
-) -> torch.Tensor:
-    """Gradient [B, T, (H + 2 G) D] of queries, keys and values side by side, from theirs after RoPE; those of the
-    values pass. cos, sin: as RoPE's forward pass takes them; B may be 1.
-    """
-    query, key, value, cos, sin = (x.contiguous() for x in (query_BTHD, key_BTGD, value_BTGD, cos_BTD, sin_BTD))
-    kernels = triton_kernels(query)
-    return (kernels.rotate_backward if kernels else torch_rotate_backward)((query, key, value), cos, sin)
-
-
-rotate_backward.register_fake(
-    lambda query, key, *_: query.new_empty(*query.shape[:2], (query.shape[2] + 2 * key.shape[2]) * query.shape[3])
-)
-
-
 class _NormLinears(torch.autograd.Function):
     """(x + added, and for each weight its product with the norm of that sum); `added` may be None. The sum is an output
     so that its other gradient comes back here, where the kernel adds it. `weights_and_sums`: first the weights [N, K],
@@ -260,8 +209,8 @@ class _NormLinears(torch.autograd.Function):
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """residual + (silu(gate) * up) @ weight.T; expanded: gate and up [M, F], or both side by side [M, 2 F]. keep:
-    SwiGLU is kept for the backward pass. A layer's last output must be no view: FSDP2's hook is on it.
+    """residual + (silu(gate) * up) @ weight.T for gate and up [M, F]. keep: SwiGLU is kept for the backward pass. A
+    layer's last output must be no view: FSDP2's hook is on it.
     """
 
     @staticmethod
@@ -271,44 +220,22 @@ class _SwigluLinear(torch.autograd.Function):
         weight_NF: torch.Tensor,
         total_NF: torch.Tensor | None,
         keep: bool,
-        *expanded: torch.Tensor,
+        gate_MF: torch.Tensor,
+        up_MF: torch.Tensor,
     ) -> torch.Tensor:
-        gate_MF, up_MF = expanded if len(expanded) == 2 else expanded[0].chunk(2, dim=1)
         h_MF = swiglu(gate_MF, up_MF)
         ctx.keep = keep
-        ctx.save_for_backward(weight_NF, total_NF, h_MF if keep else None, *expanded)
+        ctx.save_for_backward(weight_NF, total_NF, h_MF if keep else None, gate_MF, up_MF)
         return residual_BTN + (h_MF @ weight_NF.t()).view(residual_BTN.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_BTN: torch.Tensor) -> tuple[Any, ...]:
         grad_MN = grad_BTN.reshape(-1, grad_BTN.shape[-1])
-        weight_NF, total_NF, kept_MF, *expanded = ctx.saved_tensors
-        work = swiglu_backward if len(expanded) == 2 else joined_swiglu_backward
-        *grads, again_MF = work(grad_MN @ weight_NF, *expanded, not ctx.keep)
+        weight_NF, total_NF, kept_MF, gate_MF, up_MF = ctx.saved_tensors
+        *grads, again_MF = swiglu_backward(grad_MN @ weight_NF, gate_MF, up_MF, not ctx.keep)
         h_MF = kept_MF if ctx.keep else again_MF
         grad_weight = _weight_gradient(total_NF, grad_MN, h_MF, ctx.needs_input_grad[1])
         return grad_BTN, grad_weight, None, None, *grads
-
-
-class _Rotated(torch.autograd.Function):
-    """Queries and keys after RoPE, and values, [B, T, heads, D] each, of all three side by side [B, T, W]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, joined_BTW: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, heads: int, groups: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        width = cos_BTD.shape[-1]
-        ctx.save_for_backward(cos_BTD, sin_BTD)
-        parts = joined_BTW.split([heads * width, groups * width, groups * width], dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, width)) for part in parts)
-        query, key = apply_rotary_pos_emb(query, key, cos_BTD, sin_BTD, unsqueeze_dim=2)
-        return query, key, value.contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return rotate_backward(*grads, *ctx.saved_tensors), *(None,) * 4
 
 
 def _weight_gradient(
@@ -340,8 +267,8 @@ def norm_linears(
 def swiglu_linear(
     residual_BTN: torch.Tensor, expanded: Sequence[torch.Tensor], linear: nn.Linear, keep: bool = False
 ) -> torch.Tensor:
-    """residual [B, T, N] + output of a linear layer for silu(gate) * up; expanded: gate and up [B, T, F], or one tensor
-    [B, T, 2 F] with both side by side. keep: see `fuse`.
+    """residual [B, T, N] + output of a linear layer for silu(gate) * up; expanded: gate and up [B, T, F]. keep: see
+    `fuse`.
     """
     parts = (part.reshape(-1, part.shape[-1]) for part in expanded)
     return _SwigluLinear.apply(residual_BTN, linear.weight, _sum_of(linear), keep, *parts)
@@ -356,9 +283,8 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
 
     A layer of FAMILIES can if its MLP is SwiGLU of plain linear layers without biases, converted by `linears.convert`
     or not; its first half, up to attention, is fused if q, k and v are such layers too. Others, those in float8, and a
-    GPU without triton stay. Call it after `convert`, and after `linears.join`, whose layers are fused as such. keep:
-    keep SwiGLU's output for the backward pass instead of making it again there: 2 bytes a token and intermediate
-    feature in each layer.
+    GPU without triton stay. Call it after `convert`. keep: keep SwiGLU's output for the backward pass instead of making
+    it again there: 2 bytes a token and intermediate feature in each layer.
     """
     changed = 0
     layers: list[Any] = list(model.modules())
@@ -367,10 +293,9 @@ def fuse(model: nn.Module, keep: bool = False) -> int:
         if family is None or not _fusable(layer, family):
             continue
         attention = layer.self_attn
-        projections = _projections(attention)
         layer.fused_attention = (
-            type(attention).__name__.removeprefix("Joint") == f"{family}Attention"
-            and all(_plain(linear) for linear in projections)
+            type(attention).__name__ == f"{family}Attention"
+            and all(_plain(getattr(attention, name, None)) for name in PROJECTIONS)
             and type(layer.input_layernorm).__name__ == f"{family}RMSNorm"
         )
         layer.keep_swiglu = keep
@@ -386,27 +311,12 @@ def can_fuse(device: torch.device) -> bool:
 
 def _fusable(layer: Any, family: str) -> bool:
     mlp = layer.mlp
-    if (
-        type(mlp).__name__.removeprefix("Joint") != f"{family}MLP"
-        or type(layer.post_attention_layernorm).__name__ != f"{family}RMSNorm"
-    ):
+    if type(mlp).__name__ != f"{family}MLP" or type(layer.post_attention_layernorm).__name__ != f"{family}RMSNorm":
         return False
-    parts = (*_expansions(mlp), mlp.down_proj)
+    parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not all(_plain(part) for part in parts):
         return False
     return can_fuse(mlp.down_proj.weight.device)
-
-
-def _projections(attention: Any) -> list[Any]:
-    """What makes queries, keys and values: three linear layers, or the one that `linears.join` made of them."""
-    if hasattr(attention, "joint"):
-        return [attention.joint]
-    return [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-
-
-def _expansions(mlp: Any) -> list[Any]:
-    """What makes gate and up: two linear layers or a joined one."""
-    return [mlp.joint] if hasattr(mlp, "joint") else [mlp.gate_proj, mlp.up_proj]
 
 
 def _plain(linear: Any) -> bool:
@@ -441,7 +351,7 @@ def _layer(
     else:
         residual = hidden_states
         attended, _ = module.self_attn(module.input_layernorm(hidden_states), past_key_values=None, **kwargs)
-    residual, *expanded = norm_linears(residual, attended, norm, _expansions(mlp))
+    residual, *expanded = norm_linears(residual, attended, norm, [mlp.gate_proj, mlp.up_proj])
     return swiglu_linear(residual, expanded, mlp.down_proj, module.keep_swiglu)
 
 
@@ -453,16 +363,12 @@ def _attention(
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
     module = layer.self_attn
-    residual, *made = norm_linears(hidden_states, None, layer.input_layernorm, _projections(module))
-    if len(made) == 1:
-        width = module.head_dim
-        counts = module.q_proj.out_features // width, module.k_proj.out_features // width
-        query, key, value = _Rotated.apply(made[0], *position_embeddings, *counts)
-    else:
-        query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in made)
-        if hasattr(module, "q_norm"):  # Qwen3
-            query, key = module.q_norm(query), module.k_norm(key)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+    projections = [getattr(module, name) for name in PROJECTIONS]
+    residual, *made = norm_linears(hidden_states, None, layer.input_layernorm, projections)
+    query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in made)
+    if hasattr(module, "q_norm"):  # Qwen3
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     # Qwen's layers say it each, Mistral's for all, Llama's never
     kwargs["sliding_window"] = getattr(module, "sliding_window", None)

@@ -32,16 +32,10 @@ def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
     if float8 not in FLOAT8:
         raise ValueError(f"float8 must be one of {', '.join(FLOAT8)}: float8={float8!r}")
     changed = 0
-    replaced = {
-        f"{name.removesuffix('joint')}{part}"
-        for name, _ in model.named_modules()
-        if name.endswith(".joint")
-        for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    }
     for name, module in model.named_modules():
         if ".layers." not in f".{name}." or type(module) is not nn.Linear or module.bias is not None:
             continue
-        if name in replaced or (getattr(module.weight, "main_grad", None) is None) == sums:
+        if (getattr(module.weight, "main_grad", None) is None) == sums:
             continue
         if sums:
             module.register_buffer("weight_sum", module.weight.main_grad, persistent=False)
@@ -66,75 +60,6 @@ def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
     if not changed:
         raise ValueError("no linear layer to convert: the lean optimizer must be made first (optimizer=lean)")
     return changed
-
-
-def join(model: nn.Module) -> int:
-    """Join q, k, v and gate, up of Llama and Mistral layers without biases, before `convert`; how many were made."""
-    joined = 0
-    modules: list[Any] = list(model.modules())
-    forward: Any
-    for module in modules:
-        kind = type(module).__name__
-        if kind in ("LlamaAttention", "MistralAttention"):
-            parts, forward = [module.q_proj, module.k_proj, module.v_proj], _joint_attention
-        elif kind in ("LlamaMLP", "MistralMLP"):
-            parts, forward = [module.gate_proj, module.up_proj], _joint_mlp
-        else:
-            continue
-        if any(part.bias is not None for part in parts):
-            continue
-        module.joint = _joint(parts)
-        module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]
-        joined += 1
-    return joined
-
-
-@functools.cache
-def _with_forward(base: Any, forward: Any) -> type:
-    """A subclass with another forward, one for all layers: a forward bound to each would be compiled for each."""
-    return type(f"Joint{base.__name__}", (base,), {"forward": forward})
-
-
-def _joint(parts: list[nn.Linear]) -> nn.Linear:
-    """A linear layer over the parts' weights side by side; the parts' weights and sums become views of its own."""
-    sizes = [part.out_features for part in parts]
-    joint = nn.Linear(parts[0].in_features, sum(sizes), bias=False, device="meta")
-    weight = torch.cat([part.weight.data for part in parts])
-    weight.main_grad = torch.cat([part.weight.main_grad for part in parts])  # type: ignore[attr-defined]
-    del joint.weight  # not a parameter: the parts' own are what is trained and saved
-    joint.register_buffer("weight", weight, persistent=False)
-    for part, view, total in zip(parts, weight.split(sizes), weight.main_grad.split(sizes)):  # type: ignore[attr-defined]
-        part.weight.data = view
-        part.weight.main_grad = total  # type: ignore[attr-defined]
-    return joint
-
-
-def _joint_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
-    gate, up = module.joint(x).chunk(2, dim=-1)
-    return module.down_proj(module.act_fn(gate) * up)
-
-
-def _joint_attention(
-    module: Any,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, Any]:
-    """The families' own forward pass with one product for q, k and v; for training, so without a cache."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    if past_key_values is not None:
-        raise ValueError("joined layers are for training rows without a cache")
-    sizes = [part.out_features for part in (module.q_proj, module.k_proj, module.v_proj)]
-    heads = (*hidden_states.shape[:-1], -1, module.head_dim)
-    query, key, value = (part.view(heads).transpose(1, 2) for part in module.joint(hidden_states).split(sizes, dim=-1))
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    out, weights = attend(module, query, key, value, attention_mask, scaling=module.scaling, **kwargs)
-    return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def after_step(model: nn.Module) -> None:

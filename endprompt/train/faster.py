@@ -45,13 +45,10 @@ def make_fast(
 
 def convert(model: PreTrainedModel, config: ExtendConfig, device: torch.device, sums: bool = True) -> None:
     """Change the layers for the lean optimizer, and fuse those that can be if that is asked for. sums: False for a
-    model that is about to be sharded: its gradients are not summed where they are made, and its matrices, each cut by
-    its own rows, stay apart.
+    model that is about to be sharded, whose gradients are not summed where they are made.
     """
     # LoRA's frozen matrices have no sums, and its layers do more than a product
     wanted = config.fused and config.float8 == "none" and not config.lora_rank and can_fuse(device)
-    if wanted and sums:
-        linears.join(model)
     if sums or config.float8 != "none":
         linears.convert(model, config.float8, sums)
     if wanted and not fuse(model, keep=config.checkpointing == "none"):

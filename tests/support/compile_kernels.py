@@ -38,8 +38,7 @@ def main() -> None:
             *(kernels._rms_norm_backward, [BF16, F32] + [BF16] * 7 + [F32, I32], three),
             norm | {"GRADS": 3, "STAGES": three.stages},
         ),
-        (kernels._rotate_backward, [BF16] * 6 + [I32] * 2, kernels.ROTATE_BACKWARD, heads),
-        (kernels._rotate, [BF16] * 6 + [I32] * 2, kernels.ROTATE_BACKWARD, heads),
+        (kernels._rotate, [BF16] * 6 + [I32] * 2, kernels.ROTATE, heads),
         *(
             (
                 *(decode._attend, [BF16] * 3 + ["*i64"] * 2 + [F32] * 3 + ["fp32", I32], launch),

@@ -148,10 +148,6 @@ def test_operators_keep_torchs_rules():
     for name, arguments in {
         "swiglu": (x, y),
         "swiglu_backward": (x, y, x, True),
-        "joined_swiglu_backward": (x, torch.randn(6, 16), True),
-        "rotate_backward": tuple(
-            torch.randn(s) for s in ((2, 3, 4, 6), (2, 3, 2, 6), (2, 3, 2, 6), (1, 3, 6), (1, 3, 6))
-        ),
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, y, weight, 1e-5),
         "rms_norm_backward": (x, scale, weight, y, [x, y]),
@@ -180,33 +176,6 @@ def test_a_fused_model_has_the_gradients_of_float64(family, dtype):
         assert sizes[0] < 1.1 * sizes[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "keep", "compiled"), [("Llama", True, True), ("Llama", False, False), ("Mistral", False, True)]
-)
-def test_joined_layers_are_fused_with_the_same_gradients(family, keep, compiled):
-    """q, k, v and gate, up are one product each; the parts' sums are those of float64, compiled in one graph too."""
-    torch._dynamo.reset()
-    layers = 1 if compiled else 2  # each would be compiled anew
-    model = small_model(family, num_hidden_layers=layers)
-    names = list(model.state_dict())
-    model.optimizer = LeanAdamW(model.parameters())
-    assert linears.join(model) == 2 * layers and linears.convert(model) == 4 * layers
-    assert fast.fuse(model, keep) == layers and all(layer.fused_attention for layer in model.model.layers)
-    if compiled:
-        model.model.layers[0].compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
-    assert_close(output_and_gradients(model), exact(lambda: small_model(family, num_hidden_layers=layers)), 1e-5)
-    assert list(model.state_dict()) == names
-
-
-@pytest.mark.parametrize(("biases", "joined"), [(("attention",), 2), (("mlp",), 2), (("attention", "mlp"), 0)])
-def test_layers_with_biases_are_not_joined(biases, joined):
-    model = small_model(**{f"{part}_bias": True for part in biases})
-    model.optimizer = LeanAdamW(model.parameters())
-    assert linears.join(model) == joined
-    found, expected = output_and_gradients(model), exact(lambda: small_model(**{f"{p}_bias": True for p in biases}))
-    assert distance(found[0], expected[0]) < 1e-5
-
-
 @pytest.mark.parametrize(("kind", "keep"), [("selective", True), ("full", False)])
 def test_with_checkpointing_the_gradients_are_the_same(kind, keep):
     model = small_model()
@@ -218,7 +187,7 @@ def test_with_checkpointing_the_gradients_are_the_same(kind, keep):
     assert_close(output_and_gradients(other), expected, 1e-5)
 
 
-@pytest.mark.parametrize(("family", "keep"), [("Qwen2", False), ("Qwen3", True)])
+@pytest.mark.parametrize(("family", "keep"), [("Llama", True), ("Qwen2", False), ("Qwen3", True)])
 def test_a_compiled_layer_is_one_graph_with_the_same_gradients(family, keep):
     torch._dynamo.reset()
     expected = exact(lambda: small_model(family, num_hidden_layers=1))
@@ -373,7 +342,6 @@ def test_extend_fuses_unless_told_otherwise_and_says_where_it_cannot(extend_conf
 
 
 def test_a_fused_run_exports_each_weight(extend_config, tmp_path):
-    """q, k and v share one matrix while they train; exports have them apart, as they were."""
     source = make_checkpoint(tmp_path / "model", "Mistral")
     output = extend(extend_config(model=str(source), optimizer="lean", dtype="bfloat16", lr=0.01))
     before, after = weights_of(source), weights_of(output)

@@ -240,14 +240,11 @@ def gradients_of(model, head_sum=None):
     linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, ids.flatten(), weights, 24, head_sum).backward()
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_converted_layers_sum_the_same_gradients(joined):
+def test_converted_layers_sum_the_same_gradients():
     reference, model = small_model(), small_model()
     gradients_of(reference)
     LeanAdamW(model.parameters())
-    if joined:
-        assert linears.join(model) == 4  # attention and MLP of two layers
-    assert linears.convert(model) == (8 if joined else 14)
+    assert linears.convert(model) == 14
     for _ in range(2):
         gradients_of(model, model.lm_head.weight.main_grad)
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters()):
@@ -287,23 +284,20 @@ def test_embeddings_that_count_gradients_stay_as_they_are(options):
     assert type(embed) is torch.nn.Embedding
 
 
-def test_a_step_reaches_joined_and_float8_weights():
+def test_a_step_reaches_float8_weights():
     model = small_model("bfloat16")
     optimizer = LeanAdamW(model.parameters(), lr=0.01)
-    linears.join(model), linears.convert(model, "exact")
-    mlp = model.model.layers[0].mlp
-    before = mlp.joint.weight8_NK.float().clone()
+    linears.convert(model, "exact")
+    linear = model.model.layers[0].mlp.gate_proj
+    before = linear.weight8_NK.float().clone()
     gradients_of(model)
     optimizer.step()
     linears.after_step(model)
-    assert torch.equal(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.joint.weight)
-    assert torch.equal(mlp.joint.weight8_KN.float(), mlp.joint.weight8_NK.float().t())
-    assert not torch.equal(mlp.joint.weight8_NK.float(), before)
+    assert torch.equal(linear.weight8_KN.float(), linear.weight8_NK.float().t())
+    assert not torch.equal(linear.weight8_NK.float(), before)
     # e4m3 has 3 bits after the point: half a step is 1/16 of a number, of the largest one at most 1/28
-    restored = mlp.joint.weight8_NK.float() * mlp.joint.weight_scale
-    assert (
-        float((restored - mlp.joint.weight.float()).abs().max()) <= float(mlp.joint.weight.float().abs().max()) / 27.999
-    )
+    restored = linear.weight8_NK.float() * linear.weight_scale
+    assert float((restored - linear.weight.float()).abs().max()) <= float(linear.weight.float().abs().max()) / 27.999
 
 
 def test_float8_layers_are_near_exact_ones():
@@ -368,7 +362,7 @@ def test_on_the_gpu_converted_layers_sum_the_cpu_s_gradients(float8):
     reference, model = small_model(), small_model().to("cuda", torch.bfloat16)
     gradients_of(reference)
     LeanAdamW(model.parameters())
-    linears.join(model), linears.convert(model, float8)
+    linears.convert(model, float8)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     ids = torch.from_numpy(learning_rows(2, 32, 256, 0)).cuda()
@@ -378,19 +372,3 @@ def test_on_the_gpu_converted_layers_sum_the_cpu_s_gradients(float8):
     limit = 0.03 if float8 == "none" else 0.25
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters()):
         assert float((ours.main_grad.cpu() - theirs.grad).norm() / theirs.grad.norm()) < limit, name
-
-
-def test_a_second_forward_for_one_class_gets_a_class_of_its_own():
-    """Classes with another forward are made once each; the second must not be given the first one's."""
-
-    class Layer(torch.nn.Module):
-        pass
-
-    def one(module):
-        return 1
-
-    def two(module):
-        return 2
-
-    made = [linears._with_forward(Layer, forward) for forward in (one, two, one)]
-    assert [kind().forward() for kind in made] == [1, 2, 1] and made[0] is made[2]
