@@ -140,6 +140,9 @@ MUTANTS = [
     ("endprompt/train/determinism.py", "compiler.deterministic = by_rule", "pass", "endprompt/train/determinism"),
     (ATTENTION, "return kernels_first(device, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))", "pass", "endprompt/train/determinism"),
     ("endprompt/config.py", 'REPEATABLE = ("sdpa",', 'REPEATABLE = ("flex", "sdpa",', "endprompt/train/determinism"),
+    ("benchmarks/lab/arms.py", 'row.get("suite", "ruler") == suite', "True", "benchmarks/lab/published"),
+    ("benchmarks/lab/material.py", 'cell.trained or cell.settings.get("scaling") != "none"', "True", "benchmarks/lab/published"),
+    ("benchmarks/lab/again.py", "b[task] - a[task]", "a[task] - b[task]", "benchmarks/lab/published"),
     ("benchmarks/lab/runner.py", "sum(value != deterministic for", "sum(value == deterministic for", "benchmarks/lab/runner"),
     # what a model computes and holds
     (ATTENTION, "if value is None or name in HARMLESS or", "if name or", "endprompt/model/attention"),

@@ -72,9 +72,10 @@ class Arm:
         return float(np.mean(list(self.scores[length].values())))
 
 
-def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
-    """The arms of a lab's rows, in their order. Raises ValueError naming the first row that cannot be compared."""
-    scores = [row for row in rows if row["suite"] == "ruler"]
+def arms_of(rows: Sequence[Row], samples: Iterable[Row] = (), suite: str = "ruler") -> list[Arm]:
+    """The arms of a lab's rows, in their order, with the scores of one suite. Raises ValueError naming the first row
+    that cannot be compared."""
+    scores = [row for row in rows if row["suite"] == suite]
     for row, column in itertools.product(scores, ("arm", "base", "window")):
         if row.get(column) is None:
             raise ValueError(f"a lab's row must have the column {column!r}: {_name(row)}")
@@ -89,7 +90,7 @@ def arms_of(rows: Sequence[Row], samples: Iterable[Row] = ()) -> list[Arm]:
         if row["suite"] == "lab" and row["task"] == "loss":
             losses[_key(row)][row["length"]][row["seed"]] = row["value"]
     single: dict[Key, dict[tuple[int, int], dict[str, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
-    for row in samples:
+    for row in (row for row in samples if row.get("suite", "ruler") == suite):  # older lines do not say it
         single[_key(row)][row["length"], row["seed"]][row["task"]] = np.asarray(row["scores"], dtype=np.float64)
     steps: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     for key, own in members.items():

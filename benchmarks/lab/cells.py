@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from analysis import observability
-from benchmarks import ruler, summary
+from benchmarks import summary
 from benchmarks.base import documents
 from benchmarks.lab import material, predict
 from benchmarks.lab.cost import train_flops
@@ -141,7 +141,7 @@ def held_out_rows(
     text (rows, tokens): the same beginnings at every length."""
     found = []
     values: dict[str, Any] = {"suite": "lab", "metric": "loss", "n": len(text)}
-    for length in sorted({*cell.lengths, cell.window, cell.target}):
+    for length in sorted(length for length in cell.lengths if length <= cell.target):
         mean = predict.position_losses(model, text[:, :length], max_batch_tokens=batch_tokens)
         found.append(row(cell, columns, task="loss", length=length, value=float(mean.mean()), **values))
     for part in np.array_split(np.arange(len(mean)), cell.scoring.bins) if cell.scoring.bins else ():
@@ -163,33 +163,29 @@ def extended(cell: Cell) -> Any:
 
 
 def scored(
-    cell: Cell, item: material.Samples, model: Any, found: generate.Way, place: Workplace, columns: Mapping[str, Any]
+    cell: Cell, item: material.Prompts, model: Any, found: generate.Way, place: Workplace, columns: Mapping[str, Any]
 ) -> dict[str, Any]:
     samples, about = read_samples(item, place.cache)
-    options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": False, "found": found}
+    options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": item.whole, "found": found}
     texts = predict.predict(model, material.tokenizer_of(cell.model), samples, **options)
-    percent = [100 * ruler.score(item.task, text, one["outputs"]) for text, one in zip(texts, samples, strict=True)]
+    percent = [item.percent(one, text) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
-    part = "part" if ruler.SPECS[item.task].metric == "any" else "all"
-    place_of: dict[str, Any] = {"task": item.task, "length": item.length}
-    score: dict[str, Any] = {
-        "value": sum(percent) / len(percent),
-        "stderr": summary.standard_error(percent),
-        "ci95": ci95,
-    }
-    score |= {"suite": "ruler", "metric": f"string_match_{part}", "n": len(percent), "samples_sha256": about["sha256"]}
-    more: dict[str, Any] = {"ci": kind} | {key: about[key] for key in ("haystack", "haystack_sha256", "fill")}
-    more |= {"edition": item.edition, "max_new_tokens": samples[0]["max_new_tokens"]}
-    empty = 100 * sum(not text.strip() for text in texts) / len(texts)
+    suite, metric = item.scale()
+    place_of: dict[str, Any] = {"suite": suite, "task": item.task, "length": item.length}
+    score: dict[str, Any] = {"value": sum(percent) / len(percent), "stderr": summary.standard_error(percent)}
+    score |= {"ci95": ci95, "ci": kind, "metric": metric, "n": len(percent), "samples_sha256": about["sha256"]}
+    score |= {key: value for key, value in about.items() if key != "sha256"}
+    score |= {"edition": getattr(item, "edition", None), "max_new_tokens": samples[0]["max_new_tokens"]}
+    score["empty"] = 100 * sum(not text.strip() for text in texts) / len(texts)
     keys = {"cell": cell.sha256, "base": cell.base, "fold": cell.fold, "arm": cell.arm, "method": cell.method}
-    depths = [one["depth"][0] if len(one["depth"]) == 1 else None for one in samples]
     line = {**keys, "seed": cell.seed, **place_of, "scores": [round(value, 2) for value in percent]}
+    depths = [one["depth"][0] if len(one.get("depth", ())) == 1 else None for one in samples]
     line |= {"depths": depths} if None not in depths else {}
-    return {"rows": [row(cell, columns, **place_of, **score, **more, empty=empty)], "scores": [line]}
+    return {"rows": [row(cell, columns, **place_of, **score)], "scores": [line]}
 
 
 @functools.lru_cache(maxsize=256)
-def read_samples(item: material.Samples, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read_samples(item: material.Prompts, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return item.read(cache)
 
 

@@ -1,4 +1,4 @@
-"""What the cells of a run share: training documents and RULER samples, made once and kept in a cache folder.
+"""What the cells of a run share: training documents, samples of RULER and LongBench; made once, kept in a cache folder.
 
 Each file is a task of its own, named by a hash of all that it depends on, written whole or not at all, so that several
 processes make them at the same time and several runs can share a folder.
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from benchmarks import longbench, ruler
 from benchmarks.base import documents
 from benchmarks.lab.inputs import NOTHING, Inputs, piece, texts
 from benchmarks.lab.matrix import Cell
+from benchmarks.longbench.prompts import GENERATOR
 from endprompt import origin
 from endprompt.files import sha256_of
 
@@ -146,9 +148,56 @@ class HeldOut(Material):
         return np.load(self.path(folder)).astype(np.int64)
 
 
+class Prompts(Material):
+    """One file of prompts as tokens, and what it takes to score their answers: percent. length: tokens of a prompt with
+    its answer, at most. whole: whether an answer must be read to its end. kept: of each sample."""
+
+    task: str
+    length: int
+    seed: int
+    whole: bool
+    kept: tuple[str, ...]
+
+    def build(self, made: Path, given: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(samples, columns of their row)."""
+        raise NotImplementedError
+
+    def scale(self) -> tuple[str, str]:
+        """(suite, metric)."""
+        raise NotImplementedError
+
+    def percent(self, sample: Mapping[str, Any], text: str) -> float:
+        raise NotImplementedError
+
+    def write(self, made: Path, given: Inputs) -> None:
+        from benchmarks.lab import predict
+        from benchmarks.ruler.cell import samples_sha256
+
+        built, columns = self.build(made, given)
+        tokenizer = tokenizer_of(self.model)
+        samples = [{key: sample[key] for key in self.kept} for sample in built]
+        about = {"sha256": samples_sha256(built), **columns, "samples": samples}
+        kind = np.uint16 if len(tokenizer) < 2**16 else np.int32
+        ids = [np.asarray(one, dtype=kind) for one in predict.prompt_ids(tokenizer, built)]
+        packed = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+        np.savez(made, ids=np.concatenate(ids), lengths=np.array([*map(len, ids)]), about=packed)
+
+    def read(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(samples with input_ids and what is kept of them; sha256 of all, and the columns of their row)."""
+        path = self.path(folder)
+        try:
+            with np.load(path) as file:
+                about = json.loads(file["about"].tobytes())
+                ids = np.split(file["ids"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
+            pairs = zip(about.pop("samples"), ids, strict=True)
+            return [{**sample, "task": self.task, "input_ids": one} for sample, one in pairs], about
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it") from error
+
+
 @dataclass(frozen=True)
-class Samples(Material):
-    """One file of RULER samples: task and length with the options for small windows."""
+class Samples(Prompts):
+    """RULER samples: task and length with the options for small windows."""
 
     model: str
     task: str
@@ -161,6 +210,9 @@ class Samples(Material):
     edition: str = "lab-2026"
     data: tuple[tuple[str, str], ...] = ()
 
+    whole = False
+    kept = ("outputs", "max_new_tokens", "depth")
+
     def path(self, folder: Path) -> Path:
         from benchmarks.ruler import tasks
 
@@ -168,39 +220,55 @@ class Samples(Material):
         name = self.named(f"{self.task}-{self.length}-seed{self.seed}", *about, tasks.GENERATOR, "samples-1")
         return folder / "samples" / f"{name}.npz"
 
-    def write(self, made: Path, given: Inputs) -> None:
-        from benchmarks import ruler
-        from benchmarks.lab import predict
-        from benchmarks.ruler.cell import samples_sha256
-
-        tokenizer = tokenizer_of(self.model)
+    def build(self, made: Path, given: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         options: dict[str, Any] = {key: getattr(self, key) for key in ("max_new_tokens", "shots", "hops", "edition")}
         folder = given.data_dir if self.data else None
         if self.data and folder is None:
             raise ValueError(f"{made.name} is not in the cache, and to make it data_dir must be given")
+        tokenizer = tokenizer_of(self.model)
         built = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, folder, **options)
-        ids = predict.prompt_ids(tokenizer, built)
-        about = {
-            "sha256": samples_sha256(built),
-            **{key: built[0][key] for key in ("haystack", "haystack_sha256")},
-            "fill": round(sum(sample["fill"] for sample in built) / len(built), 5),
-            "samples": [{key: sample[key] for key in ("outputs", "max_new_tokens", "depth")} for sample in built],
-        }
-        kind = np.uint16 if len(tokenizer) < 2**16 else np.int32
-        tokens, lengths = np.concatenate([np.asarray(one, dtype=kind) for one in ids]), np.array([*map(len, ids)])
-        np.savez(made, ids=tokens, lengths=lengths, about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8))
+        fill = round(sum(sample["fill"] for sample in built) / len(built), 5)
+        return built, {**{key: built[0][key] for key in ("haystack", "haystack_sha256")}, "fill": fill}
 
-    def read(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """(samples with input_ids, outputs, max_new_tokens and depth; what they have in common)."""
-        path = self.path(folder)
-        try:
-            with np.load(path) as file:
-                about = json.loads(file["about"].tobytes())
-                ids = np.split(file["ids"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
-            pairs = zip(about.pop("samples"), ids, strict=True)
-            return [{**sample, "task": self.task, "input_ids": one} for sample, one in pairs], about
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: this file of the cache was changed after it was written; delete it") from error
+    def scale(self) -> tuple[str, str]:
+        return "ruler", f"string_match_{'part' if ruler.SPECS[self.task].metric == 'any' else 'all'}"
+
+    def percent(self, sample: Mapping[str, Any], text: str) -> float:
+        return 100 * ruler.score(self.task, text, sample["outputs"])
+
+
+@dataclass(frozen=True)
+class SetSamples(Prompts):
+    """The first `count` documents of a LongBench set, their middle cut out where they are too long. sha256: of the
+    set's file."""
+
+    model: str
+    task: str
+    length: int
+    count: int
+    sha256: str
+
+    seed = 0
+    whole = True
+    kept = ("outputs", "max_new_tokens", "all_classes")
+
+    def scale(self) -> tuple[str, str]:
+        suite = "longbench_e" if self.task in longbench.TASKS_E else "longbench"
+        return suite, longbench.dataset_of(self.task).metric
+
+    def path(self, folder: Path) -> Path:
+        name = self.named(f"{self.task}-{self.length}", self.length, self.count, self.sha256, GENERATOR)
+        return folder / "samples" / f"{name}.npz"
+
+    def build(self, made: Path, given: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        folder, tokenizer = needed_file(given, f"{self.task}.jsonl", made).parent, tokenizer_of(self.model)
+        built = longbench.build_samples(self.task, tokenizer, window=self.length, data_dir=folder, n=self.count)
+        about = {key: getattr(longbench.dataset_of(self.task), key) for key in ("category", "language")}
+        cut = sum(sample["truncated"] for sample in built)
+        return built, {**about, "n_truncated": cut, "generator": GENERATOR}
+
+    def percent(self, sample: Mapping[str, Any], text: str) -> float:
+        return longbench.score(self.task, text, sample["outputs"], sample["all_classes"])
 
 
 def parts(cell: Cell) -> list[Part | Piece]:
@@ -227,17 +295,25 @@ def held_out(cell: Cell) -> HeldOut | None:
     """The given held-out text at the target's length, None if the matrix names none."""
     if "held_out" not in cell.sources:
         return None
-    return HeldOut(cell.model, cell.sources["held_out"], max(cell.target, *cell.lengths), cell.scoring.loss_rows)
+    return HeldOut(cell.model, cell.sources["held_out"], cell.target, cell.scoring.loss_rows)
 
 
-def samples(cell: Cell) -> list[Samples]:
+def samples(cell: Cell) -> list[Samples | SetSamples]:
+    """RULER's at every length; LongBench's cut to the window that the model has."""
     scoring = cell.scoring
     data = tuple((name, digest) for name, digest in sorted(cell.sources.items()) if name.endswith(".json"))
     options = (scoring.max_new_tokens, scoring.shots, scoring.hops, scoring.edition)
+    window = cell.target if cell.trained or cell.settings.get("scaling") != "none" else cell.window
     return [
-        Samples(cell.model, task, length, scoring.count(length), SAMPLE_SEED + cell.seed, *options, data)
-        for length in cell.lengths
-        for task in scoring.tasks
+        *(
+            Samples(cell.model, task, length, scoring.count(length), SAMPLE_SEED + cell.seed, *options, data)
+            for length in cell.lengths
+            for task in scoring.tasks
+        ),
+        *(
+            SetSamples(cell.model, name, window, count, cell.sources[f"{name}.jsonl"])
+            for name, count in scoring.longbench.items()
+        ),
     ]
 
 

@@ -17,8 +17,8 @@ A matrix is a YAML file:
         runs:
           - {questions: [1], arms: [recall], scaling: [linear, yarn], steps: [100, 300]}
 
-Further keys of a run are settings of the trainer; a list stands for one arm each, all combinations are taken. Runs that
-come to the same settings are one cell with the questions of all. Imports no torch.
+Further keys of a run are settings of the trainer; a list stands for one arm each, all combinations are taken. A run may
+have `lengths` of its own. Runs that come to the same settings are one cell with the questions of all. Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from typing import Any
 from analysis.spectra import with_factor
 from benchmarks.lab.config import LabConfig
 from benchmarks.lab.inputs import read_rates, sources
+from benchmarks.longbench.sets import dataset_of
 from benchmarks.ruler.texts import EDITIONS
 from endprompt import origin
 from endprompt.config import ExtendConfig, check_config, method_name
@@ -64,7 +65,8 @@ FILTERS = ("arm", "base", "fold", "seed", "question")  # what `--only KEY=VALUE`
 @dataclass(frozen=True)
 class Scoring:
     """How a cell is scored: tasks of RULER with options for small windows, and rows of held-out text a length.
-    samples_at: other numbers of samples at some lengths. bins: of positions, for the held-out loss by position."""
+    samples_at: other numbers of samples at some lengths. bins: of positions, for the held-out loss by position.
+    longbench: sets, and how many of their documents, the first; their files `SET.jsonl` are among the inputs."""
 
     tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
     samples: int = 64
@@ -75,6 +77,7 @@ class Scoring:
     loss_rows: int = 8
     samples_at: Mapping[int, int] = field(default_factory=dict)
     bins: int = 0
+    longbench: Mapping[str, int] = field(default_factory=dict)
 
     def count(self, length: int) -> int:
         return self.samples_at.get(length, self.samples)
@@ -153,7 +156,7 @@ class Cell:
         about = {key: plain(value) for key, value in dataclasses.asdict(self).items() if key != "questions"}
         if self.scoring.edition == Scoring.edition:  # rows from before it had a name were made with it
             del about["scoring"]["edition"]
-        for where, keys in ((about, ("sources", "retrieval")), (about["scoring"], ("samples_at", "bins"))):
+        for where, keys in ((about, ("sources", "retrieval")), (about["scoring"], ("samples_at", "bins", "longbench"))):
             for key in keys:  # likewise
                 if not where[key]:
                     del where[key]
@@ -294,6 +297,9 @@ def cells(content: Mapping[str, Any], source: str, config: LabConfig) -> list[Ce
         if not content.get(needed):
             raise ValueError(f"{source}: a matrix must have {needed}")
     scoring = scoring_of(content.get("score", {}), source, config)
+    for name in scoring.longbench:
+        if f"{name}.jsonl" not in content.get("inputs", ()):
+            raise ValueError(f"{source}: inputs must name {name}.jsonl, the documents of longbench's {name}")
     found = sources(content.get("inputs", ()), config)
     made: dict[tuple[Any, ...], Cell] = {}
     names: dict[tuple[Any, ...], tuple[str, str]] = {}
@@ -333,8 +339,12 @@ def both(one: Cell, other: Cell) -> tuple[int, ...]:
 def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scoring:
     check_keys(given, Scoring.__dataclass_fields__, f"{source}, score")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    for name, count in values.get("longbench", {}).items():
+        if type(count) is not int or count < 1 or not dataset_of(name):
+            raise ValueError(f"{source}, score: longbench must give each set a number of documents: {name}: {count!r}")
     if config.samples:
-        values |= {"samples": config.samples, "samples_at": {}}
+        fewer = {name: min(count, config.samples) for name, count in values.get("longbench", {}).items()}
+        values |= {"samples": config.samples, "samples_at": {}, "longbench": fewer}
     made = Scoring(**values)
     if made.edition not in EDITIONS:
         raise ValueError(f"{source}, score: edition must be one of {', '.join(EDITIONS)}: {made.edition!r}")
@@ -342,7 +352,7 @@ def scoring_of(given: Mapping[str, Any], source: str, config: LabConfig) -> Scor
 
 
 BLOCK = {"base", "target", "lengths", "train", "runs", "longest", "document_tokens", "documents", "seeds"}
-RUN = {"arms", "questions", "verify", "seeds"}
+RUN = {"arms", "questions", "verify", "seeds", "lengths"}
 
 
 def block_cells(
@@ -358,9 +368,6 @@ def block_cells(
     if not own and (config.model or not Path(base).is_dir()):
         base = origin.name_of(config.model or base)
     window, target = base_shape(model).window, int(block["target"])
-    lengths = tuple(int(length) for length in block["lengths"])
-    if target not in lengths or window not in lengths:
-        raise ValueError(f"{where}: lengths must hold the window {window} and the target {target}: {list(lengths)}")
     if target <= window or target % window:
         raise ValueError(f"{where}: the target must be a multiple of the window {window}: target={target}")
     rates = read_rates(config.rates)
@@ -368,6 +375,9 @@ def block_cells(
     fewest = {int(tokens): int(count) for tokens, count in block.get("documents", {}).items()}
     for run in block["runs"]:
         check_keys(run, RUN | SETTINGS, f"{where}, run")
+        lengths = tuple(int(length) for length in run.get("lengths", block["lengths"]))
+        if target not in lengths or window not in lengths:
+            raise ValueError(f"{where}: lengths must hold the window {window} and the target {target}: {list(lengths)}")
         for name in run["arms"]:
             if name not in content["arms"]:
                 raise ValueError(f"{where}: no arm has this name: {name!r} of {', '.join(content['arms'])}")

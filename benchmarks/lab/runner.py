@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks import longbench
 from benchmarks.lab import cost, material, matrix
 from benchmarks.lab.config import LabConfig
 from benchmarks.lab.inputs import Inputs, write_rates
@@ -102,11 +103,14 @@ def jobs_of(config: LabConfig, device: str, cells: Sequence[Cell], gpus: int) ->
 
 
 def check_rows(cells: Sequence[Cell], deterministic: bool = True) -> None:
-    """Raises ValueError for an arm whose settings, rows or scaling cannot be, before any is trained."""
+    """Raises ValueError for an arm whose settings, rows or scaling cannot be, before any is trained, and ImportError
+    where what scores a set is not installed."""
     from benchmarks.lab.cells import extended
     from endprompt.config import check_config
     from endprompt.data import row_spec
 
+    for name in {name for cell in cells for name in cell.scoring.longbench}:
+        longbench.score(name, "-", ["Paragraph 1, 段落1"], ["-"])
     for cell in {(cell.base, cell.target, cell.arm): cell for cell in cells}.values():
         config = cell.config(["documents"], "output", deterministic=deterministic)
         try:

@@ -29,6 +29,7 @@ from endprompt.results import read_rows, result_row, write_rows
 from paper_figures.names import QUESTIONS, SAID_BY
 
 SUITE = "lab-question"
+LONGBENCH = "longbench_difference"  # the metric of a difference of means over LongBench's sets
 
 LOSS_MARGIN = 0.05  # mean next-token loss inside the window may move this far (nats per token) and still count as kept
 
@@ -58,10 +59,12 @@ AGREES, DISAGREES = "agrees", "does not agree"
 ALL_SETTINGS = {"base": "all", "fold": None, "scaling": "all", "length": None, "window": None, "target": None}
 
 
-def rows_of(arms: Sequence[Arm]) -> list[Row]:
-    """All estimates, question by question, each with its verdict; in each question, last, its contrasts."""
+def rows_of(arms: Sequence[Arm], on_sets: Sequence[Arm] = ()) -> list[Row]:
+    """All estimates, question by question, each with its verdict; in each question, last, its contrasts. on_sets: the
+    arms with their scores of LongBench, which the same contrasts compare."""
     rows = [row for contrast in contrasts_of(arms) for row in score_rows(contrast)]
     rows += interaction_rows(rows)
+    rows += [r | {"metric": LONGBENCH} for contrast in contrasts_of(on_sets) for r in score_rows(contrast)]
     rows += [row for made in (slope_rows, correlation_rows, cost_rows, window_rows) for row in made(arms)]
     judge(rows)
     spoken = ((claim, [row for row in rows if claim.speaks_of(row)]) for claim in contrasts.CLAIMS)
@@ -327,7 +330,8 @@ def setting_text(row: Row) -> str:
     if row["base"] == "all":
         return "all settings"
     scaling = "all scalings" if row["scaling"] == "all" else SCALINGS.get(row["scaling"], row["scaling"])
-    return f"base {row['base']}, {row['fold']}-fold, {scaling}, length {row['length']}"
+    where = "LongBench, cut to" if row["metric"] == LONGBENCH else "length"
+    return f"base {row['base']}, {row['fold']}-fold, {scaling}, {where} {row['length']}"
 
 
 def estimate_text(row: Row) -> str:
@@ -397,32 +401,13 @@ def write(run: str | Path) -> list[Row]:
     """Answer the questions from a run directory; writes questions.jsonl into it, anew, and returns its rows. Raises
     ValueError if results.jsonl has no scores of a lab or rows that must not be compared."""
     run, path = Path(run), Path(run, "scores.jsonl")
-    arms = arms_of(read_rows(run / "results.jsonl"), [r for _, r in read_json_lines(path)] if path.is_file() else ())
+    rows, samples = read_rows(run / "results.jsonl"), [r for _, r in read_json_lines(path)] if path.is_file() else []
+    arms, on_sets = (arms_of(rows, samples, suite) for suite in ("ruler", "longbench"))
     if not arms:
         raise ValueError(f"{run / 'results.jsonl'}: the questions need a lab's rows of suite 'ruler'; found none")
-    found = rows_of(arms)
+    found = rows_of(arms, on_sets)
     write_rows(run / "questions.jsonl", found)
     return found
-
-
-def compare(first: str | Path, second: str | Path) -> list[Row]:
-    """Verdicts of two runs side by side, for every estimate that either has. A line each: task, metric, method, base,
-    fold, scaling, length, source, claim, `first` and `second` (the verdicts, None where a run lacks it; for a claim
-    whether it holds: agrees, does not agree, not decided), `same`. A claim is one and the same whatever settings and
-    arms a run answers it from. Raises OSError if a run has no questions.jsonl."""
-    keys = ("task", "metric", "family", "method", "base", "fold", "scaling", "length", "against", "source", "claim")
-
-    def key(row: Row) -> tuple[Any, ...]:
-        kept = ("task", "metric", "source", "claim") if row["metric"] == "claim" else keys
-        return tuple(row.get(k) if k in kept else None for k in keys)
-
-    sides = [{key(row): row for row in read_rows(Path(run) / "questions.jsonl")} for run in (first, second)]
-    out = []
-    for found in dict.fromkeys([*sides[0], *sides[1]]):
-        both = (side.get(found) for side in sides)
-        a, b = (row and row["agrees" if row["metric"] == "claim" else "verdict"] for row in both)
-        out.append({**dict(zip(keys, found)), "first": a, "second": b, "same": a == b})
-    return out
 
 
 def table(rows: Sequence[Row]) -> Table:

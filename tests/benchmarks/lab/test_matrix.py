@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.lab import material, matrix
+from benchmarks.lab import cost, material, matrix
 from benchmarks.lab.config import LabConfig
 from tests.support.lab_rows import packed_rows
 
@@ -77,6 +77,29 @@ def test_documents_are_shared_by_all_arms_of_a_row_length_and_seed():
     assert {cell.documents for cell in cells if cell.arm == "short+linear"} == {4 * 8}
     other = next(cell for cell in cells if cell.arm == "short+linear" and cell.seed == 0)
     assert material.parts(other) != files["short+linear"]
+
+
+def test_a_run_may_be_scored_at_lengths_of_its_own_and_its_loss_is_taken_from_the_same_texts():
+    text = MATRIX.replace(
+        "arms: [full], scaling: linear}", "arms: [full], scaling: linear, lengths: [256, 2048, 4096]}"
+    )
+    cells = {cell.arm: dataclasses.replace(cell, sources={"held_out": "a"}) for cell in made(text) if cell.seed == 0}
+    lengths = {arm: sorted({item.length for item in material.samples(cell)}) for arm, cell in cells.items()}
+    assert lengths.pop("full+linear") == [256, 2048, 4096] and {*map(tuple, lengths.values())} == {(256, 2048)}
+    assert len({material.held_out(cell) for cell in cells.values()}) == 1
+
+
+@pytest.mark.parametrize(("arm", "measured"), [("untrained+yarn", 77.0), ("recall+yarn", 126.7)])
+def test_a_published_cell_takes_what_it_was_seen_to_take(tmp_path, arm, measured):
+    """SmolLM2-135M's shape; seconds of cells of smollm2-small on an H200, means over the seeds."""
+    about = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9}
+    about |= {"num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}
+    about |= {"max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    config = LabConfig(preset="smollm2-small", model=str(tmp_path), dry_run=True)
+    cells = matrix.cells(matrix.read_matrix(matrix.presets()["smollm2-small"]), "m", config)
+    cell = next(cell for cell in cells if cell.arm == arm)
+    assert cost.seconds(cell, "cuda") == pytest.approx(measured, rel=0.2)
 
 
 def test_samples_are_shared_by_all_arms_of_a_seed():
@@ -164,7 +187,7 @@ def test_only_refuses_what_it_does_not_know_or_what_leaves_nothing(only):
         ("base: 256\n", "base: 257\n", "base must be one of 256, 512"),
         (", method: full}", "}", "same method in the rows"),
         ("scaling: linear, steps", "scaling: linear, step", "unknown key 'step'"),
-        ("target: 2048\n", "target: 2000\n", "lengths must hold"),
+        ("target: 2048\n", "target: 2000\n", "must be a multiple of the window 256"),
     ],
 )
 def test_a_wrong_matrix_is_refused_by_file_and_key(old, new, message):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.lab import estimates, material, matrix, verdicts
+from benchmarks.lab.again import compare
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.config import LabConfig
 from benchmarks.ruler import build_samples
@@ -167,7 +168,7 @@ def test_two_runs_end_as_the_page_says(runs, second, column, section, end):
     """How many claims and estimates end alike, that none is reversed, and each that differs with its interval."""
     page = part("docs/lab.md", section, end)
     said = {name: cells[column] for name, cells in counts().items() if len(cells) == 2}
-    lines = verdicts.compare(runs / "0-9", runs / second)
+    lines = compare(runs / "0-9", runs / second)
     judged = [line for line in lines if line["metric"] == "claim"]
     others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
     same = sum(line["same"] for line in judged)
@@ -254,7 +255,7 @@ def test_the_whole_preset_was_run_twice_with_the_same_rows_and_verdicts(again, r
     assert [row.get("gpu_seconds") for row in again] != [row.get("gpu_seconds") for row in more]  # not a copy
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     verdicts.write(tmp_path)
-    lines = verdicts.compare(runs / "again", tmp_path)
+    lines = compare(runs / "again", tmp_path)
     claims = [line for line in lines if line["metric"] == "claim"]
     others = [line for line in lines if line["metric"] != "claim" and line["first"] and line["second"]]
     changed = [line for line in others if not line["same"]]

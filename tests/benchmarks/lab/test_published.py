@@ -12,23 +12,30 @@ import torch.nn.functional as F
 import yaml
 
 from benchmarks.base import documents
+from benchmarks.lab import again, inputs, material, matrix, predict, runner
 from benchmarks.lab import cells as cell_runs
-from benchmarks.lab import inputs, material, matrix, predict, runner
+from benchmarks.lab.arms import arms_of
 from benchmarks.lab.config import LabConfig
+from benchmarks.scoring import ScoreConfig
+from benchmarks.scoring.suite import suite_of
+from benchmarks.scoring.units import Asker
 from endprompt.data.shards import read_shard, tokenizer_sha256
 from endprompt.model import load_model, load_tokenizer
 from endprompt.results import append_rows, read_rows
 from tests.benchmarks.lab.test_runner import make_base
+from tests.support.longbench_fixtures import documents as set_documents
+from tests.support.longbench_fixtures import jsonl
 from tests.support.processes import forked_workers
+from tests.support.runs import lines_of
 
 MATRIX = {
-    "inputs": ["documents", "held_out", "PaulGrahamEssays.json"],
+    "inputs": ["documents", "held_out", "PaulGrahamEssays.json", "triviaqa.jsonl"],
     "retrieval": 0.5,
     "seeds": [7],
     "train": {"steps": 2, "warmup": 1, "rows": 2, "lr": 1e-3},
     "score": {
         "tasks": ["niah_single_2"], "samples": 2, "samples_at": {512: 1}, "loss_rows": 2, "bins": 4, "hops": 3,
-        "shots": 0,
+        "shots": 0, "longbench": {"triviaqa": 3},
     },
     "arms": {"base": {"train": False}, "pose": {"scheme": "pose"}},
     "blocks": [
@@ -58,6 +65,10 @@ def place(tmp_path_factory):
     (folder / "data").mkdir()
     essays = " ".join(documents.sample_haystack_sentences())
     (folder / "data" / "PaulGrahamEssays.json").write_text(json.dumps({"text": essays}))
+    # Random weights say the prompt's last word over and over
+    asked = zip(set_documents("triviaqa"), ("we and", "we of", "we to"))
+    items = [one | {"input": last, "answers": ["and and", "of"]} for one, last in asked]
+    (folder / "data" / "triviaqa.jsonl").write_bytes(jsonl(items))
     (folder / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
     return folder
 
@@ -119,6 +130,74 @@ def test_the_loss_by_length_and_position_is_transformers_own(run, place):
     assert base["loss_by_position", 257]["value"] == pytest.approx(each[128:256].mean(), rel=1e-5)
 
 
+def test_longbench_is_scored_on_the_prompts_of_score_as_transformers_answers_them(run, place):
+    """The base with its own window, an extended arm with the target's; the answers by transformers' generate()."""
+    _, rows = run
+    lines = lines_of(place / "run" / "scores.jsonl")
+    found = {row["method"]: row for row in rows if row["suite"] == "longbench"}
+    assert {method: row["length"] for method, row in found.items()} == {
+        "base": 256, "pose+lr-0.01+yarn": 512, "pose+yarn": 512,
+    }  # fmt: skip
+    model, tokenizer = load_model(place / "published"), load_tokenizer(place / "published")
+    asked = ScoreConfig(
+        str(place / "published"), suite="longbench", tasks=["triviaqa"], samples=3, data_dir=str(place / "data"),
+        cache_dir=str(place / "prompts"),
+    )  # fmt: skip
+    (unit,) = suite_of(asked).units(Asker(asked, model.config, tokenizer))
+    scores = []
+    for sample in unit.samples:
+        ids = torch.tensor([tokenizer(sample["input"])["input_ids"]])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+        text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        scores.append(100 * unit.score(sample, text))
+    base = found["base"]
+    assert scores == pytest.approx([200 / 17, 200 / 33, 0])  # F1 of 32 words with the answer's two, or one
+    assert base["value"] == pytest.approx(np.mean(scores)) and base["n"] == 3
+    assert base["samples_sha256"] == unit.sha256 and base["n_truncated"] == unit.n_truncated == 3
+    assert (base["metric"], base["category"]) == ("qa_f1", "few_shot")
+    (line,) = (line for line in lines if line["suite"] == "longbench" and line["method"] == "base")
+    assert line["scores"] == pytest.approx(scores, abs=0.01)
+    for arm in arms_of(rows, lines):  # the scores of RULER stand by themselves
+        assert {task for tasks in arm.samples.values() for task in tasks} == {"niah_single_2"}
+    bases = [
+        arm.scores for suite in ("ruler", "longbench") for arm in arms_of(rows, lines, suite) if arm.kind == "base"
+    ]
+    assert bases[0].keys() == {256, 512} and bases[1] == {256: {7: base["value"]}}
+
+
+def test_a_second_training_is_held_to_the_first_sample_by_sample(run, place, tmp_path):
+    _, rows = run
+    shutil.copytree(place / "run", tmp_path / "again", ignore=shutil.ignore_patterns("*.lock"))
+    lines = lines_of(place / "run" / "scores.jsonl")
+    changed = next(line for line in lines if line["arm"] == "pose+yarn@lr=0.01" and line["suite"] == "longbench")
+    changed["scores"] = [score + more for score, more in zip(changed["scores"], (6.0, 0.0, 0.0))]
+    (tmp_path / "again" / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = again.repeated(place / "run", tmp_path / "again")
+    assert len(made) == 3 * 3  # three cells, RULER at two lengths and LongBench at one
+    (other,) = (row for row in made if row["value"])
+    assert other["value"] == pytest.approx(2) and other["changed"] == pytest.approx(100 / 3)
+    assert other["ci95"] == [0, 6] and (other["task"], other["method"]) == ("longbench", changed["arm"])
+    text = (tmp_path / "again" / "results.jsonl").read_text()
+    digest = next(row["samples_sha256"] for row in rows if row["suite"] == "longbench")
+    (tmp_path / "again" / "results.jsonl").write_text(text.replace(digest, "0" * 64))
+    with pytest.raises(ValueError, match="must have the same samples_sha256"):
+        again.repeated(place / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("longbench", "inputs", "said"),
+    [
+        ({"lccc": 3}, [], "did you mean lcc"),
+        ({"lcc": 0}, ["lcc.jsonl"], "must give each set a number of documents: lcc: 0"),
+        ({"lcc": 3}, [], "m: inputs must name lcc.jsonl"),
+    ],
+)
+def test_sets_that_cannot_be_scored_are_one_line(place, longbench, inputs, said):
+    content = MATRIX | {"inputs": inputs, "score": {"longbench": longbench}}
+    with pytest.raises(ValueError, match=said):
+        matrix.cells(content, "m", config_of(place))
+
+
 def test_training_reads_the_given_documents_and_the_share_of_questions(run, place):
     config, _ = run
     cell = next(cell for cell in cells_of(config) if cell.trained)
@@ -150,10 +229,10 @@ def test_an_interrupted_cell_goes_on_behind_its_training_and_its_scored_tasks(pl
     with pytest.raises(pytest.fail.Exception):  # nothing is taken over of what was computed in another way
         cell_runs.run(cell, dataclasses.replace(spot, deterministic=False, output=other))
     monkeypatch.setattr(
-        cell_runs, "scored", lambda cell, item, *rest: calls.append(item.length) or real(cell, item, *rest)
+        cell_runs, "scored", lambda cell, item, *rest: calls.append(item.task) or real(cell, item, *rest)
     )
     made = cell_runs.run(cell, spot)
-    assert calls == [512]
+    assert calls == ["niah_single_2", "triviaqa"]
     before = {(r["task"], r["length"]): r["value"] for r in rows if r["cell"] == cell.sha256}
     assert {(r["task"], r["length"]): r["value"] for r in made.rows} == pytest.approx(before)
     assert not list((tmp_path / "unfinished").iterdir())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.lab import contrasts, estimates, verdicts
+from benchmarks.lab import again, contrasts, estimates, verdicts
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.estimates import BOTH_FAIL, HELPS, HURTS, OPEN, SAME
 from tests.support.lab_rows import BASE, Made, lab_run, made_rows, write_lines
@@ -392,13 +392,32 @@ def test_the_whole_plan_is_answered_twice_alike(tmp_path):
     lines = (run / "results.jsonl").read_text().splitlines(keepends=True)
     (turned / "results.jsonl").write_text("".join(reversed(lines)))
     verdicts.write(turned)
-    told = [line for line in verdicts.compare(run, turned) if line["metric"] == "claim"]
+    told = [line for line in again.compare(run, turned) if line["metric"] == "claim"]
     assert len(told) > 15 and all(line["first"] and line["second"] for line in told), "known by its words"
     changed = lab_run(tmp_path / "third", bases=((256, 8),), seeds=[0])
     verdicts.write(changed)
-    told = verdicts.compare(run, changed)
+    told = again.compare(run, changed)
     assert any(line["second"] is None for line in told)
     assert any(line["first"] == HELPS != line["second"] for line in told)
+
+
+def test_longbench_has_differences_of_its_own_and_changes_no_others(tmp_path):
+    rows, _ = made_rows([BASE, CONTROL, fixed(41.0)])
+    write_lines(tmp_path / "results.jsonl", rows)
+    before = verdicts.write(tmp_path)
+    target = [row for row in rows if row["task"] == "vt" and row["length"] == 2048 and row["steps"]]
+    for name, moved in (("qasper", 1.0), ("lcc", -1.0)):
+        for row in target:
+            value = 30 + moved + row["seed"] + (12 + 0.5 * (row["seed"] - 2)) * (row["scheme"] == "endprompt")
+            rows.append(row | {"suite": "longbench", "task": name, "metric": "qa_f1", "value": value, "ci95": None})
+    write_lines(tmp_path / "results.jsonl", rows)
+    found = verdicts.write(tmp_path)
+    assert [row for row in found if row["metric"] != verdicts.LONGBENCH] == before
+    row = pick(found, metric=verdicts.LONGBENCH, family=contrasts.ANCHOR)
+    half = stats.t.ppf(0.975, 4) * np.std([-1.0, -0.5, 0.0, 0.5, 1.0], ddof=1) / np.sqrt(5)
+    assert row["value"] == pytest.approx(12) and row["ci95"] == pytest.approx([12 - half, 12 + half])
+    assert row["verdict"] == HELPS and "LongBench, cut to 2048" in row["sentence"]
+    assert row["scores"] == pytest.approx([44, 32])
 
 
 def test_the_table_names_every_claim(tmp_path):
