@@ -125,13 +125,11 @@ class ReportConfig:
     Args:
         runs: run directories (of extend, score, verify, demo, lab), or files of result rows.
         output: the page; report.html in the first run if not given.
-        reference: method that the others are compared with; the first contiguous one if not given.
         open: open the page in a browser.
     """
 
     runs: list[str]
     output: str | None = None
-    reference: str | None = None
     open: bool = False
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -57,26 +57,20 @@ Series = tuple[str, Sequence[Point]]  # a line's name and its points
 class Chart:
     """A figure of matplotlib and what its marks say."""
 
-    def __init__(self, height: float, left: float = 44, top: float = 22, bottom: float = 40):
+    def __init__(self) -> None:
+        height, left, top, bottom = 220, 44, 22, 40
         self.figure = Figure(figsize=(WIDTH / 72, height / 72))
         sides = (left / WIDTH, bottom / height, (WIDTH - left - 12) / WIDTH, (height - top - bottom) / height)
         self.axes = self.figure.add_axes(sides)
         self.axes.spines[["left", "top", "right"]].set_visible(False)
         self.spoken: dict[str, tuple[str, str]] = {}
 
-    def value(self, artist: Any, spoken: str, kind: str = "mark") -> None:
-        """The artist can be reached and says this."""
-        artist.set_gid(f"value-{len(self.spoken)}")
-        artist.set_clip_on(False)
-        self.spoken[artist.get_gid()] = kind, spoken
-
-    def point(self, x: float, y: float, style: int, spoken: str, kind: str = "mark", **more: Any) -> None:
+    def point(self, x: float, y: float, style: int, spoken: str, kind: str, **more: Any) -> None:
+        """A mark that can be reached and says this."""
         look: dict[str, Any] = {"marker": MARKERS[style % STYLES], "color": colour(style), "markersize": 8, **more}
-        (artist,) = self.axes.plot([x], [y], markeredgecolor=COLOURS["card"], markeredgewidth=0.8, **look)
-        self.value(artist, spoken, kind)
-
-    def limit(self, x: float, top: float = 1.0) -> None:
-        self.axes.axvline(x, ymax=top, color=COLOURS["limit"], linewidth=1.2, linestyle=(0, (4, 3)))
+        look |= {"markeredgecolor": COLOURS["card"], "markeredgewidth": 0.8, "gid": f"value-{len(self.spoken)}"}
+        self.axes.plot([x], [y], clip_on=False, **look)
+        self.spoken[look["gid"]] = kind, spoken
 
     def svg(self, title: str, description: str, key: str) -> Markup:
         """The picture with its name and description. key: unique in the page, for their ids."""
@@ -149,7 +143,7 @@ def lines(
     side by side that share a length; if not, curves of many points, such as a loss, some of which can be reached one by
     one."""
     with rc_context(SETTINGS):
-        chart = Chart(220)
+        chart = Chart()
         axes = chart.axes
         apart = min(5.0, 26.0 / len(series)) / 72
         for style, (_, points) in enumerate(series):
@@ -172,7 +166,7 @@ def lines(
             axes.set_xticks(shown, [tokens(x) for x in shown])
             axes.xaxis.set_minor_locator(NullLocator())
             if window and lengths[0] < window < lengths[-1]:
-                chart.limit(window)
+                axes.axvline(window, color=COLOURS["limit"], linewidth=1.2, linestyle=(0, (4, 3)))
         else:
             axes.margins(x=0, y=0.06)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
@@ -189,49 +183,3 @@ def thinned(values: Sequence[Any], most: int) -> list[Any]:
     if len(values) <= most:
         return list(values)
     return [values[round(k * (len(values) - 1) / (most - 1))] for k in range(most)]
-
-
-def scheme(
-    title: str,
-    draws: Sequence[Sequence[tuple[int, int, bool]]],
-    target: int,
-    window: int,
-    observed: Iterable[tuple[int, int]],
-    key: str,
-) -> Markup:
-    """Position ids of a row, and the relative distances that such rows show. draws: for each row drawn the runs of
-    consecutive position ids, inclusive, and whether a run is the end prompt. observed: intervals of distance."""
-    thick = 14 if len(draws) == 1 else 7
-    bottom = 20 + (thick + 3) * len(draws)
-    with rc_context(SETTINGS):
-        chart = Chart(bottom + 68, left=12, top=0, bottom=68)
-        axes = chart.axes
-        axes.set(xlim=(0, target), ylim=(bottom, 0))
-        axes.set_yticks([])
-        names = ["0" if window > target / 10 else "", tokens(window), tokens(target)]
-        axes.set_xticks([0, window, target], names)
-        first, *_, last = axes.get_xticklabels()
-        first.set_horizontalalignment("left")
-        last.set_horizontalalignment("right")
-
-        def bar(lo: int, hi: int, y: float, height: float, style: int, spoken: str) -> None:
-            wide = max(hi + 1 - lo, 2 * target / (WIDTH - 24))
-            (made,) = axes.barh([y], [wide], height, left=lo, align="edge", color=colour(style))
-            chart.value(made, spoken)
-
-        axes.text(0, 12, "positions of a row" if len(draws) == 1 else "positions, a line a row")
-        for number, runs in enumerate(draws):
-            y = 20 + (thick + 3) * number
-            axes.axhline(y + thick / 2, color=COLOURS["line"], linewidth=1, zorder=0)
-            for lo, hi, terminal in runs:
-                spoken = f"{'end prompt' if terminal else 'context'}: positions {lo:,} to {hi:,}"
-                bar(lo, hi, y, thick, int(terminal), spoken)
-        chart.limit(window, 1 - 16 / bottom)
-        axes.text(0, bottom + 40, "distances that such rows show")
-        y = bottom + 48
-        axes.barh([y], [target], 14, align="edge", fill=False, edgecolor=COLOURS["line"], clip_on=False)
-        for lo, hi in observed:
-            bar(lo, hi, y, 14, 2, f"observed distances {lo:,} to {hi:,}")
-        axes.set(xlim=(0, target), ylim=(bottom, 0))
-        said = "Where the tokens of a training row stand, and which distances between tokens that shows."
-        return chart.svg(title, said + " The numbers are in the table below.", key)

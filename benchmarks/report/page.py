@@ -16,26 +16,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.observability import distance_segments
-from analysis.observability import runs as stretches
 from benchmarks.report import charts
 from benchmarks.report import runs as report_data
 from benchmarks.report.charts import Point, tokens
 from benchmarks.report.runs import MEANS, Facet, Part, Run, number
-from endprompt import positions
 from endprompt.files import write_text
 
 if TYPE_CHECKING:
     from benchmarks.config import ReportConfig
 
 DUMP = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-DRAWS, SCHEMES = 6, 16  # rows drawn of a scheme that draws its positions, and schemes drawn
 #: Points of a loss curve; wrong predictions shown of a task and length, and in all of one scoring.
 CURVE, WRONG, SHOWN = 400, 3, 60
 BOUNDS = {
@@ -49,11 +44,11 @@ BOUNDS = {
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the page; returns its path. Raises ValueError for a run that is none, or an unknown reference."""
+    """Write the page; returns its path. Raises ValueError for a run that is none."""
     runs = report_data.read_runs(config.runs)
     first = runs[0].path
     output = Path(config.output or (first / "report.html" if first.is_dir() else first.with_suffix(".html")))
-    page = render(runs, config.reference)
+    page = render(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page)
     return output
@@ -66,22 +61,16 @@ def show(page: Path) -> None:
     webbrowser.open(page.resolve().as_uri())
 
 
-def render(runs: Sequence[Run], reference: str | None = None) -> str:
+def render(runs: Sequence[Run]) -> str:
     """The page as text: the same for the same runs."""
-    facets = report_data.facets(runs)
-    if reference is not None and not any(report_data.choose_reference(facet, reference) for facet in facets):
-        names = sorted({label for facet in facets for label in facet.methods})
-        raise ValueError(f"reference must be a method of the runs: reference={reference!r}, they have {names}")
     parts = [(name_of(run, part), run, part) for run in runs for part in run.parts]
     return rendered(
         "report.html",
         runs=runs,
         parts=parts,
         about_run=about_run,
-        schemes=drawn_schemes(runs),
         losses=loss_charts(parts),
-        facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(facets)],
-        comparisons=[view for facet in facets if (view := comparison(facet, reference))],
+        facets=[facet_view(facet, f"f{index}") for index, facet in enumerate(report_data.facets(runs))],
         heat_maps=[view for _, run, part in parts for view in heat_maps(run, part, len(runs) > 1)],
         bounds=bounds(runs),
         others=report_data.others(runs),
@@ -144,69 +133,6 @@ def about_run(run: Run) -> dict[str, Any]:
     }
 
 
-def drawn_schemes(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A picture for each way in which the runs lay out their rows, with the methods that do."""
-    wanted: dict[tuple[Any, ...], dict[Any, None]] = {}
-    for run in runs:
-        for key, method in layouts(run):
-            wanted.setdefault(key, {})[method] = None
-    views = [(drawn_scheme(key, f"p{index}"), [*wanted[key]]) for index, key in enumerate([*wanted][:SCHEMES])]
-    return [view | {"methods": methods} for view, methods in views if view]
-
-
-def layouts(run: Run) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """((scheme, context, prompt, target, anchors), method), as a training says it of itself, else as rows do."""
-    known: set[Any] = set()
-    for own in ([{**(part.about.get("config") or {}), **part.about} for part in run.parts], run.rows):
-        found = {(key, row.get("method")) for row in own if row.get("method") not in known and (key := layout_of(row))}
-        known |= {method for _, method in found}
-        yield from sorted(found)
-
-
-def layout_of(row: dict[str, Any]) -> tuple[Any, ...] | None:
-    """None if the row leaves one of the sizes open."""
-    row = {"anchors": 4, **{key: value for key, value in row.items() if value is not None}}
-    if all(number(row.get(key)) for key in ("row_tokens", "prompt_tokens", "target")):
-        sizes = [row["row_tokens"] - row["prompt_tokens"], row["prompt_tokens"], row["target"]]
-    else:
-        sizes = [row.get(key) for key in ("context", "prompt", "length")]
-    sizes.append(row["anchors"])
-    return (row["scheme"], *map(int, sizes)) if "scheme" in row and all(map(number, sizes)) else None
-
-
-def drawn_scheme(key: tuple[Any, ...], name: str) -> dict[str, Any] | None:
-    """Picture and numbers of one layout; None if its sizes fit no row of the scheme."""
-    scheme, context, prompt, target, anchors = key
-    options = {"count": anchors} if scheme == "anchors" else {}
-    drawn: list[list[tuple[int, int, bool]]] = []
-    try:
-        for index in range(DRAWS):
-            rng = positions.sample_rng(0, index)
-            ids = positions.position_ids(scheme, context, prompt, target, rng, **options)
-            parts = ((ids[:context], False), (ids[context:], True))
-            # stretches of consecutive position ids
-            drawn.append(
-                [(*run, last) for part, last in parts for run in stretches(np.bincount(part, minlength=target) > 0)]
-            )
-        observed, gap = distance_segments(target, context, prompt, scheme, count=anchors)
-    except ValueError:
-        return None
-    fixed = all(runs == drawn[0] for runs in drawn)
-    drawn = drawn[:1] if fixed else drawn
-    numbers = [("context", f"{context:,} tokens"), ("end prompt", f"{prompt:,} tokens" if prompt else "none")]
-    for index, runs in enumerate(drawn):
-        numbers.append(("positions" if fixed else f"positions, row {index}", spans([run[:2] for run in runs])))
-    numbers += [("observed distances", spans(observed)), ("gap", spans(gap) or "none")]
-    title = f"{scheme}, {tokens(context + prompt)} to {tokens(target)}"
-    return {"title": title, "svg": charts.scheme(title, drawn, target, context + prompt, observed, name),
-            "numbers": numbers}  # fmt: skip
-
-
-def spans(intervals: Sequence[tuple[int, int]], most: int = 8) -> str:
-    shown = ", ".join(f"{lo:,}–{hi:,}" if hi > lo else f"{lo:,}" for lo, hi in intervals[:most])
-    return shown + (f" and {len(intervals) - most} more" if len(intervals) > most else "")
-
-
 def loss_charts(parts: Sequence[tuple[str, Run, Part]]) -> list[tuple[list[str], Markup, list[Any]]]:
     """(names, picture, numbers by name) of training loss against steps, as many curves as can be told apart."""
     series = []
@@ -231,7 +157,7 @@ def chunks(series: Sequence[Any]) -> list[list[Any]]:
 
 def facet_view(facet: Facet, key: str) -> dict[str, Any]:
     """Charts of each task, the numbers behind them and averages, of one base and fold."""
-    groups = chunks([*facet.methods])
+    groups = chunks(facet.methods)
     mean = [MEANS] if len(facet.tasks) > 1 else []
     drawn = [*mean, *facet.tasks] if len(groups) == 1 else mean or facet.tasks
     labels = ("length (tokens)", "score (percent)")
@@ -245,12 +171,12 @@ def facet_view(facet: Facet, key: str) -> dict[str, Any]:
                 svg = charts.lines(title, series, labels, name, scores=True, window=facet.window)
                 pictures.append((task, svg))
         views.append((group, pictures))
-    sizes = sorted({row["n"] for rows in facet.rows.values() for row in rows.values() if row["n"]})
+    sizes = facet.samples
     return {
         "facet": facet,
         "groups": views,
         "columns": [*facet.tasks, *mean],
-        "places": [(m, length) for m in facet.methods for length in sorted({p[2] for p in facet.rows if p[0] == m})],
+        "places": [(m, length) for m in facet.methods for length in sorted({p[2] for p in facet.cells if p[0] == m})],
         "samples": " to ".join(f"{size:,.0f}" for size in dict.fromkeys([sizes[0], sizes[-1]])) if sizes else "",
         "averages": report_data.averages(facet),
     }
@@ -259,15 +185,6 @@ def facet_view(facet: Facet, key: str) -> dict[str, Any]:
 def points_of(facet: Facet, method: str, task: str) -> list[Point]:
     cells = [(length, facet.cells.get((method, task, length))) for length in facet.lengths]
     return [Point(n, *one, f"{method}, {task}, {n:,} tokens: {one}") for n, one in cells if one]
-
-
-def comparison(facet: Facet, reference: str | None) -> dict[str, Any] | None:
-    """Differences to the reference by method; for many methods those at the longest length only."""
-    found, cut = report_data.differences(facet, reference), len(facet.methods) > charts.STYLES
-    if cut:
-        found = [one for one in found if one.length == facet.lengths[-1]]
-    methods = {one.other: [other for other in found if other.other == one.other] for one in found}
-    return {"title": facet.title, "reference": found[0].reference, "methods": methods, "cut": cut} if found else None
 
 
 def heat_maps(run: Run, part: Part, several: bool) -> Iterator[tuple[str, list[int], list[Any]]]:

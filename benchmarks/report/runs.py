@@ -7,7 +7,6 @@ verifications, four scorings), or a file of rows alone. Nothing here draws.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import pandas as pd
 from benchmarks import summary
 from endprompt.files import sound_lines
 from endprompt.results import REQUIRED
-from paper_figures.averages import average, over_seeds
+from paper_figures.averages import average
 
 #: Folders of a run that hold no part of it, and how deep parts lie.
 NO_PARTS = ("states", "samples", "figures", "tensorboard", "wandb")
@@ -207,26 +206,25 @@ class Cell(typing.NamedTuple):
 
 @dataclass
 class Facet:
-    """Methods that belong in one picture: those of one base and one fold. methods: label -> name. rows: (label, task,
-    length) -> seed -> row, each with the `parts` of its run. cells: by the same keys, and for the task MEANS where all
-    tasks were run."""
+    """Methods that belong in one picture: those of one base and one fold. samples: the numbers of samples of their
+    rows. cells: by method, task and length, and for the task MEANS where all tasks were run."""
 
     title: str
-    methods: dict[str, str]
+    methods: list[str]
     tasks: list[str]
     lengths: list[int]
     window: int | None
-    rows: dict[tuple[str, str, int], dict[int, Row]]
+    samples: list[float]
     cells: dict[tuple[str, str, int], Cell]
 
 
 def facets(runs: Sequence[Run]) -> list[Facet]:
     """RULER's rows by base and fold, and in each by method; methods of one name are told apart by what differs."""
     columns = ["base", "fold", "model", "method", *APART, "run_sha256", "window", "task", "length", "seed", "value"]
-    columns += ["n", "samples_sha256", "run", "parts", "origin", "lo", "hi"]
+    columns += ["n", "run", "origin", "lo", "hi"]
     found = []
     for run in runs:
-        about = {"run": run.name, "parts": run.parts, "origin": run.name}
+        about = {"run": run.name, "origin": run.name}
         for row in (row for row in run.rows if row["suite"] == "ruler" and row["length"]):
             found.append(row | about | dict(zip(("lo", "hi"), row["ci95"] or (math.nan, math.nan))))
     every = pd.DataFrame(found, columns=columns, dtype=object)
@@ -240,16 +238,13 @@ def facet_of(rows: pd.DataFrame) -> Facet:
     tasks, (base, fold) = list(rows["task"].unique()), rows[["base", "fold"]].iloc[0]
     windows = {int(window) for window in rows["window"] if number(window)}
     words = [f"base {base}" if base else "", f"{fold}-fold" if fold else ""]
-    by_cell: dict[tuple[str, str, int], dict[int, Row]] = {}
-    for row in rows.to_dict("records"):
-        by_cell.setdefault((row["label"], row["task"], row["length"]), {})[row["seed"]] = row
     return Facet(
         title=", ".join(filter(None, words)),
-        methods=dict(zip(rows["label"], rows["method"])),
+        methods=list(rows["label"].unique()),
         tasks=tasks,
         lengths=sorted(map(int, rows["length"].unique())),
         window=windows.pop() if len(windows) == 1 else None,
-        rows=by_cell,
+        samples=sorted({size for size in rows["n"] if size}),
         cells=cells_of(rows.assign(method=rows["label"]), len(tasks)),
     )
 
@@ -288,78 +283,12 @@ def averages(facet: Facet) -> list[tuple[str, dict[str, float]]]:
     """RULER's own averages over the lengths of each method that has several, by their metrics."""
     found = []
     for label in facet.methods:
-        cells = {place[1:]: facet.cells[place].value for place in facet.rows if place[0] == label}
-        rows = [{"suite": "ruler", "task": task, "length": n, "value": value} for (task, n), value in cells.items()]
+        own = [(*place[1:], cell.value) for place, cell in facet.cells.items() if place[0] == label]
+        rows = [{"suite": "ruler", "task": t, "length": n, "value": value} for t, n, value in own if t != MEANS]
         made = {row["metric"]: row["value"] for row in summary.ruler_summary(rows) if row["length"] is None}
         if made and len({row["length"] for row in rows}) > 1:
             found.append((label, made))
     return found
-
-
-class Difference(typing.NamedTuple):
-    """other - reference in points of percent; how: what the interval rests on."""
-
-    reference: str
-    other: str
-    task: str
-    length: int
-    value: float
-    low: float
-    high: float
-    how: str
-
-
-def differences(facet: Facet, reference: str | None) -> list[Difference]:
-    """Each method against the reference: by default the first contiguous one, else the first that is not the base.
-    Paired by sample where both runs kept predictions of the same prompts; else paired by training seed where two seeds
-    or more share their samples; else from the two intervals (Newcombe's hybrid), which knows no pairs."""
-    chosen = choose_reference(facet, reference)
-    places = itertools.product(facet.methods, facet.lengths, facet.tasks)
-    return [
-        difference(facet, chosen, label, task, length)
-        for label, length, task in places
-        if chosen not in (None, label) and {(chosen, task, length), (label, task, length)} <= facet.rows.keys()
-    ]
-
-
-def choose_reference(facet: Facet, name: str | None) -> str | None:
-    """Label of the method of this name, or of the one that is compared with by default."""
-    if name is not None:
-        return next((label for label, method in facet.methods.items() if name in (method, label)), None)
-    trained = [label for label, m in facet.methods.items() if m != "base" and not m.startswith("untrained")]
-    return next((label for label in trained if label.startswith("contiguous")), [*trained, *facet.methods][0])
-
-
-def difference(facet: Facet, first: str, second: str, task: str, length: int) -> Difference:
-    """second - first on one task at one length, which both have."""
-    one, other = facet.rows[first, task, length], facet.rows[second, task, length]
-    about = (first, second, task, length)
-    seeds = sorted(one.keys() & other.keys())
-    same = [s for s in seeds if one[s]["samples_sha256"] and one[s]["samples_sha256"] == other[s]["samples_sha256"]]
-    if len(same) > 1:
-        between = over_seeds([other[seed]["value"] - one[seed]["value"] for seed in same])
-        return Difference(*about, *between, f"paired by seed, {len(same)} seeds")
-    if same:
-        left, right = scores(one[same[0]]), scores(other[same[0]])
-        if left and left.keys() == right.keys():
-            order = sorted(left)
-            paired = summary.paired_difference([left[i] for i in order], [right[i] for i in order])
-            low, high = paired["ci95"]
-            if low < high:  # alike differences give a bootstrap nothing to draw from
-                return Difference(*about, paired["value"], low, high, f"paired by sample, {paired['n']} samples")
-    a, b = facet.cells[first, task, length], facet.cells[second, task, length]
-    low, high = summary.newcombe(a.value, (a.low, a.high), b.value, (b.low, b.high))
-    return Difference(*about, b.value - a.value, low, high, "not paired" if low == low else "no interval")
-
-
-def scores(row: Row) -> dict[tuple[int, str], float]:
-    """{(index, prompt's sha256): score} of a row, from the predictions that its run kept; empty if it kept none."""
-    for part in row["parts"]:
-        place = f"{row['task']}@{row['length']}", row["run_sha256"]
-        own = [entry for entry in part.predictions if (entry["task"], entry.get("run")) == place]
-        if own:
-            return {(entry["index"], entry["prompt_sha256"]): float(entry["score"]) for entry in own}
-    return {}
 
 
 def others(runs: Iterable[Run]) -> list[Row]:

@@ -46,7 +46,7 @@ def test_loads_without_error_or_request_and_fits(page, url, width, scheme):
     assert page.complaints() == []
     assert page.requests() == [url]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate("document.querySelectorAll('svg.chart').length") == 6
+    assert page.evaluate("document.querySelectorAll('svg.chart').length") == 4
     assert page.evaluate(
         "[...document.querySelectorAll('svg.chart')].every(c => c.getBoundingClientRect().width > 250)"
     )

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shlex
-import statistics
 from importlib.metadata import EntryPoint
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_page_is_whole_and_accessible(page):
     assert len(found.named("table")) == len(found.named("caption"))
     assert all("scope" in attributes for attributes in found.named("th"))
     charts_ = [a for a in found.named("svg") if a.get("class") == "chart"]
-    assert len(charts_) == 2 + 1 + 3  # schemes, losses, mean and two tasks
+    assert len(charts_) == 1 + 3  # losses, mean and two tasks
     for chart in charts_:
         assert chart["aria-labelledby"] in ids and chart["aria-describedby"] in ids
     assert sum("data-v" in a for _, a in found.elements) > 60
@@ -93,34 +92,17 @@ def test_what_a_model_wrote_stays_text(page, tmp_path):
     assert any(EVIL in attributes.get("data-v", "") for _, attributes in other.elements)
 
 
-def test_scores_and_paired_differences_are_those_of_the_files(shown):
+def test_scores_are_those_of_the_files(shown):
     demo_run, page = shown
     facet = runs.facets(runs.read_runs([str(demo_run)]))[0]
     assert facet.tasks == list(TASKS) and facet.lengths == list(LENGTHS) and facet.window == 256
     assert facet.cells["contiguous+linear", "vt", 256] == (56.25, 36.25, 71.25)
     mean = facet.cells["contiguous+linear", runs.MEANS, 256]
     assert mean.value == (75 + 56.25) / 2 and mean.low == pytest.approx(mean.value - math.hypot(20, 20) / 2)
-    found = {(one.task, one.length): one for one in runs.differences(facet, None)}
-    one = found["vt", 2048]
-    assert one.reference == "contiguous+linear" and one.how == "paired by sample, 4 samples"
-    assert one.value == pytest.approx(statistics.fmean([25, 25, 75, 0])) and one.low < one.value < one.high
-    assert "+31.2" in Elements(page).text("td")
+    assert "[51, 76]" in Elements(page).text("small")
 
 
-def test_unpaired_intervals_where_prompts_differ(demo_run):
-    path = demo_run / "score" / "random" / "predictions.jsonl"
-    path.write_text(path.read_text().replace('"prompt_sha256": "vt', '"prompt_sha256": "other'))
-    facet = runs.facets(runs.read_runs([str(demo_run)]))[0]
-    found = {(one.task, one.length): one for one in runs.differences(facet, None)}
-    assert found["niah_single_1", 256].how.startswith("paired by sample")
-    one = found["vt", 2048]  # 37.5 [17.5, 52.5] less 6.25 [0, 21.25], by hand
-    assert one.how == "not paired" and one.value == 31.25
-    assert one.low == pytest.approx(31.25 - math.hypot(20, 15)) and one.high == pytest.approx(
-        31.25 + math.hypot(15, 6.25)
-    )
-
-
-def test_seeds_give_a_t_interval_and_pairs(tmp_path):
+def test_seeds_give_a_t_interval(tmp_path):
     rows = [
         ruler_row("vt", 256, value, method, seed=seed, samples_sha256=f"s{seed}", base="256", fold=8)
         for method, values in (("contiguous", (10.0, 20.0, 60.0)), ("pose", (15.0, 27.0, 63.0)))
@@ -132,9 +114,6 @@ def test_seeds_give_a_t_interval_and_pairs(tmp_path):
     cell = facets[0].cells["contiguous", "vt", 256]
     assert cell.value == 30 and cell.low == 0.0
     assert cell.high == pytest.approx(30 + 4.302653 * math.sqrt(700) / math.sqrt(3), abs=1e-4)
-    one = runs.differences(facets[0], None)[0]
-    assert one.how == "paired by seed, 3 seeds" and one.value == 5
-    assert one.low == pytest.approx(5 - 4.302653 * 2 / math.sqrt(3), abs=1e-5)
 
 
 def test_methods_of_one_name_are_told_apart(tmp_path):
@@ -147,7 +126,7 @@ def test_methods_of_one_name_are_told_apart(tmp_path):
 
 def test_many_methods_are_split_into_charts_that_can_be_read(tmp_path):
     rows = [
-        ruler_row(task, length, 50.0, f"method {k}", scheme="endprompt", window=256, target=2048)
+        ruler_row(task, length, 50.0, f"method {k}", window=256, target=2048)
         for k in range(18)
         for task in TASKS
         for length in LENGTHS
@@ -155,8 +134,6 @@ def test_many_methods_are_split_into_charts_that_can_be_read(tmp_path):
     append_rows(tmp_path / "lab.jsonl", rows)
     page = report_page.render(runs.read_runs([str(tmp_path / "lab.jsonl")]))
     assert len(re.findall("mean over tasks: score against length</title>", page)) == 3  # of 8, 8 and 2 methods
-    assert "<svg" in page and "Where the tokens" not in page  # rows that do not say how long the end prompt was
-    assert "At the longest length only." in page and page.count("<caption>method ") == 17
 
 
 def test_violated_bound_and_broken_lines_are_said(tmp_path):
@@ -185,17 +162,6 @@ def test_a_damaged_file_is_named(tmp_path, name, content, place):
     append_rows(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}])
     (tmp_path / name).write_text(content)
     assert runs.read_part(tmp_path).broken == [place]
-
-
-def test_drawn_scheme_is_the_one_of_the_positions():
-    view = report_page.drawn_scheme(("endprompt", 236, 20, 2048, 4), "k")
-    assert dict(view["numbers"])["positions"] == "0–235, 2,028–2,047"
-    assert dict(view["numbers"])["observed distances"] == "0–235, 1,793–2,047"
-    assert dict(view["numbers"])["gap"] == "236–1,792"
-    assert 'aria-label="end prompt: positions 2,028 to 2,047"' in view["svg"]
-    random = report_page.drawn_scheme(("pose", 256, 0, 2048, 4), "k")
-    assert sum(name.startswith("positions, row") for name, _ in random["numbers"]) == report_page.DRAWS
-    assert report_page.drawn_scheme(("endprompt", 3000, 20, 2048, 4), "k") is None
 
 
 def test_lengths_are_short_where_they_can_be():
@@ -241,14 +207,13 @@ def test_report_command_takes_several_runs(tmp_path, capsys):
     append_rows(rows, [ruler_row("vt", 256, 50.0, "pose")])
     append_rows(more, [ruler_row("vt", 256, 70.0, "contiguous")])
     output = tmp_path / "new" / "page.html"
-    assert cli.run(entry_point, [str(more), str(rows), "--output", str(output), "--reference", "pose"]) == 0
+    assert cli.run(entry_point, [str(more), str(rows), "--output", str(output)]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     text = output.read_text()
-    assert "<strong>pose</strong>" in text and str(Path.home()) not in text
+    assert "more, rows [1]" in text and str(Path.home()) not in text
     for wrong, rule in (
         ([str(tmp_path / "none")], "there is no such run"),
         ([str(tmp_path / "new")], "has no results.jsonl"),
-        ([str(rows), "--reference", "nobody"], "reference must be a method of the runs"),
     ):
         assert cli.run(entry_point, [*wrong, "--output", str(tmp_path / "no.html")]) == 1
         said = capsys.readouterr().err
