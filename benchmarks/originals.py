@@ -99,13 +99,14 @@ def other_version(path: Path, source: Original) -> str | None:
     return f"{path}: of another version: its sha256 is {found}, that of {source.what} is {known}"
 
 
-def other_versions(suite: str, data_dir: str | Path) -> list[str]:
-    """A line for each file that has a published one's name and other bytes; a suite without originals has none."""
-    with contextlib.suppress(ValueError):
-        found = [(Path(data_dir) / one.names[0], one) for one in originals(suite).values()]
-        said = [other_version(path, one) for path, one in found if path.is_file()]
-        return [f"{line}: scores of it may differ from published ones" for line in said if line]
-    return []
+@functools.cache
+def say_version(suite: str, path: Path) -> None:
+    """A line, the first time that a run reads a file with a published one's name and other bytes."""
+    from endprompt.distributed import say
+
+    for source in originals(suite).values():
+        if path.match(source.names[0]) and (other := other_version(path, source)):
+            say(f"{other}: scores of it may differ from published ones")
 
 
 def command(suite: str, data_dir: str | Path | None) -> str:

@@ -141,6 +141,7 @@ def find_in_archive(task: str, folder: Path) -> Found:
     if not path.is_file():
         return None
     check_fetched(path)
+    originals.say_version("longbench", path)
     members = archive_members(path)
     names = [name for name in (f"{task}.jsonl", f"data/{task}.jsonl") if name in members]
     if not names:

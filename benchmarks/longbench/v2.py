@@ -72,6 +72,7 @@ def load_documents(data_dir: str | Path | None) -> Documents:
             f"brings it"
         )
     check_fetched(path)
+    originals.say_version(TASK, path)
     if path.suffix == ".json":
         listed = parse_json(read_text(path), str(path))
         if not isinstance(listed, list):

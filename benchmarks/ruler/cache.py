@@ -148,8 +148,6 @@ def text_versions(task: str, length: int, data_dir: str | Path | None, options: 
             found["sentences"] = "punkt" if texts.has_punkt() else "punctuation"
     if spec.family == "niah" or spec.family == "cwe":
         found["wonderwords"] = installed("wonderwords") or "unknown"
-    if spec.family == "cwe" and data_dir is not None:
-        for name in texts.SOURCES["words"].names:
-            if (path := Path(data_dir) / name).is_file():
-                found["words"] = files.remembered_sha256(path)
+    if spec.family == "cwe" and (path := texts.found_file("words", data_dir)) is not None:
+        found["words"] = files.remembered_sha256(path)
     return found

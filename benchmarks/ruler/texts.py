@@ -49,6 +49,7 @@ def found_file(kind: str, data_dir: str | Path | None) -> Path | None:
     for name in SOURCES[kind].names if data_dir is not None else ():
         if (path := Path(str(data_dir)) / name).is_file():
             check_fetched(path)
+            originals.say_version("ruler", path)
             return path
     return None
 

@@ -35,6 +35,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """Result rows of all cells asked for, in order; those already in the output are taken from there. Raises ValueError
     (nothing was loaded yet) for unknown tasks, impossible lengths, missing data, a checkpoint that cannot be read."""
     suite_of(config)
+    originals.say_version.cache_clear()
     if config.backend == "server" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("backend server runs in one process: concurrency says how many requests run together")
     if config.directory.exists() and not config.directory.is_dir():
@@ -56,8 +57,6 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     notes = [*([] if served else check_vocabulary(model_config, tokenizer)), *Reader(tokenizer).notes()]
     if not (config.prepare_only or served):
         notes += check_model(config, model_config)
-    if config.data_dir is not None:
-        notes += originals.other_versions(config.suite, config.data_dir)
     for note in notes:
         say(note)
     if config.thinking:

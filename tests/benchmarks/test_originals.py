@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import http.server
@@ -18,7 +19,10 @@ import pyarrow.parquet
 import pytest
 
 from benchmarks import originals
+from benchmarks.longbench import sets, v2
 from benchmarks.originals import SUMS, Original
+from benchmarks.ruler import cache, tasks, texts
+from benchmarks.scoring.suites import lm_eval
 from endprompt.cli import main
 
 DATA = json.dumps({"text": "All work and no play. " * 500}).encode()
@@ -263,15 +267,43 @@ def test_a_folder_that_cannot_be_written_is_a_line(fetch, tmp_path, monkeypatch)
     assert not whole and f"endprompt: {tmp_path / 'essays.json.partial'}: No space left on device\n" in said
 
 
-def test_a_published_name_with_other_bytes_is_said_once_before_scoring(tmp_path, monkeypatch):
-    """One line a file; its own bytes, files under other names, and suites without originals have none."""
-    (tmp_path / "squad.json").write_bytes(DATA)
-    (tmp_path / "dev-v2.0.json").write_bytes(b"{}")
-    (line,) = originals.other_versions("ruler", tmp_path)
-    assert (
-        "squad.json: of another version" in line and SHA256 in line and "80a5225e94905956a6446d296ca1093975c4" in line
-    )
-    assert originals.other_versions("longbench", tmp_path) == originals.other_versions("nolima", tmp_path) == []
-    squad = Original(["squad.json"], "SQuAD", "free", {"https://host/squad.json": SHA256})
-    monkeypatch.setattr(originals, "originals", lambda suite: {"squad": squad})
-    assert originals.other_versions("ruler", tmp_path) == []
+@pytest.mark.parametrize(
+    ("suite", "name"),
+    [
+        ("ruler", "squad.json"),
+        ("ruler", "english_words.json"),
+        ("longbench", "data.zip"),
+        ("longbench-v2", "data.json"),
+        ("babilong", "babilong-1k-samples/4k/qa1-00000-of-00001.parquet"),
+        ("infinitebench", "InfiniteBench/passkey.jsonl"),
+    ],
+)
+def test_a_published_name_with_other_bytes_is_said_once_where_it_is_read(suite, name, tmp_path, monkeypatch, capsys):
+    """By the code that reads it, whatever becomes of the bytes; what lies beside it unread is not spoken of."""
+    for one in ("hotpotqa.json", "dev-v2.0.json", name):
+        (tmp_path / one).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / one).write_bytes(DATA)
+    known = {
+        kind: Original([one], "the set", "free", {f"https://host/{one}": "0" * 64})
+        for kind, one in (("it", name), ("hotpotqa", "hotpotqa.json"))
+    }
+    monkeypatch.setattr(originals, "originals", lambda asked: known if asked == suite else {})
+    reads = {
+        "squad.json": lambda: texts.library("squad", tmp_path, "qa_1"),
+        "english_words.json": lambda: cache.text_versions("cwe", 4096, tmp_path, tasks.Options()),
+        "data.zip": lambda: sets.load_documents("qasper", tmp_path),
+        "data.json": lambda: v2.load_documents(tmp_path),
+        "qa1-00000-of-00001.parquet": lambda: lm_eval.local_copy(tmp_path, "RMT/babilong-1k-samples", "4k", {}),
+        "passkey.jsonl": lambda: lm_eval.local_copy(tmp_path, "x/InfiniteBench", None, {"split": "passkey"}),
+    }
+    for _ in range(2):
+        with contextlib.suppress(ValueError):
+            reads[Path(name).name]()
+    said = f"{tmp_path / name}: of another version: its sha256 is {SHA256}, that of the set is {'0' * 64}"
+    said += ": scores of it may differ from published ones\n"
+    assert capsys.readouterr().err == said
+    originals.say_version.cache_clear()
+    known["it"].copies[f"https://host/{name}"] = SHA256  # its own bytes
+    with contextlib.suppress(ValueError):
+        reads[Path(name).name]()
+    assert capsys.readouterr().err == ""

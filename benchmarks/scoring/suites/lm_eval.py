@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from unittest import mock
 
 from lm_eval.tasks import TaskManager
 
-from benchmarks.originals import command
+from benchmarks.originals import command, say_version
 from benchmarks.scoring.config import ScoreConfig
 from benchmarks.scoring.evaluate import MeanSuite
 from benchmarks.scoring.suite import GROUPS
@@ -159,6 +160,8 @@ def local_copy(data: Path, path: str, name: str | None, options: dict[str, Any])
     if not files or (split and split not in files):
         raise ValueError(f"{folder / (name or '')}: must hold {split or 'SPLIT'}.jsonl, .json or .parquet")
     options["data_files"] = files = {split: files[split]} if split else files
+    for suite, file in itertools.product(GROUPS, itertools.chain(*files.values())):
+        say_version(suite, Path(file))
     return kinds[Path(next(iter(files.values()))[0]).suffix], None
 
 
