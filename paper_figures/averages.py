@@ -72,9 +72,9 @@ def interval_kind(averages: pd.DataFrame) -> str:
     return f"95% intervals over {'samples, one seed' if most == 1 else seeds}"
 
 
-def caption(rows: pd.DataFrame, means: Sequence[pd.DataFrame], at: str = "") -> str:
+def caption(rows: pd.DataFrame, means: Sequence[pd.DataFrame]) -> str:
     """What a figure of averages over tasks rests on."""
-    return f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks{at}; {interval_kind(pd.concat(means))}"
+    return f"{scale_mark(rows)}; average of {rows['task'].nunique()} tasks; {interval_kind(pd.concat(means))}"
 
 
 def scored(frames: Frames, suite: str) -> pd.DataFrame:

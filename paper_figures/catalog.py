@@ -22,8 +22,6 @@ FIGURES = (
     "score_against_length",
     "depth_by_length",
     "longbench_bars",
-    "cost",
-    "smoothness_against_score",
     "measure_against_score",
     "lab_scores",
     "score_against_steps",

@@ -14,8 +14,7 @@ from paper_figures.names import CUE_WEIGHT, PIECES, SCALINGS, SCHEMES, SPAN
 
 #: The columns that a lab's rows have beyond those of every row, and those that a row may lack.
 COLUMNS = ("arm", "base", "fold", "window", "target", "scheme", "scaling", "steps")
-OPTIONAL = ("prompt", "prompt_weight", "anchors", "train_tokens", "gpu_seconds", "bernstein_constant", "gap_rms",
-            "recall_span", "pieces", "seeds")  # fmt: skip
+OPTIONAL = ("prompt", "prompt_weight", "anchors", "recall_span", "pieces", "seeds")
 
 
 def tidy(rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,22 +114,6 @@ def bar(
 def on_scale(lo: float, hi: float) -> tuple[float, float] | None:
     """An interval cut at 0 and 100, since few seeds can have one that leaves the scale; None where there is none."""
     return (max(lo, 0.0), min(hi, 100.0)) if lo == lo else None
-
-
-def log_axis(ax: Axes, values: Iterable[float], spell: Callable[[float], str]) -> None:
-    """Logarithmic x axis around the values, with two to six ticks at 1, 2 and 5 (or at the values' own ends)."""
-    low, high = min(values), max(values)
-    ax.set_xscale("log")
-    ax.set_xlim(low / 1.3, high * 1.3)
-    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5)):
-        ticks = [s * 10.0**e for e in exponents for s in steps if low / 1.3 <= s * 10.0**e <= high * 1.3]
-        if len(ticks) >= 3:
-            break
-    if len(ticks) < 2:
-        ticks = [low] if high < 1.2 * low else [low, high]
-    ax.set_xticks(ticks, [spell(tick) for tick in ticks])
-    ax.minorticks_off()
 
 
 def save(fig: Figure, stem: Path) -> list[Path]:

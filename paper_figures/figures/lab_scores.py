@@ -13,7 +13,7 @@ from paper_figures.inputs import Frames, Inputs
 
 TITLE = "The lab: RULER score against length, all schemes, by base, fold and scaling"
 INPUTS = Inputs(rows={"ruler": lab.COLUMNS[:5]}, needs_rows=True, lab="only")
-SCALINGS = ("linear", "yarn")  # the columns of the figure; the other scalings stand in `smoothness_against_score`
+SCALINGS = ("linear", "yarn")  # the columns of the figure
 FRAME, LABEL = 0.65, 0.12
 
 

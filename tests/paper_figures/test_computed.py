@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from endprompt.positions import gap, observed_distances
-from paper_figures.figures.cost import pareto, plain
 from paper_figures.figures.figure_1 import distances
 from tests.support.figure_data import COMPUTED, coverage, figure_1, gap_rms, gap_rms_against_k
 
@@ -65,12 +64,3 @@ def test_gap_rms_reproduces_known_values(anchors, value):
 @pytest.mark.slow
 def test_gap_rms_is_current():
     np.testing.assert_allclose(gap_rms_against_k()["gap_rms"], stored("gap_rms_against_k")["gap_rms"], atol=2e-6)
-
-
-def test_pareto_front():
-    front = pareto(pd.Series([3.0, 1.0, 2.0, 2.0, 4.0]), pd.Series([50.0, 10.0, 40.0, 60.0, 60.0]))
-    assert front.to_dict() == {1.0: 10.0, 2.0: 60.0}
-
-
-def test_plain_numbers():
-    assert [plain(x) for x in (300, 1200, 1_200_000, 2e9)] == ["300", "1.2K", "1.2M", "2B"]

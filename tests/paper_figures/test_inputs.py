@@ -93,20 +93,20 @@ def test_an_unknown_figure_is_refused_before_anything_is_drawn(tmp_path, capsys)
 
 def test_without_only_what_has_no_data_is_listed(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "empty", [])
-    monkeypatch.setattr(catalog, "NAMES", ("cost", "depth_by_length", "table_5"))
+    monkeypatch.setattr(catalog, "NAMES", ("lab_scores", "depth_by_length", "table_5"))
     assert figures("--results", tmp_path / "empty", "--output", tmp_path / "out") == 0
     output = capsys.readouterr()
     lines = [line.split(":")[0].strip() for line in output.err.splitlines()[1:]]
-    assert lines == ["cost", "depth_by_length"] and output.err.count("needs rows of suite") == 2
+    assert lines == ["lab_scores", "depth_by_length"] and output.err.count("needs rows of suite") == 2
     assert [Path(line).name for line in output.out.splitlines()] == ["table_5.tex", "table_5.md", "table_5.csv"]
 
 
 def test_a_figure_whose_rows_lack_a_column_names_it(tmp_path, capsys):
     path = lab_run(tmp_path, bases=((256, 8),), seeds=(0,)) / "results.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**row, "train_tokens": None}) + "\n" for row in rows))
-    message = refused(capsys, "--only", "cost", "--results", path.parent, "--output", tmp_path / "out")
-    assert "train_tokens" in message and "gpu_seconds" in message and f"{path}, line 1" in message
+    path.write_text("".join(json.dumps({**row, "window": None}) + "\n" for row in rows))
+    message = refused(capsys, "--only", "anchor_place", "--results", path.parent, "--output", tmp_path / "out")
+    assert "arm, base, fold, window, target" in message and f"{path}, line 1" in message
 
 
 def test_a_published_file_without_a_column_is_named(tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_lab_beside_other_rows_goes_to_its_own_figures(tmp_path):
         return frame["arm"].notna() if "arm" in frame else frame["method"].isna()
 
     assert not arms("score_against_length").any() and not arms("table_1").any()
-    assert arms("lab_scores").all() and arms("cost").all() and arms("figure_3").all()
+    assert arms("lab_scores").all() and arms("figure_3").all()
     assert set(inputs.load(catalog.module("figure_3").INPUTS, rows)["ruler"]["fold"]) == {8}
     assert set(inputs.load(catalog.module("lab_scores").INPUTS, rows)["ruler"]["fold"]) == {8, 32}
 
@@ -215,9 +215,7 @@ def lab(tmp_path_factory):
     return inputs.read_results([lab_run(folder, bases=((256, 8), (256, 32)), seeds=(0, 1, 2))])
 
 
-@pytest.mark.parametrize(
-    ("name", "fewer"), [("anchor_place", 8), ("lab_scores", 8), ("score_against_steps", 32), ("cost", 32)]
-)
+@pytest.mark.parametrize(("name", "fewer"), [("anchor_place", 8), ("lab_scores", 8), ("score_against_steps", 32)])
 def test_captions_of_the_lab_tell_the_least_and_the_most_seeds(name, fewer, lab):
     """Whichever base and fold is drawn last, or, where one alone has several lengths of training, which scaling."""
     rows = lab

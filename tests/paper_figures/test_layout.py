@@ -91,7 +91,7 @@ CASES = [
     (name, which)
     for name in catalog.FIGURES
     for which in (("none", "lab") if catalog.module(name).INPUTS.rows else ("none",))
-] + [(name, "plan") for name in ("lab_scores", "cost", "anchor_place", "score_against_steps")]
+] + [(name, "plan") for name in ("lab_scores", "anchor_place", "score_against_steps")]
 CASES += [(name, "study") for name in study_page.PICTURES]
 CASES += [("longbench_bars", "two sets")]
 CASES += [
@@ -102,10 +102,7 @@ CASES += [
     pytest.param(name, which, marks=pytest.mark.slow)
     for name in catalog.FIGURES
     for which in ("one", "demo", "small", "measured")
-] + [
-    pytest.param(name, "plan", marks=pytest.mark.slow)
-    for name in ("figure_2", "figure_3", "score_against_length", "smoothness_against_score")
-]
+] + [pytest.param(name, "plan", marks=pytest.mark.slow) for name in ("figure_2", "figure_3", "score_against_length")]
 
 
 @pytest.mark.parametrize(("name", "which"), CASES)

@@ -62,23 +62,8 @@ def write_run(path, rows):
     return path
 
 
-def lab_extras(method):
-    """Columns of cost and of theory, as a lab row carries them; none for the unextended base."""
-    if method.startswith("base"):
-        return {}
-    scheme = method.partition("+")[0]
-    order = ("contiguous", "endprompt", "recall", "endprompt-random", "anchors", "pose", "endprompt-pose")
-    k = order.index(scheme)
-    return {
-        "train_tokens": 1_200_000 * (1 + k % 3),
-        "gpu_seconds": 40.0 + 15 * k,
-        "bernstein_constant": 0.125 if method.endswith("linear") else 1.46,
-        "gap_rms": 0.6 / (k + 1),
-    }
-
-
 def lab_rows(methods, seeds=range(5)):
-    rows = [{**r, **lab_extras(r["method"])} for r in demo_rows(methods, seeds=seeds, window=256)]
+    rows = demo_rows(methods, seeds=seeds, window=256)
     for method in list(methods)[:6]:
         for length in (256, 512, 1024, 2048):
             for depth in (0, 25, 50, 75, 100):
