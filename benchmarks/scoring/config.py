@@ -20,9 +20,9 @@ THINKING = re.compile(r"off|cut|budget \d+")
 #: Settings that not every suite reads, by those that do.
 READ_BY = {
     "ruler or ruler-v2 or nolima or babilong or lm-eval": "lengths",
-    "ruler": "haystack_text shots hops edition chat_layout beyond_window whole_answers",
+    "ruler": "cache_dir haystack_text shots hops edition chat_layout beyond_window whole_answers",
     "longbench or longbench-v2": "prompt_length",
-    "ruler or longbench or longbench-v2": "cache_dir prepare_only",
+    "ruler or longbench or longbench-v2": "prepare_only",
     "ruler or ruler-v2 or longbench or longbench-v2 or mrcr or nolima or babilong or infinitebench or lm-eval": (
         "data_dir max_new_tokens thinking system"
     ),

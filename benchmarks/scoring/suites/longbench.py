@@ -7,10 +7,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks.longbench import TASKS, averages, dataset_of, load_documents, metrics, prompts
-from benchmarks.longbench.cache import cached_fits
 from benchmarks.longbench.samples import score, select
 from benchmarks.longbench.sets import Documents
-from benchmarks.ruler.cache import default_directory, tokenizer_sha256
 from benchmarks.scoring.evaluate import SampleSuite
 from benchmarks.scoring.predictions import read_run
 from benchmarks.scoring.units import Asker, Score, Unit, about, predicted
@@ -19,14 +17,19 @@ from endprompt.runs import RunDirectory
 
 
 def unit_of(
-    asker: Asker, prompter: prompts.Prompter, documents: Documents, n: int, metric: str, score: Score, **columns: Any
+    asker: Asker,
+    prompter: prompts.Prompter,
+    documents: Documents,
+    n: int | None,
+    metric: str,
+    score: Score,
+    **columns: Any,
 ) -> Unit:
     """The cell of a set, the first n of its documents cut to the window by `prompter`."""
-    config, tokenizer_hash = asker.config, tokenizer_sha256(asker.tokenizer)
-    fits = cached_fits(prompter, documents, n, tokenizer_hash, config.cache_dir or default_directory())
-    samples = prompter.samples(documents.items[:n], fits)
+    items = documents.items[:n]
+    samples = prompter.samples(items, prompter.fit(items))
     filled = sum((sample["length"] + sample["max_new_tokens"]) / asker.window for sample in samples)
-    columns |= {"prompt_length": config.prompt_length, "data_sha256": documents.sha256}
+    columns |= {"prompt_length": asker.config.prompt_length, "data_sha256": documents.sha256}
     fill = round(filled / len(samples), 5)
     return asker.unit(prompter.task, None, metric, samples, score, fill=fill, **columns)
 

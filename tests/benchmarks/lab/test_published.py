@@ -140,9 +140,8 @@ def test_longbench_is_scored_on_the_prompts_of_score_as_transformers_answers_the
     }  # fmt: skip
     model, tokenizer = load_model(place / "published"), load_tokenizer(place / "published")
     asked = ScoreConfig(
-        str(place / "published"), suite="longbench", tasks=["triviaqa"], samples=3, data_dir=str(place / "data"),
-        cache_dir=str(place / "prompts"),
-    )  # fmt: skip
+        str(place / "published"), suite="longbench", tasks=["triviaqa"], samples=3, data_dir=str(place / "data")
+    )
     (unit,) = suite_of(asked).units(Asker(asked, model.config, tokenizer))
     scores = []
     for sample in unit.samples:

@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 def config(place, output, **changes):
     settings = dict(
         checkpoint=str(place / "llama"), suite="longbench-v2", data_dir=str(place / "data"), output=str(output),
-        cache_dir=str(place / "cache"), dtype="float32", device="cpu", quiet=True,
+        dtype="float32", device="cpu", quiet=True,
     )  # fmt: skip
     return ScoreConfig(**{**settings, **changes})
 
