@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -11,11 +10,13 @@ import time
 
 import pytest
 
+from benchmarks.scoring import generate
 from endprompt import cli, train
 from endprompt.train import loop
 from endprompt.train.output import Interrupted
 from tests.support import ruler_helpers
 from tests.support.processes import Forked
+from tests.support.runs import lines_of, signalled
 
 
 def fresh(arguments):
@@ -26,14 +27,16 @@ def fresh(arguments):
 COMMANDS = [cli.main, pytest.param(fresh, marks=pytest.mark.slow)]
 
 
-def interrupted(command, arguments, begun, cwd):
-    """(exit code, stdout, stderr) of the command, interrupted as soon as `begun()`."""
-    command = Forked(command, [*map(str, arguments)], cwd=cwd)
-    deadline = time.monotonic() + 100
-    while not begun() and command.process.is_alive() and time.monotonic() < deadline:
+def interrupted(command, arguments, at, begun, cwd):
+    """(exit code, stdout, stderr) of the command, interrupted `at` a call, or in a Python of its own if `begun()`."""
+    arguments = [*map(str, arguments)]
+    if command is cli.main:
+        return Forked(signalled, signal.SIGINT, *at, arguments, cwd=cwd).ended()
+    command = Forked(command, arguments, cwd=cwd)
+    while not begun() and command.process.is_alive():
         time.sleep(0.01)
     os.kill(command.process.pid, signal.SIGINT)
-    return command.ended(60)
+    return command.ended()
 
 
 def go_on(said, capsys):
@@ -56,38 +59,38 @@ def test_extend_ends_its_step_and_the_printed_command_ends_in_the_same_weights(
 ):
     output = tmp_path / "with a space"
     usual = ["extend", "--model", llama, "--data", documents, "--target", 128, "--prompt", "EP_3", "--rows", 2,
-             "--steps", 30, "--device", "cpu", "--log-every", 1]  # fmt: skip
-    log = output.with_name("with a space.partial") / "log.jsonl"
-    code, out, said = interrupted(command, [*usual, "--output", output], lambda: lines(log) > 3, tmp_path)
+             "--steps", (steps := 8 if command is cli.main else 200), "--device", "cpu", "--log-every", 1]  # fmt: skip
+    log, at = output.with_name("with a space.partial") / "log.jsonl", (train.Trainer, "train_step", 4)
+    code, out, said = interrupted(command, [*usual, "--output", output], at, lambda: lines(log) > 3, tmp_path)
     assert code == 130 and out == "" and "Warning" not in said and "\x1b" not in said and not output.exists()
     (state,) = (log.parent / "states").iterdir()
     stopped = int(state.name.removeprefix("step-"))
-    assert 3 < stopped < 30
+    assert stopped == 4 if command is cli.main else 3 < stopped < steps
     words, printed = go_on(said, capsys)
     assert words[-1] == "--resume" and printed.out == f"{output}\n"
-    assert f"resumed from step {stopped} of 30" in printed.err and "step 30/30  loss" in printed.err
+    assert f"resumed from step {stopped} of {steps}" in printed.err and f"step {steps}/{steps}  loss" in printed.err
     whole = tmp_path / "whole"
     assert cli.main([*map(str, usual), "--output", str(whole)]) == 0
     assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
-    steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 31))
+    assert [line["step"] for line in lines_of(output / "log.jsonl")] == list(range(1, steps + 1))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_score_keeps_its_predictions(command, tmp_path, monkeypatch, capsys):
     ruler_helpers.checkpoint(tmp_path / "tiny")
-    arguments = ["score", "tiny", "--tasks", "niah_single_1", "--lengths", 512, "--samples", 16, "--batch-size", 1,
+    samples, at = 6 if command is cli.main else 64, (generate, "attempt", 4)
+    arguments = ["score", "tiny", "--tasks", "niah_single_1", "--lengths", 512, "--samples", samples, "--batch-size", 1,
                  "--max-new-tokens", 16, "--cache-dir", "cache", "--device", "cpu", "--quiet", "--output", "run",
                  "--overwrite"]  # fmt: skip
     predictions = tmp_path / "run" / "predictions.jsonl"
-    code, out, said = interrupted(command, arguments, lambda: lines(predictions) > 2, tmp_path)
+    code, out, said = interrupted(command, arguments, at, lambda: lines(predictions) > 2, tmp_path)
     assert code == 130 and out == "", said
     kept = predictions.read_text().splitlines()
-    assert 2 < len(kept) < 16
+    assert 2 < len(kept) < samples
     monkeypatch.chdir(tmp_path)
     assert go_on(said, capsys)[0][-2:] == ["--overwrite", "false"]
     after = predictions.read_text().splitlines()
-    assert len(after) == 16 and after[: len(kept)] == kept
+    assert len(after) == samples and after[: len(kept)] == kept
 
 
 def test_nothing_saved_means_the_same_command(extend_config, monkeypatch):

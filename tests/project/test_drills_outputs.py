@@ -20,6 +20,7 @@ from endprompt.results import read_rows
 from tests.support import ruler_helpers
 from tests.support.checkpoints import make_checkpoint
 from tests.support.processes import Forked
+from tests.support.runs import signalled
 
 
 @pytest.fixture(scope="module")
@@ -80,31 +81,33 @@ def failed(arguments: list[str], capsys) -> str:
 # ---------------------------------------------------------------------------------------- two runs on one output
 
 
-def hold(output, held):
+def hold(output, held, over):
     with files.sole_use(output):
-        multiprocessing.get_context("fork").Process(target=outlive, args=(held,), daemon=True).start()
-        time.sleep(60)
+        multiprocessing.get_context("fork").Process(target=outlive, args=(held, over), daemon=True).start()
+        signal.pause()
 
 
-def outlive(held):
-    held.set()
-    time.sleep(20)
+def outlive(held, over):
+    held.send(None)
+    over.recv()  # until the test is over
 
 
 @pytest.fixture
 def holder():
     """`holder(output)`: a process of its own that holds the output, as a run does."""
-    started = []
+    started, ends = [], []
 
     def start(output: Path):
-        held = multiprocessing.get_context("fork").Event()
-        started.append(Forked(hold, output, held))
-        assert held.wait(20)
+        ours, theirs = multiprocessing.Pipe()
+        ends.append(multiprocessing.Pipe())
+        started.append(Forked(hold, output, theirs, ends[-1][1]))
+        assert ours.poll(120)
         return started[-1].process
 
     yield start
-    for process in started:
+    for process, (end, _) in zip(started, ends):
         process.ended(0)
+        end.send(None)
 
 
 def test_second_run_on_an_output_refuses_and_changes_nothing(extend_config, place, tmp_path, holder, capsys):
@@ -151,7 +154,7 @@ def test_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path):
     """Many processes that take turns: each is alone, and none is left with a lock on a file that is gone."""
     (tmp_path / "count").write_text("0")
     processes = [Forked(take_turns, tmp_path / "out", tmp_path / "count") for _ in range(3)]
-    assert [process.ended(60)[0] for process in processes] == [0, 0, 0]
+    assert [process.ended()[0] for process in processes] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "450"
 
 
@@ -256,21 +259,8 @@ def values(run: Path) -> list[tuple]:
 # --------------------------------------------------------------------------------------------- kill -9, the clock
 
 
-def killed(module, name: str, calls: int, arguments: list[str]) -> None:
-    """Run a command that kills itself at the given call of the given function."""
-    real, counted = getattr(module, name), []
-
-    def call(*args, **kwargs):
-        counted.append(1)
-        if len(counted) == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-
-    def run():
-        setattr(module, name, call)
-        return cli.main(arguments)
-
-    assert Forked(run).ended()[0] == -signal.SIGKILL
+def killed(*where_and_what) -> None:
+    assert Forked(signalled, signal.SIGKILL, *where_and_what).ended()[0] == -signal.SIGKILL
 
 
 def test_killed_while_building_samples(place, tmp_path, capsys):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from endprompt import train
+from endprompt import cli, train
 from endprompt.config import ExtendConfig
 from endprompt.train import run
 
@@ -38,6 +41,20 @@ def resumed(config: ExtendConfig, step: int | None = None) -> Path:
     """The output of a run that was cut off and went on from its newest state."""
     cut_off(config, step)
     return train.extend(dataclasses.replace(config, resume=True))
+
+
+def signalled(number: signal.Signals, owner: Any, name: str, calls: int, arguments: list[str]) -> int:
+    """Run a command that gets the signal at the given call of the given function, for a process of its own."""
+    real, made = getattr(owner, name), []
+
+    def call(*given, **more):
+        made.append(name)
+        if len(made) == calls:
+            os.kill(os.getpid(), number)
+        return real(*given, **more)
+
+    setattr(owner, name, call)
+    return cli.main(arguments)
 
 
 def lines_of(path: Path) -> list[dict]:

@@ -25,7 +25,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def samples_of(place) -> list[dict]:
+@pytest.fixture(scope="module")
+def samples(place) -> list[dict]:
     options = dict(haystack_text=str(place / "story.txt"), max_new_tokens=12, shots=0, hops=3)
     return [
         {**sample, "name": f"{task}@{length}"}
@@ -70,17 +71,17 @@ class Decoder:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("tokens", [700, 4096])
-def test_predictions_are_those_of_lm_eval_whatever_the_batch(place, through_lm_eval, kind, tokens):
-    model, samples = models.load_model(place / kind), samples_of(place)
+def test_predictions_are_those_of_lm_eval_whatever_the_batch(place, samples, through_lm_eval, kind, tokens):
+    model = models.load_model(place / kind)
     texts = predict.predict(model, helpers.tokenizer(), samples, max_batch_tokens=tokens)
     wanted = [through_lm_eval[kind][sample["name"], sample["index"]] for sample in samples]
     assert texts == wanted
     assert len(set(texts)) > len(texts) // 2  # the model says different things, so an exchanged row shows
 
 
-def test_answers_end_at_the_stop_token(place, through_lm_eval):
+def test_answers_end_at_the_stop_token(place, samples, through_lm_eval):
     """A token of the predictions made a stop token: the text ends before it, as through lm-eval."""
-    model, tokenizer, samples = models.load_model(place / "llama"), helpers.tokenizer(), samples_of(place)
+    model, tokenizer = models.load_model(place / "llama"), helpers.tokenizer()
     whole = list(through_lm_eval["llama"].values())
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in whole]
     stop = max({token for row in tokens for token in row[2:8]}, key=lambda t: sum(t in row for row in tokens))
@@ -91,8 +92,8 @@ def test_answers_end_at_the_stop_token(place, through_lm_eval):
         assert text == tokenizer.decode([t for t in made if t not in (2, stop)], skip_special_tokens=True), sample
 
 
-def test_encoded_samples_and_a_mixed_order_change_nothing(place, through_lm_eval):
-    model, samples = models.load_model(place / "llama"), samples_of(place)[::-1]
+def test_encoded_samples_and_a_mixed_order_change_nothing(place, samples, through_lm_eval):
+    model, samples = models.load_model(place / "llama"), samples[::-1]
     read = predict.prompt_ids(helpers.tokenizer(), samples)
     ready = [{**sample, "input_ids": ids} for sample, ids in zip(samples, read)]
     texts = predict.predict(model, Decoder(helpers.tokenizer()), ready)
@@ -105,20 +106,18 @@ def test_prompts_have_one_bos():
     assert list(with_bos) == list(plain) and list(plain).count(tokenizer.bos_token_id) == 1
 
 
-def test_new_tokens_may_differ_within_a_batch(place, through_lm_eval):
-    model, samples = models.load_model(place / "llama"), samples_of(place)[:4]
-    tokenizer = helpers.tokenizer()
-    mixed = [{**sample, "max_new_tokens": 3 + 3 * i} for i, sample in enumerate(samples)]
+def test_new_tokens_may_differ_within_a_batch(place, samples):
+    model, tokenizer = models.load_model(place / "llama"), helpers.tokenizer()
+    mixed = [{**sample, "max_new_tokens": 3 + 3 * i} for i, sample in enumerate(samples[:4])]
     alone = [predict.predict(model, tokenizer, [sample])[0] for sample in mixed]
     assert predict.predict(model, tokenizer, mixed) == alone
     assert len({len(tokenizer(text)["input_ids"]) for text in alone}) > 1
 
 
-def test_a_trained_model_keeps_its_attention_and_mode(place, through_lm_eval):
+def test_a_trained_model_keeps_its_attention_and_mode(place, samples, through_lm_eval):
     model = models.load_model(place / "llama", attention=training_attention("sdpa")).train()
-    samples = samples_of(place)[:4]
-    texts = predict.predict(model, helpers.tokenizer(), samples)
-    assert texts == [through_lm_eval["llama"][sample["name"], sample["index"]] for sample in samples]
+    texts = predict.predict(model, helpers.tokenizer(), samples[:4])
+    assert texts == [through_lm_eval["llama"][sample["name"], sample["index"]] for sample in samples[:4]]
     assert model.training and model.config._attn_implementation == "causal_only_torch"
 
 
@@ -138,9 +137,9 @@ def test_losses_are_the_mean_over_whole_windows(place):
         predict.losses(model, texts, 101)
 
 
-def test_rounded_frequencies_are_refused(place):
+def test_rounded_frequencies_are_refused(place, samples):
     model = models.load_model(place / "llama")
     with pytest.raises(ValueError, match=r"inv_freq is torch\.bfloat16"):
-        predict.predict(model.to(torch.bfloat16), helpers.tokenizer(), samples_of(place)[:1])
+        predict.predict(model.to(torch.bfloat16), helpers.tokenizer(), samples[:1])
     in_bfloat16 = models.load_model(place / "llama", dtype="bfloat16")
-    assert len(predict.predict(in_bfloat16, helpers.tokenizer(), samples_of(place)[:2])) == 2
+    assert len(predict.predict(in_bfloat16, helpers.tokenizer(), samples[:2])) == 2
