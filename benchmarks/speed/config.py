@@ -36,8 +36,6 @@ class BenchConfig:
         whole_logits: the reference's own loss, over all logits at once; if not, this trainer's
         compile: torch.compile each decoder layer
         timed: micro-batches that are timed, after two that are not (one, if only one is timed)
-        warm_layers: the micro-batches that are not timed run only so many layers, and memory is mapped at once: long
-            rows start sooner; 0 for all layers
         whole_step: time one whole optimizer step instead
         name: the task of the rows
     """
@@ -58,6 +56,5 @@ class BenchConfig:
     whole_logits: bool = True
     compile: bool = True
     timed: int = 3
-    warm_layers: int = 0
     whole_step: bool = False
     name: str = ""

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.speed.config import METHODS, BenchConfig
@@ -21,13 +21,9 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(config, device)
-    with run.few_layers():
-        for _ in range(min(2, config.timed)):
-            run.micro_batch()
+    for _ in range(min(2, config.timed)):
+        run.micro_batch()
     if device.type == "cuda":
-        if config.warm_layers:  # what few layers did not need is mapped now and not while the time runs
-            del run.loss
-            torch.empty(int(0.85 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=device)
         torch.cuda.reset_peak_memory_stats()
     values: dict[str, float] = {}
     held = torch.cuda.memory_allocated() / GIB if device.type == "cuda" else 0.0
@@ -49,8 +45,7 @@ def measure(config: BenchConfig) -> list[dict[str, Any]]:
     if device.type == "cuda":
         values["held_gib"] = held
         values["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        if not config.warm_layers:
-            values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         if (peak := device_peak(device)) is not None:
             values["mfu_percent"] = 100 * speed * run.flops / peak
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("output", "name")}
@@ -117,17 +112,6 @@ class Run:
         self.ids_BT = torch.randint(SHAPES[config.shape][0], shape, device=device, generator=generator)
         self.positions_BT = torch.from_numpy(self.positions()).to(device).expand(shape).contiguous()
         self.weights_BT = torch.full(shape, 1.0 / (config.rows * (config.row_tokens - 1)), device=device)
-
-    @contextlib.contextmanager
-    def few_layers(self) -> Iterator[None]:
-        """Within it the decoder runs only the first `warm_layers`, if that is set."""
-        settings = self.decoder.config
-        layers = settings.num_hidden_layers
-        settings.num_hidden_layers = min(self.config.warm_layers or layers, layers)
-        try:
-            yield
-        finally:
-            settings.num_hidden_layers = layers
 
     def positions(self) -> Any:
         from endprompt.positions import position_ids

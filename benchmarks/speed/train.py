@@ -32,8 +32,6 @@ def check(config: BenchConfig) -> None:
         "recompute": ("none", "selective", "attention", "full"),
     }
     check_fields(config, choices, dict.fromkeys(("row_tokens", "target", "micro_rows", "rows", "timed"), 1))
-    if config.warm_layers < 0:
-        raise ValueError(f"warm_layers must not be negative: warm_layers={config.warm_layers}")
     if config.row_tokens > config.target:
         raise ValueError(f"a row must fit into the target: row_tokens={config.row_tokens} target={config.target}")
     if config.rows % config.micro_rows:

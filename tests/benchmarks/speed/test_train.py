@@ -40,7 +40,6 @@ def test_adamw_is_measured_with_gradients_and_moments():
         ({"shape": "llama9"}, "shape='llama9'"),
         ({"method": "magic"}, "method='magic'"),
         ({"micro_rows": 3}, "micro_rows=3 rows=64"),
-        ({"warm_layers": -1}, "warm_layers=-1"),
         ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
         ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
         ({"float8_head": True}, "float8_head=True float8='none'"),
@@ -79,17 +78,3 @@ def test_one_measurement_of_each_method(method, tmp_path, capsys):
     assert rows["tokens_per_s"]["setting"]["row_tokens"] == config.row_tokens
     assert rows["tokens_per_s"]["loss"] == pytest.approx(np.log(256), abs=0.3)  # random weights know nothing
     assert f"{speed:,.4g}" in capsys.readouterr().out
-
-
-def test_warm_layers_leave_the_model_as_it_was():
-    import torch
-
-    about = {"row_tokens": 32, "target": 128, "rows": 4, "compile": False, "warm_layers": 1, "optimizer": "none"}
-    config = BenchConfig(shape="tiny", **about)
-    run = step.Run(config, torch.device("cpu"))
-    with run.few_layers():
-        run.micro_batch()
-    used = [layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers]
-    run.micro_batch()
-    assert used == [True, False]
-    assert all(layer.mlp.down_proj.weight.grad is not None for layer in run.decoder.layers)
