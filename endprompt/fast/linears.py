@@ -2,8 +2,7 @@
 
 `convert` changes the decoder layers' nn.Linear in place; names, weights and the exported state stay. In bfloat16 the
 weight gradient is added to the float32 sum `weight.main_grad` by the matrix product itself (beta = 1): this saves its
-memory and one pass over all gradients a micro-batch. The embedding's goes to the sum's rows of the tokens that were
-read, instead of through a matrix of zeros.
+memory and one pass over all gradients a micro-batch.
 
 In float8 a layer's three products (output, input gradient, weight gradient) run on float8 tensor cores with one scale a
 tensor, as torchao's "tensorwise" recipe does: e4m3 for activations and weights, e5m2 for gradients, the largest
@@ -49,14 +48,6 @@ def convert(model: nn.Module, float8: str = "none", sums: bool = True) -> int:
             if sums:
                 module.convert_weight()
         changed += 1
-    for module in model.modules():
-        # a subclass may scale what it gives, and the options count or thin out gradients: those stay as they are
-        if type(module) is not nn.Embedding or getattr(module.weight, "main_grad", None) is None:
-            continue
-        if module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
-            total: Any = module.weight.main_grad  # type: ignore[attr-defined]
-            module.register_buffer("weight_sum", total, persistent=False)
-            module.__class__ = SummingEmbedding
     if not changed:
         raise ValueError("no linear layer to convert: the lean optimizer must be made first (optimizer=lean)")
     return changed
@@ -102,33 +93,6 @@ class Float8Linear(nn.Linear):
             *(self._buffers.get(name) for name in ("weight_sum", *self.COPIES)),
             self.fast_backward,
         )
-
-
-class SummingEmbedding(nn.Embedding):
-    """nn.Embedding whose backward adds to the rows of `weight_sum` that were read, and to no others."""
-
-    weight_sum: torch.Tensor
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return _Lookup.apply(ids, self.weight, self.weight_sum, self.padding_idx)
-
-
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, ids: torch.Tensor, weight_NK: torch.Tensor, total_NK: torch.Tensor, padding: int | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(ids)
-        ctx.total_NK, ctx.padding = total_NK, padding  # not saved: a tied head adds to the sum before this does
-        return torch.nn.functional.embedding(ids, weight_NK)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
-        (ids,), total_NK = ctx.saved_tensors, ctx.total_NK
-        if ctx.padding is not None:  # it does not train
-            grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)
-        total_NK.index_add_(0, ids.flatten(), grad.reshape(-1, grad.shape[-1]).to(total_NK.dtype))
-        return (None,) * 4
 
 
 @torch.library.custom_op("endprompt::add_weight_gradient", mutates_args=("total_NK",))

@@ -255,35 +255,6 @@ def test_converted_layers_sum_the_same_gradients():
     assert all(torch.equal(state[key], before[key]) for key in state)
 
 
-@pytest.mark.parametrize("padding", [None, 3])
-def test_the_embedding_sums_the_gradient_of_the_rows_that_were_read(padding):
-    def made():
-        torch.manual_seed(0)
-        return torch.nn.Embedding(11, 6, padding_idx=padding)
-
-    reference = made()
-    model = torch.nn.ModuleDict({"embed": made(), "layers": torch.nn.ModuleList([torch.nn.Linear(6, 6, bias=False)])})
-    LeanAdamW(model.parameters())
-    linears.convert(model)
-    ids, direction = torch.tensor([[3, 5, 3, 5], [5, 0, 10, 3]]), torch.randn(2, 4, 6)
-    for _ in range(2):
-        for embedding in (reference, model["embed"]):
-            (embedding(ids) * direction).sum().backward()
-    weight = model["embed"].weight
-    assert torch.equal(model["embed"](ids), reference(ids)) and weight.grad is None
-    torch.testing.assert_close(weight.main_grad, reference.weight.grad)
-    assert "weight_sum" not in model["embed"].state_dict()
-
-
-@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
-def test_embeddings_that_count_gradients_stay_as_they_are(options):
-    embed = torch.nn.Embedding(11, 6, **options)
-    model = torch.nn.ModuleDict({"embed": embed, "layers": torch.nn.ModuleList([torch.nn.Linear(6, 6, bias=False)])})
-    LeanAdamW(model.parameters())
-    linears.convert(model)
-    assert type(embed) is torch.nn.Embedding
-
-
 def test_a_step_reaches_float8_weights():
     model = small_model("bfloat16")
     optimizer = LeanAdamW(model.parameters(), lr=0.01)
