@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and of those th
 import pytest
 import torch
 
-from tests.support.checkpoints import TARGET, WORDS, make_checkpoint, make_tokenizer
+from tests.support.checkpoints import WORDS, make_checkpoint, make_tokenizer, small_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,22 +59,4 @@ def documents(tmp_path_factory) -> Path:
 @pytest.fixture
 def extend_config(llama, documents, tmp_path):
     """`extend_config(steps=3, ...)`: a small configuration of `train.extend`, any field changed."""
-    from endprompt.config import ExtendConfig
-
-    def make(**changes) -> ExtendConfig:
-        values = {
-            "model": str(llama),
-            "data": [str(documents)],
-            "output": str(tmp_path / "out"),
-            "target": TARGET,
-            "prompt": "EP_3",
-            "rows": 4,
-            "steps": 4,
-            "warmup": 2,
-            "lr": 1e-3,
-            "device": "cpu",
-            "log_every": 1,
-        }
-        return ExtendConfig(**(values | changes))
-
-    return make
+    return functools.partial(small_config, llama, documents, str(tmp_path / "out"))

@@ -65,6 +65,15 @@ def tiny_config(architecture: str, **changes):
     return getattr(transformers, f"{architecture}Config")(**(common | own | changes))
 
 
+def small_config(model: Path, documents: Path, output: str, /, **changes):
+    """A small configuration of `train.extend`, any field changed."""
+    from endprompt.config import ExtendConfig
+
+    values = {"model": str(model), "data": [str(documents)], "output": output, "target": TARGET, "prompt": "EP_3"}
+    values |= {"rows": 4, "steps": 4, "warmup": 2, "lr": 1e-3, "device": "cpu", "log_every": 1}
+    return ExtendConfig(**(values | changes))
+
+
 def make_checkpoint(directory: Path, architecture: str = "Llama", seed: int = 0, **changes) -> Path:
     from transformers import AutoModelForCausalLM
 

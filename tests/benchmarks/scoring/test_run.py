@@ -21,6 +21,7 @@ from benchmarks.scoring import ScoreConfig, evaluate, run, score
 from benchmarks.scoring.predictions import read_predictions
 from endprompt.results import read_rows
 from tests.support import ruler_helpers as helpers
+from tests.support.answering import answering
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +57,7 @@ def config(place: Path, output: Path, **changes) -> ScoreConfig:
 @pytest.fixture
 def fake(monkeypatch):
     """Replaces the model by a function of the request."""
-    from lm_eval.api.model import LM
-
-    def install(answer):
-        class Fake(LM):
-            def generate_until(self, requests):
-                return [answer(request) for request in requests]
-
-            def loglikelihood(self, requests):
-                raise NotImplementedError
-
-            loglikelihood_rolling = loglikelihood
-
-        monkeypatch.setattr(run, "load", lambda *args, **kwargs: Fake())
-
-    return install
+    return lambda answer: monkeypatch.setattr(run, "load", lambda *_, **__: answering(answer))
 
 
 EVERYTHING = dict(tasks="all", lengths="7000", samples=3, shots=1, max_new_tokens=None, beyond_window=True)

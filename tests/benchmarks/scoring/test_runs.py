@@ -19,6 +19,7 @@ from benchmarks.scoring import ScoreConfig, fingerprint, predictions, score
 from benchmarks.scoring import run as scoring
 from endprompt import runs as rows
 from tests.support import ruler_helpers as helpers
+from tests.support.answering import answering
 
 TURNS = (
     "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
@@ -42,18 +43,14 @@ def place(tmp_path_factory):
 @pytest.fixture
 def asked(monkeypatch):
     """(prompt, limit) of every request that reached a model, whose answer is the needle and the limit."""
-    from lm_eval.api.model import LM
-
     found = []
 
-    class Fake(LM):
-        def generate_until(self, requests):
-            found.extend((r.args[0], r.args[1]["max_gen_toks"]) for r in requests)
-            return [f"{r.doc['outputs'][0]} of {r.args[1]['max_gen_toks']}" for r in requests]
+    def answer(request):
+        prompt, limit = request.args[0], request.args[1]["max_gen_toks"]
+        found.append((prompt, limit))
+        return f"{request.doc['outputs'][0]} of {limit}"
 
-        loglikelihood = loglikelihood_rolling = generate_until
-
-    monkeypatch.setattr(scoring, "load", lambda *args: Fake())
+    monkeypatch.setattr(scoring, "load", lambda *_: answering(answer))
     return found
 
 
@@ -198,19 +195,10 @@ def test_first_second_first_again_in_one_output(place, tmp_path, asked, monkeypa
 
 def test_depths_and_averages_are_of_the_run_that_is_asked_for(place, tmp_path, monkeypatch):
     """A finds all, B nothing, then A again: nothing of B is in A's files."""
-    from lm_eval.api.model import LM
-
-    class Fake(LM):
-        finds = True
-
-        def generate_until(self, requests):
-            return [" ".join(r.doc["outputs"]) if self.finds else "no" for r in requests]
-
-        loglikelihood = loglikelihood_rolling = generate_until
-
-    monkeypatch.setattr(scoring, "load", lambda *args: Fake())
+    model = answering(lambda request: " ".join(request.doc["outputs"]))
+    monkeypatch.setattr(scoring, "load", lambda *_: model)
     score(config(place, tmp_path))
-    Fake.finds = False
+    model.answer = lambda request: "no"
     score(config(place, tmp_path, dtype="bfloat16"))
     assert {line["value"] for line in lines(tmp_path / "depth.jsonl")} == {0.0}
     score(config(place, tmp_path))
@@ -327,20 +315,15 @@ def cell(checkpoint, place):
 
 
 def test_an_interrupted_run_goes_on_with_its_day_and_overwrite_begins_a_new_one(place, tmp_path, day, monkeypatch):
-    from lm_eval.api.model import LM
-
     prompts = []
 
-    class Fake(LM):
-        def generate_until(self, requests):
-            prompts.extend(r.args[0] for r in requests)
-            if len(prompts) == 2:
-                raise KeyboardInterrupt
-            return ["" for _ in requests]
+    def answer(request):
+        prompts.append(request.args[0])
+        if len(prompts) == 2:
+            raise KeyboardInterrupt
+        return ""
 
-        loglikelihood = loglikelihood_rolling = generate_until
-
-    monkeypatch.setattr(scoring, "load", lambda *args: Fake())
+    monkeypatch.setattr(scoring, "load", lambda *_: answering(answer))
     about = {"checkpoint": with_template(place, "cut", CLOCK), "chat": True, "batch_size": 1}
     day(2026, 5, 1)
     with pytest.raises(KeyboardInterrupt):

@@ -24,7 +24,7 @@ def bpe():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("longbench"), words=2000)
+    return write_data(tmp_path_factory.mktemp("longbench"), words=1000)
 
 
 def run(model, chosen, **options):
@@ -46,13 +46,13 @@ def test_an_oracle_scores_100_and_silence_0(tmp_path, bpe):
 
 def test_an_echo_of_the_prompt_does_not_score(data, bpe):
     """Nothing on questions, though the context does hold the answer."""
-    items = [{**item, "context": f"{item['context']} {item['answers'][0]}"} for item in documents("qasper", words=2000)]
+    items = [{**item, "context": f"{item['context']} {item['answers'][0]}"} for item in documents("qasper", words=1000)]
     names = [name for name, rules in DATASETS.items() if rules.category.endswith("_qa")] + ["trec", "triviaqa"]
     (data / "qasper.jsonl").write_bytes(jsonl(items))
     try:
         found = scores(answering_model(lambda text, doc: text), names, data, bpe)
     finally:
-        write_data(data, ["qasper"], words=2000)
+        write_data(data, ["qasper"], words=1000)
     assert max(found.values()) < 1 and found["qasper"] > 0
 
 

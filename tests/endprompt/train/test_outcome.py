@@ -17,12 +17,18 @@ from endprompt import cli, files, runs, train
 from endprompt.config import ExtendConfig, check_output
 from endprompt.distributed import World
 from endprompt.model import load_model, load_tokenizer, training_attention
-from endprompt.train import loop, outcome, run, start
+from endprompt.train import curves, loop, outcome, run, start
 from endprompt.train import states as checkpoint
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import make_checkpoint, small_config
 from tests.support.runs import interrupted, lines_of, same_weights
 
 Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Without the picture of the losses, which has its own tests."""
+    monkeypatch.setattr(curves, "draw", lambda *_: None)
 
 
 @pytest.fixture
@@ -229,12 +235,22 @@ def test_overwrite_stopped_before_it_has_begun_does_not_go_on_with_the_old_run(
     assert run_printed(words) == 0 and "resumed" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["evaluation", "evaluation in mid-run", "export", "the host's memory"])
-def test_what_fails_after_a_step_loses_nothing(what, extend_config, documents, tmp_path, monkeypatch):
-    """The steps are there, and so are all rows of all evaluations when the run has gone on."""
-    held = {"eval_data": [str(documents)], "eval_lengths": [24, 96], "eval_rows": 1, "eval_every": 2}
-    whole = train.extend(extend_config(output=str(tmp_path / "whole"), **held))
+@pytest.fixture(scope="module")
+def held(documents):
+    return {"eval_data": [str(documents)], "eval_lengths": [24, 96], "eval_rows": 1, "eval_every": 2}
 
+
+@pytest.fixture(scope="module")
+def evaluated(llama, documents, held, tmp_path_factory):
+    """The output of the small configuration with evaluations."""
+    output = str(tmp_path_factory.mktemp("evaluated") / "out")
+    return train.extend(small_config(llama, documents, output, **held))
+
+
+@pytest.mark.parametrize("what", ["evaluation", "evaluation in mid-run", "export", "the host's memory"])
+def test_what_fails_after_a_step_loses_nothing(what, extend_config, held, evaluated, tmp_path, monkeypatch):
+    """The steps are there, and so are all rows of all evaluations when the run has gone on."""
+    whole = evaluated
     real, last = train.Trainer.evaluate, 2 if "mid-run" in what else 4
 
     def broken(*given, **__):
