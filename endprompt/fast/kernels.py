@@ -32,8 +32,7 @@ import triton.language as tl
 @dataclass(frozen=True)
 class Launch:
     """How a kernel is launched. block: entries a program works on (element-wise kernels); warps: of a program;
-    programs: of the norm's backward kernel, on each multiprocessor at once; stages: of its loop over tokens, more than
-    1 to load tokens ahead.
+    programs: on each multiprocessor at once, of kernels that loop; stages: of their loops, more than 1 to load ahead.
     """
 
     block: int = 0
@@ -43,13 +42,9 @@ class Launch:
 
 
 SWIGLU = Launch(block=2048, warps=8)
-SWIGLU_BACKWARD = Launch(block=2048, warps=8)
 #: Of rows of 4,096 numbers; wider ones take more warps, narrower ones fewer.
 NORM = Launch(warps=4)
 NORM_BACKWARD = Launch(programs=2)
-#: The same with one gradient of the norm, for rows of up to so many bytes: those that are loaded ahead must fit into
-#: 99 KiB of shared memory, which small GPUs have.
-NORM_BACKWARD_OF_ONE, LOADED_AHEAD = Launch(stages=3), 16384
 ROTATE = Launch(warps=4)
 CROSS_ENTROPY = Launch(block=32768, warps=32)
 #: block: here blocks of the optimizer's moments.
@@ -61,20 +56,12 @@ def warps_for(width: int, launch: Launch) -> int:
     return max(1, min(16, launch.warps * width // 4096))
 
 
-def norm_backward_launch(grads: int, row_bytes: int) -> Launch:
-    return NORM_BACKWARD_OF_ONE if grads == 1 and row_bytes <= LOADED_AHEAD else NORM_BACKWARD
-
-
-def swiglu(gate_MF: torch.Tensor, up_MF: torch.Tensor, launch: Launch = SWIGLU) -> torch.Tensor:
-    """Both may be parts of wider rows."""
-    out_MF = torch.empty(gate_MF.shape, dtype=gate_MF.dtype, device=gate_MF.device)
+def swiglu(gate_MF: torch.Tensor, up_MF: torch.Tensor) -> torch.Tensor:
+    out_MF = torch.empty_like(gate_MF)
     rows, size = gate_MF.shape
     with _on(gate_MF):
-        _swiglu[(rows * triton.cdiv(size, launch.block),)](
-            *(gate_MF, up_MF, out_MF, gate_MF.stride(0), up_MF.stride(0)),
-            F=size,
-            BLOCK=launch.block,
-            num_warps=launch.warps,
+        _swiglu[(rows * triton.cdiv(size, SWIGLU.block),)](
+            *(gate_MF, up_MF, out_MF), F=size, BLOCK=SWIGLU.block, num_warps=SWIGLU.warps
         )
     return out_MF
 
@@ -84,25 +71,24 @@ def swiglu_backward(
     gate_MF: torch.Tensor,
     up_MF: torch.Tensor,
     again: bool,
-    launch: Launch = SWIGLU_BACKWARD,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of gate, gradient of up, h made again or, without `again`, an empty tensor)."""
     rows, size = gate_MF.shape
     grad_gate_MF, grad_up_MF = torch.empty_like(grad_MF), torch.empty_like(grad_MF)
     out_MF = grad_MF.new_empty((rows, size) if again else 0)
     with _on(gate_MF):
-        _swiglu_backward[(rows * triton.cdiv(size, launch.block),)](
-            *(grad_MF, gate_MF, up_MF, grad_gate_MF, grad_up_MF, out_MF, gate_MF.stride(0), grad_gate_MF.stride(0)),
+        _swiglu_backward[(rows * triton.cdiv(size, SWIGLU.block),)](
+            *(grad_MF, gate_MF, up_MF, grad_gate_MF, grad_up_MF, out_MF),
             AGAIN=again,
             F=size,
-            BLOCK=launch.block,
-            num_warps=launch.warps,
+            BLOCK=SWIGLU.block,
+            num_warps=SWIGLU.warps,
         )
     return grad_gate_MF, grad_up_MF, out_MF
 
 
 def rms_norm(
-    x_MD: torch.Tensor, added_MD: torch.Tensor | None, weight_D: torch.Tensor, eps: float, launch: Launch = NORM
+    x_MD: torch.Tensor, added_MD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x + added, or an empty tensor without `added`; its norm; float32 (M,): 1 / root mean square of each token)."""
     rows, size = x_MD.shape
@@ -115,7 +101,7 @@ def rms_norm(
             ADD=added_MD is not None,
             D=size,
             WIDTH=width,
-            num_warps=warps_for(width, launch),
+            num_warps=warps_for(width, NORM),
         )
     return sum_MD, out_MD, scale_M
 
@@ -126,14 +112,13 @@ def rms_norm_backward(
     weight_D: torch.Tensor,
     grad_sum_MD: torch.Tensor,
     grads_MD: list[torch.Tensor],
-    launch: Launch | None = None,
+    launch: Launch = NORM_BACKWARD,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of x, the norm made again, float32 (D,): gradient of the weight). grads_MD: 1 to 3 gradients of the
     norm, which are added; grad_sum_MD: the gradient of x by another way, added too.
     """
     rows, size = x_MD.shape
     width = triton.next_power_of_2(size)
-    launch = launch or norm_backward_launch(len(grads_MD), width * x_MD.element_size())
     warps = warps_for(width, launch)
     programs = min(rows, launch.programs * _multiprocessors(x_MD) * max(1, launch.warps // warps))
     grad_x_MD, out_MD = torch.empty_like(x_MD), torch.empty_like(x_MD)
@@ -145,7 +130,6 @@ def rms_norm_backward(
             GRADS=len(grads_MD),
             D=size,
             WIDTH=width,
-            STAGES=launch.stages,
             num_warps=warps,
         )
     return grad_x_MD, out_MD, parts_PD.sum(0)
@@ -199,7 +183,6 @@ def lean_update(
     levels: tuple[int, int],
     octaves: tuple[float, float],
     first: int = 0,
-    launch: Launch = LEAN_UPDATE,
 ) -> None:
     """One step of the lean optimizer on S entries of a parameter, in place. moments: codes of the first one and their
     scales, codes of the root of the second and theirs, in blocks; the last may be longer than the parameter. levels,
@@ -207,7 +190,7 @@ def lean_update(
     """
     size, block = weight_S.numel(), moments[0].shape[1]
     with _on(weight_S):
-        _lean_update[(triton.cdiv(triton.cdiv(size, block), launch.block),)](
+        _lean_update[(triton.cdiv(triton.cdiv(size, block), LEAN_UPDATE.block),)](
             *(weight_S, grad_S, *moments, number, scale, seed, size, first),
             STOCHASTIC=weight_S.dtype == torch.bfloat16,
             LEVELS_FIRST=levels[0],
@@ -215,8 +198,8 @@ def lean_update(
             OCTAVES_FIRST=octaves[0],
             OCTAVES_ROOT=octaves[1],
             BLOCK=block,
-            BLOCKS=launch.block,
-            num_warps=launch.warps,
+            BLOCKS=LEAN_UPDATE.block,
+            num_warps=LEAN_UPDATE.warps,
         )
 
 
@@ -230,13 +213,13 @@ def _multiprocessors(x: torch.Tensor) -> int:
 
 
 @triton.jit
-def _swiglu(gate_MF, up_MF, out_MF, gate_row, up_row, F: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(gate_MF, up_MF, out_MF, F: tl.constexpr, BLOCK: tl.constexpr):
     blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = None if F % BLOCK == 0 else at < F
-    gate = tl.load(gate_MF + row * gate_row + at, mask=inside).to(tl.float32)
-    up = tl.load(up_MF + row * up_row + at, mask=inside).to(tl.float32)
+    gate = tl.load(gate_MF + row * F + at, mask=inside).to(tl.float32)
+    up = tl.load(up_MF + row * F + at, mask=inside).to(tl.float32)
     tl.store(out_MF + row * F + at, (gate * tl.sigmoid(gate) * up).to(out_MF.dtype.element_ty), mask=inside)
 
 
@@ -248,8 +231,6 @@ def _swiglu_backward(
     grad_gate_MF,
     grad_up_MF,
     out_MF,
-    row_in,
-    row_out,
     AGAIN: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -259,13 +240,13 @@ def _swiglu_backward(
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = None if F % BLOCK == 0 else at < F
     grad = tl.load(grad_MF + row * F + at, mask=inside).to(tl.float32)
-    gate = tl.load(gate_MF + row * row_in + at, mask=inside).to(tl.float32)
-    up = tl.load(up_MF + row * row_in + at, mask=inside).to(tl.float32)
+    gate = tl.load(gate_MF + row * F + at, mask=inside).to(tl.float32)
+    up = tl.load(up_MF + row * F + at, mask=inside).to(tl.float32)
     logistic = tl.sigmoid(gate)
     silu = gate * logistic
     grad_gate = grad * up * (logistic + silu * (1.0 - logistic))
-    tl.store(grad_gate_MF + row * row_out + at, grad_gate.to(grad_gate_MF.dtype.element_ty), mask=inside)
-    tl.store(grad_up_MF + row * row_out + at, (grad * silu).to(grad_up_MF.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_MF + row * F + at, grad_gate.to(grad_gate_MF.dtype.element_ty), mask=inside)
+    tl.store(grad_up_MF + row * F + at, (grad * silu).to(grad_up_MF.dtype.element_ty), mask=inside)
     if AGAIN:
         tl.store(out_MF + row * F + at, (silu * up).to(out_MF.dtype.element_ty), mask=inside)
 
@@ -308,7 +289,6 @@ def _rms_norm_backward(
     GRADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)  # and so is the loop's row
     column = tl.arange(0, WIDTH)
@@ -316,7 +296,7 @@ def _rms_norm_backward(
     zero = None if WIDTH == D else 0.0
     weight = tl.load(weight_D + column, mask=inside, other=zero).to(tl.float32)
     part = tl.zeros([WIDTH], dtype=tl.float32)
-    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
+    for row in tl.range(program, rows, tl.num_programs(0)):
         at = row * D
         stored = tl.load(x_MD + at + column, mask=inside, other=zero)
         grad = tl.load(one_MD + at + column, mask=inside, other=zero).to(tl.float32)

@@ -81,17 +81,12 @@ def torch_norm_backward(
 @torch.library.custom_op("endprompt::swiglu", mutates_args=())
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of two [M, F]; made in float32 and rounded once."""
-    gate, up = _rows(gate), _rows(up)
+    gate, up = gate.contiguous(), up.contiguous()
     kernels = triton_kernels(gate)
     return kernels.swiglu(gate, up) if kernels else torch_swiglu(gate, up).contiguous()
 
 
 swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
-
-
-def _rows(x_MF: torch.Tensor) -> torch.Tensor:
-    """The same matrix with its rows in one piece each, at any distance."""
-    return x_MF if x_MF.stride(1) == 1 else x_MF.contiguous()
 
 
 @torch.library.custom_op("endprompt::swiglu_backward", mutates_args=())

@@ -45,7 +45,7 @@ def main(device: str) -> None:
                 same(got, want, dtype, "norm")
                 assert got[2].dtype == torch.float32
             for grads in ([g], [g, h], [g, h, z]):
-                for launch in (None, kernels.Launch(warps=4, programs=1, stages=2)):
+                for launch in (kernels.NORM_BACKWARD, kernels.Launch(warps=4, programs=1)):
                     got = kernels.rms_norm_backward(x, want[2], weight, y, grads, launch)
                     same(got, layers.torch_norm_backward(x, want[2], weight, y, grads), dtype, "norm backward")
 

@@ -13,7 +13,7 @@ def main() -> None:
     codes = {"LEVELS_FIRST": lean.LEVELS_FIRST, "LEVELS_ROOT": lean.LEVELS_ROOT, "BLOCK": lean.BLOCK}
     codes |= {"OCTAVES_FIRST": lean.OCTAVES_FIRST, "OCTAVES_ROOT": lean.OCTAVES_ROOT, "STOCHASTIC": True}
     heads = {"H": 32, "G": 8, "HALF": 64, "HEADS": 32, "GROUPS": 8, "LANES": 64}
-    norm, three = {"D": 4096, "WIDTH": 4096}, kernels.norm_backward_launch(3, 8192)
+    norm = {"D": 4096, "WIDTH": 4096}
     loss, update = kernels.CROSS_ENTROPY, kernels.LEAN_UPDATE
 
     def compiled(kernel, kinds, launch, warps=0, **constants):
@@ -28,15 +28,15 @@ def main() -> None:
         return made.asm
 
     for kernel, kinds, launch, constants in (
-        (kernels._swiglu, [BF16] * 3 + [I32] * 2, kernels.SWIGLU, {"F": 14336, "BLOCK": kernels.SWIGLU.block}),
+        (kernels._swiglu, [BF16] * 3, kernels.SWIGLU, {"F": 14336, "BLOCK": kernels.SWIGLU.block}),
         (
-            *(kernels._swiglu_backward, [BF16] * 6 + [I32] * 2, kernels.SWIGLU_BACKWARD),
-            {"F": 14336, "BLOCK": kernels.SWIGLU_BACKWARD.block, "AGAIN": True},
+            *(kernels._swiglu_backward, [BF16] * 6, kernels.SWIGLU),
+            {"F": 14336, "BLOCK": kernels.SWIGLU.block, "AGAIN": True},
         ),
         (kernels._rms_norm, [BF16] * 5 + [F32, "fp32"], kernels.NORM, norm | {"ADD": True}),
         (
-            *(kernels._rms_norm_backward, [BF16, F32] + [BF16] * 7 + [F32, I32], three),
-            norm | {"GRADS": 3, "STAGES": three.stages},
+            *(kernels._rms_norm_backward, [BF16, F32] + [BF16] * 7 + [F32, I32], kernels.NORM_BACKWARD),
+            norm | {"GRADS": 3},
         ),
         (kernels._rotate, [BF16] * 6 + [I32] * 2, kernels.ROTATE, heads),
         *(
@@ -59,10 +59,9 @@ def main() -> None:
         assert made["cubin"] and ".f64" not in made["ptx"], kernel
         assert any(wide in made["ptx"] for wide in ("ld.global.v4", ".v4.b32", "cp.async.cg")), kernel
     for width in (4096, 8192, 16384):  # the launches that a width takes
-        for kind, size in ((BF16, 2), (F32, 4)):
+        for kind, _size in ((BF16, 2), (F32, 4)):
             for grads in (1, 2):
-                launch = kernels.norm_backward_launch(grads, width * size)
-                constants = {"D": width, "WIDTH": width, "GRADS": grads, "STAGES": launch.stages}
+                launch, constants = kernels.NORM_BACKWARD, {"D": width, "WIDTH": width, "GRADS": grads}
                 kinds, warps = [kind, F32] + [kind] * 7 + [F32, I32], kernels.warps_for(width, launch)
                 compiled(kernels._rms_norm_backward, kinds, launch, warps, **constants)
     print("compiled")
