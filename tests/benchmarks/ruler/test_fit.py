@@ -16,8 +16,6 @@ from endprompt.files import remembered_sha256
 from tests.support import ruler_helpers as helpers
 from tests.support.imports import loaded
 
-NO_DATA = [task for task in ruler.TASKS if ruler.SPECS[task].family != "qa"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
