@@ -106,6 +106,7 @@ MUTANTS = [
     (ORIGINALS, "if sha256 and found != sha256", "if False", "benchmarks/originals"),
     (ORIGINALS, 'if version or (sha256 and held.get("sha256") == sha256)', "if part.is_file()", "benchmarks/originals"),
     (ORIGINALS, "known and sha256 not in known", "False", "benchmarks/originals"),
+    (ORIGINALS, "path.match(source.names[0]) and (other :=", "(other :=", "benchmarks/originals"),
     # a question about a long text
     ("benchmarks/talk.py", "return self.window - self.new_tokens", "return self.window", "benchmarks/talk"),
     ("benchmarks/talk.py", "self.kept = self.text[:first] + self.text[first + count :]", "self.kept = self.text[: len(self.text) - count]", "benchmarks/talk"),

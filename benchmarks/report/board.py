@@ -285,6 +285,8 @@ def scores_table(entries: Sequence[Entry], suite: str, threshold: float, key: st
         picture = charts.lines(suite, drawable, ("length (tokens)", "score (percent)"), key, scores=True)
     counts = sorted({len(own) for own in tasks.values()})
     notes = [f"Mean over {' or '.join(map(str, counts))} task{'s' * (counts != [1])}, percent [95% interval]."]
+    if blank := [row[0][0] for row in rows if any(not text for text, _ in row[1 : 1 + len(lengths)])]:
+        notes.append(f"No mean at a length where a run lacks one of these tasks: {', '.join(blank)}.")
     if effective:
         notes.append(
             f"Effective length: the longest that scores {threshold:g} or more (RULER's rule); unbroken: up to which "

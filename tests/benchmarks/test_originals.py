@@ -285,7 +285,7 @@ def test_a_published_name_with_other_bytes_is_said_once_where_it_is_read(suite, 
         (tmp_path / one).write_bytes(DATA)
     known = {
         kind: Original([one], "the set", "free", {f"https://host/{one}": "0" * 64})
-        for kind, one in (("it", name), ("hotpotqa", "hotpotqa.json"))
+        for kind, one in (("it", name), ("hotpotqa", "hotpotqa.json"), ("elsewhere", f"8k/{Path(name).name}"))
     }
     monkeypatch.setattr(originals, "originals", lambda asked: known if asked == suite else {})
     reads = {

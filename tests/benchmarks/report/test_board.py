@@ -64,8 +64,10 @@ def test_effective_lengths_and_their_intervals(tmp_path):
 def test_a_mean_is_over_the_tasks_that_any_run_has_or_there_is_none(tmp_path):
     one = scored(tmp_path / "a", "a", {("vt", 4096): mix(0.5), ("cwe", 4096): mix(1)})
     other = scored(tmp_path / "b", "b", {("vt", 4096): mix(0.5)})
-    rows = {row[0][0]: row[1] for row in compared([one, other])[0]["ruler"].rows}
+    table = compared([one, other])[0]["ruler"]
+    rows = {row[0][0]: row[1] for row in table.rows}
     assert rows["a"][1] == 75 and rows["b"] == ("", "")
+    assert table.notes[1] == "No mean at a length where a run lacks one of these tasks: b."
 
 
 def test_intervals_of_means_and_of_differences_without_spread(tmp_path):
