@@ -93,7 +93,6 @@ class ExtendConfig:
         dtype: of the weights that are trained: float32 or bfloat16
         autocast: multiply in bfloat16 while the weights stay as they are
         float8: products of the decoder layers in float8: none, exact or fast; needs the lean optimizer
-        float8_head: with float8, also the logits and the gradient that goes down from them
         fused: with the lean optimizer, norms and SwiGLU of the decoder layers in kernels of their own, on a GPU with
             triton; layers in float8, and those of families other than Llama, Mistral, Qwen2 and Qwen3, stay as they are
         attention: sdpa, eager, flex, cudnn, flash_attention_2, flash_attention_3, flash_attention_4, all causal only;
@@ -126,7 +125,8 @@ class ExtendConfig:
         report: tensorboard, wandb, or both, beside log.jsonl
     """
 
-    GONE: ClassVar[dict[str, Any]] = {"pieces": 3}  # of earlier configurations, with the value that it always has now
+    #: Of earlier configurations, with the value that it always has now.
+    GONE: ClassVar[dict[str, Any]] = {"pieces": 3, "float8_head": False}
 
     model: str = ""
     output: str = ""
@@ -187,7 +187,6 @@ class ExtendConfig:
     dtype: str = "float32"
     autocast: bool = False
     float8: str = "none"
-    float8_head: bool = False
     fused: bool = True
     attention: str = "sdpa"
     checkpointing: str = "none"
@@ -328,8 +327,6 @@ def check_config(config: ExtendConfig) -> None:
         raise ValueError(f"float8 needs the lean optimizer: float8={config.float8!r} optimizer={config.optimizer!r}")
     if config.shard == "moments" and config.optimizer != "lean":
         raise ValueError(f"shard='moments' is the lean optimizer's: shard='moments' optimizer={config.optimizer!r}")
-    if config.float8_head and config.float8 == "none":
-        raise ValueError(f"float8_head needs float8: float8_head={config.float8_head} float8={config.float8!r}")
     if config.optimizer == "lean" and (config.dtype != "bfloat16" or config.autocast):
         raise ValueError(
             f"the lean optimizer trains bfloat16 weights as they are: dtype={config.dtype!r} autocast={config.autocast}"

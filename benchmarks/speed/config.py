@@ -31,7 +31,6 @@ class BenchConfig:
         optimizer: lean, adamw or none (forward and backward alone)
         fused: as in extend
         float8: none, exact or fast (accumulation of the backward products)
-        float8_head: with float8, also the logits and the gradient that goes down from them
         recompute: activation checkpointing: none, selective, attention or full
         whole_logits: the reference's own loss, over all logits at once; if not, this trainer's
         compile: torch.compile each decoder layer
@@ -51,7 +50,6 @@ class BenchConfig:
     optimizer: str = "lean"
     fused: bool = True
     float8: str = "none"
-    float8_head: bool = False
     recompute: str = "selective"
     whole_logits: bool = True
     compile: bool = True

@@ -105,7 +105,7 @@ class Run:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.budget = make_fast(self.model, settings, device)
-        self.objective = Objective(self.model, False, float8=config.float8 if config.float8_head else "none")
+        self.objective = Objective(self.model, False)
         self.objective.dense = True
         generator = torch.Generator(device).manual_seed(0)
         shape = (config.micro_rows, config.row_tokens)

@@ -37,27 +37,6 @@ def scaled_product(
     return torch._scaled_mm(a_MK, b_KN, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
-class Float8Matrix:
-    """x @ w.T and g @ w of one weight in float8, for products outside of the decoder layers. fast: leave partial sums
-    of g @ w in the tensor cores' short accumulators. Raises ValueError for sizes that are not multiples of 16.
-    """
-
-    def __init__(self, weight_NK: torch.Tensor, fast: bool):
-        if any(size % 16 for size in weight_NK.shape):
-            raise ValueError(f"float8 needs sizes that are multiples of 16: a weight is {tuple(weight_NK.shape)}")
-        self.convert = fused(to_float8, weight_NK.device)
-        self.weight8_NK, self.weight8_KN, self.scale = fused(both_layouts, weight_NK.device)(weight_NK)
-        self.fast = fast
-
-    def output(self, x_MK: torch.Tensor) -> torch.Tensor:
-        x8_MK, scale = self.convert(x_MK, ACTIVATION)
-        return scaled_product(x8_MK, self.weight8_NK.t(), scale, self.scale, x_MK.dtype, True)
-
-    def input_gradient(self, grad_MN: torch.Tensor) -> torch.Tensor:
-        grad8_MN, scale = self.convert(grad_MN, GRADIENT)
-        return scaled_product(grad8_MN, self.weight8_KN.t(), scale, self.scale, grad_MN.dtype, self.fast)
-
-
 @functools.cache
 def fused(convert: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """On CUDA two fused kernels (the largest magnitude, then the copies); on the CPU as written."""

@@ -7,7 +7,7 @@ memory and one pass over all gradients a micro-batch.
 In float8 a layer's three products (output, input gradient, weight gradient) run on float8 tensor cores with one scale a
 tensor, as torchao's "tensorwise" recipe does: e4m3 for activations and weights, e5m2 for gradients, the largest
 magnitude mapped to the format's largest number. Weights are converted once a step, not once a micro-batch. Embeddings,
-attention and the head (but for `float8.Float8Matrix`) stay in bfloat16. `exact` accumulation promotes partial sums to
+attention and the head stay in bfloat16. `exact` accumulation promotes partial sums to
 float32 in the two backward products; `fast` leaves them in the tensor cores' shorter accumulators everywhere. Legend: M
 tokens, K input features, N output features.
 """

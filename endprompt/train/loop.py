@@ -109,9 +109,8 @@ def objective_of(config: ExtendConfig, model: PreTrainedModel, here: World) -> O
         lora.add_lora(model, *about)
     if config.freeze_router:
         experts.freeze_routers(model)
-    float8 = config.float8 if config.float8_head else "none"
     sharded = shards_weights(config, here)
-    loss = Objective(model, autocast=config.autocast and not sharded, float8=float8)
+    loss = Objective(model, autocast=config.autocast and not sharded)
     loss.balance = experts.balance_weight(config, model)
     if loss.balance and config.compile not in ("auto", "none"):
         raise ValueError(f"the experts' loss is not compiled: router_loss={loss.balance:g} compile={config.compile!r}")

@@ -29,7 +29,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         head_sum_VD: torch.Tensor | None,
         fuse: bool,
-        head8: Any,
     ) -> torch.Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -45,12 +44,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 hidden = hidden_ND[part].to(dtype)
                 chunk_of = _chunk if fuse else _chunk_eager
-                logits = hidden @ head.T if head8 is None else head8.output(hidden)
-                loss, grad_logits = chunk_of(logits, labels_N[part], weights_N[part])
+                loss, grad_logits = chunk_of(hidden @ head.T, labels_N[part], weights_N[part])
                 total += loss
                 if grad_hidden is not None:
-                    product = grad_logits @ head if head8 is None else head8.input_gradient(grad_logits)
-                    grad_hidden[part] = product.to(grad_hidden.dtype)
+                    grad_hidden[part] = (grad_logits @ head).to(grad_hidden.dtype)
                 if grad_head is not None:
                     add_product(grad_head, grad_logits, hidden)
         ctx.save_for_backward(grad_hidden, grad_head if head_sum_VD is None else None)
@@ -64,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
             # in place: it is as large as the head, and this is where a step has most memory
             None if grad_head is None else grad_head.mul_(grad_total).to(ctx.head_dtype),
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 
@@ -100,7 +97,6 @@ def linear_cross_entropy(
     head_sum_VD: torch.Tensor | None = None,
     every_token: bool = False,
     fuse: bool = True,
-    head8: Any = None,
 ) -> torch.Tensor:
     """Weighted sum of cross-entropies of `hidden @ head.T` against the labels, float32 scalar; not divided by anything.
 
@@ -108,8 +104,7 @@ def linear_cross_entropy(
     out before any work is done; every_token: they are not, so that no shape depends on the weights. The extra memory is
     one chunk (tokens at a time, default `shapes.tokens_at_a_time`) of logits and the gradient of the head in float32.
     head_sum_VD: the gradient of the head is added to this tensor at once, as of the sum itself, and not passed back.
-    fuse: losses and their gradient in one kernel on CUDA, where triton is there. head8: a `float8.Float8Matrix` of the
-    head, which gives the logits and the gradient of `hidden` instead.
+    fuse: losses and their gradient in one kernel on CUDA, where triton is there.
     """
     if chunk is None:
         chunk = tokens_at_a_time(head_VD.shape[0], hidden_ND.device.type)
@@ -119,7 +114,7 @@ def linear_cross_entropy(
             hidden_ND, labels_N, weights_N = hidden_ND[keep], labels_N[keep], weights_N[keep]
     if not len(labels_N):
         return (hidden_ND.sum() + head_VD.sum()).float() * 0.0  # both keep a gradient, of zeros
-    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD, fuse, head8)
+    return _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N.float(), chunk, head_sum_VD, fuse)
 
 
 def next_tokens(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,6 @@ import torch
 from endprompt import distributed
 from endprompt.config import ExtendConfig
 from endprompt.distributed import Context, World, say, shard_starts
-from endprompt.fast.float8 import Float8Matrix
 from endprompt.model.attention import attention_backends
 from endprompt.model.parity import plain_head
 from endprompt.train.experts import balance_loss
@@ -31,12 +30,10 @@ def in_parts(total: Callable[..., torch.Tensor], parts: int | list[int], *tensor
 class Objective(torch.nn.Module):
     """The model with its loss, so that sharded weights are whole for both."""
 
-    def __init__(
-        self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True, float8: str = "none"
-    ):
-        """every_token, fuse: as in `linear_cross_entropy`. float8: of the head's products, while training."""
+    def __init__(self, model: PreTrainedModel, autocast: bool, every_token: bool = False, fuse: bool = True):
+        """every_token, fuse: as in `linear_cross_entropy`."""
         super().__init__()
-        self.model, self.autocast, self.float8 = model, autocast, float8
+        self.model, self.autocast = model, autocast
         self.options: dict[str, Any] = {"every_token": every_token, "fuse": fuse}
         self.plain = plain_head(model)  # tried while the model is whole: sharded it can't be
         self.balance = 0.0  # weight of the experts' loss, which is added to that of a row
@@ -92,10 +89,7 @@ class Objective(torch.nn.Module):
             hidden = out[0]
             head = self.model.get_output_embeddings().weight
             hidden_ND = (hidden if every else hidden[:, :-1]).flatten(0, 1)
-            head8 = None
-            if self.float8 != "none" and self.model.training:
-                head8 = Float8Matrix(head.detach(), fast=self.float8 == "fast")
-            options = options | {"head_sum_VD": self.head_sum(), "head8": head8}
+            options = options | {"head_sum_VD": self.head_sum()}
             losses = in_parts(
                 lambda h, l, w: linear_cross_entropy(h, head, l, w, **options), cut, hidden_ND, labels, weights
             )

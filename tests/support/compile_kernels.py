@@ -59,7 +59,7 @@ def main() -> None:
         assert made["cubin"] and ".f64" not in made["ptx"], kernel
         assert any(wide in made["ptx"] for wide in ("ld.global.v4", ".v4.b32", "cp.async.cg")), kernel
     for width in (4096, 8192, 16384):  # the launches that a width takes
-        for kind, _size in ((BF16, 2), (F32, 4)):
+        for kind in (BF16, F32):
             for grads in (1, 2):
                 launch, constants = kernels.NORM_BACKWARD, {"D": width, "WIDTH": width, "GRADS": grads}
                 kinds, warps = [kind, F32] + [kind] * 7 + [F32, I32], kernels.warps_for(width, launch)

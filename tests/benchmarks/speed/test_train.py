@@ -42,7 +42,6 @@ def test_adamw_is_measured_with_gradients_and_moments():
         ({"micro_rows": 3}, "micro_rows=3 rows=64"),
         ({"row_tokens": 9, "target": 8}, "row_tokens=9 target=8"),
         ({"float8": "fast", "optimizer": "adamw"}, "optimizer='adamw'"),
-        ({"float8_head": True}, "float8_head=True float8='none'"),
         ({"method": "reference"}, "adamw or none: lean"),
     ],
 )

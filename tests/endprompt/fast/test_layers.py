@@ -341,8 +341,7 @@ def test_on_the_gpu_compiled_fused_layers_sum_the_cpu_s_gradients(keep):
 def test_extend_fuses_unless_told_otherwise_and_says_where_it_cannot(extend_config, tmp_path, capsys):
     lean = {"optimizer": "lean", "dtype": "bfloat16", "checkpointing": "selective"}
     losses = {}
-    float8 = {"float8": "fast", "float8_head": True}
-    for name, changes in {"plain": {"fused": False}, "fused": {}, "float8": float8}.items():
+    for name, changes in {"plain": {"fused": False}, "fused": {}, "float8": {"float8": "fast"}}.items():
         output = tmp_path / name
         extend(extend_config(**lean, **changes, output=str(output)))
         losses[name] = losses_of(output)

@@ -387,7 +387,6 @@ def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsy
         ({"row_tokens": 0}, "row_tokens must be at least 2: row_tokens=0"),
         ({"rows": 0}, "rows must be at least 1: rows=0"),
         ({"micro_rows": 0}, "micro_rows must be"),
-        ({"float8_head": True}, "float8_head needs float8"),
         ({"keep": 0}, "keep must be"),
         ({"factor": 0.5}, "factor must be at least 1"),
         ({"schedule": "stairs"}, "schedule must be one of"),
