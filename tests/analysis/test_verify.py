@@ -30,17 +30,10 @@ def config_of(family, **changes):
     import transformers
 
     settings = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": TARGET,
-        "rope_parameters": LINEAR,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-    }
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TARGET,
+        "rope_parameters": LINEAR, "initializer_range": 0.3, "pad_token_id": 0,
+    }  # fmt: skip
     own = {
         "Llama": {},
         "Mistral": {"rope_parameters": YARN, "sliding_window": None},

@@ -36,21 +36,13 @@ LONGBENCH_RUNS = {
 #: The rows that the project ships.
 MEASURED = measured_files()
 MANY = {
-    "base": (100, 0, 0, 0),
-    "base+yarn": (70, 60, 50, 40),
-    "contiguous+linear": (96, 92, 80, 24),
-    "contiguous+yarn": (99, 98, 97, 45),
-    "endprompt+EP_1+linear": (98, 94, 82, 34),
-    "endprompt+EP_2+linear": (98, 94, 81, 33),
-    "endprompt+EP_3+yarn": (98, 94, 92, 64),
-    "endprompt+recall+linear": (98, 97, 96, 75),
-    "recall+yarn": (100, 98, 98, 96),
-    "endprompt-random+EP_1+yarn": (98, 96, 94, 90),
-    "pose+linear": (94, 93, 92, 87),
-    "pose+yarn": (99, 98, 98, 97),
-    "endprompt-pose+EP_1+yarn": (99, 99, 98, 98),
-    "anchors+EP_1+yarn": (97, 96, 94, 80),
-}
+    "base": (100, 0, 0, 0), "base+yarn": (70, 60, 50, 40), "contiguous+linear": (96, 92, 80, 24),
+    "contiguous+yarn": (99, 98, 97, 45), "endprompt+EP_1+linear": (98, 94, 82, 34),
+    "endprompt+EP_2+linear": (98, 94, 81, 33), "endprompt+EP_3+yarn": (98, 94, 92, 64),
+    "endprompt+recall+linear": (98, 97, 96, 75), "recall+yarn": (100, 98, 98, 96),
+    "endprompt-random+EP_1+yarn": (98, 96, 94, 90), "pose+linear": (94, 93, 92, 87), "pose+yarn": (99, 98, 98, 97),
+    "endprompt-pose+EP_1+yarn": (99, 99, 98, 98), "anchors+EP_1+yarn": (97, 96, 94, 80),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

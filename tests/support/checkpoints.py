@@ -37,17 +37,10 @@ def tiny_config(architecture: str, **changes):
     import transformers
 
     common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": WINDOW,
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": WINDOW, "pad_token_id": 0,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
     own = {
         "Llama": {"tie_word_embeddings": True},
         "Mistral": {"sliding_window": None},

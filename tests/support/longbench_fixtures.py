@@ -38,16 +38,11 @@ def triples(rng: random.Random, n: int) -> list[list[str]]:
 
 
 ANSWERS = {
-    "qa_f1": ["Zebra Quartz Kayak", "the quartz kayak"],
-    "qa_f1_zh": ["熊猫吃竹子", "竹子"],
-    "rouge_l": ["A zebra rowed the quartz kayak home. It rained."],
-    "rouge_l_zh": ["熊猫在竹林里吃竹子", "熊猫吃竹子"],
-    "classification": ["Place name"],
-    "count": ["7"],
-    "retrieval": ["Paragraph 7"],
-    "retrieval_zh": ["段落7"],
+    "qa_f1": ["Zebra Quartz Kayak", "the quartz kayak"], "qa_f1_zh": ["熊猫吃竹子", "竹子"],
+    "rouge_l": ["A zebra rowed the quartz kayak home. It rained."], "rouge_l_zh": ["熊猫在竹林里吃竹子", "熊猫吃竹子"],
+    "classification": ["Place name"], "count": ["7"], "retrieval": ["Paragraph 7"], "retrieval_zh": ["段落7"],
     "code_similarity": ["    return zebra_kayak(quartz)"],
-}
+}  # fmt: skip
 
 
 def documents(task: str, n: int = 4, words: int = 400, seed: int = 0) -> list[dict]:

@@ -267,14 +267,9 @@ def main() -> None:
         script = None
         for folder, length in itertools.product(args.tokenizers, args.lengths):
             row = {
-                "edition": args.edition,
-                "data": args.data_name,
-                "task": task,
-                "length": length,
-                "template": args.template,
-                "random_seed": args.seed,
-                "tokenizer": folder.name,
-            }
+                "edition": args.edition, "data": args.data_name, "task": task, "length": length,
+                "template": args.template, "random_seed": args.seed, "tokenizer": folder.name,
+            }  # fmt: skip
             shape = (task, length, args.samples, args.seed)
             script = script or original.script(*shape, folder, args.template)
             # A script reads its arguments once and takes its time to: what differs is set as it would read it.

@@ -30,20 +30,12 @@ def letters() -> PreTrainedTokenizerFast:
 
 # sha256 of three samples of each task at 16,000 bytes (common words: 32,000), cut to 16 digits.
 BYTES = {
-    "niah_single_1": "e0388b4030838deb",
-    "niah_single_2": "efda45e07cf59532",
-    "niah_single_3": "c84e6d16e70da8c2",
-    "niah_multikey_1": "fc97c5e2aab5452a",
-    "niah_multikey_2": "ab25d005edb75b65",
-    "niah_multikey_3": "506e4bf6e24ff93d",
-    "niah_multivalue": "ed2b568bb392dd7e",
-    "niah_multiquery": "4ecc82a5c589d924",
-    "vt": "5b9662699cd61aad",
-    "cwe": "88c3251fe3b29fd4",
-    "fwe": "49da4737804a8753",
-    "qa_1": "de8844b1fd747f9c",
-    "qa_2": "2e6fd9bbc0b4d8eb",
-}
+    "niah_single_1": "e0388b4030838deb", "niah_single_2": "efda45e07cf59532", "niah_single_3": "c84e6d16e70da8c2",
+    "niah_multikey_1": "fc97c5e2aab5452a", "niah_multikey_2": "ab25d005edb75b65",
+    "niah_multikey_3": "506e4bf6e24ff93d", "niah_multivalue": "ed2b568bb392dd7e",
+    "niah_multiquery": "4ecc82a5c589d924", "vt": "5b9662699cd61aad", "cwe": "88c3251fe3b29fd4",
+    "fwe": "49da4737804a8753", "qa_1": "de8844b1fd747f9c", "qa_2": "2e6fd9bbc0b4d8eb",
+}  # fmt: skip
 
 
 # Where the default edition differs from that of the lab, at this length.

@@ -20,16 +20,9 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.runs import losses_of, weights_of
 
 SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 72,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "use_cache": False,
-}
+    "vocab_size": 64, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 72, "head_dim": 12, "max_position_embeddings": 64, "use_cache": False,
+}  # fmt: skip
 
 
 def small_model(family="Llama", dtype="float32", **changes):

@@ -391,6 +391,10 @@ def test_scaled_checkpoint_extended_again_says_so(extend_config, tmp_path, capsy
         ({"factor": 0.5}, "factor must be at least 1"),
         ({"schedule": "stairs"}, "schedule must be one of"),
         ({"resume": True}, "no unfinished run to resume"),
+        ({"adapter": "beside"}, "adapter needs LoRA: adapter='beside' lora_rank=0"),
+        ({"lora_rank": 4, "lora_targets": "experts"}, "lora_targets must be one of attention, mlp, all"),
+        ({"quantize": "4bit"}, "quantize needs LoRA: quantize='4bit' lora_rank=0"),
+        ({"lora_rank": 4, "optimizer": "lean", "dtype": "bfloat16", "float8": "fast"}, "float8 is for .*LoRA freezes"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(extend_config, tmp_path, changes, rule):
