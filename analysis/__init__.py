@@ -10,8 +10,7 @@ import endprompt  # noqa: F401  # says how threads wait, before numpy and torch 
 
 _NAMES = {
     "spectra": "rope_freqs spectrum_from_qk eval_score",
-    "bounds": "coef_bounds coef_bound bernstein_bound duffin_schaeffer_excess nonvacuous_radius softmax_shift_bound "
-    "windowed_counterexample",
+    "bounds": "coef_bounds coef_bound bernstein_bound nonvacuous_radius softmax_shift_bound windowed_counterexample",
     "certificates": "certified_max roundoff",
     "rank": "freq_rank frequency_classes true_sup",
     "observability": "distance_segments pair_counts gram gram_weighted worst_gap posterior_gap_rms",

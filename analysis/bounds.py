@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.spectra import check_order, check_spectrum, eval_score
+from analysis.spectra import check_order, check_spectrum
 
 
 def coef_bound(z: Any, omega: Any, order: int = 0) -> np.ndarray:
@@ -43,19 +43,6 @@ def coef_bounds(z: Any, omega: Any, attention_factor: float = 1.0) -> dict[str, 
         "bernstein1": scale * bernstein_bound(z, omega, 1),
         "bernstein2": scale * bernstein_bound(z, omega, 2),
     }
-
-
-def duffin_schaeffer_excess(z: Any, omega: Any, d: Any, supremum: Any = None) -> np.ndarray:
-    """(S'(d)^2 + sigma^2 S(d)^2) / (sigma^2 sup_R |S|^2), float64 [..., N]: at most 1 at every real distance, 0 for a
-    spectrum of zeros. Duffin and Schaeffer 1937: sharper than Bernstein pointwise, equality everywhere for a single
-    frequency. supremum as in `bernstein_bound`.
-    """
-    z, omega = check_spectrum(z, omega)
-    supremum = coef_bound(z, omega) if supremum is None else np.asarray(supremum, dtype=np.float64)
-    limit = (np.abs(omega).max() * supremum) ** 2
-    left = eval_score(z, omega, d, 1) ** 2 + (np.abs(omega).max() * eval_score(z, omega, d, 0)) ** 2
-    limit = limit[..., None]
-    return np.divide(left, limit, out=np.zeros_like(left), where=limit > 0)
 
 
 def nonvacuous_radius(omega: Any) -> float:

@@ -4,6 +4,7 @@ max rms_gap / rms_obs over all coefficients is astronomically large, and float64
 has eigenvalues far below its rounding. Needs python-flint (`pip install "endprompt-lab[exact]"`).
 """
 
+import contextlib
 from fractions import Fraction
 from typing import Any
 
@@ -41,17 +42,12 @@ def _amplification(
     flint: Any, base: float, head_dim: int, factor: float, observed: Intervals, gap: Intervals, bits: int
 ) -> float | None:
     """The same in a given precision, right or wrong; None where it comes out singular or negative."""
-    before = flint.ctx.prec
-    flint.ctx.prec = bits
-    try:
+    with flint.ctx.workprec(bits), contextlib.suppress(ZeroDivisionError):
         omega = _frequencies(flint, base, head_dim, factor)
         product = _gram(flint, omega, observed).solve(_gram(flint, omega, gap), algorithm="approx").mid()
         value = _largest_eigenvalue(flint, product)
         return None if value is None or not value > 0 else float(value.log() / (2 * flint.arb(10).log()))
-    except ZeroDivisionError:
-        return None
-    finally:
-        flint.ctx.prec = before
+    return None
 
 
 def _flint() -> Any:

@@ -2,7 +2,6 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,7 @@ CHECKS = {
 class VerifyReport:
     """What `verify` found. shares: bound -> share of pairs within it over all layers and heads (1.0 unless something is
     wrong). worst: bound -> largest value over bound. rows: the rows written. curves: the content of curves.json, from
-    which the figures are drawn. directory: of the run.
+    which the figures are drawn.
     """
 
     checkpoint: str
@@ -61,7 +60,6 @@ class VerifyReport:
     worst: dict[str, float]
     rows: list[dict[str, Any]]
     curves: dict[str, Any]
-    directory: Path
 
     @property
     def holds(self) -> bool:
@@ -200,7 +198,7 @@ class Findings:
         sum_a = orders[0]["coefficient"]
         return curve | {"distance": rounded(centre), "supremum": list(supremum), "sum_a": sum_a, "orders": orders}
 
-    def report(self, directory: Path, ahead: dict[str, Any]) -> VerifyReport:
+    def report(self, ahead: dict[str, Any]) -> VerifyReport:
         """ahead: of `outlook`."""
         scene = self.scene
         for layer in self.waiting:
@@ -222,21 +220,13 @@ class Findings:
             "checkpoint": origin.name_of(scene.config.checkpoint),
             "against": origin.name_of(scene.config.against) if scene.config.against else None,
             "method": self.method(),
-            "length": scene.length,
-            "window": scene.window,
-            "context": scene.context,
-            "prompt": scene.config.prompt,
-            "scheme": scene.config.scheme,
-            "noise": scene.config.noise,
-            "observed": scene.observed,
-            "gap": scene.gap,
+            **{key: getattr(scene.config, key) for key in ("prompt", "scheme", "noise")},
+            **{key: getattr(scene, key) for key in ("length", "window", "context", "observed", "gap")},
+            **{key: getattr(scene, key) for key in ("attention_factor", "without_rope", "kinds")},
             "sigma": float(scene.omega.max()),
-            "attention_factor": scene.attention_factor,
             "radius": nonvacuous_radius(scene.omega),
             "layers": len(layers),
-            "without_rope": scene.without_rope,
             "sliding": sorted(scene.sliding),
-            "kinds": scene.kinds,
             "heads": int(heads),
             "pairs": int(pairs),
             "curves": list(drawn),
@@ -248,7 +238,7 @@ class Findings:
             "outlook": ahead,
         }
         rows = self.rows(layers, shares, worst, curves)
-        return VerifyReport(curves["checkpoint"], shares, worst, rows, curves, directory)
+        return VerifyReport(curves["checkpoint"], shares, worst, rows, curves)
 
     def predict(self, layers: list[dict[str, Any]]) -> dict[str, Any]:
         """Observed against gap, for what training changed (or for S itself), beside the worst and the average case, for

@@ -4,12 +4,12 @@ and keys on one text at its own frequencies, and from the pairs of a row.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from analysis import attention, measures, observability
 from analysis.capture import LayerSpectra, capture_tokens
 from analysis.config import PredictConfig, VerifyConfig
 from analysis.outlook import SCALINGS
-from analysis.scene import check_means, load
+from analysis.scene import check_means, load, read_ids
 from analysis.spectra import with_factor
 from endprompt.positions import WITH_PROMPT
 from endprompt.rope import Frequencies
@@ -165,14 +165,18 @@ class Reading:
         values["distance_change"] = np.average(heads.pop("distance_change"), weights=even)
         return {key: float(value) for key, value in (values | {k: v.mean() for k, v in heads.items()}).items()}
 
-    def of_scheme(self, name: str, counts: np.ndarray | None, tokens: int, noise: float = 0.1) -> dict[str, float]:
+    def of_scheme(
+        self, name: str, counts: np.ndarray | None, tokens: int, noise: float = 0.1, gram: np.ndarray | None = None
+    ) -> dict[str, float]:
         """Every measure of SCHEME. counts: pairs of a row at each distance 0..target-1, of `tokens` tokens; None if
-        nothing is trained."""
+        nothing is trained. gram: `gram_weighted` of them, if it is known."""
         omega, _ = self.scalings[name]
         gap = observability.reference_gap(self.window, self.target)
         pretraining = (self.theta, self.window)
         observed = [] if counts is None else observability.runs(counts > 0)
-        rows = None if counts is None else (observability.gram_weighted(omega, counts), tokens)
+        if counts is not None and gram is None:
+            gram = observability.gram_weighted(omega, counts)
+        rows = None if gram is None else (gram, tokens)
         return {
             "gap_rows": measures.gap_error(omega, rows, gap, noise),
             "gap_pretrained": measures.gap_error(omega, rows, gap, noise, pretraining),
@@ -190,13 +194,10 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     config) of weights that are to be read under another config. Raises ValueError for what cannot be predicted.
     """
     from endprompt import model as models
-    from endprompt.files import read_text
     from endprompt.model.geometry import extended_config, window_of
     from endprompt.model.kinds import described, layer_kinds, scaled_kind
-    from endprompt.model.load import check_tokens, check_vocabulary
     from endprompt.model.wrapper import text_checkpoint
     from endprompt.results import recorded
-    from endprompt.text import Reader
 
     if config.target < 1:
         raise ValueError(f"predict must know the window to extend to, in tokens: target={config.target}")
@@ -227,11 +228,7 @@ def read(config: PredictConfig, scalings: Iterable[str] = SCALINGS, trained: Any
     else:
         after, extended = (trained, models.load_config(trained)) if isinstance(trained, str) else trained
         scaled["trained"] = models.rope_geometry(extended).frequencies(config.target)
-    text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
-    tokenizer = models.load_tokenizer(path)
-    check_vocabulary(settings, tokenizer)
-    ids = np.asarray(Reader(tokenizer).prompts([text])[0], dtype=np.int64)[: min(config.tokens, window)]
-    check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
+    ids = read_ids(dataclasses.replace(config, checkpoint=path), settings, window)
     reading = Reading(theta, scaled, window, config.target, ids.size, config.device, config.seed)
     kind = scaled_kind(layer_kinds(settings))
     lines = described(settings, config.target)
@@ -274,15 +271,16 @@ SCHEMES = ("none", "contiguous", "endprompt", "endprompt-random", "pose")
 
 def table(config: PredictConfig, reading: Reading) -> list[dict[str, Any]]:
     """A line a scaling and scheme with every measure; rows as long as the window. Raises ValueError if no row fits."""
-    lines = []
-    for scaling in reading.scalings:
+    lines, pairs = [], {}
+    for scheme in SCHEMES[1:]:
+        prompt = config.prompt if scheme in WITH_PROMPT else 0
+        pairs[scheme] = observability.pair_counts(scheme, reading.window - prompt, prompt, reading.target)
+    for scaling, (omega, _) in reading.scalings.items():
         fixed = reading.of_scaling(scaling)
+        grams = dict(zip(pairs, observability.gram_weighted(omega, np.stack([*pairs.values()]))))
         for scheme in SCHEMES:
-            counts, prompt = None, config.prompt if scheme in WITH_PROMPT else 0
-            if scheme != "none":
-                counts = observability.pair_counts(scheme, reading.window - prompt, prompt, reading.target)
-            found = reading.of_scheme(scaling, counts, reading.window, config.noise)
-            values = fixed | found
+            given = (reading.window, config.noise, grams.get(scheme))
+            values = fixed | reading.of_scheme(scaling, pairs.get(scheme), *given)
             order = sum(points * values[key] for key, points in ORDER.items())
             about = {"target": reading.target, "scaling": scaling, "scheme": scheme, "order": order}
             lines.append(about | values)

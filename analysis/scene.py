@@ -49,7 +49,6 @@ def prepare(config: VerifyConfig) -> Scene:
     """Everything but the weights. Raises ValueError for sizes that cannot be, before anything is loaded."""
     from endprompt import model as models
     from endprompt.model.kinds import described
-    from endprompt.model.load import check_tokens, check_vocabulary
     from endprompt.model.wrapper import text_checkpoint
 
     check_means(config)
@@ -74,12 +73,7 @@ def prepare(config: VerifyConfig) -> Scene:
     assert scheme is not None and context is not None and prompt is not None and count is not None
     observed, gap = observability.distance_segments(length, context, prompt, scheme, count=count)
     omega, attention_factor = geometry.frequencies(length)
-    text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
-    tokenizer = models.load_tokenizer(config.checkpoint)
-    check_vocabulary(settings, tokenizer)
-    ids = np.asarray(Reader(tokenizer).prompts([text])[0], dtype=np.int64)
-    ids = ids[: min(config.tokens, window)]
-    check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
+    ids = read_ids(config, settings, window)
     pairs = choose_pairs(ids.size, config.pairs, config.seed)
     samples = sha256_of(ids.tobytes(), pairs.query.tobytes(), pairs.key.tobytes())
     heads = parse_heads(config.heads, settings.num_hidden_layers, settings.num_attention_heads)
@@ -87,6 +81,18 @@ def prepare(config: VerifyConfig) -> Scene:
     lines = described(settings, length)
     kinds = lines if len(lines) > 1 else []
     return Scene(*read, samples, heads, sliding=narrower(settings, length), kinds=kinds)
+
+
+def read_ids(config: Any, settings: Any, window: int) -> np.ndarray:
+    """The text's first tokens, int64, as many as are asked for and the window holds."""
+    from endprompt.model.load import check_tokens, check_vocabulary, load_tokenizer
+
+    text = read_text(str(files("analysis") / "sample.txt") if config.text is None else config.text)
+    tokenizer = load_tokenizer(config.checkpoint)
+    check_vocabulary(settings, tokenizer)
+    ids = np.asarray(Reader(tokenizer).prompts([text])[0], dtype=np.int64)[: min(config.tokens, window)]
+    check_tokens(ids, settings, tokenizer, config.text or "sample.txt")
+    return ids
 
 
 def check_means(config: Any) -> None:

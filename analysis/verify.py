@@ -8,7 +8,6 @@ included).
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from analysis import outlook
@@ -37,7 +36,7 @@ def verify(config: VerifyConfig) -> VerifyReport:
         ahead = pool.submit(outlook.outlook, scene.geometry, scene.window, scene.length, scene.context, config)
         findings = Findings(scene, pool if config.device.startswith("cuda") else None)
         read_layers(config.checkpoint, scene, lambda layer: findings.add(layer, before.pop(layer.layer, None)))
-    report = findings.report(Path(config.output), ahead.result())
+    report = findings.report(ahead.result())
     with sole_use(config.output):
         run = RunDirectory(config.output, config)
         replace_rows(run, report.rows)

@@ -9,26 +9,20 @@ import json
 import sys
 
 from benchmarks.lab.config import LabConfig
+from endprompt.cli import fail, one_line
 
 
 def main(argv: list[str]) -> int:
     from benchmarks.lab.runner import lab
 
     try:
-        given = json.loads(argv[0]) if argv else {}
-        return lab(LabConfig(**given))
-    except json.JSONDecodeError as error:
-        print(f"endprompt lab: the argument must be a JSON object ({error.msg})", file=sys.stderr)
-        return 2
-    except TypeError as error:
-        print(f"endprompt lab: {str(error).rpartition(') ')[2]}", file=sys.stderr)
-        return 2
+        return lab(LabConfig(**json.loads(argv[0] if argv else "{}")))
+    except (json.JSONDecodeError, TypeError) as error:
+        return fail(f"lab: the argument must be a JSON object of its settings: {one_line(error)}", 2)
     except (ValueError, OSError, ImportError) as error:
-        print(f"endprompt lab: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return fail(f"lab: {one_line(error)}", 1)
     except KeyboardInterrupt:
-        print("endprompt lab: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+        return fail("lab: interrupted; the same command goes on where it was", 130)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from paper_figures.names import CUE_WEIGHT, PIECES, SPAN
 Row = dict[str, Any]
 Key = tuple[str, int, str]  # base, fold and name of an arm
 
-SCALINGS = {"none": "no scaling", "linear": "PI", "ntk": "NTK", "yarn": "YaRN", "llama3": "Llama 3"}
-
 
 @dataclass(frozen=True)
 class Arm:

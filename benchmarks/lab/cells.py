@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis import observability
+from analysis import measures, observability
 from benchmarks import summary
 from benchmarks.base import documents
 from benchmarks.lab import material, predict
@@ -65,14 +65,14 @@ def run(cell: Cell, place: Workplace) -> Answer:
     computed = (place.device, place.compile, str(place.deterministic))  # the cell's hash leaves out how
     begun = Begun(place.output / "unfinished" / f"{cell.name}.jsonl", sha256_of(cell.sha256, *computed))
     with made.phase("train"):
-        if cell.trained and not (begun.trained and (checkpoint / results.RECORD).is_file()):
+        if cell.trained and not ("train" in begun.done and (checkpoint / results.RECORD).is_file()):
             begun.forget()
             shutil.rmtree(checkpoint, ignore_errors=True)
             shutil.rmtree(aside(checkpoint), ignore_errors=True)
             data = [str(part.path(place.cache)) for part in material.parts(cell)]
             how = {"device": place.device, "compile": place.compile_of(cell), "deterministic": place.deterministic}
             train.extend(cell.config(data, str(checkpoint), **how))
-            begun.add({"trained": True})
+            begun.add("train")
         if cell.trained:
             about = json.loads((checkpoint / results.RECORD).read_text(encoding="utf-8"))
     with made.phase("load"):
@@ -83,7 +83,7 @@ def run(cell: Cell, place: Workplace) -> Answer:
         for item in material.samples(cell):
             key = f"{item.task}@{item.length}"
             if key not in begun.done:
-                begun.add({"key": key, **scored(cell, item, model, found, place, columns)})
+                begun.add(key, **scored(cell, item, model, found, place, columns))
             made.rows += begun.done[key]["rows"]
             made.scores += begun.done[key]["scores"]
     with made.phase("loss"):
@@ -106,32 +106,26 @@ def run(cell: Cell, place: Workplace) -> Answer:
 
 
 class Begun:
-    """What an interrupted attempt at a cell has done already: its training, and the tasks that were scored. The file
-    names the cell and how it is computed by a hash; lines of another, or one that was cut off, count for nothing."""
+    """What an interrupted attempt at a cell has done already, by key: its training, and the tasks that were scored. The
+    file names the cell and how it is computed by a hash; lines of another, or one that was cut off, count for nothing.
+    """
 
     def __init__(self, path: Path, sha256: str):
         self.path, self.sha256 = path, sha256
-        self.trained, self.done = False, {}  # type: bool, dict[str, Any]
-        for _, _, line in sound_lines(path) if path.is_file() else ():
-            if line is not None:
-                self._take(line)
+        lines = [line for _, _, line in sound_lines(path) if line] if path.is_file() else []
+        self.done: dict[str, Any] = {
+            line["key"]: line for line in lines if line.get("key") and line.get("cell") == sha256
+        }
 
-    def _take(self, line: Mapping[str, Any]) -> None:
-        if line.get("cell") == self.sha256:
-            self.trained = self.trained or bool(line.get("trained"))
-            if "key" in line:
-                self.done[line["key"]] = line
-
-    def add(self, line: dict[str, Any]) -> None:
-        line["cell"] = self.sha256
+    def add(self, key: str, **line: Any) -> None:
+        self.done[key] = {"cell": self.sha256, "key": key, **line}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         drop_cut_line(self.path)
-        append_rows(self.path, [line])
-        self._take(line)
+        append_rows(self.path, [self.done[key]])
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
-        self.trained, self.done = False, {}
+        self.done = {}
 
 
 def held_out_rows(
@@ -163,10 +157,15 @@ def extended(cell: Cell) -> Any:
 
 
 def scored(
-    cell: Cell, item: material.Prompts, model: Any, found: generate.Way, place: Workplace, columns: Mapping[str, Any]
+    cell: Cell,
+    item: material.Samples | material.SetSamples,
+    model: Any,
+    found: generate.Way,
+    place: Workplace,
+    columns: Mapping[str, Any],
 ) -> dict[str, Any]:
     samples, about = read_samples(item, place.cache)
-    options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": item.whole, "found": found}
+    options: dict[str, Any] = {"max_batch_tokens": place.batch_tokens, "whole": item.WHOLE, "found": found}
     texts = predict.predict(model, material.tokenizer_of(cell.model), samples, **options)
     percent = [item.percent(one, text) for text, one in zip(texts, samples, strict=True)]
     ci95, kind = summary.interval(percent, item.seed)
@@ -184,9 +183,7 @@ def scored(
     return {"rows": [row(cell, columns, **place_of, **score)], "scores": [line]}
 
 
-@functools.lru_cache(maxsize=256)
-def read_samples(item: material.Prompts, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    return item.read(cache)
+read_samples = functools.lru_cache(maxsize=256)(material.Prompts.read)
 
 
 @functools.cache
@@ -251,17 +248,15 @@ def frequencies(cell: Cell) -> tuple[np.ndarray, float]:
 
 def bernstein_constant(cell: Cell) -> float:
     """Highest frequency, radians per token, times the attention factor squared: bounds |S'| for scores of size 1."""
-    omega, factor = frequencies(cell)
-    return float(omega.max() * factor**2)
+    return measures.smoothness(*frequencies(cell))
 
 
-def predicted_gap_rms(cell: Cell, place: Workplace, spec: Any) -> float | None:
+def predicted_gap_rms(cell: Cell, place: Workplace, spec: Any) -> float:
     """Predicted error of the score at the distances that no short row has, from the pairs of rows as they are trained.
     In units of the score's own root mean square; `reference_gap` is the same for all arms of a base and target."""
     omega, _ = frequencies(cell)
-    seen = observability.gram_weighted(omega, pair_counts(cell, place, spec))
-    gap = observability.gram(omega, observability.reference_gap(cell.window, cell.target))
-    return observability.posterior_gap_rms(seen, cell.row_tokens, gap, NOISE)
+    rows = observability.gram_weighted(omega, pair_counts(cell, place, spec)), cell.row_tokens
+    return measures.gap_error(omega, rows, observability.reference_gap(cell.window, cell.target), NOISE)
 
 
 def pair_counts(cell: Cell, place: Workplace, spec: Any) -> np.ndarray:

@@ -35,7 +35,7 @@ SET_PROMPT, SET_ANSWER = 7_000, 200
 
 
 def fills_a_gpu(cell: Cell) -> bool:
-    return base_shape(cell.model).parameters >= ALONE
+    return base_shape(cell.model).multiplied >= ALONE
 
 
 @cache
@@ -60,7 +60,7 @@ def alone_seconds(cell: Cell) -> float:
 def train_flops(cell: Cell) -> float:
     """Floating-point operations of a cell's training: 6 a parameter and token, and causal attention."""
     shape = base_shape(cell.model)
-    each = 6 * shape.parameters + 6 * shape.layers * shape.width * cell.row_tokens
+    each = 6 * shape.multiplied + 6 * shape.layers * shape.query * cell.row_tokens
     return float(cell.steps * cell.rows * cell.row_tokens * each)
 
 
@@ -69,8 +69,8 @@ def score_flops(cell: Cell) -> float:
     shape, scoring = base_shape(cell.model), cell.scoring
     read = [(n, len(scoring.tasks) * scoring.count(n) + scoring.loss_rows) for n in cell.lengths]
     read.append((min(SET_PROMPT, cell.target), sum(scoring.longbench.values())))
-    each = 2 * shape.parameters
-    return float(sum(n * count * (each + 2 * shape.layers * shape.width * n) for n, count in read))
+    each = 2 * shape.multiplied
+    return float(sum(n * count * (each + 2 * shape.layers * shape.query * n) for n, count in read))
 
 
 def seconds(cell: Cell, device: str) -> float:

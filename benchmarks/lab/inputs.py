@@ -11,37 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.lab.config import LabConfig
 from endprompt.files import read_json_lines, read_object, remembered_sha256, write_text
-
-if TYPE_CHECKING:
-    from benchmarks.lab.config import LabConfig
 
 KEPT = "inputs.json"
 FLAGS = ("documents", "held_out")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Where the files are; None for those that are not on this machine."""
-
-    documents: str | None = None
-    held_out: str | None = None
-    data_dir: str | None = None
-
-    @classmethod
-    def of(cls, config: LabConfig) -> Inputs:
-        return cls(config.documents, config.held_out, config.data_dir)
-
-    def path(self, name: str) -> Path | None:
-        given = getattr(self, name) if name in FLAGS else self.data_dir and str(Path(self.data_dir, name))
-        return Path(given) if given else None
-
-
-NOTHING = Inputs()
+def input_path(config: LabConfig, name: str) -> Path | None:
+    """Where a file is given; None if it is not."""
+    given = getattr(config, name) if name in FLAGS else config.data_dir and str(Path(config.data_dir, name))
+    return Path(given) if given else None
 
 
 def sources(names: Sequence[str], config: LabConfig) -> dict[str, str]:
@@ -51,9 +34,9 @@ def sources(names: Sequence[str], config: LabConfig) -> dict[str, str]:
         return {}
     kept = config.cache_directory / KEPT
     known: dict[str, str] = read_object(kept, optional=True)
-    given, found = Inputs.of(config), {}
+    found: dict[str, str] = {}
     for name in names:
-        path = given.path(name)
+        path = input_path(config, name)
         if path is not None and path.is_file():
             found[name] = remembered_sha256(path)
             if name == "documents" and known.get(name) != found[name]:

@@ -22,7 +22,8 @@ from filelock import FileLock
 
 from benchmarks import longbench, ruler
 from benchmarks.base import documents
-from benchmarks.lab.inputs import NOTHING, Inputs, piece, texts
+from benchmarks.lab.config import LabConfig
+from benchmarks.lab.inputs import input_path, piece, texts
 from benchmarks.lab.matrix import Cell
 from benchmarks.longbench.prompts import GENERATOR
 from endprompt import origin
@@ -49,11 +50,11 @@ class Material:
         """The stem with a hash of the tokenizer and of all else that the file depends on."""
         return f"{stem}-{sha256_of(json.dumps([tokenizer_sha256(self.model), *about]))[:12]}"
 
-    def write(self, made: Path, given: Inputs) -> None:
+    def write(self, made: Path, given: LabConfig) -> None:
         """Write the file. Raises ValueError if what it is made of is not on this machine."""
         raise NotImplementedError
 
-    def make(self, folder: Path, given: Inputs = NOTHING) -> None:
+    def make(self, folder: Path, given: LabConfig | None = None) -> None:
         """The file, written aside and moved to its place; one process makes it, others wait."""
         path = self.path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ class Material:
                 return
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
                 made = Path(aside) / path.name
-                self.write(made, given)
+                self.write(made, given or LabConfig())
                 os.replace(made, path)
 
 
@@ -93,7 +94,7 @@ class Part(Material):
         about = (self.count, self.tokens, self.longest, self.seed, self.number, self.mixture, "documents-1")
         return folder / "documents" / self.named(f"{self.tokens}-seed{self.seed}-{self.number}", *about)
 
-    def write(self, made: Path, given: Inputs) -> None:
+    def write(self, made: Path, given: LabConfig) -> None:
         text, tokenizer = made.with_name("documents.jsonl"), tokenizer_of(self.model)
         about = (self.count, tokenizer, 1 + 1000 * self.seed + self.number, self.tokens, self.mixture)
         documents.write_documents(text, *about, prose=training_prose(self.model), longest=self.longest)
@@ -112,7 +113,7 @@ class Piece(Material):
         about = (self.sha256, self.number, PIECE_CHARACTERS, "piece-1")
         return folder / "documents" / self.named(f"given-{self.number}", *about)
 
-    def write(self, made: Path, given: Inputs) -> None:
+    def write(self, made: Path, given: LabConfig) -> None:
         source, text = needed_file(given, "documents", made), made.with_name("documents.jsonl")
         lines = (json.dumps({"text": one}) + "\n" for one in piece(source, self.number, PIECE_CHARACTERS))
         text.write_text("".join(lines), encoding="utf-8")
@@ -132,7 +133,7 @@ class HeldOut(Material):
         name = self.named(f"held-out-{self.tokens}", self.sha256, self.tokens, self.rows, "held-out-1")
         return folder / "documents" / f"{name}.npy"
 
-    def write(self, made: Path, given: Inputs) -> None:
+    def write(self, made: Path, given: LabConfig) -> None:
         """As an array (rows, tokens). Raises ValueError if there are too few, or no file."""
         backend, found = tokenizer_of(self.model).backend_tokenizer, []
         for text in texts(needed_file(given, "held_out", made)):
@@ -149,33 +150,20 @@ class HeldOut(Material):
 
 
 class Prompts(Material):
-    """One file of prompts as tokens, and what it takes to score their answers: percent. length: tokens of a prompt with
-    its answer, at most. whole: whether an answer must be read to its end. kept: of each sample."""
+    """One file of prompts as tokens, and what it takes to score their answers. length: tokens of a prompt with its
+    answer, at most. KEPT: of each sample. WHOLE: whether an answer must be read to its end."""
 
     task: str
-    length: int
-    seed: int
-    whole: bool
-    kept: tuple[str, ...]
+    KEPT: tuple[str, ...]
+    WHOLE: bool
 
-    def build(self, made: Path, given: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """(samples, columns of their row)."""
-        raise NotImplementedError
-
-    def scale(self) -> tuple[str, str]:
-        """(suite, metric)."""
-        raise NotImplementedError
-
-    def percent(self, sample: Mapping[str, Any], text: str) -> float:
-        raise NotImplementedError
-
-    def write(self, made: Path, given: Inputs) -> None:
+    def pack(self, made: Path, built: list[dict[str, Any]], **columns: Any) -> None:
+        """columns: of their row."""
         from benchmarks.lab import predict
         from benchmarks.ruler.cell import samples_sha256
 
-        built, columns = self.build(made, given)
         tokenizer = tokenizer_of(self.model)
-        samples = [{key: sample[key] for key in self.kept} for sample in built]
+        samples = [{key: sample[key] for key in self.KEPT} for sample in built]
         about = {"sha256": samples_sha256(built), **columns, "samples": samples}
         kind = np.uint16 if len(tokenizer) < 2**16 else np.int32
         ids = [np.asarray(one, dtype=kind) for one in predict.prompt_ids(tokenizer, built)]
@@ -210,8 +198,8 @@ class Samples(Prompts):
     edition: str = "lab-2026"
     data: tuple[tuple[str, str], ...] = ()
 
-    whole = False
-    kept = ("outputs", "max_new_tokens", "depth")
+    WHOLE = False
+    KEPT = ("outputs", "max_new_tokens", "depth")
 
     def path(self, folder: Path) -> Path:
         from benchmarks.ruler import tasks
@@ -220,7 +208,7 @@ class Samples(Prompts):
         name = self.named(f"{self.task}-{self.length}-seed{self.seed}", *about, tasks.GENERATOR, "samples-1")
         return folder / "samples" / f"{name}.npz"
 
-    def build(self, made: Path, given: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def write(self, made: Path, given: LabConfig) -> None:
         options: dict[str, Any] = {key: getattr(self, key) for key in ("max_new_tokens", "shots", "hops", "edition")}
         folder = given.data_dir if self.data else None
         if self.data and folder is None:
@@ -228,7 +216,7 @@ class Samples(Prompts):
         tokenizer = tokenizer_of(self.model)
         built = ruler.build_samples(self.task, self.length, tokenizer, self.count, self.seed, folder, **options)
         fill = round(sum(sample["fill"] for sample in built) / len(built), 5)
-        return built, {**{key: built[0][key] for key in ("haystack", "haystack_sha256")}, "fill": fill}
+        self.pack(made, built, **{key: built[0][key] for key in ("haystack", "haystack_sha256")}, fill=fill)
 
     def scale(self) -> tuple[str, str]:
         return "ruler", f"string_match_{'part' if ruler.SPECS[self.task].metric == 'any' else 'all'}"
@@ -249,8 +237,8 @@ class SetSamples(Prompts):
     sha256: str
 
     seed = 0
-    whole = True
-    kept = ("outputs", "max_new_tokens", "all_classes")
+    WHOLE = True
+    KEPT = ("outputs", "max_new_tokens", "all_classes")
 
     def scale(self) -> tuple[str, str]:
         suite = "longbench_e" if self.task in longbench.TASKS_E else "longbench"
@@ -260,12 +248,12 @@ class SetSamples(Prompts):
         name = self.named(f"{self.task}-{self.length}", self.length, self.count, self.sha256, GENERATOR)
         return folder / "samples" / f"{name}.npz"
 
-    def build(self, made: Path, given: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def write(self, made: Path, given: LabConfig) -> None:
         folder, tokenizer = needed_file(given, f"{self.task}.jsonl", made).parent, tokenizer_of(self.model)
         built = longbench.build_samples(self.task, tokenizer, window=self.length, data_dir=folder, n=self.count)
         about = {key: getattr(longbench.dataset_of(self.task), key) for key in ("category", "language")}
         cut = sum(sample["truncated"] for sample in built)
-        return built, {**about, "n_truncated": cut, "generator": GENERATOR}
+        self.pack(made, built, **about, n_truncated=cut, generator=GENERATOR)
 
     def percent(self, sample: Mapping[str, Any], text: str) -> float:
         return longbench.score(self.task, text, sample["outputs"], sample["all_classes"])
@@ -326,8 +314,8 @@ def needed(cells: Sequence[Cell]) -> list[Material]:
     return list(found)
 
 
-def needed_file(given: Inputs, name: str, made: Path) -> Path:
-    path = given.path(name)
+def needed_file(given: LabConfig, name: str, made: Path) -> Path:
+    path = input_path(given, name)
     if path is None:
         raise ValueError(f"{made.name} is not in the cache, and to make it {name} must be given")
     return path

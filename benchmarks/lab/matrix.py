@@ -1,24 +1,7 @@
 """What a lab run consists of: the matrix file, the cells that it stands for, and what each is expected to cost.
 
-A matrix is a YAML file:
-
-    seeds: [0, 1, 2]                  training seeds of every arm
-    train: {steps: 300, ...}          settings of `endprompt extend` for every arm
-    score: {tasks: [...], samples: 64, max_new_tokens: 30, shots: 0, hops: 3, edition: lab-2026}
-    arms:
-      recall: {scheme: endprompt, prompt: recall}     settings of one arm; `train: false` leaves it untrained,
-                                                      `method: full` names it in the rows
-    blocks:
-      - base: 256                     one of the project's own bases, or a checkpoint's directory
-        target: 2048
-        lengths: [256, 1024, 2048]
-        train: {lr: 1.0e-3, rows: 16}
-        documents: {256: 16000}       at least so many training documents of a row's length: for the same as another's
-        runs:
-          - {questions: [1], arms: [recall], scaling: [linear, yarn], steps: [100, 300]}
-
-Further keys of a run are settings of the trainer; a list stands for one arm each, all combinations are taken. A run may
-have `lengths` of its own. Runs that come to the same settings are one cell with the questions of all. Imports no torch.
+A matrix is a YAML file; docs/lab.md shows one and says what its keys mean. Runs that come to the same settings are one
+cell with the questions of all.
 """
 
 from __future__ import annotations
@@ -45,6 +28,7 @@ from endprompt import origin
 from endprompt.config import ExtendConfig, check_config, method_name
 from endprompt.files import read_text, remembered_sha256, sha256_of
 from endprompt.runs import plain
+from endprompt.shapes import Shape
 
 FOLDER = Path(__file__).parent
 BASES = FOLDER.parent / "base"
@@ -81,18 +65,6 @@ class Scoring:
 
     def count(self, length: int) -> int:
         return self.samples_at.get(length, self.samples)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a base model. parameters: those that multiply a token. theta: base of RoPE, which turns head_dim of a head."""
-
-    window: int
-    parameters: int
-    layers: int
-    width: int
-    theta: float
-    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -168,9 +140,9 @@ class Cell:
     def config(self, data: Sequence[str], output: str, **how: Any) -> ExtendConfig:
         """The trainer's configuration; a scaling NAME@FACTOR as `analysis.spectra.with_factor` has it. how: device,
         compile and deterministic, where they are not the trainer's defaults."""
-        shape, settings = base_shape(self.model), dict(self.settings)
+        settings = dict(self.settings)
         scaling, factor = settings.get("scaling", ExtendConfig.scaling), settings.get("factor") or self.fold
-        settings["scaling"], options = with_factor(scaling, shape.theta, shape.head_dim, factor, self.window)
+        settings["scaling"], options = with_factor(scaling, *turned(self.model), factor, self.window)
         if options:
             settings["rope_options"] = {**settings.get("rope_options", {}), **options}
         own: dict[str, Any] = {"model": self.model, "data": list(data), "output": output, "overwrite": True}
@@ -200,12 +172,6 @@ class Answer:
 
 def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
-
-
-def preset_list() -> str:
-    firsts = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in presets().items()}
-    width = max(map(len, firsts), default=0)
-    return "\n".join(f"{name:<{width}}  {first.lstrip('# ')}" for name, first in firsts.items())
 
 
 def matrix_files(config: LabConfig) -> list[Path]:
@@ -248,19 +214,18 @@ def base_directory(base: str, weights: bool = True) -> Path:
 
 @cache
 def base_shape(model: str) -> Shape:
-    from endprompt.model import load_config, rope_geometry
-    from endprompt.model.geometry import window_of
+    from endprompt.plan import shape_of
 
-    about = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    hidden, layers, heads = about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"]
-    head_dim = about.get("head_dim") or hidden // heads
-    keys = (about.get("num_key_value_heads") or heads) * head_dim
-    layer = 2 * hidden * (heads * head_dim + keys) + 3 * hidden * about["intermediate_size"]
-    parameters = layers * layer + about["vocab_size"] * hidden
-    config = load_config(model)
-    geometry = rope_geometry(config)
-    turned = geometry.parameters["rope_theta"], geometry.rotary_dim
-    return Shape(window_of(config).window, parameters, layers, heads * head_dim, *turned)
+    return shape_of(model)
+
+
+@cache
+def turned(model: str) -> tuple[float, int]:
+    """(base of RoPE, components of a head that it turns)."""
+    from endprompt.model import load_config, rope_geometry
+
+    geometry = rope_geometry(load_config(model))
+    return geometry.parameters["rope_theta"], geometry.rotary_dim
 
 
 def base_sha256(model: str) -> str:

@@ -61,7 +61,6 @@ def predict(
     return texts
 
 
-@torch.inference_mode()
 def losses(
     model: PreTrainedModel,
     texts: Sequence[Sequence[int]],
@@ -73,18 +72,11 @@ def losses(
     """Mean next-token loss, nats a token, over windows of `length` tokens at positions 0 .. length - 1. Each text, as
     tokens, gives its windows one after the other, without overlap; what is left over, and shorter texts, give none.
     rows: windows at most, taken from the front. Raises ValueError if no text is long enough."""
-    check_precision(model)
     every = (text[start : start + length] for text in texts for start in range(0, len(text) - length + 1, length))
     windows = list(itertools.islice(every, rows))
     if not windows:
         raise ValueError(f"no held-out text has {length} tokens: {length=}, {len(texts)} texts")
-    count = max(1, max_batch_tokens // length)
-    total = 0.0
-    with scoring(model), kernels_first(model.device):
-        for start in range(0, len(windows), count):
-            ids_BT = torch.from_numpy(np.stack(windows[start : start + count]).astype(np.int64)).to(model.device)
-            total += float(loss_sum(model, ids_BT))
-    return total / (len(windows) * (length - 1))
+    return float(position_losses(model, np.stack(windows), max_batch_tokens=max_batch_tokens).mean())
 
 
 @torch.inference_mode()
@@ -112,18 +104,8 @@ def position_losses(model: PreTrainedModel, ids_BT: np.ndarray, *, max_batch_tok
 
 
 def loss_sum(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Sum of next-token losses, float64 scalar."""
-    total = torch.zeros((), dtype=torch.float64, device=ids_BT.device)
-    labels_N = ids_BT[:, 1:].reshape(-1)
-    if not plain_head(model):
-        logits_NV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        return total + F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-    hidden_ND = model.base_model(input_ids=ids_BT, use_cache=False)[0][:, :-1].flatten(0, 1)
-    head = model.get_output_embeddings()
-    chunk = max(1, LOGITS // head.weight.shape[0])
-    for hidden, labels in zip(hidden_ND.split(chunk), labels_N.split(chunk)):
-        total += F.cross_entropy(head(hidden).float(), labels, reduction="sum")
-    return total
+    """Sum of next-token losses, float64 scalar: what a loaded model is held to transformers' own by."""
+    return torch.tensor(len(ids_BT) * position_losses(model, ids_BT.cpu().numpy()).sum())
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Sequence[int]]:

@@ -25,9 +25,10 @@ from unittest import mock
 from benchmarks import longbench
 from benchmarks.lab import cost, material, matrix
 from benchmarks.lab.config import LabConfig
-from benchmarks.lab.inputs import Inputs, write_rates
+from benchmarks.lab.inputs import write_rates
 from benchmarks.lab.matrix import Answer, Cell
 from benchmarks.lab.worker import settle, work
+from endprompt.cli import recipe_list
 from endprompt.files import drop_cut_line, read_json_lines, sole_use
 from endprompt.results import append_rows, read_rows, result_row, write_rows
 from endprompt.runs import RunDirectory
@@ -43,7 +44,7 @@ def lab(config: LabConfig) -> int:
     """Run what `endprompt lab` asks for; returns 1 if a cell failed. Raises ValueError naming key, value and rule
     before anything is trained."""
     if config.list_presets:
-        print(matrix.preset_list())
+        print(recipe_list(matrix.presets()))
         return 0
     matrices = {str(path): matrix.read_matrix(path) for path in matrix.matrix_files(config)}
     cells = matrix.chosen(matrix.all_cells(matrices, config), config.only)
@@ -75,13 +76,9 @@ def device_of(config: LabConfig) -> str:
     """cpu or cuda. Raises ValueError if CUDA is asked for and not there."""
     if config.device == "cpu":
         return "cpu"
-    import torch
+    from endprompt.distributed import world
 
-    if torch.cuda.is_available():
-        return "cuda"
-    if config.device == "cuda":
-        raise ValueError("device must be one that this machine has: device='cuda', torch finds no CUDA")
-    return "cpu"
+    return world(config.device).device
 
 
 def gpus_of(device: str) -> list[str]:
@@ -244,7 +241,7 @@ class Runner:
         stack.callback(abandon, pool)
         for item in material.needed(self.waiting):
             if not item.path(self.cache).exists():
-                self.making[item] = pool.submit(item.make, self.cache, Inputs.of(self.config))
+                self.making[item] = pool.submit(item.make, self.cache, self.config)
 
     def prepare(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -21,12 +21,12 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.lab import contrasts, estimates
-from benchmarks.lab.arms import SCALINGS, Arm, Row, arms_of, is_main, is_short, with_most_seeds
+from benchmarks.lab.arms import Arm, Row, arms_of, is_main, is_short, with_most_seeds
 from benchmarks.lab.contrasts import Contrast, contrasts_of
 from benchmarks.lab.estimates import BOTH_FAIL, FLOOR, HELPS, HURTS, OPEN, SAME, Estimate, shared_scores
 from endprompt.files import read_json_lines
 from endprompt.results import read_rows, result_row, write_rows
-from paper_figures.names import QUESTIONS, SAID_BY
+from paper_figures.names import QUESTIONS, SAID_BY, SCALINGS
 
 SUITE = "lab-question"
 LONGBENCH = "longbench_difference"  # the metric of a difference of means over LongBench's sets
