@@ -171,8 +171,6 @@ MUTANTS = [
     (LAYERS, "for one in grads_MD[1:]:\n        grad = ", "for one in grads_MD[2:]:\n        grad = ", "endprompt/fast/layers"),
     (LAYERS, "logistic + silu * (1 - logistic)", "logistic + silu", "endprompt/fast/layers"),
     (LAYERS, "return grad_BTN, grad_weight, None, None, *grads", "return None, grad_weight, None, None, *grads", "endprompt/fast/layers"),
-    (LAYERS, "second * cos2 - first * sin1", "second * cos2 + first * sin1", "endprompt/fast/layers"),
-    (LAYERS, "return torch.cat(grads, dim=1), out", "return torch.cat(grads[::-1], dim=1), out", "endprompt/fast/layers"),
     # what a step is estimated to take
     (PLAN, "rates = ATTENTIONS[config.attention]", 'rates = ATTENTIONS["sdpa"]', "endprompt/plan"),
     (PLAN, " * reach / (reach + rates.diagonal)", "", "endprompt/plan"),
@@ -180,8 +178,6 @@ MUTANTS = [
     # the lean optimizer and its sums
     ("endprompt/fast/lean.py", '"first_index": wrapped(first + start)', '"first_index": 0', "endprompt/fast/lean"),
     ("endprompt/fast/lean.py", "_mix(self.seed, int(state[\"step\"]), index)", "_mix(self.seed, int(state[\"step\"]))", "endprompt/fast/lean"),
-    ("endprompt/fast/linears.py", "grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)", "pass", "endprompt/fast/lean"),
-    ("endprompt/fast/linears.py", "if any(part.bias is not None for part in parts):", "if False:", "endprompt/fast/layers"),
     (LOSS, "ids_BT.roll(-1, dims=1)", "ids_BT.roll(1, dims=1)", "endprompt/train/loss"),
     (LOSS, "last = torch.zeros_like(weights_BT[:, :1])", "last = weights_BT[:, :1]", "endprompt/train/loss"),
     ("endprompt/shapes.py", "return tokens - tokens % 256 or tokens", "return tokens", "endprompt/train/loss"),
