@@ -76,24 +76,6 @@ def resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int
     return means
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Difference second - first of scores on the same samples, with a paired bootstrap: `value`, `ci95`, `p`
-    (two-sided: share of resampled differences on the other side of 0, doubled), `n`. Raises ValueError if the numbers
-    of samples differ.
-    """
-    if len(first) != len(second) or len(first) == 0:
-        raise ValueError(f"a paired comparison needs the same samples: {len(first)} and {len(second)}")
-    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    means = resampled_means(differences, np.random.default_rng([seed, len(differences)]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {
-        "value": float(differences.mean()),
-        "ci95": [float(low), float(high)],
-        "p": two_sided(means),
-        "n": len(differences),
-    }
-
-
 def two_sided(means: np.ndarray) -> float:
     """p of a mean other than 0 from resampled ones: twice the share on the other side, at least 1 / RESAMPLES."""
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
