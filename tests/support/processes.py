@@ -43,7 +43,7 @@ class Forked:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         sys.exit(function(*arguments))
 
-    def ended(self, timeout: float = 120) -> tuple[int, str, str]:
+    def ended(self, timeout: float = 280) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) once it has ended; it is killed after so many seconds."""
         self.process.join(timeout)
         self.process.kill()
@@ -51,7 +51,7 @@ class Forked:
         return self.process.exitcode, *(path.read_text() for path in self.printed)
 
 
-def several(count: int, function: Callable, *arguments, seconds: float = 250) -> tuple[list[int], str]:
+def several(count: int, function: Callable, *arguments, seconds: float = 280) -> tuple[list[int], str]:
     """So many processes as torchrun starts them, each of which runs `function(*arguments)`: (exit codes, all print)."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))

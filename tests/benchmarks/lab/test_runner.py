@@ -74,6 +74,18 @@ def forked(config):
         return runner.lab(LabConfig(**config))
 
 
+def killed(config, needed):
+    """A run that ends when its first cell was written and all that cells share was made."""
+
+    def line(*_):
+        while not all(path.exists() for path in needed):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    runner.Runner.line = line
+    return forked(config)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of one worker, killed when a cell was written, then started again to its end."""
@@ -86,13 +98,7 @@ def run(tmp_path_factory):
     results = folder / "run" / "results.jsonl"
     asked = LabConfig(**config)
     needed = [item.path(asked.cache_directory) for item in material.needed(cells_of(asked))]
-    first = Forked(forked, config)
-    deadline = time.time() + 120
-    while time.time() < deadline and first.process.is_alive():
-        time.sleep(0.02)
-        if results.is_file() and '"task": "loss"' in results.read_text() and all(path.exists() for path in needed):
-            break
-    code, *_ = first.ended(0)
+    code, *_ = Forked(killed, config, needed).ended()
     assert code == -signal.SIGKILL
     before = results.read_text()
     with open(results, "a") as file:  # as if it had been killed in the middle of the next cell's rows
