@@ -143,7 +143,7 @@ MUTANTS = [
     ("endprompt/config.py", 'REPEATABLE = ("sdpa",', 'REPEATABLE = ("flex", "sdpa",', "endprompt/train/determinism"),
     ("benchmarks/lab/arms.py", 'row.get("suite", "ruler") == suite', "True", "benchmarks/lab/published"),
     ("benchmarks/lab/material.py", 'cell.trained or cell.settings.get("scaling") != "none"', "True", "benchmarks/lab/published"),
-    ("benchmarks/lab/again.py", "b[task] - a[task]", "a[task] - b[task]", "benchmarks/lab/published"),
+    ("benchmarks/lab/verdicts.py", "b[task] - a[task]", "a[task] - b[task]", "benchmarks/lab/published"),
     ("benchmarks/lab/runner.py", "sum(value != deterministic for", "sum(value == deterministic for", "benchmarks/lab/runner"),
     # what a model computes and holds
     (ATTENTION, "if value is None or name in HARMLESS or", "if name or", "endprompt/model/attention"),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks.lab import estimates, material, matrix, verdicts
-from benchmarks.lab.again import compare
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.config import LabConfig
+from benchmarks.lab.verdicts import compare
 from benchmarks.ruler import build_samples
 from benchmarks.ruler.cell import samples_sha256
 from endprompt.results import read_rows

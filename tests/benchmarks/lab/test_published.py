@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import yaml
 
 from benchmarks.base import documents
-from benchmarks.lab import again, inputs, material, matrix, predict, runner
 from benchmarks.lab import cells as cell_runs
+from benchmarks.lab import inputs, material, matrix, predict, runner, verdicts
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.config import LabConfig
 from benchmarks.scoring import ScoreConfig
@@ -171,7 +171,7 @@ def test_a_second_training_is_held_to_the_first_sample_by_sample(run, place, tmp
     changed = next(line for line in lines if line["arm"] == "pose+yarn@lr=0.01" and line["suite"] == "longbench")
     changed["scores"] = [score + more for score, more in zip(changed["scores"], (6.0, 0.0, 0.0))]
     (tmp_path / "again" / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made = again.repeated(place / "run", tmp_path / "again")
+    made = verdicts.repeated(place / "run", tmp_path / "again")
     assert len(made) == 3 * 3  # three cells, RULER at two lengths and LongBench at one
     (other,) = (row for row in made if row["value"])
     assert other["value"] == pytest.approx(2) and other["changed"] == pytest.approx(100 / 3)
@@ -180,7 +180,7 @@ def test_a_second_training_is_held_to_the_first_sample_by_sample(run, place, tmp
     digest = next(row["samples_sha256"] for row in rows if row["suite"] == "longbench")
     (tmp_path / "again" / "results.jsonl").write_text(text.replace(digest, "0" * 64))
     with pytest.raises(ValueError, match="must have the same samples_sha256"):
-        again.repeated(place / "run", tmp_path / "again")
+        verdicts.repeated(place / "run", tmp_path / "again")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.lab import again, contrasts, estimates, verdicts
+from benchmarks.lab import contrasts, estimates, verdicts
 from benchmarks.lab.arms import arms_of
 from benchmarks.lab.estimates import BOTH_FAIL, HELPS, HURTS, OPEN, SAME
 from tests.support.lab_rows import BASE, Made, lab_run, made_rows, write_lines
@@ -392,11 +392,11 @@ def test_the_whole_plan_is_answered_twice_alike(tmp_path):
     lines = (run / "results.jsonl").read_text().splitlines(keepends=True)
     (turned / "results.jsonl").write_text("".join(reversed(lines)))
     verdicts.write(turned)
-    told = [line for line in again.compare(run, turned) if line["metric"] == "claim"]
+    told = [line for line in verdicts.compare(run, turned) if line["metric"] == "claim"]
     assert len(told) > 15 and all(line["first"] and line["second"] for line in told), "known by its words"
     changed = lab_run(tmp_path / "third", bases=((256, 8),), seeds=[0])
     verdicts.write(changed)
-    told = again.compare(run, changed)
+    told = verdicts.compare(run, changed)
     assert any(line["second"] is None for line in told)
     assert any(line["first"] == HELPS != line["second"] for line in told)
 
