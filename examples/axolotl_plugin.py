@@ -2,8 +2,11 @@
 
 plugins: [axolotl_plugin.EndPromptPlugin]
 endprompt: {scheme: pose, target: 65536, scaling: yarn, row_tokens: 8192}
+sequence_len: 1000000
 sample_packing: false
 flash_attention: false
+
+axolotl drops documents longer than sequence_len; the collator cuts them to rows of row_tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import functools
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders.utils import load_model_config
 from pydantic import BaseModel
 
 from endprompt.collate import PositionalCollator, prepare_model
@@ -33,6 +37,8 @@ class EndPromptPlugin(BasePlugin):
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         given = dict(cfg.endprompt)
+        # a longer sequence_len stands there as the window by now, and the factor would be reckoned from it
+        model.config.max_position_embeddings = load_model_config(cfg).max_position_embeddings
         prepare_model(model, target=given["target"], **{key: given[key] for key in MODEL if key in given})
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -270,7 +270,7 @@ MUTANTS = [
     (SUMMARY, "sorted(scores, reverse=direction == \"dec\")", "sorted(scores, reverse=direction == \"inc\")", "benchmarks/summary"),
     (SUMMARY, "np.std(scores, ddof=1)", "np.std(scores)", "benchmarks/summary benchmarks/scoring/run"),
     (SUMMARY, "center = (share + z * z / (2 * n))", "center = (share + z * z / n)", "benchmarks/summary"),
-    (SUMMARY, "np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)", "np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)", "benchmarks/summary benchmarks/scoring/run"),
+    ("benchmarks/report/board.py", "resampled([part.second - part.first for", "resampled([part.first - part.second for", "benchmarks/report/board"),
     (SUMMARY, "max(2 * tail, 1 / RESAMPLES)", "max(tail, 1 / RESAMPLES)", "benchmarks/summary benchmarks/scoring/run"),
     ("benchmarks/ruler/tasks.py", "float(any(found)) if SPECS[task].metric == \"any\"", "float(all(found)) if SPECS[task].metric == \"any\"", "benchmarks/ruler/upstream benchmarks/scoring/run"),
     ("benchmarks/ruler/replay.py", "if not looks_first and most is not None and size > most:", "if False:", "benchmarks/ruler/replay"),

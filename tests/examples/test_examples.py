@@ -141,19 +141,22 @@ def test_conversations_are_made_of_two_sets(tmp_path):
 
 def test_axolotls_plugin_prepares_the_model_and_lays_rows_out(monkeypatch, llama, tokenizer):
     """axolotl stands in as its plugin's base class and the arguments that it calls plugins and collators with."""
-    base = types.ModuleType("axolotl.integrations.base")
-    base.BasePlugin = object
-    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
+    base, loaders = (types.ModuleType(f"axolotl.{name}") for name in ("integrations.base", "loaders.utils"))
+    base.BasePlugin, loaders.load_model_config = object, lambda cfg: load_config(cfg.base_model)
+    for module in (base, loaders):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     plugin = loaded("axolotl_plugin").EndPromptPlugin()
     settings = {"scheme": "endprompt", "prompt": "EP_3", "target": TARGET, "scaling": "yarn"}
-    config = types.SimpleNamespace(endprompt=settings, sample_packing=False, eval_sample_packing=None)
+    config = types.SimpleNamespace(endprompt=settings, sample_packing=False, eval_sample_packing=None, base_model=llama)
     model = load_model(llama)
+    model.config.max_position_embeddings = 2 * WINDOW  # as axolotl states a sequence_len above the window
     plugin.pre_lora_load(config, model)
     make, options = plugin.get_collator_cls_and_kwargs(config, is_eval=False)
     batch = make(tokenizer, **({"return_tensors": "pt", "padding": True, "pad_to_multiple_of": 64} | options))(
         [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}]
     )
     assert batch["position_ids"][0, -1] == TARGET - 1 and model.config.max_position_embeddings == TARGET
+    assert model.config.rope_parameters["factor"] == TARGET / WINDOW
     assert model(**batch).loss.isfinite()
     config.sample_packing = True
     with pytest.raises(ValueError, match="sample_packing must be false"):
