@@ -295,6 +295,7 @@ MUTANTS = [
     (TEXT, "backend.post_processor = TemplateProcessing", "TemplateProcessing", "endprompt/text"),
     ("endprompt/data/rows.py", "starts[open_] += len(lead)", "break", "endprompt/text"),
     ("endprompt/data/rows.py", "if places[-1] + len(lead) < hi:", "if True:", "endprompt/text"),
+    ("endprompt/files.py", "os.register_at_fork(after_in_child=_let_go)", "pass", "project/drills_outputs"),
     ("endprompt/files.py", "return data.decode().removeprefix(MARK)", "return data.decode()", "endprompt/files"),
     # rows of results
     ("endprompt/results.py", "if not lo - slack <= value <= hi + slack:", "if not lo - slack <= value:", "benchmarks/scoring/run paper_figures/inputs endprompt/results"),
