@@ -269,11 +269,11 @@ def sole_use(output: str | os.PathLike[str]) -> Iterator[None]:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
         os.close(descriptor)
+    _held.add(descriptor)
     try:
         if held:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        _held.add(descriptor)
         yield
     finally:
         if descriptor in _held:

@@ -76,9 +76,13 @@ def device_of(config: LabConfig) -> str:
     """cpu or cuda. Raises ValueError if CUDA is asked for and not there."""
     if config.device == "cpu":
         return "cpu"
-    from endprompt.distributed import world
+    import torch
 
-    return world(config.device).device
+    if torch.cuda.is_available():
+        return "cuda"
+    if config.device == "cuda":
+        raise ValueError("device must be one that this machine has: device='cuda', torch finds no CUDA")
+    return "cpu"
 
 
 def gpus_of(device: str) -> list[str]:

@@ -71,6 +71,16 @@ def test_a_file_system_without_locks_is_used_and_any_other_fault_is_said(number,
     assert (tmp_path / "out").exists() == held
 
 
+def test_an_output_whose_holder_cannot_be_noted_is_free_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"), files.sole_use(tmp_path / "out"):
+        raise AssertionError("the output is not held")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    with files.sole_use(tmp_path / "out"):
+        pass
+
+
 def test_revision_is_that_of_git_or_the_one_given(monkeypatch, tmp_path):
     def git(*arguments):
         done = subprocess.run(["git", "-C", str(tmp_path), *arguments], capture_output=True, text=True, check=True)
